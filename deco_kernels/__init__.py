@@ -1,0 +1,27 @@
+"""Fused kernels for per-pixel diffusion decoders (DeCo, arXiv 2511.19365).
+
+`deco_kernels.ops` holds the operators, `deco_kernels.model` and `deco_kernels.flow` the model built from them,
+`deco_kernels.use_backend` chooses the implementation. Importing this package loads no compiler, no Triton and no GPU
+driver; submodules are imported at first use.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_SUBMODULES = ("ops", "model", "flow")
+_REGISTRY_NAMES = ("use_backend", "BackendUnavailable")
+
+__all__ = ["__version__", *_SUBMODULES, *_REGISTRY_NAMES]
+
+
+def __getattr__(name: str):
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _REGISTRY_NAMES:
+        return getattr(importlib.import_module(f"{__name__}.ops.registry"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,273 @@
+"""The operator library "deco_kernels": registration with PyTorch, autograd, and the choice of backend.
+
+Each op is registered twice, as a forward and a backward operator, both functional and of fixed arity. A
+`torch.autograd.Function` around them gives first derivatives; second derivatives raise `NotImplementedError`.
+The operators receive the backend as a string ("auto" or a name) and resolve it when they run, by one pure function of
+the device and the call's dtypes and sizes, so that forward and backward agree.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+NAMESPACE = "deco_kernels"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+AUTO = "auto"
+
+_log = logging.getLogger("deco_kernels")
+_packages = {name: f"deco_kernels.backends.{name}" for name in ("reference", "cpu", "triton", "cuda")}
+_selected: str | None = None
+
+
+class BackendUnavailable(NotImplementedError):
+    """An explicitly chosen backend cannot serve a call; the message says why and what to do."""
+
+
+class Request(NamedTuple):
+    """What a backend must know of a call to say whether it can serve it."""
+
+    op: str
+    device_type: str
+    dtypes: tuple[torch.dtype, ...]  # of the activation, then of the image, prediction and target where there are any
+    width: int = 0  # D
+    depth: int = 1  # N
+    patch_size: int = 0  # p
+    channels: int = 3  # C
+
+
+# --- choice of backend -----------------------------------------------------------------------------------------------
+
+
+def register_backend(name: str, package: str) -> None:
+    """Adds a backend: `package` is an importable package with `unavailable_reason(device)`, `unsupported_reason(request)`
+    and one module per op it serves. It is used only by name."""
+    if name == AUTO:
+        raise ValueError(f'backend: "{AUTO}" is reserved for the automatic choice; choose another name')
+    _packages[name] = package
+    _serving_module.cache_clear()
+
+
+def backend_names() -> tuple[str, ...]:
+    """Every registered backend, whether or not this machine can run it."""
+    return tuple(_packages)
+
+
+def check_backend_name(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"backend: expected a name or None, got {type(name).__name__}; use one of {_choices()}")
+    if name != AUTO and name not in _packages:
+        raise ValueError(f"backend: unknown name {name!r}; use one of {_choices()}")
+    return name
+
+
+def _choices() -> str:
+    return ", ".join(repr(name) for name in (AUTO, *_packages))
+
+
+class use_backend:
+    """Within `with use_backend("cpu"):` every op without a `backend=` argument uses that backend.
+
+    The choice is process-wide, for all threads; "auto" restores the automatic choice inside an outer block. The backward
+    pass uses the backend its forward was given, also outside the block. Unknown names raise ValueError.
+    """
+
+    def __init__(self, name: str):
+        self.name = check_backend_name(name)
+        self.previous = None
+
+    def __enter__(self):
+        global _selected
+        self.previous = _selected
+        _selected = self.name
+        return self
+
+    def __exit__(self, *_):
+        global _selected
+        _selected = self.previous
+
+
+_environment_choice = os.environ.get("DECO_KERNELS_BACKEND") or AUTO
+
+
+def chosen_backend(argument: str | None) -> str:
+    """The backend a call asks for: its argument, then `use_backend`, then the environment variable DECO_KERNELS_BACKEND
+    (read when the package is imported), then "auto"."""
+    if argument is not None:
+        return check_backend_name(argument)
+    if _selected is not None:
+        return _selected
+    return check_backend_name(_environment_choice)
+
+
+def automatic_candidates(request: Request) -> tuple[str, ...]:
+    """The backends the automatic choice tries, best first."""
+    if torch.float64 in request.dtypes:
+        return ("reference",)
+    return {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}.get(request.device_type, ("reference",))
+
+
+def refusal(name: str, request: Request, device: torch.device) -> str | None:
+    """Why backend `name` cannot serve the call, or None if it can."""
+    if importlib.util.find_spec(_packages[name]) is None:
+        return f"its package {_packages[name]} is not installed; choose another backend or leave the choice automatic"
+    package = importlib.import_module(_packages[name])
+    reason = package.unavailable_reason(device)
+    if reason is None and importlib.util.find_spec(f"{_packages[name]}.{request.op}") is None:
+        reason = f"it does not implement {request.op}; choose another backend or leave the choice automatic"
+    return reason if reason is not None else package.unsupported_reason(request)
+
+
+@functools.lru_cache(maxsize=1024)
+def _serving_module(backend: str, request: Request, device: torch.device) -> ModuleType:
+    if backend != AUTO:
+        reason = refusal(backend, request, device)
+        if reason is not None:
+            raise BackendUnavailable(f"backend {backend!r} cannot serve {request.op}: {reason}")
+        return importlib.import_module(f"{_packages[backend]}.{request.op}")
+    for name in automatic_candidates(request):
+        reason = refusal(name, request, device)
+        if reason is None:
+            return importlib.import_module(f"{_packages[name]}.{request.op}")
+        _log_fallback(request.op, name, reason)
+    raise AssertionError("the reference backend serves every call")
+
+
+@functools.cache
+def _log_fallback(op: str, name: str, reason: str) -> None:
+    level = logging.WARNING if name == "cpu" or name == "triton" else logging.INFO
+    _log.log(level, "%s falls back from backend %r: %s", op, name, reason)
+
+
+def serve(function: str, request: Request, device: torch.device, backend: str, *arguments):
+    """Calls `function` of the backend module that serves the request, with autocast off."""
+    implementation = getattr(_serving_module(backend, request, device), function)
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return implementation(*arguments)
+    return implementation(*arguments)
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
+
+
+def define_op(
+    name: str,
+    tensors: Sequence[str],
+    options: str,
+    outputs: Sequence[str],
+    request: Callable[..., Request],
+    fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
+    functions: tuple[str, str] = ("forward", "backward"),
+) -> Callable:
+    """Registers the operators `name` and `name_backward` and joins them into a function of (tensors, options, backend).
+
+    Args:
+        tensors: argument names in order; a trailing "?" marks one that may be None.
+        options: schema of the scalar arguments, "int patch_size, float eps".
+        outputs: names of the results; the backward receives their gradients first.
+        request: (tensors, options) -> Request. Its op is the backend module, `functions` are the names in that module.
+        fake: (tensors, options) -> results without data, of the real shapes, dtypes and strides.
+    """
+    count = len(tensors)
+    schema = ", ".join(
+        [f"Tensor{'?' if tensor.endswith('?') else ''} {tensor.rstrip('?')}" for tensor in tensors]
+        + [options] * bool(options)
+        + ["str backend"]
+    )
+
+    def forward(*arguments):
+        *inputs, backend = arguments
+        return serve(functions[0], request(*inputs), inputs[0].device, backend, *inputs)
+
+    def backward(*arguments):
+        gradients, (*inputs, backend, needs) = arguments[: len(outputs)], arguments[len(outputs) :]
+        results = serve(functions[1], request(*inputs), inputs[0].device, backend, *gradients, *inputs, needs)
+        return tuple(inputs[0].new_empty(0) if result is None else result for result in results)
+
+    def fake_forward(*arguments):
+        return fake(*arguments[:-1])
+
+    def fake_backward(*arguments):
+        inputs, needs = arguments[len(outputs) : len(outputs) + count], arguments[-1]
+        return tuple(
+            torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else inputs[0].new_empty(0)
+            for tensor, need in zip(inputs, needs, strict=True)
+        )
+
+    def returns(number):
+        return "Tensor" if number == 1 else f"({', '.join(['Tensor'] * number)})"
+
+    gradient_schema = ", ".join(f"Tensor grad_{output}" for output in outputs)
+    forward_op = _register(name, f"({schema}) -> {returns(len(outputs))}", forward, fake_forward)
+    backward_op = _register(
+        f"{name}_backward",
+        f"({gradient_schema}, {schema}, bool[] needs) -> {returns(count)}",
+        backward,
+        fake_backward,
+    )
+    return _differentiable(name, forward_op, backward_op, count)
+
+
+def _register(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
+    LIBRARY.define(f"{name}{schema}")
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tensor_count: int) -> Callable:
+    """The autograd function around the two operators. A gradient that is not needed comes back as an empty placeholder,
+    since operators return tensors only. Only the inputs are saved between forward and backward."""
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments):
+            return backward_op(*arguments)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            raise NotImplementedError(
+                f"{name}: second derivatives are not implemented; differentiate once, without create_graph=True, "
+                "or build the computation from plain PyTorch operations"
+            )
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments):
+            return forward_op(*arguments)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs[:tensor_count])
+            ctx.scalars = inputs[tensor_count:]
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            needs = list(ctx.needs_input_grad[:tensor_count])
+            call = Backward.apply if torch.is_grad_enabled() else backward_op
+            results = call(*gradients, *ctx.saved_tensors, *ctx.scalars, needs)
+            masked = tuple(result if need else None for result, need in zip(results, needs, strict=True))
+            return masked + (None,) * len(ctx.scalars)
+
+    def apply(*arguments):
+        if forward_ad._current_level >= 0:
+            return Forward.apply(*arguments)
+        if torch.is_grad_enabled():
+            for tensor in arguments[:tensor_count]:
+                if tensor is not None and tensor.requires_grad:
+                    return Forward.apply(*arguments)
+        return forward_op(*arguments)
+
+    return apply

@@ -1,0 +1,87 @@
+"""upsample_modulate: token-to-pixel upsample, modulation and LayerNorm of one decoder block."""
+
+import math
+
+import torch
+
+from deco_kernels.ops import checks
+from deco_kernels.ops.registry import Request, chosen_backend, define_op
+
+_NAMES = ("h", "tokens", "up_weight", "up_bias", "norm_weight", "norm_bias", "mod_weight", "mod_bias")
+
+
+def upsample_modulate(
+    h: torch.Tensor,
+    tokens: torch.Tensor,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    mod_weight: torch.Tensor,
+    mod_bias: torch.Tensor,
+    *,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first half of a decoder block, from tokens (DeCo, arXiv 2511.19365, section 3), for every pixel k of a token:
+
+        y = up_weight[k*D:(k+1)*D] @ token + up_bias[k*D:(k+1)*D]
+        shift, scale, gate = chunk3(mod_weight @ SiLU(y) + mod_bias)
+        modulated = LayerNorm(h; norm_weight, norm_bias, eps) * (1 + scale) + shift
+
+    Neither y nor the 3D-wide modulation reaches memory as a whole.
+
+    Args:
+        h: [..., P, D], the pixels of every token.
+        tokens: [..., Z], same leading sizes and dtype as h (the activation dtype; under autocast float32 is cast to the
+            autocast dtype).
+        up_weight, up_bias: [P*D, Z], [P*D]; row k*D + d belongs to channel d of pixel k.
+        norm_weight, norm_bias: [D].
+        mod_weight, mod_bias: [3D, D], [3D], rows ordered shift, scale, gate.
+        eps: added to the variance in LayerNorm.
+        backend: as in `pixel_decoder`.
+
+    Returns:
+        (modulated, gate), both [..., P, D], contiguous, in the activation dtype. Gradients flow to every tensor argument.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as `pixel_decoder`.
+    """
+    name = "upsample_modulate"
+    weights = (up_weight, up_bias, norm_weight, norm_bias, mod_weight, mod_bias)
+    checks.check_tensors(name, _NAMES, (h, tokens, *weights))
+    checks.check_rank(name, "h", h, 2, "[..., P, D]", at_least=True)
+    checks.check_rank(name, "tokens", tokens, h.dim() - 1, "[..., Z]")
+    checks.check_shape(name, "tokens", tokens, (*h.shape[:-2], tokens.shape[-1]), "[..., Z]")
+    pixels, width = h.shape[-2:]
+    expected = (
+        ((pixels * width, tokens.shape[-1]), "[P*D, Z]"),
+        ((pixels * width,), "[P*D]"),
+        ((width,), "[D]"),
+        ((width,), "[D]"),
+        ((3 * width, width), "[3D, D]"),
+        ((3 * width,), "[3D]"),
+    )
+    checks.check_shapes(name, _NAMES[2:], weights, expected)
+    checks.check_nonempty(name, "up_weight", up_weight, "[P*D, Z]")
+    eps = checks.check_eps(name, eps)
+    h, tokens = checks.autocast_activation(h, tokens)
+    checks.check_same_dtype(name, "tokens", tokens, "h", h)
+    return _upsample_modulate(h, tokens, *weights, eps, chosen_backend(backend))
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def _request(h, *_):
+    pixels, width = h.shape[-2:]
+    side = math.isqrt(pixels)
+    patch_size = side if side * side == pixels else 0  # 0: not a square patch
+    return Request("upsample_modulate", h.device.type, (h.dtype,), width, patch_size=patch_size)
+
+
+def _fake(h, *_):
+    return tuple(torch.empty_like(h, memory_format=torch.contiguous_format) for _ in range(2))
+
+
+_upsample_modulate = define_op("upsample_modulate", _NAMES, "float eps", ("modulated", "gate"), _request, _fake)
