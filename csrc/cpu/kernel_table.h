@@ -1,0 +1,32 @@
+// One table of entry points per instruction set; dispatch.cpp chooses among them at run time.
+#pragma once
+
+// Every op of the CPU backend: X(function, type of its argument). A line here declares the function for the caller
+// (deco::cpu::function), in each instruction set's namespace, and in the table.
+#define DECO_CPU_OPS(X)
+
+namespace deco::cpu {
+
+#define DECO_DECLARE_ARGUMENT(function, Argument) struct Argument;
+DECO_CPU_OPS(DECO_DECLARE_ARGUMENT)
+#undef DECO_DECLARE_ARGUMENT
+
+struct KernelTable {
+  int lanes;  // floats per vector
+#define DECO_DECLARE_ENTRY(function, Argument) void (*function)(const Argument&);
+  DECO_CPU_OPS(DECO_DECLARE_ENTRY)
+#undef DECO_DECLARE_ENTRY
+};
+
+// The table of the instruction set in use.
+const KernelTable& kernel_table();
+
+}  // namespace deco::cpu
+
+#ifdef DECO_CPU_ISA
+namespace deco::cpu::DECO_CPU_ISA {
+#define DECO_DECLARE_KERNEL(function, Argument) void function(const Argument&);
+DECO_CPU_OPS(DECO_DECLARE_KERNEL)
+#undef DECO_DECLARE_KERNEL
+}  // namespace deco::cpu::DECO_CPU_ISA
+#endif

@@ -1,0 +1,93 @@
+#include "cpu/parallel.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace deco::cpu {
+namespace {
+
+std::atomic<bool> in_forked_child{false};
+
+// The three entry points of the OpenMP runtime that are needed; GNU's, LLVM's and Intel's runtimes all export them.
+struct OpenMP {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*thread_num)() = nullptr;
+  int (*num_threads)() = nullptr;
+
+  OpenMP() {
+    pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+    // RTLD_DEFAULT is null with glibc; so is a failed dlopen, which then leaves the entry points null.
+    void* library = RTLD_DEFAULT;
+    if (dlsym(library, "GOMP_parallel") == nullptr) library = dlopen("libgomp.so.1", RTLD_LAZY);
+    parallel = reinterpret_cast<decltype(parallel)>(dlsym(library, "GOMP_parallel"));
+    thread_num = reinterpret_cast<decltype(thread_num)>(dlsym(library, "omp_get_thread_num"));
+    num_threads = reinterpret_cast<decltype(num_threads)>(dlsym(library, "omp_get_num_threads"));
+  }
+
+  bool usable() const { return parallel && thread_num && num_threads && !in_forked_child; }
+};
+
+const OpenMP openmp;
+
+struct Task {
+  int parts;
+  PartFunction function;
+  void* context;
+};
+
+// Body of the parallel region. The team may be smaller than asked for (nested regions, thread limits).
+void run_team_member(void* data) {
+  const Task& task = *static_cast<const Task*>(data);
+  const int team = openmp.num_threads();
+  for (int part = openmp.thread_num(); part < task.parts; part += team) task.function(task.context, part);
+}
+
+struct FreeBlock {
+  void operator()(void* block) const { std::free(block); }
+};
+
+struct ScratchBlock {
+  std::unique_ptr<void, FreeBlock> data;
+  size_t bytes = 0;
+};
+
+}  // namespace
+
+void run_parts(int parts, PartFunction function, void* context) {
+  if (parts <= 1) {
+    if (parts == 1) function(context, 0);
+    return;
+  }
+  if (openmp.usable()) {
+    Task task{parts, function, context};
+    openmp.parallel(run_team_member, &task, static_cast<unsigned>(parts), 0);
+    return;
+  }
+  std::vector<std::thread> threads;
+  threads.reserve(static_cast<size_t>(parts - 1));
+  for (int part = 1; part < parts; ++part) threads.emplace_back(function, context, part);
+  function(context, 0);
+  for (std::thread& thread : threads) thread.join();
+}
+
+void* thread_scratch(size_t bytes) {
+  thread_local ScratchBlock block;
+  if (block.bytes < bytes) {
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    block.data.reset();
+    block.bytes = 0;
+    block.data.reset(std::aligned_alloc(4096, rounded));
+    if (!block.data) throw std::bad_alloc();
+    block.bytes = rounded;
+  }
+  return block.data.get();
+}
+
+}  // namespace deco::cpu

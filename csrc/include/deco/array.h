@@ -1,0 +1,32 @@
+// Descriptions of memory that callers hand to the kernels. The kernels never own or keep any of it.
+#pragma once
+
+#include <cstdint>
+
+namespace deco {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// A dense row-major array; data may be null where a function says that it is optional.
+struct Array {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+// [B,C,H,W] with any strides, counted in elements.
+struct ImageArray {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t stride_b = 0, stride_c = 0, stride_y = 0, stride_x = 0;
+};
+
+// [tokens, pixels per token, channels] with unit channel stride; the other two strides are counted in elements.
+struct PixelRows {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t token_stride = 0, pixel_stride = 0;
+};
+
+}  // namespace deco

@@ -1,0 +1,107 @@
+"""Builds the native modules with CMake and Ninja; everything else is declared in pyproject.toml.
+
+DECO_KERNELS_BUILD chooses what is built:
+  auto  (default) whatever this machine has the tools for; if that fails, the pure-Python package is installed
+        and the reason and the log are named
+  cpu   the CPU module; a failure is an error
+  cuda  the CUDA module and the CPU module; a failure is an error
+  none  nothing: pure Python
+Neither PyTorch nor a GPU is needed here.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CHOICES = ("auto", "cpu", "cuda", "none")
+
+
+def build_choice() -> str:
+    choice = os.environ.get("DECO_KERNELS_BUILD", "auto").strip().lower() or "auto"
+    if choice not in CHOICES:
+        raise SystemExit(f"DECO_KERNELS_BUILD: expected one of {', '.join(CHOICES)}, got {choice!r}")
+    if choice == "cuda":
+        raise SystemExit("DECO_KERNELS_BUILD=cuda: this version has no CUDA sources; use auto, cpu or none")
+    return choice
+
+
+class NativeModule(Extension):
+    """A Python module that the CMake target of the same name builds; `optional` ones may fail."""
+
+    def __init__(self, name: str, target: str, optional: bool):
+        super().__init__(name, sources=[], optional=optional)
+        self.target = target
+
+
+def find_tool(name: str) -> str | None:
+    """An executable on PATH or next to the running Python (a virtual environment that is not activated)."""
+    beside_python = os.path.dirname(sys.executable)
+    return shutil.which(name) or shutil.which(name, path=beside_python)
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: NativeModule) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build_dir = Path(self.build_temp).resolve() / ext.target
+        build_dir.mkdir(parents=True, exist_ok=True)
+        log = build_dir / "build.log"
+        try:
+            self.run_cmake(ext.target, output.parent, build_dir, log)
+            if not output.exists():
+                raise RuntimeError(f"the build finished without writing {output}")
+        except Exception as error:
+            message = f"deco_kernels: building {ext.target} failed: {error}\n  log: {log}\n"
+            if not ext.optional:
+                raise SystemExit(message) from error
+            sys.stderr.write(
+                f"{message}  Installing without it: the ops run through the reference backend. Install a C++17 "
+                "compiler, cmake, ninja and pybind11 and build again; DECO_KERNELS_BUILD=cpu makes this an error.\n"
+            )
+
+    def run_cmake(self, target: str, output_dir: Path, build_dir: Path, log: Path) -> None:
+        log.write_text("")
+        try:
+            import pybind11
+        except ImportError:
+            raise RuntimeError("pybind11 is not installed for this Python (pip install pybind11)") from None
+        cmake = find_tool("cmake")
+        if cmake is None:
+            raise RuntimeError("cmake was not found (pip install cmake)")
+        configure = [
+            cmake,
+            f"-S{ROOT}",
+            f"-B{build_dir}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output_dir}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPYTHON_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        ninja = find_tool("ninja")
+        if ninja is not None:
+            configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        with log.open("a") as stream:
+            for command in (configure, [cmake, "--build", str(build_dir), "--target", target, "--parallel", jobs]):
+                stream.write(f"$ {' '.join(command)}\n")
+                stream.flush()
+                if subprocess.call(command, stdout=stream, stderr=subprocess.STDOUT) != 0:
+                    stream.flush()
+                    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                    raise RuntimeError(f"{command[0]} returned an error; the end of its output:\n{tail}")
+
+
+def native_modules() -> list[NativeModule]:
+    choice = build_choice()
+    if choice == "none":
+        return []
+    return [NativeModule("deco_kernels._native_cpu", "_native_cpu", optional=choice == "auto")]
+
+
+setup(ext_modules=native_modules(), cmdclass={"build_ext": CMakeBuild})
