@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _SUBMODULES = ("ops", "model", "flow")
 _REGISTRY_NAMES = ("use_backend", "BackendUnavailable")
 
-__all__ = ["__version__", *_SUBMODULES, *_REGISTRY_NAMES]
+__all__ = ["BackendUnavailable", "__version__", "flow", "model", "ops", "use_backend"]
 
 
 def __getattr__(name: str):
