@@ -1,0 +1,99 @@
+"""The training objective: flow matching in pixels and in JPEG-weighted frequencies, and the dropping of labels.
+
+Source: DeCo (arXiv 2511.19365), sections 3.3 and 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from deco_kernels import ops
+from deco_kernels.flow.path import interpolate, sample_time
+
+
+def drop_labels(
+    y: torch.Tensor, null_label: int, probability: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Labels y [B] with each replaced by `null_label` independently with the given probability; y is not changed."""
+    if not 0 <= probability <= 1:
+        raise ValueError(f"probability: expected a number from 0 to 1, got {probability}")
+    device = y.device if generator is None else generator.device
+    dropped = torch.rand(y.shape, generator=generator, device=device).to(y.device) < probability
+    return torch.where(dropped, torch.full_like(y, null_label), y)
+
+
+class Objective(nn.Module):
+    """Draws noise and times, runs the model and returns its losses.
+
+    total = pixel + frequency_scale·frequency + repa.weight·repa, with pixel the mean of (v̂ - v)² and frequency the mean
+    of frequency_weight·(8×8 DCT of the YCbCr of v̂ - v)².
+
+    Args:
+        frequency_weight: [3, 8, 8] (channel, vertical, horizontal frequency), as from `ops.jpeg_frequency_weight`.
+        frequency_scale: weight of the frequency loss.
+        repa: alignment loss or None: a callable (features [B, L, Z], clean image x) → scalar with attributes `block`
+            (trunk block, from 1, after which the features are taken) and `weight`. A module is registered.
+        distribution, shift: of the training times, see `sample_time`.
+        label_dropout: probability of training without a label.
+        null_label: label of the null class, `model.null_label`; required when labels are dropped.
+        backend: passed to the loss op; None leaves the choice to deco_kernels.
+    """
+
+    def __init__(
+        self,
+        frequency_weight: torch.Tensor,
+        frequency_scale: float = 1.0,
+        repa: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        *,
+        distribution: str = "lognormal",
+        shift: float = 1.0,
+        label_dropout: float = 0.0,
+        null_label: int | None = None,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout: expected a number from 0 to 1, got {label_dropout}")
+        if label_dropout and null_label is None:
+            raise ValueError("null_label: expected the label of the null class when label_dropout > 0, got None")
+        self.register_buffer("frequency_weight", frequency_weight, persistent=False)
+        self.frequency_scale, self.repa = frequency_scale, repa
+        self.distribution, self.shift = distribution, shift
+        self.label_dropout, self.null_label = label_dropout, null_label
+        self.backend = backend
+
+    def forward(
+        self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, torch.Tensor | None]:
+        """Losses of `model` on clean images.
+
+        Args:
+            model: (x_t, t, y) → velocity; with repa also taking `features_after` and returning (velocity, features).
+            x: images [B, 3, H, W] in [-1, 1], float32.
+            y: labels [B].
+            generator: source of labels dropped, times and noise, drawn in this order.
+
+        Returns:
+            float32 scalars "total", "pixel", "frequency" and "repa" (None without repa), and "t", the times [B].
+        """
+        if self.label_dropout:
+            y = drop_labels(y, self.null_label, self.label_dropout, generator)
+        t = sample_time(len(x), distribution=self.distribution, shift=self.shift, generator=generator, device=x.device)
+        noise_device = x.device if generator is None else generator.device
+        noise = torch.randn(x.shape, generator=generator, device=noise_device, dtype=x.dtype).to(x.device)
+        x_t, v = interpolate(x, noise, t)
+        repa = None
+        if self.repa is None:
+            velocity = model(x_t, t, y)
+        else:
+            velocity, features = model(x_t, t, y, features_after=self.repa.block)
+            repa = self.repa(features, x)
+        total, pixel, frequency = ops.flow_matching_loss(
+            velocity, v, self.frequency_weight, frequency_scale=self.frequency_scale, backend=self.backend
+        )
+        if repa is not None:
+            total = total + self.repa.weight * repa
+        return {"total": total, "pixel": pixel, "frequency": frequency, "repa": repa, "t": t}

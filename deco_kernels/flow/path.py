@@ -1,0 +1,60 @@
+"""The straight path from noise (t = 0) to an image (t = 1), and the distribution of training times.
+
+Source: DeCo (arXiv 2511.19365), section 3.3, in the sign and time direction of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+
+DISTRIBUTIONS = ("lognormal", "uniform")
+
+
+def interpolate(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The point on the path at time t and its velocity.
+
+    Args:
+        x: images [B, ...]. noise: like x. t: times [B] in [0, 1].
+
+    Returns:
+        (x_t, v) with x_t = t·x + (1 - t)·noise and v = x - noise, both shaped like x.
+    """
+    if noise.shape != x.shape:
+        raise ValueError(f"noise: expected the shape of x {tuple(x.shape)}, got {tuple(noise.shape)}")
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t: expected shape ({x.shape[0]},) like the batch of x, got {tuple(t.shape)}")
+    t = t.reshape(-1, *[1] * (x.dim() - 1))
+    return t * x + (1 - t) * noise, x - noise
+
+
+def shift_time(t: torch.Tensor, shift: float) -> torch.Tensor:
+    """t / (t + (1 - t)·shift): a shift above 1 moves times in [0, 1] towards noise; 0 and 1 stay."""
+    if not 0 < shift < float("inf"):
+        raise ValueError(f"shift: expected a positive finite number, got {shift}")
+    return t / (t + (1 - t) * shift)
+
+
+def sample_time(
+    batch: int,
+    *,
+    distribution: str = "lognormal",
+    shift: float = 1.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Draw training times, float32 [batch].
+
+    Args:
+        distribution: "lognormal", sigmoid(N(0, 1)), or "uniform" on [0, 1).
+        shift: see `shift_time`.
+        generator: source of randomness; it may live on another device than the result.
+        device: of the result; by default the generator's, else the current default device.
+    """
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution: expected one of {list(DISTRIBUTIONS)}, got {distribution!r}")
+    draw_device = device if generator is None else generator.device
+    if distribution == "lognormal":
+        t = torch.randn(batch, generator=generator, device=draw_device, dtype=torch.float32).sigmoid()
+    else:
+        t = torch.rand(batch, generator=generator, device=draw_device, dtype=torch.float32)
+    return shift_time(t if device is None else t.to(device), shift)

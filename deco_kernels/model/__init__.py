@@ -1,0 +1,30 @@
+"""Models: the per-pixel decoder, the DeCo model around it, the plain DiT baseline, presets and checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+
+_MODULE_OF = {
+    "PixelDecoder": "pixel_decoder",
+    "DiT": "dit",
+    "Trunk": "dit",
+    "DeCo": "deco",
+    "PRESETS": "presets",
+    "build": "presets",
+    "from_published": "checkpoint",
+    "to_published": "checkpoint",
+    "pixel_position_features": "position",
+    "rotary_angles": "position",
+}
+
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,320 @@
+"""Published checkpoints to models and back.
+
+Source: the parameter names and shapes of the published DeCo checkpoints (arXiv 2511.19365).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from deco_kernels.model.deco import DeCo
+from deco_kernels.model.dit import DiT
+
+# A published file holds one model twice, raw and averaged, beside the head of the alignment loss.
+_RAW, _EMA, _ALIGNMENT_HEAD = "denoiser.", "ema_denoiser.", "diffusion_trainer.proj."
+
+# Published name → ours; {i} is the number of a block. Ours are modules in the trunk, stacked tensors in the decoder.
+_TRUNK_BLOCK = {
+    f"blocks.{{i}}.{published}": f"trunk.blocks.{{i}}.{ours}"
+    for published, ours in {
+        "norm1.weight": "norm1.weight",
+        "attn.qkv.weight": "attn.qkv.weight",
+        "attn.q_norm.weight": "attn.q_norm.weight",
+        "attn.k_norm.weight": "attn.k_norm.weight",
+        "attn.proj.weight": "attn.proj.weight",
+        "attn.proj.bias": "attn.proj.bias",
+        "norm2.weight": "norm2.weight",
+        "mlp.w1.weight": "mlp.w1.weight",
+        "mlp.w3.weight": "mlp.w3.weight",
+        "mlp.w2.weight": "mlp.w2.weight",
+        "adaLN_modulation.0.weight": "modulation.weight",
+        "adaLN_modulation.0.bias": "modulation.bias",
+    }.items()
+}
+_TRUNK = {
+    "t_embedder.mlp.0.weight": "trunk.time_embed.fc1.weight",
+    "t_embedder.mlp.0.bias": "trunk.time_embed.fc1.bias",
+    "t_embedder.mlp.2.weight": "trunk.time_embed.fc2.weight",
+    "t_embedder.mlp.2.bias": "trunk.time_embed.fc2.bias",
+    "y_embedder.embedding_table.weight": "trunk.label_table.weight",
+}
+_DECODER = {
+    "x_embedder.embedder.0.weight": "decoder.embed_weight",
+    "x_embedder.embedder.0.bias": "decoder.embed_bias",
+    "dec_net.cond_embed.weight": "decoder.up_weight",
+    "dec_net.cond_embed.bias": "decoder.up_bias",
+    "dec_net.input_proj.weight": "decoder.input_weight",
+    "dec_net.input_proj.bias": "decoder.input_bias",
+    "dec_net.final_layer.linear.weight": "decoder.head_weight",
+    "dec_net.final_layer.linear.bias": "decoder.head_bias",
+}
+_DECODER_BLOCK = {
+    f"dec_net.res_blocks.{{i}}.{module}.{kind}": f"decoder.{ours}_{kind}"
+    for module, ours in {"in_ln": "norm", "adaLN_modulation.1": "mod", "mlp.0": "fc1", "mlp.2": "fc2"}.items()
+    for kind in ("weight", "bias")
+}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a kind of model is named in a published checkpoint, and how its constructor arguments follow from shapes."""
+
+    model: type[nn.Module]
+    names: dict[str, str]
+    stacked: dict[str, str]
+    sizes: Callable[[_Evidence], dict[str, Any]]
+
+
+class _Evidence:
+    """Sizes that the shapes of a checkpoint speak for.
+
+    A size is looked up under every key that shows it and the most frequent answer is taken, so that one missing or
+    misshapen tensor does not hide what the others say.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
+        self.shapes = shapes
+
+    def size(self, what: str, *sources: tuple[str, int]) -> int:
+        """The size `what` from (key pattern, dimension) pairs; `*` in a pattern stands for any block number."""
+        votes: Counter[int] = Counter()
+        for pattern, dim in sources:
+            matcher = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+            for key, shape in self.shapes.items():
+                if matcher.fullmatch(key) and len(shape) > dim and shape[dim] > 0:
+                    votes[shape[dim]] += 1
+        if not votes:
+            names = ", ".join(pattern for pattern, _ in sources)
+            raise ValueError(f"state_dict: cannot tell the {what}: none of {names} is there with a usable shape")
+        return votes.most_common(1)[0][0]
+
+    def count(self, prefix: str) -> int:
+        """One more than the highest block number after `prefix`."""
+        matcher = re.compile(re.escape(prefix) + r"(\d+)\.")
+        numbers = [int(match.group(1)) for match in map(matcher.match, self.shapes) if match]
+        if not numbers:
+            raise ValueError(f"state_dict: cannot tell the number of blocks: no key starts with {prefix}")
+        # A stray number far beyond the keys present is a wrong key, not a model with that many blocks.
+        return max((n for n in numbers if n < len(numbers)), default=0) + 1
+
+
+def _trunk_sizes(evidence: _Evidence) -> dict[str, Any]:
+    width = evidence.size(
+        "trunk width",
+        ("t_embedder.mlp.2.weight", 0),
+        ("t_embedder.mlp.2.bias", 0),
+        ("y_embedder.embedding_table.weight", 1),
+        ("blocks.*.norm1.weight", 0),
+        ("blocks.*.attn.proj.weight", 0),
+    )
+    head_dim = evidence.size("head size", ("blocks.*.attn.q_norm.weight", 0), ("blocks.*.attn.k_norm.weight", 0))
+    mlp_width = evidence.size(
+        "SwiGLU width", ("blocks.*.mlp.w1.weight", 0), ("blocks.*.mlp.w3.weight", 0), ("blocks.*.mlp.w2.weight", 1)
+    )
+    return dict(
+        width=width,
+        depth=evidence.count("blocks."),
+        heads=max(width // head_dim, 1),
+        num_classes=evidence.size("number of classes", ("y_embedder.embedding_table.weight", 0)) - 1,
+        mlp_width=mlp_width,
+    )
+
+
+def _dit_sizes(evidence: _Evidence) -> dict[str, Any]:
+    """A plain DiT's sizes; the images have 3 channels, which shapes alone cannot tell from the patch size."""
+    patch = evidence.size(
+        "patch size", ("x_embedder.proj.weight", 1), ("final_layer.linear.weight", 0), ("final_layer.linear.bias", 0)
+    )
+    return {**_trunk_sizes(evidence), "channels": 3, "patch_size": math.isqrt(patch // 3)}
+
+
+def _deco_sizes(evidence: _Evidence) -> dict[str, Any]:
+    """A DeCo model's sizes; 3·r² decoder channels with r 4 or 16 mean 3 image channels and decoder patch r."""
+    width = evidence.size(
+        "decoder width",
+        ("dec_net.input_proj.weight", 0),
+        ("x_embedder.embedder.0.weight", 0),
+        ("dec_net.res_blocks.*.in_ln.weight", 0),
+        ("dec_net.res_blocks.*.mlp.2.weight", 0),
+        ("dec_net.final_layer.linear.weight", 1),
+    )
+    channels = evidence.size(
+        "channels", ("dec_net.final_layer.linear.weight", 0), ("dec_net.final_layer.linear.bias", 0)
+    )
+    decoder_patch = {3 * r**2: r for r in (4, 16)}.get(channels, 1)
+    upsampled = evidence.size("patch size", ("dec_net.cond_embed.weight", 0), ("dec_net.cond_embed.bias", 0))
+    modulated = any(".adaLN_modulation.1." in key for key in evidence.shapes)
+    return dict(
+        **_trunk_sizes(evidence),
+        channels=channels // decoder_patch**2,
+        patch_size=math.isqrt(upsampled // width) * decoder_patch,
+        decoder_width=width,
+        decoder_depth=evidence.count("dec_net.res_blocks."),
+        decoder_patch=decoder_patch,
+        interaction="adaln" if modulated else "add",
+    )
+
+
+_DIT = _Layout(
+    model=DiT,
+    names={
+        "x_embedder.proj.weight": "trunk.patch_embed.weight",
+        "x_embedder.proj.bias": "trunk.patch_embed.bias",
+        **_TRUNK,
+        **_TRUNK_BLOCK,
+        "final_layer.linear.weight": "head.weight",
+        "final_layer.linear.bias": "head.bias",
+        "final_layer.adaLN_modulation.0.weight": "modulation.weight",
+        "final_layer.adaLN_modulation.0.bias": "modulation.bias",
+    },
+    stacked={},
+    sizes=_dit_sizes,
+)
+_DECO = _Layout(
+    model=DeCo,
+    names={
+        "s_embedder.proj.weight": "trunk.patch_embed.weight",
+        "s_embedder.proj.bias": "trunk.patch_embed.bias",
+        **_TRUNK,
+        **_TRUNK_BLOCK,
+        **_DECODER,
+    },
+    stacked=_DECODER_BLOCK,
+    sizes=_deco_sizes,
+)
+
+
+def to_published(model: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The model's parameters under their published names, each preceded by `prefix` (such as "ema_denoiser.").
+
+    The tensors are detached views of the parameters (slices, where ours are stacked over blocks), bit for bit.
+    Raises TypeError for a model that no published checkpoint describes.
+    """
+    layout = next((known for known in (_DECO, _DIT) if type(model) is known.model), None)
+    if layout is None:
+        raise TypeError(
+            f"model: expected DeCo or DiT, got {type(model).__name__}; unwrap compiled or parallel models first"
+        )
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    published: dict[str, torch.Tensor] = {}
+    for name, ours in layout.names.items():
+        if "{i}" in name:
+            for i in range(len(model.trunk.blocks)):
+                published[prefix + name.format(i=i)] = parameters[ours.format(i=i)]
+        else:
+            published[prefix + name] = parameters[ours]
+    for name, ours in layout.stacked.items():
+        for i, block in enumerate(parameters[ours].unbind() if ours in parameters else ()):
+            published[prefix + name.format(i=i)] = block
+    return published
+
+
+def from_published(state_dict: Mapping[str, Any], *, ema: bool = True) -> nn.Module:
+    """Build the model that a published checkpoint holds; which one and every size follow from keys and shapes.
+
+    Args:
+        state_dict: name → tensor, or the dictionary of a whole file, with the former under "state_dict". Names may be
+            bare or begin with "denoiser." and "ema_denoiser."; the alignment head ("diffusion_trainer.proj.") is left
+            out.
+        ema: where both are there, take the averaged weights rather than the raw ones.
+
+    Returns:
+        A DeCo or DiT with copies of the tensors, in their dtypes and on their devices.
+
+    Raises:
+        TypeError: not a mapping of names to floating-point tensors.
+        ValueError: not a model known here, or keys missing, extra or misshapen; one message lists them all.
+    """
+    tensors = _select(state_dict, ema)
+    layout = _recognise(tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    config = layout.sizes(_Evidence(shapes))
+    with torch.device("meta"):
+        try:
+            model = layout.model(**config)
+        except ValueError as error:
+            raise ValueError(f"state_dict: its shapes give an impossible model ({config}): {error}") from None
+    _compare(layout.model.__name__, {name: tuple(t.shape) for name, t in to_published(model).items()}, shapes)
+    _adopt(model, layout, tensors)
+    return model
+
+
+def _select(state_dict: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]:
+    """The tensors of one model, prefixes removed."""
+    if isinstance(state_dict, Mapping) and isinstance(state_dict.get("state_dict"), Mapping):
+        state_dict = state_dict["state_dict"]
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: expected a mapping of names to tensors, got {type(state_dict).__name__}")
+    wrong = [
+        f"{name!r} ({type(value).__name__ if not isinstance(value, torch.Tensor) else value.dtype})"
+        for name, value in state_dict.items()
+        if not (isinstance(name, str) and isinstance(value, torch.Tensor) and value.is_floating_point())
+    ]
+    if wrong:
+        raise TypeError(f"state_dict: expected floating-point tensors, got {', '.join(wrong)}")
+    present = [prefix for prefix in (_RAW, _EMA) if any(name.startswith(prefix) for name in state_dict)]
+    if not present:
+        return dict(state_dict)
+    chosen = _EMA if (ema and _EMA in present) or _RAW not in present else _RAW
+    skipped = tuple(prefix for prefix in (_RAW, _EMA, _ALIGNMENT_HEAD) if prefix != chosen)
+    return {name.removeprefix(chosen): value for name, value in state_dict.items() if not name.startswith(skipped)}
+
+
+def _recognise(tensors: Mapping[str, torch.Tensor]) -> _Layout:
+    """Which kind of model the names belong to."""
+    if any(name.startswith(("text_refine_blocks.", "y_pos_embedding", "y_embedder.proj.")) for name in tensors):
+        raise ValueError(
+            "state_dict: this is a text-to-image checkpoint, which is not supported yet; "
+            "expected a class-to-image DeCo or DiT"
+        )
+    if any(name.startswith("dec_net.") for name in tensors):
+        return _DECO
+    if any(name.startswith(("x_embedder.proj.", "final_layer.")) for name in tensors):
+        return _DIT
+    some = ", ".join(sorted(tensors)[:5]) or "no keys"
+    raise ValueError(
+        "state_dict: expected a published DeCo (keys dec_net.*) or DiT (keys x_embedder.proj.*, final_layer.*), "
+        f"got {some}"
+    )
+
+
+def _compare(model: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise one ValueError that lists every difference between the expected and the found names and shapes."""
+    missing = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    extra = [f"extra: {name} {list(shape)}" for name, shape in found.items() if name not in expected]
+    misshapen = [
+        f"misshapen: {name}, expected {list(shape)}, got {list(found[name])}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems = missing + extra + misshapen
+    if problems:
+        raise ValueError(f"state_dict: does not fit a {model} of the sizes it shows:\n  " + "\n  ".join(problems))
+
+
+def _adopt(model: nn.Module, layout: _Layout, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a model on the meta device copies of the published tensors, and its fixed buffers their values."""
+    ours: dict[str, torch.Tensor] = {}
+    for name, target in layout.names.items():
+        for i in range(len(model.trunk.blocks)) if "{i}" in name else (0,):
+            ours[target.format(i=i)] = tensors[name.format(i=i)].detach().clone()
+    parameters = dict(model.named_parameters())
+    for name, target in layout.stacked.items():
+        if target in parameters:
+            blocks = [tensors[name.format(i=i)].detach() for i in range(len(parameters[target]))]
+            if len({(block.dtype, block.device) for block in blocks}) > 1:
+                raise TypeError(
+                    f"state_dict: expected one dtype and device for all of {name.format(i='*')}, got a mixture"
+                )
+            ours[target] = torch.stack(blocks)
+    model.load_state_dict(ours, strict=True, assign=True)
+    if isinstance(model, DeCo):
+        model.decoder.fill_position_features()

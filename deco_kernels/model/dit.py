@@ -1,0 +1,257 @@
+"""The Diffusion Transformer that models semantics on patches, and the plain DiT baseline built on it.
+
+Source: DeCo (arXiv 2511.19365), section 3.1; Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deco_kernels.model.patches import from_patches, to_patches
+from deco_kernels.model.position import rotary_angles, rotate_pairs
+
+TIME_FEATURES = 256
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension; statistics in float32, result in the dtype of x."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale * self.weight).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Softmax self-attention with RMS-normalised queries and keys and an optional 2-D rotary embedding.
+
+    x [B, L, Z] → [B, L, Z]; `rotation` is the pair cos, sin [L, Z/heads/2] of the rotary angles;
+    qkv without bias (rows: all of q, then k, then v), proj with bias.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate_pairs(q, *rotation), rotate_pairs(k, *rotation)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """w2·(SiLU(w1·x) · w3·x), no biases."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TimeEmbedding(nn.Module):
+    """Time t [B] in [0, 1] → [B, Z]: 256 features cos‖sin(t·10^(-i/128)), i = 0..127, then Linear, SiLU, Linear."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(TIME_FEATURES, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        half = TIME_FEATURES // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angle = t.to(torch.promote_types(t.dtype, torch.float32))[:, None] * 10.0**-exponent
+        features = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        return self.fc2(F.silu(self.fc1(features.to(self.fc1.weight.dtype))))
+
+
+class Block(nn.Module):
+    """One transformer block with adaptive RMS norms, x [B, L, Z] and condition c [B, Z].
+
+    shift₁, scale₁, gate₁, shift₂, scale₂, gate₂ = modulation(c);
+    x += gate₁·attn(norm1(x)(1 + scale₁) + shift₁); x += gate₂·mlp(norm2(x)(1 + scale₂) + shift₂).
+    """
+
+    def __init__(self, width: int, heads: int, mlp_width: int):
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, mlp_width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rotation)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class Trunk(nn.Module):
+    """Class-conditional transformer on patches.
+
+    Args:
+        width: Z. heads: attention heads; Z/heads must be a multiple of 4. depth: blocks.
+        num_classes: the label table has one row more, the null class, at index `num_classes`.
+        patch_size, channels: of the image. mlp_width: of the SwiGLU, int(8·Z/3) by default.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        num_classes: int,
+        patch_size: int,
+        channels: int = 3,
+        mlp_width: int | None = None,
+    ):
+        super().__init__()
+        sizes = dict(
+            width=width, depth=depth, heads=heads, num_classes=num_classes, patch_size=patch_size, channels=channels
+        )
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        if width % heads or (width // heads) % 4:
+            raise ValueError(
+                f"heads: expected width / heads to be a multiple of 4, got width {width} and heads {heads}"
+            )
+        self.width, self.heads, self.num_classes = width, heads, num_classes
+        self.patch_size, self.channels = patch_size, channels
+        self.patch_embed = nn.Linear(channels * patch_size**2, width)
+        self.time_embed = TimeEmbedding(width)
+        self.label_table = nn.Embedding(num_classes + 1, width)
+        hidden = int(2 * 4 * width / 3) if mlp_width is None else mlp_width
+        self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Patch embedding Xavier-uniform, label table and time weights N(0, 0.02²), the rest PyTorch's defaults."""
+        for block in self.blocks:
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    module.reset_parameters()
+                elif isinstance(module, RMSNorm):
+                    nn.init.ones_(module.weight)
+        nn.init.xavier_uniform_(self.patch_embed.weight)
+        nn.init.zeros_(self.patch_embed.bias)
+        nn.init.normal_(self.label_table.weight, std=0.02)
+        for linear in (self.time_embed.fc1, self.time_embed.fc2):
+            linear.reset_parameters()
+            nn.init.normal_(linear.weight, std=0.02)
+
+    def check_inputs(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
+        """Raise TypeError or ValueError unless x [B, C, H, W], t [B] and labels y [B] fit the model and each other."""
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"x: expected an image [B, {self.channels}, H, W], got shape {tuple(x.shape)}")
+        if x.shape[2] % self.patch_size or x.shape[3] % self.patch_size or not x.shape[2] or not x.shape[3]:
+            raise ValueError(
+                f"x: expected height and width to be positive multiples of the patch size {self.patch_size}, got "
+                f"{x.shape[2]}x{x.shape[3]}; crop or pad the image"
+            )
+        for name, tensor in (("t", t), ("y", y)):
+            if tensor.shape != x.shape[:1]:
+                raise ValueError(
+                    f"{name}: expected shape ({x.shape[0]},) like the batch of x, got {tuple(tensor.shape)}"
+                )
+        if not x.is_floating_point() or not t.is_floating_point():
+            raise TypeError(f"x and t: expected floating-point tensors, got {x.dtype} and {t.dtype}")
+        if y.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"y: expected int64 or int32 labels, got {y.dtype}")
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, features_after: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Run the trunk on x [B, C, H, W], t [B], labels y [B].
+
+        Returns:
+            (tokens [B, L, Z] in row-major patch order, time embedding [B, Z], condition c = SiLU(time + label) [B, Z],
+            and the tokens after block `features_after`, counted from 1, or None).
+        """
+        patches = to_patches(x, self.patch_size).flatten(2)
+        tokens = self.patch_embed(patches.to(self.patch_embed.weight.dtype))
+        time = self.time_embed(t)
+        c = F.silu(time + self.label_table(y))
+        rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
+        angles = rotary_angles(rows, columns, self.width // self.heads, x.device)
+        rotation = (angles.cos(), angles.sin())
+        features = None
+        for number, block in enumerate(self.blocks, start=1):
+            tokens = block(tokens, c, rotation)
+            if number == features_after:
+                features = tokens
+        return tokens, time, c, features
+
+
+class DiT(nn.Module):
+    """The plain DiT baseline: the trunk, then LayerNorm without affine, modulation and one linear per patch.
+
+    Arguments as `Trunk`. `config` holds them.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        num_classes: int,
+        patch_size: int = 16,
+        channels: int = 3,
+        mlp_width: int | None = None,
+    ):
+        super().__init__()
+        self.config = dict(
+            width=width,
+            depth=depth,
+            heads=heads,
+            num_classes=num_classes,
+            patch_size=patch_size,
+            channels=channels,
+            mlp_width=mlp_width,
+        )
+        self.trunk = Trunk(**self.config)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, channels * patch_size**2)
+        self.reset_parameters()
+
+    @property
+    def null_label(self) -> int:
+        """Label of the null class."""
+        return self.trunk.num_classes
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise in place; modulation and head are zero, so that a fresh model returns exactly 0."""
+        self.trunk.reset_parameters()
+        for linear in (self.modulation, self.head):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Velocity [B, C, H, W] for a noised image x [B, C, H, W], times t [B] in [0, 1] and labels y [B]."""
+        self.trunk.check_inputs(x, t, y)
+        tokens, _, c, _ = self.trunk(x, t, y)
+        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)
+        normed = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+        patches = self.head(normed * (1 + scale) + shift)
+        patches = patches.unflatten(-1, (self.trunk.channels, -1))
+        return from_patches(patches, self.trunk.patch_size, *x.shape[-2:])

@@ -1,0 +1,221 @@
+"""The per-pixel decoder as a module: parameters, initialisation, and the choice of fused op.
+
+Source: DeCo (arXiv 2511.19365), section 3.2; decoder patch and "add" interaction are the ablations of its Table 4.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deco_kernels import ops
+from deco_kernels.model.patches import from_patches, to_patches
+from deco_kernels.model.position import NUM_POSITION_FEATURES, pixel_position_features
+
+INTERACTIONS = ("adaln", "add")
+
+
+class PixelDecoder(nn.Module):
+    """Decodes an image to a velocity, pixel by pixel, conditioned on one token per patch.
+
+    For every pixel k of the patch of a token s, with position features pos_k:
+
+        y = up_weight·s + up_bias                                           (token → pixel upsample, [T, P, D])
+        h = input_weight·(embed_weight·[pixel; pos_k] + embed_bias) + input_bias
+        N times: shift, scale, gate = mod_weight·SiLU(y) + mod_bias
+                 h = h + gate·(fc2·SiLU(fc1·(LayerNorm(h)·(1 + scale) + shift)))
+        velocity = head_weight·LayerNorm(h) + head_bias
+
+    The two input linears are folded into pixel_weight [D, C] and pixel_table [P, D] at every call (float32, autocast
+    off); their gradients are those of the unfolded maps. With `interaction="add"` y is added to the first h and the
+    blocks have no modulation; that variant is plain PyTorch.
+
+    Args:
+        token_width: Z, width of the tokens.
+        width: D, width of the decoder.
+        depth: N >= 1, number of blocks.
+        patch_size: p, edge of a token's patch in image pixels.
+        channels: C, image channels.
+        decoder_patch: r. The decoder works on positions of r×r pixels (pixel_unshuffle before, pixel_shuffle after), so
+            that it sees C·r² channels and patches of (p/r)² positions. 1 in all published models.
+        interaction: "adaln" or "add".
+        position_features: "class" or "text", see `pixel_position_features`.
+        save_memory: use the op that starts from tokens in training too: the upsampled y [T, P, D] is then never stored,
+            and the backward recomputes it.
+        eps: of both layer norms.
+        backend: passed to the ops; None leaves the choice to deco_kernels.
+
+    Parameters are float32 and stacked over blocks: norm_weight/norm_bias [N, D], mod_weight [N, 3D, D] (shift, scale,
+    gate), mod_bias [N, 3D], fc1/fc2 weights [N, D, D] and biases [N, D], head_weight [C, D], up_weight [P·D, Z] (row
+    k·D + d), embed_weight [D, C + 64], input_weight [D, D].
+    """
+
+    def __init__(
+        self,
+        token_width: int,
+        *,
+        width: int = 32,
+        depth: int = 3,
+        patch_size: int = 16,
+        channels: int = 3,
+        decoder_patch: int = 1,
+        interaction: str = "adaln",
+        position_features: str = "class",
+        save_memory: bool = False,
+        eps: float = 1e-6,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        sizes = dict(token_width=token_width, width=width, depth=depth, patch_size=patch_size, channels=channels)
+        for name, size in {**sizes, "decoder_patch": decoder_patch}.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        if patch_size % decoder_patch:
+            raise ValueError(f"decoder_patch: expected a divisor of patch_size {patch_size}, got {decoder_patch}")
+        if interaction not in INTERACTIONS:
+            raise ValueError(f"interaction: expected one of {list(INTERACTIONS)}, got {interaction!r}")
+        self.token_width, self.width, self.depth = token_width, width, depth
+        self.patch_size, self.channels, self.decoder_patch = patch_size, channels, decoder_patch
+        self.interaction, self.position_kind = interaction, position_features
+        self.save_memory, self.eps, self.backend = save_memory, eps, backend
+        self.grid = patch_size // decoder_patch
+        self.position_channels = channels * decoder_patch**2
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape))
+
+        positions = self.grid**2
+        self.embed_weight = parameter(width, self.position_channels + NUM_POSITION_FEATURES)
+        self.embed_bias = parameter(width)
+        self.input_weight = parameter(width, width)
+        self.input_bias = parameter(width)
+        self.up_weight = parameter(positions * width, token_width)
+        self.up_bias = parameter(positions * width)
+        self.norm_weight = parameter(depth, width)
+        self.norm_bias = parameter(depth, width)
+        if interaction == "adaln":
+            self.mod_weight = parameter(depth, 3 * width, width)
+            self.mod_bias = parameter(depth, 3 * width)
+        self.fc1_weight = parameter(depth, width, width)
+        self.fc1_bias = parameter(depth, width)
+        self.fc2_weight = parameter(depth, width, width)
+        self.fc2_bias = parameter(depth, width)
+        self.head_weight = parameter(self.position_channels, width)
+        self.head_bias = parameter(self.position_channels)
+        self.register_buffer("position_features", None, persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise in place: Xavier-uniform linears with zero bias, then modulation and head zero.
+
+        A fresh decoder returns exactly 0. Also refills the fixed position features, so that a module materialised
+        from the meta device is complete after this call.
+        """
+        self.fill_position_features()
+        for name, parameter in self.named_parameters(recurse=False):
+            if name == "norm_weight":
+                nn.init.ones_(parameter)
+            elif name.endswith("_bias") or name in ("mod_weight", "head_weight"):
+                nn.init.zeros_(parameter)
+            else:
+                for matrix in parameter.unbind() if parameter.dim() == 3 else (parameter,):
+                    nn.init.xavier_uniform_(matrix)
+
+    def fill_position_features(self) -> None:
+        """Compute the fixed position features, float32 [P, 64], on the device of the parameters."""
+        self.position_features = pixel_position_features(self.grid, self.position_kind, self.embed_weight.device)
+
+    def fold_input(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two input linears as one: (pixel_weight [D, C·r²], pixel_table [P, D]), in float32 or wider.
+
+        pixel_weight = input_weight·embed_weight[:, :C]; pixel_table = input_weight·(embed_weight[:, C:]·pos_k +
+        embed_bias) + input_bias. Differentiable; unaffected by autocast.
+        """
+        device_type = self.embed_weight.device.type
+        dtype = torch.promote_types(self.embed_weight.dtype, torch.float32)
+        with torch.autocast(device_type, enabled=False):
+            input_weight, embed_weight = self.input_weight.to(dtype), self.embed_weight.to(dtype)
+            pixel_part, position_part = embed_weight.split((self.position_channels, NUM_POSITION_FEATURES), dim=1)
+            embedded = F.linear(self.position_features.to(dtype), position_part, self.embed_bias.to(dtype))
+            return input_weight @ pixel_part, F.linear(embedded, input_weight, self.input_bias.to(dtype))
+
+    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Decode.
+
+        Args:
+            image: noised image [B, C, H, W], any floating dtype and strides; H and W divisible by patch_size.
+            tokens: [..., Z], leading sizes multiplying to B·(H/p)·(W/p), patches in row-major order.
+
+        Returns:
+            Velocity [B, C, H, W] in the activation dtype: that of tokens, or autocast's.
+        """
+        if self.decoder_patch > 1:
+            image = F.pixel_unshuffle(image, self.decoder_patch)
+        pixel_weight, pixel_table = self.fold_input()
+        if self.interaction == "add":
+            velocity = self._decode_by_addition(image, self._upsample(tokens), pixel_weight, pixel_table)
+        else:
+            weights = (
+                pixel_weight,
+                pixel_table,
+                self.norm_weight,
+                self.norm_bias,
+                self.mod_weight,
+                self.mod_bias,
+                self.fc1_weight,
+                self.fc1_bias,
+                self.fc2_weight,
+                self.fc2_bias,
+                self.head_weight,
+                self.head_bias,
+            )
+            options = dict(patch_size=self.grid, eps=self.eps, backend=self.backend)
+            if self.save_memory or not self._needs_gradients(image, tokens):
+                velocity = ops.pixel_decoder_from_tokens(
+                    image, tokens, self.up_weight, self.up_bias, *weights, **options
+                )
+            else:
+                velocity = ops.pixel_decoder(image, self._upsample(tokens), *weights, **options)
+        return F.pixel_shuffle(velocity, self.decoder_patch) if self.decoder_patch > 1 else velocity
+
+    def _needs_gradients(self, image: torch.Tensor, tokens: torch.Tensor) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return image.requires_grad or tokens.requires_grad or any(p.requires_grad for p in self.parameters())
+
+    def _upsample(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token conditions [..., Z] → pixel conditions [..., P, D]."""
+        cond = F.linear(tokens, self.up_weight.to(tokens.dtype), self.up_bias.to(tokens.dtype))
+        return cond.unflatten(-1, (self.grid**2, self.width))
+
+    def _decode_by_addition(
+        self, image: torch.Tensor, cond: torch.Tensor, pixel_weight: torch.Tensor, pixel_table: torch.Tensor
+    ) -> torch.Tensor:
+        """The "add" interaction: h = input + cond, then blocks h + fc2·SiLU(fc1·LayerNorm(h)), residual in float32."""
+        residual_dtype, dtype = pixel_table.dtype, cond.dtype
+        pixels = to_patches(image, self.grid).transpose(-1, -2)
+        cond = cond.reshape(*pixels.shape[:-1], self.width)
+
+        def normalise(h: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None):
+            affine = [None if p is None else p.to(residual_dtype) for p in (weight, bias)]
+            return F.layer_norm(h, (self.width,), *affine, eps=self.eps).to(dtype)
+
+        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None):
+            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+        h = linear(pixels.to(dtype), pixel_weight).to(residual_dtype) + pixel_table + cond
+        for i in range(self.depth):
+            hidden = F.silu(
+                linear(normalise(h, self.norm_weight[i], self.norm_bias[i]), self.fc1_weight[i], self.fc1_bias[i])
+            )
+            h = h + linear(hidden, self.fc2_weight[i], self.fc2_bias[i])
+        velocity = linear(normalise(h), self.head_weight, self.head_bias)
+        return from_patches(velocity.transpose(-1, -2), self.grid, *image.shape[-2:])
+
+    def extra_repr(self) -> str:
+        return (
+            f"token_width={self.token_width}, width={self.width}, depth={self.depth}, patch_size={self.patch_size}, "
+            f"channels={self.channels}, decoder_patch={self.decoder_patch}, interaction={self.interaction!r}"
+        )

@@ -1,0 +1,105 @@
+"""The objective: its losses by formula, what the model is given, label dropping."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from deco_kernels import flow, ops
+from tests.random_models import random_model
+
+
+class Recorder(nn.Module):
+    """Returns a scaled input and keeps what it was called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x, t, y, features_after=None):
+        self.x, self.t, self.y, self.block = x, t, y, features_after
+        velocity = self.scale * x
+        return velocity if features_after is None else (velocity, x.flatten(2)[:, :, :5])
+
+
+def images(batch=4, size=16):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_losses_by_formula():
+    weight, x, y = ops.jpeg_frequency_weight(100), images(), torch.arange(4)
+    model, objective = Recorder(), flow.Objective(weight, 0.5)
+    losses = objective(model, x, y, torch.Generator().manual_seed(5))
+    t = losses["t"]
+    assert torch.equal(model.t, t) and torch.equal(model.y, y) and losses["repa"] is None
+    factor = t.reshape(-1, 1, 1, 1)
+    noise = (model.x - factor * x) / (1 - factor)
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    difference = model.scale * model.x - (x - noise)
+    torch.testing.assert_close(losses["pixel"], difference.square().mean(), rtol=1e-4, atol=0)
+    # At quality 100 the weights are 1, and the orthonormal transform keeps the squared error of YCbCr.
+    matrix = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+    ycbcr = torch.einsum("ij,bjhw->bihw", matrix, difference)
+    torch.testing.assert_close(losses["frequency"], ycbcr.square().mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses["total"], losses["pixel"] + 0.5 * losses["frequency"])
+    losses["total"].backward()
+    assert model.scale.grad is not None
+
+
+def test_same_generator_same_losses():
+    objective = flow.Objective(ops.jpeg_frequency_weight(85), label_dropout=0.5, null_label=10)
+    model, x, y = random_model(), images(size=32), torch.arange(4)
+    first, second = (objective(model, x, y, torch.Generator().manual_seed(2)) for _ in range(2))
+    other = objective(model, x, y, torch.Generator().manual_seed(3))
+    assert torch.equal(first["total"], second["total"]) and torch.equal(first["t"], second["t"])
+    assert not torch.equal(first["total"], other["total"])
+
+
+def test_alignment_loss_is_added():
+    class Alignment(nn.Module):
+        block, weight = 8, 0.5
+
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, features, x):
+            assert features.shape == (4, 3, 5) and x.shape == (4, 3, 16, 16)
+            return self.gain * features.square().mean()
+
+    objective, model = flow.Objective(ops.jpeg_frequency_weight(85), repa=Alignment()), Recorder()
+    losses = objective(model, images(), torch.arange(4), torch.Generator().manual_seed(5))
+    assert model.block == 8 and len(list(objective.parameters())) == 1
+    torch.testing.assert_close(losses["total"], losses["pixel"] + losses["frequency"] + 0.5 * losses["repa"])
+    losses["total"].backward()
+    assert objective.repa.gain.grad is not None
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.2, 1.0])
+def test_label_dropping_rate(probability):
+    count = 20_000
+    y = torch.randint(0, 10, (count,), generator=torch.Generator().manual_seed(0))
+    kept = y.clone()
+    dropped = flow.drop_labels(y, 10, probability, torch.Generator().manual_seed(1))
+    assert torch.equal(y, kept) and dropped.dtype == y.dtype
+    null = dropped == 10
+    assert torch.equal(dropped[~null], y[~null])
+    assert abs(null.float().mean().item() - probability) <= 4 * math.sqrt(probability * (1 - probability) / count)
+
+
+def test_objective_drops_labels():
+    objective = flow.Objective(ops.jpeg_frequency_weight(85), label_dropout=1.0, null_label=10)
+    model = Recorder()
+    objective(model, images(), torch.arange(4))
+    assert model.y.tolist() == [10] * 4
+
+
+def test_bad_options():
+    weight = ops.jpeg_frequency_weight(85)
+    with pytest.raises(ValueError, match="null_label"):
+        flow.Objective(weight, label_dropout=0.1)
+    with pytest.raises(ValueError, match="label_dropout"):
+        flow.Objective(weight, label_dropout=1.1, null_label=10)
+    with pytest.raises(ValueError, match="probability"):
+        flow.drop_labels(torch.arange(3), 10, -0.1)

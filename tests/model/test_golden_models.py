@@ -1,0 +1,81 @@
+"""Whole models and the decoder module against the golden tensors: outputs and all gradients."""
+
+import pytest
+import torch
+
+from deco_kernels import model
+from tests.golden_files import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, golden_cases, load_golden, relative_error
+
+
+def assert_gradients(module, published_names, expected):
+    """Every parameter's gradient, read under its published name, against the expected ones."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter.grad)
+    actual = published_names(module)
+    assert set(actual) == set(expected)
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+    assert max(errors.values()) < GRADIENT_TOLERANCE, {k: v for k, v in errors.items() if v >= GRADIENT_TOLERANCE}
+
+
+@pytest.mark.parametrize("path", [*golden_cases("c2i_*"), *golden_cases("baseline_*")])
+def test_model_matches_golden(path):
+    golden = load_golden(path)
+    x, t, y = (golden.tensors[f"input/{i}"] for i in range(3))
+    net = model.from_published(golden.group("state"))
+    with torch.no_grad():
+        assert relative_error(net(x, t, y), golden.tensors["output"]) < OUTPUT_TOLERANCE
+    x.requires_grad_()
+    output = net(x, t, y)
+    assert relative_error(output, golden.tensors["output"]) < OUTPUT_TOLERANCE
+    (output * golden.tensors["grad_output"]).sum().backward()
+    assert relative_error(x.grad, golden.tensors["grad_input/0"]) < GRADIENT_TOLERANCE
+    assert_gradients(net, model.to_published, golden.group("grad"))
+
+
+PUBLISHED_DECODER = {
+    "x_embedder.embedder.0.{}": "embed_{}",
+    "dec_net.cond_embed.{}": "up_{}",
+    "dec_net.input_proj.{}": "input_{}",
+    "dec_net.final_layer.linear.{}": "head_{}",
+    "dec_net.res_blocks.#.in_ln.{}": "norm_{}",
+    "dec_net.res_blocks.#.adaLN_modulation.1.{}": "mod_{}",
+    "dec_net.res_blocks.#.mlp.0.{}": "fc1_{}",
+    "dec_net.res_blocks.#.mlp.2.{}": "fc2_{}",
+}
+
+
+def published_decoder(decoder):
+    """Views of the decoder's parameters under published names."""
+    named = {}
+    for published, ours in PUBLISHED_DECODER.items():
+        for kind in ("weight", "bias"):
+            parameter = getattr(decoder, ours.format(kind)).detach()
+            blocks = enumerate(parameter) if "#" in published else [(0, parameter)]
+            named.update({published.format(kind).replace("#", str(i)): block for i, block in blocks})
+    return named
+
+
+@pytest.mark.parametrize("save_memory", [False, True])
+@pytest.mark.parametrize("path", golden_cases("decoder_*"))
+def test_decoder_matches_golden(path, save_memory):
+    golden = load_golden(path)
+    count, p, width, depth, token_width = (int(golden.metadata[key]) for key in ("T", "p", "dx", "depth", "z"))
+    decoder = model.PixelDecoder(token_width, width=width, depth=depth, patch_size=p, save_memory=save_memory)
+    state = golden.group("state")
+    with torch.no_grad():
+        for name, view in published_decoder(decoder).items():
+            view.copy_(state.pop(name))
+    assert not state
+
+    def as_images(pixels):
+        return pixels.reshape(count, p, p, 3).permute(0, 3, 1, 2)
+
+    image = as_images(golden.tensors["input/0"]).requires_grad_()
+    tokens = golden.tensors["input/1"].requires_grad_()
+    velocity = decoder(image, tokens)
+    assert relative_error(velocity, as_images(golden.tensors["output"])) < OUTPUT_TOLERANCE
+    velocity.backward(as_images(golden.tensors["grad_output"]))
+    assert relative_error(image.grad, as_images(golden.tensors["grad_input/0"])) < GRADIENT_TOLERANCE
+    assert relative_error(tokens.grad, golden.tensors["grad_input/1"]) < GRADIENT_TOLERANCE
+    assert_gradients(decoder, published_decoder, golden.group("grad"))
