@@ -201,7 +201,7 @@ def eager(op: str, tensors: dict[str, torch.Tensor | None], options: dict[str, i
         return formula(*tensors.values(), *options.values())
     activation = next(tensors[name] for name in ("cond", "tokens", "h") if name in tensors)
     if activation.dtype in (torch.float32, torch.float64):
-        return formula(*tensors.values(), *options.values())
+        return formula(*(tensor.to(activation.dtype) for tensor in tensors.values()), *options.values())
     if "pixel_table" in tensors:
         tensors = {**tensors, "pixel_table": tensors["pixel_table"].to(activation.dtype)}
     with torch.autocast(activation.device.type, activation.dtype):

@@ -4,19 +4,9 @@ import torch
 
 from deco_kernels.ops import checks
 from deco_kernels.ops.registry import Request, chosen_backend, define_op
+from deco_kernels.signatures import TENSORS
 
-_NAMES = (
-    "h",
-    "cond",
-    "norm_weight",
-    "norm_bias",
-    "mod_weight",
-    "mod_bias",
-    "fc1_weight",
-    "fc1_bias",
-    "fc2_weight",
-    "fc2_bias",
-)
+_TENSORS = TENSORS["adaln_block"]
 
 
 def adaln_block(
@@ -56,7 +46,7 @@ def adaln_block(
     """
     name = "adaln_block"
     weights = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    checks.check_tensors(name, _NAMES, (h, cond, *weights))
+    checks.check_tensors(name, _TENSORS, (h, cond, *weights))
     checks.check_rank(name, "h", h, 1, "[..., D]", at_least=True)
     checks.check_shape(name, "cond", cond, tuple(h.shape), "[..., D]")
     width = h.shape[-1]
@@ -70,7 +60,7 @@ def adaln_block(
         ((width, width), "[D, D]"),
         ((width,), "[D]"),
     )
-    checks.check_shapes(name, _NAMES[2:], weights, expected)
+    checks.check_shapes(name, _TENSORS[2:], weights, expected)
     checks.check_nonempty(name, "norm_weight", norm_weight, "[D]")
     eps = checks.check_eps(name, eps)
     h, cond = checks.autocast_activation(h, cond)
@@ -89,4 +79,4 @@ def _fake(h, *_):
     return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
-_adaln_block = define_op("adaln_block", _NAMES, "float eps", ("out",), _request, _fake)
+_adaln_block = define_op("adaln_block", _TENSORS, "float eps", ("out",), _request, _fake)

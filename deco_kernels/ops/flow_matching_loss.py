@@ -4,6 +4,7 @@ import torch
 
 from deco_kernels.ops import checks
 from deco_kernels.ops.registry import Request, chosen_backend, define_op
+from deco_kernels.signatures import TENSORS
 
 BLOCK = 8
 
@@ -129,7 +130,7 @@ def _check(
     given = 3 if sample_weight is None else 4
     checks.check_tensors(
         op,
-        ("pred", "target", "frequency_weight", "sample_weight")[:given],
+        TENSORS[op][:given],
         (pred, target, frequency_weight, sample_weight)[:given],
     )
     checks.check_rank(op, "pred", pred, 4, "[B, 3, H, W]")
@@ -166,14 +167,19 @@ def _loss_dtype(pred: torch.Tensor) -> torch.dtype:
     return torch.float64 if pred.dtype is torch.float64 else torch.float32
 
 
-_TENSORS = ("pred", "target", "frequency_weight", "sample_weight?")
+_SCHEMA_TENSORS = (*TENSORS["flow_matching_loss"][:3], "sample_weight?")
 
 _flow_matching_loss = define_op(
-    "flow_matching_loss", _TENSORS, "float frequency_scale", ("total", "pixel", "frequency"), _request, _fake_losses
+    "flow_matching_loss",
+    _SCHEMA_TENSORS,
+    "float frequency_scale",
+    ("total", "pixel", "frequency"),
+    _request,
+    _fake_losses,
 )
 _frequency_loss = define_op(
     "frequency_loss",
-    _TENSORS,
+    _SCHEMA_TENSORS,
     "",
     ("frequency",),
     _request,

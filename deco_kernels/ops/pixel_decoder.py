@@ -4,23 +4,7 @@ import torch
 
 from deco_kernels.ops import checks
 from deco_kernels.ops.registry import Request, chosen_backend, define_op
-
-_WEIGHTS = (
-    "pixel_weight",
-    "pixel_table",
-    "norm_weight",
-    "norm_bias",
-    "mod_weight",
-    "mod_bias",
-    "fc1_weight",
-    "fc1_bias",
-    "fc2_weight",
-    "fc2_bias",
-    "head_weight",
-    "head_bias",
-)
-_NAMES = ("image", "cond", *_WEIGHTS)
-_NAMES_FROM_TOKENS = ("image", "tokens", "up_weight", "up_bias", *_WEIGHTS)
+from deco_kernels.signatures import DECODER_WEIGHTS, TENSORS
 
 
 def pixel_decoder(
@@ -93,7 +77,7 @@ def pixel_decoder(
         head_weight,
         head_bias,
     )
-    checks.check_tensors(name, _NAMES, (image, cond, *weights))
+    checks.check_tensors(name, TENSORS[name], (image, cond, *weights))
     checks.check_rank(name, "cond", cond, 2, "[..., P, D]", at_least=True)
     token_count = _check_image(name, image, patch_size)
     pixels, width = patch_size * patch_size, cond.shape[-1]
@@ -151,7 +135,7 @@ def pixel_decoder_from_tokens(
         head_weight,
         head_bias,
     )
-    checks.check_tensors(name, _NAMES_FROM_TOKENS, (image, tokens, up_weight, up_bias, *weights))
+    checks.check_tensors(name, TENSORS[name], (image, tokens, up_weight, up_bias, *weights))
     checks.check_rank(name, "tokens", tokens, 1, "[..., Z]", at_least=True)
     checks.check_rank(name, "pixel_table", pixel_table, 2, "[P, D]")
     token_count = _check_image(name, image, patch_size)
@@ -194,7 +178,7 @@ def _check_weights(op: str, weights: tuple[torch.Tensor, ...], channels: int, pi
         ((channels, width), "[C, D]"),
         ((channels,), "[C]"),
     )
-    checks.check_shapes(op, _WEIGHTS, weights, expected)
+    checks.check_shapes(op, DECODER_WEIGHTS, weights, expected)
     checks.check_nonempty(op, "pixel_weight", weights[0], "[D, C]")
     checks.check_nonempty(op, "norm_weight", norm_weight, "[N, D]")
 
@@ -202,7 +186,8 @@ def _check_weights(op: str, weights: tuple[torch.Tensor, ...], channels: int, pi
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def _define_decoder(name: str, tensors: tuple[str, ...]):
+def _define_decoder(name: str):
+    tensors = TENSORS[name]
     norm_weight = tensors.index("norm_weight")
     patch_size = len(tensors)
 
@@ -219,5 +204,5 @@ def _define_decoder(name: str, tensors: tuple[str, ...]):
     return define_op(name, tensors, "int patch_size, float eps", ("velocity",), request, fake)
 
 
-_pixel_decoder = _define_decoder("pixel_decoder", _NAMES)
-_pixel_decoder_from_tokens = _define_decoder("pixel_decoder_from_tokens", _NAMES_FROM_TOKENS)
+_pixel_decoder = _define_decoder("pixel_decoder")
+_pixel_decoder_from_tokens = _define_decoder("pixel_decoder_from_tokens")

@@ -6,8 +6,9 @@ import torch
 
 from deco_kernels.ops import checks
 from deco_kernels.ops.registry import Request, chosen_backend, define_op
+from deco_kernels.signatures import TENSORS
 
-_NAMES = ("h", "tokens", "up_weight", "up_bias", "norm_weight", "norm_bias", "mod_weight", "mod_bias")
+_TENSORS = TENSORS["upsample_modulate"]
 
 
 def upsample_modulate(
@@ -49,7 +50,7 @@ def upsample_modulate(
     """
     name = "upsample_modulate"
     weights = (up_weight, up_bias, norm_weight, norm_bias, mod_weight, mod_bias)
-    checks.check_tensors(name, _NAMES, (h, tokens, *weights))
+    checks.check_tensors(name, _TENSORS, (h, tokens, *weights))
     checks.check_rank(name, "h", h, 2, "[..., P, D]", at_least=True)
     checks.check_rank(name, "tokens", tokens, h.dim() - 1, "[..., Z]")
     checks.check_shape(name, "tokens", tokens, (*h.shape[:-2], tokens.shape[-1]), "[..., Z]")
@@ -62,7 +63,7 @@ def upsample_modulate(
         ((3 * width, width), "[3D, D]"),
         ((3 * width,), "[3D]"),
     )
-    checks.check_shapes(name, _NAMES[2:], weights, expected)
+    checks.check_shapes(name, _TENSORS[2:], weights, expected)
     checks.check_nonempty(name, "up_weight", up_weight, "[P*D, Z]")
     eps = checks.check_eps(name, eps)
     h, tokens = checks.autocast_activation(h, tokens)
@@ -84,4 +85,4 @@ def _fake(h, *_):
     return tuple(torch.empty_like(h, memory_format=torch.contiguous_format) for _ in range(2))
 
 
-_upsample_modulate = define_op("upsample_modulate", _NAMES, "float eps", ("modulated", "gate"), _request, _fake)
+_upsample_modulate = define_op("upsample_modulate", _TENSORS, "float eps", ("modulated", "gate"), _request, _fake)

@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from deco_kernels.backends.reference.common import differentiate, round_weights, widen
+from deco_kernels.backends.reference.common import differentiate, prepare
 
 
 def formula(h, cond, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
@@ -20,15 +20,13 @@ def block(h, silu_cond, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight
     return h + gate * F.linear(F.silu(F.linear(modulated, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
 
 
-def _prepare(h, cond, norm_weight, norm_bias, *weights):
-    return *widen(h, cond, norm_weight, norm_bias), *round_weights(h, weights)
-
-
 def forward(*arguments):
     *tensors, eps = arguments
-    return formula(*_prepare(*tensors), eps).to(tensors[0].dtype).contiguous()
+    h = tensors[0]
+    return formula(*prepare("adaln_block", tensors, h), eps).to(h.dtype).contiguous()
 
 
 def backward(grad_out, *arguments):
     *tensors, eps, needs = arguments
-    return differentiate(lambda *t: formula(*t, eps), _prepare(*tensors), tensors, needs, (grad_out,))
+    inputs = prepare("adaln_block", tensors, tensors[0])
+    return differentiate(lambda *t: formula(*t, eps), inputs, tensors, needs, (grad_out,))

@@ -4,19 +4,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from deco_kernels.signatures import MATMUL_WEIGHTS, TENSORS
+
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
-def widen(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Activations, images and norm weights: their own value in the compute dtype."""
-    return [tensor.to(compute_dtype(tensor)) for tensor in tensors]
-
-
-def round_weights(activation: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Weights of matmuls: rounded to the activation dtype, in the compute dtype."""
-    return [weight.to(activation.dtype).to(compute_dtype(activation)) for weight in weights]
+def prepare(op: str, tensors: Sequence[torch.Tensor], activation: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors in the compute dtype; weights of matmuls are first rounded to the dtype of the activation."""
+    dtype = compute_dtype(activation)
+    return [
+        (tensor.to(activation.dtype) if name in MATMUL_WEIGHTS else tensor).to(dtype)
+        for name, tensor in zip(TENSORS[op], tensors, strict=True)
+    ]
 
 
 def differentiate(
@@ -37,8 +38,10 @@ def differentiate(
         ]
         outputs = formula(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    used = [pair for pair in zip(outputs, grad_outputs, strict=True) if pair[0].requires_grad]
+    outputs = [output for output, _ in used]
+    grad_outputs = [gradient.to(output.dtype) for output, gradient in used]
     asked = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-    grad_outputs = [gradient.to(output.dtype) for gradient, output in zip(grad_outputs, outputs, strict=True)]
     found = iter(torch.autograd.grad(outputs, asked, grad_outputs, materialize_grads=True) if asked else ())
     return tuple(
         next(found).to(original.dtype).contiguous() if need else None

@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from deco_kernels.backends.reference.common import differentiate, widen
+from deco_kernels.backends.reference.common import compute_dtype, differentiate
 
 BLOCK = 8
 RGB_TO_YCBCR = (
@@ -69,7 +69,7 @@ def _empty_loss(pred, target, frequency_weight, sample_weight):
 
 
 def _prepare(*tensors):
-    return [None if tensor is None else widen(tensor)[0] for tensor in tensors]
+    return [None if tensor is None else tensor.to(compute_dtype(tensor)) for tensor in tensors]
 
 
 def forward(pred, target, frequency_weight, sample_weight, frequency_scale):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from deco_kernels.backends.reference.adaln_block import block
-from deco_kernels.backends.reference.common import differentiate, round_weights, widen
+from deco_kernels.backends.reference.common import differentiate, prepare
 
 
 def patches_of(image: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -35,20 +35,18 @@ def formula(image, cond, pixel_weight, pixel_table, *arguments):
     return image_of(velocity, image.shape, patch_size)
 
 
-def _prepare(image, cond, pixel_weight, pixel_table, norm_weight, norm_bias, *weights):
-    return (
-        *widen(image, cond),
-        *round_weights(cond, (pixel_weight, pixel_table)),
-        *widen(norm_weight, norm_bias),
-        *round_weights(cond, weights),
-    )
-
-
 def forward(*arguments):
     *tensors, patch_size, eps = arguments
-    return formula(*_prepare(*tensors), patch_size, eps).to(tensors[1].dtype).contiguous()
+    cond = tensors[1]
+    return formula(*prepare("pixel_decoder", tensors, cond), patch_size, eps).to(cond.dtype).contiguous()
 
 
 def backward(grad_velocity, *arguments):
     *tensors, patch_size, eps, needs = arguments
-    return differentiate(lambda *t: formula(*t, patch_size, eps), _prepare(*tensors), tensors, needs, (grad_velocity,))
+    return differentiate(
+        lambda *t: formula(*t, patch_size, eps),
+        prepare("pixel_decoder", tensors, tensors[1]),
+        tensors,
+        needs,
+        (grad_velocity,),
+    )

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 
 from deco_kernels.backends.reference import pixel_decoder
-from deco_kernels.backends.reference.common import differentiate, round_weights, widen
+from deco_kernels.backends.reference.common import differentiate, prepare
 
 
 def formula(image, tokens, up_weight, up_bias, *arguments):
@@ -13,20 +13,20 @@ def formula(image, tokens, up_weight, up_bias, *arguments):
     return pixel_decoder.formula(image, cond, *arguments)
 
 
-def _prepare(image, tokens, up_weight, up_bias, pixel_weight, pixel_table, norm_weight, norm_bias, *weights):
-    return (
-        *widen(image, tokens),
-        *round_weights(tokens, (up_weight, up_bias, pixel_weight, pixel_table)),
-        *widen(norm_weight, norm_bias),
-        *round_weights(tokens, weights),
-    )
-
-
 def forward(*arguments):
     *tensors, patch_size, eps = arguments
-    return formula(*_prepare(*tensors), patch_size, eps).to(tensors[1].dtype).contiguous()
+    tokens = tensors[1]
+    return (
+        formula(*prepare("pixel_decoder_from_tokens", tensors, tokens), patch_size, eps).to(tokens.dtype).contiguous()
+    )
 
 
 def backward(grad_velocity, *arguments):
     *tensors, patch_size, eps, needs = arguments
-    return differentiate(lambda *t: formula(*t, patch_size, eps), _prepare(*tensors), tensors, needs, (grad_velocity,))
+    return differentiate(
+        lambda *t: formula(*t, patch_size, eps),
+        prepare("pixel_decoder_from_tokens", tensors, tensors[1]),
+        tensors,
+        needs,
+        (grad_velocity,),
+    )

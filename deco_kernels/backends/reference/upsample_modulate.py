@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from deco_kernels.backends.reference.common import differentiate, round_weights, widen
+from deco_kernels.backends.reference.common import differentiate, prepare
 
 
 def formula(h, tokens, up_weight, up_bias, norm_weight, norm_bias, mod_weight, mod_bias, eps):
@@ -13,20 +13,13 @@ def formula(h, tokens, up_weight, up_bias, norm_weight, norm_bias, mod_weight, m
     return normed * (1 + scale) + shift, gate
 
 
-def _prepare(h, tokens, up_weight, up_bias, norm_weight, norm_bias, *weights):
-    return (
-        *widen(h, tokens),
-        *round_weights(h, (up_weight, up_bias)),
-        *widen(norm_weight, norm_bias),
-        *round_weights(h, weights),
-    )
-
-
 def forward(*arguments):
     *tensors, eps = arguments
-    return tuple(output.to(tensors[0].dtype).contiguous() for output in formula(*_prepare(*tensors), eps))
+    h = tensors[0]
+    return tuple(output.to(h.dtype).contiguous() for output in formula(*prepare("upsample_modulate", tensors, h), eps))
 
 
 def backward(grad_modulated, grad_gate, *arguments):
     *tensors, eps, needs = arguments
-    return differentiate(lambda *t: formula(*t, eps), _prepare(*tensors), tensors, needs, (grad_modulated, grad_gate))
+    inputs = prepare("upsample_modulate", tensors, tensors[0])
+    return differentiate(lambda *t: formula(*t, eps), inputs, tensors, needs, (grad_modulated, grad_gate))

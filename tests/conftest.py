@@ -1,0 +1,49 @@
+"""Fixtures shared by all tests."""
+
+import contextlib
+
+import pytest
+import torch
+
+from deco_kernels import native
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fresh tensors are filled with NaN, so that an element nobody wrote is noticed."""
+    previous = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(previous[0], warn_only=previous[1])
+
+
+@pytest.fixture
+def two_threads():
+    """PyTorch with two threads, whatever the machine."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(previous)
+
+
+@contextlib.contextmanager
+def instruction_set(name: str | None):
+    """Runs the native CPU kernels compiled for one instruction set; None leaves the choice as it is."""
+    if name is None:
+        yield
+        return
+    module = native.cpu()
+    previous = module.current_isa()
+    module.select_isa(name)
+    try:
+        yield
+    finally:
+        module.select_isa(previous)
+
+
+@pytest.fixture
+def implementation(request):
+    """The backend name of a `tests.ops.cases.IMPLEMENTATIONS` entry, its instruction set selected."""
+    backend, isa = request.param
+    with instruction_set(isa):
+        yield backend

@@ -1,0 +1,168 @@
+"""Every op on every backend and instruction set of this machine: the rule of error, views, empty batches, repeatability."""
+
+import pytest
+import torch
+
+from deco_kernels import ops, testing
+from tests.ops.cases import BF16, CASES, F16, F32, IMPLEMENTATIONS, OPS, small_inputs
+
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+def assert_close(actual: testing.Results, expected: testing.Results, tolerance: float = 1e-5):
+    """Two results of the same backend on differently laid out inputs."""
+    for output, other in zip(actual.outputs, expected.outputs, strict=True):
+        assert testing.relative_error(output, other) <= tolerance
+    for name, gradient in actual.gradients.items():
+        assert testing.relative_error(gradient, expected.gradients[name]) <= tolerance, name
+
+
+@each_implementation
+@pytest.mark.parametrize(
+    ("op", "case"), [pytest.param(op, case, id=f"{op}-{case.label}") for op, cases in CASES.items() for case in cases]
+)
+def test_rule_of_error(implementation, op, case, poisoned_memory):
+    inputs = case.inputs(op)
+    before = {name: None if t is None else t.clone() for name, t in inputs.tensors.items()}
+    grads_before = [gradient.clone() for gradient in inputs.grad_outputs]
+    results = testing.run(inputs, implementation)
+    failed = [str(row) for row in testing.compare(inputs, results) if not row.passed]
+    assert not failed, "\n".join(failed)
+    for name, tensor in inputs.tensors.items():
+        assert tensor is None or torch.equal(tensor, before[name]), f"{name} was changed"
+    assert all(torch.equal(*pair) for pair in zip(inputs.grad_outputs, grads_before, strict=True))
+    for name, gradient in results.gradients.items():
+        tensor = inputs.tensors[name]
+        assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape and gradient.is_contiguous(), name
+
+
+def _transposed(tensor):
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _offset(tensor):
+    storage = torch.full((tensor.numel() + 3,), torch.nan, dtype=tensor.dtype)
+    return storage[3:].view(tensor.shape).copy_(tensor)
+
+
+def _padded(tensor):
+    """Unit last stride, larger strides elsewhere: a slice of a wider tensor."""
+    wider = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), torch.nan, dtype=tensor.dtype)
+    return wider[..., : tensor.shape[-1]].copy_(tensor)
+
+
+def _channels_last(tensor):
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if tensor.dim() == 4 else _transposed(tensor)
+
+
+@each_implementation
+@each_op
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("view", [_transposed, _offset, _padded, _channels_last])
+def test_views_give_the_same_result(implementation, op, dtype, view):
+    inputs = small_inputs(op, dtype)
+    expected = testing.run(inputs, implementation)
+    viewed = inputs._replace(
+        tensors={name: view(t) if t is not None and t.dim() > 1 else t for name, t in inputs.tensors.items()},
+        grad_outputs=tuple(view(g) if g.dim() > 1 else g for g in inputs.grad_outputs),
+    )
+    assert_close(testing.run(viewed, implementation), expected)
+
+
+@each_implementation
+@each_op
+def test_expanded_inputs_and_stride_0_gradients(implementation, op):
+    inputs = small_inputs(op)
+    for name, tensor in inputs.tensors.items():
+        if name in ("image", "pred", "target", "cond", "h"):
+            inputs.tensors[name] = tensor[:1].expand_as(tensor)
+    grads = tuple(torch.ones((), dtype=g.dtype).expand_as(g) for g in inputs.grad_outputs)
+    inputs = inputs._replace(grad_outputs=grads)
+    contiguous = inputs._replace(
+        tensors={name: t.contiguous() for name, t in inputs.tensors.items()},
+        grad_outputs=tuple(g.contiguous() for g in grads),
+    )
+    assert_close(testing.run(inputs, implementation), testing.run(contiguous, implementation))
+
+
+@each_implementation
+@each_op
+def test_empty_batch(implementation, op, poisoned_memory):
+    inputs = small_inputs(op, image_size=(0, 8, 12))
+    results = testing.run(inputs, implementation)
+    for output, gradient in zip(results.outputs, inputs.grad_outputs, strict=True):
+        assert output.shape == gradient.shape
+        assert output.dim() > 0 or output.item() == 0
+    for name, gradient in results.gradients.items():
+        assert gradient.shape == inputs.tensors[name].shape
+        assert not gradient.any(), name
+
+
+@each_implementation
+@each_op
+@pytest.mark.parametrize("threads", [1, 2])
+def test_repeated_runs_give_the_same_bits(implementation, op, threads, two_threads):
+    torch.set_num_threads(threads)
+    inputs = CASES[op][0].inputs(op)
+    first, second = testing.run(inputs, implementation), testing.run(inputs, implementation)
+    assert all(torch.equal(*pair) for pair in zip(first.outputs, second.outputs, strict=True))
+    for name, gradient in first.gradients.items():
+        assert torch.equal(gradient, second.gradients[name]), name
+
+
+@each_implementation
+@each_op
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_propagate(implementation, op, value):
+    inputs = small_inputs(op)
+    name = next(n for n in ("image", "pred", "h") if n in inputs.tensors)
+    inputs.tensors[name].flatten()[5] = value
+    results, expected = testing.run(inputs, implementation), testing.exact_results(inputs)
+    for actual, exact in zip(results.outputs, expected.outputs, strict=True):
+        assert torch.equal(actual.isnan(), exact.isnan())
+    for argument, gradient in results.gradients.items():
+        assert torch.equal(gradient.isnan(), expected.gradients[argument].isnan()), argument
+
+
+@each_implementation
+@each_op
+def test_only_the_gradients_asked_for(implementation, op):
+    inputs = small_inputs(op)
+    expected = testing.run(inputs, implementation).gradients
+    for wanted in inputs.tensors:
+        leaves = {n: t.detach().requires_grad_(n == wanted) for n, t in inputs.tensors.items()}
+        outputs = getattr(ops, op)(**leaves, **inputs.options, backend=implementation)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [pair for pair in zip(outputs, inputs.grad_outputs, strict=True) if pair[0].requires_grad]
+        torch.autograd.backward(*zip(*pairs, strict=True))
+        assert [n for n, leaf in leaves.items() if leaf.grad is not None] == [wanted]
+        assert testing.relative_error(leaves[wanted].grad, expected[wanted]) <= 1e-6
+
+
+@each_implementation
+@each_op
+def test_weights_changed_in_place_are_seen(implementation, op):
+    inputs = small_inputs(op)
+    name = next(n for n in ("fc1_weight", "mod_weight", "frequency_weight") if n in inputs.tensors)
+    call = getattr(ops, op)
+
+    def outputs():
+        result = call(**inputs.tensors, **inputs.options, backend=implementation)
+        return result if isinstance(result, tuple) else (result,)
+
+    before = outputs()
+    inputs.tensors[name].data.mul_(2)
+    after = outputs()
+    doubled = testing.run(inputs, "reference").outputs
+    assert not torch.equal(before[0], after[0])
+    assert all(testing.relative_error(*pair) <= 1e-5 for pair in zip(after, doubled, strict=True))
+
+
+@each_implementation
+def test_float16_extremes_do_not_overflow_inside(implementation):
+    """Large conditions saturate SiLU and the gate, not the float32 arithmetic inside."""
+    inputs = small_inputs("pixel_decoder", F16)
+    inputs.tensors["cond"].mul_(30)
+    rows = testing.compare(inputs, testing.run(inputs, implementation))
+    assert rows[0].error < 2e-3 and torch.isfinite(testing.run(inputs, implementation).outputs[0]).all()
