@@ -1,0 +1,70 @@
+# make test        the test suite (all but the tests marked gpu and long), no GPU needed
+# make demo        trains a small model on a photograph, fused and eager side by side -> out/demo/report.png, report.json
+# make bench       the CPU benchmark table
+# make test-long   the tests marked long
+# make gpu-check   what only a GPU can show, with this machine's own Python and no network -> out/gpu-check
+# make lint        style
+#
+# All but gpu-check work in .venv, which they make and fill with the pinned versions when these have changed.
+# PYTHON=/path/to/python3 chooses the interpreter (3.10 or later), ARGS="..." adds arguments:
+# make test ARGS="-k pixel_decoder", make demo ARGS=--short, make bench ARGS="pixel_decoder --quick".
+
+VENV := .venv
+RUN  := $(VENV)/bin/python
+
+# The first Python on PATH that is new enough and can make virtual environments.
+USABLE := import sys, venv, ensurepip; assert sys.version_info >= (3, 10)
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+            $$p -c '$(USABLE)' 2>/dev/null && { echo $$p; break; }; done)
+
+# Like PYTHON, for gpu-check: the interpreter that already has PyTorch.
+GPU_PYTHON ?= python3
+
+NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: test test-long demo bench gpu-check lint env clean
+.DELETE_ON_ERROR:
+
+test: env
+	$(RUN) -m pytest -q -m "not gpu and not long" $(ARGS)
+
+test-long: env
+	$(RUN) -m pytest -q -m "long and not gpu" $(ARGS)
+
+demo: env
+	$(RUN) python/demo.py $(ARGS)
+
+bench: env
+	$(RUN) -m benchmarks $(ARGS)
+
+lint: env
+	$(RUN) -m ruff check .
+
+gpu-check:
+	@$(GPU_PYTHON) python/gpu_check.py $(ARGS)
+
+env: $(VENV)/.native
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.10 with venv on PATH; install one (on Debian and Ubuntu" \
+	  "also python3-venv) or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c '$(USABLE)' || { echo "make: PYTHON=$(PYTHON) must be Python >= 3.10 with venv" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.pins: requirements-dev.txt requirements-triton.txt $(VENV)/.created
+	$(RUN) -m pip install -r requirements-dev.txt
+	$(RUN) -m pip install --no-deps -r requirements-triton.txt
+	@touch $@
+
+# The package points into this tree; its native module is then built in place, which recompiles changed sources alone.
+$(VENV)/.package: pyproject.toml setup.py $(VENV)/.pins
+	DECO_KERNELS_BUILD=none $(RUN) -m pip install --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/.native: $(NATIVE_SOURCES) $(VENV)/.package
+	DECO_KERNELS_BUILD=cpu $(RUN) setup.py build_ext --inplace
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build out deco_kernels/*.so *.egg-info

@@ -1,0 +1,154 @@
+"""`python -m deco_kernels`: what this machine can run and, for what it cannot, why; `--selftest` checks it.
+
+The self-test holds every backend of this machine, op by op and dtype by dtype, forward and every gradient, against the
+float64 reference by the rule of error of `deco_kernels.testing`. Exit status: 0, or 1 if a check failed.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+
+import torch
+
+from deco_kernels import __version__, native, testing
+from deco_kernels.ops import registry
+
+OPS = (*testing.OPS, "frequency_loss")
+SELFTEST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def devices() -> list[torch.device]:
+    return [torch.device("cpu")] + [torch.device("cuda", 0)] * torch.cuda.is_available()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name} (compute capability {properties.major}.{properties.minor})"
+    return f"{cpu_model()}, {torch.get_num_threads()} threads of {os.cpu_count()} processors"
+
+
+def cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def package_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def refusals(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
+    """Why `backend` cannot serve each op at the published decoder's sizes; None where it can."""
+    return {op: registry.refusal(backend, request(op, device, dtype), device) for op in OPS}
+
+
+def request(op: str, device: torch.device, dtype: torch.dtype) -> registry.Request:
+    module = "flow_matching_loss" if op == "frequency_loss" else op
+    return registry.Request(module, device.type, (dtype, dtype), width=32, depth=3, patch_size=16, channels=3)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def print_report() -> None:
+    print(f"deco_kernels {__version__} in {os.path.dirname(os.path.abspath(__file__))}")
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, Triton {package_version('triton')}")
+    print(f"CPU instruction set: {instruction_set()}")
+    for device in devices():
+        print(f"\n{device.type}: {device_name(device)}")
+        for backend in registry.backend_names():
+            for line in backend_lines(backend, refusals(backend, device)):
+                print(f"  {line}")
+        automatic = registry.automatic_candidates(request("pixel_decoder", device, torch.float32))
+        print(f"  automatic choice: {', else '.join(automatic)}")
+    if len(devices()) == 1:
+        print("\ncuda: PyTorch finds no GPU here")
+
+
+def instruction_set() -> str:
+    reason = native.cpu_unavailable_reason()
+    if reason is not None:
+        return f"none in use: {reason}"
+    module = native.cpu()
+    usable = ", ".join(module.usable_isas())
+    return f"{module.current_isa()} (this processor runs {usable}; {native.ISA_VARIABLE} chooses)"
+
+
+def backend_lines(backend: str, reasons: dict[str, str | None]) -> list[str]:
+    """One line, or one for each reason where the ops differ."""
+    if not any(reasons.values()):
+        return [f"{backend:<10} available for every op"]
+    if len(set(reasons.values())) == 1:
+        return [f"{backend:<10} unavailable: {next(iter(reasons.values()))}"]
+    served = ", ".join(op for op, reason in reasons.items() if reason is None) or "no op"
+    missing = [f"{'':<10} not {op}: {reason}" for op, reason in reasons.items() if reason is not None]
+    return [f"{backend:<10} available for {served}", *missing]
+
+
+# --- the self-test ---------------------------------------------------------------------------------------------------
+
+
+def selftest() -> int:
+    """Prints one row per device, backend (all but the reference), op and dtype; returns the number of failures."""
+    started, failures, checked = time.perf_counter(), 0, 0
+    print(f"{'device':<7}{'backend':<11}{'op':<27}{'dtype':<10}{'error/bound':>11}  result")
+    for device in devices():
+        for backend in registry.backend_names():
+            if backend == "reference":
+                continue
+            for op in OPS:
+                for dtype in SELFTEST_DTYPES:
+                    reason = registry.refusal(backend, request(op, device, dtype), device)
+                    if reason is None:
+                        ratio, verdict = check(backend, op, device, dtype)
+                        checked += 1
+                        failures += verdict != "ok"
+                        label = f"{device.type:<7}{backend:<11}{op:<27}{str(dtype).removeprefix('torch.'):<10}"
+                        print(f"{label}{ratio:>11.2f}  {verdict}", flush=True)
+            for line in backend_lines(backend, refusals(backend, device)):
+                if "available for every op" not in line:
+                    print(f"{device.type:<7}{line}")
+    print(f"\n{checked - failures} of {checked} checks passed in {time.perf_counter() - started:.1f} s")
+    if checked == 0:
+        print("This machine runs the reference backend alone: there was nothing to compare with it.")
+    return failures
+
+
+def check(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """(largest error as a share of its bound, "ok" or what failed) over the outputs and gradients of one call."""
+    try:
+        inputs = testing.random_inputs(op, dtype=dtype, device=device, image_size=(1, 64, 64))
+        rows = testing.compare(inputs, testing.run(inputs, backend))
+    except Exception as error:  # a backend that breaks is what the table is there to show
+        return float("nan"), f"FAILED: {type(error).__name__}: {error}"
+    ratio = max(max(ratio_of(row.error, row.bound), ratio_of(row.bias, row.bias_bound)) for row in rows)
+    failed = [str(row) for row in rows if not row.passed]
+    return ratio, "ok" if not failed else "FAILED: " + "; ".join(failed)
+
+
+def ratio_of(value: float, bound: float) -> float:
+    return 0.0 if value == 0 else value / bound if bound > 0 else float("inf")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m deco_kernels", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--selftest", action="store_true", help="compare every backend of this machine with the reference"
+    )
+    if not parser.parse_args(arguments).selftest:
+        print_report()
+        return 0
+    return 1 if selftest() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
