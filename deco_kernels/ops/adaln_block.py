@@ -31,7 +31,8 @@ def adaln_block(
         out = h + gate * (fc2_weight @ SiLU(fc1_weight @ m + fc1_bias) + fc2_bias)
 
     Args:
-        h, cond: [..., D], same shape and dtype (the activation dtype; under autocast float32 is cast to the autocast dtype).
+        h, cond: [..., D], same shape and dtype (the activation dtype; under autocast float32 is cast to the autocast
+            dtype).
         norm_weight, norm_bias: [D].
         mod_weight, mod_bias: [3D, D], [3D], rows ordered shift, scale, gate.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: [D, D] (out, in), [D].

@@ -130,7 +130,7 @@ def check_eps(op: str, eps: float) -> float:
 def check_number(op: str, name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name}: expected a Python float, got {type(value).__name__}; pass float(value)")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name}: expected a finite number, got {value}; pass a finite number")
     return float(value)
 

@@ -42,23 +42,23 @@ def flow_matching_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Flow-matching loss of DeCo (arXiv 2511.19365, section 3): squared error in pixels plus frequency-weighted error.
 
-    With d = pred - target, R the reflection padding of bottom and right to multiples of 8, M the RGB -> YCbCr matrix and F
-    the orthonormal 8x8 block DCT-II:
+    With d = pred - target, R the reflection padding of bottom and right to multiples of 8, M the RGB -> YCbCr matrix
+    and F the orthonormal 8x8 block DCT-II (the mean of the frequency part is over the padded size):
 
         pixel     = 1/B * sum_b sample_weight[b] * mean(d_b ** 2)
-        frequency = 1/B * sum_b sample_weight[b] * mean(frequency_weight * F(R M d_b) ** 2)      (mean over the padded size)
+        frequency = 1/B * sum_b sample_weight[b] * mean(frequency_weight * F(R M d_b) ** 2)
         total     = pixel + frequency_scale * frequency
 
     Args:
-        pred, target: [B, 3, H, W], any strides, each float32, bfloat16 or float16; H and W at least 5 unless divisible by 8.
+        pred, target: [B, 3, H, W], any strides, each float32, bfloat16 or float16; H and W at least 5.
         frequency_weight: [3, 8, 8] for Y, Cb, Cr; row = vertical frequency. See `jpeg_frequency_weight`.
         frequency_scale: weight of the frequency part.
         sample_weight: [B], or None for ones; not renormalised.
         backend: as in `pixel_decoder`.
 
     Returns:
-        (total, pixel, frequency), float32 scalars, each differentiable with respect to every tensor argument; zeros for an
-        empty batch.
+        (total, pixel, frequency), float32 scalars, each differentiable with respect to every tensor argument; zeros for
+        an empty batch.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as `pixel_decoder`.

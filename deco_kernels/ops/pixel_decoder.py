@@ -40,8 +40,8 @@ def pixel_decoder(
 
     Args:
         image: [B, C, H, W], the noised image, any strides; float32, bfloat16 or float16.
-        cond: [..., P, D], P = p*p; leading sizes multiply to B*(H/p)*(W/p), patches in row-major order. Its dtype is the
-            activation dtype; under autocast float32 is cast to the autocast dtype.
+        cond: [..., P, D], P = p*p; leading sizes multiply to B*(H/p)*(W/p), patches in row-major order. Its dtype is
+            the activation dtype; under autocast float32 is cast to the autocast dtype.
         pixel_weight, pixel_table: [D, C], [P, D], the query of a pixel.
         norm_weight, norm_bias: [N, D].
         mod_weight, mod_bias: [N, 3D, D] and [N, 3D], rows ordered shift, scale, gate.
@@ -115,8 +115,8 @@ def pixel_decoder_from_tokens(
 
     Args:
         image: [B, C, H, W], as in `pixel_decoder`.
-        tokens: [..., Z]; leading sizes multiply to B*(H/p)*(W/p), patches in row-major order. Its dtype is the activation
-            dtype; under autocast float32 is cast to the autocast dtype.
+        tokens: [..., Z]; leading sizes multiply to B*(H/p)*(W/p), patches in row-major order. Its dtype is the
+            activation dtype; under autocast float32 is cast to the autocast dtype.
         up_weight, up_bias: [P*D, Z], [P*D]; row k*D + d belongs to channel d of pixel k.
         The other arguments, the result and the errors are those of `pixel_decoder`.
     """

@@ -47,8 +47,8 @@ class Request(NamedTuple):
 
 
 def register_backend(name: str, package: str) -> None:
-    """Adds a backend: `package` is an importable package with `unavailable_reason(device)`, `unsupported_reason(request)`
-    and one module per op it serves. It is used only by name."""
+    """Adds a backend: `package` is an importable package with `unavailable_reason(device)`,
+    `unsupported_reason(request)` and one module per op it serves. It is used only by name."""
     if name == AUTO:
         raise ValueError(f'backend: "{AUTO}" is reserved for the automatic choice; choose another name')
     _packages[name] = package
@@ -75,8 +75,8 @@ def _choices() -> str:
 class use_backend:
     """Within `with use_backend("cpu"):` every op without a `backend=` argument uses that backend.
 
-    The choice is process-wide, for all threads; "auto" restores the automatic choice inside an outer block. The backward
-    pass uses the backend its forward was given, also outside the block. Unknown names raise ValueError.
+    The choice is process-wide, for all threads; "auto" restores the automatic choice inside an outer block. The
+    backward pass uses the backend its forward was given, also outside the block. Unknown names raise ValueError.
     """
 
     def __init__(self, name: str):

@@ -43,7 +43,7 @@ def upsample_modulate(
         backend: as in `pixel_decoder`.
 
     Returns:
-        (modulated, gate), both [..., P, D], contiguous, in the activation dtype. Gradients flow to every tensor argument.
+        (modulated, gate), both [..., P, D], contiguous, in the activation dtype. Gradients flow to every tensor.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as `pixel_decoder`.

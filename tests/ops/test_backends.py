@@ -1,4 +1,4 @@
-"""Every op on every backend and instruction set of this machine: the rule of error, views, empty batches, repeatability."""
+"""Every op on every backend and instruction set: the rule of error, views, empty batches, repeatability."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
 """What the reference ops share: the precision they compute in, and gradients by differentiating the formula."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,6 +21,17 @@ def prepare(op: str, tensors: Sequence[torch.Tensor], activation: torch.Tensor) 
     ]
 
 
+@contextlib.contextmanager
+def _recording_gradients():
+    """Autograd records inside, also where the caller runs below the autograd dispatch keys, as compiled graphs do."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
 def differentiate(
     formula: Callable,
     inputs: Sequence[torch.Tensor],
@@ -31,7 +43,7 @@ def differentiate(
 
     `inputs` are `originals` in the compute dtype; an input may be None if it is not needed.
     """
-    with torch.enable_grad():
+    with _recording_gradients():
         leaves = [
             None if tensor is None else tensor.detach().requires_grad_(need)
             for tensor, need in zip(inputs, needs, strict=True)
@@ -42,6 +54,8 @@ def differentiate(
     outputs = [output for output, _ in used]
     grad_outputs = [gradient.to(output.dtype) for output, gradient in used]
     asked = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+    if asked and not used:
+        raise RuntimeError("autograd did not record the reference formula: no output depends on the inputs asked for")
     found = iter(torch.autograd.grad(outputs, asked, grad_outputs, materialize_grads=True) if asked else ())
     return tuple(
         next(found).to(original.dtype).contiguous() if need else None

@@ -1,0 +1,211 @@
+"""The ops inside PyTorch: opcheck, gradcheck, compile, export, autocast, checkpointing, functional transforms."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import deco_kernels
+from deco_kernels import ops, testing
+from tests.ops.cases import BF16, F16, F32, IMPLEMENTATIONS, OPS, small_inputs
+
+each_op = pytest.mark.parametrize("op", OPS)
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
+DECODERS = ["adaln_block", "upsample_modulate", "pixel_decoder", "pixel_decoder_from_tokens"]
+
+
+def loss_of(op, tensors, options, grad_outputs, **changes):
+    outputs = getattr(ops, op)(**tensors, **options, **changes)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return sum((output.to(F32) * gradient).sum() for output, gradient in zip(outputs, grad_outputs, strict=True))
+
+
+def gradients_of(function, inputs, **arguments):
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
+    loss = function(inputs.op, leaves, inputs.options, inputs.grad_outputs, **arguments)
+    return loss.detach(), torch.autograd.grad(loss, list(leaves.values()))
+
+
+def assert_same(actual, expected, tolerance=0.0):
+    assert testing.relative_error(actual[0], expected[0]) <= tolerance
+    for gradient, other in zip(actual[1], expected[1], strict=True):
+        assert testing.relative_error(gradient, other) <= tolerance
+
+
+@each_implementation
+@each_op
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_opcheck(implementation, op, dtype):
+    inputs = small_inputs(op, dtype)
+    defaults = {"eps": 1e-6} if op in DECODERS else {}
+    options = list((inputs.options | defaults).values())
+    operators = torch.ops.deco_kernels
+    arguments = (*inputs.tensors.values(), *options, implementation)
+    torch.library.opcheck(getattr(operators, op).default, arguments)
+    for needs in ([True] * len(inputs.tensors), [index % 2 == 0 for index in range(len(inputs.tensors))]):
+        torch.library.opcheck(getattr(operators, f"{op}_backward").default, (*inputs.grad_outputs, *arguments, needs))
+
+
+@each_op
+def test_gradcheck_in_float64(op):
+    changes = {"patch_size": 2, "image_size": (2, 4, 2), "width": 4, "depth": 2, "token_width": 3}
+    if "loss" in op:
+        changes = {"image_size": (2, 9, 6)}
+    inputs = small_inputs(op, torch.float64, **changes)
+    leaves = [tensor.requires_grad_() for tensor in inputs.tensors.values()]
+
+    def function(*tensors):
+        return getattr(ops, op)(**dict(zip(inputs.tensors, tensors, strict=True)), **inputs.options)
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@each_op
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(op, dynamic):
+    torch._dynamo.reset()
+    inputs = small_inputs(op)
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch in (2, 3):
+        inputs = small_inputs(op, image_size=(batch, 8, 12))
+        assert_same(gradients_of(compiled, inputs), gradients_of(loss_of, inputs), 1e-6)
+
+
+def test_compile_with_inductor():
+    torch._dynamo.reset()
+    inputs = small_inputs("pixel_decoder")
+    compiled = torch.compile(loss_of, fullgraph=True)
+    assert_same(gradients_of(compiled, inputs), gradients_of(loss_of, inputs), 1e-6)
+
+
+def test_compile_sees_the_backend_block():
+    torch._dynamo.reset()
+    inputs = small_inputs("pixel_decoder")
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def call():
+        return ops.pixel_decoder(**inputs.tensors, **inputs.options)
+
+    with deco_kernels.use_backend("reference"):
+        reference = call()
+        assert torch.equal(reference, ops.pixel_decoder(**inputs.tensors, **inputs.options))
+    with pytest.raises(deco_kernels.BackendUnavailable), deco_kernels.use_backend("cuda"):
+        call()
+    assert testing.relative_error(call(), reference) < 1e-5
+
+
+@each_op
+def test_export(op):
+    inputs = small_inputs(op)
+
+    class Module(torch.nn.Module):
+        def forward(self, tensors):
+            return getattr(ops, op)(**tensors, **inputs.options)
+
+    program = torch.export.export(Module(), (inputs.tensors,))
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert getattr(torch.ops.deco_kernels, op).default in targets
+    actual = program.module()(inputs.tensors)
+    expected = getattr(ops, op)(**inputs.tensors, **inputs.options)
+    for pair in zip(torch.utils._pytree.tree_leaves(actual), torch.utils._pytree.tree_leaves(expected), strict=True):
+        assert torch.equal(*pair)
+
+
+@each_op
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(op, use_reentrant):
+    inputs = small_inputs(op)
+
+    def checkpointed(op, tensors, options, grad_outputs):
+        names = list(tensors)
+
+        def function(*values):
+            return loss_of(op, dict(zip(names, values, strict=True)), options, grad_outputs)
+
+        return checkpoint(function, *tensors.values(), use_reentrant=use_reentrant)
+
+    def backward(function):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
+        function(op, leaves, inputs.options, inputs.grad_outputs).backward()
+        return torch.zeros(()), [leaf.grad for leaf in leaves.values()]
+
+    assert_same(backward(checkpointed), backward(loss_of))
+
+
+@each_op
+def test_functional_grad(op):
+    inputs = small_inputs(op)
+    actual = torch.func.grad(lambda tensors: loss_of(op, tensors, inputs.options, inputs.grad_outputs))(inputs.tensors)
+    expected = gradients_of(loss_of, inputs)[1]
+    for pair in zip(actual.values(), expected, strict=True):
+        assert torch.equal(*pair)
+
+
+@each_implementation
+@pytest.mark.parametrize("op", DECODERS)
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_autocast_casts_float32_activations(implementation, op, dtype):
+    inputs = small_inputs(op)
+    activations = [name for name in ("h", "cond", "tokens") if name in inputs.tensors]
+    cast = {name: inputs.tensors[name].to(dtype) for name in activations}
+    expected = getattr(ops, op)(**(inputs.tensors | cast), **inputs.options, backend=implementation)
+    with torch.autocast("cpu", dtype):
+        actual = getattr(ops, op)(**inputs.tensors, **inputs.options, backend=implementation)
+        loss, gradients = gradients_of(loss_of, inputs, backend=implementation)
+    actual, expected = [x if isinstance(x, tuple) else (x,) for x in (actual, expected)]
+    for output, other in zip(actual, expected, strict=True):
+        assert output.dtype is dtype and torch.equal(output, other)
+    assert loss.isfinite() and all(gradient.dtype is F32 for gradient in gradients)
+
+
+@each_implementation
+@pytest.mark.parametrize("op", ["flow_matching_loss", "frequency_loss"])
+def test_losses_under_autocast_stay_in_float32(implementation, op):
+    inputs = small_inputs(op)
+    expected = getattr(ops, op)(**inputs.tensors, **inputs.options, backend=implementation)
+    with torch.autocast("cpu", BF16):
+        actual = getattr(ops, op)(**inputs.tensors, **inputs.options, backend=implementation)
+    actual, expected = [x if isinstance(x, tuple) else (x,) for x in (actual, expected)]
+    for output, other in zip(actual, expected, strict=True):
+        assert output.dtype is F32 and torch.equal(output, other)
+
+
+@each_op
+def test_backward_outside_the_block_uses_the_backend_of_the_forward(op, monkeypatch):
+    from deco_kernels.ops import registry
+
+    seen = []
+    serve = registry.serve
+
+    def recording(function, request, device, backend, *arguments):
+        seen.append((function.endswith("backward"), backend))
+        return serve(function, request, device, backend, *arguments)
+
+    monkeypatch.setattr(registry, "serve", recording)
+    inputs = small_inputs(op)
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.tensors.items()}
+    with deco_kernels.use_backend("reference"):
+        loss = loss_of(op, leaves, inputs.options, inputs.grad_outputs)
+    loss.backward()
+    assert seen == [(False, "reference"), (True, "reference")]
+
+
+def test_fake_tensors_have_the_real_strides():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for op in OPS:
+        inputs = small_inputs(op)
+        transposed = {n: t.mT.contiguous().mT if t.dim() > 1 else t for n, t in inputs.tensors.items()}
+        with FakeTensorMode() as mode:
+            tensors = {name: mode.from_tensor(tensor) for name, tensor in transposed.items()}
+            fake = getattr(ops, op)(**tensors, **inputs.options)
+        real = getattr(ops, op)(**inputs.tensors, **inputs.options)
+        for a, b in zip(*[x if isinstance(x, tuple) else (x,) for x in (fake, real)], strict=True):
+            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+@each_implementation
+@each_op
+def test_anomaly_mode(implementation, op):
+    inputs = small_inputs(op)
+    with torch.autograd.set_detect_anomaly(True, check_nan=True):
+        gradients_of(loss_of, inputs, backend=implementation)
