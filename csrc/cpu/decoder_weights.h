@@ -1,5 +1,6 @@
-// The weights as the tile code reads them: rounded to the activation dtype where eager autocast would round them, and
-// kept in float or in bfloat16 pairs. float32 matrices are used where they lie.
+// The weights as the tile code reads them: matrices rounded to the activation dtype, as eager autocast rounds them, and
+// kept in float or in bfloat16 pairs; biases, norm weights and the pixel table in float with their own value. float32
+// matrices are used where they lie.
 #pragma once
 
 #include "cpu/arena.h"
@@ -52,19 +53,19 @@ DECO_INLINE VecF round_vector(DType dtype, VecF x) {
   return load_f16(bits);
 }
 
-// to[i] = from[offset + i] rounded to `rounding`.
-inline void convert(float* to, const Array& from, int64_t offset, int64_t count, DType rounding) {
+// The first `count` numbers of `from`, rounded to `rounding`.
+inline void convert(float* to, const Array& from, int64_t count, DType rounding) {
   with_dtype(from.dtype, [&](auto dtype) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes)
-      store(to + i, round_vector(rounding, load_as<dtype.value>(from.data, offset + i)));
-    for (; i < count; ++i) to[i] = round_to(rounding, load_scalar(from.data, dtype, offset + i));
+      store(to + i, round_vector(rounding, load_as<dtype.value>(from.data, i)));
+    for (; i < count; ++i) to[i] = round_to(rounding, load_scalar(from.data, dtype, i));
   });
 }
 
 inline const float* take_floats(Arena& arena, const Array& from, int64_t count, DType rounding) {
   float* to = arena.take<float>(count);
-  if (!arena.counts_only()) convert(to, from, 0, count, rounding);
+  if (!arena.counts_only()) convert(to, from, count, rounding);
   return to;
 }
 
@@ -105,7 +106,7 @@ const typename Operand::Element* take_transposed(Arena& arena, const Array& from
 
 // pixel_table [P][D] -> [panels][D][T].
 template <int D, int T>
-void make_table(float* table, int panels, const Array& pixel_table, int pixels, DType activation) {
+void make_table(float* table, int panels, const Array& pixel_table, int pixels) {
   with_dtype(pixel_table.dtype, [&](auto dtype) {
     for (int panel = 0; panel < panels; ++panel, table += D * T)
       for (int first = 0; first < T; first += kLanes)
@@ -113,7 +114,7 @@ void make_table(float* table, int panels, const Array& pixel_table, int pixels, 
           VecF square[kLanes];
           unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA {
             const int pixel = (panel * T + first + i) % pixels;
-            square[i] = round_vector(activation, load_as<dtype.value>(pixel_table.data, int64_t{pixel} * D + d));
+            square[i] = load_as<dtype.value>(pixel_table.data, int64_t{pixel} * D + d);
           });
           transpose(square);
           unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA { store(table + (d + i) * T + first, square[i]); });
@@ -129,12 +130,12 @@ void take_block_weights(Arena& arena, const DecoderWeightArrays& from, int depth
   const auto* fc1 = take_matrices<Operand>(arena, from.fc1_weight, int64_t{depth} * D * D, activation);
   const auto* fc2 = take_matrices<Operand>(arena, from.fc2_weight, int64_t{depth} * D * D, activation);
   float* mod_bias = arena.take<float>(depth * 3 * D);
-  const float* fc1_bias = take_floats(arena, from.fc1_bias, depth * D, activation);
-  const float* fc2_bias = take_floats(arena, from.fc2_bias, depth * D, activation);
+  const float* fc1_bias = take_floats(arena, from.fc1_bias, depth * D, DType::kFloat32);
+  const float* fc2_bias = take_floats(arena, from.fc2_bias, depth * D, DType::kFloat32);
   const float* norm_weight = take_floats(arena, from.norm_weight, depth * D, DType::kFloat32);
   const float* norm_bias = take_floats(arena, from.norm_bias, depth * D, DType::kFloat32);
   if (arena.counts_only()) return;
-  convert(mod_bias, from.mod_bias, 0, depth * 3 * D, activation);
+  convert(mod_bias, from.mod_bias, depth * 3 * D, DType::kFloat32);
   for (int n = 0; n < depth; ++n) {
     for (int d = D; d < 2 * D; ++d) mod_bias[n * 3 * D + d] += 1.0f;
     blocks[n] = {mod + n * 3 * D * D / kPack, fc1 + n * D * D / kPack, fc2 + n * D * D / kPack,
@@ -164,11 +165,11 @@ void take_decoder_weights(Arena& arena, const DecoderWeightArrays& from, const D
   take_block_weights<Operand, D>(arena, from, shape.depth, activation, weights.blocks);
   weights.pixel_weight = take_floats(arena, from.pixel_weight, D * shape.channels, activation);
   weights.head_weight = take_floats(arena, from.head_weight, D * shape.channels, activation);
-  weights.head_bias = take_floats(arena, from.head_bias, shape.channels, activation);
+  weights.head_bias = take_floats(arena, from.head_bias, shape.channels, DType::kFloat32);
   weights.panels = pixels > T ? pixels / T : 1;
   float* table = arena.take<float>(int64_t{weights.panels} * D * T);
   weights.table = table;
-  if (!arena.counts_only()) make_table<D, T>(table, weights.panels, from.pixel_table, pixels, activation);
+  if (!arena.counts_only()) make_table<D, T>(table, weights.panels, from.pixel_table, pixels);
 }
 
 }  // namespace deco::cpu::DECO_CPU_ISA
