@@ -1,0 +1,73 @@
+"""Triton backend: kernels for NVIDIA (sm_80 and later) and AMD GPUs, compiled at the first call, nothing at install.
+
+Importing this package imports neither Triton nor the kernels; `unavailable_reason` tries to import Triton once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+_WIDTHS = (16, 32, 64)
+_MAX_DEPTH = 8
+_PATCH_SIZES = (1, 2, 4, 8, 16)
+_CHANNELS = (1, 3, 4)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _import_failure() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "Triton is not installed; install it with `pip install triton`"
+        return f"Triton is installed but cannot be imported ({error}); reinstall it with `pip install -U triton`"
+    except Exception as error:  # a broken installation may fail in any way
+        return f"Triton is installed but fails on import ({type(error).__name__}: {error}); reinstall it"
+    return None
+
+
+@functools.cache
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why no kernel of this backend can run on the device, with the remedy; None if they can."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    if device.type == "cpu" and not interpreted:
+        return (
+            "Triton kernels run on GPUs; for tests on the CPU start Python with TRITON_INTERPRET=1, "
+            "otherwise move the tensors to a GPU or choose another backend"
+        )
+    if device.type not in ("cpu", "cuda"):
+        return f"its kernels are for CUDA and ROCm devices, not {device.type!r}; choose another backend"
+    if device.type == "cuda" and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return (
+                f"it needs an NVIDIA GPU of compute capability 8.0 or later, {torch.cuda.get_device_name(device)} has "
+                f"{capability[0]}.{capability[1]}; use backend='reference'"
+            )
+    return _import_failure()
+
+
+def unsupported_reason(request) -> str | None:
+    """Why this call (a `deco_kernels.ops.registry.Request`) has no kernel; None if it has one."""
+    remedy = "; use backend='reference' or leave the choice automatic"
+    for dtype in request.dtypes:
+        if dtype not in _DTYPES:
+            return f"it has no kernel for {dtype}, only for float32, bfloat16 and float16{remedy}"
+    if request.op == "flow_matching_loss":
+        return None
+    if request.width not in _WIDTHS:
+        return f"it has kernels for a width D of 16, 32 and 64, not {request.width}{remedy}"
+    if request.op == "adaln_block":
+        return None
+    if request.op != "upsample_modulate":
+        if not 1 <= request.depth <= _MAX_DEPTH:
+            return f"it has kernels for 1 to {_MAX_DEPTH} blocks, not {request.depth}{remedy}"
+        if request.patch_size not in _PATCH_SIZES:
+            return f"it has kernels for a patch size of 1, 2, 4, 8 and 16, not {request.patch_size}{remedy}"
+        if request.channels not in _CHANNELS:
+            return f"it has kernels for 1, 3 and 4 image channels, not {request.channels}{remedy}"
+    return None

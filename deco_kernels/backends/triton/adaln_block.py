@@ -1,0 +1,269 @@
+"""adaln_block on Triton: one decoder block, and the device functions the whole decoder is made of.
+
+    s = SiLU(cond);  shift, scale, gate = s·W_mod + b_mod;  m = LN(h)·(1 + scale) + shift
+    h' = h + gate·(W_2·SiLU(W_1·m + b_1) + b_2)
+
+A persistent program walks over tiles of `block` rows; a row is one pixel. The tile's activations stay in registers, the
+five D×D matrices pass through shared memory. Forward: 10·D² FLOPs per row, 3·D values moved (h, cond, h'). Backward:
+30·D² FLOPs, 5·D values (h, cond, grad in; two gradients out). Sums over rows (weight and bias gradients) stay in
+registers for all tiles of a program, go to a partial buffer of that program and are added over programs in fixed order:
+the same device gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    add_column_sum,
+    add_outer,
+    add_to,
+    affine,
+    collapsed_rows,
+    device_guard,
+    launch,
+    linear,
+    math_options,
+    normalize,
+    normalize_grad,
+    packed_matrix,
+    parameters_for,
+    program_limit,
+    row_offsets,
+    silu_of_double,
+    silu_of_double_grad,
+    tile_pixels,
+    twice_sigmoid,
+)
+from .weights import pack, unpack_grad
+
+# -------------------------------------------------------------------------------------------------- device functions
+
+
+@triton.jit
+def block_forward(
+    h, s, matrices_ptr, biases_ptr, block,
+    D: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
+):  # fmt: skip
+    """h' [BLOCK, D] of packed block number `block`; h float32, s = SiLU(cond) in the operand dtype."""
+    first = 5 * block
+    shift = linear(s, matrices_ptr, biases_ptr, first, D, PRECISION)
+    scale = linear(s, matrices_ptr, biases_ptr, first + 1, D, PRECISION)
+    normalized, _ = normalize(h, D, EPS)
+    m = (normalized * scale + shift).to(s.dtype)
+    t = linear(m, matrices_ptr, biases_ptr, first + 3, D, PRECISION)
+    a = silu_of_double(t, FAST_TANH).to(s.dtype)
+    u = linear(a, matrices_ptr, biases_ptr, first + 4, D, PRECISION)
+    gate = linear(s, matrices_ptr, biases_ptr, first + 2, D, PRECISION)
+    return h + gate * u
+
+
+@triton.jit
+def block_backward(
+    h, s, grad, s_grad, matrices_ptr, biases_ptr, block,
+    D: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
+):  # fmt: skip
+    """Recompute the block, then run it backwards.
+
+    grad [BLOCK, D] float32 is the gradient of h'. Returns the gradient of h, s_grad plus this block's gradient of s,
+    and the operands of the weight gradients: the gradients of shift, scale, gate, t and u, and m and a (s the caller
+    has), all in the operand dtype.
+    """
+    first = 5 * block
+    shift_matrix = packed_matrix(matrices_ptr, first, D)
+    scale_matrix = packed_matrix(matrices_ptr, first + 1, D)
+    gate_matrix = packed_matrix(matrices_ptr, first + 2, D)
+    fc1_matrix = packed_matrix(matrices_ptr, first + 3, D)
+    fc2_matrix = packed_matrix(matrices_ptr, first + 4, D)
+
+    normalized, rstd = normalize(h, D, EPS)
+    shift = affine(s, shift_matrix, biases_ptr, first, D, PRECISION)
+    scale = affine(s, scale_matrix, biases_ptr, first + 1, D, PRECISION)
+    m = (normalized * scale + shift).to(s.dtype)
+    t = affine(m, fc1_matrix, biases_ptr, first + 3, D, PRECISION)
+    w = twice_sigmoid(t, FAST_TANH)
+    a = (t * w).to(s.dtype)
+    gate = affine(s, gate_matrix, biases_ptr, first + 2, D, PRECISION)
+    u = affine(a, fc2_matrix, biases_ptr, first + 4, D, PRECISION)
+
+    gate_grad = (grad * u).to(s.dtype)
+    u_grad = (grad * gate).to(s.dtype)
+    a_grad = tl.dot(u_grad, tl.trans(fc2_matrix), input_precision=PRECISION)
+    t_grad = (a_grad * silu_of_double_grad(t, w)).to(s.dtype)
+    m_grad = tl.dot(t_grad, tl.trans(fc1_matrix), input_precision=PRECISION)
+    shift_grad = m_grad.to(s.dtype)
+    scale_grad = (m_grad * normalized).to(s.dtype)
+    grad += normalize_grad(m_grad * scale, normalized, rstd, D)
+    s_grad = tl.dot(shift_grad, tl.trans(shift_matrix), s_grad, input_precision=PRECISION)
+    s_grad = tl.dot(scale_grad, tl.trans(scale_matrix), s_grad, input_precision=PRECISION)
+    s_grad = tl.dot(gate_grad, tl.trans(gate_matrix), s_grad, input_precision=PRECISION)
+    return grad, s_grad, shift_grad, scale_grad, gate_grad, t_grad, u_grad, m, a
+
+
+# ----------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def forward_kernel(
+    h_ptr, h_stride,  # [n_rows, D], unit channel stride
+    cond_ptr, cond_stride,  # [n_rows, D], unit channel stride
+    matrices_ptr, biases_ptr,  # [5, D, D] (in, out), [5, D]: see weights.py
+    out_ptr,  # [n_rows, D] contiguous
+    n_rows,
+    D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
+):  # fmt: skip
+    for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
+        row, column, valid = tile_pixels(tile, n_rows, 1, BLOCK)
+        mask = valid[:, None]
+        h = tl.load(h_ptr + row_offsets(row, column, h_stride, 0, D), mask=mask, other=0.0).to(tl.float32)
+        cond = tl.load(cond_ptr + row_offsets(row, column, cond_stride, 0, D), mask=mask, other=0.0).to(tl.float32)
+        s = silu_of_double(0.5 * cond, FAST_TANH).to(matrices_ptr.dtype.element_ty)
+        h = block_forward(h, s, matrices_ptr, biases_ptr, 0, D, EPS, PRECISION, FAST_TANH)
+        tl.store(out_ptr + row_offsets(row, column, D, 0, D), h, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def backward_kernel(
+    h_ptr, h_stride,  # [n_tokens·PIXELS, D], unit channel stride: the block's input
+    cond_ptr, cond_token_stride, cond_pixel_stride,  # [n_tokens, PIXELS, D], unit channel stride
+    grad_ptr, grad_stride,  # [n_tokens·PIXELS, D], unit channel stride: gradient of h'
+    matrices_ptr, biases_ptr,  # [5, D, D] (in, out), [5, D] of this block
+    h_grad_ptr,  # out [n_tokens·PIXELS, D] contiguous; may be the memory of grad
+    cond_grad_ptr,  # in and out [n_tokens·PIXELS, D] contiguous: gradient of s from later blocks, then with this one's
+    matrix_grad_ptr, bias_grad_ptr,  # in and out [programs, 5, D, D] (out, in), [programs, 5, D] float32
+    grad_program_stride, bias_program_stride,  # elements between two programs' partial sums
+    n_tokens,
+    FIRST: tl.constexpr,  # nothing came before: cond_grad holds no sum yet
+    LAST: tl.constexpr,  # nothing comes after: turn the gradient of s into that of cond
+    COND_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr,  # what is asked for
+    D: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one block. A stored gradient depends on the whole loaded row, so h_grad may overwrite grad."""
+    d = tl.arange(0, D)
+    if WEIGHT_GRAD:
+        shift_weight = tl.zeros([D, D], tl.float32)
+        scale_weight = tl.zeros([D, D], tl.float32)
+        gate_weight = tl.zeros([D, D], tl.float32)
+        fc1_weight = tl.zeros([D, D], tl.float32)
+        fc2_weight = tl.zeros([D, D], tl.float32)
+        biases = tl.zeros([16, D], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(n_tokens * PIXELS, BLOCK), tl.num_programs(0)):
+        token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
+        mask = valid[:, None]
+        contiguous_rows = row_offsets(token, pixel, PIXELS * D, D, D)
+        h = tl.load(h_ptr + row_offsets(token, pixel, PIXELS * h_stride, h_stride, D), mask=mask, other=0.0)
+        cond_rows = row_offsets(token, pixel, cond_token_stride, cond_pixel_stride, D)
+        t = 0.5 * tl.load(cond_ptr + cond_rows, mask=mask, other=0.0).to(tl.float32)
+        w = twice_sigmoid(t, FAST_TANH)
+        s = (t * w).to(matrices_ptr.dtype.element_ty)
+        grad = tl.load(grad_ptr + row_offsets(token, pixel, PIXELS * grad_stride, grad_stride, D), mask=mask, other=0.0)
+        if FIRST:
+            s_grad = tl.zeros([BLOCK, D], tl.float32)
+        else:
+            s_grad = tl.load(cond_grad_ptr + contiguous_rows, mask=mask, other=0.0).to(tl.float32)
+        h_grad, s_grad, shift_grad, scale_grad, gate_grad, t_grad, u_grad, m, a = block_backward(
+            h.to(tl.float32), s, grad.to(tl.float32), s_grad, matrices_ptr, biases_ptr, 0, D, EPS, PRECISION, FAST_TANH
+        )
+        tl.store(h_grad_ptr + contiguous_rows, h_grad, mask=mask)
+        if COND_GRAD:
+            if LAST:
+                # Read again rather than kept: the registers are needed in between.
+                t = 0.5 * tl.load(cond_ptr + cond_rows, mask=mask, other=0.0).to(tl.float32)
+                s_grad *= 0.5 * silu_of_double_grad(t, twice_sigmoid(t, FAST_TANH))
+            tl.store(cond_grad_ptr + contiguous_rows, s_grad, mask=mask)
+        if WEIGHT_GRAD:
+            shift_weight = add_outer(shift_weight, shift_grad, s, PRECISION)
+            scale_weight = add_outer(scale_weight, scale_grad, s, PRECISION)
+            gate_weight = add_outer(gate_weight, gate_grad, s, PRECISION)
+            fc1_weight = add_outer(fc1_weight, t_grad, m, PRECISION)
+            fc2_weight = add_outer(fc2_weight, u_grad, a, PRECISION)
+            biases = add_column_sum(biases, shift_grad, 0, BLOCK, PRECISION)
+            biases = add_column_sum(biases, scale_grad, 1, BLOCK, PRECISION)
+            biases = add_column_sum(biases, gate_grad, 2, BLOCK, PRECISION)
+            biases = add_column_sum(biases, t_grad, 3, BLOCK, PRECISION)
+            biases = add_column_sum(biases, u_grad, 4, BLOCK, PRECISION)
+    if WEIGHT_GRAD:
+        program = tl.program_id(0).to(tl.int64)
+        square = matrix_grad_ptr + program * grad_program_stride + d[:, None] * D + d[None, :]
+        add_to(square, shift_weight)
+        add_to(square + D * D, scale_weight)
+        add_to(square + 2 * D * D, gate_weight)
+        add_to(square + 3 * D * D, fc1_weight)
+        add_to(square + 4 * D * D, fc2_weight)
+        part = tl.arange(0, 16)[:, None]
+        add_to(bias_grad_ptr + program * bias_program_stride + part * D + d[None, :], biases, mask=part < 5)
+
+
+# -------------------------------------------------------------------------------------------------------------- host
+
+
+def run_block_backward(h, cond, grad, packed, h_grad, cond_grad, partials, *, first, last, cond_needed, eps):
+    """Launch backward_kernel for one block.
+
+    h and grad [tokens, pixels, D] with uniform rows, cond [tokens, pixels, D]; partials: (matrix [programs, 5, D, D],
+    bias [programs, 5, D]) sums to add to, or None where no weight gradient is asked for.
+    """
+    tokens, pixels, width = cond.shape
+    parameters = parameters_for("adaln_block_backward", width, cond.dtype, cond.device)
+    tiles = triton.cdiv(tokens * pixels, parameters.block)
+    matrix_grad, bias_grad = partials or (cond_grad, cond_grad)
+    launch(
+        backward_kernel, (min(tiles, program_limit(cond.device, parameters)),), parameters,
+        h, h.stride(-2), cond, cond.stride(0), cond.stride(1), grad, grad.stride(-2), packed.matrices, packed.biases,
+        h_grad, cond_grad, matrix_grad, bias_grad, matrix_grad.stride(0), bias_grad.stride(0), tokens,
+        FIRST=first, LAST=last, COND_GRAD=cond_needed, WEIGHT_GRAD=partials is not None,
+        D=width, PIXELS=pixels, BLOCK=parameters.block, EPS=eps, **math_options(cond.dtype, cond.device),
+    )  # fmt: skip
+
+
+def block_partials(cond: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeroed partial sums of the weight gradients: [programs, blocks, 5, D, D] and [programs, blocks, 5, D] float32."""
+    width = cond.shape[-1]
+    programs = program_limit(cond.device, parameters_for("adaln_block_backward", width, cond.dtype, cond.device))
+    matrix_grad = cond.new_zeros(programs, blocks, 5, width, width, dtype=torch.float32)
+    return matrix_grad, cond.new_zeros(programs, blocks, 5, width, dtype=torch.float32)
+
+
+def forward(h, cond, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
+    """h' like h."""
+    weights = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    with device_guard(h):
+        packed = pack(tuple(weight[None] for weight in weights), h.dtype)
+        h, cond = collapsed_rows(h, 1), collapsed_rows(cond, 1)
+        rows, width = h.shape
+        parameters = parameters_for("adaln_block", width, h.dtype, h.device)
+        programs = min(triton.cdiv(rows, parameters.block), program_limit(h.device, parameters))
+        launch(
+            forward_kernel, (programs,), parameters,
+            h, h.stride(0), cond, cond.stride(0), packed.matrices, packed.biases, out, rows,
+            D=width, BLOCK=parameters.block, EPS=eps, **math_options(h.dtype, h.device),
+        )  # fmt: skip
+    return out
+
+
+def backward(
+    grad_out, h, cond, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+    eps, needs,
+):  # fmt: skip
+    """Gradients of (h, cond, the 8 weights); None where `needs` is False."""
+    weights = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    stacked = tuple(weight[None] for weight in weights)
+    h_grad = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    cond_grad = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
+    with device_guard(h):
+        packed = pack(stacked, h.dtype)
+        rows = tuple(collapsed_rows(tensor, 1)[:, None] for tensor in (h, cond, grad_out))
+        partials = block_partials(h, 1) if any(needs[2:]) else None
+        run_block_backward(
+            *rows, packed, h_grad, cond_grad, partials, first=True, last=True, cond_needed=needs[1], eps=eps
+        )
+        if partials is None:
+            weight_grads = (None,) * 8
+        else:
+            grads = unpack_grad(*(partial.sum(0) for partial in partials), stacked)
+            weight_grads = tuple(grad[0] if need else None for grad, need in zip(grads, needs[2:], strict=True))
+    return (h_grad if needs[0] else None, cond_grad if needs[1] else None, *weight_grads)

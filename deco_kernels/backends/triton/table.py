@@ -1,0 +1,62 @@
+"""Launch parameters of the Triton kernels, by kernel, decoder width, storage size and architecture.
+
+Chosen from the code the compiler produced (registers, spills, issue slots; `python -m benchmarks static`); nothing is
+tuned at run time. A row without an architecture serves every architecture that has no row of its own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """block: pixels, rows or 8x8 blocks per tile; programs_per_multiprocessor: the size of a persistent grid."""
+
+    block: int
+    warps: int
+    stages: int
+    programs_per_multiprocessor: int
+
+
+# (kernel, width, bytes per element) -> parameters. Width 0: the kernel does not depend on the decoder's width.
+_TABLE: dict[tuple[str, int, int], Launch] = {
+    ("pixel_decoder", 16, 2): Launch(128, 4, 2, 4),
+    ("pixel_decoder", 32, 2): Launch(128, 4, 2, 2),
+    ("pixel_decoder", 64, 2): Launch(128, 8, 1, 1),
+    ("pixel_decoder", 16, 4): Launch(64, 4, 2, 4),
+    ("pixel_decoder", 32, 4): Launch(64, 4, 2, 2),
+    ("pixel_decoder", 64, 4): Launch(128, 8, 1, 1),
+    ("pixel_decoder_replay", 16, 2): Launch(128, 4, 2, 4),
+    ("pixel_decoder_replay", 32, 2): Launch(128, 4, 2, 2),
+    ("pixel_decoder_replay", 64, 2): Launch(128, 8, 1, 1),
+    ("pixel_decoder_replay", 16, 4): Launch(64, 4, 2, 4),
+    ("pixel_decoder_replay", 32, 4): Launch(64, 4, 2, 2),
+    ("pixel_decoder_replay", 64, 4): Launch(128, 8, 1, 1),
+    ("pixel_decoder_embedding", 16, 2): Launch(128, 4, 1, 4),
+    ("pixel_decoder_embedding", 32, 2): Launch(128, 4, 1, 4),
+    ("pixel_decoder_embedding", 64, 2): Launch(128, 4, 1, 4),
+    ("pixel_decoder_embedding", 16, 4): Launch(64, 4, 2, 8),
+    ("pixel_decoder_embedding", 32, 4): Launch(64, 4, 2, 8),
+    ("pixel_decoder_embedding", 64, 4): Launch(64, 4, 2, 4),
+    ("adaln_block", 16, 2): Launch(128, 4, 2, 4),
+    ("adaln_block", 32, 2): Launch(128, 4, 2, 2),
+    ("adaln_block", 64, 2): Launch(128, 8, 1, 1),
+    ("adaln_block", 16, 4): Launch(64, 4, 2, 4),
+    ("adaln_block", 32, 4): Launch(64, 4, 2, 2),
+    ("adaln_block", 64, 4): Launch(128, 8, 1, 1),
+    ("adaln_block_backward", 16, 2): Launch(64, 4, 2, 4),
+    ("adaln_block_backward", 32, 2): Launch(64, 4, 2, 2),
+    ("adaln_block_backward", 64, 2): Launch(64, 8, 1, 1),
+    ("adaln_block_backward", 16, 4): Launch(64, 4, 1, 2),
+    ("adaln_block_backward", 32, 4): Launch(64, 4, 1, 1),
+    ("adaln_block_backward", 64, 4): Launch(64, 8, 1, 1),
+}
+_ARCHITECTURE_TABLE: dict[tuple[str, int, int, str], Launch] = {}
+
+
+def launch_parameters(kernel: str, width: int, dtype: torch.dtype, architecture: str) -> Launch:
+    """Parameters for a kernel; `architecture` as "sm_90", "gfx942" or "interpreter"."""
+    key = (kernel, width, dtype.itemsize)
+    return _ARCHITECTURE_TABLE.get((*key, architecture), _TABLE[key])

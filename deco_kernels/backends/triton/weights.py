@@ -1,0 +1,150 @@
+"""Packing of block weights for the kernels, and the way back for their gradients.
+
+The affine part of LayerNorm folds exactly into the modulation linear. With n the normalised rows, w and b the affine,
+    (n·w + b)·(1 + scale) + shift = n·scale' + shift'
+    scale' = w·(1 + scale),  shift' = shift + b·(1 + scale),
+so the kernels see modified rows of the modulation weight and bias and no affine at all. fc1 is packed halved, because
+the kernels evaluate SiLU(2t) from t. A packed set holds the matrices [shift', scale', gate, fc1/2, fc2] as [in, out] in
+the operand dtype and their biases in float32; packing happens inside every call, so weights may change between calls
+and between replays of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import contiguous, launch
+from .table import Launch
+
+_ONE_PROGRAM = Launch(block=0, warps=4, stages=1, programs_per_multiprocessor=1)
+
+
+class PackedWeights(NamedTuple):
+    """matrices [N, M, D, D] (in, out) in the operand dtype, biases [N, M, D] float32; M is 5, or 3 without the MLP."""
+
+    matrices: torch.Tensor
+    biases: torch.Tensor
+
+    def block(self, index: int) -> PackedWeights:
+        """The weights of one block."""
+        return PackedWeights(self.matrices[index], self.biases[index])
+
+
+@triton.jit
+def pack_kernel(
+    matrices_ptr,  # out [N, M, D, D] as [in, out]
+    biases_ptr,  # out [N, M, D] float32
+    norm_weight_ptr, norm_bias_ptr,  # [N, D]
+    mod_weight_ptr, mod_bias_ptr,  # [N, 3D, D] as [out, in]; [N, 3D]
+    fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, fc2_bias_ptr,  # [N, D, D] as [out, in]; [N, D]; unused without MLP
+    D: tl.constexpr, MLP: tl.constexpr,
+):  # fmt: skip
+    """One program packs one block."""
+    n = tl.program_id(0)
+    d = tl.arange(0, D)
+    source = d[:, None] * D + d[None, :]
+    target = d[None, :] * D + d[:, None]
+    M: tl.constexpr = 5 if MLP else 3
+    matrices_ptr += n * M * D * D
+    biases_ptr += n * M * D
+    mod_weight_ptr += n * 3 * D * D
+    mod_bias_ptr += n * 3 * D
+
+    norm_weight = tl.load(norm_weight_ptr + n * D + d).to(tl.float32)
+    norm_bias = tl.load(norm_bias_ptr + n * D + d).to(tl.float32)
+    shift = tl.load(mod_weight_ptr + source).to(tl.float32)
+    scale = tl.load(mod_weight_ptr + D * D + source).to(tl.float32)
+    tl.store(matrices_ptr + target, shift + norm_bias[:, None] * scale)
+    tl.store(matrices_ptr + D * D + target, norm_weight[:, None] * scale)
+    tl.store(matrices_ptr + 2 * D * D + target, tl.load(mod_weight_ptr + 2 * D * D + source).to(tl.float32))
+
+    shift_bias = tl.load(mod_bias_ptr + d).to(tl.float32)
+    scale_bias = 1.0 + tl.load(mod_bias_ptr + D + d).to(tl.float32)
+    tl.store(biases_ptr + d, shift_bias + norm_bias * scale_bias)
+    tl.store(biases_ptr + D + d, norm_weight * scale_bias)
+    tl.store(biases_ptr + 2 * D + d, tl.load(mod_bias_ptr + 2 * D + d).to(tl.float32))
+    if MLP:
+        fc1 = tl.load(fc1_weight_ptr + n * D * D + source).to(tl.float32)
+        tl.store(matrices_ptr + 3 * D * D + target, 0.5 * fc1)
+        tl.store(matrices_ptr + 4 * D * D + target, tl.load(fc2_weight_ptr + n * D * D + source).to(tl.float32))
+        tl.store(biases_ptr + 3 * D + d, 0.5 * tl.load(fc1_bias_ptr + n * D + d).to(tl.float32))
+        tl.store(biases_ptr + 4 * D + d, tl.load(fc2_bias_ptr + n * D + d).to(tl.float32))
+
+
+@triton.jit
+def unpack_grad_kernel(
+    matrix_grad_ptr,  # [N, M, D, D] float32 as [out, in]: gradients of the packed matrices
+    bias_grad_ptr,  # [N, M, D] float32
+    norm_weight_ptr, norm_bias_ptr, mod_weight_ptr, mod_bias_ptr,  # as in pack_kernel
+    norm_weight_grad_ptr, norm_bias_grad_ptr, mod_weight_grad_ptr, mod_bias_grad_ptr,  # out, like their tensors
+    fc1_weight_grad_ptr, fc1_bias_grad_ptr, fc2_weight_grad_ptr, fc2_bias_grad_ptr,  # out; unused without MLP
+    D: tl.constexpr, MLP: tl.constexpr,
+):  # fmt: skip
+    """The transpose of pack_kernel; one program per block."""
+    n = tl.program_id(0)
+    d = tl.arange(0, D)
+    square = d[:, None] * D + d[None, :]
+    M: tl.constexpr = 5 if MLP else 3
+    matrix_grad_ptr += n * M * D * D
+    bias_grad_ptr += n * M * D
+    mod_weight_ptr += n * 3 * D * D
+    mod_weight_grad_ptr += n * 3 * D * D
+    mod_bias_ptr += n * 3 * D
+    mod_bias_grad_ptr += n * 3 * D
+
+    norm_weight = tl.load(norm_weight_ptr + n * D + d).to(tl.float32)
+    norm_bias = tl.load(norm_bias_ptr + n * D + d).to(tl.float32)
+    scale = tl.load(mod_weight_ptr + D * D + square).to(tl.float32)
+    scale_bias = 1.0 + tl.load(mod_bias_ptr + D + d).to(tl.float32)
+    shift_grad = tl.load(matrix_grad_ptr + square)
+    scale_grad = tl.load(matrix_grad_ptr + D * D + square)
+    shift_bias_grad = tl.load(bias_grad_ptr + d)
+    scale_bias_grad = tl.load(bias_grad_ptr + D + d)
+
+    tl.store(norm_weight_grad_ptr + n * D + d, tl.sum(scale_grad * scale, 1) + scale_bias_grad * scale_bias)
+    tl.store(norm_bias_grad_ptr + n * D + d, tl.sum(shift_grad * scale, 1) + shift_bias_grad * scale_bias)
+    tl.store(mod_weight_grad_ptr + square, shift_grad)
+    mod_scale_grad = norm_weight[:, None] * scale_grad + norm_bias[:, None] * shift_grad
+    tl.store(mod_weight_grad_ptr + D * D + square, mod_scale_grad)
+    tl.store(mod_weight_grad_ptr + 2 * D * D + square, tl.load(matrix_grad_ptr + 2 * D * D + square))
+    tl.store(mod_bias_grad_ptr + d, shift_bias_grad)
+    tl.store(mod_bias_grad_ptr + D + d, norm_weight * scale_bias_grad + norm_bias * shift_bias_grad)
+    tl.store(mod_bias_grad_ptr + 2 * D + d, tl.load(bias_grad_ptr + 2 * D + d))
+    if MLP:
+        tl.store(fc1_weight_grad_ptr + n * D * D + square, 0.5 * tl.load(matrix_grad_ptr + 3 * D * D + square))
+        tl.store(fc2_weight_grad_ptr + n * D * D + square, tl.load(matrix_grad_ptr + 4 * D * D + square))
+        tl.store(fc1_bias_grad_ptr + n * D + d, 0.5 * tl.load(bias_grad_ptr + 3 * D + d))
+        tl.store(fc2_bias_grad_ptr + n * D + d, tl.load(bias_grad_ptr + 4 * D + d))
+
+
+def pack(weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> PackedWeights:
+    """Pack (norm_weight, norm_bias, mod_weight, mod_bias[, fc1 and fc2 weight, bias]), each stacked over N blocks."""
+    weights = contiguous(*weights)
+    norm_weight = weights[0]
+    blocks, width = norm_weight.shape
+    mlp = len(weights) == 8
+    count = 5 if mlp else 3
+    matrices = norm_weight.new_empty(blocks, count, width, width, dtype=dtype)
+    biases = norm_weight.new_empty(blocks, count, width, dtype=torch.float32)
+    args = (matrices, biases, *weights, *([norm_weight] * (8 - len(weights))))
+    launch(pack_kernel, (blocks,), _ONE_PROGRAM, *args, D=width, MLP=mlp)
+    return PackedWeights(matrices, biases)
+
+
+def unpack_grad(
+    matrix_grad: torch.Tensor, bias_grad: torch.Tensor, weights: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of the tensors given to `pack`, in their dtypes.
+
+    matrix_grad [N, M, D, D] as [out, in] and bias_grad [N, M, D], float32: gradients of the packed tensors.
+    """
+    grads = tuple(torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights)
+    blocks, width = weights[0].shape
+    padding = [grads[0]] * (8 - len(grads))
+    args = (matrix_grad, bias_grad, *contiguous(*weights[:4]), *grads, *padding)
+    launch(unpack_grad_kernel, (blocks,), _ONE_PROGRAM, *args, D=width, MLP=len(weights) == 8)
+    return grads
