@@ -17,6 +17,7 @@ from torch import nn
 
 from deco_kernels.model.deco import DeCo
 from deco_kernels.model.dit import DiT
+from deco_kernels.model.position import NUM_POSITION_FEATURES
 
 # A published file holds one model twice, raw and averaged, beside the head of the alignment loss.
 _RAW, _EMA, _ALIGNMENT_HEAD = "denoiser.", "ema_denoiser.", "diffusion_trainer.proj."
@@ -83,16 +84,16 @@ class _Evidence:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
         self.shapes = shapes
 
-    def size(self, what: str, *sources: tuple[str, int]) -> int:
-        """The size `what` from (key pattern, dimension) pairs; `*` in a pattern stands for any block number."""
+    def size(self, what: str, *sources: tuple[str, int] | tuple[str, int, int]) -> int:
+        """The size `what` from (key pattern, dimension[, amount to subtract]); `*` stands for any block number."""
         votes: Counter[int] = Counter()
-        for pattern, dim in sources:
+        for pattern, dim, *less in sources:
             matcher = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
             for key, shape in self.shapes.items():
-                if matcher.fullmatch(key) and len(shape) > dim and shape[dim] > 0:
-                    votes[shape[dim]] += 1
+                if matcher.fullmatch(key) and len(shape) > dim and shape[dim] > sum(less):
+                    votes[shape[dim] - sum(less)] += 1
         if not votes:
-            names = ", ".join(pattern for pattern, _ in sources)
+            names = ", ".join(source[0] for source in sources)
             raise ValueError(f"state_dict: cannot tell the {what}: none of {names} is there with a usable shape")
         return votes.most_common(1)[0][0]
 
@@ -147,7 +148,10 @@ def _deco_sizes(evidence: _Evidence) -> dict[str, Any]:
         ("dec_net.final_layer.linear.weight", 1),
     )
     channels = evidence.size(
-        "channels", ("dec_net.final_layer.linear.weight", 0), ("dec_net.final_layer.linear.bias", 0)
+        "channels",
+        ("dec_net.final_layer.linear.weight", 0),
+        ("dec_net.final_layer.linear.bias", 0),
+        ("x_embedder.embedder.0.weight", 1, NUM_POSITION_FEATURES),
     )
     decoder_patch = {3 * r**2: r for r in (4, 16)}.get(channels, 1)
     upsampled = evidence.size("patch size", ("dec_net.cond_embed.weight", 0), ("dec_net.cond_embed.bias", 0))

@@ -150,7 +150,11 @@ class PixelDecoder(nn.Module):
 
         Returns:
             Velocity [B, C, H, W] in the activation dtype: that of tokens, or autocast's.
+
+        Raises:
+            ValueError: shapes that do not fit the decoder or each other.
         """
+        self._check_inputs(image, tokens)
         if self.decoder_patch > 1:
             image = F.pixel_unshuffle(image, self.decoder_patch)
         pixel_weight, pixel_table = self.fold_input()
@@ -179,6 +183,19 @@ class PixelDecoder(nn.Module):
             else:
                 velocity = ops.pixel_decoder(image, self._upsample(tokens), *weights, **options)
         return F.pixel_shuffle(velocity, self.decoder_patch) if self.decoder_patch > 1 else velocity
+
+    def _check_inputs(self, image: torch.Tensor, tokens: torch.Tensor) -> None:
+        p = self.patch_size
+        if image.dim() != 4 or image.shape[1] != self.channels or image.shape[2] % p or image.shape[3] % p:
+            raise ValueError(
+                f"image: expected [B, {self.channels}, H, W] with H and W multiples of {p}, got {tuple(image.shape)}"
+            )
+        count = image.shape[0] * (image.shape[2] // p) * (image.shape[3] // p)
+        if tokens.shape[-1:] != (self.token_width,) or tokens.shape[:-1].numel() != count:
+            raise ValueError(
+                f"tokens: expected [..., {self.token_width}] with {count} tokens, one per patch of the image, got "
+                f"{tuple(tokens.shape)}"
+            )
 
     def _needs_gradients(self, image: torch.Tensor, tokens: torch.Tensor) -> bool:
         if not torch.is_grad_enabled():

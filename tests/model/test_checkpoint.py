@@ -1,0 +1,138 @@
+"""Published checkpoints: recognition, bit-exact round trips, and what is said of those that do not fit."""
+
+import pytest
+import torch
+
+from deco_kernels import model
+from tests.golden_files import golden_cases, load_golden
+from tests.random_models import random_model
+
+VARIANTS = [
+    ("deco-tiny", {}),
+    ("deco-tiny", dict(patch_size=8, decoder_width=16, decoder_depth=1, heads=3, num_classes=4)),
+    ("deco-tiny", dict(decoder_patch=4, decoder_width=64)),
+    ("deco-tiny", dict(decoder_patch=16, depth=3)),
+    ("deco-tiny", dict(interaction="add")),
+    ("deco-tiny", dict(channels=1, mlp_width=40)),
+    ("dit-tiny", dict(patch_size=8, depth=11)),
+]
+
+
+def assert_same(actual, expected):
+    assert list(actual) == list(expected) or set(actual) == set(expected)
+    assert all(actual[k].dtype == v.dtype and torch.equal(actual[k], v) for k, v in expected.items())
+
+
+@pytest.mark.parametrize(("name", "options"), [*VARIANTS, ("deco-tiny", dict(depth=1))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_recognises_every_size(name, options, dtype):
+    net = random_model(name, **options).to(dtype)
+    published = {key: value.clone() for key, value in model.to_published(net).items()}
+    again = model.from_published(published)
+    sizes = {**net.config, "mlp_width": net.trunk.blocks[0].mlp.w1.out_features}
+    assert type(again) is type(net) and again.config == sizes
+    assert_same(again.state_dict(), net.state_dict())
+    assert_same(model.to_published(again), published)
+    if hasattr(net, "decoder"):
+        fresh = model.build(name, **options)
+        assert torch.equal(again.decoder.position_features, fresh.decoder.position_features)
+
+
+@pytest.mark.parametrize("path", [*golden_cases("c2i_*"), *golden_cases("baseline_*")])
+def test_golden_round_trip(path):
+    state = load_golden(path).group("state")
+    assert_same(model.to_published(model.from_published(state)), state)
+
+
+def test_model_owns_its_tensors():
+    published = model.to_published(random_model())
+    kept = {key: value.clone() for key, value in published.items()}
+    again = model.from_published(published)
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    assert_same(published, kept)
+
+
+def test_prefixes_of_a_training_file():
+    raw, averaged = random_model(seed=1), random_model(seed=2)
+    head = {f"diffusion_trainer.proj.0.{i}.weight": torch.zeros(2, 2) for i in (0, 2, 4)}
+    file = {
+        "epoch": 3,
+        "state_dict": {**model.to_published(raw, "denoiser."), **model.to_published(averaged, "ema_denoiser."), **head},
+    }
+    assert_same(model.from_published(file).state_dict(), averaged.state_dict())
+    assert_same(model.from_published(file, ema=False).state_dict(), raw.state_dict())
+    only_raw = model.to_published(raw, "denoiser.")
+    assert_same(model.from_published(only_raw).state_dict(), raw.state_dict())
+    only_averaged = model.to_published(averaged, "ema_denoiser.")
+    assert_same(model.from_published(only_averaged, ema=False).state_dict(), averaged.state_dict())
+
+
+@pytest.mark.parametrize(("name", "options"), [("deco-tiny", {}), ("dit-tiny", {})])
+def test_every_difference_is_listed(name, options):
+    state = model.to_published(random_model(name, **options))
+    lost = ["blocks.0.attn.q_norm.weight", "t_embedder.mlp.2.weight", "blocks.1.mlp.w2.weight"]
+    for key in lost:
+        del state[key]
+    state["blocks.1.attn.proj.bias"] = torch.zeros(7)
+    state["blocks.0.norm1.weight"] = torch.zeros(24, 1)
+    state["blocks.77.norm1.weight"] = torch.zeros(24)
+    state["vae.weight"] = torch.zeros(2)
+    with pytest.raises(ValueError) as caught:
+        model.from_published(state)
+    message = str(caught.value)
+    assert sorted(line.split()[1] for line in message.splitlines() if "missing:" in line) == sorted(lost)
+    assert "extra: blocks.77.norm1.weight [24]" in message and "extra: vae.weight [2]" in message
+    assert "misshapen: blocks.1.attn.proj.bias, expected [24], got [7]" in message
+    assert "misshapen: blocks.0.norm1.weight, expected [24], got [24, 1]" in message
+    assert len(message.splitlines()) == 1 + 7
+
+
+def assert_only_named(key, error):
+    """The error lists one difference, that of the key."""
+    (difference,) = str(error).splitlines()[1:]
+    assert key in difference
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_any_single_damage_names_the_key(name, options):
+    """Each key in turn removed or misshapen: the error names exactly that key."""
+    state = model.to_published(model.build(name, **options))
+    for key, value in state.items():
+        if key == "y_embedder.embedding_table.weight":  # its rows alone say how many classes there are
+            continue
+        without = {k: v for k, v in state.items() if k != key}
+        with pytest.raises(ValueError, match="state_dict") as caught:
+            model.from_published(without)
+        assert_only_named(key, caught.value)
+        with pytest.raises(ValueError, match="state_dict") as caught:
+            model.from_published({**state, key: torch.cat((value, value[:1]))})
+        assert_only_named(key, caught.value)
+
+
+def test_a_size_nothing_shows():
+    state = model.to_published(model.build("deco-tiny"))
+    del state["y_embedder.embedding_table.weight"]
+    with pytest.raises(ValueError, match="cannot tell the number of classes: none of y_embedder.embedding_table"):
+        model.from_published(state)
+
+
+def test_text_checkpoint_is_refused_by_name():
+    for path in golden_cases("t2i_*"):
+        with pytest.raises(ValueError, match="text-to-image checkpoint, which is not supported yet"):
+            model.from_published(load_golden(path.values[0]).group("state"))
+
+
+def test_other_things_are_refused():
+    with pytest.raises(ValueError, match=r"expected a published DeCo .* got layer1.weight"):
+        model.from_published({"layer1.weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match="got no keys"):
+        model.from_published({})
+    with pytest.raises(TypeError, match="expected a mapping"):
+        model.from_published([torch.zeros(3)])
+    with pytest.raises(TypeError, match=r"expected floating-point tensors, got 'step' \(int\), 'n' \(torch.int64\)"):
+        model.from_published({"step": 3, "n": torch.zeros(2, dtype=torch.int64)})
+    with pytest.raises(TypeError, match="expected DeCo or DiT, got Linear"):
+        model.to_published(torch.nn.Linear(2, 2))

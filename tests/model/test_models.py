@@ -1,0 +1,194 @@
+"""DeCo, the plain DiT and the presets: sizes, initialisation, attention, rectangular images, dtypes, bad input."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from deco_kernels import model
+from deco_kernels.model.dit import Attention
+from deco_kernels.model.position import rotate_pairs
+from tests.golden_files import relative_error
+from tests.random_models import random_batch, random_model, randomise
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "mlp_width"),
+    [("deco-l/16", 426_938_019, 2730), ("deco-xl/16", 682_282_851, 3072), ("dit-xl/16", 676_360_128, 3072)],
+)
+def test_published_parameter_counts(name, parameters, mlp_width):
+    with torch.device("meta"):
+        net = model.build(name)
+    assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+    assert net.trunk.blocks[0].mlp.w1.out_features == mlp_width
+    assert net.null_label == 1000
+
+
+@pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny", "deco-demo"])
+def test_fresh_model_returns_zero(name):
+    net = model.build(name)
+    x, t, _ = random_batch()
+    y = torch.tensor([0, net.null_label])
+    output = net(x, t, y)
+    assert output.shape == x.shape and not output.any()
+    assert net.trunk.blocks[0].modulation.weight.any()
+    assert net.trunk.label_table.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert net.trunk.time_embed.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    patch_embed = net.trunk.patch_embed
+    assert not patch_embed.bias.any()
+    assert patch_embed.weight.std().item() == pytest.approx(math.sqrt(2 / sum(patch_embed.weight.shape)), rel=0.05)
+
+
+def test_build_overrides_and_config():
+    net = model.build("deco-tiny", decoder_width=16, decoder_depth=1, decoder_patch=4, interaction="add", num_classes=3)
+    assert net.decoder.width == 16 and net.decoder.depth == 1 and net.decoder.interaction == "add"
+    again = model.DeCo(**net.config)
+    again.load_state_dict(net.state_dict())
+
+
+def test_build_errors():
+    with pytest.raises(ValueError, match=r"name: expected one of \['deco-l/16'.*got 'deco-s'"):
+        model.build("deco-s")
+    with pytest.raises(TypeError, match=r"unknown options \['decoder_size'\]; DeCo takes .*'decoder_width'"):
+        model.build("deco-tiny", decoder_size=64)
+    with pytest.raises(TypeError, match=r"unknown options \['decoder_width'\]; DiT takes"):
+        model.build("dit-tiny", decoder_width=64)
+    with pytest.raises(ValueError, match="heads: expected width / heads to be a multiple of 4"):
+        model.build("deco-tiny", heads=5)
+    with pytest.raises(ValueError, match="depth: expected at least 1, got 0"):
+        model.build("deco-tiny", depth=0)
+
+
+@pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])
+def test_every_parameter_matters(name):
+    net = random_model(name)
+    x, t, y = random_batch()
+    net(x.requires_grad_(), t, y).square().sum().backward()
+    assert x.grad.any()
+    assert not [key for key, parameter in net.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+
+
+def test_rotary_angles_of_a_rectangle():
+    rows, columns, head_dim = 3, 5, 12
+    angles = model.rotary_angles(rows, columns, head_dim)
+    assert angles.shape == (15, 6)
+    row, column, m = 2, 3, 1
+    frequency = 10000 ** (-4 * m / head_dim)
+    token = angles[row * columns + column]
+    assert token[2 * m].item() == pytest.approx(16 * column / (columns - 1) * frequency, rel=1e-6)
+    assert token[2 * m + 1].item() == pytest.approx(16 * row / (rows - 1) * frequency, rel=1e-6)
+
+
+def test_rotation_is_the_complex_product():
+    x = torch.randn(2, 3, 15, 12, dtype=torch.float64)
+    angles = model.rotary_angles(3, 5, 12)
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(15, 6).double(), angles.double())
+    expected = torch.view_as_real(turned).flatten(-2)
+    torch.testing.assert_close(rotate_pairs(x, angles.double().cos(), angles.double().sin()), expected)
+
+
+def test_attention_by_formula():
+    """Queries, keys and values head by head, softmax written out, in float64."""
+    width, heads, length = 24, 2, 6
+    attention = randomise(Attention(width, heads).double())
+    x, angles = torch.randn(1, length, width, dtype=torch.float64), model.rotary_angles(2, 3, 12).double()
+    q, k, v = (x[0] @ attention.qkv.weight.T).split(width, dim=1)
+    results = []
+    for head in range(heads):
+        part = slice(head * 12, head * 12 + 12)
+
+        def position(u, norm):
+            u = u / torch.sqrt(u.square().mean(1, keepdim=True) + 1e-6) * norm.weight
+            return rotate_pairs(u, angles.cos(), angles.sin())
+
+        scores = position(q[:, part], attention.q_norm) @ position(k[:, part], attention.k_norm).T / math.sqrt(12)
+        results.append(scores.softmax(1) @ v[:, part])
+    expected = torch.cat(results, dim=1) @ attention.proj.weight.T + attention.proj.bias
+    torch.testing.assert_close(attention(x, (angles.cos(), angles.sin()))[0], expected)
+
+
+@pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])
+def test_transposed_sizes_are_not_confused(name):
+    """A wide image, its batch split, and the same model on a tall one: shapes hold and the images do not mix."""
+    net = random_model(name)
+    for height, width in ((16, 64), (64, 16), (48, 32)):
+        x, t, y = random_batch(2, height, width)
+        with torch.no_grad():
+            both = net(x, t, y)
+            single = net(x[1:], t[1:], y[1:])
+        assert both.shape == x.shape and relative_error(both[1:], single) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])
+def test_views_and_autocast(name):
+    net = random_model(name)
+    x, t, y = random_batch()
+    with torch.no_grad():
+        expected = net(x, t, y)
+        view = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        torch.testing.assert_close(net(view, t, y), expected)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = net(x, t, y)
+        cast = copy.deepcopy(net).bfloat16()(x, t, y)
+    for output in (low, cast):
+        assert output.dtype == torch.bfloat16 and 1e-4 < relative_error(output, expected) < 6e-2
+    assert relative_error(copy.deepcopy(net).double()(x.double(), t.double(), y), expected) < 1e-5
+
+
+def test_compiles_to_one_graph_and_trains_under_autocast():
+    net = random_model()
+    x, t, y = random_batch()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (net, compiled):
+        net.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = run(x, t, y).float().square().mean()
+        loss.backward()
+        gradients.append([loss.detach(), *(parameter.grad.clone() for parameter in net.parameters())])
+    assert all(relative_error(b, a) < 1e-2 for a, b in zip(*gradients, strict=True))
+
+
+def test_averaged_copy_samples_like_the_model():
+    net = random_model()
+    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    average.update_parameters(net)
+    x, t, y = random_batch()
+    with torch.no_grad():
+        assert torch.equal(average(x, t, y), net(x, t, y))
+
+
+def test_features_after_a_block():
+    net = random_model(depth=3)
+    x, t, y = random_batch()
+    with torch.no_grad():
+        velocity, features = net(x, t, y, features_after=2)
+        assert torch.equal(velocity, net(x, t, y)) and features.shape == (2, 6, 24)
+        net.trunk.blocks[2].modulation.weight.zero_()
+        assert torch.equal(net(x, t, y, features_after=2)[1], features)
+    for block in (0, 4):
+        with pytest.raises(ValueError, match="features_after: expected a block from 1 to 3"):
+            net(x, t, y, features_after=block)
+
+
+@pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(x=torch.zeros(2, 3, 32, 40)), ValueError, "x: expected height and width to be positive multiples"),
+        (dict(x=torch.zeros(2, 3, 0, 32)), ValueError, "x: expected height and width to be positive multiples"),
+        (dict(x=torch.zeros(2, 1, 32, 32)), ValueError, "x: expected an image"),
+        (dict(x=torch.zeros(3, 32, 32)), ValueError, "x: expected an image"),
+        (dict(x=torch.zeros(2, 3, 32, 32, dtype=torch.uint8)), TypeError, "x and t: expected floating-point"),
+        (dict(t=torch.zeros(())), ValueError, "t: expected shape"),
+        (dict(y=torch.zeros(3, dtype=torch.int64)), ValueError, "y: expected shape"),
+        (dict(y=torch.zeros(2)), TypeError, "y: expected int64 or int32 labels"),
+    ],
+)
+def test_bad_inputs(name, change, error, message):
+    net = model.build(name)
+    inputs = dict(x=torch.zeros(2, 3, 32, 32), t=torch.zeros(2), y=torch.zeros(2, dtype=torch.int64))
+    net(**inputs)
+    with pytest.raises(error, match=message):
+        net(**{**inputs, **change})

@@ -1,0 +1,215 @@
+"""The decoder module: variants against the formulas written out pixel by pixel, fold, initialisation, dtypes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deco_kernels import model
+from tests.golden_files import relative_error
+from tests.random_models import randomise
+
+
+def layer_norm(h):
+    centred = h - h.mean()
+    return centred / torch.sqrt(centred.square().mean() + 1e-6)
+
+
+def pixel_by_pixel(decoder, image, tokens):
+    """The velocity of one image [C, H, W] in float64, one decoder position at a time, without fold or stacking."""
+    w = {name: parameter.detach().double() for name, parameter in decoder.named_parameters()}
+    channels, height, width = image.shape
+    p, r, dim = decoder.patch_size, decoder.decoder_patch, decoder.width
+    grid, image, tokens = p // r, image.double(), tokens.double()
+    features = decoder.position_features.double()
+    velocity = torch.empty_like(image)
+    for top in range(0, height, r):
+        for left in range(0, width, r):
+            s = tokens[top // p * (width // p) + left // p]
+            k = top % p // r * grid + left % p // r
+            pixels = image[:, top : top + r, left : left + r].flatten()  # order (channel, row, column)
+            y = w["up_weight"][k * dim : (k + 1) * dim] @ s + w["up_bias"][k * dim : (k + 1) * dim]
+            h = w["embed_weight"] @ torch.cat((pixels, features[k])) + w["embed_bias"]
+            h = w["input_weight"] @ h + w["input_bias"]
+            if decoder.interaction == "add":
+                h = h + y
+            for i in range(decoder.depth):
+                n = layer_norm(h) * w["norm_weight"][i] + w["norm_bias"][i]
+                gate = 1.0
+                if decoder.interaction == "adaln":
+                    shift, scale, gate = (w["mod_weight"][i] @ F.silu(y) + w["mod_bias"][i]).chunk(3)
+                    n = n * (1 + scale) + shift
+                hidden = F.silu(w["fc1_weight"][i] @ n + w["fc1_bias"][i])
+                h = h + gate * (w["fc2_weight"][i] @ hidden + w["fc2_bias"][i])
+            v = w["head_weight"] @ layer_norm(h) + w["head_bias"]
+            velocity[:, top : top + r, left : left + r] = v.reshape(channels, r, r)
+    return velocity
+
+
+def random_decoder(**options):
+    return randomise(model.PixelDecoder(12, **{**dict(width=16, depth=2), **options}), seed=4)
+
+
+def random_input(height=16, width=32, channels=3, batch=1):
+    generator = torch.Generator().manual_seed(9)
+    image = torch.randn(batch, channels, height, width, generator=generator)
+    return image, torch.randn(batch, height * width // 256, 12, generator=generator)
+
+
+@pytest.mark.parametrize("interaction", ["adaln", "add"])
+@pytest.mark.parametrize("decoder_patch", [1, 4, 16])
+@pytest.mark.parametrize("training", [False, True])
+def test_variants_by_formula(decoder_patch, interaction, training):
+    decoder = random_decoder(decoder_patch=decoder_patch, interaction=interaction)
+    image, tokens = random_input()
+    with torch.set_grad_enabled(training):
+        velocity = decoder(image, tokens)
+    assert velocity.requires_grad == training
+    assert relative_error(velocity[0], pixel_by_pixel(decoder, image[0], tokens[0])) < 2e-6
+
+
+@pytest.mark.parametrize("options", [dict(depth=1), dict(channels=1), dict(channels=4, position_features="text")])
+def test_sizes_by_formula(options):
+    decoder = random_decoder(**options)
+    image, tokens = random_input(channels=decoder.channels)
+    velocity = decoder(image, tokens)
+    assert relative_error(velocity[0], pixel_by_pixel(decoder, image[0], tokens[0])) < 2e-6
+
+
+@pytest.mark.parametrize("interaction", ["adaln", "add"])
+@pytest.mark.parametrize("decoder_patch", [1, 4])
+def test_variants_train_every_parameter(decoder_patch, interaction):
+    decoder = random_decoder(decoder_patch=decoder_patch, interaction=interaction)
+    image, tokens = random_input(32, 32, batch=2)
+    image.requires_grad_(), tokens.requires_grad_()
+    decoder(image, tokens).square().sum().backward()
+    gradients = dict(decoder.named_parameters(), image=image, tokens=tokens)
+    assert not [name for name, tensor in gradients.items() if tensor.grad is None or not tensor.grad.any()]
+
+
+def test_save_memory_and_training_agree():
+    image, tokens = random_input(32, 48, batch=2)
+    grads = []
+    for save_memory in (False, True):
+        decoder = random_decoder(save_memory=save_memory)
+        velocity = decoder(image, tokens)
+        velocity.square().sum().backward()
+        grads.append([velocity, *(parameter.grad for parameter in decoder.parameters())])
+    for (name, _), stored, recomputed in zip([("output", 0), *decoder.named_parameters()], *grads, strict=True):
+        assert relative_error(recomputed, stored) < 1e-5, name
+
+
+def test_class_position_features():
+    features = model.pixel_position_features(16)
+    assert features.shape == (256, 64) and features.dtype == torch.float32
+    kx, ky, i, j = 5, 11, 3, 6
+    u, v, f = kx / 15, ky / 15, [8 * m / 7 for m in range(8)]
+    expected = math.cos(math.pi * u * f[i]) * math.cos(math.pi * v * f[j]) / (1 + f[i] * f[j])
+    assert features[ky * 16 + kx, i * 8 + j].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_text_position_features():
+    features = model.pixel_position_features(16, "text")
+    assert features.shape == (256, 64)
+    kx, ky, m = 5, 11, 7
+    g = 10000 ** (-4 * m / 128)
+    pixel = features[ky * 16 + kx]
+    assert pixel[2 * m].item() == pytest.approx(math.cos(kx * 16 / 15 * g), abs=1e-6)
+    assert pixel[2 * m + 1].item() == pytest.approx(math.cos(ky * 16 / 15 * g), abs=1e-6)
+
+
+def test_fold_ignores_autocast():
+    decoder = random_decoder()
+    expected = decoder.fold_input()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        folded = decoder.fold_input()
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(folded, expected, strict=True))
+
+
+@pytest.mark.parametrize("interaction", ["adaln", "add"])
+@pytest.mark.parametrize("training", [False, True])
+def test_activation_dtype(interaction, training):
+    """bf16 by autocast and by bf16 parameters: output dtype, and the accuracy bf16 allows."""
+    decoder = random_decoder(interaction=interaction)
+    image, tokens = random_input(32, 48, batch=2)
+    exact = decoder(image, tokens)
+    with torch.set_grad_enabled(training):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            autocast = decoder(image, tokens)
+        cast = decoder.bfloat16()(image, tokens.bfloat16())
+    for velocity in (autocast, cast):
+        assert velocity.dtype == torch.bfloat16
+        assert 1e-4 < relative_error(velocity, exact) < 3e-2
+
+
+def test_fresh_decoder_returns_zero_and_is_initialised_as_published():
+    decoder = model.PixelDecoder(48)
+    image, tokens = torch.randn(1, 3, 32, 32), torch.randn(1, 4, 48)
+    assert not decoder(image, tokens).any()
+    zero = {name for name, parameter in decoder.named_parameters() if not parameter.any()}
+    biases = {name for name, _ in decoder.named_parameters() if name.endswith("_bias")}
+    assert zero == biases | {"mod_weight", "head_weight"}
+    assert torch.equal(decoder.norm_weight, torch.ones(3, 32))
+    for weight in (decoder.fc1_weight[1], decoder.up_weight, decoder.input_weight):
+        bound = math.sqrt(6 / sum(weight.shape))
+        assert 0.95 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+
+def test_materialised_from_meta_device():
+    with torch.device("meta"):
+        decoder = model.PixelDecoder(12)
+    decoder.to_empty(device="cpu").reset_parameters()
+    fresh = model.PixelDecoder(12)
+    assert torch.equal(decoder.position_features, fresh.position_features)
+    assert set(decoder.state_dict()) == set(fresh.state_dict()) == set(dict(fresh.named_parameters()))
+
+
+@pytest.mark.parametrize("interaction", ["adaln", "add"])
+def test_compiles_to_one_graph(interaction):
+    decoder = random_decoder(interaction=interaction)
+    image, tokens = random_input(32, 32, batch=2)
+    compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled):
+            torch.testing.assert_close(compiled(image, tokens), decoder(image, tokens))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(depth=0), "depth: expected at least 1, got 0"),
+        (dict(decoder_patch=3), "decoder_patch: expected a divisor of patch_size 16, got 3"),
+        (dict(interaction="cross"), r"interaction: expected one of \['adaln', 'add'\], got 'cross'"),
+        (dict(position_features="sine"), "position_features: expected one of"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        model.PixelDecoder(12, **options)
+
+
+@pytest.mark.parametrize("interaction", ["adaln", "add"])
+@pytest.mark.parametrize(
+    ("image_shape", "token_shape", "message"),
+    [
+        ((1, 3, 24, 32), (1, 2, 12), "image: expected .* multiples of 16"),
+        ((1, 4, 32, 32), (1, 4, 12), r"image: expected \[B, 3, H, W\]"),
+        ((3, 32, 32), (1, 4, 12), r"image: expected \[B, 3, H, W\]"),
+        ((1, 3, 32, 32), (1, 3, 12), "tokens: expected .* with 4 tokens"),
+        ((1, 3, 32, 32), (1, 4, 11), r"tokens: expected \[..., 12\]"),
+    ],
+)
+def test_bad_inputs(image_shape, token_shape, message, interaction):
+    decoder = random_decoder(interaction=interaction)
+    with pytest.raises(ValueError, match=message):
+        decoder(torch.randn(image_shape), torch.randn(token_shape))
+
+
+@pytest.mark.parametrize("interaction", ["adaln", "add"])
+def test_empty_batch(interaction):
+    decoder = random_decoder(interaction=interaction)
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled):
+            assert decoder(torch.randn(0, 3, 32, 32), torch.randn(0, 4, 12)).shape == (0, 3, 32, 32)
