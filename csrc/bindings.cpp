@@ -4,8 +4,102 @@
 #include <pybind11/stl.h>
 
 #include "deco/isa.h"
+#include "deco/pixel_decoder.h"
 
 namespace py = pybind11;
+
+namespace {
+
+using deco::Array;
+using deco::DType;
+using deco::ImageArray;
+using deco::PixelRows;
+
+// Reads a tuple of integers from left to right.
+class Integers {
+ public:
+  explicit Integers(const py::tuple& tuple) : tuple_(tuple.ptr()) {}
+
+  int64_t next() {
+    if (index_ >= PyTuple_GET_SIZE(tuple_)) throw py::value_error("too few integers in a description");
+    const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple_, index_++));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  void* next_address() { return reinterpret_cast<void*>(next()); }
+  DType next_dtype() { return static_cast<DType>(next()); }
+
+ private:
+  PyObject* tuple_;
+  Py_ssize_t index_ = 0;
+};
+
+Array read_array(Integers& in) {
+  Array array;
+  array.data = in.next_address();
+  array.dtype = in.next_dtype();
+  return array;
+}
+
+ImageArray read_image(const py::tuple& description) {
+  Integers in(description);
+  ImageArray image;
+  image.data = in.next_address();
+  image.dtype = in.next_dtype();
+  image.stride_b = in.next();
+  image.stride_c = in.next();
+  image.stride_y = in.next();
+  image.stride_x = in.next();
+  return image;
+}
+
+PixelRows read_rows(const py::tuple& description) {
+  Integers in(description);
+  PixelRows rows;
+  rows.data = in.next_address();
+  rows.dtype = in.next_dtype();
+  rows.token_stride = in.next();
+  rows.pixel_stride = in.next();
+  return rows;
+}
+
+deco::DecoderShape read_decoder_shape(const py::tuple& description) {
+  Integers in(description);
+  deco::DecoderShape shape;
+  shape.batch = in.next();
+  shape.channels = static_cast<int>(in.next());
+  shape.height = in.next();
+  shape.width = in.next();
+  shape.patch_size = static_cast<int>(in.next());
+  shape.decoder_width = static_cast<int>(in.next());
+  shape.depth = static_cast<int>(in.next());
+  return shape;
+}
+
+deco::DecoderWeightArrays read_decoder_weights(const py::tuple& description) {
+  Integers in(description);
+  deco::DecoderWeightArrays w;
+  for (Array* array : {&w.pixel_weight, &w.pixel_table, &w.norm_weight, &w.norm_bias, &w.mod_weight, &w.mod_bias,
+                       &w.fc1_weight, &w.fc1_bias, &w.fc2_weight, &w.fc2_bias, &w.head_weight, &w.head_bias})
+    *array = read_array(in);
+  return w;
+}
+
+void pixel_decoder_forward(const py::tuple& shape, const py::tuple& image, const py::tuple& cond,
+                           const py::tuple& weights, const py::tuple& velocity, float eps, int threads) {
+  deco::cpu::PixelDecoderForward call;
+  call.shape = read_decoder_shape(shape);
+  call.image = read_image(image);
+  call.cond = read_rows(cond);
+  call.weights = read_decoder_weights(weights);
+  call.velocity = read_image(velocity);
+  call.eps = eps;
+  call.threads = threads;
+  py::gil_scoped_release release;
+  deco::cpu::pixel_decoder_forward(call);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_native_cpu, m) {
   m.doc() = "CPU kernels of deco_kernels";
@@ -14,4 +108,7 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("select_isa", &deco::cpu::select_isa, py::arg("name"),
         "Run every later call on this instruction set; ValueError if it is unknown or cannot run here");
   m.def("vector_lanes", &deco::cpu::vector_lanes, "Floats per vector of the instruction set in use");
+
+  m.def("pixel_decoder_forward", &pixel_decoder_forward,
+        "(B, C, H, W, p, D, N), image, cond rows, twelve weights, velocity (written), eps, threads");
 }

@@ -1,0 +1,258 @@
+// The decoder's forward on one tile of T pixels (DeCo, arXiv 2511.19365, section 3):
+//
+//   h = pixel_weight rgb + table                                             query
+//   for each block:                                                          forward_block
+//     (shift, scale, gate) = W_mod SiLU(y) + b_mod
+//     m = LayerNorm(h) (1 + scale) + shift
+//     h += gate (W_2 SiLU(W_1 m + b_1) + b_2)
+//   velocity = W_head LayerNorm(h) + b_head                                  head
+//
+// Functions take the number of pixels to compute, a multiple of kStrip up to T. A tile is channel-major, [D][T];
+// everything it needs stays in the first two cache levels (about 40 KB at D = 32, T = 64 in float). Per pixel and block:
+// 5 D^2 multiply-adds and D SiLUs.
+#pragma once
+
+#include "cpu/decoder_weights.h"
+#include "cpu/pixels.h"
+
+namespace deco::cpu::DECO_CPU_ISA {
+
+// What the forward of one block leaves in memory.
+template <class Operand, int D, int T>
+struct alignas(64) BlockTile {
+  using Element = typename Operand::Element;
+  float mean[T], rstd[T];
+  Element modulated[D / Operand::kPack][T];  // m
+  Element hidden[D / Operand::kPack][T];     // SiLU(W_1 m + b_1)
+  float gate[D][T];
+};
+
+// The same and what the backward needs besides.
+template <class Operand, int D, int T>
+struct alignas(64) SavedBlockTile : BlockTile<Operand, D, T> {
+  float normalized[D][T];         // (h - mean) rstd
+  float scale[D][T];              // 1 + scale
+  float hidden_derivative[D][T];  // SiLU' at W_1 m + b_1
+  float update[D][T];             // W_2 hidden + b_2
+};
+
+// SiLU(cond) as a factor of the modulation; rows are addresses of D values each.
+template <class Operand, int D, int T>
+void load_silu_cond(DType dtype, const char* const (&rows)[T], int pixels, typename Operand::Element (*silu_cond)[T],
+                    float (*derivative)[T] = nullptr) {
+  with_dtype(dtype, [&](auto storage) {
+    for (int pixel = 0; pixel < pixels; pixel += kLanes)
+      for (int d = 0; d < D; d += kLanes) {
+        VecF y[kLanes];
+        unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA { y[i] = load_as<storage.value>(rows[pixel + i], d); });
+        transpose(y);
+        unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA {
+          const VecF s = sigmoid<Operand::kAccuracy>(y[i]);
+          y[i] = y[i] * s;
+          if (derivative != nullptr) store(&derivative[d + i][pixel], silu_derivative(y[i], s));
+        });
+        unroll<kLanes / 2>([&](auto i) DECO_INLINE_LAMBDA {
+          Operand::put(silu_cond, d + 2 * i, pixel, y[2 * i], y[2 * i + 1]);
+        });
+      }
+  });
+}
+
+// Calls body(integral_constant<int, C>).
+template <class Body>
+DECO_INLINE void with_channels(int channels, Body&& body) {
+  switch (channels) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+  }
+}
+
+// h = pixel_weight rgb + table, with pixel_weight [D][C] and the table's panel [D][T].
+template <int D, int T>
+void query(int channels, const float* pixel_weight, const float (*panel)[T], const float (*rgb)[T], int pixels,
+           float (*h)[T]) {
+  with_channels(channels, [&](auto count) {
+    constexpr int C = count;
+    for (int pixel = 0; pixel < pixels; pixel += kLanes) {
+      VecF x[C];
+      unroll<C>([&](auto c) DECO_INLINE_LAMBDA { x[c] = load(&rgb[c][pixel]); });
+      for (int d = 0; d < D; ++d) {
+        VecF sum = load(&panel[d][pixel]);
+        unroll<C>([&](auto c) DECO_INLINE_LAMBDA { sum = fma(broadcast(pixel_weight[d * C + c]), x[c], sum); });
+        store(&h[d][pixel], sum);
+      }
+    }
+  });
+}
+
+// mean and 1 / sqrt(variance + eps) over the channels of each pixel.
+template <int D, int T>
+void layer_norm_statistics(const float (*h)[T], float eps, int pixels, float* mean, float* rstd) {
+  for (int pixel = 0; pixel < pixels; pixel += kStrip)
+    unroll<2>([&](auto v) DECO_INLINE_LAMBDA {
+      const int p = pixel + v * kLanes;
+      VecF even = load(&h[0][p]), odd = load(&h[1][p]);
+      for (int d = 2; d < D; d += 2) {
+        even = even + load(&h[d][p]);
+        odd = odd + load(&h[d + 1][p]);
+      }
+      const VecF average = (even + odd) * broadcast(1.0f / D);
+      even = odd = broadcast(0.0f);
+      for (int d = 0; d < D; d += 2) {
+        const VecF a = load(&h[d][p]) - average, b = load(&h[d + 1][p]) - average;
+        even = fma(a, a, even);
+        odd = fma(b, b, odd);
+      }
+      store(mean + p, average);
+      store(rstd + p, rsqrt(fma(even + odd, broadcast(1.0f / D), broadcast(eps))));
+    });
+}
+
+// modulated = LayerNorm(h) (1 + scale) + shift, for the strip at `pixel`. A group of sums is half shift, half scale.
+template <bool kKeep, class Operand, int D, int T, class Tile>
+DECO_INLINE void modulate_strip(const BlockWeights<Operand>& w, const typename Operand::Element (*silu_cond)[T],
+                                const float (*h)[T], int pixel, Tile& tile) {
+  constexpr int kElements = D / Operand::kPack, kHalf = kGroup / 2;
+  for (int first = 0; first < D; first += kHalf) {
+    GroupSums sums;
+    set_sums(sums, w.mod_bias + first, w.mod_bias + D + first);
+    const auto* shift_rows = w.mod + first * kElements;
+    multiply_add<Operand, kElements, kElements, 1, T>(sums, shift_rows, shift_rows + D * kElements,
+                                                      strip_of(silu_cond, pixel));
+    unroll<2>([&](auto v) DECO_INLINE_LAMBDA {
+      const int p = pixel + v * kLanes;
+      const VecF mean = load(tile.mean + p), rstd = load(tile.rstd + p);
+      VecF modulated[kHalf];
+      unroll<kHalf>([&](auto i) DECO_INLINE_LAMBDA {
+        const int d = first + i;
+        const VecF shift = sums[2 * i + v], scale = sums[2 * (kHalf + i) + v];
+        const VecF normalized = (load(&h[d][p]) - mean) * rstd;
+        modulated[i] = fma(fma(normalized, broadcast(w.norm_weight[d]), broadcast(w.norm_bias[d])), scale, shift);
+        if constexpr (kKeep) {
+          store(&tile.normalized[d][p], normalized);
+          store(&tile.scale[d][p], scale);
+        }
+      });
+      unroll<kHalf / 2>([&](auto i) DECO_INLINE_LAMBDA {
+        Operand::put(tile.modulated, first + 2 * i, p, modulated[2 * i], modulated[2 * i + 1]);
+      });
+    });
+  }
+}
+
+// hidden = SiLU(W_1 modulated + b_1), for the strip at `pixel`.
+template <bool kKeep, class Operand, int D, int T, class Tile>
+DECO_INLINE void hidden_strip(const BlockWeights<Operand>& w, int pixel, Tile& tile) {
+  for (int first = 0; first < D; first += kGroup) {
+    GroupSums sums;
+    linear<Operand, D, T>(sums, w.fc1, w.fc1_bias, first, strip_of(tile.modulated, pixel));
+    unroll<kGroup / 2>([&](auto i) DECO_INLINE_LAMBDA {
+      unroll<2>([&](auto v) DECO_INLINE_LAMBDA {
+        const int d = first + 2 * i, p = pixel + v * kLanes;
+        const VecF z0 = sums[4 * i + v], z1 = sums[4 * i + 2 + v];
+        const VecF s0 = sigmoid<Operand::kAccuracy>(z0), s1 = sigmoid<Operand::kAccuracy>(z1);
+        const VecF a0 = z0 * s0, a1 = z1 * s1;
+        Operand::put(tile.hidden, d, p, a0, a1);
+        if constexpr (kKeep) {
+          store(&tile.hidden_derivative[d][p], silu_derivative(a0, s0));
+          store(&tile.hidden_derivative[d + 1][p], silu_derivative(a1, s1));
+        }
+      });
+    });
+  }
+}
+
+// h += gate (W_2 hidden + b_2), for the strip at `pixel`.
+template <bool kKeep, class Operand, int D, int T, class Tile>
+DECO_INLINE void residual_strip(const BlockWeights<Operand>& w, const typename Operand::Element (*silu_cond)[T],
+                                float (*h)[T], int pixel, Tile& tile) {
+  constexpr int kElements = D / Operand::kPack;
+  for (int first = 0; first < D; first += kGroup) {
+    GroupSums sums;
+    linear<Operand, D, T>(sums, w.mod + 2 * D * kElements, w.mod_bias + 2 * D, first, strip_of(silu_cond, pixel));
+    unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+      store(&tile.gate[first + i / 2][pixel + i % 2 * kLanes], sums[i]);
+    });
+    linear<Operand, D, T>(sums, w.fc2, w.fc2_bias, first, strip_of(tile.hidden, pixel));
+    unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+      const int d = first + i / 2, p = pixel + i % 2 * kLanes;
+      if constexpr (kKeep) store(&tile.update[d][p], sums[i]);
+      store(&h[d][p], fma(sums[i], load(&tile.gate[d][p]), load(&h[d][p])));
+    });
+  }
+}
+
+// One block; with a SavedBlockTile it leaves what the backward needs.
+template <class Operand, int D, int T, class Tile>
+void forward_block(const BlockWeights<Operand>& w, float eps, const typename Operand::Element (*silu_cond)[T],
+                   int pixels, float (*h)[T], Tile& tile) {
+  constexpr bool kKeep = std::is_same_v<Tile, SavedBlockTile<Operand, D, T>>;
+  layer_norm_statistics<D, T>(h, eps, pixels, tile.mean, tile.rstd);
+  for (int pixel = 0; pixel < pixels; pixel += kStrip) modulate_strip<kKeep, Operand, D, T>(w, silu_cond, h, pixel, tile);
+  for (int pixel = 0; pixel < pixels; pixel += kStrip) hidden_strip<kKeep, Operand, D, T>(w, pixel, tile);
+  for (int pixel = 0; pixel < pixels; pixel += kStrip) residual_strip<kKeep, Operand, D, T>(w, silu_cond, h, pixel, tile);
+}
+
+// velocity = W_head LayerNorm(h) + b_head, with W_head [C][D].
+template <int D, int T>
+void head(int channels, const float* weight, const float* bias, float eps, const float (*h)[T], int pixels, float* mean,
+          float* rstd, float (*velocity)[T]) {
+  layer_norm_statistics<D, T>(h, eps, pixels, mean, rstd);
+  with_channels(channels, [&](auto count) {
+    constexpr int C = count;
+    for (int pixel = 0; pixel < pixels; pixel += kStrip) {
+      VecF sums[2 * C];
+      unroll<C>([&](auto c) DECO_INLINE_LAMBDA { sums[2 * c] = sums[2 * c + 1] = broadcast(bias[c]); });
+      for (int d = 0; d < D; ++d)
+        unroll<2>([&](auto v) DECO_INLINE_LAMBDA {
+          const int p = pixel + v * kLanes;
+          const VecF normalized = (load(&h[d][p]) - load(mean + p)) * load(rstd + p);
+          unroll<C>([&](auto c) DECO_INLINE_LAMBDA {
+            sums[2 * c + v] = fma(broadcast(weight[c * D + d]), normalized, sums[2 * c + v]);
+          });
+        });
+      unroll<2 * C>([&](auto i) DECO_INLINE_LAMBDA { store(&velocity[i / 2][pixel + i % 2 * kLanes], sums[i]); });
+    }
+  });
+}
+
+// Working memory of one thread's forward.
+template <class Operand, int D, int T>
+struct alignas(64) DecoderTile {
+  float h[D][T];
+  typename Operand::Element silu_cond[D / Operand::kPack][T];
+  BlockTile<Operand, D, T> block;
+  float rgb[kMaxChannels][T], velocity[kMaxChannels][T];
+};
+
+// tile.silu_cond, tile.rgb and the panel of the tile's pixels -> tile.velocity.
+template <class Operand, int D, int T>
+void forward_tile(const DecoderWeights<Operand, T>& weights, const float (*panel)[T], int pixels,
+                  DecoderTile<Operand, D, T>& tile) {
+  query<D, T>(weights.channels, weights.pixel_weight, panel, tile.rgb, pixels, tile.h);
+  for (int n = 0; n < weights.depth; ++n)
+    forward_block<Operand, D, T>(weights.blocks[n], weights.eps, tile.silu_cond, pixels, tile.h, tile.block);
+  head<D, T>(weights.channels, weights.head_weight, weights.head_bias, weights.eps, tile.h, pixels,
+             tile.block.mean, tile.block.rstd, tile.velocity);
+}
+
+// Calls body(Operand{}, integral_constant<int, D>): pairs for bfloat16 where the processor multiplies them, else float.
+template <class Body>
+DECO_INLINE void with_operand_and_width(DType activation, int width, Body&& body) {
+  const auto with_operand = [&](auto operand) {
+    switch (width) {
+      case 16: return body(operand, std::integral_constant<int, 16>{});
+      case 32: return body(operand, std::integral_constant<int, 32>{});
+      case 64: return body(operand, std::integral_constant<int, 64>{});
+    }
+  };
+#if DECO_CPU_ISA_avx512bf16
+  if (activation == DType::kBFloat16) return with_operand(PairOperand{});
+#endif
+  (void)activation;
+  with_operand(FloatOperand{});
+}
+
+}  // namespace deco::cpu::DECO_CPU_ISA

@@ -1,0 +1,104 @@
+// Products of small weight matrices with channel-major tiles of pixels.
+//
+// A tile holds T pixels as [channels][T]: the pixels lie in the vector lanes, so that every per-channel weight is a
+// broadcast and LayerNorm, modulation and gates run down the channels without shuffles. A product is computed in blocks
+// of kGroup outputs x one strip of two vectors, whose sums stay in registers; weights are read where they lie,
+// row-major [out][in].
+//
+// An Operand says how the factors of a product are stored:
+//   FloatOperand     one float per channel and pixel
+//   PairOperand      two neighbouring channels of a pixel as a pair of bfloat16 in 32 bits; products accumulate in float
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace deco::cpu::DECO_CPU_ISA {
+
+constexpr int kGroup = kLanes == 16 ? 8 : 4;  // outputs per block: 2 * kGroup sums fit in the registers
+constexpr int kStrip = 2 * kLanes;            // pixels per block
+
+// The pixels of a tile that are computed when the first `count` matter.
+DECO_INLINE int whole_strips(int count) { return (count + kStrip - 1) / kStrip * kStrip; }
+
+using GroupSums = VecF[2 * kGroup];  // [output][vector of the strip]
+
+struct FloatOperand {
+  using Element = float;
+  using Vector = VecF;
+  static constexpr int kPack = 1;  // channels per element
+  static constexpr Accuracy kAccuracy = Accuracy::kFloat;
+
+  static DECO_INLINE Vector load_vector(const Element* p) { return load(p); }
+  static DECO_INLINE Vector broadcast_element(Element x) { return broadcast(x); }
+  static DECO_INLINE VecF multiply_add(Vector a, Vector b, VecF acc) { return fma(a, b, acc); }
+
+  // Channels `channel` (even) and channel + 1 of a tile with T pixels.
+  template <int T>
+  static DECO_INLINE void put(Element (*tile)[T], int channel, int pixel, VecF first, VecF second) {
+    store(&tile[channel][pixel], first);
+    store(&tile[channel + 1][pixel], second);
+  }
+};
+
+#if DECO_CPU_ISA_avx512bf16
+struct PairOperand {
+  using Element = uint32_t;
+  using Vector = VecPair;
+  static constexpr int kPack = 2;
+  static constexpr Accuracy kAccuracy = Accuracy::kBFloat16;
+
+  static DECO_INLINE Vector load_vector(const Element* p) { return load_pairs(p); }
+  static DECO_INLINE Vector broadcast_element(Element x) { return broadcast_pair(x); }
+  static DECO_INLINE VecF multiply_add(Vector a, Vector b, VecF acc) { return dot_pairs(acc, a, b); }
+
+  template <int T>
+  static DECO_INLINE void put(Element (*tile)[T], int channel, int pixel, VecF first, VecF second) {
+    store_pairs(&tile[channel / 2][pixel], make_pairs(first, second));
+  }
+};
+#endif
+
+// sums[o][v] += sum over k < kElements of w(o, k) * x[k][v], with
+//   w(o, k) = (o < kGroup/2 ? low : high)[(o mod kGroup/2) * kOutStride + k * kInStride].
+// The two halves of the outputs may come from different rows of the matrix.
+template <class Operand, int kElements, int kOutStride, int kInStride, int T>
+DECO_INLINE void multiply_add(GroupSums& sums, const typename Operand::Element* low,
+                              const typename Operand::Element* high, const typename Operand::Element (*x)[T]) {
+  const typename Operand::Element* column = x[0];
+#pragma GCC unroll 2
+  for (int k = 0; k < kElements; ++k, column += T) {
+    const auto x0 = Operand::load_vector(column), x1 = Operand::load_vector(column + kLanes);
+    unroll<kGroup>([&](auto o) DECO_INLINE_LAMBDA {
+      constexpr int kHalf = kGroup / 2, kRow = o % kHalf;
+      const auto* row = (o < kHalf ? low : high) + kRow * kOutStride;
+      const auto w = Operand::broadcast_element(row[k * kInStride]);
+      sums[2 * o] = Operand::multiply_add(w, x0, sums[2 * o]);
+      sums[2 * o + 1] = Operand::multiply_add(w, x1, sums[2 * o + 1]);
+    });
+  }
+}
+
+DECO_INLINE void set_sums(GroupSums& sums, const float* low, const float* high) {
+  unroll<kGroup>([&](auto o) DECO_INLINE_LAMBDA {
+    constexpr int kHalf = kGroup / 2;
+    sums[2 * o] = sums[2 * o + 1] = broadcast((o < kHalf ? low : high)[o % kHalf]);
+  });
+}
+
+// sums = bias + W x for outputs `first` .. first + kGroup - 1 of W [out][kIn], on the strip that starts at x.
+template <class Operand, int kIn, int T>
+DECO_INLINE void linear(GroupSums& sums, const typename Operand::Element* weight, const float* bias, int first,
+                        const typename Operand::Element (*x)[T]) {
+  constexpr int kElements = kIn / Operand::kPack;
+  const auto* rows = weight + first * kElements;
+  set_sums(sums, bias + first, bias + first + kGroup / 2);
+  multiply_add<Operand, kElements, kElements, 1, T>(sums, rows, rows + kGroup / 2 * kElements, x);
+}
+
+// The strip of a tile that starts at pixel `pixel`, to be indexed by channel.
+template <class Element, int T>
+DECO_INLINE const Element (*strip_of(const Element (*tile)[T], int pixel))[T] {
+  return reinterpret_cast<const Element(*)[T]>(&tile[0][pixel]);
+}
+
+}  // namespace deco::cpu::DECO_CPU_ISA

@@ -1,0 +1,61 @@
+// Forward of pixel_decoder: the whole per-pixel decoder, one tile of T consecutive rows of cond at a time.
+//
+// Each part (thread) owns a contiguous share of the tiles and writes their pixels. Per pixel it reads D values of cond
+// and C of the image, writes C of the velocity, and spends N (5 D^2) + 2 C D multiply-adds and (N + 1) D SiLUs: at
+// D = 32, N = 3, C = 3 in bfloat16 with a float image 82 bytes and 31 kFLOP. Every output is computed by one thread in
+// a fixed order, so the result does not depend on the number of threads.
+#include "cpu/decoder_tile.h"
+#include "cpu/kernel_table.h"
+
+namespace deco::cpu::DECO_CPU_ISA {
+namespace {
+
+constexpr int kTile = 64;
+
+alignas(64) const char kZeroRow[64 * sizeof(float)] = {};  // cond of the rows that fill up the last tile
+
+template <class Operand, int D>
+void forward(const PixelDecoderForward& call) {
+  constexpr int T = kTile;
+  const int64_t rows = call.shape.pixels(), tiles = (rows + T - 1) / T;
+  const int parts = part_count(tiles, call.threads);
+
+  DecoderWeights<Operand, T> weights;
+  DecoderTile<Operand, D, T>* scratch = nullptr;
+  const auto lay_out = [&](Arena& arena) {
+    take_decoder_weights<Operand, D, T>(arena, call.weights, call.shape, call.eps, call.cond.dtype, weights);
+    scratch = arena.take<DecoderTile<Operand, D, T>>(parts);
+  };
+  Arena counter;
+  lay_out(counter);
+  Arena arena(thread_scratch(counter.used()));
+  lay_out(arena);
+
+  parallel_for(parts, [&](int part) {
+    DecoderTile<Operand, D, T>& tile = scratch[part];
+    const Range share = share_of(tiles, parts, part);
+    for (int64_t t = share.begin; t < share.end; ++t) {
+      const int64_t first = t * T;
+      const int count = static_cast<int>(rows - first < T ? rows - first : T);
+      const int pixels = whole_strips(count);
+      const char* addresses[T];
+      row_addresses<T>(call.shape, call.cond, first, count, kZeroRow, addresses);
+      load_silu_cond<Operand, D, T>(call.cond.dtype, addresses, pixels, tile.silu_cond);
+      gather_pixels<T>(call.shape, call.image, first, count, tile.rgb);
+      const auto* panel = reinterpret_cast<const float(*)[T]>(weights.table + t % weights.panels * D * T);
+      forward_tile<Operand, D, T>(weights, panel, pixels, tile);
+      scatter_pixels<T>(call.shape, call.velocity, first, count, tile.velocity);
+    }
+  });
+}
+
+}  // namespace
+
+void pixel_decoder_forward(const PixelDecoderForward& call) {
+  if (call.shape.pixels() == 0) return;
+  with_operand_and_width(call.cond.dtype, call.shape.decoder_width, [&](auto operand, auto width) {
+    forward<decltype(operand), width.value>(call);
+  });
+}
+
+}  // namespace deco::cpu::DECO_CPU_ISA

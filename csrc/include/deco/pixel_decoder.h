@@ -1,0 +1,51 @@
+// The per-pixel decoder on the CPU (DeCo, arXiv 2511.19365, section 3).
+#pragma once
+
+#include "deco/array.h"
+
+namespace deco {
+
+struct DecoderShape {
+  int64_t batch = 0, height = 0, width = 0;
+  int channels = 0;     // C: 1 to 4
+  int patch_size = 0;   // p: 1, 2, 4, 8 or 16; divides height and width
+  int decoder_width = 0;  // D: 16, 32 or 64
+  int depth = 0;        // N: 1 to 8
+
+  int64_t tokens() const { return batch * (height / patch_size) * (width / patch_size); }
+  int pixels_per_token() const { return patch_size * patch_size; }
+  int64_t pixels() const { return batch * height * width; }
+};
+
+// The weights, or their gradients, in the order of the op's arguments; every array is contiguous and has its own dtype.
+struct DecoderWeightArrays {
+  Array pixel_weight;  // [D, C]
+  Array pixel_table;   // [P, D]
+  Array norm_weight;   // [N, D]
+  Array norm_bias;     // [N, D]
+  Array mod_weight;    // [N, 3D, D], rows shift, scale, gate
+  Array mod_bias;      // [N, 3D]
+  Array fc1_weight;    // [N, D, D] (out, in)
+  Array fc1_bias;      // [N, D]
+  Array fc2_weight;    // [N, D, D]
+  Array fc2_bias;      // [N, D]
+  Array head_weight;   // [C, D]
+  Array head_bias;     // [C]
+};
+
+namespace cpu {
+
+struct PixelDecoderForward {
+  DecoderShape shape;
+  ImageArray image;
+  PixelRows cond;  // [T, P, D]; its dtype is the activation dtype
+  DecoderWeightArrays weights;
+  ImageArray velocity;  // written
+  float eps = 0;
+  int threads = 1;
+};
+
+void pixel_decoder_forward(const PixelDecoderForward& call);
+
+}  // namespace cpu
+}  // namespace deco

@@ -1,0 +1,71 @@
+"""Describes tensors to the native module: addresses, dtype codes and strides as plain integers.
+
+A description holds no reference, so the tensor must outlive the call it is made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def array(tensor: torch.Tensor | None) -> tuple[int, int]:
+    """(address, dtype) of a contiguous tensor; address 0 for None."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype])
+
+
+def arrays(tensors: Iterable[torch.Tensor | None]) -> tuple[int, ...]:
+    """(address, dtype, address, dtype, ...) of contiguous tensors."""
+    codes = _DTYPE_CODES
+    flat = []
+    for tensor in tensors:
+        if tensor is None:
+            flat += (0, 0)
+        else:
+            flat += (tensor.data_ptr(), codes[tensor.dtype])
+    return tuple(flat)
+
+
+def contiguous(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+
+
+def image(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    """(address, dtype, strides of B, C, H, W) of [B, C, H, W] with any strides."""
+    if tensor is None:
+        return (0, 0, 0, 0, 0, 0)
+    return (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], *tensor.stride())
+
+
+def rows(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    """(address, dtype, stride of a token, stride of a pixel) of [..., P, D] as `readable_rows` returns it."""
+    if tensor is None:
+        return (0, 0, 0, 0)
+    return (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], collapsed_stride(tensor, 2), tensor.stride(-2))
+
+
+def readable_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` [..., P, D] itself if its channels are adjacent and one stride leads from token to token, or a copy."""
+    if tensor.is_contiguous():
+        return tensor
+    if tensor.stride(-1) == 1 and collapsed_stride(tensor, 2) is not None:
+        return tensor
+    return tensor.contiguous()
+
+
+def collapsed_stride(tensor: torch.Tensor, trailing: int) -> int | None:
+    """The one stride that walks over all dimensions but the last `trailing`, in order, or None if there is none."""
+    stride, expected = 0, None
+    for dim in range(tensor.dim() - trailing - 1, -1, -1):
+        size = tensor.shape[dim]
+        if size == 1:
+            continue
+        if expected is None:
+            stride = tensor.stride(dim)
+        elif tensor.stride(dim) != expected:
+            return None
+        expected = tensor.stride(dim) * size
+    return stride
