@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from deco_kernels import ops
+from deco_kernels.signatures import TENSORS
 
 OPS = ("adaln_block", "pixel_decoder", "upsample_modulate", "pixel_decoder_from_tokens", "flow_matching_loss")
 _LOSSES = ("flow_matching_loss", "frequency_loss")
@@ -84,87 +85,81 @@ def random_inputs(
         image_size: (B, H, W); ops on rows work on its B*H*W pixels.
         token_width: Z.
     """
-    generator = torch.Generator().manual_seed(seed)
-    batch, rows, columns = image_size
+    draw = _Draw(dtype, dtype if dtype is torch.float64 else weight_dtype, device, seed)
     pixels = patch_size**2
+    batch, rows, columns = image_size
     token_count = batch * (rows // patch_size) * (columns // patch_size)
-    double = dtype is torch.float64
-    weight_dtype = dtype if double else weight_dtype
-
-    def normal(*shape, scale=1.0, to=dtype):
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(device=device, dtype=to)
-
-    def weight(*shape):
-        return normal(*shape, scale=shape[-1] ** -0.5, to=weight_dtype)
-
-    def bias(*shape):
-        return normal(*shape, scale=0.5, to=weight_dtype)
-
-    def norm(*shape):
-        to = dtype if double else torch.float32
-        return {"norm_weight": 1 + normal(*shape, scale=0.3, to=to), "norm_bias": normal(*shape, scale=0.3, to=to)}
-
-    def block(*stack):
-        return {
-            **norm(*stack, width),
-            "mod_weight": weight(*stack, 3 * width, width),
-            "mod_bias": bias(*stack, 3 * width),
-            "fc1_weight": weight(*stack, width, width),
-            "fc1_bias": bias(*stack, width),
-            "fc2_weight": weight(*stack, width, width),
-            "fc2_bias": bias(*stack, width),
-        }
-
-    def up():
-        return {"up_weight": weight(pixels * width, token_width), "up_bias": bias(pixels * width)}
-
-    image_dtype = other_dtype or (dtype if double else torch.float32)
-    image_shape = (batch, channels, rows, columns)
-    options: dict[str, int | float] = {}
-    output_shapes: tuple[tuple[int, ...], ...]
+    image_shape, row_shape = (batch, channels, rows, columns), (token_count, pixels, width)
+    up = {
+        "up_weight": draw.weight(pixels * width, token_width),
+        "up_bias": draw.bias(pixels * width),
+    }
     if op in _LOSSES:
-        exact = dtype if double else torch.float32
         tensors = {
-            "pred": normal(*image_shape),
-            "target": normal(*image_shape, to=other_dtype or dtype),
-            "frequency_weight": normal(3, 8, 8, to=exact).abs() + 0.1,
-            "sample_weight": normal(batch, to=exact).abs() + 0.1,
+            "pred": draw.normal(*image_shape),
+            "target": draw.normal(*image_shape, dtype=other_dtype),
+            "frequency_weight": draw.normal(3, 8, 8, dtype=draw.exact).abs() + 0.1,
+            "sample_weight": draw.normal(batch, dtype=draw.exact).abs() + 0.1,
         }
-        output_shapes = ((),) * (3 if op == "flow_matching_loss" else 1)
-        if op == "flow_matching_loss":
-            options = {"frequency_scale": 0.7}
-        output_dtype = exact
+        count, options = (3, {"frequency_scale": 0.7}) if op == "flow_matching_loss" else (1, {})
+        grad_outputs = tuple(draw.normal(dtype=draw.exact) for _ in range(count))
+    elif op == "adaln_block":
+        tensors = {"h": draw.normal(*row_shape), "cond": draw.normal(*row_shape), **draw.block(width)}
+        options, grad_outputs = {}, (draw.normal(*row_shape),)
+    elif op == "upsample_modulate":
+        block = draw.block(width)
+        tensors = {"h": draw.normal(*row_shape), "tokens": draw.normal(token_count, token_width), **up}
+        tensors |= {name: block[name] for name in TENSORS[op] if name in block}
+        options, grad_outputs = {}, (draw.normal(*row_shape), draw.normal(*row_shape))
     else:
-        output_dtype = dtype
-        if op == "adaln_block":
-            tensors = {"h": normal(token_count, pixels, width), "cond": normal(token_count, pixels, width), **block()}
-            output_shapes = ((token_count, pixels, width),)
-        elif op == "upsample_modulate":
-            block_weights = block()
-            tensors = {
-                "h": normal(token_count, pixels, width),
-                "tokens": normal(token_count, token_width),
-                **up(),
-                **{name: block_weights[name] for name in ("norm_weight", "norm_bias", "mod_weight", "mod_bias")},
-            }
-            output_shapes = ((token_count, pixels, width),) * 2
+        tensors = {"image": draw.normal(*image_shape, dtype=other_dtype or draw.exact)}
+        if op == "pixel_decoder":
+            tensors |= {"cond": draw.normal(*row_shape)}
         else:
-            decoder = {
-                "pixel_weight": weight(width, channels),
-                "pixel_table": normal(pixels, width, to=weight_dtype),
-                **block(depth),
-                "head_weight": weight(channels, width),
-                "head_bias": bias(channels),
-            }
-            tensors = {"image": normal(*image_shape, to=image_dtype)}
-            if op == "pixel_decoder":
-                tensors |= {"cond": normal(token_count, pixels, width), **decoder}
-            else:
-                tensors |= {"tokens": normal(token_count, token_width), **up(), **decoder}
-            output_shapes = (image_shape,)
-            options = {"patch_size": patch_size}
-    grad_outputs = tuple(normal(*shape, to=output_dtype) for shape in output_shapes)
+            tensors |= {"tokens": draw.normal(token_count, token_width), **up}
+        tensors |= draw.decoder(width, depth, pixels, channels)
+        options, grad_outputs = {"patch_size": patch_size}, (draw.normal(*image_shape),)
     return Inputs(op, tensors, options, grad_outputs)
+
+
+class _Draw:
+    """Random tensors from one generator: activations N(0, 1), weights N(0, 1/fan-in)."""
+
+    def __init__(self, dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device | str, seed: int):
+        self.dtype, self.weight_dtype, self.device = dtype, weight_dtype, device
+        self.exact = torch.float64 if dtype is torch.float64 else torch.float32
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> torch.Tensor:
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
+        return values.to(device=self.device, dtype=dtype or self.dtype)
+
+    def weight(self, *shape: int) -> torch.Tensor:
+        return self.normal(*shape, dtype=self.weight_dtype, scale=shape[-1] ** -0.5)
+
+    def bias(self, *shape: int) -> torch.Tensor:
+        return self.normal(*shape, dtype=self.weight_dtype, scale=0.5)
+
+    def block(self, width: int, *stack: int) -> dict[str, torch.Tensor]:
+        return {
+            "norm_weight": 1 + self.normal(*stack, width, dtype=self.exact, scale=0.3),
+            "norm_bias": self.normal(*stack, width, dtype=self.exact, scale=0.3),
+            "mod_weight": self.weight(*stack, 3 * width, width),
+            "mod_bias": self.bias(*stack, 3 * width),
+            "fc1_weight": self.weight(*stack, width, width),
+            "fc1_bias": self.bias(*stack, width),
+            "fc2_weight": self.weight(*stack, width, width),
+            "fc2_bias": self.bias(*stack, width),
+        }
+
+    def decoder(self, width: int, depth: int, pixels: int, channels: int) -> dict[str, torch.Tensor]:
+        return {
+            "pixel_weight": self.weight(width, channels),
+            "pixel_table": self.normal(pixels, width, dtype=self.weight_dtype),
+            **self.block(width, depth),
+            "head_weight": self.weight(channels, width),
+            "head_bias": self.bias(channels),
+        }
 
 
 def in_float64(inputs: Inputs) -> Inputs:

@@ -132,18 +132,19 @@ def _serving_module(backend: str, request: Request, device: torch.device) -> Mod
         if reason is not None:
             raise BackendUnavailable(f"backend {backend!r} cannot serve {request.op}: {reason}")
         return importlib.import_module(f"{_packages[backend]}.{request.op}")
-    for name in automatic_candidates(request):
+    candidates = automatic_candidates(request)
+    for name, following in zip(candidates, (*candidates[1:], None), strict=True):
         reason = refusal(name, request, device)
         if reason is None:
             return importlib.import_module(f"{_packages[name]}.{request.op}")
-        _log_fallback(request.op, name, reason)
+        _log_fallback(request.op, name, following, reason)
     raise AssertionError("the reference backend serves every call")
 
 
 @functools.cache
-def _log_fallback(op: str, name: str, reason: str) -> None:
-    level = logging.WARNING if name == "cpu" or name == "triton" else logging.INFO
-    _log.log(level, "%s falls back from backend %r: %s", op, name, reason)
+def _log_fallback(op: str, name: str, following: str | None, reason: str) -> None:
+    level = logging.WARNING if following == "reference" else logging.INFO
+    _log.log(level, "%s falls back from backend %r to %r: %s", op, name, following, reason)
 
 
 def serve(function: str, request: Request, device: torch.device, backend: str, *arguments):

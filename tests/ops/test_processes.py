@@ -1,0 +1,102 @@
+"""Processes, threads and sizes: a forked child, concurrent callers, tensors beyond 2**31 elements."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from deco_kernels import ops, testing
+from tests.ops.cases import BF16, IMPLEMENTATIONS, OPS, small_inputs
+
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
+each_op = pytest.mark.parametrize("op", OPS)
+
+FORK = """
+import os, sys, torch
+from deco_kernels import testing
+torch.set_num_threads(2)
+inputs = testing.random_inputs({op!r}, image_size=(2, 32, 64))
+before = testing.run(inputs, {backend!r})
+child = os.fork()
+if child == 0:
+    after = testing.run(inputs, {backend!r})
+    same = all(torch.equal(*pair) for pair in zip(before.outputs, after.outputs, strict=True))
+    same = same and all(torch.equal(before.gradients[name], after.gradients[name]) for name in before.gradients)
+    os._exit(0 if same else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("op", ["adaln_block", "pixel_decoder", "flow_matching_loss"])
+def test_a_forked_child_computes_the_same_bits(op):
+    """On the cpu backend: PyTorch's own parallel loops do not survive a fork."""
+    if len(IMPLEMENTATIONS) == 1:
+        pytest.skip("the native CPU module is not built")
+    code = FORK.format(op=op, backend="cpu")
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 0, finished.stderr
+
+
+@each_implementation
+@each_op
+def test_concurrent_threads_give_the_same_bits(implementation, op, two_threads):
+    inputs = [small_inputs(op, seed=seed, image_size=(2, 16, 16)) for seed in range(4)]
+    expected = [testing.run(one, implementation) for one in inputs]
+    wrong = []
+
+    def work(index):
+        torch.set_num_threads(2)
+        for _ in range(5):
+            actual = testing.run(inputs[index], implementation)
+            for name, gradient in actual.gradients.items():
+                if not torch.equal(gradient, expected[index].gradients[name]):
+                    wrong.append((index, name))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def _far_apart(tensor):
+    """The same values, the two halves of the first axis more than 2**31 elements apart in (mostly untouched) memory."""
+    distance = 2**31 + 64
+    half = tensor.shape[0] // 2
+    storage = torch.empty(distance + half * tensor[0].numel(), dtype=tensor.dtype)
+    inner = torch.empty(tensor.shape[1:]).stride()
+    view = storage.as_strided((2, half, *tensor.shape[1:]), (distance, tensor[0].numel(), *inner))
+    view.copy_(tensor.view(2, half, *tensor.shape[1:]))
+    return view.squeeze(1)  # [2, ...] for a batch of two, else [2, half, ...]
+
+
+@each_implementation
+@pytest.mark.parametrize("op", ["pixel_decoder", "flow_matching_loss", "adaln_block"])
+def test_strides_beyond_31_bits(implementation, op):
+    """A batch of two whose second sample, and whose incoming gradient's, lies beyond 2**31 elements."""
+    inputs = small_inputs(op, BF16, image_size=(2, 8, 12), other_dtype=BF16)
+    expected = testing.run(inputs, implementation)
+    far = {"pixel_decoder": ("image",), "flow_matching_loss": ("pred", "target"), "adaln_block": ("h", "cond")}[op]
+    tensors = inputs.tensors | {name: _far_apart(inputs.tensors[name]) for name in far}
+    grads = tuple(_far_apart(g) if g.dim() else g for g in inputs.grad_outputs)
+    actual = testing.run(inputs._replace(tensors=tensors, grad_outputs=grads), implementation)
+    for pair in zip(actual.outputs, expected.outputs, strict=True):
+        assert torch.equal(pair[0].flatten(), pair[1].flatten())
+    for name, gradient in actual.gradients.items():
+        assert torch.equal(gradient.flatten(), expected.gradients[name].flatten()), name
+
+
+@pytest.mark.long
+def test_more_than_2_to_the_31_elements():
+    """cond has 2**31 + elements (expanded along the tokens); the last patch equals the same patch decoded alone."""
+    inputs = testing.random_inputs("pixel_decoder", dtype=BF16, image_size=(1, 16, 16), other_dtype=BF16)
+    batch = 2**31 // (256 * 32) + 1
+    image = inputs.tensors["image"].expand(batch, -1, -1, -1)
+    cond = inputs.tensors["cond"].expand(batch, -1, -1)
+    assert cond.numel() > 2**31
+    velocity = ops.pixel_decoder(**(inputs.tensors | {"image": image, "cond": cond}), **inputs.options)
+    alone = ops.pixel_decoder(**inputs.tensors, **inputs.options)
+    assert torch.equal(velocity[-1:], alone) and torch.equal(velocity[batch // 2 :][:1], alone)

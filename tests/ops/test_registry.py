@@ -1,0 +1,102 @@
+"""The choice of backend: argument, block, environment, automatic; what falls back and how it is said."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import deco_kernels
+from deco_kernels.ops import registry
+from deco_kernels.ops.registry import Request
+from tests.ops.cases import F32
+
+
+def test_order_of_choice():
+    assert registry.chosen_backend(None) == "auto"
+    with deco_kernels.use_backend("reference"):
+        assert registry.chosen_backend(None) == "reference"
+        assert registry.chosen_backend("cpu") == "cpu"
+        with deco_kernels.use_backend("auto"):
+            assert registry.chosen_backend(None) == "auto"
+        assert registry.chosen_backend(None) == "reference"
+    assert registry.chosen_backend(None) == "auto"
+
+
+def test_the_block_ends_with_an_exception_too():
+    with pytest.raises(KeyError), deco_kernels.use_backend("reference"):
+        raise KeyError
+    assert registry.chosen_backend(None) == "auto"
+
+
+@pytest.mark.parametrize(("value", "error"), [("fast", ValueError), (None, TypeError), (3, TypeError)])
+def test_use_backend_refuses_unknown_names(value, error):
+    with pytest.raises(error, match="backend"):
+        deco_kernels.use_backend(value)
+
+
+@pytest.mark.parametrize(("value", "seen"), [("reference", "reference"), ("", "auto"), ("typo", "unknown name 'typo'")])
+def test_environment(value, seen):
+    code = (
+        "from deco_kernels.ops import registry\n"
+        "try: print(registry.chosen_backend(None))\n"
+        "except ValueError as error: print(error)"
+    )
+    environment = os.environ | {"DECO_KERNELS_BACKEND": value}
+    output = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert seen in output
+
+
+def test_automatic_candidates():
+    assert registry.automatic_candidates(Request("pixel_decoder", "cpu", (F32,))) == ("cpu", "reference")
+    assert registry.automatic_candidates(Request("pixel_decoder", "cpu", (torch.float64,))) == ("reference",)
+    assert registry.automatic_candidates(Request("pixel_decoder", "cuda", (F32,)))[-1] == "reference"
+    assert registry.automatic_candidates(Request("pixel_decoder", "mps", (F32,))) == ("reference",)
+
+
+def test_fall_back_to_the_reference_is_logged_once_as_a_warning(caplog):
+    request = Request("pixel_decoder", "cpu", (F32, F32), 40, 1, 16, 3)
+    registry._log_fallback.cache_clear()
+    with caplog.at_level(logging.INFO, "deco_kernels"):
+        for depth in (1, 1, 1):
+            registry._serving_module.cache_clear()
+            registry._serving_module("auto", request._replace(depth=depth), torch.device("cpu"))
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "pixel_decoder" in caplog.text and "'cpu'" in caplog.text
+
+
+def test_a_registered_backend_is_used_by_name_only():
+    registry.register_backend("twin", "deco_kernels.backends.reference")
+    try:
+        request = Request("pixel_decoder", "cpu", (F32, F32), 32, 1, 16, 3)
+        module = registry._serving_module("twin", request, torch.device("cpu"))
+        assert module.__name__ == "deco_kernels.backends.reference.pixel_decoder"
+        assert "twin" not in registry.automatic_candidates(request)
+    finally:
+        registry._packages.pop("twin")
+        registry._serving_module.cache_clear()
+
+
+def test_an_op_that_a_backend_lacks(tmp_path, monkeypatch):
+    package = tmp_path / "lacking_backend"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "def unavailable_reason(device): return None\ndef unsupported_reason(request): return None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.register_backend("lacking", "lacking_backend")
+    try:
+        with pytest.raises(deco_kernels.BackendUnavailable, match="does not implement adaln_block"):
+            registry._serving_module("lacking", Request("adaln_block", "cpu", (F32,), 32), torch.device("cpu"))
+    finally:
+        registry._packages.pop("lacking")
+        registry._serving_module.cache_clear()
+
+
+def test_the_name_auto_is_reserved():
+    with pytest.raises(ValueError, match="reserved"):
+        registry.register_backend("auto", "deco_kernels.backends.reference")
