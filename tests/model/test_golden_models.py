@@ -56,12 +56,14 @@ def published_decoder(decoder):
     return named
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("save_memory", [False, True])
 @pytest.mark.parametrize("path", golden_cases("decoder_*"))
-def test_decoder_matches_golden(path, save_memory):
+def test_decoder_matches_golden(path, save_memory, backend):
     golden = load_golden(path)
     count, p, width, depth, token_width = (int(golden.metadata[key]) for key in ("T", "p", "dx", "depth", "z"))
-    decoder = model.PixelDecoder(token_width, width=width, depth=depth, patch_size=p, save_memory=save_memory)
+    options = dict(width=width, depth=depth, patch_size=p, save_memory=save_memory, backend=backend)
+    decoder = model.PixelDecoder(token_width, **options)
     state = golden.group("state")
     with torch.no_grad():
         for name, view in published_decoder(decoder).items():
