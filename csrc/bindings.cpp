@@ -99,6 +99,24 @@ void pixel_decoder_forward(const py::tuple& shape, const py::tuple& image, const
   deco::cpu::pixel_decoder_forward(call);
 }
 
+void pixel_decoder_backward(const py::tuple& shape, const py::tuple& grad_velocity, const py::tuple& image,
+                            const py::tuple& cond, const py::tuple& weights, const py::tuple& grad_image,
+                            const py::tuple& grad_cond, const py::tuple& grad_weights, float eps, int threads) {
+  deco::cpu::PixelDecoderBackward call;
+  call.shape = read_decoder_shape(shape);
+  call.grad_velocity = read_image(grad_velocity);
+  call.image = read_image(image);
+  call.cond = read_rows(cond);
+  call.weights = read_decoder_weights(weights);
+  call.grad_image = read_image(grad_image);
+  call.grad_cond = read_rows(grad_cond);
+  call.grad_weights = read_decoder_weights(grad_weights);
+  call.eps = eps;
+  call.threads = threads;
+  py::gil_scoped_release release;
+  deco::cpu::pixel_decoder_backward(call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native_cpu, m) {
@@ -111,4 +129,7 @@ PYBIND11_MODULE(_native_cpu, m) {
 
   m.def("pixel_decoder_forward", &pixel_decoder_forward,
         "(B, C, H, W, p, D, N), image, cond rows, twelve weights, velocity (written), eps, threads");
+  m.def("pixel_decoder_backward", &pixel_decoder_backward,
+        "(B, C, H, W, p, D, N), grad_velocity, image, cond rows, twelve weights, then written where the address is not 0: "
+        "grad_image, grad_cond rows, twelve gradients of weights; eps, threads");
 }

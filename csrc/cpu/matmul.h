@@ -101,4 +101,105 @@ DECO_INLINE const Element (*strip_of(const Element (*tile)[T], int pixel))[T] {
   return reinterpret_cast<const Element(*)[T]>(&tile[0][pixel]);
 }
 
+// ---- products that sum over the pixels: gradients of weight matrices -----------------------------------------------
+//
+// grad_weight[o][k] += sum over pixels p of d[o][p] x[p][k]: d is broadcast, x lies pixel-major, and elements of a
+// PairOperand hold two neighbouring pixels instead of two channels.
+
+// A gradient with respect to R channels, in both forms: by_channel to be multiplied by transposed weights, by_pixel as
+// the factor d above.
+template <class Operand, int R, int T>
+struct alignas(64) GradientTile;
+
+template <int R, int T>
+struct alignas(64) GradientTile<FloatOperand, R, T> {
+  float by_channel[R][T];
+
+  const float (*by_pixel() const)[T] { return by_channel; }
+
+  // Channels `channel` (even) and channel + 1 on the strip at `pixel`.
+  DECO_INLINE void put_strip(int channel, int pixel, const VecF (&first)[2], const VecF (&second)[2]) {
+    unroll<2>([&](auto v) DECO_INLINE_LAMBDA {
+      FloatOperand::put(by_channel, channel, pixel + v * kLanes, first[v], second[v]);
+    });
+  }
+};
+
+// Channel-major tile [D][T] -> [T][D].
+template <int D, int T>
+void make_pixel_major(FloatOperand, const float (*tile)[T], int pixels, float (*x)[D]) {
+  for (int pixel = 0; pixel < pixels; pixel += kLanes)
+    for (int d = 0; d < D; d += kLanes) {
+      VecF square[kLanes];
+      unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA { square[i] = load(&tile[d + i][pixel]); });
+      transpose(square);
+      unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA { store(&x[pixel + i][d], square[i]); });
+    }
+}
+
+#if DECO_CPU_ISA_avx512bf16
+template <int R, int T>
+struct alignas(64) GradientTile<PairOperand, R, T> {
+  uint32_t by_channel[R / 2][T];
+  uint32_t pixel_pairs[R][T / 2];
+
+  const uint32_t (*by_pixel() const)[T / 2] { return pixel_pairs; }
+
+  DECO_INLINE void put_strip(int channel, int pixel, const VecF (&first)[2], const VecF (&second)[2]) {
+    unroll<2>([&](auto v) DECO_INLINE_LAMBDA {
+      PairOperand::put(by_channel, channel, pixel + v * kLanes, first[v], second[v]);
+    });
+    store_pairs(&pixel_pairs[channel][pixel / 2], join_runs(first[0], first[1]));
+    store_pairs(&pixel_pairs[channel + 1][pixel / 2], join_runs(second[0], second[1]));
+  }
+};
+
+// Pairs of channels [D/2][T] -> pairs of pixels [T/2][D]. A square holds the pairs of up to 32 channels.
+template <int D, int T>
+void make_pixel_major(PairOperand, const uint32_t (*tile)[T], int pixels, uint32_t (*x)[D]) {
+  constexpr int kRows = D / 2 < kLanes ? D / 2 : kLanes;
+  for (int pixel = 0; pixel < pixels; pixel += kLanes)
+    for (int row = 0; row < D / 2; row += kRows) {
+      VecPair square[kLanes];
+      unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA {
+        square[i] = i < kRows ? load_pairs(&tile[row + i % kRows][pixel]) : broadcast_pair(0);
+      });
+      transpose_pairs(square);
+      unroll<kLanes / 2>([&](auto i) DECO_INLINE_LAMBDA {
+        const InterleavedRuns pairs = interleave_runs(square[2 * i], square[2 * i + 1]);
+        uint32_t* to = &x[pixel / 2 + i][2 * row];
+        store_pairs(to, pairs.low);
+        if constexpr (kRows == kLanes) store_pairs(to + kLanes, pairs.high);
+      });
+    }
+}
+#endif
+
+// grad_weight [R][D] += d x over the first `pixels` pixels.
+template <class Operand, int R, int D, int T>
+void add_weight_gradient(const typename Operand::Element (*d)[T / Operand::kPack], const typename Operand::Element (*x)[D],
+                         int pixels, float (*grad_weight)[D]) {
+  constexpr int kVectors = D / kLanes < 2 ? 1 : 2;
+  for (int o = 0; o < R; o += kGroup)
+    for (int k = 0; k < D; k += kVectors * kLanes) {
+      VecF sums[kGroup * kVectors];
+      unroll<kGroup * kVectors>([&](auto i) DECO_INLINE_LAMBDA { sums[i] = broadcast(0.0f); });
+      const typename Operand::Element* row = d[o];
+#pragma GCC unroll 2
+      for (int p = 0; p < pixels / Operand::kPack; ++p) {
+        typename Operand::Vector factor[kVectors];
+        unroll<kVectors>([&](auto v) DECO_INLINE_LAMBDA { factor[v] = Operand::load_vector(&x[p][k + v * kLanes]); });
+        unroll<kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+          const auto gradient = Operand::broadcast_element(row[i * (T / Operand::kPack) + p]);
+          unroll<kVectors>([&](auto v) DECO_INLINE_LAMBDA {
+            sums[i * kVectors + v] = Operand::multiply_add(gradient, factor[v], sums[i * kVectors + v]);
+          });
+        });
+      }
+      unroll<kGroup * kVectors>([&](auto i) DECO_INLINE_LAMBDA {
+        accumulate(&grad_weight[o + i / kVectors][k + i % kVectors * kLanes], sums[i]);
+      });
+    }
+}
+
 }  // namespace deco::cpu::DECO_CPU_ISA

@@ -45,7 +45,22 @@ struct PixelDecoderForward {
   int threads = 1;
 };
 
+struct PixelDecoderBackward {
+  DecoderShape shape;
+  ImageArray grad_velocity;
+  ImageArray image;
+  PixelRows cond;
+  DecoderWeightArrays weights;
+  // Written; a gradient whose data is null is not wanted.
+  ImageArray grad_image;
+  PixelRows grad_cond;
+  DecoderWeightArrays grad_weights;
+  float eps = 0;
+  int threads = 1;
+};
+
 void pixel_decoder_forward(const PixelDecoderForward& call);
+void pixel_decoder_backward(const PixelDecoderBackward& call);
 
 }  // namespace cpu
 }  // namespace deco

@@ -33,6 +33,14 @@ def contiguous(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
 
 
+def empty_gradients(tensors: Sequence[torch.Tensor], needs: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
+    """A contiguous tensor like each of `tensors` to write its gradient to, or None where `needs` is False."""
+    return tuple(
+        torch.empty(tensor.shape, dtype=tensor.dtype) if need else None
+        for tensor, need in zip(tensors, needs, strict=True)
+    )
+
+
 def image(tensor: torch.Tensor | None) -> tuple[int, ...]:
     """(address, dtype, strides of B, C, H, W) of [B, C, H, W] with any strides."""
     if tensor is None:

@@ -1,4 +1,4 @@
-"""pixel_decoder on the CPU: csrc/cpu/pixel_decoder.cpp; the backward differentiates the reference formula."""
+"""pixel_decoder on the CPU: csrc/cpu/pixel_decoder.cpp and pixel_decoder_backward.cpp."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import torch
 
 from deco_kernels import native
 from deco_kernels.backends.cpu import arguments
-from deco_kernels.backends.reference.pixel_decoder import backward
-
-__all__ = ["forward", "backward"]
 
 
 def forward(image: torch.Tensor, cond: torch.Tensor, *rest) -> torch.Tensor:
@@ -29,6 +26,27 @@ def forward(image: torch.Tensor, cond: torch.Tensor, *rest) -> torch.Tensor:
         torch.get_num_threads(),
     )
     return velocity
+
+
+def backward(grad_velocity: torch.Tensor, image: torch.Tensor, cond: torch.Tensor, *rest) -> tuple:
+    """Gradients of (image, cond, the twelve weights) where `needs` asks; `rest` ends with patch_size, eps, needs."""
+    *weights, patch_size, eps, needs = rest
+    grads = arguments.empty_gradients((image, cond, *weights), needs)
+    cond = arguments.readable_rows(cond)
+    weights = arguments.contiguous(weights)
+    native.cpu().pixel_decoder_backward(
+        _shape(image, weights, patch_size),
+        arguments.image(grad_velocity),
+        arguments.image(image),
+        arguments.rows(cond),
+        arguments.arrays(weights),
+        arguments.image(grads[0]),
+        arguments.rows(grads[1]),
+        arguments.arrays(grads[2:]),
+        eps,
+        torch.get_num_threads(),
+    )
+    return grads
 
 
 def _shape(image: torch.Tensor, weights: Sequence[torch.Tensor], patch_size: int) -> tuple[int, ...]:

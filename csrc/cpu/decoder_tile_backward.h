@@ -1,0 +1,289 @@
+// The decoder's backward on one tile of T pixels, given what forward_block left in a SavedBlockTile per block.
+// With u = update, z = W_1 m + b_1, a = hidden = SiLU(z), x = normalized, l = LayerNorm(h) = x norm_weight + norm_bias:
+//
+//   du = gate dh                 dgate = u dh                                 residual_backward
+//   dz = SiLU'(z) (W_2^T du)                                                  hidden_backward
+//   dm = W_1^T dz                dshift = dm, dscale = l dm                   modulate_backward
+//   dx = norm_weight (1 + scale) dm
+//   dh += rstd (dx - mean(dx) - x mean(x dx))                                 layer_norm_backward
+//   dSiLU(y) += W_mod^T [dshift, dscale, dgate]                               modulation_backward
+//   dW_2 += du a^T,  dW_1 += dz m^T,  dW_mod += [dshift, dscale, dgate] SiLU(y)^T
+//
+// Per pixel and block 10 D^2 multiply-adds. Sums over pixels run tile by tile in a fixed order.
+#pragma once
+
+#include "cpu/decoder_tile.h"
+#include "cpu/gradients.h"
+
+namespace deco::cpu::DECO_CPU_ISA {
+
+// Working memory of one thread's backward through a block.
+template <class Operand, int D, int T>
+struct alignas(64) BlockBackwardTile {
+  using Element = typename Operand::Element;
+  float grad_h[D][T];
+  float grad_normalized[D][T];
+  float grad_silu_cond[D][T];         // summed over the blocks
+  float silu_cond_derivative[D][T];   // SiLU'(y)
+  Element silu_cond[D / Operand::kPack][T];
+  GradientTile<Operand, D, T> grad_update, grad_z;
+  GradientTile<Operand, 3 * D, T> grad_modulation;  // rows shift, scale, gate
+  Element silu_cond_by_pixel[T / Operand::kPack][D], factor_by_pixel[T / Operand::kPack][D];
+};
+
+// Gradients of the update and the gate, and of both their biases.
+template <class Operand, int D, int T>
+void residual_backward(const SavedBlockTile<Operand, D, T>& saved, int pixels, BlockBackwardTile<Operand, D, T>& tile,
+                       BlockGradients<D>& gradients) {
+  for (int d = 0; d < D; d += 2) {
+    VecF update_sums[2], gate_sums[2];
+    unroll<2>([&](auto i) DECO_INLINE_LAMBDA { update_sums[i] = gate_sums[i] = broadcast(0.0f); });
+    for (int pixel = 0; pixel < pixels; pixel += kStrip) {
+      VecF update[2][2], gate[2][2];
+      unroll<4>([&](auto j) DECO_INLINE_LAMBDA {
+        constexpr int i = j / 2, v = j % 2;
+        const int p = pixel + v * kLanes;
+        const VecF grad_h = load(&tile.grad_h[d + i][p]);
+        update[i][v] = load(&saved.gate[d + i][p]) * grad_h;
+        gate[i][v] = load(&saved.update[d + i][p]) * grad_h;
+        update_sums[i] = update_sums[i] + update[i][v];
+        gate_sums[i] = gate_sums[i] + gate[i][v];
+      });
+      tile.grad_update.put_strip(d, pixel, update[0], update[1]);
+      tile.grad_modulation.put_strip(2 * D + d, pixel, gate[0], gate[1]);
+    }
+    unroll<2>([&](auto i) DECO_INLINE_LAMBDA {
+      accumulate(gradients.fc2_bias[d + i], update_sums[i]);
+      accumulate(gradients.mod_bias[2 * D + d + i], gate_sums[i]);
+    });
+  }
+}
+
+// sums += W^T d for outputs `first` .. first + kGroup - 1, with W [R][D] as take_transposed stores it.
+template <class Operand, int R, int D, int T>
+DECO_INLINE void transposed_product(GroupSums& sums, const typename Operand::Element* weight, int first,
+                                    const typename Operand::Element (*d)[T]) {
+  multiply_add<Operand, R / Operand::kPack, 1, D, T>(sums, weight + first, weight + first + kGroup / 2, d);
+}
+
+DECO_INLINE void clear_sums(GroupSums& sums) {
+  unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA { sums[i] = broadcast(0.0f); });
+}
+
+template <class Operand, int D, int T>
+void hidden_backward(const TransposedBlockWeights<Operand>& w, const SavedBlockTile<Operand, D, T>& saved, int pixels,
+                     BlockBackwardTile<Operand, D, T>& tile, BlockGradients<D>& gradients) {
+  for (int first = 0; first < D; first += kGroup)
+    for (int pixel = 0; pixel < pixels; pixel += kStrip) {
+      GroupSums sums;
+      clear_sums(sums);
+      transposed_product<Operand, D, D, T>(sums, w.fc2, first, strip_of(tile.grad_update.by_channel, pixel));
+      unroll<kGroup / 2>([&](auto pair) DECO_INLINE_LAMBDA {
+        const int d = first + 2 * pair;
+        VecF grad_z[2][2];
+        unroll<4>([&](auto j) DECO_INLINE_LAMBDA {
+          constexpr int i = j / 2, v = j % 2;
+          grad_z[i][v] = sums[4 * pair + j] * load(&saved.hidden_derivative[d + i][pixel + v * kLanes]);
+        });
+        tile.grad_z.put_strip(d, pixel, grad_z[0], grad_z[1]);
+        unroll<2>([&](auto i) DECO_INLINE_LAMBDA {
+          accumulate(gradients.fc1_bias[d + i], grad_z[i][0] + grad_z[i][1]);
+        });
+      });
+    }
+}
+
+template <class Operand, int D, int T>
+void modulate_backward(const BlockWeights<Operand>& w, const TransposedBlockWeights<Operand>& transposed,
+                       const SavedBlockTile<Operand, D, T>& saved, int pixels, BlockBackwardTile<Operand, D, T>& tile,
+                       BlockGradients<D>& gradients) {
+  for (int first = 0; first < D; first += kGroup)
+    for (int pixel = 0; pixel < pixels; pixel += kStrip) {
+      GroupSums sums;
+      clear_sums(sums);
+      transposed_product<Operand, D, D, T>(sums, transposed.fc1, first, strip_of(tile.grad_z.by_channel, pixel));
+      unroll<kGroup / 2>([&](auto pair) DECO_INLINE_LAMBDA {
+        VecF shift[2][2], scale[2][2];
+        unroll<2>([&](auto i) DECO_INLINE_LAMBDA {
+          const int d = first + 2 * pair + i;
+          const VecF norm_weight = broadcast(w.norm_weight[d]), norm_bias = broadcast(w.norm_bias[d]);
+          VecF norm_weight_sum = broadcast(0.0f), norm_bias_sum = broadcast(0.0f);
+          unroll<2>([&](auto v) DECO_INLINE_LAMBDA {
+            const int p = pixel + v * kLanes;
+            const VecF grad_m = sums[4 * pair + 2 * i + v], normalized = load(&saved.normalized[d][p]);
+            const VecF grad_l = grad_m * load(&saved.scale[d][p]);
+            shift[i][v] = grad_m;
+            scale[i][v] = grad_m * fma(norm_weight, normalized, norm_bias);
+            norm_weight_sum = fma(grad_l, normalized, norm_weight_sum);
+            norm_bias_sum = norm_bias_sum + grad_l;
+            store(&tile.grad_normalized[d][p], grad_l * norm_weight);
+          });
+          accumulate(gradients.norm_weight[d], norm_weight_sum);
+          accumulate(gradients.norm_bias[d], norm_bias_sum);
+          accumulate(gradients.mod_bias[d], shift[i][0] + shift[i][1]);
+          accumulate(gradients.mod_bias[D + d], scale[i][0] + scale[i][1]);
+        });
+        const int d = first + 2 * pair;
+        tile.grad_modulation.put_strip(d, pixel, shift[0], shift[1]);
+        tile.grad_modulation.put_strip(D + d, pixel, scale[0], scale[1]);
+      });
+    }
+}
+
+// grad_h = [grad_h +] rstd (dx - mean(dx) - x mean(x dx)), the means over the channels.
+template <bool kAdd, int D, int T>
+void layer_norm_backward(const float (*grad_normalized)[T], const float (*normalized)[T], const float* rstd, int pixels,
+                         float (*grad_h)[T]) {
+  for (int pixel = 0; pixel < pixels; pixel += kLanes) {
+    VecF sums[2], products[2];
+    unroll<2>([&](auto i) DECO_INLINE_LAMBDA { sums[i] = products[i] = broadcast(0.0f); });
+    for (int d = 0; d < D; d += 2)
+      unroll<2>([&](auto i) DECO_INLINE_LAMBDA {
+        const VecF gradient = load(&grad_normalized[d + i][pixel]);
+        sums[i] = sums[i] + gradient;
+        products[i] = fma(gradient, load(&normalized[d + i][pixel]), products[i]);
+      });
+    const VecF mean = (sums[0] + sums[1]) * broadcast(1.0f / D);
+    const VecF mean_product = (products[0] + products[1]) * broadcast(1.0f / D), scale = load(rstd + pixel);
+    for (int d = 0; d < D; ++d) {
+      const VecF gradient = load(&grad_normalized[d][pixel]) - mean;
+      const VecF centered = fnma(load(&normalized[d][pixel]), mean_product, gradient) * scale;
+      store(&grad_h[d][pixel], kAdd ? load(&grad_h[d][pixel]) + centered : centered);
+    }
+  }
+}
+
+template <class Operand, int D, int T>
+void modulation_backward(const TransposedBlockWeights<Operand>& w, int pixels, BlockBackwardTile<Operand, D, T>& tile) {
+  for (int first = 0; first < D; first += kGroup)
+    for (int pixel = 0; pixel < pixels; pixel += kStrip) {
+      GroupSums sums;
+      unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+        sums[i] = load(&tile.grad_silu_cond[first + i / 2][pixel + i % 2 * kLanes]);
+      });
+      transposed_product<Operand, 3 * D, D, T>(sums, w.mod, first, strip_of(tile.grad_modulation.by_channel, pixel));
+      unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+        store(&tile.grad_silu_cond[first + i / 2][pixel + i % 2 * kLanes], sums[i]);
+      });
+    }
+}
+
+// What of a block's gradients is wanted besides grad_h.
+struct WantedGradients {
+  bool cond, matrices;
+};
+
+// Before the first block of a tile: the gradient of SiLU(cond) starts at zero, and the factor of W_mod's gradient is
+// laid out pixel-major once for all blocks.
+template <class Operand, int D, int T>
+void start_backward(int pixels, WantedGradients wanted, BlockBackwardTile<Operand, D, T>& tile) {
+  if (wanted.cond) std::memset(tile.grad_silu_cond, 0, sizeof(tile.grad_silu_cond));
+  if (wanted.matrices) make_pixel_major<D, T>(Operand{}, tile.silu_cond, pixels, tile.silu_cond_by_pixel);
+}
+
+// tile.grad_h: from the gradient of the block's output to that of its input.
+template <class Operand, int D, int T>
+void backward_block(const BlockWeights<Operand>& w, const TransposedBlockWeights<Operand>& transposed,
+                    const SavedBlockTile<Operand, D, T>& saved, int pixels, WantedGradients wanted,
+                    BlockBackwardTile<Operand, D, T>& tile, BlockGradients<D>& gradients) {
+  residual_backward(saved, pixels, tile, gradients);
+  if (wanted.matrices) {
+    make_pixel_major<D, T>(Operand{}, saved.hidden, pixels, tile.factor_by_pixel);
+    add_weight_gradient<Operand, D, D, T>(tile.grad_update.by_pixel(), tile.factor_by_pixel, pixels,
+                                          gradients.fc2_weight);
+  }
+  hidden_backward(transposed, saved, pixels, tile, gradients);
+  if (wanted.matrices) {
+    make_pixel_major<D, T>(Operand{}, saved.modulated, pixels, tile.factor_by_pixel);
+    add_weight_gradient<Operand, D, D, T>(tile.grad_z.by_pixel(), tile.factor_by_pixel, pixels, gradients.fc1_weight);
+  }
+  modulate_backward(w, transposed, saved, pixels, tile, gradients);
+  if (wanted.matrices)
+    add_weight_gradient<Operand, 3 * D, D, T>(tile.grad_modulation.by_pixel(), tile.silu_cond_by_pixel, pixels,
+                                              gradients.mod_weight);
+  layer_norm_backward<true, D, T>(tile.grad_normalized, saved.normalized, saved.rstd, pixels, tile.grad_h);
+  if (wanted.cond) modulation_backward(transposed, pixels, tile);
+}
+
+// cond's gradient SiLU'(y) dSiLU(y), written to rows of D values each.
+template <class Operand, int D, int T>
+void store_grad_cond(DType dtype, const BlockBackwardTile<Operand, D, T>& tile, int pixels, char* const (&rows)[T]) {
+  with_dtype(dtype, [&](auto storage) {
+    for (int pixel = 0; pixel < pixels; pixel += kLanes)
+      for (int d = 0; d < D; d += kLanes) {
+        VecF square[kLanes];
+        unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA {
+          square[i] = load(&tile.grad_silu_cond[d + i][pixel]) * load(&tile.silu_cond_derivative[d + i][pixel]);
+        });
+        transpose(square);
+        unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA { store_as<storage.value>(rows[pixel + i], d, square[i]); });
+      }
+  });
+}
+
+// normalized = (h - mean) rstd, which the head multiplies.
+template <int D, int T>
+void normalize(const float (*h)[T], float eps, int pixels, float* mean, float* rstd, float (*normalized)[T]) {
+  layer_norm_statistics<D, T>(h, eps, pixels, mean, rstd);
+  for (int pixel = 0; pixel < pixels; pixel += kLanes)
+    for (int d = 0; d < D; ++d)
+      store(&normalized[d][pixel], (load(&h[d][pixel]) - load(mean + pixel)) * load(rstd + pixel));
+}
+
+// From the velocity's gradient to those of the head's weights and of its normalized input.
+template <int D, int T>
+void head_backward(int channels, const float* weight, const float (*grad_velocity)[T], const float (*normalized)[T],
+                   int pixels, float (*grad_normalized)[T], QueryHeadGradients<D>& gradients) {
+  with_channels(channels, [&](auto count) {
+    constexpr int C = count;
+    for (int pixel = 0; pixel < pixels; pixel += kLanes)
+      unroll<C>([&](auto c) DECO_INLINE_LAMBDA { accumulate(gradients.head_bias[c], load(&grad_velocity[c][pixel])); });
+    for (int d = 0; d < D; ++d) {
+      VecF sums[C];
+      unroll<C>([&](auto c) DECO_INLINE_LAMBDA { sums[c] = broadcast(0.0f); });
+      for (int pixel = 0; pixel < pixels; pixel += kLanes) {
+        const VecF x = load(&normalized[d][pixel]);
+        VecF gradient = broadcast(0.0f);
+        unroll<C>([&](auto c) DECO_INLINE_LAMBDA {
+          const VecF grad_v = load(&grad_velocity[c][pixel]);
+          gradient = fma(broadcast(weight[c * D + d]), grad_v, gradient);
+          sums[c] = fma(grad_v, x, sums[c]);
+        });
+        store(&grad_normalized[d][pixel], gradient);
+      }
+      unroll<C>([&](auto c) DECO_INLINE_LAMBDA { accumulate(gradients.head_weight[c][d], sums[c]); });
+    }
+  });
+}
+
+// From grad_h to the gradients of pixel_weight, of the table's panel (added) and of the pixels themselves.
+template <int D, int T>
+void query_backward(int channels, const float* pixel_weight, const float (*rgb)[T], const float (*grad_h)[T], int pixels,
+                    float (*grad_panel)[T], float (*grad_rgb)[T], QueryHeadGradients<D>& gradients) {
+  with_channels(channels, [&](auto count) {
+    constexpr int C = count;
+    for (int pixel = 0; pixel < pixels; pixel += kLanes) {
+      VecF sums[C];
+      unroll<C>([&](auto c) DECO_INLINE_LAMBDA { sums[c] = broadcast(0.0f); });
+      for (int d = 0; d < D; ++d) {
+        const VecF gradient = load(&grad_h[d][pixel]);
+        accumulate(&grad_panel[d][pixel], gradient);
+        unroll<C>([&](auto c) DECO_INLINE_LAMBDA {
+          sums[c] = fma(broadcast(pixel_weight[d * C + c]), gradient, sums[c]);
+        });
+      }
+      unroll<C>([&](auto c) DECO_INLINE_LAMBDA { store(&grad_rgb[c][pixel], sums[c]); });
+    }
+    for (int d = 0; d < D; ++d) {
+      VecF sums[C];
+      unroll<C>([&](auto c) DECO_INLINE_LAMBDA { sums[c] = broadcast(0.0f); });
+      for (int pixel = 0; pixel < pixels; pixel += kLanes)
+        unroll<C>([&](auto c) DECO_INLINE_LAMBDA {
+          sums[c] = fma(load(&grad_h[d][pixel]), load(&rgb[c][pixel]), sums[c]);
+        });
+      unroll<C>([&](auto c) DECO_INLINE_LAMBDA { accumulate(gradients.pixel_weight[c][d], sums[c]); });
+    }
+  });
+}
+
+}  // namespace deco::cpu::DECO_CPU_ISA
