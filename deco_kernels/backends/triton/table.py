@@ -52,6 +52,10 @@ _TABLE: dict[tuple[str, int, int], Launch] = {
     ("adaln_block_backward", 16, 4): Launch(64, 4, 1, 2),
     ("adaln_block_backward", 32, 4): Launch(64, 4, 1, 1),
     ("adaln_block_backward", 64, 4): Launch(64, 8, 1, 1),
+    ("flow_matching_loss", 0, 2): Launch(64, 4, 1, 2),
+    ("flow_matching_loss", 0, 4): Launch(64, 8, 1, 1),
+    ("flow_matching_loss_backward", 0, 2): Launch(64, 8, 1, 1),
+    ("flow_matching_loss_backward", 0, 4): Launch(64, 8, 1, 1),
 }
 _ARCHITECTURE_TABLE: dict[tuple[str, int, int, str], Launch] = {}
 

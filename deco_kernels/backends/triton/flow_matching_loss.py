@@ -1,0 +1,536 @@
+"""flow_matching_loss and frequency_loss on Triton: one pass over pred and target, one more for the gradient.
+
+With d = pred - target, M the RGB -> YCbCr matrix and F the orthonormal 8x8 block DCT-II,
+    pixel = mean(d²),  frequency = mean(w·F(M d)²),  total = pixel + frequency_scale·frequency,
+per sample, weighted by sample_weight and averaged over the batch. F is linear: with K its 64x64 matrix on a flattened
+block, the sum of w·F² over a block of one YCbCr channel is ⟨x, A x⟩ with A = Kᵀ·diag(w)·K, and its gradient is 2·A x.
+One 64x64 product per channel serves both; float32 images get it in three TF32 products, 16-bit ones in three of
+bfloat16.
+
+A persistent program walks over tiles of `block` 8x8 blocks of one sample; A (48 kB in all) passes through shared
+memory, the tile stays in registers. Bytes per pixel, bfloat16: 12 in the forward, 18 in the backward. FLOPs per pixel:
+1,200 in either. Every tile writes its own two sums, which one program adds in fixed order: same sizes, same bits.
+
+Sizes that are not multiples of 8 are padded right and bottom by reflection while loading. Their backward writes the
+gradient of the padded image (float32) to a workspace and then folds it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import device_guard, launch, math_options, parameters_for, program_limit
+from .table import Launch
+
+_FORMS = Launch(block=0, warps=8, stages=1, programs_per_multiprocessor=1)
+_SMALL = Launch(block=1024, warps=4, stages=1, programs_per_multiprocessor=1)
+
+# -------------------------------------------------------------------------------------------------- device functions
+
+
+@triton.jit
+def dct_entries(frequency, sample):
+    """Entries of the orthonormal 8-point DCT-II: sqrt((1 or 2)/8)·cos(π(2·sample + 1)·frequency/16)."""
+    angle = ((2 * sample + 1) * frequency) % 32  # in units of π/16, then brought to 0..8
+    angle = tl.where(angle > 16, 32 - angle, angle)
+    sign = tl.where(angle > 8, -1.0, 1.0)
+    angle = tl.where(angle > 8, 16 - angle, angle)
+    cosine = tl.where(angle == 0, 1.0, 0.0)
+    cosine = tl.where(angle == 1, 0.9807852804032304, cosine)
+    cosine = tl.where(angle == 2, 0.9238795325112867, cosine)
+    cosine = tl.where(angle == 3, 0.8314696123025452, cosine)
+    cosine = tl.where(angle == 4, 0.7071067811865476, cosine)
+    cosine = tl.where(angle == 5, 0.5555702330196022, cosine)
+    cosine = tl.where(angle == 6, 0.3826834323650898, cosine)
+    cosine = tl.where(angle == 7, 0.1950903220161283, cosine)
+    return sign * cosine * tl.where(frequency == 0, 0.35355339059327373, 0.5)
+
+
+@triton.jit
+def block_dct():
+    """K [64, 64]: coefficient (vertical frequency, horizontal frequency) by position (row, column)."""
+    e = tl.arange(0, 64)
+    vertical = dct_entries((e // 8)[:, None], (e // 8)[None, :])
+    return vertical * dct_entries((e % 8)[:, None], (e % 8)[None, :])
+
+
+@triton.jit
+def ycbcr_row(channel):
+    """Row of the RGB -> YCbCr matrix that yields Y, Cb or Cr (channel 0, 1, 2)."""
+    of_r = tl.where(channel == 0, 0.299, tl.where(channel == 1, -0.168736, 0.5))
+    of_g = tl.where(channel == 0, 0.587, tl.where(channel == 1, -0.331264, -0.418688))
+    of_b = tl.where(channel == 0, 0.114, tl.where(channel == 1, 0.5, -0.081312))
+    return of_r, of_g, of_b
+
+
+@triton.jit
+def reflected(index, size):
+    """Index into the unpadded axis of an index into the padded one."""
+    return tl.where(index < size, index, 2 * (size - 1) - index)
+
+
+@triton.jit
+def block_offsets(block_y, block_x, height, width, stride_h, stride_w, PADDED: tl.constexpr):
+    """Element offsets [BLOCK, 64] of the pixels of 8x8 blocks inside one plane."""
+    e = tl.arange(0, 64)
+    if PADDED:
+        row = reflected(block_y[:, None] * 8 + (e // 8)[None, :], height)
+        column = reflected(block_x[:, None] * 8 + (e % 8)[None, :], width)
+        offsets = row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
+    else:
+        corner = (block_y * 8).to(tl.int64) * stride_h + (block_x * 8).to(tl.int64) * stride_w
+        inside = (e // 8).to(tl.int64) * stride_h + (e % 8).to(tl.int64) * stride_w
+        offsets = corner[:, None] + inside[None, :]
+    return offsets
+
+
+@triton.jit
+def load_differences(pred_ptr, pred_offsets, pred_stride_c, target_ptr, target_offsets, target_stride_c, valid):
+    """pred - target in R, G and B, float32; 0 where not valid."""
+    r = tl.load(pred_ptr + pred_offsets, mask=valid, other=0.0).to(tl.float32)
+    r -= tl.load(target_ptr + target_offsets, mask=valid, other=0.0).to(tl.float32)
+    g = tl.load(pred_ptr + pred_offsets + pred_stride_c, mask=valid, other=0.0).to(tl.float32)
+    g -= tl.load(target_ptr + target_offsets + target_stride_c, mask=valid, other=0.0).to(tl.float32)
+    b = tl.load(pred_ptr + pred_offsets + 2 * pred_stride_c, mask=valid, other=0.0).to(tl.float32)
+    b -= tl.load(target_ptr + target_offsets + 2 * target_stride_c, mask=valid, other=0.0).to(tl.float32)
+    return r, g, b
+
+
+@triton.jit
+def split_bfloat16(x):
+    """x ≈ high + low to about 17 significant bits."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def form_product(x, forms_ptr, channel, PRECISION: tl.constexpr):
+    """x [BLOCK, 64] times the form A of a channel, float32.
+
+    float32 forms [3, 64, 64]: one product of PRECISION. bfloat16 forms [3, 2, 64, 64], high and low parts: three
+    bfloat16 products, with a relative error of 5e-6 still far below the rounding of 16-bit images.
+    """
+    e = tl.arange(0, 64)
+    pointers = e[:, None] * 64 + e[None, :]
+    if forms_ptr.dtype.element_ty == tl.float32:
+        product = tl.dot(x, tl.load(forms_ptr + channel * 4096 + pointers), input_precision=PRECISION)
+    else:
+        form_high = tl.load(forms_ptr + channel * 8192 + pointers)
+        form_low = tl.load(forms_ptr + channel * 8192 + 4096 + pointers)
+        high, low = split_bfloat16(x)
+        product = tl.dot(high, form_low)
+        product = tl.dot(low, form_high, product)
+        product = tl.dot(high, form_high, product)
+    return product
+
+
+# ----------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def quadratic_form_kernel(
+    frequency_weight_ptr,  # [3, 64] contiguous
+    forms_ptr,  # out [3, 64, 64] float32, or [3, 2, 64, 64] bfloat16: high and low part
+    PRECISION: tl.constexpr,
+):
+    """Program c: A = Kᵀ·diag(w_c)·K of channel c."""
+    e = tl.arange(0, 64)
+    channel = tl.program_id(0)
+    weight = tl.load(frequency_weight_ptr + channel * 64 + e).to(tl.float32)
+    dct = block_dct()
+    form = tl.dot(tl.trans(dct), dct * weight[:, None], input_precision=PRECISION)
+    pointers = e[:, None] * 64 + e[None, :]
+    if forms_ptr.dtype.element_ty == tl.float32:
+        tl.store(forms_ptr + channel * 4096 + pointers, form)
+    else:
+        high, low = split_bfloat16(form)
+        tl.store(forms_ptr + channel * 8192 + pointers, high)
+        tl.store(forms_ptr + channel * 8192 + 4096 + pointers, low)
+
+
+@triton.jit
+def coefficients_kernel(
+    total_grad_ptr, pixel_grad_ptr, frequency_grad_ptr,  # float32 scalars
+    coefficients_ptr,  # out [2] float32
+    pixel_count, padded_count,  # values per sample, without and with padding
+    batch,
+    SCALE: tl.constexpr,
+):  # fmt: skip
+    """Factors of d and of A·(M d) in the gradient of one sample, but for its weight."""
+    total_grad = tl.load(total_grad_ptr)
+    pixel_grad = total_grad + tl.load(pixel_grad_ptr)
+    frequency_grad = SCALE * total_grad + tl.load(frequency_grad_ptr)
+    tl.store(coefficients_ptr, 2.0 * pixel_grad / pixel_count.to(tl.float32) / batch)
+    tl.store(coefficients_ptr + 1, 2.0 * frequency_grad / padded_count.to(tl.float32) / batch)
+
+
+@triton.jit
+def sums_kernel(
+    pred_ptr, pred_stride_b, pred_stride_c, pred_stride_h, pred_stride_w,  # [B, 3, H, W]
+    target_ptr, target_stride_b, target_stride_c, target_stride_h, target_stride_w,  # [B, 3, H, W]
+    forms_ptr,  # A of Y, Cb, Cr, see form_product
+    sums_ptr,  # out [B, tiles per sample, 2] float32: sums of d² and of w·F² over a tile
+    height, width,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (g, b) takes every G-th tile of sample b."""
+    sample = tl.program_id(1).to(tl.int64)
+    pred_ptr += sample * pred_stride_b
+    target_ptr += sample * target_stride_b
+    blocks_x = tl.cdiv(width, 8)
+    n_blocks = blocks_x * tl.cdiv(height, 8)
+    n_tiles = tl.cdiv(n_blocks, BLOCK)
+    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+        block = tile * BLOCK + tl.arange(0, BLOCK)
+        block_y, block_x = block // blocks_x, block % blocks_x
+        valid = (block < n_blocks)[:, None]
+        r, g, b = load_differences(
+            pred_ptr, block_offsets(block_y, block_x, height, width, pred_stride_h, pred_stride_w, PADDED),
+            pred_stride_c,
+            target_ptr, block_offsets(block_y, block_x, height, width, target_stride_h, target_stride_w, PADDED),
+            target_stride_c, valid,
+        )  # fmt: skip
+        squares = r * r + g * g + b * b
+        if PADDED:
+            e = tl.arange(0, 64)[None, :]
+            real = (block_y[:, None] * 8 + e // 8 < height) & (block_x[:, None] * 8 + e % 8 < width)
+            squares = tl.where(real, squares, 0.0)
+        energy = tl.zeros([BLOCK, 64], tl.float32)
+        for channel in range(3):  # a loop, not unrolled: one channel's operands at a time fit in the registers
+            of_r, of_g, of_b = ycbcr_row(channel)
+            x = of_r * r + of_g * g + of_b * b
+            energy += x * form_product(x, forms_ptr, channel, PRECISION)
+        place = (sample * n_tiles + tile) * 2
+        tl.store(sums_ptr + place, tl.sum(tl.sum(squares, 1), 0))
+        tl.store(sums_ptr + place + 1, tl.sum(tl.sum(energy, 1), 0))
+
+
+@triton.jit
+def losses_kernel(
+    sums_ptr,  # [B, G, 2] float32
+    sample_weight_ptr,  # [B]; unused without WEIGHTED
+    losses_ptr,  # out [3] float32: total, pixel, frequency
+    n_sums, sums_per_sample,  # B·G and G
+    pixel_count, padded_count,  # values per sample, without and with padding
+    batch,
+    SCALE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program adds all partial sums in fixed order."""
+    pixel = tl.zeros([BLOCK], tl.float32)
+    frequency = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_sums, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        valid = index < n_sums
+        pixel_sum = tl.load(sums_ptr + 2 * index, mask=valid, other=0.0)
+        frequency_sum = tl.load(sums_ptr + 2 * index + 1, mask=valid, other=0.0)
+        if WEIGHTED:
+            weight = tl.load(sample_weight_ptr + index // sums_per_sample, mask=valid, other=0.0).to(tl.float32)
+            pixel_sum *= weight
+            frequency_sum *= weight
+        pixel += pixel_sum
+        frequency += frequency_sum
+    pixel_loss = tl.sum(pixel, 0) / pixel_count.to(tl.float32) / batch
+    frequency_loss = tl.sum(frequency, 0) / padded_count.to(tl.float32) / batch
+    tl.store(losses_ptr, pixel_loss + SCALE * frequency_loss)
+    tl.store(losses_ptr + 1, pixel_loss)
+    tl.store(losses_ptr + 2, frequency_loss)
+
+
+@triton.jit
+def store_gradients(
+    pred_grad_ptr, target_grad_ptr, offsets, grad, mask, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr
+):
+    """grad to the gradient of pred and its negative to that of target, where asked for."""
+    if PRED_GRAD:
+        tl.store(pred_grad_ptr + offsets, grad, mask=mask)
+    if TARGET_GRAD:
+        tl.store(target_grad_ptr + offsets, -grad, mask=mask)
+
+
+@triton.jit
+def gradient_kernel(
+    pred_ptr, pred_stride_b, pred_stride_c, pred_stride_h, pred_stride_w,  # [B, 3, H, W]
+    target_ptr, target_stride_b, target_stride_c, target_stride_h, target_stride_w,  # [B, 3, H, W]
+    forms_ptr,  # A of Y, Cb, Cr, see form_product
+    coefficients_ptr,  # [2] float32, from coefficients_kernel
+    sample_weight_ptr,  # [B]; unused without WEIGHTED
+    pred_grad_ptr, target_grad_ptr,  # out [B, 3, H, W] contiguous; unused with PADDED
+    padded_grad_ptr,  # with PADDED: out [B, 3, H', W'] float32, frequency part on the padded image
+    height, width,
+    PADDED: tl.constexpr, WEIGHTED: tl.constexpr, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (g, b) takes every G-th tile of sample b."""
+    e = tl.arange(0, 64)
+    sample = tl.program_id(1).to(tl.int64)
+    pred_ptr += sample * pred_stride_b
+    target_ptr += sample * target_stride_b
+    blocks_x = tl.cdiv(width, 8)
+    n_blocks = blocks_x * tl.cdiv(height, 8)
+    of_pixel = tl.load(coefficients_ptr)
+    of_frequency = tl.load(coefficients_ptr + 1)
+    if WEIGHTED:
+        weight = tl.load(sample_weight_ptr + sample).to(tl.float32)
+        of_pixel *= weight
+        of_frequency *= weight
+    for tile in range(tl.program_id(0), tl.cdiv(n_blocks, BLOCK), tl.num_programs(0)):
+        block = tile * BLOCK + tl.arange(0, BLOCK)
+        block_y, block_x = block // blocks_x, block % blocks_x
+        valid = (block < n_blocks)[:, None]
+        r, g, b = load_differences(
+            pred_ptr, block_offsets(block_y, block_x, height, width, pred_stride_h, pred_stride_w, PADDED),
+            pred_stride_c,
+            target_ptr, block_offsets(block_y, block_x, height, width, target_stride_h, target_stride_w, PADDED),
+            target_stride_c, valid,
+        )  # fmt: skip
+        r_grad = tl.zeros([BLOCK, 64], tl.float32)
+        g_grad = tl.zeros([BLOCK, 64], tl.float32)
+        b_grad = tl.zeros([BLOCK, 64], tl.float32)
+        for channel in range(3):
+            of_r, of_g, of_b = ycbcr_row(channel)
+            form_x = form_product(of_r * r + of_g * g + of_b * b, forms_ptr, channel, PRECISION)
+            r_grad += of_r * form_x
+            g_grad += of_g * form_x
+            b_grad += of_b * form_x
+        if PADDED:
+            padded_width = blocks_x * 8
+            plane = n_blocks.to(tl.int64) * 64
+            row, column = block_y[:, None] * 8 + (e // 8)[None, :], block_x[:, None] * 8 + (e % 8)[None, :]
+            pointers = padded_grad_ptr + sample * 3 * plane + row.to(tl.int64) * padded_width + column
+            tl.store(pointers, of_frequency * r_grad, mask=valid)
+            tl.store(pointers + plane, of_frequency * g_grad, mask=valid)
+            tl.store(pointers + 2 * plane, of_frequency * b_grad, mask=valid)
+        else:
+            plane = height.to(tl.int64) * width
+            offsets = sample * 3 * plane + block_offsets(block_y, block_x, height, width, width, 1, False)
+            r_grad = of_frequency * r_grad + of_pixel * r
+            g_grad = of_frequency * g_grad + of_pixel * g
+            b_grad = of_frequency * b_grad + of_pixel * b
+            store_gradients(pred_grad_ptr, target_grad_ptr, offsets, r_grad, valid, PRED_GRAD, TARGET_GRAD)
+            store_gradients(pred_grad_ptr, target_grad_ptr, offsets + plane, g_grad, valid, PRED_GRAD, TARGET_GRAD)
+            store_gradients(pred_grad_ptr, target_grad_ptr, offsets + 2 * plane, b_grad, valid, PRED_GRAD, TARGET_GRAD)
+
+
+@triton.jit
+def fold_kernel(
+    pred_ptr, pred_stride_b, pred_stride_c, pred_stride_h, pred_stride_w,  # [B, 3, H, W]
+    target_ptr, target_stride_b, target_stride_c, target_stride_h, target_stride_w,  # [B, 3, H, W]
+    coefficients_ptr, sample_weight_ptr,  # as in gradient_kernel
+    padded_grad_ptr,  # [B, 3, H', W'] float32
+    pred_grad_ptr, target_grad_ptr,  # out [B, 3, H, W] contiguous
+    height, width,
+    WEIGHTED: tl.constexpr, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, b·3 + c): the pixel part plus every padded position that reflects onto a pixel, one plane."""
+    sample = (tl.program_id(1) // 3).to(tl.int64)
+    channel = (tl.program_id(1) % 3).to(tl.int64)
+    padded_height, padded_width = tl.cdiv(height, 8) * 8, tl.cdiv(width, 8) * 8
+    pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = pixel < height.to(tl.int64) * width
+    row, column = pixel // width, pixel % width
+
+    pred = tl.load(
+        pred_ptr + sample * pred_stride_b + channel * pred_stride_c + row * pred_stride_h + column * pred_stride_w,
+        mask=valid, other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    target = tl.load(
+        target_ptr + sample * target_stride_b + channel * target_stride_c
+        + row * target_stride_h + column * target_stride_w,
+        mask=valid, other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    of_pixel = tl.load(coefficients_ptr)
+    if WEIGHTED:
+        of_pixel *= tl.load(sample_weight_ptr + sample).to(tl.float32)
+    grad = of_pixel * (pred - target)
+
+    plane = padded_grad_ptr + (sample * 3 + channel) * padded_height * padded_width
+    mirror_row, mirror_column = 2 * (height - 1) - row, 2 * (width - 1) - column
+    row_doubled = valid & (mirror_row >= height) & (mirror_row < padded_height)
+    column_doubled = valid & (mirror_column >= width) & (mirror_column < padded_width)
+    grad += tl.load(plane + row * padded_width + column, mask=valid, other=0.0)
+    grad += tl.load(plane + mirror_row * padded_width + column, mask=row_doubled, other=0.0)
+    grad += tl.load(plane + row * padded_width + mirror_column, mask=column_doubled, other=0.0)
+    grad += tl.load(plane + mirror_row * padded_width + mirror_column, mask=row_doubled & column_doubled, other=0.0)
+    offsets = (sample * 3 + channel) * height * width + pixel
+    store_gradients(pred_grad_ptr, target_grad_ptr, offsets, grad, valid, PRED_GRAD, TARGET_GRAD)
+
+
+@triton.jit
+def spectrum_kernel(
+    pred_ptr, pred_stride_b, pred_stride_c, pred_stride_h, pred_stride_w,  # [B, 3, H, W]
+    target_ptr, target_stride_b, target_stride_c, target_stride_h, target_stride_w,  # [B, 3, H, W]
+    spectrum_ptr,  # out [B, tiles per sample, 3, 64] float32: sums of F(M d)² over a tile
+    height, width,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, b): what the gradient of the frequency weight is made of."""
+    e = tl.arange(0, 64)
+    sample = tl.program_id(1).to(tl.int64)
+    blocks_x = tl.cdiv(width, 8)
+    n_blocks = blocks_x * tl.cdiv(height, 8)
+    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block_y, block_x = block // blocks_x, block % blocks_x
+    valid = (block < n_blocks)[:, None]
+    r, g, b = load_differences(
+        pred_ptr + sample * pred_stride_b,
+        block_offsets(block_y, block_x, height, width, pred_stride_h, pred_stride_w, PADDED), pred_stride_c,
+        target_ptr + sample * target_stride_b,
+        block_offsets(block_y, block_x, height, width, target_stride_h, target_stride_w, PADDED), target_stride_c,
+        valid,
+    )  # fmt: skip
+    dct = tl.trans(block_dct())
+    place = spectrum_ptr + (sample * tl.num_programs(0) + tl.program_id(0)) * 192 + e
+    for channel in range(3):
+        of_r, of_g, of_b = ycbcr_row(channel)
+        coefficients = tl.dot(of_r * r + of_g * g + of_b * b, dct, input_precision=PRECISION)
+        tl.store(place + channel * 64, tl.sum(coefficients * coefficients, 0))
+
+
+# -------------------------------------------------------------------------------------------------------------- host
+
+
+def _padded(height: int, width: int) -> tuple[int, int]:
+    return triton.cdiv(height, 8) * 8, triton.cdiv(width, 8) * 8
+
+
+class _Loss:
+    """The arguments of one call and the sizes derived from them."""
+
+    def __init__(self, pred, target, frequency_weight, sample_weight):
+        self.pred, self.target = pred, target
+        self.frequency_weight = frequency_weight.contiguous()
+        self.sample_weight = None if sample_weight is None else sample_weight.contiguous()
+        self.batch, _, self.height, self.width = pred.shape
+        self.padded_height, self.padded_width = _padded(self.height, self.width)
+        self.is_padded = (self.padded_height, self.padded_width) != (self.height, self.width)
+        self.pixel_count = 3 * self.height * self.width
+        self.padded_count = 3 * self.padded_height * self.padded_width
+        self.single = torch.float32 in (pred.dtype, target.dtype)
+        dtype = torch.float32 if self.single else pred.dtype
+        self.forward = parameters_for("flow_matching_loss", 0, dtype, pred.device)
+        self.backward = parameters_for("flow_matching_loss_backward", 0, dtype, pred.device)
+        self.precision = math_options(torch.float32, pred.device)["PRECISION"]
+        self.blocks = self.padded_count // (3 * 64)
+
+    def images(self):
+        return self.pred, *self.pred.stride(), self.target, *self.target.stride()
+
+    def grid(self, parameters):
+        """Persistent programs of every sample."""
+        programs = triton.cdiv(program_limit(self.pred.device, parameters), self.batch)
+        return min(triton.cdiv(self.blocks, parameters.block), programs), self.batch
+
+    def empty(self, *shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=self.pred.device)
+
+    def forms(self):
+        forms = self.empty(3, 64, 64) if self.single else self.empty(3, 2, 64, 64, dtype=torch.bfloat16)
+        launch(quadratic_form_kernel, (3,), _FORMS, self.frequency_weight, forms, PRECISION=self.precision)
+        return forms
+
+    def sums(self):
+        sums = self.empty(self.batch, triton.cdiv(self.blocks, self.forward.block), 2)
+        launch(
+            sums_kernel, self.grid(self.forward), self.forward, *self.images(), self.forms(), sums,
+            self.height, self.width, PADDED=self.is_padded, BLOCK=self.forward.block, PRECISION=self.precision,
+        )  # fmt: skip
+        return sums
+
+    def losses(self, frequency_scale):
+        sums, losses = self.sums(), self.empty(3)
+        launch(
+            losses_kernel, (1,), _SMALL, sums, self._weights(), losses, sums.shape[0] * sums.shape[1], sums.shape[1],
+            self.pixel_count, self.padded_count, self.batch,
+            SCALE=frequency_scale, WEIGHTED=self.sample_weight is not None, BLOCK=_SMALL.block,
+        )  # fmt: skip
+        return losses
+
+    def _weights(self):
+        return self.frequency_weight if self.sample_weight is None else self.sample_weight
+
+    def coefficients(self, grads, frequency_scale):
+        coefficients = self.empty(2)
+        launch(
+            coefficients_kernel, (1,), _SMALL, *grads, coefficients, self.pixel_count, self.padded_count, self.batch,
+            SCALE=frequency_scale,
+        )  # fmt: skip
+        return coefficients
+
+    def image_grads(self, coefficients, pred_needed, target_needed):
+        pred_grad = torch.empty(self.pred.shape, dtype=self.pred.dtype, device=self.pred.device)
+        target_grad = torch.empty(self.target.shape, dtype=self.target.dtype, device=self.target.device)
+        flags = {"WEIGHTED": self.sample_weight is not None, "PRED_GRAD": pred_needed, "TARGET_GRAD": target_needed}
+        padded_grad = coefficients
+        if self.is_padded:
+            padded_grad = self.empty(self.batch, 3, self.padded_height, self.padded_width)
+        launch(
+            gradient_kernel, self.grid(self.backward), self.backward, *self.images(), self.forms(), coefficients,
+            self._weights(), pred_grad, target_grad, padded_grad, self.height, self.width,
+            PADDED=self.is_padded, BLOCK=self.backward.block, PRECISION=self.precision, **flags,
+        )  # fmt: skip
+        if self.is_padded:
+            grid = (triton.cdiv(self.height * self.width, _SMALL.block), self.batch * 3)
+            launch(
+                fold_kernel, grid, _SMALL, *self.images(), coefficients, self._weights(), padded_grad,
+                pred_grad, target_grad, self.height, self.width, BLOCK=_SMALL.block, **flags,
+            )  # fmt: skip
+        return pred_grad if pred_needed else None, target_grad if target_needed else None
+
+    def frequency_weight_grad(self, coefficients):
+        tiles = triton.cdiv(self.blocks, self.backward.block)
+        spectrum = self.empty(self.batch, tiles, 3, 64)
+        launch(
+            spectrum_kernel, (tiles, self.batch), self.backward, *self.images(), spectrum,
+            self.height, self.width, PADDED=self.is_padded, BLOCK=self.backward.block, PRECISION=self.precision,
+        )  # fmt: skip
+        per_sample = spectrum.sum(1)
+        if self.sample_weight is not None:
+            per_sample = per_sample * self.sample_weight.float()[:, None, None]
+        grad = per_sample.sum(0) * (0.5 * coefficients[1])
+        return grad.view(3, 8, 8).to(self.frequency_weight.dtype)
+
+    def sample_weight_grad(self, coefficients):
+        """0.5·coefficients are the derivatives of the weighted loss by a sample's two sums."""
+        return ((self.sums().sum(1) * (0.5 * coefficients)).sum(1)).to(self.sample_weight.dtype)
+
+
+def forward(pred, target, frequency_weight, sample_weight, frequency_scale):
+    """(total, pixel, frequency), float32 scalars."""
+    with device_guard(pred):
+        if pred.shape[0] == 0:
+            return tuple(torch.zeros((), device=pred.device) for _ in range(3))
+        losses = _Loss(pred, target, frequency_weight, sample_weight).losses(frequency_scale)
+        return tuple(loss.clone() for loss in losses.unbind())
+
+
+def backward(total_grad, pixel_grad, frequency_grad, pred, target, frequency_weight, sample_weight, frequency_scale,
+             needs):  # fmt: skip
+    """Gradients of (pred, target, frequency_weight, sample_weight); None where `needs` is False."""
+    tensors = (pred, target, frequency_weight, sample_weight)
+    with device_guard(pred):
+        if pred.shape[0] == 0:
+            return tuple(torch.zeros_like(t) if need else None for t, need in zip(tensors, needs, strict=True))
+        loss = _Loss(*tensors)
+        coefficients = loss.coefficients((total_grad, pixel_grad, frequency_grad), frequency_scale)
+        pred_grad = target_grad = None
+        if needs[0] or needs[1]:
+            pred_grad, target_grad = loss.image_grads(coefficients, needs[0], needs[1])
+        return (
+            pred_grad,
+            target_grad,
+            loss.frequency_weight_grad(coefficients) if needs[2] else None,
+            loss.sample_weight_grad(coefficients) if needs[3] else None,
+        )
+
+
+def frequency_loss_forward(pred, target, frequency_weight, sample_weight):
+    """The frequency loss, a float32 scalar."""
+    return forward(pred, target, frequency_weight, sample_weight, 1.0)[2]
+
+
+def frequency_loss_backward(grad, pred, target, frequency_weight, sample_weight, needs):
+    """Gradients of (pred, target, frequency_weight, sample_weight); None where `needs` is False."""
+    zero = torch.zeros_like(grad)
+    return backward(zero, zero, grad, pred, target, frequency_weight, sample_weight, 1.0, needs)
