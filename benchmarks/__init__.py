@@ -1,0 +1,1 @@
+"""Benchmarks of the fused ops: `python -m benchmarks --help`."""

@@ -1,0 +1,117 @@
+"""`python -m benchmarks [PART ...]`: measures, prints Markdown, writes JSON. See docs/benchmarks.md."""
+
+import argparse
+import importlib
+import os
+import sys
+
+from benchmarks.names import DEVICE_BACKENDS, DTYPES, EXTRAS, FORWARD, KEPT_HEAP, OPS, TRAINING
+from benchmarks.sizes import PRESETS, STANDARD, size_of
+
+COMMANDS = ("report",)  # modules with a `main(arguments)` of their own
+PASSES = {"forward": (FORWARD,), "backward": (TRAINING,), "both": (FORWARD, TRAINING)}
+_BY_HAND = "B=4,H=256,W=256,D=32,N=3,p=16,Z=1152"
+
+
+def main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in COMMANDS:
+        return importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
+    options = _parser().parse_args(arguments)
+    try:
+        _check(options)
+    except ValueError as error:
+        return _refuse(str(error))
+    if (
+        options.device == "cpu"
+        and not options.default_heap
+        and any(os.environ.get(n) != v for n, v in KEPT_HEAP.items())
+    ):
+        command = [sys.executable, "-m", "benchmarks", *arguments]
+        os.execve(sys.executable, command, {**os.environ, **KEPT_HEAP})
+
+    from benchmarks import run
+
+    try:
+        return run.run(options)
+    except (ValueError, MemoryError, OSError) as error:
+        return _refuse(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Times the ops against eager PyTorch and torch.compile, each checked against float64 before.",
+        epilog="`python -m benchmarks report FILE.json` prints an earlier result as Markdown.",
+    )
+    parts = ", ".join(OPS + EXTRAS)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{parts} (default: all of the device)")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--dtype", action="append", metavar="DTYPE", help=f"{', '.join(DTYPES)}; repeatable (default: the first two)"
+    )
+    parser.add_argument(
+        "--pass",
+        dest="pass_",
+        default="both",
+        metavar="PASS",
+        help="forward, backward (forward and backward of a training step) or both (default)",
+    )
+    parser.add_argument(
+        "--size",
+        action="append",
+        metavar="SIZE",
+        help=f"{', '.join(PRESETS)}, or by hand as {_BY_HAND}; repeatable (default: {STANDARD})",
+    )
+    parser.add_argument(
+        "--backend", action="append", metavar="NAME", help="repeatable (default: every backend of the device)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--default-heap",
+        action="store_true",
+        help="leave the C library's heap settings alone; eager PyTorch then spends much of its time in page faults",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no torch.compile")
+    parser.add_argument("--output", metavar="FILE.json", help="write the result there")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuses what can be refused before anything is loaded, and fills in the defaults."""
+    for part in options.parts:
+        if part not in OPS + EXTRAS:
+            raise ValueError(f"unknown part {part!r}; use {', '.join(OPS + EXTRAS)}, or report FILE.json")
+    if options.device not in DEVICE_BACKENDS:
+        raise ValueError(f"unknown device {options.device!r}; use {' or '.join(DEVICE_BACKENDS)}")
+    options.dtype = options.dtype or list(DTYPES[:2])
+    for dtype in options.dtype:
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
+    if options.pass_ not in PASSES:
+        raise ValueError(f"unknown pass {options.pass_!r}; use {', '.join(PASSES)}")
+    options.pass_ = PASSES[options.pass_]
+    if options.threads is not None and options.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    extras = EXTRAS if options.device == "cpu" else ("memory", "overhead", "import")
+    options.parts = options.parts or [*OPS, *extras]
+    if options.device != "cpu" and "avx2" in options.parts:
+        raise ValueError("part avx2 belongs to the device cpu; leave it out or use --device cpu")
+    options.size = options.size or [STANDARD]
+    for size in options.size:
+        for op in OPS:
+            if op in options.parts:
+                size_of(size, op)
+    if options.output:
+        folder = os.path.dirname(os.path.abspath(options.output))
+        if not os.path.isdir(folder):
+            raise ValueError(f"--output {options.output}: the folder {folder} does not exist; create it first")
+
+
+def _refuse(message: str) -> int:
+    print(f"benchmarks: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

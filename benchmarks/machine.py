@@ -1,0 +1,97 @@
+"""The header of a result: where, when and with what it was measured."""
+
+import datetime
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+
+import torch
+
+import deco_kernels
+from benchmarks.names import KEPT_HEAP
+from benchmarks.timing import last_level_cache
+
+
+def header(device: str) -> dict:
+    """Machine, software and settings of this process."""
+    found = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": load(),
+        "last_level_cache_bytes": last_level_cache(device),
+        "instruction_set": instruction_set(),
+        "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "kept_heap": all(os.environ.get(name) == value for name, value in KEPT_HEAP.items()),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deco_kernels": deco_kernels.__version__,
+        "commit": commit(),
+        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+    }
+    return found | (_gpu() if device == "cuda" else {})
+
+
+def load() -> float | None:
+    """Mean number of running processes in the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def processor_name() -> str:
+    if os.path.isfile("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def instruction_set() -> str | None:
+    """The one in use by the cpu backend; None where its module is not built."""
+    if importlib.util.find_spec("deco_kernels.native") is None:
+        return None
+    from deco_kernels import native
+
+    return native.cpu().current_isa() if native.cpu_unavailable_reason() is None else None
+
+
+def commit() -> str | None:
+    """The checkout's commit, marked when files differ from it; None outside a checkout."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _gpu() -> dict:
+    properties = torch.cuda.get_device_properties(0)
+    found = {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "gpu_memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+    }
+    fields = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return found
+    return found | dict(zip(fields.split(","), (value.strip() for value in answer.stdout.split(",")), strict=True))

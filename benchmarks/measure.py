@@ -1,0 +1,137 @@
+"""Rows for one op, size, dtype and pass: every contender checked, then timed in turns with the others."""
+
+import dataclasses
+import os
+
+import torch
+
+from benchmarks.names import BACKWARD_ALONE, TRAINING
+from benchmarks.problem import Operands, Problem
+from benchmarks.sizes import Size
+from benchmarks.steps import Step, contenders_of, require_gradients
+from benchmarks.timing import buffer_count, interleaved
+from benchmarks.verification import SEED, verify
+
+UNSTABLE_SPREAD = 0.05  # half of the distance from the 20th to the 80th percentile, over the median
+_EAGER_FLOATS = 13  # kept per pixel, block and channel by a training step in eager PyTorch
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    device: str
+    backends: tuple[str, ...]
+    compiled: bool
+    budget_s: float  # for the timing of one group of rows
+    min_rounds: int
+
+
+def measure(problem: Problem, size: Size, dtype: torch.dtype, pass_: str, options: Options) -> list[dict]:
+    """The rows of one group, as they stand in the result file.
+
+    Raises:
+        MemoryError: an eager step of this size does not fit the machine.
+    """
+    _check_memory(problem, size, options.device, pass_)
+    training = pass_ == TRAINING
+    device = options.device
+    contenders = contenders_of(problem, size, options.backends, options.compiled)
+    verification = verify(problem, size, dtype, device, training, contenders)
+    admitted = [contender for contender in contenders if contender.name not in verification.refused]
+
+    buffers = _rotating_buffers(problem, size, dtype, device, training)
+    labels = [(contender.name, pass_) for contender in admitted]
+    steps = [Step(problem, contender, dtype, device, training) for contender in admitted]
+    if training and problem.has_backward_alone:
+        for contender in admitted:
+            if not contender.eager:
+                labels.append((contender.name, BACKWARD_ALONE))
+                steps.append(_backward_alone(problem, size, contender.name))
+    calls = [_rotating(step, buffers) for step in steps]
+    times = interleaved(calls, device, options.budget_s, options.min_rounds)
+
+    def row(name: str, of_pass: str, status: str, reason: str | None = None) -> dict:
+        worst = verification.worst.get(name)
+        return _row(problem, size, dtype, of_pass) | {
+            "contender": name,
+            "status": status,
+            "reason": reason,
+            "errors": worst,
+        }
+
+    timed = [row(name, of_pass, "ok") | _statistics(ms) for (name, of_pass), ms in zip(labels, times, strict=True)]
+    return timed + [row(name, pass_, *why) for name, why in verification.refused.items()]
+
+
+def _check_memory(problem: Problem, size: Size, device: str, pass_: str) -> None:
+    blocks = size.depth if "decoder" in problem.op and pass_ == TRAINING else 1
+    needed = problem.bytes_moved(size, torch.float32, training=True)
+    needed += 4 * _EAGER_FLOATS * size.pixels * size.decoder_width * blocks
+    available = _available_memory(device)
+    if needed > available:
+        raise MemoryError(
+            f"size {size} needs about {needed / 2**30:.1f} GiB for eager {problem.op} ({pass_}), "
+            f"{available / 2**30:.1f} GiB are available; choose a smaller B, H or W"
+        )
+
+
+def _available_memory(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    if os.path.isfile("/proc/meminfo"):
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _rotating_buffers(problem, size, dtype, device, training) -> list[Operands]:
+    """Sets of activations and incoming gradients, enough to be cold; the weights are the same in all."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    first = problem.make_operands(size, dtype, generator)
+    bytes_each = sum(tensor.nbytes for tensor in first.activations.values())
+    buffers = [first]
+    for _ in range(buffer_count(bytes_each, device) - 1):
+        activations = problem.make_activations(size, dtype, generator)
+        buffers.append(Operands(activations, first.weights, problem.make_incoming(size, dtype, generator)))
+    for operands in buffers:
+        require_gradients(problem, operands, training)
+    return buffers
+
+
+def _rotating(step, buffers: list[Operands]):
+    return lambda count: step(buffers[count % len(buffers)])
+
+
+def _backward_alone(problem: Problem, size: Size, backend: str):
+    return lambda operands: problem.backward_alone(operands, size, backend)
+
+
+def _row(problem: Problem, size: Size, dtype: torch.dtype, pass_: str) -> dict:
+    """What a row says before anything is measured. The backward alone: a training step less the forward."""
+    forward = (problem.bytes_moved(size, dtype, training=False), problem.flops(size, training=False))
+    training = (problem.bytes_moved(size, dtype, training=True), problem.flops(size, training=True))
+    alone = (training[0] - forward[0], training[1] - forward[1])
+    moved, flops = {TRAINING: training, BACKWARD_ALONE: alone}.get(pass_, forward)
+    arithmetic = dtype if problem.autocast else torch.float32
+    return {
+        "op": problem.op,
+        "size": dataclasses.asdict(size),
+        "dtype": str(dtype).removeprefix("torch."),
+        "arithmetic": str(arithmetic).removeprefix("torch."),
+        "pass": pass_,
+        "forced_instruction_set": None,
+        "bytes": moved,
+        "flops": flops,
+    }
+
+
+def _statistics(times: list[float]) -> dict:
+    low, median, high = torch.tensor(times).double().quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    return {
+        "ms": median,
+        "ms_p20": low,
+        "ms_p80": high,
+        "rounds": len(times),
+        "unstable": (high - low) / 2 > UNSTABLE_SPREAD * median,
+    }

@@ -1,0 +1,61 @@
+"""Bytes and FLOPs of the benchmarks against what is counted while the op runs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.names import OPS
+from benchmarks.problem import problem_of
+from benchmarks.sizes import Size
+from benchmarks.steps import require_gradients
+
+SIZES = (
+    Size(batch=2, height=8, width=12, patch_size=4, decoder_width=16, depth=2, token_width=24),
+    Size(batch=1, height=16, width=24, patch_size=8, decoder_width=32, depth=1, token_width=40),
+)
+
+
+@pytest.mark.parametrize("training", (False, True), ids=("forward", "training"))
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_flops_are_those_of_the_matrix_products(op, size, training):
+    problem = problem_of(op)
+    operands = problem.make_operands(size, torch.float32, torch.Generator().manual_seed(0))
+    require_gradients(problem, operands, training)
+    with FlopCounterMode(display=False) as counter:
+        outputs = problem.best_eager(operands.tensors(), size)
+        if training:
+            torch.autograd.backward(outputs[: len(operands.incoming)], operands.incoming)
+    assert problem.flops(size, training) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_bytes_are_those_of_the_tensors(op, size, dtype):
+    problem = problem_of(op)
+    operands = problem.make_operands(size, dtype, torch.Generator().manual_seed(0))
+    require_gradients(problem, operands, True)
+    outputs = problem.fused(operands.tensors(), size, "reference")
+    torch.autograd.backward(outputs[: len(operands.incoming)], operands.incoming)
+    arguments = [tensor for tensor in problem.given(operands.tensors(), size).values() if tensor is not None]
+    forward = sum(tensor.nbytes for tensor in (*arguments, *outputs))
+    gradients = sum(tensor.grad.nbytes for tensor in arguments if tensor.grad is not None)
+    assert problem.bytes_moved(size, dtype, training=False) == forward
+    assert problem.bytes_moved(size, dtype, training=True) == 2 * forward + gradients
+
+
+def test_the_published_decoder_is_counted_after_the_fold():
+    problem, size = problem_of("pixel_decoder"), Size(height=16, width=16)
+    assert problem.flops(size, training=False) == 2 * 15_552 * size.pixels
+
+
+def test_position_features():
+    from benchmarks.pixel_decoder import position_features
+
+    features = position_features(16).reshape(16, 16, 8, 8)
+    frequencies = torch.linspace(0, 8, 8)
+    ky, kx, i, j = 3, 11, 5, 2
+    in_x = torch.cos(torch.pi * frequencies[i] * kx / 15)
+    in_y = torch.cos(torch.pi * frequencies[j] * ky / 15)
+    torch.testing.assert_close(features[ky, kx, i, j], in_x * in_y / (1 + frequencies[i] * frequencies[j]))

@@ -1,0 +1,79 @@
+"""The report from a stored result alone. The figures of tests/benchmarks/result.json are made up, not measured."""
+
+import json
+import pathlib
+
+import pytest
+
+from benchmarks import report
+from benchmarks.targets import targets_in
+
+STORED = pathlib.Path(__file__).with_name("result.json")
+
+
+@pytest.fixture
+def text():
+    return report.markdown(report.load(STORED))
+
+
+@pytest.mark.parametrize(
+    "line",
+    (
+        "# Benchmarks on Example CPU",
+        "- kept heap: True",
+        "- ceilings, measured in this run: copy 40.0 GB/s",
+        "- ceilings, measured in this run: multiply-add bfloat16 400, float32 200 GFLOP/s",
+        "## pixel_decoder, float32, forward",
+        "| published eager | 44 | 43.6 to 44.4 | 1.00 | 0.82 | 0.2 | 45 | 23 % of compute |",
+        "| published, torch.compile (unstable) | 50 | 49.5 to 50.5 | 0.88 | 0.72 | 0.2 | 40 | 20 % of compute |",
+        "| cpu | 12.5 | 12.4 to 12.6 | 3.52 | 2.88 | 0.8 | 160 | 80 % of compute |",
+        "## pixel_decoder, float32, forward, ours with avx2",
+        "- cpu: wrong: output 0: relative error 1.00e+00, allowed 4.00e-03",
+        "| cpu, backward kernel alone | 5 | 4.95 to 5.05 | 20.00 | 20.00 | 20.0 | 80 | 50 % of memory |",
+        "| published eager, float32 | 2600.0 | 1.00 |",
+        "| cpu, float32 | 80.0 | 32.50 |",
+        "- reference, float32: unavailable: the process was killed",
+        "| cpu, forward | 35.0 |",
+        "| deco_kernels | 0.0123 |",
+        "| pixel_decoder float32, forward | ≥ 3.6 x | 3.52 x | no | 2.88 x |",
+        "| pixel_decoder bfloat16, forward | ≥ 4.1 x | not measured | – | – |",
+        "| pixel_decoder float32, forward, AVX2 build | ≥ 2.2 x | 2 x | no | 2 x |",
+        "| pixel_decoder float32, memory growth of eager over ours, 524,288 pixels | ≥ 25 x | 32.5 x | yes | – |",
+        "| pixel_decoder, host time per call on one pixel, forward | ≤ 40 µs | 35 µs | yes | – |",
+        "| import deco_kernels, beyond import torch | ≤ 0.15 s | 0.0123 s | yes | – |",
+    ),
+)
+def test_lines(text, line):
+    assert line in text.splitlines()
+
+
+def test_rows_stand_with_what_they_were_timed_with():
+    assert [len(group) for group in report.groups(report.load(STORED)["rows"])] == [4, 2, 2, 3]
+
+
+def test_every_target_is_looked_up():
+    reached = {target.text: target for target in targets_in(report.load(STORED))}
+    assert len(reached) == 18
+    loss = [target for text, target in reached.items() if text.startswith("flow_matching_loss")]
+    assert [(target.reached, target.met) for target in loss] == [(12.5, False), (20.0, False)]
+    assert not reached["pixel_decoder, host time per call on one pixel, forward and backward"].met
+
+
+def test_parts_that_were_not_run_are_left_out():
+    result = report.load(STORED) | {"memory": [], "overhead": [], "import_time": None}
+    text = report.markdown(result)
+    assert "Peak memory" not in text and "Host time" not in text and "## Import" not in text
+
+
+def test_only_results_are_read(tmp_path):
+    other = tmp_path / "other.json"
+    for content in ([], {"format": 0}):
+        other.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="not a result"):
+            report.load(other)
+
+
+def test_written_to_a_file(tmp_path, text):
+    target = tmp_path / "report.md"
+    assert report.main([str(STORED), "--output", str(target)]) == 0
+    assert target.read_text(encoding="utf-8") == text

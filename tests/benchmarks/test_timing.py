@@ -1,0 +1,45 @@
+"""Taking turns, cold buffers, sizes."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks.names import OPS
+from benchmarks.sizes import PRESETS, STANDARD, Size, size_of
+from benchmarks.timing import COLD_FACTOR, buffer_count, interleaved, last_level_cache
+
+
+def test_contenders_take_turns_and_buffers_rotate(monkeypatch):
+    log = []
+    monkeypatch.setattr("benchmarks.timing.milliseconds", lambda call, device: (call(), 5.0)[1])
+    calls = [lambda count, name=name: log.append((name, count)) for name in "ab"]
+    times = interleaved(calls, "cpu", budget_s=0.0, min_rounds=3)
+    assert times == [[5.0] * 3] * 2
+    assert "".join(name for name, _ in log) == "abab" + "ab" + "ba" + "ab"
+    assert [count for _, count in log] == list(range(len(log)))
+
+
+def test_short_calls_are_repeated(monkeypatch):
+    counts = []
+    monkeypatch.setattr("benchmarks.timing.milliseconds", lambda call, device: (call(), 0.25)[1])
+    times = interleaved([counts.append], "cpu", budget_s=0.0, min_rounds=1)
+    assert times == [[0.25 / 4]] and len(counts) == 2 + 4
+
+
+def test_rotating_buffers_exceed_the_cache():
+    cache = last_level_cache("cpu")
+    for bytes_each in (1000, cache // 5, cache, 10 * cache):
+        assert buffer_count(bytes_each, "cpu") * bytes_each >= COLD_FACTOR * cache
+    assert buffer_count(10 * cache, "cpu") == 1
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_sizes(op):
+    for preset in PRESETS:
+        assert size_of(preset, op).tokens > 0
+    assert size_of(STANDARD, op) == Size(batch=32 if op == "flow_matching_loss" else 1)
+    by_hand = size_of("B=2,H=32,W=48,D=16,N=1,p=8,Z=64", op)
+    assert by_hand == Size(2, 32, 48, 3, 8, 16, 1, 64)
+    assert size_of(str(by_hand), op) == by_hand
+    assert (by_hand.pixels, by_hand.tokens, by_hand.patch_pixels) == (3072, 48, 64)
+    assert dataclasses.replace(by_hand, batch=1).tokens == 24
