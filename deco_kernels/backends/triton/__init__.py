@@ -63,11 +63,14 @@ def unsupported_reason(request) -> str | None:
         return f"it has kernels for a width D of 16, 32 and 64, not {request.width}{remedy}"
     if request.op == "adaln_block":
         return None
-    if request.op != "upsample_modulate":
-        if not 1 <= request.depth <= _MAX_DEPTH:
-            return f"it has kernels for 1 to {_MAX_DEPTH} blocks, not {request.depth}{remedy}"
-        if request.patch_size not in _PATCH_SIZES:
-            return f"it has kernels for a patch size of 1, 2, 4, 8 and 16, not {request.patch_size}{remedy}"
-        if request.channels not in _CHANNELS:
-            return f"it has kernels for 1, 3 and 4 image channels, not {request.channels}{remedy}"
+    if request.patch_size not in _PATCH_SIZES:
+        return (
+            f"it has kernels for square patches of size 1, 2, 4, 8 and 16, not {request.patch_size or 'others'}{remedy}"
+        )
+    if request.op == "upsample_modulate":
+        return None
+    if not 1 <= request.depth <= _MAX_DEPTH:
+        return f"it has kernels for 1 to {_MAX_DEPTH} blocks, not {request.depth}{remedy}"
+    if request.channels not in _CHANNELS:
+        return f"it has kernels for 1, 3 and 4 image channels, not {request.channels}{remedy}"
     return None

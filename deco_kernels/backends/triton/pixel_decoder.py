@@ -274,10 +274,14 @@ class DecoderBackward:
             self.pixel_table_grad = zeros(self.slices, max(pixels, self.embedding.block), self.width)
             self.matrix_grad, self.bias_grad = block_partials(self.packed.matrices, self.depth)
 
-    def chunk_tokens(self) -> int:
-        """Tokens per chunk: CHUNK_TOKENS, or fewer where N + 1 activations of them would exceed WORKSPACE_BYTES."""
-        token_bytes = (self.depth + 1) * self.patch_size**2 * self.width * self.dtype.itemsize
-        return max(1, min(CHUNK_TOKENS, WORKSPACE_BYTES // token_bytes))
+    def chunk_tokens(self, more: int = 0) -> int:
+        """Tokens per chunk: CHUNK_TOKENS, or fewer where the workspace would exceed WORKSPACE_BYTES.
+
+        The workspace holds N + 1 activations of the chunk, and `more` that the caller adds.
+        """
+        token_bytes = (self.depth + 1 + more) * self.patch_size**2 * self.width * self.dtype.itemsize
+        tokens = min(CHUNK_TOKENS, WORKSPACE_BYTES // token_bytes)
+        return tokens // 64 * 64 or max(1, tokens)
 
     def add(self, cond: torch.Tensor, first_token: int, cond_grad: torch.Tensor) -> None:
         """Process the tokens of cond [tokens, P, D] and write their rows of cond_grad [tokens, P, D], contiguous."""

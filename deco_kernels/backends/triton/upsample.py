@@ -1,0 +1,73 @@
+"""The linear upsample tokens -> per-pixel conditions by PyTorch's matmul, in chunks of tokens.
+
+A chunk of conditions (2,048 tokens of 256 pixels and 32 channels: 34 MB in bfloat16) is consumed by the kernel that
+follows while it still lies in a data-centre GPU's L2 cache, and its buffer is used again: the full tensor never exists.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .common import collapsed_rows
+
+
+class Upsample:
+    """cond = tokens·up_weightᵀ + up_bias and its gradients, chunk by chunk.
+
+    Args:
+        tokens: [..., Z]; its dtype is that of cond and its gradient.
+        up_weight, up_bias: [P·D, Z], [P·D].
+        shape: (P, D).
+    """
+
+    def __init__(self, tokens, up_weight, up_bias, shape):
+        self.tokens = collapsed_rows(tokens, 1)
+        self.up_weight, self.up_bias, self.shape = up_weight, up_bias, shape
+        self.weight, self.bias = up_weight.to(tokens.dtype), up_bias.to(tokens.dtype)
+        self.buffer = None
+        self.weight_sum = self.bias_sum = None
+        self.tokens_grad = None
+        self.token_shape = tokens.shape
+
+    def cond(self, start: int, length: int) -> torch.Tensor:
+        """Conditions [length, P, D] of the tokens from `start` on; valid until the next call."""
+        if self.buffer is None:
+            self.buffer = self.tokens.new_empty(length, self.weight.shape[0])
+        out = self.buffer[:length]
+        torch.addmm(self.bias, self.tokens[start : start + length], self.weight.T, out=out)
+        return out.view(length, *self.shape)
+
+    def add_gradients(self, start: int, cond_grad: torch.Tensor, needs: tuple[bool, bool, bool]) -> None:
+        """Take cond_grad [length, P, D] of the chunk from `start` on; needs: of (tokens, up_weight, up_bias)."""
+        rows = cond_grad.view(cond_grad.shape[0], -1)
+        if needs[0]:
+            if self.tokens_grad is None:
+                self.tokens_grad = torch.empty(self.tokens.shape, dtype=self.tokens.dtype, device=self.tokens.device)
+            torch.mm(rows, self.weight, out=self.tokens_grad[start : start + rows.shape[0]])
+        if needs[1]:
+            self.weight_sum = _added(self.weight_sum, rows.T @ self.tokens[start : start + rows.shape[0]])
+        if needs[2]:
+            self.bias_sum = _added(self.bias_sum, rows.sum(0, dtype=torch.float32))
+
+    def grads(self, needs: tuple[bool, bool, bool]) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of (tokens, up_weight, up_bias); None where not needed, zeros where there were no tokens."""
+        sums = (self.tokens_grad, self.weight_sum, self.bias_sum)
+        like = (self.tokens, self.up_weight, self.up_bias)
+        shapes = (self.token_shape, self.up_weight.shape, self.up_bias.shape)
+        return tuple(
+            None if not need else _finished(total, tensor.dtype, shape, tensor.device)
+            for need, total, tensor, shape in zip(needs, sums, like, shapes, strict=True)
+        )
+
+
+def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    """Sums over chunks are float32 from the second chunk on; a single chunk keeps the matmul's own rounding."""
+    if total is None:
+        return part
+    return total.add_(part) if total.dtype is torch.float32 else total.float().add_(part)
+
+
+def _finished(total, dtype, shape, device):
+    if total is None:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return total.to(dtype).view(shape)

@@ -1,0 +1,193 @@
+"""upsample_modulate on Triton: PyTorch's matmul for the upsample, then one fused kernel per chunk of tokens.
+
+    y = up_weight·token + up_bias (per pixel);  shift, scale, gate = W_mod·SiLU(y) + b_mod
+    modulated = LN(h)·(1 + scale) + shift
+
+A persistent program walks over tiles of `block` pixels; SiLU(y), the modulation and LN(h) of a tile stay in registers,
+the three D×D matrices pass through shared memory. Forward: 6·D² FLOPs and 3·D values moved per pixel besides y, which
+comes from the L2 cache. Backward: y again, 18·D² FLOPs, 5·D values. Weight gradients as in adaln_block.py: registers,
+partial buffers, a sum in fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    add_column_sum,
+    add_outer,
+    add_to,
+    affine,
+    chunks,
+    collapsed_rows,
+    device_guard,
+    launch,
+    linear,
+    math_options,
+    normalize,
+    normalize_grad,
+    packed_matrix,
+    parameters_for,
+    program_limit,
+    row_offsets,
+    silu_of_double,
+    silu_of_double_grad,
+    tile_pixels,
+    twice_sigmoid,
+)
+from .pixel_decoder import CHUNK_TOKENS
+from .upsample import Upsample
+from .weights import pack, unpack_grad
+
+SHIFT, SCALE, GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # numbers of the packed matrices
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def forward_kernel(
+    h_ptr, h_token_stride, h_pixel_stride,  # [n_tokens, P, D], unit channel stride
+    cond_ptr,  # [n_tokens, P, D] contiguous
+    matrices_ptr, biases_ptr,  # [3, D, D] (in, out), [3, D]: see weights.py
+    modulated_ptr, gate_ptr,  # out [n_tokens, P, D] contiguous
+    n_tokens,
+    D: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
+):  # fmt: skip
+    for tile in range(tl.program_id(0), tl.cdiv(n_tokens * PIXELS, BLOCK), tl.num_programs(0)):
+        token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
+        mask = valid[:, None]
+        rows = row_offsets(token, pixel, PIXELS * D, D, D)
+        h = tl.load(h_ptr + row_offsets(token, pixel, h_token_stride, h_pixel_stride, D), mask=mask, other=0.0)
+        cond = tl.load(cond_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+        s = silu_of_double(0.5 * cond, FAST_TANH).to(matrices_ptr.dtype.element_ty)
+        tl.store(gate_ptr + rows, linear(s, matrices_ptr, biases_ptr, GATE, D, PRECISION), mask=mask)
+        normalized, _ = normalize(h.to(tl.float32), D, EPS)
+        scale = linear(s, matrices_ptr, biases_ptr, SCALE, D, PRECISION)
+        shift = linear(s, matrices_ptr, biases_ptr, SHIFT, D, PRECISION)
+        tl.store(modulated_ptr + rows, normalized * scale + shift, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def backward_kernel(
+    modulated_grad_ptr, modulated_grad_token_stride, modulated_grad_pixel_stride,  # [n_tokens, P, D]
+    gate_grad_ptr, gate_grad_token_stride, gate_grad_pixel_stride,  # [n_tokens, P, D]; both with unit channel stride
+    h_ptr, h_token_stride, h_pixel_stride,  # [n_tokens, P, D], unit channel stride
+    cond_ptr,  # [n_tokens, P, D] contiguous
+    matrices_ptr, biases_ptr,  # [3, D, D] (in, out), [3, D]
+    h_grad_ptr, cond_grad_ptr,  # out [n_tokens, P, D] contiguous
+    matrix_grad_ptr, bias_grad_ptr,  # in and out [programs, 3, D, D] (out, in), [programs, 3, D] float32
+    n_tokens,
+    COND_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr,  # what is asked for
+    D: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, D)
+    if WEIGHT_GRAD:
+        shift_weight = tl.zeros([D, D], tl.float32)
+        scale_weight = tl.zeros([D, D], tl.float32)
+        gate_weight = tl.zeros([D, D], tl.float32)
+        biases = tl.zeros([16, D], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(n_tokens * PIXELS, BLOCK), tl.num_programs(0)):
+        token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
+        mask = valid[:, None]
+        rows = row_offsets(token, pixel, PIXELS * D, D, D)
+        t = 0.5 * tl.load(cond_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+        w = twice_sigmoid(t, FAST_TANH)
+        operand: tl.constexpr = matrices_ptr.dtype.element_ty
+        s = (t * w).to(operand)
+        h = tl.load(h_ptr + row_offsets(token, pixel, h_token_stride, h_pixel_stride, D), mask=mask, other=0.0)
+        modulated_rows = row_offsets(token, pixel, modulated_grad_token_stride, modulated_grad_pixel_stride, D)
+        shift_grad = tl.load(modulated_grad_ptr + modulated_rows, mask=mask, other=0.0)
+        gate_rows = row_offsets(token, pixel, gate_grad_token_stride, gate_grad_pixel_stride, D)
+        gate_grad = tl.load(gate_grad_ptr + gate_rows, mask=mask, other=0.0)
+
+        scale_matrix = packed_matrix(matrices_ptr, SCALE, D)
+        scale = affine(s, scale_matrix, biases_ptr, SCALE, D, PRECISION)
+        normalized, rstd = normalize(h.to(tl.float32), D, EPS)
+        modulated_grad = shift_grad.to(tl.float32)
+        tl.store(h_grad_ptr + rows, normalize_grad(modulated_grad * scale, normalized, rstd, D), mask=mask)
+        scale_grad = (modulated_grad * normalized).to(operand)
+        if COND_GRAD:
+            shift_matrix = packed_matrix(matrices_ptr, SHIFT, D)
+            gate_matrix = packed_matrix(matrices_ptr, GATE, D)
+            s_grad = tl.dot(shift_grad, tl.trans(shift_matrix), input_precision=PRECISION)
+            s_grad = tl.dot(scale_grad, tl.trans(scale_matrix), s_grad, input_precision=PRECISION)
+            s_grad = tl.dot(gate_grad, tl.trans(gate_matrix), s_grad, input_precision=PRECISION)
+            tl.store(cond_grad_ptr + rows, s_grad * (0.5 * silu_of_double_grad(t, w)), mask=mask)
+        if WEIGHT_GRAD:
+            shift_weight = add_outer(shift_weight, shift_grad, s, PRECISION)
+            scale_weight = add_outer(scale_weight, scale_grad, s, PRECISION)
+            gate_weight = add_outer(gate_weight, gate_grad, s, PRECISION)
+            biases = add_column_sum(biases, shift_grad, 0, BLOCK, PRECISION)
+            biases = add_column_sum(biases, scale_grad, 1, BLOCK, PRECISION)
+            biases = add_column_sum(biases, gate_grad, 2, BLOCK, PRECISION)
+    if WEIGHT_GRAD:
+        square = matrix_grad_ptr + tl.program_id(0) * 3 * D * D + d[:, None] * D + d[None, :]
+        add_to(square, shift_weight)
+        add_to(square + D * D, scale_weight)
+        add_to(square + 2 * D * D, gate_weight)
+        row = tl.arange(0, 16)[:, None]
+        add_to(bias_grad_ptr + tl.program_id(0) * 3 * D + row * D + d[None, :], biases, mask=row < 3)
+
+
+def forward(h, tokens, up_weight, up_bias, norm_weight, norm_bias, mod_weight, mod_bias, eps):
+    """(modulated, gate), both like h."""
+    modulated, gate = (torch.empty(h.shape, dtype=h.dtype, device=h.device) for _ in range(2))
+    with device_guard(h), torch.no_grad():
+        packed = pack(tuple(weight[None] for weight in (norm_weight, norm_bias, mod_weight, mod_bias)), h.dtype)
+        h = collapsed_rows(h, 2)
+        pixels, width = h.shape[1:]
+        upsample = Upsample(tokens, up_weight, up_bias, (pixels, width))
+        parameters = parameters_for("upsample_modulate", width, h.dtype, h.device)
+        modulated_rows, gate_rows = modulated.view(h.shape), gate.view(h.shape)
+        for start, length in chunks(h.shape[0], CHUNK_TOKENS):
+            part = slice(start, start + length)
+            programs = min(triton.cdiv(length * pixels, parameters.block), program_limit(h.device, parameters))
+            launch(
+                forward_kernel, (programs,), parameters,
+                h[part], h.stride(0), h.stride(1), upsample.cond(start, length), *packed,
+                modulated_rows[part], gate_rows[part], length,
+                D=width, PIXELS=pixels, BLOCK=parameters.block, EPS=eps, **math_options(h.dtype, h.device),
+            )  # fmt: skip
+    return modulated, gate
+
+
+def backward(modulated_grad, gate_grad, h, tokens, up_weight, up_bias, norm_weight, norm_bias, mod_weight, mod_bias,
+             eps, needs):  # fmt: skip
+    """Gradients of (h, tokens, up_weight, up_bias, norm and mod weights); None where `needs` is False."""
+    weights = tuple(weight[None] for weight in (norm_weight, norm_bias, mod_weight, mod_bias))
+    upsample_needs = tuple(needs[1:4])
+    cond_needed, weights_needed = any(upsample_needs), any(needs[4:])
+    h_grad = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    with device_guard(h), torch.no_grad():
+        packed = pack(weights, h.dtype)
+        h, modulated_grad, gate_grad = (collapsed_rows(tensor, 2) for tensor in (h, modulated_grad, gate_grad))
+        pixels, width = h.shape[1:]
+        upsample = Upsample(tokens, up_weight, up_bias, (pixels, width))
+        parameters = parameters_for("upsample_modulate_backward", width, h.dtype, h.device)
+        limit = program_limit(h.device, parameters)
+        if weights_needed:
+            sums = (h.new_zeros(limit, 1, 3, width, width, dtype=torch.float32),
+                    h.new_zeros(limit, 1, 3, width, dtype=torch.float32))  # fmt: skip
+        else:
+            sums = (h_grad, h_grad)
+        h_grad_rows = h_grad.view(h.shape)
+        for start, length in chunks(h.shape[0], CHUNK_TOKENS):
+            part = slice(start, start + length)
+            cond = upsample.cond(start, length)
+            cond_grad = torch.empty_like(cond)
+            launch(
+                backward_kernel, (min(triton.cdiv(length * pixels, parameters.block), limit),), parameters,
+                modulated_grad[part], modulated_grad.stride(0), modulated_grad.stride(1),
+                gate_grad[part], gate_grad.stride(0), gate_grad.stride(1), h[part], h.stride(0), h.stride(1),
+                cond, *packed, h_grad_rows[part], cond_grad, *sums, length,
+                COND_GRAD=cond_needed, WEIGHT_GRAD=weights_needed,
+                D=width, PIXELS=pixels, BLOCK=parameters.block, EPS=eps, **math_options(h.dtype, h.device),
+            )  # fmt: skip
+            upsample.add_gradients(start, cond_grad, upsample_needs)
+        weight_grads = (None,) * 4
+        if weights_needed:
+            weight_grads = tuple(grad[0] for grad in unpack_grad(*(total.sum(0) for total in sums), weights))
+        grads = (h_grad, *upsample.grads(upsample_needs), *weight_grads)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
