@@ -5,6 +5,8 @@
 
 #include "deco/isa.h"
 #include "deco/pixel_decoder.h"
+#include "deco/pixel_decoder_from_tokens.h"
+#include "deco/upsample_modulate.h"
 
 namespace py = pybind11;
 
@@ -117,6 +119,59 @@ void pixel_decoder_backward(const py::tuple& shape, const py::tuple& grad_veloci
   deco::cpu::pixel_decoder_backward(call);
 }
 
+// (T, Z, P, D), token rows, up_weight and up_bias
+deco::UpsampleArrays read_upsample(const py::tuple& sizes, const py::tuple& rows, const py::tuple& weights) {
+  deco::UpsampleArrays upsample;
+  Integers in_sizes(sizes), in_rows(rows), in_weights(weights);
+  upsample.tokens = in_sizes.next();
+  upsample.token_width = in_sizes.next();
+  upsample.pixels_per_token = static_cast<int>(in_sizes.next());
+  upsample.width = static_cast<int>(in_sizes.next());
+  upsample.rows.data = in_rows.next_address();
+  upsample.rows.dtype = in_rows.next_dtype();
+  upsample.rows.token_stride = in_rows.next();
+  upsample.weight = read_array(in_weights);
+  upsample.bias = read_array(in_weights);
+  return upsample;
+}
+
+deco::ModulationArrays read_modulation(const py::tuple& description) {
+  Integers in(description);
+  deco::ModulationArrays w;
+  for (Array* array : {&w.norm_weight, &w.norm_bias, &w.mod_weight, &w.mod_bias}) *array = read_array(in);
+  return w;
+}
+
+void pixel_decoder_from_tokens_forward(const py::tuple& shape, const py::tuple& image, const py::tuple& upsample_sizes,
+                                       const py::tuple& tokens, const py::tuple& upsample_weights,
+                                       const py::tuple& weights, const py::tuple& velocity, float eps, int threads) {
+  deco::cpu::PixelDecoderFromTokensForward call;
+  call.shape = read_decoder_shape(shape);
+  call.image = read_image(image);
+  call.upsample = read_upsample(upsample_sizes, tokens, upsample_weights);
+  call.weights = read_decoder_weights(weights);
+  call.velocity = read_image(velocity);
+  call.eps = eps;
+  call.threads = threads;
+  py::gil_scoped_release release;
+  deco::cpu::pixel_decoder_from_tokens_forward(call);
+}
+
+void upsample_modulate_forward(const py::tuple& upsample_sizes, const py::tuple& tokens,
+                               const py::tuple& upsample_weights, const py::tuple& h, const py::tuple& weights,
+                               const py::tuple& modulated, const py::tuple& gate, float eps, int threads) {
+  deco::cpu::UpsampleModulateForward call;
+  call.upsample = read_upsample(upsample_sizes, tokens, upsample_weights);
+  call.h = read_rows(h);
+  call.weights = read_modulation(weights);
+  call.modulated = read_rows(modulated);
+  call.gate = read_rows(gate);
+  call.eps = eps;
+  call.threads = threads;
+  py::gil_scoped_release release;
+  deco::cpu::upsample_modulate_forward(call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native_cpu, m) {
@@ -132,4 +187,10 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("pixel_decoder_backward", &pixel_decoder_backward,
         "(B, C, H, W, p, D, N), grad_velocity, image, cond rows, twelve weights, then written where the address is not 0: "
         "grad_image, grad_cond rows, twelve gradients of weights; eps, threads");
+  m.def("pixel_decoder_from_tokens_forward", &pixel_decoder_from_tokens_forward,
+        "(B, C, H, W, p, D, N), image, (T, Z, P, D), token rows, up_weight and up_bias, twelve weights, velocity "
+        "(written), eps, threads");
+  m.def("upsample_modulate_forward", &upsample_modulate_forward,
+        "(T, Z, P, D), token rows, up_weight and up_bias, h rows, norm and mod weights, modulated and gate rows "
+        "(written), eps, threads");
 }

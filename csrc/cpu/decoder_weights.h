@@ -122,6 +122,17 @@ void make_table(float* table, int panels, const Array& pixel_table, int pixels) 
   });
 }
 
+// mod_bias [N][3D] with 1 added to the scale rows.
+template <int D>
+const float* take_mod_bias(Arena& arena, const Array& from, int depth) {
+  float* to = arena.take<float>(depth * 3 * D);
+  if (arena.counts_only()) return to;
+  convert(to, from, depth * 3 * D, DType::kFloat32);
+  for (int n = 0; n < depth; ++n)
+    for (int d = D; d < 2 * D; ++d) to[n * 3 * D + d] += 1.0f;
+  return to;
+}
+
 template <class Operand, int D>
 void take_block_weights(Arena& arena, const DecoderWeightArrays& from, int depth, DType activation,
                         BlockWeights<Operand>* blocks) {
@@ -129,19 +140,16 @@ void take_block_weights(Arena& arena, const DecoderWeightArrays& from, int depth
   const auto* mod = take_matrices<Operand>(arena, from.mod_weight, int64_t{depth} * 3 * D * D, activation);
   const auto* fc1 = take_matrices<Operand>(arena, from.fc1_weight, int64_t{depth} * D * D, activation);
   const auto* fc2 = take_matrices<Operand>(arena, from.fc2_weight, int64_t{depth} * D * D, activation);
-  float* mod_bias = arena.take<float>(depth * 3 * D);
+  const float* mod_bias = take_mod_bias<D>(arena, from.mod_bias, depth);
   const float* fc1_bias = take_floats(arena, from.fc1_bias, depth * D, DType::kFloat32);
   const float* fc2_bias = take_floats(arena, from.fc2_bias, depth * D, DType::kFloat32);
   const float* norm_weight = take_floats(arena, from.norm_weight, depth * D, DType::kFloat32);
   const float* norm_bias = take_floats(arena, from.norm_bias, depth * D, DType::kFloat32);
   if (arena.counts_only()) return;
-  convert(mod_bias, from.mod_bias, depth * 3 * D, DType::kFloat32);
-  for (int n = 0; n < depth; ++n) {
-    for (int d = D; d < 2 * D; ++d) mod_bias[n * 3 * D + d] += 1.0f;
+  for (int n = 0; n < depth; ++n)
     blocks[n] = {mod + n * 3 * D * D / kPack, fc1 + n * D * D / kPack, fc2 + n * D * D / kPack,
                  mod_bias + n * 3 * D,        fc1_bias + n * D,        fc2_bias + n * D,
                  norm_weight + n * D,         norm_bias + n * D};
-  }
 }
 
 template <class Operand, int D>

@@ -5,7 +5,9 @@
 // (deco::cpu::function), in each instruction set's namespace, and in the table.
 #define DECO_CPU_OPS(X) \
   X(pixel_decoder_forward, PixelDecoderForward) \
-  X(pixel_decoder_backward, PixelDecoderBackward)
+  X(pixel_decoder_backward, PixelDecoderBackward) \
+  X(pixel_decoder_from_tokens_forward, PixelDecoderFromTokensForward) \
+  X(upsample_modulate_forward, UpsampleModulateForward)
 
 namespace deco::cpu {
 

@@ -29,6 +29,7 @@ struct FloatOperand {
   static constexpr Accuracy kAccuracy = Accuracy::kFloat;
 
   static DECO_INLINE Vector load_vector(const Element* p) { return load(p); }
+  static DECO_INLINE void store_vector(Element* p, Vector x) { store(p, x); }
   static DECO_INLINE Vector broadcast_element(Element x) { return broadcast(x); }
   static DECO_INLINE VecF multiply_add(Vector a, Vector b, VecF acc) { return fma(a, b, acc); }
 
@@ -37,6 +38,11 @@ struct FloatOperand {
   static DECO_INLINE void put(Element (*tile)[T], int channel, int pixel, VecF first, VecF second) {
     store(&tile[channel][pixel], first);
     store(&tile[channel + 1][pixel], second);
+  }
+  template <int T>
+  static DECO_INLINE void get(const Element (*tile)[T], int channel, int pixel, VecF& first, VecF& second) {
+    first = load(&tile[channel][pixel]);
+    second = load(&tile[channel + 1][pixel]);
   }
 };
 
@@ -48,12 +54,19 @@ struct PairOperand {
   static constexpr Accuracy kAccuracy = Accuracy::kBFloat16;
 
   static DECO_INLINE Vector load_vector(const Element* p) { return load_pairs(p); }
+  static DECO_INLINE void store_vector(Element* p, Vector x) { store_pairs(p, x); }
   static DECO_INLINE Vector broadcast_element(Element x) { return broadcast_pair(x); }
   static DECO_INLINE VecF multiply_add(Vector a, Vector b, VecF acc) { return dot_pairs(acc, a, b); }
 
   template <int T>
   static DECO_INLINE void put(Element (*tile)[T], int channel, int pixel, VecF first, VecF second) {
     store_pairs(&tile[channel / 2][pixel], make_pairs(first, second));
+  }
+  template <int T>
+  static DECO_INLINE void get(const Element (*tile)[T], int channel, int pixel, VecF& first, VecF& second) {
+    const Vector pairs = load_pairs(&tile[channel / 2][pixel]);
+    first = first_of_pairs(pairs);
+    second = second_of_pairs(pairs);
   }
 };
 #endif

@@ -40,6 +40,11 @@ class PixelWalk {
     kernel_x_ = 0;
     if (++kernel_y_ < patch_size_) return;
     kernel_y_ = 0;
+    advance_token();
+  }
+
+  // To the same pixel of the next token.
+  void advance_token() {
     if (++token_x_ < tokens_x_) return;
     token_x_ = 0;
     if (++token_y_ < tokens_y_) return;
@@ -89,6 +94,32 @@ inline void scatter_pixels(const DecoderShape& shape, const ImageArray& image, i
       walk.advance(run);
       i += run;
     }
+  });
+}
+
+// planes[c][i] = channel c of pixel `pixel` of token first_token + i for i < count, 0 for the rest.
+template <int T>
+inline void gather_token_pixels(const DecoderShape& shape, const ImageArray& image, int64_t first_token, int pixel,
+                                int count, float (*planes)[T]) {
+  with_dtype(image.dtype, [&](auto dtype) {
+    PixelWalk walk(shape, first_token * shape.pixels_per_token() + pixel);
+    for (int i = 0; i < count; ++i, walk.advance_token())
+      for (int c = 0; c < shape.channels; ++c)
+        planes[c][i] = load_scalar(image.data, dtype, walk.offset_in(image) + c * image.stride_c);
+  });
+  for (int c = 0; c < shape.channels; ++c)
+    for (int i = count; i < T; ++i) planes[c][i] = 0.0f;
+}
+
+// The reverse: writes that pixel of the first `count` tokens.
+template <int T>
+inline void scatter_token_pixels(const DecoderShape& shape, const ImageArray& image, int64_t first_token, int pixel,
+                                 int count, const float (*planes)[T]) {
+  with_dtype(image.dtype, [&](auto dtype) {
+    PixelWalk walk(shape, first_token * shape.pixels_per_token() + pixel);
+    for (int i = 0; i < count; ++i, walk.advance_token())
+      for (int c = 0; c < shape.channels; ++c)
+        store_scalar(image.data, dtype, walk.offset_in(image) + c * image.stride_c, planes[c][i]);
   });
 }
 

@@ -64,6 +64,24 @@ def readable_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous()
 
 
+def token_rows(tensor: torch.Tensor) -> tuple[int, ...]:
+    """(address, dtype, stride of a token) of [..., Z] as `readable_token_rows` returns it."""
+    return (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], collapsed_stride(tensor, 1))
+
+
+def readable_token_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` [..., Z] itself if its channels are adjacent and one stride leads from token to token, or a copy."""
+    if tensor.stride(-1) == 1 and collapsed_stride(tensor, 1) is not None:
+        return tensor
+    return tensor.contiguous()
+
+
+def upsample_sizes(tokens: torch.Tensor, pixels: int, width: int) -> tuple[int, int, int, int]:
+    """(T, Z, P, D)"""
+    token_width = tokens.shape[-1]
+    return (tokens.numel() // token_width, token_width, pixels, width)
+
+
 def collapsed_stride(tensor: torch.Tensor, trailing: int) -> int | None:
     """The one stride that walks over all dimensions but the last `trailing`, in order, or None if there is none."""
     stride, expected = 0, None

@@ -1,0 +1,213 @@
+// The upsample matmul inside the fused ops: y = W_up[k] token + b_up[k] for pixel k of a token, W_up[k] [D][Z].
+//
+// A tile holds pixel k of kTokenTile consecutive tokens, channel-major, [D][kTokenTile]: the tokens lie in the vector
+// lanes. Tokens are taken in chunks of kTokenChunk, whose transpose [strips][elements][kStrip] all threads make once and
+// share. Each part (thread) owns a contiguous share of the chunk's tiles, pixel after pixel, and transposes the weights
+// of one pixel at a time into a panel of its own, [groups][elements][kGroup]: both factors of a product are then read
+// linearly, the panel (147 KB at D = 32, Z = 1152 in float) from the second cache level.
+//
+// Per tile D * kTokenTile * Z multiply-adds. Memory: the weights once per chunk, the tokens once, and y never.
+// Elements are those of an Operand (matmul.h): one value, or a pair along Z; a row is filled up with zeros to a whole
+// number of vectors. Every y is one sum over Z in ascending order, whatever the tile and the number of threads.
+#pragma once
+
+#include "cpu/arena.h"
+#include "cpu/decoder_weights.h"
+#include "deco/upsample.h"
+
+namespace deco::cpu::DECO_CPU_ISA {
+
+constexpr int kTokenTile = 64;
+constexpr int64_t kTokenChunk = 1024;
+
+DECO_INLINE void transpose_square(VecF (&square)[kLanes]) { transpose(square); }
+#if DECO_CPU_ISA_avx512bf16
+DECO_INLINE void transpose_square(VecPair (&square)[kLanes]) { transpose_pairs(square); }
+#endif
+
+// kLanes elements from value `first` on, rounded to `rounding`.
+template <class Operand, DType kStorage>
+DECO_INLINE typename Operand::Vector load_elements(const void* row, int64_t first, DType rounding) {
+  if constexpr (Operand::kPack == 1) {
+    return round_vector(rounding, load_as<kStorage>(row, first));
+  } else {
+    return join_runs(load_as<kStorage>(row, first), load_as<kStorage>(row, first + kLanes));
+  }
+}
+
+// square[e] = element first / kPack + e of each of kLanes rows of `width` values, 0 beyond their end.
+template <class Operand, DType kStorage>
+DECO_INLINE void load_transposed(const char* const (&rows)[kLanes], int64_t first, int64_t width, DType rounding,
+                                 typename Operand::Vector (&square)[kLanes]) {
+  constexpr int kValues = kLanes * Operand::kPack;
+  constexpr int64_t kBytes = size_of(kStorage);
+  if (first + kValues <= width) {
+    unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA {
+      square[i] = load_elements<Operand, kStorage>(rows[i], first, rounding);
+    });
+  } else {
+    alignas(64) char ends[kLanes][kValues * kBytes] = {};
+    for (int i = 0; i < kLanes; ++i) std::memcpy(ends[i], rows[i] + first * kBytes, (width - first) * kBytes);
+    unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA {
+      square[i] = load_elements<Operand, kStorage>(ends[i], 0, rounding);
+    });
+  }
+  transpose_square(square);
+}
+
+// One tile of a chunk: pixel `pixel` of tokens first_token .. first_token + count - 1.
+template <class Operand>
+struct UpsampleTile {
+  using Element = typename Operand::Element;
+  int pixel, count;
+  int64_t first_token;
+  const Element* weights;  // the panel of the pixel, [groups][elements][kGroup]
+  const float* bias;       // [D]
+  const Element* tokens;   // [strips][elements][kStrip]
+
+  int pixels() const { return whole_strips(count); }
+};
+
+template <class Operand, int D>
+class Upsample {
+ public:
+  using Element = typename Operand::Element;
+  using Vector = typename Operand::Vector;
+
+  Upsample(const UpsampleArrays& arrays, int threads)
+      : arrays_(arrays),
+        elements_(round_up((arrays.token_width + Operand::kPack - 1) / Operand::kPack, kLanes)),
+        parts_(part_count(arrays.pixels_per_token * tiles(arrays.tokens), threads)) {}
+
+  int parts() const { return parts_; }
+
+  void lay_out(Arena& arena) {
+    const int64_t chunk = arrays_.tokens < kTokenChunk ? arrays_.tokens : kTokenChunk;
+    tokens_ = arena.take<Element>(tiles(chunk) * kTokenTile * elements_);
+    panels_ = arena.take<Element>(parts_ * panel_size());
+    bias_ = take_floats(arena, arrays_.bias, int64_t{arrays_.pixels_per_token} * D, DType::kFloat32);
+  }
+
+  // Calls body(part, tile) for every tile, parts in parallel.
+  template <class Body>
+  void for_each_tile(Body&& body) const {
+    for (int64_t begin = 0; begin < arrays_.tokens; begin += kTokenChunk) {
+      const int64_t left = arrays_.tokens - begin, count = left < kTokenChunk ? left : kTokenChunk;
+      parallel_for(parts_, [&](int part) {
+        const Range strips = share_of(round_up(count, kStrip) / kStrip, parts_, part);
+        for (int64_t strip = strips.begin; strip < strips.end; ++strip)
+          pack_strip(begin + strip * kStrip, begin + count - 1, tokens_ + strip * strip_size());
+      });
+      parallel_for(parts_, [&](int part) { run_share(begin, count, part, body); });
+    }
+  }
+
+ private:
+  static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+  static int64_t tiles(int64_t tokens) { return round_up(tokens, kTokenTile) / kTokenTile; }
+  int64_t strip_size() const { return elements_ * kStrip; }
+  int64_t panel_size() const { return elements_ * D; }
+
+  template <class Body>
+  void run_share(int64_t begin, int64_t count, int part, Body&& body) const {
+    const int64_t columns = tiles(count);
+    const Range share = share_of(arrays_.pixels_per_token * columns, parts_, part);
+    Element* panel = panels_ + part * panel_size();
+    int64_t packed = -1;
+    for (int64_t item = share.begin; item < share.end; ++item) {
+      const int64_t pixel = item / columns, first = item % columns * kTokenTile;
+      if (pixel != packed) pack_panel(pixel, panel);
+      packed = pixel;
+      const int64_t left = count - first;
+      body(part, UpsampleTile<Operand>{static_cast<int>(pixel), static_cast<int>(left < kTokenTile ? left : kTokenTile),
+                                       begin + first, panel, bias_ + pixel * D,
+                                       tokens_ + first / kStrip * strip_size()});
+    }
+  }
+
+  // Transposes tokens first .. first + kStrip - 1; the last token stands in for those after it.
+  void pack_strip(int64_t first, int64_t last, Element* to) const {
+    const TokenRows& tokens = arrays_.rows;
+    with_dtype(tokens.dtype, [&](auto storage) {
+      for (int half = 0; half < 2; ++half) {
+        const char* rows[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const int64_t token = first + half * kLanes + i;
+          rows[i] = static_cast<const char*>(tokens.data) +
+                    (token < last ? token : last) * tokens.token_stride * size_of(storage.value);
+        }
+        for (int64_t element = 0; element < elements_; element += kLanes) {
+          Vector square[kLanes];
+          load_transposed<Operand, storage.value>(rows, element * Operand::kPack, arrays_.token_width,
+                                                  DType::kFloat32, square);
+          unroll<kLanes>([&](auto e) DECO_INLINE_LAMBDA {
+            Operand::store_vector(to + (element + e) * kStrip + half * kLanes, square[e]);
+          });
+        }
+      }
+    });
+  }
+
+  // Transposes the weights of one pixel, rounded to the activation dtype.
+  void pack_panel(int64_t pixel, Element* panel) const {
+    const int64_t row_values = arrays_.token_width;
+    with_dtype(arrays_.weight.dtype, [&](auto storage) {
+      for (int d = 0; d < D; d += kLanes) {
+        const char* rows[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          rows[i] = static_cast<const char*>(arrays_.weight.data) +
+                    (pixel * D + d + i) * row_values * size_of(storage.value);
+        for (int64_t element = 0; element < elements_; element += kLanes) {
+          Vector square[kLanes];
+          load_transposed<Operand, storage.value>(rows, element * Operand::kPack, row_values, arrays_.rows.dtype,
+                                                  square);
+          Element column[kLanes];
+          unroll<kLanes>([&](auto e) DECO_INLINE_LAMBDA {
+            Operand::store_vector(column, square[e]);
+            for (int group = 0; group < kLanes / kGroup; ++group)
+              std::memcpy(panel + ((d / kGroup + group) * elements_ + element + e) * kGroup, column + group * kGroup,
+                          kGroup * sizeof(Element));
+          });
+        }
+      }
+    });
+  }
+
+ public:
+  // SiLU(y) of a tile as a factor of the modulation and, where asked for, SiLU'(y).
+  void load_silu_cond(const UpsampleTile<Operand>& tile, Element (*silu_cond)[kTokenTile],
+                      float (*derivative)[kTokenTile] = nullptr) const {
+    for (int pixel = 0; pixel < tile.pixels(); pixel += kStrip)
+      for (int first = 0; first < D; first += kGroup) {
+        GroupSums sums;
+        set_sums(sums, tile.bias + first, tile.bias + first + kGroup / 2);
+        const Element* weights = tile.weights + first * elements_;
+        const auto* tokens = reinterpret_cast<const Element(*)[kStrip]>(tile.tokens + pixel / kStrip * strip_size());
+        for (int64_t element = 0; element < elements_; element += kLanes)
+          multiply_add<Operand, kLanes, 1, kGroup, kStrip>(sums, weights + element * kGroup,
+                                                           weights + element * kGroup + kGroup / 2, tokens + element);
+        unroll<kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+          constexpr int kOutput = i / 2 * 2, kVector = i % 2;
+          const int d = first + kOutput, p = pixel + kVector * kLanes;
+          const VecF y0 = sums[2 * kOutput + kVector], y1 = sums[2 * kOutput + 2 + kVector];
+          const VecF s0 = sigmoid<Operand::kAccuracy>(y0), s1 = sigmoid<Operand::kAccuracy>(y1);
+          const VecF a0 = y0 * s0, a1 = y1 * s1;
+          Operand::put(silu_cond, d, p, a0, a1);
+          if (derivative != nullptr) {
+            store(&derivative[d][p], silu_derivative(a0, s0));
+            store(&derivative[d + 1][p], silu_derivative(a1, s1));
+          }
+        });
+      }
+  }
+
+ private:
+  const UpsampleArrays& arrays_;
+  int64_t elements_;  // per row
+  int parts_;
+  Element* tokens_ = nullptr;  // [strips][elements][kStrip]
+  Element* panels_ = nullptr;  // [parts][groups][elements][kGroup]
+  const float* bias_ = nullptr;  // [P][D]
+};
+
+}  // namespace deco::cpu::DECO_CPU_ISA

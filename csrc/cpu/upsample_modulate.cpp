@@ -1,0 +1,109 @@
+// Forward of upsample_modulate, one tile (upsample.h) at a time, with y = W_up token + b_up:
+//
+//   (shift, scale, gate) = W_mod SiLU(y) + b_mod
+//   modulated = LayerNorm(h) (1 + scale) + shift
+//
+// Per pixel it reads D values of h and writes 2 D, and spends D Z + 3 D^2 multiply-adds and D SiLUs: at D = 32, Z = 1152
+// in bfloat16 192 bytes and 80 kFLOP. Every output is computed by one thread in a fixed order, so the result does not
+// depend on the number of threads.
+#include "deco/upsample_modulate.h"
+
+#include "cpu/decoder_tile.h"
+#include "cpu/kernel_table.h"
+#include "cpu/rows.h"
+#include "cpu/upsample.h"
+
+namespace deco::cpu::DECO_CPU_ISA {
+namespace {
+
+constexpr int T = kTokenTile;
+
+// Working memory of one thread.
+template <class Operand, int D>
+struct alignas(64) ModulationTile {
+  using Element = typename Operand::Element;
+  float h[D][T], mean[T], rstd[T];
+  Element silu_cond[D / Operand::kPack][T];
+  Element modulated[D / Operand::kPack][T], gate[D / Operand::kPack][T];
+};
+
+template <class Operand, int D>
+BlockWeights<Operand> take_modulation_weights(Arena& arena, const ModulationArrays& from, DType activation) {
+  BlockWeights<Operand> weights{};
+  weights.mod = take_matrices<Operand>(arena, from.mod_weight, 3 * D * D, activation);
+  weights.mod_bias = take_mod_bias<D>(arena, from.mod_bias, 1);
+  weights.norm_weight = take_floats(arena, from.norm_weight, D, DType::kFloat32);
+  weights.norm_bias = take_floats(arena, from.norm_bias, D, DType::kFloat32);
+  return weights;
+}
+
+// Addresses of the rows of a tile; the last row stands in for those beyond the tile's end.
+template <class Operand>
+void tile_addresses(const PixelRows& rows, const UpsampleTile<Operand>& tile, char* (&addresses)[T]) {
+  for (int i = 0; i < T; ++i) {
+    const int64_t token = tile.first_token + (i < tile.count ? i : tile.count - 1);
+    const int64_t offset = token * rows.token_stride + tile.pixel * rows.pixel_stride;
+    addresses[i] = static_cast<char*>(rows.data) + offset * size_of(rows.dtype);
+  }
+}
+
+// gate = W_gate SiLU(y) + b_gate, for the strip at `pixel`.
+template <class Operand, int D>
+DECO_INLINE void gate_strip(const BlockWeights<Operand>& w, int pixel, ModulationTile<Operand, D>& tile) {
+  constexpr int kGateRow = 2 * D;
+  for (int first = 0; first < D; first += kGroup) {
+    GroupSums sums;
+    linear<Operand, D, T>(sums, w.mod + kGateRow * D / Operand::kPack, w.mod_bias + kGateRow, first,
+                          strip_of(tile.silu_cond, pixel));
+    unroll<kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+      constexpr int kOutput = i / 2 * 2, kVector = i % 2;
+      Operand::put(tile.gate, first + kOutput, pixel + kVector * kLanes, sums[2 * kOutput + kVector],
+                   sums[2 * kOutput + 2 + kVector]);
+    });
+  }
+}
+
+template <class Operand, int D>
+void forward(const UpsampleModulateForward& call) {
+  const DType activation = call.upsample.rows.dtype;
+  Upsample<Operand, D> upsample(call.upsample, call.threads);
+  BlockWeights<Operand> weights;
+  ModulationTile<Operand, D>* scratch = nullptr;
+  const auto lay_out = [&](Arena& arena) {
+    upsample.lay_out(arena);
+    weights = take_modulation_weights<Operand, D>(arena, call.weights, activation);
+    scratch = arena.take<ModulationTile<Operand, D>>(upsample.parts());
+  };
+  Arena counter;
+  lay_out(counter);
+  Arena arena(thread_scratch(counter.used()));
+  lay_out(arena);
+
+  upsample.for_each_tile([&](int part, const UpsampleTile<Operand>& place) {
+    ModulationTile<Operand, D>& tile = scratch[part];
+    char* rows[T];
+    tile_addresses(call.h, place, rows);
+    load_rows<D, T>(call.h.dtype, rows, place.pixels(), tile.h);
+    upsample.load_silu_cond(place, tile.silu_cond);
+    layer_norm_statistics<D, T>(tile.h, call.eps, place.pixels(), tile.mean, tile.rstd);
+    for (int pixel = 0; pixel < place.pixels(); pixel += kStrip) {
+      modulate_strip<false, Operand, D, T>(weights, tile.silu_cond, tile.h, pixel, tile);
+      gate_strip<Operand, D>(weights, pixel, tile);
+    }
+    tile_addresses(call.modulated, place, rows);
+    store_rows<Operand, D, T>(call.modulated.dtype, tile.modulated, place.count, rows);
+    tile_addresses(call.gate, place, rows);
+    store_rows<Operand, D, T>(call.gate.dtype, tile.gate, place.count, rows);
+  });
+}
+
+}  // namespace
+
+void upsample_modulate_forward(const UpsampleModulateForward& call) {
+  if (call.upsample.tokens == 0) return;
+  with_operand_and_width(call.upsample.rows.dtype, call.upsample.width, [&](auto operand, auto width) {
+    forward<decltype(operand), width.value>(call);
+  });
+}
+
+}  // namespace deco::cpu::DECO_CPU_ISA

@@ -1,0 +1,21 @@
+// The upsample and the per-pixel decoder as one op on the CPU (DeCo, arXiv 2511.19365, section 3).
+#pragma once
+
+#include "deco/pixel_decoder.h"
+#include "deco/upsample.h"
+
+namespace deco::cpu {
+
+struct PixelDecoderFromTokensForward {
+  DecoderShape shape;
+  ImageArray image;
+  UpsampleArrays upsample;
+  DecoderWeightArrays weights;
+  ImageArray velocity;  // written
+  float eps = 0;
+  int threads = 1;
+};
+
+void pixel_decoder_from_tokens_forward(const PixelDecoderFromTokensForward& call);
+
+}  // namespace deco::cpu

@@ -1,0 +1,18 @@
+// The learned linear map from tokens to pixels (DeCo, arXiv 2511.19365, section 3) as an argument of the fused ops.
+#pragma once
+
+#include "deco/array.h"
+
+namespace deco {
+
+struct UpsampleArrays {
+  int64_t tokens = 0;       // T
+  int64_t token_width = 0;  // Z, any
+  int pixels_per_token = 0;  // P
+  int width = 0;            // D: 16, 32 or 64
+  TokenRows rows;           // [T, Z]; its dtype is the activation dtype
+  Array weight;             // [P*D, Z], row k*D + d for channel d of pixel k
+  Array bias;               // [P*D]
+};
+
+}  // namespace deco
