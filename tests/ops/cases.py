@@ -19,6 +19,7 @@ def implementations() -> list:
 
 
 IMPLEMENTATIONS = implementations()
+BACKENDS = IMPLEMENTATIONS[:2]  # each backend once, the cpu backend with its fastest instruction set
 
 
 class Case(NamedTuple):

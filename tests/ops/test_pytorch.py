@@ -6,10 +6,10 @@ from torch.utils.checkpoint import checkpoint
 
 import deco_kernels
 from deco_kernels import ops, testing
-from tests.ops.cases import BF16, F16, F32, IMPLEMENTATIONS, OPS, small_inputs
+from tests.ops.cases import BACKENDS, BF16, F16, F32, OPS, small_inputs
 
 each_op = pytest.mark.parametrize("op", OPS)
-each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
+each_backend = pytest.mark.parametrize("implementation", BACKENDS, indirect=True)
 DECODERS = ["adaln_block", "upsample_modulate", "pixel_decoder", "pixel_decoder_from_tokens"]
 
 
@@ -31,7 +31,7 @@ def assert_same(actual, expected, tolerance=0.0):
         assert testing.relative_error(gradient, other) <= tolerance
 
 
-@each_implementation
+@each_backend
 @each_op
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_opcheck(implementation, op, dtype):
@@ -140,7 +140,7 @@ def test_functional_grad(op):
         assert torch.equal(*pair)
 
 
-@each_implementation
+@each_backend
 @pytest.mark.parametrize("op", DECODERS)
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_autocast_casts_float32_activations(implementation, op, dtype):
@@ -157,7 +157,7 @@ def test_autocast_casts_float32_activations(implementation, op, dtype):
     assert loss.isfinite() and all(gradient.dtype is F32 for gradient in gradients)
 
 
-@each_implementation
+@each_backend
 @pytest.mark.parametrize("op", ["flow_matching_loss", "frequency_loss"])
 def test_losses_under_autocast_stay_in_float32(implementation, op):
     inputs = small_inputs(op)
@@ -203,7 +203,7 @@ def test_fake_tensors_have_the_real_strides():
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
-@each_implementation
+@each_backend
 @each_op
 def test_anomaly_mode(implementation, op):
     inputs = small_inputs(op)
