@@ -46,12 +46,12 @@ def growth(name: str, dtype: torch.dtype, device: str) -> int:
         contender = next(c for c in contenders_of(problem, size, backends, compiled=False) if c.name == name)
         operands = problem.make_operands(size, dtype, torch.Generator(device).manual_seed(SEED))
         require_gradients(problem, operands, training=True)
-        before = _reset_peak(device)
+        before = reset_peak(device)
         Step(problem, contender, dtype, device, training=True)(operands)
-    return _peak(device) - before
+    return peak_bytes(device) - before
 
 
-def _reset_peak(device: str) -> int:
+def reset_peak(device: str) -> int:
     """Makes the peak start anew where the system allows it; returns the bytes held now."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -65,7 +65,7 @@ def _reset_peak(device: str) -> int:
     return _status_bytes("VmRSS")
 
 
-def _peak(device: str) -> int:
+def peak_bytes(device: str) -> int:
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()

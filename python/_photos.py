@@ -1,0 +1,73 @@
+"""Photographs: finding, decoding, cropping, and the figures a reproduction is judged by."""
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from deco_kernels.backends.reference.flow_matching_loss import block_dct_ycbcr
+
+
+def shipped_photographs() -> list[Path]:
+    """The two photographs inside scikit-learn's wheel; the package is located, not imported."""
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    folder = Path(spec.submodule_search_locations[0]) / "datasets" / "images"
+    return [folder / "china.jpg", folder / "flower.jpg"]
+
+
+def load_photographs(paths: list[Path], size: int) -> tuple[list[str], torch.Tensor]:
+    """Decodes and crops every readable file; the others are named in a warning and left out.
+
+    Returns:
+        (file names, images [n, 3, size, size] float32 RGB in [-1, 1]), both empty if no file was readable.
+    """
+    names, images = [], []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                images.append(to_tensor(center_crop(image.convert("RGB"), size)))
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            warnings.warn(f"{path} is left out: it cannot be read as an image ({error})", stacklevel=2)
+        else:
+            names.append(path.name)
+    return names, torch.stack(images) if images else torch.empty(0, 3, size, size)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Halved by box filter while both sides are at least twice `size`, then bicubic to `size` on the shorter side, then
+    cropped around the center."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB image -> [3, H, W] float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> [0, 1], clamped."""
+    return ((images + 1) / 2).clamp(0, 1)
+
+
+def psnr(images: torch.Tensor, references: torch.Tensor) -> list[float]:
+    """Peak signal-to-noise ratio in dB of each image [n, 3, H, W] in [-1, 1] after clamping, peak 1 in [0, 1]."""
+    error = (to_unit(images) - to_unit(references)).square().flatten(1).mean(1)
+    return (-10 * torch.log10(error.clamp_min(1e-12))).tolist()
+
+
+def energy_spectrum(images: torch.Tensor) -> list[float]:
+    """Mean squared luminance coefficient of the 8x8 block DCT of [n, 3, H, W] on each diagonal u + v = 0..14."""
+    energy = block_dct_ycbcr(images)[:, 0].square().mean((0, 1, 2))
+    frequency = torch.arange(8)
+    diagonal = frequency[:, None] + frequency
+    return [energy[diagonal == index].mean().item() for index in range(15)]

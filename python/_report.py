@@ -1,0 +1,88 @@
+"""The demo's report: one picture and one JSON file, both from the same dictionary of results."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+from _photos import to_unit  # noqa: E402
+
+
+def write_json(results: dict, path: Path) -> None:
+    path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def write_picture(results: dict, photographs: torch.Tensor, samples: torch.Tensor, path: Path) -> None:
+    """Photographs and samples in the upper row; losses, PSNR and energy spectra below; the figures in the title."""
+    count = len(photographs)
+    figure = plt.figure(figsize=(13, 8.4), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    images = upper.subplots(1, 2 * count, squeeze=False)[0]
+    for index, name in enumerate(results["photographs"]):
+        _show(images[2 * index], photographs[index], name)
+        _show(images[2 * index + 1], samples[index], f"sample, {results['psnr_per_photograph'][index]:.1f} dB")
+    losses, quality, spectrum = lower.subplots(1, 3)
+    _plot_losses(losses, results)
+    _plot_psnr(quality, results)
+    _plot_spectra(spectrum, results)
+    figure.suptitle(_headline(results), fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _show(axes, image: torch.Tensor, title: str) -> None:
+    axes.imshow(to_unit(image).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set_title(title, fontsize=10)
+    axes.set_axis_off()
+
+
+def _headline(results: dict) -> str:
+    return (
+        f"DeCo on {results['machine']['threads']} CPU threads, float32, {results['steps']} steps: "
+        f"{results['step_ms_eager']:.1f} ms per step eager, {results['step_ms_fused']:.1f} ms fused "
+        f"({results['speedup']:.2f}x)\n"
+        f"peak memory of a step {results['peak_mb_eager']:.0f} MB eager, {results['peak_mb_fused']:.0f} MB fused; "
+        f"largest gradient error {results['max_gradient_error']:.1e} fused, "
+        f"{results['max_gradient_error_eager']:.1e} eager"
+    )
+
+
+def _plot_losses(axes, results: dict) -> None:
+    fused, eager = results["losses_fused"], results["losses_eager"]
+    axes.plot(range(1, len(fused) + 1), fused, color="tab:blue", linewidth=0.3, alpha=0.35)
+    smooth = _running_mean(fused, window=max(1, len(fused) // 50))
+    axes.plot(range(1, len(fused) + 1), smooth, color="tab:blue", label="fused, running mean")
+    axes.set(title="training loss", xlabel="step", yscale="log")
+    axes.legend(fontsize=8, loc="upper right")
+    both = axes.inset_axes((0.42, 0.42, 0.55, 0.38))
+    both.plot(range(1, len(eager) + 1), eager, color="tab:orange", linewidth=2.5, label="eager")
+    both.plot(range(1, len(eager) + 1), fused[: len(eager)], color="tab:blue", linewidth=0.9, label="fused")
+    both.set_title(f"first {len(eager)} steps", fontsize=8)
+    both.tick_params(labelsize=7)
+    both.legend(fontsize=7)
+
+
+def _running_mean(values: list[float], window: int) -> list[float]:
+    sums = torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0)
+    ends = torch.arange(1, len(values) + 1)
+    starts = (ends - window).clamp_min(0)
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+
+
+def _plot_psnr(axes, results: dict) -> None:
+    steps = [step for step, _ in results["psnr_curve"]]
+    for index, name in enumerate(results["photographs"]):
+        axes.plot(steps, [values[index] for _, values in results["psnr_curve"]], marker="o", markersize=3, label=name)
+    axes.axhline(results["promises"]["psnr"]["bound"], color="gray", linestyle="--", linewidth=1, label="required")
+    axes.set(title="PSNR of samples from averaged weights", xlabel="step", ylabel="dB")
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def _plot_spectra(axes, results: dict) -> None:
+    for name, style in (("photographs", "k-"), ("samples", "C0--"), ("noise", "C7:")):
+        axes.plot(range(15), results["energy_spectra"][name], style, label=name)
+    axes.set(title="energy of the 8x8 DCT, luminance", xlabel="diagonal u + v", yscale="log")
+    axes.legend(fontsize=8)

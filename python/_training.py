@@ -1,0 +1,151 @@
+"""Training a small DeCo on a few photographs: the recipe, one contender's state, and what is compared of two."""
+
+import dataclasses
+import statistics
+import time
+
+import torch
+from _eager import EagerObjective, eager_twin
+from _photos import psnr
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from deco_kernels import flow, model, ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How the model is trained and sampled, and what the result must reach."""
+
+    image_size: int = 64
+    batch_size: int = 4
+    steps: int = 4000
+    learning_rate: float = 3e-3  # the peak of a one-cycle schedule, reached after `warmup` of the steps
+    warmup: float = 0.1
+    distribution: str = "uniform"  # of the training times: sampling starts and ends where "lognormal" seldom trains
+    ema_decay: float = 0.995
+    sample_steps: int = 50
+    compared_steps: int = 100  # taken by both contenders, in turn
+    psnr_every: int = 250
+    required_psnr: float = 25.0  # dB, of every photograph
+
+    def shortened(self, steps: int) -> "Recipe":
+        """The same with another number of steps, of which nothing is required."""
+        compared = min(steps, self.compared_steps)
+        every = max(1, min(steps, self.psnr_every))
+        return dataclasses.replace(self, steps=steps, compared_steps=compared, psnr_every=every, required_psnr=0.0)
+
+    def as_dict(self) -> dict[str, int | float]:
+        return dataclasses.asdict(self)
+
+
+FULL = Recipe()
+SHORT = dataclasses.replace(FULL, steps=600, compared_steps=20, psnr_every=150, required_psnr=14.0)
+
+
+class Contender:
+    """A model in training, with optimiser, schedule, averaged weights and its own random stream.
+
+    Args:
+        photographs: [n, 3, S, S] in [-1, 1]; photograph i is class i. A batch holds them in turn.
+        eager: in plain PyTorch instead of the fused ops, otherwise identical: initial weights, noise, times, order.
+    """
+
+    def __init__(self, recipe: Recipe, photographs: torch.Tensor, seed: int, *, eager: bool):
+        self.recipe, self.photographs = recipe, photographs
+        torch.manual_seed(seed)
+        self.model = model.build("deco-demo", num_classes=len(photographs))
+        if eager:
+            self.model = eager_twin(self.model)
+        self.objective = (EagerObjective if eager else flow.Objective)(
+            ops.jpeg_frequency_weight(), distribution=recipe.distribution
+        )
+        self.labels = torch.arange(recipe.batch_size) % len(photographs)
+        self.images = photographs[self.labels]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=True)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, recipe.learning_rate, recipe.steps, pct_start=recipe.warmup, cycle_momentum=False
+        )
+        self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+        self.losses: list[float] = []
+        self.step_seconds: list[float] = []
+
+    def step(self) -> float:
+        """One training step; returns and records the total loss."""
+        started = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = self.objective(self.model, self.images, self.labels, self.generator)["total"]
+        total.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.averaged.update_parameters(self.model)
+        self.losses.append(total.item())
+        self.step_seconds.append(time.perf_counter() - started)
+        return self.losses[-1]
+
+    def sample(self, seed: int = 0) -> torch.Tensor:
+        """One sample per photograph from the averaged weights, [n, 3, S, S]."""
+        noise = torch.randn(self.photographs.shape, generator=torch.Generator().manual_seed(seed))
+        labels = torch.arange(len(self.photographs))
+        return flow.sample(self.averaged, noise, labels, steps=self.recipe.sample_steps)
+
+
+def compare_steps(fused: Contender, eager: Contender) -> dict[str, float]:
+    """Lets both take `compared_steps`, in turn, so that what else the machine does meets both; returns the medians.
+
+    The first tenth of the steps warms up and is not counted.
+    """
+    count = fused.recipe.compared_steps
+    for _ in tqdm(range(count), desc="fused and eager side by side", unit="step"):
+        eager.step()
+        fused.step()
+    step_ms = [1e3 * statistics.median(each.step_seconds[count // 10 :]) for each in (eager, fused)]
+    return {"step_ms_eager": step_ms[0], "step_ms_fused": step_ms[1], "speedup": step_ms[0] / step_ms[1]}
+
+
+def loss_difference(fused: Contender, eager: Contender) -> float:
+    """Largest relative difference of the two losses over the steps that both have taken."""
+    return max(abs(one - other) / abs(other) for one, other in zip(fused.losses, eager.losses, strict=False))
+
+
+def gradient_errors(fused: Contender, seed: int) -> dict[str, tuple[float, float]]:
+    """Relative L2 error of the gradient of every parameter against the published formulation in float64, at the present
+    weights of `fused`: {name: (fused, eager in float32)}."""
+    twin = eager_twin(fused.model)
+    eager_objective = EagerObjective(ops.jpeg_frequency_weight(), distribution=fused.recipe.distribution)
+
+    def gradients(objective, network):
+        generator = torch.Generator().manual_seed(seed)
+        total = objective(network, fused.images, fused.labels, generator)["total"]
+        found = torch.autograd.grad(total, list(network.parameters()))
+        return [gradient.double() for gradient in found]
+
+    names = [name for name, _ in fused.model.named_parameters()]
+    order = {name: index for index, (name, _) in enumerate(twin.named_parameters())}
+    ours = gradients(fused.objective, fused.model)
+    eager = gradients(eager_objective, twin)
+    exact = gradients(eager_objective, twin.double())
+
+    def error(actual, index):
+        return ((actual - exact[index]).norm() / exact[index].norm()).item()
+
+    return {name: (error(ours[i], order[name]), error(eager[order[name]], order[name])) for i, name in enumerate(names)}
+
+
+def train(contender: Contender, seed: int) -> tuple[list[tuple[int, list[float]]], torch.Tensor]:
+    """Runs the recipe to its end. Returns ([(step, PSNR of each photograph)], the last samples)."""
+    recipe, curve = contender.recipe, []
+    with tqdm(
+        total=recipe.steps, initial=len(contender.losses), desc="training with the fused ops", unit="step"
+    ) as bar:
+        while True:
+            done = len(contender.losses)
+            if done % recipe.psnr_every == 0 or done >= recipe.steps:
+                samples = contender.sample(seed)
+                curve.append((done, psnr(samples, contender.photographs)))
+                bar.set_postfix(psnr=f"{min(curve[-1][1]):.1f} dB", loss=f"{contender.losses[-1]:.3f}")
+            if done >= recipe.steps:
+                return curve, samples
+            contender.step()
+            bar.update()

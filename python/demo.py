@@ -1,0 +1,157 @@
+"""Trains a small DeCo on photographs, with the fused ops and with eager PyTorch side by side, and reports. `make demo`
+
+1. Both contenders start from the same weights and see the same noise. They take their first steps in turn: step times,
+   losses, then the gradient of every parameter against the published formulation in float64. The peak memory of each is
+   measured in a process of its own.
+2. The fused one trains on until it reproduces the photographs, which are sampled from its averaged weights.
+3. out/demo/report.png shows photographs, samples, loss curves, PSNR and DCT energy spectra; report.json the figures.
+
+Exit status: 0; 1 if a promise is broken (PSNR, agreement of losses or gradients); 2 if there is no image to train on.
+"""
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+import torch  # noqa: E402
+from _peak_memory import measure  # noqa: E402
+from _photos import energy_spectrum, load_photographs, psnr, shipped_photographs  # noqa: E402
+from _report import write_json, write_picture  # noqa: E402
+from _training import FULL, SHORT, Contender, Recipe, compare_steps, gradient_errors, loss_difference, train  # noqa: E402
+
+from benchmarks.machine import header  # noqa: E402
+from benchmarks.names import KEPT_HEAP  # noqa: E402
+from deco_kernels.ops import registry  # noqa: E402
+
+# What losses and gradients in float32 may differ by: between two orders of summation, after the steps compared.
+LOSS_DIFFERENCE = 1e-4
+GRADIENT_ERROR = 1e-5
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    recipe = SHORT if options.short else FULL
+    if options.steps is not None:
+        recipe = recipe.shortened(options.steps)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    names, photographs = load_photographs(options.image or shipped_photographs(), recipe.image_size)
+    if not names:
+        print("error: no readable image; name one with --image FILE, or install scikit-learn's", file=sys.stderr)
+        return 2
+    started = time.perf_counter()
+    results, samples = run(recipe, names, photographs, options.seed)
+    results["seconds"] = time.perf_counter() - started
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(results, options.out / "report.json")
+    write_picture(results, photographs, samples, options.out / "report.png")
+    print_summary(results)
+    print(f"wrote {options.out / 'report.png'} and report.json after {results['seconds']:.0f} s")
+    return 0 if all(promise["kept"] for promise in results["promises"].values()) else 1
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+        return int(text)
+
+    parser = argparse.ArgumentParser(prog="python/demo.py", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--image", type=Path, action="append", help="train on this image (repeatable); default: two photographs"
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="fewer steps and a lower PSNR required, for automatic tests"
+    )
+    parser.add_argument(
+        "--steps", type=count, help="train this many steps instead of the recipe's; no PSNR is required"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of initial weights, noise and times (default 0)")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo", help="folder of the report (out/demo)")
+    return parser.parse_args(arguments)
+
+
+def run(recipe: Recipe, names: list[str], photographs: torch.Tensor, seed: int) -> tuple[dict, torch.Tensor]:
+    """Everything the report needs: (results as JSON holds them, samples [n, 3, S, S])."""
+    print(f"photographs: {', '.join(names)}; {recipe.steps} steps of {recipe.batch_size} images, {serving_backends()}")
+    fused = Contender(recipe, photographs, seed, eager=False)
+    eager = Contender(recipe, photographs, seed, eager=True)
+    step_times = compare_steps(fused, eager)
+    errors = gradient_errors(fused, seed)
+    peaks = {f"peak_mb_{name}": measure(name, recipe, len(names)) for name in ("eager", "fused")}
+    curve, samples = train(fused, seed)
+    reached = psnr(samples, photographs)
+    worst_fused, worst_eager = (max(pair[index] for pair in errors.values()) for index in (0, 1))
+    difference = loss_difference(fused, eager)
+    noise = torch.randn(photographs.shape, generator=torch.Generator().manual_seed(seed))
+    results = {
+        "psnr": min(reached),
+        "psnr_per_photograph": reached,
+        **step_times,
+        **peaks,
+        "max_gradient_error": worst_fused,
+        "max_gradient_error_eager": worst_eager,
+        "max_loss_difference": difference,
+        "promises": {
+            "psnr": promise(min(reached), recipe.required_psnr, min(reached) >= recipe.required_psnr),
+            "max_gradient_error": promise(worst_fused, GRADIENT_ERROR, worst_fused <= GRADIENT_ERROR),
+            "max_loss_difference": promise(difference, LOSS_DIFFERENCE, difference <= LOSS_DIFFERENCE),
+        },
+        "photographs": names,
+        "seed": seed,
+        "steps": recipe.steps,
+        "recipe": recipe.as_dict(),
+        "backends": serving_backends(),
+        "machine": header("cpu") | {"command": " ".join(["python", *sys.argv])},
+        "psnr_curve": curve,
+        "energy_spectra": {
+            "photographs": energy_spectrum(photographs),
+            "samples": energy_spectrum(samples),
+            "noise": energy_spectrum(noise),
+        },
+        "gradient_errors": {name: dict(zip(("fused", "eager"), pair, strict=True)) for name, pair in errors.items()},
+        "losses_eager": eager.losses,
+        "losses_fused": fused.losses,
+    }
+    return results, samples
+
+
+def promise(value: float, bound: float, kept: bool) -> dict:
+    return {"value": value, "bound": bound, "kept": kept}
+
+
+def serving_backends() -> str:
+    """Which backend runs the training's fused ops, and why it is not the CPU one where it is not."""
+    said = []
+    for op in ("pixel_decoder", "flow_matching_loss"):
+        request = registry.Request(op, "cpu", (torch.float32,) * 2, width=32, depth=3, patch_size=16)
+        reason = registry.refusal("cpu", request, torch.device("cpu"))
+        said.append(f"{op} on backend {'cpu' if reason is None else f'reference (cpu: {reason})'}")
+    return ", ".join(said)
+
+
+def print_summary(results: dict) -> None:
+    rows = [
+        ("", "eager", "fused", ""),
+        ("step time", f"{results['step_ms_eager']:.1f} ms", f"{results['step_ms_fused']:.1f} ms",
+         f"{results['speedup']:.2f}x faster"),
+        ("peak memory of a step", f"{results['peak_mb_eager']:.0f} MB", f"{results['peak_mb_fused']:.0f} MB", ""),
+        ("largest gradient error", f"{results['max_gradient_error_eager']:.1e}", f"{results['max_gradient_error']:.1e}",
+         "relative L2, against float64"),
+    ]  # fmt: skip
+    for label, eager, fused, note in rows:
+        print(f"{label:<24}{eager:>10}{fused:>10}  {note}".rstrip())
+    for name, kept in results["promises"].items():
+        relation = ("at least" if name == "psnr" else "at most") + f" {kept['bound']:g}"
+        print(f"{name:<24}{kept['value']:>10.4g}  {relation}: {'kept' if kept['kept'] else 'BROKEN'}")
+
+
+if __name__ == "__main__":
+    if not KEPT_HEAP.items() <= os.environ.items():  # the C library reads these when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT_HEAP})
+    sys.exit(main())
