@@ -16,6 +16,7 @@ using deco::Array;
 using deco::DType;
 using deco::ImageArray;
 using deco::PixelRows;
+using deco::Rows;
 
 // Reads a tuple of integers from left to right.
 class Integers {
@@ -55,7 +56,7 @@ ImageArray read_image(const py::tuple& description) {
   return image;
 }
 
-PixelRows read_rows(const py::tuple& description) {
+PixelRows read_pixel_rows(const py::tuple& description) {
   Integers in(description);
   PixelRows rows;
   rows.data = in.next_address();
@@ -63,6 +64,23 @@ PixelRows read_rows(const py::tuple& description) {
   rows.token_stride = in.next();
   rows.pixel_stride = in.next();
   return rows;
+}
+
+Rows read_rows(const py::tuple& description) {
+  Integers in(description);
+  Rows rows;
+  rows.data = in.next_address();
+  rows.dtype = in.next_dtype();
+  rows.stride = in.next();
+  return rows;
+}
+
+deco::BlockWeightArrays read_block_weights(Integers& in) {
+  deco::BlockWeightArrays w;
+  for (Array* array : {&w.norm_weight, &w.norm_bias, &w.mod_weight, &w.mod_bias, &w.fc1_weight, &w.fc1_bias,
+                       &w.fc2_weight, &w.fc2_bias})
+    *array = read_array(in);
+  return w;
 }
 
 deco::DecoderShape read_decoder_shape(const py::tuple& description) {
@@ -81,10 +99,48 @@ deco::DecoderShape read_decoder_shape(const py::tuple& description) {
 deco::DecoderWeightArrays read_decoder_weights(const py::tuple& description) {
   Integers in(description);
   deco::DecoderWeightArrays w;
-  for (Array* array : {&w.pixel_weight, &w.pixel_table, &w.norm_weight, &w.norm_bias, &w.mod_weight, &w.mod_bias,
-                       &w.fc1_weight, &w.fc1_bias, &w.fc2_weight, &w.fc2_bias, &w.head_weight, &w.head_bias})
-    *array = read_array(in);
+  w.pixel_weight = read_array(in);
+  w.pixel_table = read_array(in);
+  w.blocks = read_block_weights(in);
+  w.head_weight = read_array(in);
+  w.head_bias = read_array(in);
   return w;
+}
+
+void adaln_block_forward(int64_t rows, int width, const py::tuple& h, const py::tuple& cond, const py::tuple& weights,
+                         const py::tuple& out, float eps, int threads) {
+  deco::cpu::AdalnBlockForward call;
+  call.rows = rows;
+  call.width = width;
+  call.h = read_rows(h);
+  call.cond = read_rows(cond);
+  Integers arrays(weights);
+  call.weights = read_block_weights(arrays);
+  call.out = read_rows(out);
+  call.eps = eps;
+  call.threads = threads;
+  py::gil_scoped_release release;
+  deco::cpu::adaln_block_forward(call);
+}
+
+void adaln_block_backward(int64_t rows, int width, const py::tuple& grad_out, const py::tuple& h, const py::tuple& cond,
+                          const py::tuple& weights, const py::tuple& grad_h, const py::tuple& grad_cond,
+                          const py::tuple& grad_weights, float eps, int threads) {
+  deco::cpu::AdalnBlockBackward call;
+  call.rows = rows;
+  call.width = width;
+  call.grad_out = read_rows(grad_out);
+  call.h = read_rows(h);
+  call.cond = read_rows(cond);
+  Integers arrays(weights), grad_arrays(grad_weights);
+  call.weights = read_block_weights(arrays);
+  call.grad_h = read_rows(grad_h);
+  call.grad_cond = read_rows(grad_cond);
+  call.grad_weights = read_block_weights(grad_arrays);
+  call.eps = eps;
+  call.threads = threads;
+  py::gil_scoped_release release;
+  deco::cpu::adaln_block_backward(call);
 }
 
 void pixel_decoder_forward(const py::tuple& shape, const py::tuple& image, const py::tuple& cond,
@@ -92,7 +148,7 @@ void pixel_decoder_forward(const py::tuple& shape, const py::tuple& image, const
   deco::cpu::PixelDecoderForward call;
   call.shape = read_decoder_shape(shape);
   call.image = read_image(image);
-  call.cond = read_rows(cond);
+  call.cond = read_pixel_rows(cond);
   call.weights = read_decoder_weights(weights);
   call.velocity = read_image(velocity);
   call.eps = eps;
@@ -108,10 +164,10 @@ void pixel_decoder_backward(const py::tuple& shape, const py::tuple& grad_veloci
   call.shape = read_decoder_shape(shape);
   call.grad_velocity = read_image(grad_velocity);
   call.image = read_image(image);
-  call.cond = read_rows(cond);
+  call.cond = read_pixel_rows(cond);
   call.weights = read_decoder_weights(weights);
   call.grad_image = read_image(grad_image);
-  call.grad_cond = read_rows(grad_cond);
+  call.grad_cond = read_pixel_rows(grad_cond);
   call.grad_weights = read_decoder_weights(grad_weights);
   call.eps = eps;
   call.threads = threads;
@@ -122,14 +178,12 @@ void pixel_decoder_backward(const py::tuple& shape, const py::tuple& grad_veloci
 // (T, Z, P, D), token rows, up_weight and up_bias
 deco::UpsampleArrays read_upsample(const py::tuple& sizes, const py::tuple& rows, const py::tuple& weights) {
   deco::UpsampleArrays upsample;
-  Integers in_sizes(sizes), in_rows(rows), in_weights(weights);
+  Integers in_sizes(sizes), in_weights(weights);
   upsample.tokens = in_sizes.next();
   upsample.token_width = in_sizes.next();
   upsample.pixels_per_token = static_cast<int>(in_sizes.next());
   upsample.width = static_cast<int>(in_sizes.next());
-  upsample.rows.data = in_rows.next_address();
-  upsample.rows.dtype = in_rows.next_dtype();
-  upsample.rows.token_stride = in_rows.next();
+  upsample.rows = read_rows(rows);
   upsample.weight = read_array(in_weights);
   upsample.bias = read_array(in_weights);
   return upsample;
@@ -162,10 +216,10 @@ void upsample_modulate_forward(const py::tuple& upsample_sizes, const py::tuple&
                                const py::tuple& modulated, const py::tuple& gate, float eps, int threads) {
   deco::cpu::UpsampleModulateForward call;
   call.upsample = read_upsample(upsample_sizes, tokens, upsample_weights);
-  call.h = read_rows(h);
+  call.h = read_pixel_rows(h);
   call.weights = read_modulation(weights);
-  call.modulated = read_rows(modulated);
-  call.gate = read_rows(gate);
+  call.modulated = read_pixel_rows(modulated);
+  call.gate = read_pixel_rows(gate);
   call.eps = eps;
   call.threads = threads;
   py::gil_scoped_release release;
@@ -182,6 +236,10 @@ PYBIND11_MODULE(_native_cpu, m) {
         "Run every later call on this instruction set; ValueError if it is unknown or cannot run here");
   m.def("vector_lanes", &deco::cpu::vector_lanes, "Floats per vector of the instruction set in use");
 
+  m.def("adaln_block_forward", &adaln_block_forward, "rows, D, h, cond, eight weights, out (written), eps, threads");
+  m.def("adaln_block_backward", &adaln_block_backward,
+        "rows, D, grad_out, h, cond, eight weights, then written where the address is not 0: grad_h, grad_cond, eight "
+        "gradients of weights; eps, threads");
   m.def("pixel_decoder_forward", &pixel_decoder_forward,
         "(B, C, H, W, p, D, N), image, cond rows, twelve weights, velocity (written), eps, threads");
   m.def("pixel_decoder_backward", &pixel_decoder_backward,

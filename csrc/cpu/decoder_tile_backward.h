@@ -205,20 +205,14 @@ void backward_block(const BlockWeights<Operand>& w, const TransposedBlockWeights
   if (wanted.cond) modulation_backward(transposed, pixels, tile);
 }
 
-// cond's gradient SiLU'(y) dSiLU(y), written to rows of D values each.
+// After the last block: from the gradient of SiLU(cond) to that of cond, in place.
 template <class Operand, int D, int T>
-void store_grad_cond(DType dtype, const BlockBackwardTile<Operand, D, T>& tile, int pixels, char* const (&rows)[T]) {
-  with_dtype(dtype, [&](auto storage) {
-    for (int pixel = 0; pixel < pixels; pixel += kLanes)
-      for (int d = 0; d < D; d += kLanes) {
-        VecF square[kLanes];
-        unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA {
-          square[i] = load(&tile.grad_silu_cond[d + i][pixel]) * load(&tile.silu_cond_derivative[d + i][pixel]);
-        });
-        transpose(square);
-        unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA { store_as<storage.value>(rows[pixel + i], d, square[i]); });
-      }
-  });
+void finish_grad_cond(int pixels, BlockBackwardTile<Operand, D, T>& tile) {
+  for (int d = 0; d < D; ++d)
+    for (int pixel = 0; pixel < pixels; pixel += kLanes) {
+      float* gradient = &tile.grad_silu_cond[d][pixel];
+      store(gradient, load(gradient) * load(&tile.silu_cond_derivative[d][pixel]));
+    }
 }
 
 // normalized = (h - mean) rstd, which the head multiplies.

@@ -134,7 +134,7 @@ const float* take_mod_bias(Arena& arena, const Array& from, int depth) {
 }
 
 template <class Operand, int D>
-void take_block_weights(Arena& arena, const DecoderWeightArrays& from, int depth, DType activation,
+void take_block_weights(Arena& arena, const BlockWeightArrays& from, int depth, DType activation,
                         BlockWeights<Operand>* blocks) {
   constexpr int kPack = Operand::kPack;
   const auto* mod = take_matrices<Operand>(arena, from.mod_weight, int64_t{depth} * 3 * D * D, activation);
@@ -153,7 +153,7 @@ void take_block_weights(Arena& arena, const DecoderWeightArrays& from, int depth
 }
 
 template <class Operand, int D>
-void take_transposed_block_weights(Arena& arena, const DecoderWeightArrays& from, int depth, DType activation,
+void take_transposed_block_weights(Arena& arena, const BlockWeightArrays& from, int depth, DType activation,
                                    TransposedBlockWeights<Operand>* blocks) {
   constexpr int kPack = Operand::kPack;
   const auto* mod = take_transposed<Operand, D>(arena, from.mod_weight, int64_t{depth} * 3 * D, activation);
@@ -170,7 +170,7 @@ void take_decoder_weights(Arena& arena, const DecoderWeightArrays& from, const D
   weights.depth = shape.depth;
   weights.channels = shape.channels;
   weights.eps = eps;
-  take_block_weights<Operand, D>(arena, from, shape.depth, activation, weights.blocks);
+  take_block_weights<Operand, D>(arena, from.blocks, shape.depth, activation, weights.blocks);
   weights.pixel_weight = take_floats(arena, from.pixel_weight, D * shape.channels, activation);
   weights.head_weight = take_floats(arena, from.head_weight, D * shape.channels, activation);
   weights.head_bias = take_floats(arena, from.head_bias, shape.channels, DType::kFloat32);

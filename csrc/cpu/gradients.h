@@ -30,12 +30,6 @@ struct PartSums {
   int parts;
 };
 
-// sum over the parts of one array member of a struct of which every part owns `per_part`.
-template <class Struct>
-DECO_INLINE PartSums sums_of(const float* member, int per_part, int parts) {
-  return {member, static_cast<int64_t>(per_part * sizeof(Struct) / sizeof(float)), parts};
-}
-
 // to[offset + i] = sum over parts of sums[i]; `count` is a multiple of kLanes.
 inline void add_parts(const PartSums& from, const Array& to, int64_t offset, int64_t count) {
   if (to.data == nullptr) return;
@@ -58,11 +52,11 @@ inline void add_parts_and_lanes(const PartSums& from, const Array& to, int64_t o
   }
 }
 
-// Block `index` of the `depth` blocks that every part owns.
+// The gradients of block `index`, of which `block` belongs to the first part and the next part's lie `bytes` further on.
 template <int D>
-void add_block_parts(const BlockGradients<D>* blocks, int depth, int index, int parts, const DecoderWeightArrays& to) {
-  const BlockGradients<D>& block = blocks[index];
-  const auto from = [&](const float* member) { return sums_of<BlockGradients<D>>(member, depth, parts); };
+void add_block_parts(const BlockGradients<D>& block, size_t bytes, int parts, int index, const BlockWeightArrays& to) {
+  const int64_t stride = static_cast<int64_t>(bytes / sizeof(float));
+  const auto from = [&](const float* member) { return PartSums{member, stride, parts}; };
   add_parts(from(block.mod_weight[0]), to.mod_weight, index * 3 * D * D, 3 * D * D);
   add_parts(from(block.fc1_weight[0]), to.fc1_weight, index * D * D, D * D);
   add_parts(from(block.fc2_weight[0]), to.fc2_weight, index * D * D, D * D);
@@ -73,10 +67,12 @@ void add_block_parts(const BlockGradients<D>* blocks, int depth, int index, int 
   add_parts_and_lanes(from(block.norm_bias[0]), to.norm_bias, index * D, D);
 }
 
+// `gradients` has one entry per part.
 template <int D>
 void add_query_head_parts(const QueryHeadGradients<D>* gradients, int channels, int parts,
                           const DecoderWeightArrays& to) {
-  const auto from = [&](const float* member) { return sums_of<QueryHeadGradients<D>>(member, 1, parts); };
+  constexpr int64_t kStride = sizeof(QueryHeadGradients<D>) / sizeof(float);
+  const auto from = [&](const float* member) { return PartSums{member, kStride, parts}; };
   for (int c = 0; c < channels; ++c) {
     add_parts_and_lanes(from(gradients->pixel_weight[c][0]), to.pixel_weight, c, D, channels);
     add_parts_and_lanes(from(gradients->head_weight[c][0]), to.head_weight, c * D, D);

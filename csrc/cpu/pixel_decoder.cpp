@@ -12,8 +12,6 @@ namespace {
 
 constexpr int kTile = 64;
 
-alignas(64) const char kZeroRow[64 * sizeof(float)] = {};  // cond of the rows that fill up the last tile
-
 template <class Operand, int D>
 void forward(const PixelDecoderForward& call) {
   constexpr int T = kTile;
@@ -39,7 +37,7 @@ void forward(const PixelDecoderForward& call) {
       const int count = static_cast<int>(rows - first < T ? rows - first : T);
       const int pixels = whole_strips(count);
       const char* addresses[T];
-      row_addresses<T>(call.shape, call.cond, first, count, kZeroRow, addresses);
+      row_addresses<T, const char*>(call.shape, call.cond, first, count, kZeroRow, addresses);
       load_silu_cond<Operand, D, T>(call.cond.dtype, addresses, pixels, tile.silu_cond);
       gather_pixels<T>(call.shape, call.image, first, count, tile.rgb);
       const auto* panel = reinterpret_cast<const float(*)[T]>(weights.table + t % weights.panels * D * T);

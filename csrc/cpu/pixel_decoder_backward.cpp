@@ -7,11 +7,10 @@
 // 15 N D^2 multiply-adds (5 of them the recomputed forward).
 #include "cpu/decoder_tile_backward.h"
 #include "cpu/kernel_table.h"
+#include "cpu/rows.h"
 
 namespace deco::cpu::DECO_CPU_ISA {
 namespace {
-
-alignas(64) const char kZeroRow[64 * sizeof(float)] = {};  // cond of the rows that fill up the last tile
 
 // Everything one part works in.
 template <class Operand, int D, int T>
@@ -19,7 +18,6 @@ struct alignas(64) PartScratch {
   BlockBackwardTile<Operand, D, T> block;
   float h[D][T], normalized[D][T], mean[T], rstd[T];
   float rgb[kMaxChannels][T], grad_rgb[kMaxChannels][T], grad_velocity[kMaxChannels][T];
-  char unused_row[64 * sizeof(float)];  // takes cond's gradient of the rows that fill up the last tile
 };
 
 template <class Operand, int D, int T>
@@ -33,7 +31,7 @@ class Backward {
         depth_(call.shape.depth) {
     const DecoderWeightArrays& grads = call.grad_weights;
     wanted_.cond = call.grad_cond.data != nullptr;
-    wanted_.matrices = grads.mod_weight.data || grads.fc1_weight.data || grads.fc2_weight.data;
+    wanted_.matrices = grads.blocks.mod_weight.data || grads.blocks.fc1_weight.data || grads.blocks.fc2_weight.data;
   }
 
   void run() {
@@ -42,7 +40,8 @@ class Backward {
     Arena arena(thread_scratch(counter.used()));
     lay_out(arena);
     parallel_for(parts_, [&](int part) { run_part(part); });
-    for (int n = 0; n < depth_; ++n) add_block_parts<D>(block_gradients_, depth_, n, parts_, call_.grad_weights);
+    for (int n = 0; n < depth_; ++n)
+      add_block_parts<D>(block_gradients_[n], depth_ * sizeof(BlockGradients<D>), parts_, n, call_.grad_weights.blocks);
     add_query_head_parts<D>(query_head_gradients_, call_.shape.channels, parts_, call_.grad_weights);
     add_table_parts<D, T>(grad_table_, weights_.panels, parts_, call_.shape.pixels_per_token(),
                           call_.grad_weights.pixel_table);
@@ -52,7 +51,7 @@ class Backward {
   void lay_out(Arena& arena) {
     const DType activation = call_.cond.dtype;
     take_decoder_weights<Operand, D, T>(arena, call_.weights, call_.shape, call_.eps, activation, weights_);
-    take_transposed_block_weights<Operand, D>(arena, call_.weights, depth_, activation, transposed_);
+    take_transposed_block_weights<Operand, D>(arena, call_.weights.blocks, depth_, activation, transposed_);
     scratch_ = arena.take<PartScratch<Operand, D, T>>(parts_);
     saved_ = arena.take<SavedBlockTile<Operand, D, T>>(parts_ * depth_);
     block_gradients_ = arena.take<BlockGradients<D>>(parts_ * depth_);
@@ -110,9 +109,10 @@ class Backward {
     if (call_.grad_image.data != nullptr)
       scatter_pixels<T>(call_.shape, call_.grad_image, first, count, scratch.grad_rgb);
     if (wanted_.cond) {
+      finish_grad_cond(pixels, scratch.block);
       char* rows[T];
-      row_addresses<T, char*>(call_.shape, call_.grad_cond, first, count, scratch.unused_row, rows);
-      store_grad_cond(call_.grad_cond.dtype, scratch.block, pixels, rows);
+      row_addresses<T, char*>(call_.shape, call_.grad_cond, first, count, nullptr, rows);
+      store_rows<FloatOperand, D, T>(call_.grad_cond.dtype, scratch.block.grad_silu_cond, count, rows);
     }
   }
 

@@ -123,6 +123,9 @@ inline void scatter_token_pixels(const DecoderShape& shape, const ImageArray& im
   });
 }
 
+constexpr int kMaxRowBytes = 64 * sizeof(float);         // a row of cond or h at D = 64
+alignas(64) constexpr char kZeroRow[kMaxRowBytes] = {};  // stands for the rows that fill up the last tile
+
 // addresses[i] = that of row first_row + i for i < count, `padding` for the rest.
 template <int T, class Pointer>
 inline void row_addresses(const DecoderShape& shape, const PixelRows& rows, int64_t first_row, int count,
@@ -137,6 +140,13 @@ inline void row_addresses(const DecoderShape& shape, const PixelRows& rows, int6
       ++token;
     }
   }
+}
+
+template <int T, class Pointer>
+inline void row_addresses(const Rows& rows, int64_t first_row, int count, Pointer padding, Pointer (&addresses)[T]) {
+  const int64_t bytes = rows.stride * size_of(rows.dtype);
+  char* first = static_cast<char*>(rows.data) + first_row * bytes;
+  for (int i = 0; i < T; ++i) addresses[i] = i < count ? first + i * bytes : padding;
 }
 
 }  // namespace deco::cpu::DECO_CPU_ISA

@@ -127,14 +127,14 @@ class Upsample {
 
   // Transposes tokens first .. first + kStrip - 1; the last token stands in for those after it.
   void pack_strip(int64_t first, int64_t last, Element* to) const {
-    const TokenRows& tokens = arrays_.rows;
+    const Rows& tokens = arrays_.rows;
     with_dtype(tokens.dtype, [&](auto storage) {
       for (int half = 0; half < 2; ++half) {
         const char* rows[kLanes];
         for (int i = 0; i < kLanes; ++i) {
           const int64_t token = first + half * kLanes + i;
           rows[i] = static_cast<const char*>(tokens.data) +
-                    (token < last ? token : last) * tokens.token_stride * size_of(storage.value);
+                    (token < last ? token : last) * tokens.stride * size_of(storage.value);
         }
         for (int64_t element = 0; element < elements_; element += kLanes) {
           Vector square[kLanes];

@@ -22,11 +22,11 @@ struct ImageArray {
   int64_t stride_b = 0, stride_c = 0, stride_y = 0, stride_x = 0;
 };
 
-// [tokens, channels] with unit channel stride; the other stride is counted in elements.
-struct TokenRows {
+// [rows, channels] with unit channel stride; the row stride is counted in elements.
+struct Rows {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
-  int64_t token_stride = 0;
+  int64_t stride = 0;
 };
 
 // [tokens, pixels per token, channels] with unit channel stride; the other two strides are counted in elements.

@@ -1,7 +1,7 @@
 // The per-pixel decoder on the CPU (DeCo, arXiv 2511.19365, section 3).
 #pragma once
 
-#include "deco/array.h"
+#include "deco/adaln_block.h"
 
 namespace deco {
 
@@ -17,20 +17,13 @@ struct DecoderShape {
   int64_t pixels() const { return batch * height * width; }
 };
 
-// The weights, or their gradients, in the order of the op's arguments; every array is contiguous and has its own dtype.
+// The weights, or their gradients; every array is contiguous and has its own dtype.
 struct DecoderWeightArrays {
-  Array pixel_weight;  // [D, C]
-  Array pixel_table;   // [P, D]
-  Array norm_weight;   // [N, D]
-  Array norm_bias;     // [N, D]
-  Array mod_weight;    // [N, 3D, D], rows shift, scale, gate
-  Array mod_bias;      // [N, 3D]
-  Array fc1_weight;    // [N, D, D] (out, in)
-  Array fc1_bias;      // [N, D]
-  Array fc2_weight;    // [N, D, D]
-  Array fc2_bias;      // [N, D]
-  Array head_weight;   // [C, D]
-  Array head_bias;     // [C]
+  Array pixel_weight;        // [D, C]
+  Array pixel_table;         // [P, D]
+  BlockWeightArrays blocks;  // N blocks
+  Array head_weight;         // [C, D]
+  Array head_bias;           // [C]
 };
 
 namespace cpu {

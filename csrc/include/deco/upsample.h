@@ -10,7 +10,7 @@ struct UpsampleArrays {
   int64_t token_width = 0;  // Z, any
   int pixels_per_token = 0;  // P
   int width = 0;            // D: 16, 32 or 64
-  TokenRows rows;           // [T, Z]; its dtype is the activation dtype
+  Rows rows;                // [T, Z]; its dtype is the activation dtype
   Array weight;             // [P*D, Z], row k*D + d for channel d of pixel k
   Array bias;               // [P*D]
 };

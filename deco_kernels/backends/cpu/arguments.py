@@ -48,14 +48,14 @@ def image(tensor: torch.Tensor | None) -> tuple[int, ...]:
     return (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], *tensor.stride())
 
 
-def rows(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    """(address, dtype, stride of a token, stride of a pixel) of [..., P, D] as `readable_rows` returns it."""
+def pixel_rows(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    """(address, dtype, stride of a token, stride of a pixel) of [..., P, D] as `readable_pixel_rows` returns it."""
     if tensor is None:
         return (0, 0, 0, 0)
     return (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], collapsed_stride(tensor, 2), tensor.stride(-2))
 
 
-def readable_rows(tensor: torch.Tensor) -> torch.Tensor:
+def readable_pixel_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` [..., P, D] itself if its channels are adjacent and one stride leads from token to token, or a copy."""
     if tensor.is_contiguous():
         return tensor
@@ -64,14 +64,14 @@ def readable_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous()
 
 
-def token_rows(tensor: torch.Tensor) -> tuple[int, ...]:
-    """(address, dtype, stride of a token) of [..., Z] as `readable_token_rows` returns it."""
-    return (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], collapsed_stride(tensor, 1))
+def rows(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    """(address, dtype, stride of a row) of [..., D] as `readable_rows` returns it."""
+    return (0, 0, 0) if tensor is None else (*array(tensor), collapsed_stride(tensor, 1))
 
 
-def readable_token_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` [..., Z] itself if its channels are adjacent and one stride leads from token to token, or a copy."""
-    if tensor.stride(-1) == 1 and collapsed_stride(tensor, 1) is not None:
+def readable_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` [..., D] itself if its channels are adjacent and one stride leads from row to row, or a copy."""
+    if tensor.is_contiguous() or (tensor.stride(-1) == 1 and collapsed_stride(tensor, 1) is not None):
         return tensor
     return tensor.contiguous()
 
@@ -84,6 +84,8 @@ def upsample_sizes(tokens: torch.Tensor, pixels: int, width: int) -> tuple[int, 
 
 def collapsed_stride(tensor: torch.Tensor, trailing: int) -> int | None:
     """The one stride that walks over all dimensions but the last `trailing`, in order, or None if there is none."""
+    if tensor.numel() == 0:
+        return 0
     stride, expected = 0, None
     for dim in range(tensor.dim() - trailing - 1, -1, -1):
         size = tensor.shape[dim]

@@ -13,13 +13,13 @@ from deco_kernels.backends.cpu import arguments
 def forward(image: torch.Tensor, cond: torch.Tensor, *rest) -> torch.Tensor:
     """velocity [B, C, H, W] in cond's dtype; `rest` is the twelve weights, patch_size and eps."""
     *weights, patch_size, eps = rest
-    cond = arguments.readable_rows(cond)
+    cond = arguments.readable_pixel_rows(cond)
     weights = arguments.contiguous(weights)
     velocity = torch.empty(image.shape, dtype=cond.dtype)
     native.cpu().pixel_decoder_forward(
         _shape(image, weights, patch_size),
         arguments.image(image),
-        arguments.rows(cond),
+        arguments.pixel_rows(cond),
         arguments.arrays(weights),
         arguments.image(velocity),
         eps,
@@ -32,16 +32,16 @@ def backward(grad_velocity: torch.Tensor, image: torch.Tensor, cond: torch.Tenso
     """Gradients of (image, cond, the twelve weights) where `needs` asks; `rest` ends with patch_size, eps, needs."""
     *weights, patch_size, eps, needs = rest
     grads = arguments.empty_gradients((image, cond, *weights), needs)
-    cond = arguments.readable_rows(cond)
+    cond = arguments.readable_pixel_rows(cond)
     weights = arguments.contiguous(weights)
     native.cpu().pixel_decoder_backward(
         _shape(image, weights, patch_size),
         arguments.image(grad_velocity),
         arguments.image(image),
-        arguments.rows(cond),
+        arguments.pixel_rows(cond),
         arguments.arrays(weights),
         arguments.image(grads[0]),
-        arguments.rows(grads[1]),
+        arguments.pixel_rows(grads[1]),
         arguments.arrays(grads[2:]),
         eps,
         torch.get_num_threads(),

@@ -17,7 +17,7 @@ def forward(image: torch.Tensor, tokens: torch.Tensor, *rest) -> torch.Tensor:
     """velocity [B, C, H, W] in the dtype of tokens; `rest` is up_weight, up_bias, the twelve weights of the decoder,
     patch_size and eps."""
     *weights, patch_size, eps = rest
-    tokens = arguments.readable_token_rows(tokens)
+    tokens = arguments.readable_rows(tokens)
     up, decoder = arguments.contiguous(weights[:2]), arguments.contiguous(weights[2:])
     pixels, width = decoder[1].shape
     velocity = torch.empty(image.shape, dtype=tokens.dtype)
@@ -25,7 +25,7 @@ def forward(image: torch.Tensor, tokens: torch.Tensor, *rest) -> torch.Tensor:
         _shape(image, decoder, patch_size),
         arguments.image(image),
         arguments.upsample_sizes(tokens, pixels, width),
-        arguments.token_rows(tokens),
+        arguments.rows(tokens),
         arguments.arrays(up),
         arguments.arrays(decoder),
         arguments.image(velocity),

@@ -14,17 +14,17 @@ __all__ = ["forward", "backward"]
 def forward(h: torch.Tensor, tokens: torch.Tensor, *rest) -> tuple[torch.Tensor, torch.Tensor]:
     """(modulated, gate) like h; `rest` is up_weight, up_bias, the four weights of the modulation and eps."""
     *weights, eps = rest
-    h, tokens = arguments.readable_rows(h), arguments.readable_token_rows(tokens)
+    h, tokens = arguments.readable_pixel_rows(h), arguments.readable_rows(tokens)
     weights = arguments.contiguous(weights)
     modulated, gate = torch.empty(h.shape, dtype=h.dtype), torch.empty(h.shape, dtype=h.dtype)
     native.cpu().upsample_modulate_forward(
         arguments.upsample_sizes(tokens, *h.shape[-2:]),
-        arguments.token_rows(tokens),
+        arguments.rows(tokens),
         arguments.arrays(weights[:2]),
-        arguments.rows(h),
+        arguments.pixel_rows(h),
         arguments.arrays(weights[2:]),
-        arguments.rows(modulated),
-        arguments.rows(gate),
+        arguments.pixel_rows(modulated),
+        arguments.pixel_rows(gate),
         eps,
         torch.get_num_threads(),
     )

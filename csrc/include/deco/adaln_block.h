@@ -1,0 +1,49 @@
+// One block of the decoder on the CPU: modulation by the condition, MLP, gated residual (DeCo, arXiv 2511.19365,
+// section 3).
+#pragma once
+
+#include "deco/array.h"
+
+namespace deco {
+
+// The weights of N blocks, or their gradients; every array is contiguous and has its own dtype.
+struct BlockWeightArrays {
+  Array norm_weight;  // [N, D]
+  Array norm_bias;    // [N, D]
+  Array mod_weight;   // [N, 3D, D], rows shift, scale, gate
+  Array mod_bias;     // [N, 3D]
+  Array fc1_weight;   // [N, D, D] (out, in)
+  Array fc1_bias;     // [N, D]
+  Array fc2_weight;   // [N, D, D]
+  Array fc2_bias;     // [N, D]
+};
+
+namespace cpu {
+
+struct AdalnBlockForward {
+  int64_t rows = 0;
+  int width = 0;  // D: 16, 32 or 64
+  Rows h, cond;   // [rows, D], of one dtype, the activation dtype
+  BlockWeightArrays weights;  // N = 1
+  Rows out;  // written, [rows, D]
+  float eps = 0;
+  int threads = 1;
+};
+
+struct AdalnBlockBackward {
+  int64_t rows = 0;
+  int width = 0;
+  Rows grad_out, h, cond;
+  BlockWeightArrays weights;
+  // Written; a gradient whose data is null is not wanted.
+  Rows grad_h, grad_cond;
+  BlockWeightArrays grad_weights;
+  float eps = 0;
+  int threads = 1;
+};
+
+void adaln_block_forward(const AdalnBlockForward& call);
+void adaln_block_backward(const AdalnBlockBackward& call);
+
+}  // namespace cpu
+}  // namespace deco
