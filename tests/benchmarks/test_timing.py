@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from benchmarks.ceilings import best_of
 from benchmarks.names import OPS
 from benchmarks.sizes import PRESETS, STANDARD, Size, size_of
 from benchmarks.timing import COLD_FACTOR, buffer_count, interleaved, last_level_cache
@@ -43,3 +44,9 @@ def test_sizes(op):
     assert size_of(str(by_hand), op) == by_hand
     assert (by_hand.pixels, by_hand.tokens, by_hand.patch_pixels) == (3072, 48, 64)
     assert dataclasses.replace(by_hand, batch=1).tokens == 24
+
+
+def test_the_higher_ceiling_stands():
+    first = {"bytes_per_s": 3.0, "flops": {"float32": 1.0, "bfloat16": 5.0}}
+    second = {"bytes_per_s": 2.0, "flops": {"float32": 4.0, "bfloat16": 2.0}}
+    assert best_of(first, second) == {"bytes_per_s": 3.0, "flops": {"float32": 4.0, "bfloat16": 5.0}}
