@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "deco/flow_matching_loss.h"
 #include "deco/isa.h"
 #include "deco/pixel_decoder.h"
 #include "deco/pixel_decoder_from_tokens.h"
@@ -226,6 +227,58 @@ void upsample_modulate_forward(const py::tuple& upsample_sizes, const py::tuple&
   deco::cpu::upsample_modulate_forward(call);
 }
 
+// Inputs of the losses: (B, H, W), the two images, [3, 8, 8] and [B] in float32; the workspace comes from the caller.
+deco::cpu::FlowMatchingLossInputs read_loss_inputs(const py::tuple& shape, const py::tuple& pred,
+                                                   const py::tuple& target, intptr_t frequency_weight,
+                                                   intptr_t sample_weight, std::vector<double>& workspace,
+                                                   int threads) {
+  Integers in(shape);
+  deco::cpu::FlowMatchingLossInputs inputs;
+  inputs.batch = in.next();
+  inputs.height = in.next();
+  inputs.width = in.next();
+  inputs.pred = read_image(pred);
+  inputs.target = read_image(target);
+  inputs.frequency_weight = reinterpret_cast<const float*>(frequency_weight);
+  inputs.sample_weight = reinterpret_cast<const float*>(sample_weight);
+  inputs.threads = threads;
+  workspace.resize(static_cast<size_t>(deco::cpu::loss_workspace_size(inputs.batch, threads)));
+  inputs.workspace = workspace.data();
+  return inputs;
+}
+
+void flow_matching_loss_forward(const py::tuple& shape, const py::tuple& pred, const py::tuple& target,
+                                intptr_t frequency_weight, intptr_t sample_weight, double frequency_scale,
+                                intptr_t total, intptr_t pixel, intptr_t frequency, int threads) {
+  std::vector<double> workspace;
+  deco::cpu::FlowMatchingLossForward call;
+  call.inputs = read_loss_inputs(shape, pred, target, frequency_weight, sample_weight, workspace, threads);
+  call.frequency_scale = frequency_scale;
+  call.total = reinterpret_cast<float*>(total);
+  call.pixel = reinterpret_cast<float*>(pixel);
+  call.frequency = reinterpret_cast<float*>(frequency);
+  py::gil_scoped_release release;
+  deco::cpu::flow_matching_loss_forward(call);
+}
+
+void flow_matching_loss_backward(const py::tuple& shape, const py::tuple& pred, const py::tuple& target,
+                                 intptr_t frequency_weight, intptr_t sample_weight, double grad_pixel,
+                                 double grad_frequency, const py::tuple& grad_images, intptr_t grad_frequency_weight,
+                                 intptr_t grad_sample_weight, int threads) {
+  std::vector<double> workspace;
+  deco::cpu::FlowMatchingLossBackward call;
+  call.inputs = read_loss_inputs(shape, pred, target, frequency_weight, sample_weight, workspace, threads);
+  call.grad_pixel = grad_pixel;
+  call.grad_frequency = grad_frequency;
+  Integers in(grad_images);
+  call.grad_pred = read_array(in);
+  call.grad_target = read_array(in);
+  call.grad_frequency_weight = reinterpret_cast<float*>(grad_frequency_weight);
+  call.grad_sample_weight = reinterpret_cast<float*>(grad_sample_weight);
+  py::gil_scoped_release release;
+  deco::cpu::flow_matching_loss_backward(call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native_cpu, m) {
@@ -251,4 +304,12 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("upsample_modulate_forward", &upsample_modulate_forward,
         "(T, Z, P, D), token rows, up_weight and up_bias, h rows, norm and mod weights, modulated and gate rows "
         "(written), eps, threads");
+
+  m.def("flow_matching_loss_forward", &flow_matching_loss_forward,
+        "(B, H, W), pred, target, frequency weight, sample weight or 0, frequency_scale, addresses of total, pixel and "
+        "frequency (written; 0: not wanted), threads");
+  m.def("flow_matching_loss_backward", &flow_matching_loss_backward,
+        "(B, H, W), pred, target, frequency weight, sample weight or 0, the gradients of the pixel and the frequency "
+        "loss, arrays of the gradients of pred and target, those of the frequency and the sample weight (written; 0: not "
+        "wanted), threads");
 }

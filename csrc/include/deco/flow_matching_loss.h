@@ -1,0 +1,43 @@
+// The flow-matching loss in pixels and in the 8x8 DCT domain of YCbCr on the CPU (DeCo, arXiv 2511.19365, section 3).
+#pragma once
+
+#include "deco/array.h"
+
+namespace deco::cpu {
+
+// What both directions read. Images are [B, 3, H, W]; H and W are at least 5 or divisible by 8.
+struct FlowMatchingLossInputs {
+  int64_t batch = 0, height = 0, width = 0;
+  ImageArray pred, target;
+  const float* frequency_weight = nullptr;  // [3, 8, 8] for Y, Cb, Cr; row = vertical frequency
+  const float* sample_weight = nullptr;     // [B]; null: ones
+  double* workspace = nullptr;              // loss_workspace_size(batch, threads) zeros
+  int threads = 1;
+};
+
+struct FlowMatchingLossForward {
+  FlowMatchingLossInputs inputs;
+  double frequency_scale = 1;
+  // Written; null: not wanted.
+  float* total = nullptr;
+  float* pixel = nullptr;
+  float* frequency = nullptr;
+};
+
+struct FlowMatchingLossBackward {
+  FlowMatchingLossInputs inputs;
+  double grad_pixel = 0;      // of the pixel loss, by every way it enters the result
+  double grad_frequency = 0;  // of the frequency loss
+  // Written; null: not wanted.
+  Array grad_pred, grad_target;            // [B, 3, H, W] contiguous
+  float* grad_frequency_weight = nullptr;  // [3, 8, 8]
+  float* grad_sample_weight = nullptr;     // [B]
+};
+
+// Doubles of workspace: the sums of every sample and every frequency, once per thread.
+inline int64_t loss_workspace_size(int64_t batch, int threads) { return threads * (2 * batch + 3 * 8 * 8); }
+
+void flow_matching_loss_forward(const FlowMatchingLossForward& call);
+void flow_matching_loss_backward(const FlowMatchingLossBackward& call);
+
+}  // namespace deco::cpu

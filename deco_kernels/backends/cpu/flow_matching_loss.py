@@ -1,0 +1,123 @@
+"""flow_matching_loss and frequency_loss on the CPU: csrc/cpu/flow_matching_loss.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deco_kernels import native
+from deco_kernels.backends.cpu import arguments
+
+
+def forward(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+    frequency_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(total, pixel, frequency), float32 scalars."""
+    losses = tuple(torch.empty((), dtype=torch.float32) for _ in range(3))
+    _losses(pred, target, frequency_weight, sample_weight, frequency_scale, *losses)
+    return losses
+
+
+def frequency_loss_forward(
+    pred: torch.Tensor, target: torch.Tensor, frequency_weight: torch.Tensor, sample_weight: torch.Tensor | None
+) -> torch.Tensor:
+    """The frequency loss, a float32 scalar."""
+    frequency = torch.empty((), dtype=torch.float32)
+    _losses(pred, target, frequency_weight, sample_weight, 0.0, None, None, frequency)
+    return frequency
+
+
+def backward(
+    grad_total: torch.Tensor,
+    grad_pixel: torch.Tensor,
+    grad_frequency: torch.Tensor,
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+    frequency_scale: float,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of pred, target, frequency_weight and sample_weight where `needs` asks for them."""
+    total = grad_total.item()
+    return _gradients(
+        total + grad_pixel.item(),
+        frequency_scale * total + grad_frequency.item(),
+        (pred, target, frequency_weight, sample_weight),
+        needs,
+    )
+
+
+def frequency_loss_backward(
+    grad: torch.Tensor,
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """As `backward`, of the frequency loss."""
+    return _gradients(0.0, grad.item(), (pred, target, frequency_weight, sample_weight), needs)
+
+
+def _losses(pred, target, frequency_weight, sample_weight, frequency_scale, *losses) -> None:
+    """Writes total, pixel and frequency where they are wanted (not None)."""
+    weights = [_in_float32(frequency_weight), _in_float32(sample_weight)]
+    native.cpu().flow_matching_loss_forward(
+        _shape(pred),
+        arguments.image(pred),
+        arguments.image(target),
+        *map(_address, weights),
+        frequency_scale,
+        *map(_address, losses),
+        torch.get_num_threads(),
+    )
+
+
+def _gradients(grad_pixel: float, grad_frequency: float, tensors, needs) -> tuple[torch.Tensor | None, ...]:
+    """`grad_pixel` and `grad_frequency`: of the two losses, by every way they enter the result."""
+    pred, target, *weights = tensors
+    grad_images = [
+        torch.empty(tensor.shape, dtype=tensor.dtype) if need else None
+        for tensor, need in zip((pred, target), needs[:2], strict=True)
+    ]
+    grad_weights = [
+        torch.empty(weight.shape, dtype=torch.float32) if need else None
+        for weight, need in zip(weights, needs[2:], strict=True)
+    ]
+    weights_in_float32 = [_in_float32(weight) for weight in weights]
+    native.cpu().flow_matching_loss_backward(
+        _shape(pred),
+        arguments.image(pred),
+        arguments.image(target),
+        *map(_address, weights_in_float32),
+        grad_pixel,
+        grad_frequency,
+        arguments.arrays(grad_images),
+        *map(_address, grad_weights),
+        torch.get_num_threads(),
+    )
+    in_their_dtype = [
+        None if gradient is None else gradient.to(weight.dtype)
+        for gradient, weight in zip(grad_weights, weights, strict=True)
+    ]
+    return (*grad_images, *in_their_dtype)
+
+
+def _shape(pred: torch.Tensor) -> tuple[int, int, int]:
+    """(B, H, W)"""
+    batch, _, height, width = pred.shape
+    return batch, height, width
+
+
+def _in_float32(weight: torch.Tensor | None) -> torch.Tensor | None:
+    return None if weight is None else weight.to(torch.float32).contiguous()
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
