@@ -22,10 +22,18 @@ def check_tensors(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor]
         _refuse_tensor(op, names[0], first, names[0], first)
     dtypes = _DOUBLE if first.dtype is torch.float64 else _STORAGE
     device = first.device
+    for tensor in tensors:
+        if (
+            type(tensor) not in _PLAIN
+            or tensor.dtype not in dtypes
+            or tensor.device != device
+            or tensor.layout is not _STRIDED
+        ):
+            break
+    else:
+        return
     for name, tensor in zip(names, tensors, strict=True):
-        plain = type(tensor) in _PLAIN and tensor.layout is _STRIDED
-        if not (plain and tensor.dtype in dtypes and tensor.device == device):
-            _refuse_tensor(op, name, tensor, names[0], first)
+        _refuse_tensor(op, name, tensor, names[0], first)
 
 
 def _refuse_tensor(op: str, name: str, tensor: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
