@@ -18,13 +18,14 @@ def write_json(results: dict, path: Path) -> None:
 def write_picture(results: dict, photographs: torch.Tensor, samples: torch.Tensor, path: Path) -> None:
     """Photographs and samples in the upper row; losses, PSNR and energy spectra below; the figures in the title."""
     count = len(photographs)
-    figure = plt.figure(figsize=(13, 8.4), layout="constrained")
+    figure = plt.figure(figsize=(15, 8), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.1))
     images = upper.subplots(1, 2 * count, squeeze=False)[0]
     for index, name in enumerate(results["photographs"]):
         _show(images[2 * index], photographs[index], name)
         _show(images[2 * index + 1], samples[index], f"sample, {results['psnr_per_photograph'][index]:.1f} dB")
-    losses, quality, spectrum = lower.subplots(1, 3)
+    both, losses, quality, spectrum = lower.subplots(1, 4)
+    _plot_both_losses(both, results)
     _plot_losses(losses, results)
     _plot_psnr(quality, results)
     _plot_spectra(spectrum, results)
@@ -50,19 +51,22 @@ def _headline(results: dict) -> str:
     )
 
 
+def _plot_both_losses(axes, results: dict) -> None:
+    eager, fused = results["losses_eager"], results["losses_fused"]
+    steps = range(1, len(eager) + 1)
+    axes.plot(steps, eager, color="tab:orange", linewidth=3, label="eager")
+    axes.plot(steps, fused[: len(eager)], color="tab:blue", linewidth=1, label="fused")
+    axes.set(title=f"loss of both, first {len(eager)} steps", xlabel="step")
+    axes.legend(fontsize=8)
+
+
 def _plot_losses(axes, results: dict) -> None:
-    fused, eager = results["losses_fused"], results["losses_eager"]
-    axes.plot(range(1, len(fused) + 1), fused, color="tab:blue", linewidth=0.3, alpha=0.35)
-    smooth = _running_mean(fused, window=max(1, len(fused) // 50))
-    axes.plot(range(1, len(fused) + 1), smooth, color="tab:blue", label="fused, running mean")
-    axes.set(title="training loss", xlabel="step", yscale="log")
-    axes.legend(fontsize=8, loc="upper right")
-    both = axes.inset_axes((0.42, 0.42, 0.55, 0.38))
-    both.plot(range(1, len(eager) + 1), eager, color="tab:orange", linewidth=2.5, label="eager")
-    both.plot(range(1, len(eager) + 1), fused[: len(eager)], color="tab:blue", linewidth=0.9, label="fused")
-    both.set_title(f"first {len(eager)} steps", fontsize=8)
-    both.tick_params(labelsize=7)
-    both.legend(fontsize=7)
+    losses = results["losses_fused"]
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="tab:blue", linewidth=0.3, alpha=0.4)
+    axes.plot(steps, _running_mean(losses, window=max(1, len(losses) // 50)), color="tab:blue", label="running mean")
+    axes.set(title="training loss, fused", xlabel="step", yscale="log")
+    axes.legend(fontsize=8)
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:
@@ -77,12 +81,12 @@ def _plot_psnr(axes, results: dict) -> None:
     for index, name in enumerate(results["photographs"]):
         axes.plot(steps, [values[index] for _, values in results["psnr_curve"]], marker="o", markersize=3, label=name)
     axes.axhline(results["promises"]["psnr"]["bound"], color="gray", linestyle="--", linewidth=1, label="required")
-    axes.set(title="PSNR of samples from averaged weights", xlabel="step", ylabel="dB")
+    axes.set(title="PSNR of samples [dB]", xlabel="step")
     axes.legend(fontsize=8, loc="lower right")
 
 
 def _plot_spectra(axes, results: dict) -> None:
     for name, style in (("photographs", "k-"), ("samples", "C0--"), ("noise", "C7:")):
         axes.plot(range(15), results["energy_spectra"][name], style, label=name)
-    axes.set(title="energy of the 8x8 DCT, luminance", xlabel="diagonal u + v", yscale="log")
+    axes.set(title="energy in the 8x8 DCT (Y)", xlabel="diagonal u + v", yscale="log")
     axes.legend(fontsize=8)
