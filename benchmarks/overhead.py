@@ -1,18 +1,20 @@
 """Host time per call on one pixel, and what importing the package adds to importing PyTorch."""
 
+import functools
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
-from benchmarks.names import FORWARD, TRAINING
-from benchmarks.problem import problem_of
+from benchmarks.names import BEST_EAGER, FORWARD, PUBLISHED, TRAINING
+from benchmarks.problem import Operands, Problem, problem_of
 from benchmarks.sizes import Size
-from benchmarks.steps import Step, contenders_of, require_gradients
+from benchmarks.steps import require_gradients
 from benchmarks.verification import SEED
-from deco_kernels import BackendUnavailable
+from deco_kernels import BackendUnavailable, ops
 
 _OP = "pixel_decoder"
 _BATCHES = 15
@@ -28,40 +30,67 @@ print(package - start, time.perf_counter() - start)
 
 
 def measure_overhead(device: str, backends: tuple[str, ...], calls: int) -> list[dict]:
-    """Microseconds per call of pixel_decoder on a single pixel, median of batches of `calls` calls taken in turns."""
+    """Microseconds per call of pixel_decoder on a single pixel, median of batches of `calls` calls taken in turns.
+
+    The arguments are ready before the clock starts; with backward, a call includes clearing the previous gradients.
+    """
     problem, size = problem_of(_OP), Size(height=1, width=1, patch_size=1)
     rows = []
     for pass_ in (FORWARD, TRAINING):
+        training = pass_ == TRAINING
         operands = problem.make_operands(size, torch.float32, torch.Generator(device).manual_seed(SEED))
-        require_gradients(problem, operands, pass_ == TRAINING)
-        steps = {}
-        for contender in contenders_of(problem, size, backends, compiled=False):
-            step = Step(problem, contender, torch.float32, device, pass_ == TRAINING)
+        require_gradients(problem, operands, training)
+        loops = {}
+        for name, call in _calls(problem, size, operands, backends).items():
+            loop = functools.partial(_train if training else _forward, call, operands)
+            row = {"op": _OP, "pass": pass_, "contender": name}
             try:
-                for _ in range(3):
-                    step(operands)
+                loop(3)
             except BackendUnavailable as error:
-                row = {"op": _OP, "pass": pass_, "contender": contender.name}
                 rows.append(row | {"status": "unavailable", "reason": str(error)})
-                continue
-            steps[contender.name] = step
-        micros = {name: [] for name in steps}
+            else:
+                loops[name] = loop
+        micros = {name: [] for name in loops}
         for _ in range(_BATCHES):
-            for name, step in steps.items():
-                micros[name].append(_microseconds(step, operands, calls, device))
+            for name, loop in loops.items():
+                micros[name].append(_microseconds(loop, calls, device))
         for name, values in micros.items():
             median = statistics.median(values)
             rows.append({"op": _OP, "pass": pass_, "contender": name, "status": "ok", "us": median})
     return rows
 
 
-def _microseconds(step: Step, operands, calls: int, device: str) -> float:
+def _calls(problem: Problem, size: Size, operands: Operands, backends: tuple[str, ...]) -> dict[str, Callable]:
+    """Functions without arguments that return the velocity."""
+    tensors = operands.tensors()
+    arguments = {**problem.given(tensors, size), **problem.options(size)}
+    return {
+        PUBLISHED: lambda: problem.published(tensors, size)[0],
+        BEST_EAGER: lambda: problem.best_eager(tensors, size)[0],
+        **{backend: functools.partial(ops.pixel_decoder, **arguments, backend=backend) for backend in backends},
+    }
+
+
+def _forward(call: Callable, operands: Operands, count: int) -> None:
+    with torch.no_grad():
+        for _ in range(count):
+            call()
+
+
+def _train(call: Callable, operands: Operands, count: int) -> None:
+    leaves = [tensor for tensor in operands.tensors().values() if tensor.requires_grad]
+    for _ in range(count):
+        for leaf in leaves:
+            leaf.grad = None
+        call().backward(operands.incoming[0])
+
+
+def _microseconds(loop: Callable[[int], None], calls: int, device: str) -> float:
     """On a GPU until the last call has been launched: the queue is empty at the start and is not waited for."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(calls):
-        step(operands)
+    loop(calls)
     return 1e6 * (time.perf_counter() - start) / calls
 
 
