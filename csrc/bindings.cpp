@@ -190,9 +190,10 @@ deco::UpsampleArrays read_upsample(const py::tuple& sizes, const py::tuple& rows
   return upsample;
 }
 
-deco::ModulationArrays read_modulation(const py::tuple& description) {
+// The four arrays of a modulation; the rest stays null.
+deco::BlockWeightArrays read_modulation(const py::tuple& description) {
   Integers in(description);
-  deco::ModulationArrays w;
+  deco::BlockWeightArrays w;
   for (Array* array : {&w.norm_weight, &w.norm_bias, &w.mod_weight, &w.mod_bias}) *array = read_array(in);
   return w;
 }
@@ -225,6 +226,26 @@ void upsample_modulate_forward(const py::tuple& upsample_sizes, const py::tuple&
   call.threads = threads;
   py::gil_scoped_release release;
   deco::cpu::upsample_modulate_forward(call);
+}
+
+void upsample_modulate_backward(const py::tuple& upsample_sizes, const py::tuple& tokens,
+                                const py::tuple& upsample_weights, const py::tuple& grad_modulated,
+                                const py::tuple& grad_gate, const py::tuple& h, const py::tuple& weights,
+                                const py::tuple& grad_h, const py::tuple& grad_cond, const py::tuple& grad_weights,
+                                float eps, int threads) {
+  deco::cpu::UpsampleModulateBackward call;
+  call.upsample = read_upsample(upsample_sizes, tokens, upsample_weights);
+  call.grad_modulated = read_pixel_rows(grad_modulated);
+  call.grad_gate = read_pixel_rows(grad_gate);
+  call.h = read_pixel_rows(h);
+  call.weights = read_modulation(weights);
+  call.grad_h = read_pixel_rows(grad_h);
+  call.grad_cond = read_pixel_rows(grad_cond);
+  call.grad_weights = read_modulation(grad_weights);
+  call.eps = eps;
+  call.threads = threads;
+  py::gil_scoped_release release;
+  deco::cpu::upsample_modulate_backward(call);
 }
 
 // Inputs of the losses: (B, H, W), the two images, [3, 8, 8] and [B] in float32; the workspace comes from the caller.
@@ -304,6 +325,10 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("upsample_modulate_forward", &upsample_modulate_forward,
         "(T, Z, P, D), token rows, up_weight and up_bias, h rows, norm and mod weights, modulated and gate rows "
         "(written), eps, threads");
+  m.def("upsample_modulate_backward", &upsample_modulate_backward,
+        "(T, Z, P, D), token rows, up_weight and up_bias, grad_modulated, grad_gate and h rows, norm and mod weights, "
+        "then written where the address is not 0: grad_h and grad_cond rows, gradients of norm and mod weights; eps, "
+        "threads");
 
   m.def("flow_matching_loss_forward", &flow_matching_loss_forward,
         "(B, H, W), pred, target, frequency weight, sample weight or 0, frequency_scale, addresses of total, pixel and "

@@ -93,6 +93,34 @@ void hidden_backward(const TransposedBlockWeights<Operand>& w, const SavedBlockT
     }
 }
 
+// From dm of channels d and d + 1 on the strip at `pixel` to the gradients of shift, scale, normalized and their biases.
+template <class Operand, int D, int T>
+DECO_INLINE void modulate_backward_strip(const BlockWeights<Operand>& w, const SavedBlockTile<Operand, D, T>& saved,
+                                         int first, int pixel, const VecF (&grad_m)[2][2],
+                                         BlockBackwardTile<Operand, D, T>& tile, BlockGradients<D>& gradients) {
+  VecF scale[2][2];
+  unroll<2>([&](auto i) DECO_INLINE_LAMBDA {
+    const int d = first + i;
+    const VecF norm_weight = broadcast(w.norm_weight[d]), norm_bias = broadcast(w.norm_bias[d]);
+    VecF norm_weight_sum = broadcast(0.0f), norm_bias_sum = broadcast(0.0f);
+    unroll<2>([&](auto v) DECO_INLINE_LAMBDA {
+      const int p = pixel + v * kLanes;
+      const VecF normalized = load(&saved.normalized[d][p]);
+      const VecF grad_l = grad_m[i][v] * load(&saved.scale[d][p]);
+      scale[i][v] = grad_m[i][v] * fma(norm_weight, normalized, norm_bias);
+      norm_weight_sum = fma(grad_l, normalized, norm_weight_sum);
+      norm_bias_sum = norm_bias_sum + grad_l;
+      store(&tile.grad_normalized[d][p], grad_l * norm_weight);
+    });
+    accumulate(gradients.norm_weight[d], norm_weight_sum);
+    accumulate(gradients.norm_bias[d], norm_bias_sum);
+    accumulate(gradients.mod_bias[d], grad_m[i][0] + grad_m[i][1]);
+    accumulate(gradients.mod_bias[D + d], scale[i][0] + scale[i][1]);
+  });
+  tile.grad_modulation.put_strip(first, pixel, grad_m[0], grad_m[1]);
+  tile.grad_modulation.put_strip(D + first, pixel, scale[0], scale[1]);
+}
+
 template <class Operand, int D, int T>
 void modulate_backward(const BlockWeights<Operand>& w, const TransposedBlockWeights<Operand>& transposed,
                        const SavedBlockTile<Operand, D, T>& saved, int pixels, BlockBackwardTile<Operand, D, T>& tile,
@@ -103,29 +131,8 @@ void modulate_backward(const BlockWeights<Operand>& w, const TransposedBlockWeig
       clear_sums(sums);
       transposed_product<Operand, D, D, T>(sums, transposed.fc1, first, strip_of(tile.grad_z.by_channel, pixel));
       unroll<kGroup / 2>([&](auto pair) DECO_INLINE_LAMBDA {
-        VecF shift[2][2], scale[2][2];
-        unroll<2>([&](auto i) DECO_INLINE_LAMBDA {
-          const int d = first + 2 * pair + i;
-          const VecF norm_weight = broadcast(w.norm_weight[d]), norm_bias = broadcast(w.norm_bias[d]);
-          VecF norm_weight_sum = broadcast(0.0f), norm_bias_sum = broadcast(0.0f);
-          unroll<2>([&](auto v) DECO_INLINE_LAMBDA {
-            const int p = pixel + v * kLanes;
-            const VecF grad_m = sums[4 * pair + 2 * i + v], normalized = load(&saved.normalized[d][p]);
-            const VecF grad_l = grad_m * load(&saved.scale[d][p]);
-            shift[i][v] = grad_m;
-            scale[i][v] = grad_m * fma(norm_weight, normalized, norm_bias);
-            norm_weight_sum = fma(grad_l, normalized, norm_weight_sum);
-            norm_bias_sum = norm_bias_sum + grad_l;
-            store(&tile.grad_normalized[d][p], grad_l * norm_weight);
-          });
-          accumulate(gradients.norm_weight[d], norm_weight_sum);
-          accumulate(gradients.norm_bias[d], norm_bias_sum);
-          accumulate(gradients.mod_bias[d], shift[i][0] + shift[i][1]);
-          accumulate(gradients.mod_bias[D + d], scale[i][0] + scale[i][1]);
-        });
-        const int d = first + 2 * pair;
-        tile.grad_modulation.put_strip(d, pixel, shift[0], shift[1]);
-        tile.grad_modulation.put_strip(D + d, pixel, scale[0], scale[1]);
+        const VecF grad_m[2][2] = {{sums[4 * pair], sums[4 * pair + 1]}, {sums[4 * pair + 2], sums[4 * pair + 3]}};
+        modulate_backward_strip(w, saved, first + 2 * pair, pixel, grad_m, tile, gradients);
       });
     }
 }

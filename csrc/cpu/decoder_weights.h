@@ -133,6 +133,17 @@ const float* take_mod_bias(Arena& arena, const Array& from, int depth) {
   return to;
 }
 
+// What the modulation of one block needs; the rest stays null.
+template <class Operand, int D>
+BlockWeights<Operand> take_modulation_weights(Arena& arena, const BlockWeightArrays& from, DType activation) {
+  BlockWeights<Operand> weights{};
+  weights.mod = take_matrices<Operand>(arena, from.mod_weight, 3 * D * D, activation);
+  weights.mod_bias = take_mod_bias<D>(arena, from.mod_bias, 1);
+  weights.norm_weight = take_floats(arena, from.norm_weight, D, DType::kFloat32);
+  weights.norm_bias = take_floats(arena, from.norm_bias, D, DType::kFloat32);
+  return weights;
+}
+
 template <class Operand, int D>
 void take_block_weights(Arena& arena, const BlockWeightArrays& from, int depth, DType activation,
                         BlockWeights<Operand>* blocks) {

@@ -10,6 +10,7 @@
   X(pixel_decoder_backward, PixelDecoderBackward) \
   X(pixel_decoder_from_tokens_forward, PixelDecoderFromTokensForward) \
   X(upsample_modulate_forward, UpsampleModulateForward) \
+  X(upsample_modulate_backward, UpsampleModulateBackward) \
   X(flow_matching_loss_forward, FlowMatchingLossForward) \
   X(flow_matching_loss_backward, FlowMatchingLossBackward)
 

@@ -68,6 +68,16 @@ struct UpsampleTile {
   int pixels() const { return whole_strips(count); }
 };
 
+// addresses[i] = that of the tile's row i; the last row stands in for those beyond the tile's end.
+template <class Operand, class Pointer>
+void tile_addresses(const PixelRows& rows, const UpsampleTile<Operand>& tile, Pointer (&addresses)[kTokenTile]) {
+  for (int i = 0; i < kTokenTile; ++i) {
+    const int64_t token = tile.first_token + (i < tile.count ? i : tile.count - 1);
+    const int64_t offset = token * rows.token_stride + tile.pixel * rows.pixel_stride;
+    addresses[i] = static_cast<char*>(rows.data) + offset * size_of(rows.dtype);
+  }
+}
+
 template <class Operand, int D>
 class Upsample {
  public:
@@ -100,6 +110,33 @@ class Upsample {
       });
       parallel_for(parts_, [&](int part) { run_share(begin, count, part, body); });
     }
+  }
+
+  // SiLU(y) of a tile as a factor of the modulation and, where asked for, SiLU'(y).
+  void load_silu_cond(const UpsampleTile<Operand>& tile, Element (*silu_cond)[kTokenTile],
+                      float (*derivative)[kTokenTile] = nullptr) const {
+    for (int pixel = 0; pixel < tile.pixels(); pixel += kStrip)
+      for (int first = 0; first < D; first += kGroup) {
+        GroupSums sums;
+        set_sums(sums, tile.bias + first, tile.bias + first + kGroup / 2);
+        const Element* weights = tile.weights + first * elements_;
+        const auto* tokens = reinterpret_cast<const Element(*)[kStrip]>(tile.tokens + pixel / kStrip * strip_size());
+        for (int64_t element = 0; element < elements_; element += kLanes)
+          multiply_add<Operand, kLanes, 1, kGroup, kStrip>(sums, weights + element * kGroup,
+                                                           weights + element * kGroup + kGroup / 2, tokens + element);
+        unroll<kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+          constexpr int kOutput = i / 2 * 2, kVector = i % 2;
+          const int d = first + kOutput, p = pixel + kVector * kLanes;
+          const VecF y0 = sums[2 * kOutput + kVector], y1 = sums[2 * kOutput + 2 + kVector];
+          const VecF s0 = sigmoid<Operand::kAccuracy>(y0), s1 = sigmoid<Operand::kAccuracy>(y1);
+          const VecF a0 = y0 * s0, a1 = y1 * s1;
+          Operand::put(silu_cond, d, p, a0, a1);
+          if (derivative != nullptr) {
+            store(&derivative[d][p], silu_derivative(a0, s0));
+            store(&derivative[d + 1][p], silu_derivative(a1, s1));
+          }
+        });
+      }
   }
 
  private:
@@ -173,35 +210,6 @@ class Upsample {
     });
   }
 
- public:
-  // SiLU(y) of a tile as a factor of the modulation and, where asked for, SiLU'(y).
-  void load_silu_cond(const UpsampleTile<Operand>& tile, Element (*silu_cond)[kTokenTile],
-                      float (*derivative)[kTokenTile] = nullptr) const {
-    for (int pixel = 0; pixel < tile.pixels(); pixel += kStrip)
-      for (int first = 0; first < D; first += kGroup) {
-        GroupSums sums;
-        set_sums(sums, tile.bias + first, tile.bias + first + kGroup / 2);
-        const Element* weights = tile.weights + first * elements_;
-        const auto* tokens = reinterpret_cast<const Element(*)[kStrip]>(tile.tokens + pixel / kStrip * strip_size());
-        for (int64_t element = 0; element < elements_; element += kLanes)
-          multiply_add<Operand, kLanes, 1, kGroup, kStrip>(sums, weights + element * kGroup,
-                                                           weights + element * kGroup + kGroup / 2, tokens + element);
-        unroll<kGroup>([&](auto i) DECO_INLINE_LAMBDA {
-          constexpr int kOutput = i / 2 * 2, kVector = i % 2;
-          const int d = first + kOutput, p = pixel + kVector * kLanes;
-          const VecF y0 = sums[2 * kOutput + kVector], y1 = sums[2 * kOutput + 2 + kVector];
-          const VecF s0 = sigmoid<Operand::kAccuracy>(y0), s1 = sigmoid<Operand::kAccuracy>(y1);
-          const VecF a0 = y0 * s0, a1 = y1 * s1;
-          Operand::put(silu_cond, d, p, a0, a1);
-          if (derivative != nullptr) {
-            store(&derivative[d][p], silu_derivative(a0, s0));
-            store(&derivative[d + 1][p], silu_derivative(a1, s1));
-          }
-        });
-      }
-  }
-
- private:
   const UpsampleArrays& arrays_;
   int64_t elements_;  // per row
   int parts_;

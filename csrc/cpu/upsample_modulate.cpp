@@ -27,26 +27,6 @@ struct alignas(64) ModulationTile {
   Element modulated[D / Operand::kPack][T], gate[D / Operand::kPack][T];
 };
 
-template <class Operand, int D>
-BlockWeights<Operand> take_modulation_weights(Arena& arena, const ModulationArrays& from, DType activation) {
-  BlockWeights<Operand> weights{};
-  weights.mod = take_matrices<Operand>(arena, from.mod_weight, 3 * D * D, activation);
-  weights.mod_bias = take_mod_bias<D>(arena, from.mod_bias, 1);
-  weights.norm_weight = take_floats(arena, from.norm_weight, D, DType::kFloat32);
-  weights.norm_bias = take_floats(arena, from.norm_bias, D, DType::kFloat32);
-  return weights;
-}
-
-// Addresses of the rows of a tile; the last row stands in for those beyond the tile's end.
-template <class Operand>
-void tile_addresses(const PixelRows& rows, const UpsampleTile<Operand>& tile, char* (&addresses)[T]) {
-  for (int i = 0; i < T; ++i) {
-    const int64_t token = tile.first_token + (i < tile.count ? i : tile.count - 1);
-    const int64_t offset = token * rows.token_stride + tile.pixel * rows.pixel_stride;
-    addresses[i] = static_cast<char*>(rows.data) + offset * size_of(rows.dtype);
-  }
-}
-
 // gate = W_gate SiLU(y) + b_gate, for the strip at `pixel`.
 template <class Operand, int D>
 DECO_INLINE void gate_strip(const BlockWeights<Operand>& w, int pixel, ModulationTile<Operand, D>& tile) {
@@ -81,15 +61,16 @@ void forward(const UpsampleModulateForward& call) {
 
   upsample.for_each_tile([&](int part, const UpsampleTile<Operand>& place) {
     ModulationTile<Operand, D>& tile = scratch[part];
-    char* rows[T];
-    tile_addresses(call.h, place, rows);
-    load_rows<D, T>(call.h.dtype, rows, place.pixels(), tile.h);
+    const char* sources[T];
+    tile_addresses(call.h, place, sources);
+    load_rows<D, T>(call.h.dtype, sources, place.pixels(), tile.h);
     upsample.load_silu_cond(place, tile.silu_cond);
     layer_norm_statistics<D, T>(tile.h, call.eps, place.pixels(), tile.mean, tile.rstd);
     for (int pixel = 0; pixel < place.pixels(); pixel += kStrip) {
       modulate_strip<false, Operand, D, T>(weights, tile.silu_cond, tile.h, pixel, tile);
       gate_strip<Operand, D>(weights, pixel, tile);
     }
+    char* rows[T];
     tile_addresses(call.modulated, place, rows);
     store_rows<Operand, D, T>(call.modulated.dtype, tile.modulated, place.count, rows);
     tile_addresses(call.gate, place, rows);

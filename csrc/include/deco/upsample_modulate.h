@@ -1,30 +1,32 @@
 // Token-to-pixel upsample, modulation and LayerNorm of one decoder block on the CPU (DeCo, arXiv 2511.19365, section 3).
 #pragma once
 
+#include "deco/adaln_block.h"
 #include "deco/upsample.h"
 
-namespace deco {
-
-// The weights of the first half of a block, or their gradients; every array is contiguous and has its own dtype.
-struct ModulationArrays {
-  Array norm_weight;  // [D]
-  Array norm_bias;    // [D]
-  Array mod_weight;   // [3D, D], rows shift, scale, gate
-  Array mod_bias;     // [3D]
-};
-
-namespace cpu {
+namespace deco::cpu {
 
 struct UpsampleModulateForward {
   UpsampleArrays upsample;
-  PixelRows h;  // [T, P, D]
-  ModulationArrays weights;
+  PixelRows h;                // [T, P, D]
+  BlockWeightArrays weights;  // N = 1, norm and mod alone
   PixelRows modulated, gate;  // written
   float eps = 0;
   int threads = 1;
 };
 
-void upsample_modulate_forward(const UpsampleModulateForward& call);
+struct UpsampleModulateBackward {
+  UpsampleArrays upsample;
+  PixelRows grad_modulated, grad_gate, h;  // [T, P, D]
+  BlockWeightArrays weights;
+  // Written; a gradient whose data is null is not wanted. grad_cond is that of the upsampled tokens.
+  PixelRows grad_h, grad_cond;
+  BlockWeightArrays grad_weights;
+  float eps = 0;
+  int threads = 1;
+};
 
-}  // namespace cpu
-}  // namespace deco
+void upsample_modulate_forward(const UpsampleModulateForward& call);
+void upsample_modulate_backward(const UpsampleModulateBackward& call);
+
+}  // namespace deco::cpu

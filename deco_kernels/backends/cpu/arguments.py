@@ -41,6 +41,18 @@ def empty_gradients(tensors: Sequence[torch.Tensor], needs: Sequence[bool]) -> t
     )
 
 
+def add_gradients(totals: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]) -> None:
+    """Adds the gradients of a part of the work to the float32 `totals`; None where one is not wanted."""
+    for total, gradient in zip(totals, gradients, strict=True):
+        if total is not None:
+            total += gradient
+
+
+def cast_gradients(totals: Sequence[torch.Tensor | None], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Each of `totals` in the dtype of the tensor it belongs to."""
+    return [None if total is None else total.to(tensor.dtype) for total, tensor in zip(totals, tensors, strict=True)]
+
+
 def image(tensor: torch.Tensor | None) -> tuple[int, ...]:
     """(address, dtype, strides of B, C, H, W) of [B, C, H, W] with any strides."""
     if tensor is None:

@@ -17,7 +17,7 @@ def forward(image: torch.Tensor, cond: torch.Tensor, *rest) -> torch.Tensor:
     weights = arguments.contiguous(weights)
     velocity = torch.empty(image.shape, dtype=cond.dtype)
     native.cpu().pixel_decoder_forward(
-        _shape(image, weights, patch_size),
+        sizes(image, weights, patch_size),
         arguments.image(image),
         arguments.pixel_rows(cond),
         arguments.arrays(weights),
@@ -35,7 +35,7 @@ def backward(grad_velocity: torch.Tensor, image: torch.Tensor, cond: torch.Tenso
     cond = arguments.readable_pixel_rows(cond)
     weights = arguments.contiguous(weights)
     native.cpu().pixel_decoder_backward(
-        _shape(image, weights, patch_size),
+        sizes(image, weights, patch_size),
         arguments.image(grad_velocity),
         arguments.image(image),
         arguments.pixel_rows(cond),
@@ -49,7 +49,7 @@ def backward(grad_velocity: torch.Tensor, image: torch.Tensor, cond: torch.Tenso
     return grads
 
 
-def _shape(image: torch.Tensor, weights: Sequence[torch.Tensor], patch_size: int) -> tuple[int, ...]:
+def sizes(image: torch.Tensor, weights: Sequence[torch.Tensor], patch_size: int) -> tuple[int, ...]:
     """(B, C, H, W, patch_size, D, N)"""
     depth, width = weights[2].shape
     return (*image.shape, patch_size, width, depth)

@@ -1,4 +1,4 @@
-"""upsample_modulate on the CPU: csrc/cpu/upsample_modulate.cpp; the backward differentiates the reference formula."""
+"""upsample_modulate on the CPU: csrc/cpu/upsample_modulate.cpp and upsample_modulate_backward.cpp."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import torch
 
 from deco_kernels import native
 from deco_kernels.backends.cpu import arguments
-from deco_kernels.backends.reference.upsample_modulate import backward
-
-__all__ = ["forward", "backward"]
+from deco_kernels.backends.cpu.upsample import UpsampleGradients, chunk_tokens
 
 
 def forward(h: torch.Tensor, tokens: torch.Tensor, *rest) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,3 +27,44 @@ def forward(h: torch.Tensor, tokens: torch.Tensor, *rest) -> tuple[torch.Tensor,
         torch.get_num_threads(),
     )
     return modulated, gate
+
+
+def backward(grad_modulated: torch.Tensor, grad_gate: torch.Tensor, h: torch.Tensor, tokens: torch.Tensor, *rest):
+    """Gradients of (h, tokens, the six weights) where `needs` asks; `rest` is the weights, eps, needs."""
+    *weights, eps, needs = rest
+    up, modulation = arguments.contiguous(weights[:2]), arguments.contiguous(weights[2:])
+    pixels, width = h.shape[-2:]
+    grad_modulated, grad_gate, h_rows = (_token_rows(tensor) for tensor in (grad_modulated, grad_gate, h))
+    grad_h = torch.empty(h_rows.shape, dtype=h.dtype) if needs[0] else None
+    upsample = UpsampleGradients(tokens, *up, needs[1:4])
+    rows = arguments.readable_rows(upsample.rows)
+    totals = [torch.zeros(weight.shape) if need else None for weight, need in zip(modulation, needs[4:], strict=True)]
+    size = chunk_tokens(up[0])
+    for first in range(0, len(rows), size):
+        chunk = slice(first, first + size)
+        grad_cond = upsample.new_grad_cond(len(rows[chunk]), pixels)
+        grads = [None if total is None else torch.empty_like(total) for total in totals]
+        native.cpu().upsample_modulate_backward(
+            arguments.upsample_sizes(rows[chunk], pixels, width),
+            arguments.rows(rows[chunk]),
+            arguments.arrays(up),
+            *(arguments.pixel_rows(tensor[chunk]) for tensor in (grad_modulated, grad_gate, h_rows)),
+            arguments.arrays(modulation),
+            arguments.pixel_rows(None if grad_h is None else grad_h[chunk]),
+            arguments.pixel_rows(grad_cond),
+            arguments.arrays(grads),
+            eps,
+            torch.get_num_threads(),
+        )
+        arguments.add_gradients(totals, grads)
+        upsample.add(first, grad_cond)
+    return (
+        None if grad_h is None else grad_h.view(h.shape),
+        *upsample.results(),
+        *arguments.cast_gradients(totals, modulation),
+    )
+
+
+def _token_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., P, D] as [T, P, D] that the kernels can read."""
+    return arguments.readable_pixel_rows(tensor.reshape(-1, *tensor.shape[-2:]))

@@ -1,0 +1,73 @@
+"""What the backwards of the ops with a fused upsample share: cond is rebuilt, and its gradient used, in chunks of
+tokens, so that neither exists as a whole."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+_MIN_TOKENS = 1024
+_MIN_VALUES = 1 << 23
+
+
+def chunk_tokens(up_weight: torch.Tensor) -> int:
+    """How many tokens a chunk should have: 1,024, or more while its cond stays below 2^23 values."""
+    return max(_MIN_TOKENS, _MIN_VALUES // up_weight.shape[0])
+
+
+class UpsampleGradients:
+    """The gradients of tokens [T, Z], up_weight [P*D, Z] and up_bias [P*D], summed over chunks of tokens in order.
+
+    The products run in PyTorch: in bfloat16 for bfloat16 tokens, else in float32. Sums over chunks are float32.
+    """
+
+    def __init__(self, tokens: torch.Tensor, up_weight: torch.Tensor, up_bias: torch.Tensor, needs: Sequence[bool]):
+        """`needs` says which of the three are wanted."""
+        self.inputs = (tokens, up_weight, up_bias)
+        self.dtype = torch.bfloat16 if tokens.dtype is torch.bfloat16 else torch.float32
+        self.rows = tokens.reshape(-1, tokens.shape[-1])
+        self.grad_tokens = torch.empty(self.rows.shape, dtype=tokens.dtype) if needs[0] else None
+        self.grad_weight = torch.zeros(up_weight.shape) if needs[1] else None
+        self.grad_bias = torch.zeros(up_bias.shape) if needs[2] else None
+        self.wanted = any(needs)
+
+    @functools.cached_property
+    def weight(self) -> torch.Tensor:
+        """up_weight rounded to the dtype of tokens, in the dtype of the products."""
+        tokens, up_weight, _ = self.inputs
+        return up_weight.to(tokens.dtype).to(self.dtype)
+
+    def cond(self, first: int, last: int) -> torch.Tensor:
+        """[last - first, P*D] in the dtype of tokens."""
+        tokens, _, up_bias = self.inputs
+        products = torch.nn.functional.linear(self.rows[first:last].to(self.dtype), self.weight)
+        return products.add_(up_bias).to(tokens.dtype)
+
+    def new_grad_cond(self, tokens: int, pixels: int) -> torch.Tensor | None:
+        """Uninitialised [tokens, P, D] for a chunk's gradient of cond; None if nothing here depends on it."""
+        width = self.inputs[1].shape[0] // pixels
+        return torch.empty(tokens, pixels, width, dtype=self.dtype) if self.wanted else None
+
+    def add(self, first: int, grad_cond: torch.Tensor | None) -> None:
+        """Takes the gradient of cond of the tokens from `first` on."""
+        if grad_cond is None:
+            return
+        grad = grad_cond.flatten(1)
+        last = first + grad.shape[0]
+        if self.grad_tokens is not None:
+            self.grad_tokens[first:last] = grad @ self.weight
+        if self.grad_weight is not None:
+            self.grad_weight += grad.T @ self.rows[first:last].to(self.dtype)
+        if self.grad_bias is not None:
+            self.grad_bias += grad.sum(0, dtype=torch.float32)
+
+    def results(self) -> tuple[torch.Tensor | None, ...]:
+        """(grad_tokens, grad_up_weight, grad_up_bias), each like its tensor, or None."""
+        tokens, up_weight, up_bias = self.inputs
+        return (
+            None if self.grad_tokens is None else self.grad_tokens.view(tokens.shape),
+            None if self.grad_weight is None else self.grad_weight.to(up_weight.dtype),
+            None if self.grad_bias is None else self.grad_bias.to(up_bias.dtype),
+        )

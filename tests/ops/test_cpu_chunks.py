@@ -1,0 +1,47 @@
+"""The CPU backward of the ops with a fused upsample, cut into chunks of tokens."""
+
+import pytest
+import torch
+
+from deco_kernels import native, testing
+from tests.ops.cases import BF16, F16, F32, small_inputs
+
+pytestmark = pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason="needs the native CPU module")
+
+
+@pytest.fixture
+def chunk_size(monkeypatch):
+    upsample = pytest.importorskip("deco_kernels.backends.cpu.upsample")
+
+    def set_size(tokens):
+        monkeypatch.setattr(upsample, "_MIN_TOKENS", tokens)
+        monkeypatch.setattr(upsample, "_MIN_VALUES", 0)
+
+    return set_size
+
+
+# 3 images of 2 x 3 tokens: chunks of a row of patches, of an image, of two images and one image, of everything
+@pytest.mark.parametrize("tokens", [2, 5, 10, 100])
+@pytest.mark.parametrize("op", ["upsample_modulate", "pixel_decoder_from_tokens"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 1e-6), (BF16, 1e-2), (F16, 1e-3)])
+def test_chunks_give_the_same_gradients(op, dtype, tolerance, tokens, chunk_size):
+    inputs = small_inputs(op, dtype, image_size=(3, 8, 12))
+    whole = testing.run(inputs, "cpu")
+    chunk_size(tokens)
+    chunked = testing.run(inputs, "cpu")
+    for name, gradient in chunked.gradients.items():
+        assert testing.relative_error(gradient, whole.gradients[name]) <= tolerance, name
+
+
+@pytest.mark.parametrize("tokens", [2, 10])
+def test_views_are_cut_in_place(tokens, chunk_size):
+    inputs = small_inputs("pixel_decoder_from_tokens", image_size=(3, 8, 12))
+    chunk_size(tokens)
+    expected = testing.run(inputs, "cpu")
+    image, velocity_gradient = inputs.tensors["image"], inputs.grad_outputs[0]
+    inputs.tensors["image"] = image.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    inputs = inputs._replace(grad_outputs=(velocity_gradient.mT.contiguous().mT,))
+    actual = testing.run(inputs, "cpu")
+    assert torch.equal(actual.outputs[0], expected.outputs[0])
+    for name, gradient in actual.gradients.items():
+        assert torch.equal(gradient, expected.gradients[name]), name
