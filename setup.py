@@ -6,7 +6,8 @@ DECO_KERNELS_BUILD chooses what is built:
   cpu   the CPU module; a failure is an error
   cuda  the CUDA module and the CPU module; a failure is an error
   none  nothing: pure Python
-Neither PyTorch nor a GPU is needed here.
+Neither PyTorch nor a GPU is needed here. DECO_KERNELS_CUDA_ARCHS chooses what the CUDA module is built for, by default
+"80+PTX,90a,100"; +PTX adds code that newer GPUs compile when they first load it.
 """
 
 import os
@@ -26,9 +27,22 @@ def build_choice() -> str:
     choice = os.environ.get("DECO_KERNELS_BUILD", "auto").strip().lower() or "auto"
     if choice not in CHOICES:
         raise SystemExit(f"DECO_KERNELS_BUILD: expected one of {', '.join(CHOICES)}, got {choice!r}")
-    if choice == "cuda":
-        raise SystemExit("DECO_KERNELS_BUILD=cuda: this version has no CUDA sources; use auto, cpu or none")
     return choice
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+
+
+def cuda_options() -> list[str]:
+    """CMake options of the CUDA module."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("nvcc was not found; install the CUDA toolkit, put nvcc on PATH or set CUDA_HOME")
+    options = ["-DDECO_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    architectures = os.environ.get("DECO_KERNELS_CUDA_ARCHS", "").replace(",", ";").replace(" ", "")
+    return options + [f"-DDECO_CUDA_ARCHS={architectures}"] * bool(architectures)
 
 
 class NativeModule(Extension):
@@ -60,8 +74,9 @@ class CMakeBuild(build_ext):
             if not ext.optional:
                 raise SystemExit(message) from error
             sys.stderr.write(
-                f"{message}  Installing without it: the ops run through the reference backend. Install a C++17 "
-                "compiler, cmake, ninja and pybind11 and build again; DECO_KERNELS_BUILD=cpu makes this an error.\n"
+                f"{message}  Installing without it: the ops run through the other backends, at least the reference "
+                "backend. Install what is missing (a C++17 compiler, cmake, ninja, pybind11) and build again; "
+                f"DECO_KERNELS_BUILD={ext.target.removeprefix('_native_')} makes this an error.\n"
             )
 
     def run_cmake(self, target: str, output_dir: Path, build_dir: Path, log: Path) -> None:
@@ -83,6 +98,8 @@ class CMakeBuild(build_ext):
             f"-DPYTHON_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
+        if target == "_native_cuda":
+            configure += cuda_options()
         ninja = find_tool("ninja")
         if ninja is not None:
             configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
@@ -101,7 +118,10 @@ def native_modules() -> list[NativeModule]:
     choice = build_choice()
     if choice == "none":
         return []
-    return [NativeModule("deco_kernels._native_cpu", "_native_cpu", optional=choice == "auto")]
+    targets = ["_native_cpu"]
+    if choice == "cuda" or (choice == "auto" and find_nvcc() is not None):
+        targets.append("_native_cuda")
+    return [NativeModule(f"deco_kernels.{target}", target, optional=choice == "auto") for target in targets]
 
 
 setup(ext_modules=native_modules(), cmdclass={"build_ext": CMakeBuild})

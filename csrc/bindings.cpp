@@ -1,5 +1,5 @@
-// Python module _native_cpu: the only file that knows Python. Tensors come as addresses and plain integers, already
-// checked by the caller; the GIL is released while a kernel runs.
+// Python module _native_cpu. Tensors come as addresses and plain integers, already checked by the caller; the GIL is
+// released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,105 +8,21 @@
 #include "deco/pixel_decoder.h"
 #include "deco/pixel_decoder_from_tokens.h"
 #include "deco/upsample_modulate.h"
+#include "descriptions.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using deco::Array;
-using deco::DType;
-using deco::ImageArray;
-using deco::PixelRows;
-using deco::Rows;
-
-// Reads a tuple of integers from left to right.
-class Integers {
- public:
-  explicit Integers(const py::tuple& tuple) : tuple_(tuple.ptr()) {}
-
-  int64_t next() {
-    if (index_ >= PyTuple_GET_SIZE(tuple_)) throw py::value_error("too few integers in a description");
-    const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple_, index_++));
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
-  void* next_address() { return reinterpret_cast<void*>(next()); }
-  DType next_dtype() { return static_cast<DType>(next()); }
-
- private:
-  PyObject* tuple_;
-  Py_ssize_t index_ = 0;
-};
-
-Array read_array(Integers& in) {
-  Array array;
-  array.data = in.next_address();
-  array.dtype = in.next_dtype();
-  return array;
-}
-
-ImageArray read_image(const py::tuple& description) {
-  Integers in(description);
-  ImageArray image;
-  image.data = in.next_address();
-  image.dtype = in.next_dtype();
-  image.stride_b = in.next();
-  image.stride_c = in.next();
-  image.stride_y = in.next();
-  image.stride_x = in.next();
-  return image;
-}
-
-PixelRows read_pixel_rows(const py::tuple& description) {
-  Integers in(description);
-  PixelRows rows;
-  rows.data = in.next_address();
-  rows.dtype = in.next_dtype();
-  rows.token_stride = in.next();
-  rows.pixel_stride = in.next();
-  return rows;
-}
-
-Rows read_rows(const py::tuple& description) {
-  Integers in(description);
-  Rows rows;
-  rows.data = in.next_address();
-  rows.dtype = in.next_dtype();
-  rows.stride = in.next();
-  return rows;
-}
-
-deco::BlockWeightArrays read_block_weights(Integers& in) {
-  deco::BlockWeightArrays w;
-  for (Array* array : {&w.norm_weight, &w.norm_bias, &w.mod_weight, &w.mod_bias, &w.fc1_weight, &w.fc1_bias,
-                       &w.fc2_weight, &w.fc2_bias})
-    *array = read_array(in);
-  return w;
-}
-
-deco::DecoderShape read_decoder_shape(const py::tuple& description) {
-  Integers in(description);
-  deco::DecoderShape shape;
-  shape.batch = in.next();
-  shape.channels = static_cast<int>(in.next());
-  shape.height = in.next();
-  shape.width = in.next();
-  shape.patch_size = static_cast<int>(in.next());
-  shape.decoder_width = static_cast<int>(in.next());
-  shape.depth = static_cast<int>(in.next());
-  return shape;
-}
-
-deco::DecoderWeightArrays read_decoder_weights(const py::tuple& description) {
-  Integers in(description);
-  deco::DecoderWeightArrays w;
-  w.pixel_weight = read_array(in);
-  w.pixel_table = read_array(in);
-  w.blocks = read_block_weights(in);
-  w.head_weight = read_array(in);
-  w.head_bias = read_array(in);
-  return w;
-}
+using deco::python::Integers;
+using deco::python::read_array;
+using deco::python::read_block_weights;
+using deco::python::read_decoder_shape;
+using deco::python::read_decoder_weights;
+using deco::python::read_image;
+using deco::python::read_pixel_rows;
+using deco::python::read_rows;
 
 void adaln_block_forward(int64_t rows, int width, const py::tuple& h, const py::tuple& cond, const py::tuple& weights,
                          const py::tuple& out, float eps, int threads) {

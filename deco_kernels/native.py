@@ -6,6 +6,10 @@ import importlib
 import os
 from functools import lru_cache
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 ISA_VARIABLE = "DECO_KERNELS_CPU_ISA"
 
@@ -42,3 +46,46 @@ def cpu() -> ModuleType:
 def cpu_unavailable_reason() -> str | None:
     """Why `cpu()` would raise, or None if it would not."""
     return _load_cpu()[1]
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+_emulated_cuda: ModuleType | None = None
+
+
+@lru_cache(maxsize=1)
+def _load_cuda() -> tuple[ModuleType | None, str | None]:
+    """(module, None) or (None, why it cannot be used). Importing it needs neither a driver nor a GPU."""
+    try:
+        return importlib.import_module("deco_kernels._native_cuda"), None
+    except ImportError as error:
+        return None, (
+            f"the native CUDA module deco_kernels._native_cuda cannot be imported ({error}). Build it with nvcc on "
+            "PATH: `DECO_KERNELS_BUILD=cuda pip install .`, or `python setup.py build_ext --inplace` in a checkout"
+        )
+
+
+def cuda(device: torch.device) -> ModuleType:
+    """The module that runs CUDA kernels on `device`: the native one, or on the CPU the one given to `emulate_cuda`.
+
+    Raises ImportError with the reason and the remedy if there is none.
+    """
+    if device.type == "cpu":
+        if _emulated_cuda is None:
+            raise ImportError("CUDA kernels run on the CPU only through the emulator; call emulate_cuda first")
+        return _emulated_cuda
+    module, reason = _load_cuda()
+    if module is None:
+        raise ImportError(reason)
+    return module
+
+
+def cuda_unavailable_reason() -> str | None:
+    """Why `cuda()` would raise for a CUDA device, or None if it would not."""
+    return _load_cuda()[1]
+
+
+def emulate_cuda(module: ModuleType) -> None:
+    """Makes `module`, which has the functions of _native_cuda, serve CPU tensors; for tests."""
+    global _emulated_cuda
+    _emulated_cuda = module

@@ -1,0 +1,141 @@
+// Python module _native_cuda. Tensors come as addresses and plain integers, already checked by the caller. A context is
+// (device, stream, workspace address, workspace bytes). Functions enqueue kernels and return; a failure raises
+// RuntimeError with the op, its sizes and what CUDA says.
+#include "bindings_cuda.h"
+
+#include <string>
+
+#include "deco/cuda/pixel_decoder.h"
+#include "descriptions.h"
+
+namespace deco::python {
+
+namespace {
+
+// Makes a device current and restores the previous one.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device), status_(cuda::select_device(device, previous_)) {}
+  ~DeviceGuard() {
+    int ignored;
+    if (status_.ok() && previous_ != device_) cuda::select_device(previous_, ignored);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  cuda::Status status() const { return status_; }
+
+ private:
+  int device_, previous_ = 0;
+  cuda::Status status_;
+};
+
+std::string describe(const cuda::Status& status) {
+  return std::string(status.stage) + ": " + cuda::describe(status.code) + " (code " + std::to_string(status.code) + ")";
+}
+
+// Runs launch(call) on the context's device and raises what went wrong; sizes() describes the op's sizes.
+template <class Launch, class Sizes>
+void run(const py::tuple& context, const char* op, const Sizes& sizes, const Launch& launch) {
+  Integers in(context);
+  const int device = static_cast<int>(in.next());
+  cuda::Call call;
+  call.stream = in.next_address();
+  call.workspace = in.next_address();
+  call.workspace_bytes = in.next();
+  const DeviceGuard guard(device);
+  cuda::Status status = guard.status();
+  if (status.ok()) status = cuda::device_limits(device, call.limits);
+  if (status.ok()) status = launch(call);
+  if (status.ok()) return;
+  const std::string message = std::string(op) + " on " + sizes() + ": " + describe(status);
+  if (status.code == cuda::kTooManyPixels) throw py::value_error(message);
+  throw std::runtime_error(message);
+}
+
+std::string sizes_of(const DecoderShape& s) {
+  return "image [" + std::to_string(s.batch) + ", " + std::to_string(s.channels) + ", " + std::to_string(s.height) +
+         ", " + std::to_string(s.width) + "], patch_size " + std::to_string(s.patch_size) + ", D " +
+         std::to_string(s.decoder_width) + ", N " + std::to_string(s.depth);
+}
+
+// Why no kernel of this build runs on a device, or None.
+py::object problem(int device) {
+  const DeviceGuard guard(device);
+  const cuda::Status status = guard.status().ok() ? cuda::check_kernels() : guard.status();
+  return status.ok() ? py::object(py::none()) : py::object(py::str(describe(status)));
+}
+
+cuda::DeviceLimits limits_of(int device) {
+  cuda::DeviceLimits limits;
+  const cuda::Status status = cuda::device_limits(device, limits);
+  if (!status.ok()) throw std::runtime_error(describe(status));
+  return limits;
+}
+
+int64_t pixel_decoder_forward_workspace(const py::tuple& shape) {
+  return cuda::pixel_decoder_forward_workspace(read_decoder_shape(shape));
+}
+
+void pixel_decoder_forward(const py::tuple& context, const py::tuple& shape, const py::tuple& image,
+                           const py::tuple& cond, const py::tuple& weights, int64_t velocity, float eps) {
+  cuda::PixelDecoderForward op;
+  op.shape = read_decoder_shape(shape);
+  op.image = read_image(image);
+  op.cond = read_pixel_rows(cond);
+  op.weights = read_decoder_weights(weights);
+  op.velocity = reinterpret_cast<void*>(velocity);
+  op.eps = eps;
+  run(context, "pixel_decoder", [&] { return sizes_of(op.shape); },
+      [&](const cuda::Call& call) { return cuda::pixel_decoder_forward(call, op); });
+}
+
+int64_t pixel_decoder_backward_workspace(int device, const py::tuple& shape, int64_t chunk_pixels) {
+  return cuda::pixel_decoder_backward_workspace(limits_of(device), read_decoder_shape(shape), chunk_pixels);
+}
+
+void pixel_decoder_backward(const py::tuple& context, const py::tuple& shape, const py::tuple& grad_velocity,
+                            const py::tuple& image, const py::tuple& cond, const py::tuple& weights,
+                            const py::tuple& grad_image, int64_t grad_cond, const py::tuple& grad_weights, float eps,
+                            int64_t chunk_pixels) {
+  cuda::PixelDecoderBackward op;
+  op.shape = read_decoder_shape(shape);
+  op.grad_velocity = read_image(grad_velocity);
+  op.image = read_image(image);
+  op.cond = read_pixel_rows(cond);
+  op.weights = read_decoder_weights(weights);
+  op.grad_image = read_image(grad_image);
+  op.grad_cond = reinterpret_cast<void*>(grad_cond);
+  op.grad_weights = read_decoder_weights(grad_weights);
+  op.eps = eps;
+  op.chunk_pixels = chunk_pixels;
+  run(context, "pixel_decoder_backward", [&] { return sizes_of(op.shape); },
+      [&](const cuda::Call& call) { return cuda::pixel_decoder_backward(call, op); });
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+  m.def("problem", &problem, py::arg("device"), "Why no kernel of this build runs on the device, or None");
+  m.def("device_limits", [](int device) {
+    const cuda::DeviceLimits limits = limits_of(device);
+    return py::make_tuple(limits.multiprocessors, limits.shared_bytes);
+  }, py::arg("device"), "(multiprocessors, largest shared memory of a block in bytes)");
+  m.def("pixel_decoder_forward_workspace", &pixel_decoder_forward_workspace,
+        "Bytes of workspace that pixel_decoder_forward needs for (B, C, H, W, p, D, N)");
+  m.def("pixel_decoder_forward", &pixel_decoder_forward,
+        "context, (B, C, H, W, p, D, N), image, cond rows, twelve weights, velocity (address, written), eps");
+  m.def("pixel_decoder_backward_workspace", &pixel_decoder_backward_workspace,
+        "Bytes of workspace that pixel_decoder_backward needs for device, (B, C, H, W, p, D, N), chunk_pixels");
+  m.def("pixel_decoder_backward", &pixel_decoder_backward,
+        "context, (B, C, H, W, p, D, N), grad_velocity, image, cond rows, twelve weights, then written where the address "
+        "is not 0: grad_image, grad_cond (address), twelve gradients of weights; eps, chunk_pixels");
+}
+
+}  // namespace deco::python
+
+#ifndef DECO_EMULATION
+PYBIND11_MODULE(_native_cuda, m) {
+  m.doc() = "CUDA kernels of deco_kernels";
+  deco::python::bind_cuda(m);
+}
+#endif

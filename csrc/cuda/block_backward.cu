@@ -1,0 +1,383 @@
+// Backward of one decoder block (block.h): recompute it, then run it backwards. With δx the gradient of x:
+//
+//   δgate = δh'·u;  δu = δh'·gate;  δz = (W_2ᵀ·δu)·SiLU'(z);  δm = W_1ᵀ·δz;  δshift = δm;  δscale = δm·n
+//   δh = δh' + LayerNorm'(δm·scale);  δs = W_shiftᵀ·δshift + W_scaleᵀ·δscale + W_gateᵀ·δgate;  δcond = δs·SiLU'(cond)
+//   δW = Σ over pixels of δoutput ⊗ input, δb = Σ δoutput
+//
+// A chain warp owns 16 pixels at a time and keeps its activations in registers; the rounded operands of the weight
+// gradients go to shared memory. After a barrier each of M gradient warps adds up the gradient of one matrix over the
+// pixels of all chain warps, in registers, for all tiles the block walks over. Up to D 32 every warp is both; at D 64
+// registers do not hold both, and the roles have warps of their own.
+// Per pixel: 10·D bytes read and written at most (h, cond, δh', δs in and out, δh); 2·15·D² FLOPs. Sums over pixels are
+// taken in the order of the grid, see gradient_sums.h.
+#include <algorithm>
+
+#include "cuda/block.h"
+#include "cuda/block_backward.h"
+#include "cuda/decoder_geometry.h"
+#include "cuda/gradient_sums.h"
+
+namespace deco::cuda {
+
+namespace {
+
+constexpr int matrices_of(bool mlp) { return mlp ? kBlockMatrices : kModulationMatrices; }
+
+template <int D, bool Mlp>
+struct Plan {
+  static constexpr int kMatrices = matrices_of(Mlp);
+  static constexpr bool kSpecialised = D == 64;
+  static constexpr int kGradientWarps = kMatrices;
+  static constexpr int kMostChainWarps = kSpecialised ? 4 : kGradientWarps;
+  static constexpr int kThreads = 32 * (kSpecialised ? kMostChainWarps + kGradientWarps : kGradientWarps);
+  static constexpr int kBlocksPerMultiprocessor = kSpecialised ? 1 : D == 32 ? 2 : 3;
+
+  // Operand tiles in shared memory: s, the gradients of the M outputs, then m and SiLU(z).
+  static constexpr int kS = 0, kOutputs = 1, kM = 6, kA = 7, kTiles = Mlp ? 8 : 4;
+  static constexpr int kTileElements = kTilePixels * kRowStride<D>;  // of one warp
+
+  static DECO_HOST_DEVICE int input_of(int matrix) { return matrix == kFc1 ? kM : matrix == kFc2 ? kA : kS; }
+  static constexpr int shared_bytes(int chain_warps) {
+    return BlockSlots<BFloat16, D, kMatrices>::kBytes + kTiles * chain_warps * kTileElements * 2;
+  }
+};
+
+struct BackwardParams {
+  PackedWeights packed;
+  RowsView h, s, grad, gate_grad, h_grad, cond_grad;
+  PatchRows cond;
+  float* partials = nullptr;
+  uint32_t pixels = 0;
+  int block = 0, depth = 1, width = 0, chain_warps = 0, parts = 0;
+  bool first = true, last = true, accumulate = false, mlp = true;
+  float eps = 0;
+
+  template <class V>
+  void visit(V& buffers) const {
+    const int matrices = matrices_of(mlp);
+    packed.visit(buffers, false, depth, width, matrices, 0);
+    cond.visit(buffers, pixels, width);
+    for (const RowsView* rows : {&h, &s, &grad, &gate_grad}) rows->visit(buffers, false, pixels, width);
+    for (const RowsView* rows : {&h_grad, &cond_grad}) rows->visit(buffers, true, pixels, width);
+    buffers.write(partials, int64_t{4} * parts * depth * matrices * width * (width + 1));
+  }
+};
+
+// The 16 pixels of a chain warp, and where their operands go.
+template <class T, int D, bool Mlp>
+struct Chain {
+  using P = Plan<D, Mlp>;
+  const BackwardParams& p;
+  const BlockWeights<T, D> w;
+  T* tiles;         // the warp's part of tile 0
+  int tile_stride;  // elements from tile to tile
+  uint32_t pixel[2];
+  bool valid[2];
+
+  DECO_DEVICE void keep(int tile, const Operand<D>& operand) const {
+    store_operand_tile<T, D>(tiles + tile * tile_stride, operand);
+  }
+  // What was kept, read back where holding it would cost registers for long.
+  DECO_DEVICE Operand<D> kept(int tile) const {
+    warp_barrier();
+    return load_operand_tile<T, D>(tiles + tile * tile_stride);
+  }
+
+  // Rows of a gradient; zero for pixels that do not exist, so that they add nothing to any sum.
+  DECO_DEVICE RowWords<D> gradient_row(const RowsView& rows, int r) const {
+    RowWords<D> row = load_row<T, D>(rows, pixel[r]);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) row.word[j] = valid[r] ? row.word[j] : 0u;
+    return row;
+  }
+
+  DECO_DEVICE void run() const {
+    Operand<D> s[1];
+    if (p.s.data != nullptr)
+      s[0] = operand_of(load_row<T, D>(p.s, pixel[0]), load_row<T, D>(p.s, pixel[1]));
+    else
+      s[0] = silu_operand<T>(load_row<T, D>(p.cond, pixel[0]), load_row<T, D>(p.cond, pixel[1]));
+    keep(P::kS, s[0]);
+    Tile<D> normalized = tile_of<T>(load_row<T, D>(p.h, pixel[0]), load_row<T, D>(p.h, pixel[1]));
+    const RowPair rstd = normalize(normalized, p.eps);
+
+    uint32_t scale_words[D / 8][2];
+    Tile<D> h_grad, m_grad;
+    Operand<D> gate_grad;
+    if constexpr (Mlp) {
+      recompute(h_grad, m_grad, gate_grad, scale_words, s, normalized);
+    } else {
+      m_grad = tile_of<T>(gradient_row(p.grad, 0), gradient_row(p.grad, 1));
+      const Tile<D> tile = tile_of<T>(gradient_row(p.gate_grad, 0), gradient_row(p.gate_grad, 1));
+      gate_grad = rounded<T>(tile);
+      const Linear<T, D> to_scale = w.linear(kScale);
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        float scale[1][4];
+        to_scale.apply(scale, s, j);
+        pack_pair(scale_words[j], scale[0]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) h_grad.v[j][i] = 0.0f;
+      }
+    }
+    keep(P::kOutputs + kGate, gate_grad);
+
+    const Operand<D> shift_grad = rounded<T>(m_grad);
+    Operand<D> scale_grad;
+    Tile<D> normalized_grad;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      float v[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = m_grad.v[j][i] * normalized.v[j][i];
+      scale_grad.template set<T>(j, v);
+      multiply_by(normalized_grad.v[j], m_grad.v[j], scale_words[j]);
+    }
+    keep(P::kOutputs + kShift, shift_grad);
+    keep(P::kOutputs + kScale, scale_grad);
+    add_normalize_gradient(h_grad, normalized_grad, normalized, rstd);
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (valid[r]) store_row<T, D>(p.h_grad, pixel[r], row_of<T>(h_grad, r));
+
+    if (p.cond_grad.data == nullptr) return;
+    const Operand<D> gate_grad_again = kept(P::kOutputs + kGate);
+    Tile<D> s_grad;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s_grad.v[j][i] = 0.0f;
+      multiply_add<T, D>(s_grad.v[j], shift_grad, weight_columns<T, D>(w.matrix(kShift) + 8 * j));
+      multiply_add<T, D>(s_grad.v[j], scale_grad, weight_columns<T, D>(w.matrix(kScale) + 8 * j));
+      multiply_add<T, D>(s_grad.v[j], gate_grad_again, weight_columns<T, D>(w.matrix(kGate) + 8 * j));
+    }
+    finish_cond(s_grad);
+  }
+
+  // The block again, and back to m: h_grad = δh', m_grad = δm, gate_grad = δgate.
+  DECO_DEVICE void recompute(Tile<D>& h_grad, Tile<D>& m_grad, Operand<D>& gate_grad, uint32_t (&scale_words)[D / 8][2],
+                             const Operand<D> (&s)[1], const Tile<D>& normalized) const {
+    Operand<D> modulated[1], activated[1], u_grad, z_grad;
+    const Linear<T, D> to_shift = w.linear(kShift), to_scale = w.linear(kScale);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      float shift[1][4], scale[1][4], v[4];
+      to_shift.apply(shift, s, j);
+      to_scale.apply(scale, s, j);
+      pack_pair(scale_words[j], scale[0]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = fmaf(normalized.v[j][i], scale[0][i], shift[0][i]);
+      modulated[0].template set<T>(j, v);
+    }
+    keep(P::kM, modulated[0]);
+    uint32_t slope_words[D / 8][2];
+    const Linear<T, D> fc1 = w.linear(kFc1);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      float z[1][4], value[4], slope[4];
+      fc1.apply(z, modulated, j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const SiluGradient silu = silu_of_double_gradient(z[0][i]);
+        value[i] = silu.value;
+        slope[i] = silu.slope;
+      }
+      activated[0].template set<T>(j, value);
+      pack_pair(slope_words[j], slope);
+    }
+    keep(P::kA, activated[0]);
+    h_grad = tile_of<T>(gradient_row(p.grad, 0), gradient_row(p.grad, 1));
+    const Operand<D> s_again[1] = {kept(P::kS)};
+    const Linear<T, D> to_gate = w.linear(kGate), fc2 = w.linear(kFc2);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      float gate[1][4], u[1][4];
+      to_gate.apply(gate, s_again, j);
+      fc2.apply(u, activated, j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        u[0][i] *= h_grad.v[j][i];
+        gate[0][i] *= h_grad.v[j][i];
+      }
+      gate_grad.template set<T>(j, u[0]);
+      u_grad.template set<T>(j, gate[0]);
+    }
+    keep(P::kOutputs + kFc2, u_grad);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      float a_grad[4] = {0, 0, 0, 0}, v[4];
+      multiply_add<T, D>(a_grad, u_grad, weight_columns<T, D>(w.matrix(kFc2) + 8 * j));
+      multiply_by(v, a_grad, slope_words[j]);
+      z_grad.template set<T>(j, v);
+    }
+    keep(P::kOutputs + kFc1, z_grad);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) m_grad.v[j][i] = 0.0f;
+      multiply_add<T, D>(m_grad.v[j], z_grad, weight_columns<T, D>(w.matrix(kFc1) + 8 * j));
+    }
+  }
+
+  // Adds what later blocks found and, in the last step of the chain, turns δs into δcond.
+  DECO_DEVICE void finish_cond(Tile<D>& grad) const {
+    if (!p.first) {
+      const Tile<D> before = tile_of<T>(load_row<T, D>(p.cond_grad, pixel[0]), load_row<T, D>(p.cond_grad, pixel[1]));
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) grad.v[j][i] += before.v[j][i];
+    }
+    if (p.last) {
+      const Tile<D> cond = tile_of<T>(load_row<T, D>(p.cond, pixel[0]), load_row<T, D>(p.cond, pixel[1]));
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) grad.v[j][i] *= 0.5f * silu_of_double_gradient(0.5f * cond.v[j][i]).slope;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (valid[r]) store_row<T, D>(p.cond_grad, pixel[r], row_of<T>(grad, r));
+  }
+
+  static DECO_DEVICE void pack_pair(uint32_t (&words)[2], const float (&v)[4]) {
+    words[0] = pack<T>(v[0], v[1]);
+    words[1] = pack<T>(v[2], v[3]);
+  }
+  static DECO_DEVICE void multiply_by(float (&out)[4], const float (&v)[4], const uint32_t (&words)[2]) {
+    out[0] = v[0] * low<T>(words[0]);
+    out[1] = v[1] * high<T>(words[0]);
+    out[2] = v[2] * low<T>(words[1]);
+    out[3] = v[3] * high<T>(words[1]);
+  }
+};
+
+template <class T, int D, bool Mlp>
+DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor))
+backward_kernel(const BackwardParams p) {
+  using P = Plan<D, Mlp>;
+  const BlockSlots<T, D, P::kMatrices> slots{shared_memory()};
+  auto* tiles = reinterpret_cast<T*>(shared_memory() + slots.kBytes);
+  const int tile_stride = p.chain_warps * P::kTileElements;
+  const uint32_t block_pixels = p.chain_warps * kTilePixels, step = block_count() * block_pixels;
+  slots.fill(0, p.packed, p.block);
+  block_barrier();
+  const BlockWeights<T, D> weights = slots.block(0, bias_selector<T>());
+  const bool sums = p.partials != nullptr;
+
+  const auto run_chain = [&](uint32_t begin) {
+    const uint32_t first = begin + warp() * kTilePixels + (lane() >> 2), end = p.pixels - 1;
+    const Chain<T, D, Mlp> chain{p,
+                                 weights,
+                                 tiles + warp() * P::kTileElements,
+                                 tile_stride,
+                                 {min(first, end), min(first + 8, end)},
+                                 {first <= end, first + 8 <= end}};
+    chain.run();
+  };
+  const int matrix = P::kSpecialised ? warp() - p.chain_warps : warp();
+  const T* output = tiles + (P::kOutputs + matrix) * tile_stride;
+  const T* input = tiles + P::input_of(matrix) * tile_stride;
+  MatrixGradient<T, D> gradient;
+  const auto add_tiles = [&] {
+#pragma unroll 1
+    for (int w = 0; w < p.chain_warps; ++w) gradient.add(output + w * P::kTileElements, input + w * P::kTileElements);
+  };
+  const auto write_gradient = [&] {
+    constexpr int kNumbers = D * (D + 1);
+    const int64_t place = (int64_t{block()} * p.depth + p.block) * P::kMatrices + matrix;
+    gradient.write(p.partials + place * kNumbers, p.accumulate);
+  };
+
+  if constexpr (P::kSpecialised) {
+    if (warp() < p.chain_warps) {
+      for (uint32_t begin = block() * block_pixels; begin < p.pixels; begin += step) {
+        run_chain(begin);
+        block_barrier();
+        block_barrier();
+      }
+    } else {
+      gradient.clear();
+      for (uint32_t begin = block() * block_pixels; begin < p.pixels; begin += step) {
+        block_barrier();
+        if (sums) add_tiles();
+        block_barrier();
+      }
+      if (sums) write_gradient();
+    }
+  } else {
+    gradient.clear();
+    for (uint32_t begin = block() * block_pixels; begin < p.pixels; begin += step) {
+      run_chain(begin);
+      if (sums) {
+        block_barrier();
+        add_tiles();
+        block_barrier();
+      }
+    }
+    if (sums) write_gradient();
+  }
+}
+
+// Chain warps of a block on this device: at D 64 as many as shared memory holds.
+template <int D, bool Mlp>
+int chain_warps(const DeviceLimits& limits) {
+  using P = Plan<D, Mlp>;
+  int warps = P::kMostChainWarps;
+  while (warps > 1 && P::shared_bytes(warps) > limits.shared_bytes) --warps;
+  return P::kSpecialised ? warps : P::kMostChainWarps;
+}
+
+template <int D, bool Mlp>
+int parts_of(const DeviceLimits& limits, int64_t pixels) {
+  return grid_blocks(pixels, chain_warps<D, Mlp>(limits) * kTilePixels, limits, Plan<D, Mlp>::kBlocksPerMultiprocessor);
+}
+
+template <class T, int D, bool Mlp>
+Status run(const Call& call, BackwardParams p) {
+  using P = Plan<D, Mlp>;
+  p.chain_warps = chain_warps<D, Mlp>(call.limits);
+  p.parts = parts_of<D, Mlp>(call.limits, p.pixels);
+  const int warps = P::kSpecialised ? p.chain_warps + P::kGradientWarps : P::kGradientWarps;
+  return launch("block_backward", backward_kernel<T, D, Mlp>, {p.parts, 32 * warps, P::shared_bytes(p.chain_warps)},
+                call.stream, p);
+}
+
+}  // namespace
+
+int block_backward_parts(const DeviceLimits& limits, int width, bool mlp, int64_t pixels) {
+  int parts = 0;
+  with_kernel(DType::kBFloat16, width, [&](auto, auto w) {
+    parts = mlp ? parts_of<w.value, true>(limits, pixels) : parts_of<w.value, false>(limits, pixels);
+    return Status{};
+  });
+  return parts;
+}
+
+Status block_backward(const Call& call, const BlockBackward& op) {
+  BackwardParams p;
+  p.packed = op.packed;
+  p.h = op.h;
+  p.cond = op.cond;
+  p.s = op.s;
+  p.grad = op.grad;
+  p.gate_grad = op.gate_grad;
+  p.h_grad = op.h_grad;
+  p.cond_grad = op.cond_grad;
+  p.partials = op.partials;
+  p.pixels = static_cast<uint32_t>(op.pixels);
+  p.block = op.block;
+  p.depth = op.depth;
+  p.width = op.width;
+  p.first = op.first;
+  p.last = op.last;
+  p.accumulate = op.accumulate;
+  p.mlp = op.mlp;
+  p.eps = op.eps;
+  return with_kernel(op.operand, op.width, [&](auto type, auto width) {
+    using T = decltype(type);
+    return op.mlp ? run<T, width.value, true>(call, p) : run<T, width.value, false>(call, p);
+  });
+}
+
+}  // namespace deco::cuda

@@ -1,0 +1,38 @@
+// The backward of one decoder block as a step of a chain: adaln_block alone, or the blocks of a decoder from the last to
+// the first. Without the MLP: the modulation of upsample_modulate.
+#pragma once
+
+#include "cuda/packed_weights.h"
+
+namespace deco::cuda {
+
+struct BlockBackward {
+  int width = 0;
+  bool mlp = true;
+  DType operand = DType::kBFloat16;
+  int64_t pixels = 0;
+  float eps = 0;
+  PackedWeights packed;
+  int block = 0;  // of the packed weights
+
+  RowsView h;          // the block's input
+  PatchRows cond;      // and its condition
+  RowsView s;          // SiLU(cond) rounded, if somebody has it; else null
+  RowsView grad;       // gradient of h' with the MLP, else of the modulated rows
+  RowsView gate_grad;  // without the MLP: gradient of the gate
+  RowsView h_grad;     // written; may be the memory of grad
+  // The gradient of s, summed over the blocks of a chain and turned into that of cond by the last one; null if not
+  // wanted.
+  RowsView cond_grad;
+  bool first = true, last = true;
+
+  float* partials = nullptr;  // [block_backward_parts][depth][M][D][D + 1], or null if no weight gradient is wanted
+  int depth = 1;              // blocks that share the partials
+  bool accumulate = false;    // add to the partials rather than overwrite them
+};
+
+// How many partial sums there are at most for so many pixels.
+int block_backward_parts(const DeviceLimits& limits, int width, bool mlp, int64_t pixels);
+Status block_backward(const Call& call, const BlockBackward& op);
+
+}  // namespace deco::cuda

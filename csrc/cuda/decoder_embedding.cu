@@ -1,0 +1,191 @@
+// Backward of the decoder's embedding. A warp walks over tiles of 16 pixels, always at the same places of the patch, so
+// that it adds up the gradients of its rows of the pixel table in registers. Per pixel: reads 2·D bytes and C image
+// values, writes C values; 6·C·D FLOPs.
+#include "cuda/block.h"
+#include "cuda/decoder_backward_kernels.h"
+#include "cuda/gradient_sums.h"
+
+namespace deco::cuda {
+
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kBlocksPerMultiprocessor = 2;
+
+struct EmbeddingParams {
+  DecoderEmbedding op;
+  PatchGrid grid;
+  uint32_t first_pixel = 0, pixels = 0;
+  int parts = 0;
+  int table_rows = 0;  // of a warp: min(P, 16)
+
+  template <class V>
+  void visit(V& buffers) const {
+    const DecoderShape& shape = op.shape;
+    const int width = shape.decoder_width;
+    op.packed.visit(buffers, false, shape.depth, width, kBlockMatrices, shape.pixels_per_token());
+    op.image.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
+    op.grad_image.visit(buffers, true, shape.batch, shape.channels, shape.height, shape.width);
+    op.h_grad.visit(buffers, false, pixels, width);
+    buffers.write(op.partials, int64_t{4} * parts * (width + 1) * kChannelSlots);
+    buffers.write(op.table_partials, int64_t{4} * parts * kWarps * table_rows * width);
+  }
+};
+
+// Writes v to the channels 2t, 2t + 1 of the lane's pixel; only lanes t < 2 hold channels.
+DECO_DEVICE void store_image(const Image& image, int channels, const PixelPlace& place, float v0, float v1) {
+  const int channel = 2 * (lane() & 3);
+  char* address = image.at(place) + channel * image.stride_c;
+  if (channel < channels) store_float(Array{address, image.dtype}, 0, v0);
+  if (channel + 1 < channels) store_float(Array{address + image.stride_c, image.dtype}, 0, v1);
+}
+
+// Writes the sums of a warp's rows; of rows with the same place in the patch, one for all.
+template <int D>
+DECO_DEVICE void write_table(const Tile<D>& sum, float* rows, int table_rows, bool accumulate) {
+  const int g = lane() >> 2, t = lane() & 3;
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float upper = sum.v[j][e], lower = sum.v[j][2 + e];
+      if (table_rows < kTilePixels) upper += lower;
+      for (int row = table_rows; row < 8; row *= 2) upper += shuffle_xor(upper, 4 * row);
+      const auto put = [&](int row, float value) {
+        float* place = rows + row * D + (D / 4) * t + 2 * j + e;
+        store(place, accumulate ? load(place) + value : value);
+      };
+      if (g < table_rows) put(g, upper);
+      if (table_rows == kTilePixels) put(g + 8, lower);
+    }
+}
+
+template <class T, int D>
+DECO_KERNEL(kThreads, kBlocksPerMultiprocessor) embedding_kernel(const EmbeddingParams p) {
+  const DecoderEmbedding& op = p.op;
+  const DecoderEnds<T, D> ends{shared_memory()};
+  ends.fill(op.packed);
+  block_barrier();
+  const int channels = op.shape.channels;
+  ChannelGradient<T, D> pixel_gradient;
+  pixel_gradient.clear();
+  Tile<D> table_sum;
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) table_sum.v[j][i] = 0.0f;
+
+  const uint32_t own = block() * kWarps + warp(), end = p.pixels - 1;
+  for (uint32_t begin = own * kTilePixels; begin < p.pixels; begin += block_count() * kWarps * kTilePixels) {
+    const uint32_t first = begin + (lane() >> 2);
+    RowWords<D> rows[2];
+    PixelPlace place[2];
+    const char* pixel_address[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t pixel = min(first + 8 * r, end);
+      rows[r] = load_row<T, D>(op.h_grad, pixel);
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) rows[r].word[j] = first + 8 * r <= end ? rows[r].word[j] : 0u;
+      place[r] = locate(p.grid, p.first_pixel + pixel);
+      pixel_address[r] = op.image.at(place[r]);
+    }
+    const Operand<D> h_grad = operand_of(rows[0], rows[1]);
+    if (op.partials != nullptr) {
+      uint32_t x[2];
+      load_channels<T>(x, op.image, channels, pixel_address);
+      pixel_gradient.add(h_grad, x);
+      const Tile<D> tile = tile_of<T>(rows[0], rows[1]);
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) table_sum.v[j][i] += tile.v[j][i];
+    }
+    if (op.grad_image.data != nullptr) {
+      float grad[4] = {0, 0, 0, 0};
+      multiply_add<T, D>(grad, h_grad, weight_columns<T, D>(ends.pixel(), kChannelSlots));
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (first + 8 * r <= end) store_image(op.grad_image, channels, place[r], grad[2 * r], grad[2 * r + 1]);
+    }
+  }
+  if (op.partials == nullptr) return;
+  write_table<D>(table_sum, op.table_partials + int64_t{own} * p.table_rows * D, p.table_rows, op.accumulate);
+  pixel_gradient.write(op.partials + int64_t{block()} * pixel_gradient.kNumbers,
+                       reinterpret_cast<float*>(shared_memory()), op.accumulate);
+}
+
+template <class T, int D>
+Status run(const Call& call, const EmbeddingParams& p) {
+  const int shared = std::max(DecoderEnds<T, D>::kBytes, kWarps * ChannelGradient<T, D>::kNumbers * 4);
+  return launch("pixel_decoder_embedding", embedding_kernel<T, D>, {p.parts, kThreads, shared}, call.stream, p);
+}
+
+// ---- the pixel table ------------------------------------------------------------------------------------------------
+
+struct TableParams {
+  Array table_grad;
+  const float* partials = nullptr;
+  int width = 0, pixels_per_token = 0, warps = 0;
+
+  template <class V>
+  void visit(V& buffers) const {
+    buffers.write(table_grad.data, int64_t{width} * pixels_per_token * size_of(table_grad.dtype));
+    buffers.read(partials, int64_t{4} * warps * std::min(pixels_per_token, kTilePixels) * width);
+  }
+};
+
+// A block adds up one row of the table over the warps that met it: slices of `width` threads, then the slices in order.
+DECO_KERNEL(kThreads, 1) table_kernel(const TableParams p) {
+  auto* shared = reinterpret_cast<float*>(shared_memory());
+  const int k = block(), rows = min(p.pixels_per_token, kTilePixels), classes = p.pixels_per_token / rows;
+  const int channel = thread() % p.width, slice = thread() / p.width, slices = block_threads() / p.width;
+  float sum = 0.0f;
+  for (int w = k / rows + classes * slice; w < p.warps; w += classes * slices)
+    sum += load(p.partials + (int64_t{w} * rows + k % rows) * p.width + channel);
+  store(shared + thread(), sum);
+  block_barrier();
+  if (slice > 0) return;
+  float total = 0.0f;
+  for (int s = 0; s < slices; ++s) total += load(shared + s * p.width + channel);
+  store_float(p.table_grad, int64_t{k} * p.width + channel, total);
+}
+
+}  // namespace
+
+int decoder_embedding_parts(const DeviceLimits& limits, int64_t pixels) {
+  // Even, so that the warps of a grid are a multiple of the 16 tiles of a patch of 256 pixels.
+  const int parts = grid_blocks(pixels, kWarps * kTilePixels, limits, kBlocksPerMultiprocessor);
+  return (parts + 1) / 2 * 2;
+}
+
+int64_t decoder_embedding_table_numbers(const DeviceLimits& limits, const DecoderShape& shape, int64_t pixels) {
+  return int64_t{decoder_embedding_parts(limits, pixels)} * kWarps * std::min(shape.pixels_per_token(), kTilePixels) *
+         shape.decoder_width;
+}
+
+Status decoder_embedding(const Call& call, DType operand, const DecoderEmbedding& op) {
+  EmbeddingParams p;
+  p.op = op;
+  p.grid = patch_grid(op.shape);
+  p.first_pixel = static_cast<uint32_t>(op.first_pixel);
+  p.pixels = static_cast<uint32_t>(op.pixels);
+  p.parts = decoder_embedding_parts(call.limits, op.pixels);
+  p.table_rows = std::min(op.shape.pixels_per_token(), kTilePixels);
+  return with_kernel(operand, op.shape.decoder_width,
+                     [&](auto type, auto width) { return run<decltype(type), width.value>(call, p); });
+}
+
+Status sum_table_partials(const Call& call, const Array& table_grad, const float* table_partials,
+                          const DecoderShape& shape, int64_t pixels) {
+  TableParams p;
+  p.table_grad = table_grad;
+  p.partials = table_partials;
+  p.width = shape.decoder_width;
+  p.pixels_per_token = shape.pixels_per_token();
+  p.warps = decoder_embedding_parts(call.limits, pixels) * kWarps;
+  return launch("pixel_table_gradient", table_kernel, {shape.pixels_per_token(), kThreads, kThreads * 4}, call.stream,
+                p);
+}
+
+}  // namespace deco::cuda

@@ -1,0 +1,52 @@
+// What the launchers of the decoder's kernels derive from a call.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/packed_weights.h"
+#include "deco/cuda/pixel_decoder.h"
+
+namespace deco::cuda {
+
+inline int log2_of(int power_of_two) {
+  int log2 = 0;
+  while ((1 << log2) < power_of_two) ++log2;
+  return log2;
+}
+
+inline PatchGrid patch_grid(const DecoderShape& shape) {
+  PatchGrid grid;
+  grid.log2_patch = log2_of(shape.patch_size);
+  const int64_t columns = shape.width / shape.patch_size;
+  grid.columns = Divider(static_cast<uint32_t>(std::max<int64_t>(1, columns)));
+  grid.tokens_per_image =
+      Divider(static_cast<uint32_t>(std::max<int64_t>(1, columns * (shape.height / shape.patch_size))));
+  return grid;
+}
+
+inline PatchRows rows_of(const PixelRows& rows, const DecoderShape& shape) {
+  return {rows.data, rows.token_stride, rows.pixel_stride, 2 * log2_of(shape.patch_size)};
+}
+
+// How many blocks a persistent grid of tiles needs: all tiles, or what the device holds at once.
+inline int grid_blocks(int64_t pixels, int pixels_per_block, const DeviceLimits& limits, int blocks_per_multiprocessor) {
+  const int64_t tiles = (pixels + pixels_per_block - 1) / pixels_per_block;
+  return static_cast<int>(std::min<int64_t>(tiles, int64_t{limits.multiprocessors} * blocks_per_multiprocessor));
+}
+
+constexpr int64_t kPixelLimit = int64_t{1} << 31;
+
+// Calls run(T{}, std::integral_constant<int, D>{}) for the operand type and the width.
+template <class Run>
+Status with_kernel(DType operand, int width, Run&& run) {
+  const auto with_type = [&](auto type) {
+    switch (width) {
+      case 16: return run(type, std::integral_constant<int, 16>{});
+      case 32: return run(type, std::integral_constant<int, 32>{});
+      default: return run(type, std::integral_constant<int, 64>{});
+    }
+  };
+  return operand == DType::kBFloat16 ? with_type(BFloat16{}) : with_type(Float16{});
+}
+
+}  // namespace deco::cuda

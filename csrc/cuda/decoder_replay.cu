@@ -1,0 +1,173 @@
+// The decoder forward again for its backward (pixel_decoder.cu), keeping what the blocks' backward needs, then the head
+// backward. Per pixel: reads 2·D bytes of cond and 2·C image values, writes 2·D·(N + 2) bytes.
+#include "cuda/block.h"
+#include "cuda/decoder_backward_kernels.h"
+#include "cuda/gradient_sums.h"
+
+namespace deco::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+template <int D>
+constexpr int kTiles = D <= 32 ? 2 : 1;  // of a warp
+template <int D>
+constexpr int kBlockPixels = kThreads / 32 * kTilePixels * kTiles<D>;
+
+struct ReplayParams {
+  DecoderReplay op;
+  PatchGrid grid;
+  uint32_t first_pixel = 0, pixels = 0;
+  int parts = 0;
+  bool resident = false;
+
+  template <class V>
+  void visit(V& buffers) const {
+    const DecoderShape& shape = op.shape;
+    const int width = shape.decoder_width;
+    op.packed.visit(buffers, false, shape.depth, width, kBlockMatrices, shape.pixels_per_token());
+    op.image.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
+    op.grad_velocity.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
+    op.cond.visit(buffers, pixels, width);
+    buffers.write(op.saved, int64_t{2} * shape.depth * pixels * width);
+    op.s.visit(buffers, true, pixels, width);
+    op.h_grad.visit(buffers, true, pixels, width);
+    buffers.write(op.partials, int64_t{4} * parts * (width + 1) * kChannelSlots);
+  }
+};
+
+template <class T, int D>
+int shared_bytes(int slots) {
+  const int sums = kThreads / 32 * ChannelGradient<T, D>::kNumbers * 4;
+  return std::max(DecoderEnds<T, D>::kBytes + slots * BlockSlots<T, D>::kBytes, sums);
+}
+
+// The gradient of LayerNorm's input at the head; x is the gradient of the velocity as a left operand.
+template <class T, int D>
+DECO_DEVICE Tile<D> head_backward(const uint32_t (&x)[2], const Tile<D>& normalized, RowPair rstd, const T* head) {
+  Tile<D> grad, result;
+#pragma unroll
+  for (int i = 0; i < D; i += 32) {
+    uint32_t w[4];  // of four column tiles; of two, twice, where there are no more
+    load_matrices_transposed(w, head + (lane() & 7) * kRowStride<D> + ((i + (lane() & ~7)) & (D - 1)));
+#pragma unroll
+    for (int j = 0; j < 4 && 8 * j < D; ++j) {
+      const float zero[4] = {0, 0, 0, 0};
+      multiply<T>(grad.v[i / 8 + j], x, w[j], zero);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) result.v[j][i] = 0.0f;
+  add_normalize_gradient(result, grad, normalized, rstd);
+  return result;
+}
+
+template <class T, int D>
+DECO_KERNEL(kThreads, 1) replay_kernel(const ReplayParams p) {
+  constexpr int M = kTiles<D>;
+  const DecoderReplay& op = p.op;
+  const DecoderEnds<T, D> ends{shared_memory()};
+  const BlockSlots<T, D> slots{shared_memory() + DecoderEnds<T, D>::kBytes};
+  const int depth = op.shape.depth, channels = op.shape.channels;
+  const uint32_t selector = bias_selector<T>();
+  ends.fill(op.packed);
+  if (p.resident)
+    for (int l = 0; l < depth; ++l) slots.fill(l, op.packed, l);
+  block_barrier();
+
+  ChannelGradient<T, D> head_gradient;
+  head_gradient.clear();
+  const uint32_t patch_mask = (1u << (2 * p.grid.log2_patch)) - 1, end = p.pixels - 1;
+  for (uint32_t begin = block() * kBlockPixels<D>; begin < p.pixels; begin += block_count() * kBlockPixels<D>) {
+    const uint32_t first = begin + warp() * (kTilePixels * M) + (lane() >> 2);
+    Tile<D> h[M];
+    Operand<D> s[M];
+    uint32_t velocity_grad[M][2];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      uint32_t k[2], x[2];
+      const char *pixel_address[2], *grad_address[2];
+      RowWords<D> cond[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t pixel = min(first + kTilePixels * m + 8 * r, end);
+        const PixelPlace place = locate(p.grid, p.first_pixel + pixel);
+        pixel_address[r] = op.image.at(place);
+        grad_address[r] = op.grad_velocity.at(place);
+        k[r] = pixel & patch_mask;
+        cond[r] = load_row<T, D>(op.cond, pixel);
+      }
+      load_channels<T>(x, op.image, channels, pixel_address);
+      load_channels<T>(velocity_grad[m], op.grad_velocity, channels, grad_address);
+      s[m] = silu_operand<T>(cond[0], cond[1]);
+      embed<T, D>(h[m], x, ends.pixel(), op.packed.table, k);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t pixel = first + kTilePixels * m + 8 * r;
+        if (pixel <= end)
+          store_row<T, D>(op.s, pixel, row_of(s[m], r));
+        else
+          velocity_grad[m][r] = 0;
+      }
+    }
+#pragma unroll 1
+    for (int l = 0; l < depth; ++l) {
+      if (!p.resident) {
+        block_barrier();
+        slots.fill(0, op.packed, l);
+        block_barrier();
+      }
+      const RowsView saved{static_cast<T*>(op.saved) + l * (int64_t{p.pixels} * D), D};
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const uint32_t pixel = first + kTilePixels * m + 8 * r;
+          if (pixel <= end) store_row<T, D>(saved, pixel, row_of<T>(h[m], r));
+        }
+      block_forward<T, D, M>(h, s, slots.block(p.resident ? l : 0, selector), op.eps);
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      const RowPair rstd = normalize(h[m], op.eps);
+      if (op.partials != nullptr) head_gradient.add(rounded<T>(h[m]), velocity_grad[m]);
+      const Tile<D> h_grad = head_backward<T, D>(velocity_grad[m], h[m], rstd, ends.head());
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t pixel = first + kTilePixels * m + 8 * r;
+        if (pixel <= end) store_row<T, D>(op.h_grad, pixel, row_of<T>(h_grad, r));
+      }
+    }
+  }
+  if (op.partials != nullptr)
+    head_gradient.write(op.partials + int64_t{block()} * head_gradient.kNumbers,
+                        reinterpret_cast<float*>(shared_memory()), op.accumulate);
+}
+
+template <class T, int D>
+Status run(const Call& call, ReplayParams p) {
+  p.resident = shared_bytes<T, D>(p.op.shape.depth) <= call.limits.shared_bytes;
+  return launch("pixel_decoder_replay", replay_kernel<T, D>,
+                {p.parts, kThreads, shared_bytes<T, D>(p.resident ? p.op.shape.depth : 1)}, call.stream, p);
+}
+
+}  // namespace
+
+int decoder_replay_parts(const DeviceLimits& limits, int width, int64_t pixels) {
+  return grid_blocks(pixels, width <= 32 ? kBlockPixels<32> : kBlockPixels<64>, limits, 1);
+}
+
+Status decoder_replay(const Call& call, DType operand, const DecoderReplay& op) {
+  ReplayParams p;
+  p.op = op;
+  p.grid = patch_grid(op.shape);
+  p.first_pixel = static_cast<uint32_t>(op.first_pixel);
+  p.pixels = static_cast<uint32_t>(op.pixels);
+  p.parts = decoder_replay_parts(call.limits, op.shape.decoder_width, op.pixels);
+  return with_kernel(operand, op.shape.decoder_width,
+                     [&](auto type, auto width) { return run<decltype(type), width.value>(call, p); });
+}
+
+}  // namespace deco::cuda

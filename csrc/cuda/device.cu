@@ -1,0 +1,37 @@
+// The CUDA runtime's view of devices; csrc/emulation/device.cpp stands in for it on the host.
+#include <cuda_runtime.h>
+
+#include "deco/cuda/call.h"
+
+namespace deco::cuda {
+
+namespace {
+
+Status status(cudaError_t error, const char* stage) {
+  if (error == cudaSuccess) return {};
+  cudaGetLastError();  // so that the next caller does not meet this error again
+  return {static_cast<int>(error), stage};
+}
+
+}  // namespace
+
+const char* describe(int code) {
+  if (code == kWorkspaceTooSmall) return "the workspace is smaller than the op's workspace query says";
+  if (code == kTooManyPixels) return "2^31 or more pixels in one call; split the batch";
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+Status select_device(int device, int& previous) {
+  cudaError_t error = cudaGetDevice(&previous);
+  if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
+  return status(error, "selecting the device");
+}
+
+Status device_limits(int device, DeviceLimits& limits) {
+  cudaError_t error = cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return status(error, "reading the device's limits");
+}
+
+}  // namespace deco::cuda

@@ -1,0 +1,165 @@
+// Weight gradients: sums over pixels inside a thread block, then over blocks, and the way back from packed weights.
+//
+// Nothing is added atomically: a sum goes to a place of its own per warp or block, and the places are added in a fixed
+// order. The same grid gives the same bits; the grid depends on the device and the sizes alone.
+#pragma once
+
+#include "cuda/packed_weights.h"
+
+namespace deco::cuda {
+
+// Pixels of a warp's tile that share an accumulator step of the tensor cores.
+constexpr int kTilePixels = 16;
+
+// ---- a tile of operands in shared memory ----------------------------------------------------------------------------
+
+// Rows = pixels, kRowStride elements apart.
+template <class T, int D>
+DECO_DEVICE void store_operand_tile(T* tile, const Operand<D>& operand) {
+  T* row = tile + (lane() & 15) * kRowStride<D> + (lane() >> 4) * 8;
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) store_matrices(row + 16 * k, operand.k_step[k]);
+}
+
+// What store_operand_tile stored.
+template <class T, int D>
+DECO_DEVICE Operand<D> load_operand_tile(const T* tile) {
+  Operand<D> operand;
+  const T* row = tile + (lane() & 15) * kRowStride<D> + (lane() >> 4) * 8;
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) load_matrices(operand.k_step[k], row + 16 * k);
+  return operand;
+}
+
+// ---- gradient of one D x D matrix and its bias, summed by one warp --------------------------------------------------
+
+template <class T, int D>
+struct MatrixGradient {
+  float weight[D / 16][D / 8][4];  // of the outputs 16u + g (+ 8): as Tile
+  float bias[D / 16][4];           // columns 0 and 1 of lanes t = 0
+
+  DECO_DEVICE void clear() {
+#pragma unroll
+    for (int u = 0; u < D / 16; ++u)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        bias[u][i] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < D / 8; ++j) weight[u][j][i] = 0.0f;
+      }
+  }
+
+  // Adds outputᵀ·input over 16 pixels; both [16][kRowStride] in shared memory.
+  DECO_DEVICE void add(const T* output, const T* input) {
+    const uint32_t one = lane() < 4 ? T::kOne * 0x10001u : 0u;
+    const uint32_t ones[2] = {one, one};
+    uint32_t right[D / 16][4];
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+      load_matrices_transposed(right[k], input + (lane() & 15) * kRowStride<D> + (lane() >> 4) * 8 + 16 * k);
+#pragma unroll
+    for (int u = 0; u < D / 16; ++u) {
+      uint32_t left[4];
+      load_matrices_transposed(
+          left, output + ((lane() & 7) + (lane() >> 4) * 8) * kRowStride<D> + ((lane() >> 3) & 1) * 8 + 16 * u);
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) {
+        const uint32_t first[2] = {right[k][0], right[k][1]}, second[2] = {right[k][2], right[k][3]};
+        multiply<T>(weight[u][2 * k], left, first, weight[u][2 * k]);
+        multiply<T>(weight[u][2 * k + 1], left, second, weight[u][2 * k + 1]);
+      }
+      multiply<T>(bias[u], left, ones, bias[u]);
+    }
+  }
+
+  // Writes rows of D weights and the bias, added to what is there if `accumulate`.
+  DECO_DEVICE void write(float* rows, bool accumulate) const {
+    const auto put = [&](int row, int column, float value) {
+      float* place = rows + row * (D + 1) + column;
+      store(place, accumulate ? load(place) + value : value);
+    };
+    const int g = lane() >> 2, t = lane() & 3;
+#pragma unroll
+    for (int u = 0; u < D / 16; ++u)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const int row = 16 * u + g + 4 * i;
+#pragma unroll
+        for (int j = 0; j < D / 8; ++j) {
+          put(row, 8 * j + 2 * t, weight[u][j][i]);
+          put(row, 8 * j + 2 * t + 1, weight[u][j][i + 1]);
+        }
+        if (t == 0) put(row, D, bias[u][i]);
+      }
+  }
+};
+
+// ---- gradient of a matrix between D channels and the channel slots of images ----------------------------------------
+
+// Sum over pixels of h ⊗ x, D x kChannelSlots, and of x itself, by one warp.
+template <class T, int D>
+struct ChannelGradient {
+  static constexpr int kNumbers = (D + 1) * kChannelSlots;
+
+  float outer[D / 16][4];
+  float sum;  // of slot g, over the lane's pixels
+
+  DECO_DEVICE void clear() {
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) outer[k][i] = 0.0f;
+    sum = 0.0f;
+  }
+
+  // h and x are left operands of 16 pixels, x as load_channels gives it.
+  DECO_DEVICE void add(const Operand<D>& h, const uint32_t (&x)[2]) {
+    const uint32_t right[2] = {transpose(x[0]), transpose(x[1])};
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      const uint32_t left[4] = {transpose(h.k_step[k][0]), transpose(h.k_step[k][2]), transpose(h.k_step[k][1]),
+                                transpose(h.k_step[k][3])};
+      multiply<T>(outer[k], left, right, outer[k]);
+    }
+    sum += (low<T>(right[0]) + high<T>(right[0])) + (low<T>(right[1]) + high<T>(right[1]));
+  }
+
+  // Adds the sums of all warps in shared memory (kNumbers floats per warp; all threads take part) and writes them.
+  DECO_DEVICE void write(float* numbers, float* shared, bool accumulate) const {
+    const int g = lane() >> 2, t = lane() & 3;
+    float* own = shared + warp() * kNumbers;
+    block_barrier();
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) store(own + (16 * k + g + 8 * (i / 2)) * kChannelSlots + 2 * t + i % 2, outer[k][i]);
+    const float total = quad_sum(sum);
+    if (t == 0) store(own + D * kChannelSlots + g, total);
+    block_barrier();
+    for (int i = thread(); i < kNumbers; i += block_threads()) {
+      float value = accumulate ? load(numbers + i) : 0.0f;
+      for (int w = 0; w < block_threads() / 32; ++w) value += load(shared + w * kNumbers + i);
+      store(numbers + i, value);
+    }
+  }
+};
+
+// ---- launchers ------------------------------------------------------------------------------------------------------
+
+// sums[i] = sum over `parts` of partials[part][i].
+Status sum_partials(const Call& call, float* sums, const float* partials, int64_t numbers, int parts);
+
+// Sums of the gradients of packed weights, where they were asked for.
+struct GradientSums {
+  const float* blocks = nullptr;  // [N, M, D, D + 1]: rows of weights and bias
+  const float* pixel = nullptr;   // [D + 1, kChannelSlots]
+  const float* head = nullptr;    // [D + 1, kChannelSlots]
+};
+
+// The transpose of pack_decoder and pack_block: gradients of the op's weights in their own dtypes, where not null.
+Status unpack_decoder_gradients(const Call& call, const GradientSums& sums, const DecoderWeightArrays& weights,
+                                const DecoderWeightArrays& gradients, const DecoderShape& shape);
+Status unpack_block_gradients(const Call& call, const GradientSums& sums, const BlockWeightArrays& weights,
+                              const BlockWeightArrays& gradients, int width, int matrices);
+
+}  // namespace deco::cuda

@@ -1,0 +1,101 @@
+// The weights as the kernels read them. A small kernel packs them into the workspace inside every call.
+//
+// With n the normalised rows and w, b the affine of LayerNorm, (n·w + b)·(1 + scale) + shift = n·scale' + shift' for
+//   scale' = w·(1 + scale):            W_scale' = diag(w)·W_scale,            bias' = w·(1 + b_scale)
+//   shift' = shift + b·(1 + scale):    W_shift' = W_shift + diag(b)·W_scale,  bias' = b_shift + b·(1 + b_scale)
+// so kernels know no affine. fc1 is halved: they evaluate SiLU(2x). Matrices are rounded to the operand type once, after
+// folding. A bias keeps its float32 value: it is split into three numbers of the operand type behind its row (tile.h).
+// The pixel table stays float32. Rows and columns of matrices are in the column order of tile.h.
+#pragma once
+
+#include "cuda/launch.h"
+#include "cuda/pixels.h"
+#include "cuda/tile.h"
+#include "deco/pixel_decoder.h"
+
+namespace deco::cuda {
+
+enum BlockMatrix { kShift, kScale, kGate, kFc1, kFc2, kBlockMatrices };
+constexpr int kModulationMatrices = 3;  // the first three alone: without the MLP
+
+constexpr int kChannelSlots = 8;  // inner size of products with image channels: four values, then four remainders
+constexpr int kMaxChannels = 4;
+
+// In global memory. Without a decoder around the blocks, `pixel` and what follows is null.
+struct PackedWeights {
+  void* matrices = nullptr;  // [N, M, D, D + 8] of the operand type, M = 5, or 3 without the MLP
+  void* pixel = nullptr;     // [D, 8]: the C columns of pixel_weight, twice
+  void* head = nullptr;      // [8, D + 8]: the C rows of head_weight with bias, twice
+  float* table = nullptr;    // [P, D], channels in their own order
+
+  static PackedWeights take(WorkspaceParts& parts, int depth, int width, int matrices, int pixels = 0);
+
+  template <class V>
+  void visit(V& buffers, bool write, int depth, int width, int matrices_per_block, int pixels) const {
+    const int64_t rows = int64_t{depth} * matrices_per_block * width;
+    const auto declare = [&](void* data, int64_t bytes) { write ? buffers.write(data, bytes) : buffers.read(data, bytes); };
+    declare(matrices, 2 * rows * (width + kBiasSlots));
+    declare(pixel, 2 * kChannelSlots * width);
+    declare(head, 2 * kChannelSlots * (width + kBiasSlots));
+    declare(table, int64_t{4} * pixels * width);
+  }
+};
+
+// Enqueue the packing: of a decoder, or of one block with `matrices` matrices.
+Status pack_decoder(const Call& call, DType operand, const PackedWeights& packed, const DecoderWeightArrays& weights,
+                    const DecoderShape& shape);
+Status pack_block(const Call& call, DType operand, const PackedWeights& packed, const BlockWeightArrays& weights, int width,
+                  int matrices);
+
+// ---- in shared memory -----------------------------------------------------------------------------------------------
+
+// Copies packed weights to shared memory, all threads of the block together; barriers are the caller's.
+DECO_DEVICE void copy_words(char* to, const void* from, int bytes) {
+  for (int i = thread(); i < bytes / 16; i += block_threads())
+    store(reinterpret_cast<Words4*>(to) + i, load(static_cast<const Words4*>(from) + i));
+}
+
+// One block's matrices [M][D][kRowStride].
+template <class T, int D>
+struct BlockWeights {
+  const T* matrices;
+  uint32_t bias_selector;
+
+  DECO_DEVICE const T* matrix(int which) const { return matrices + which * D * kRowStride<D>; }
+  DECO_DEVICE Linear<T, D> linear(int which) const { return {matrix(which), bias_selector}; }
+};
+
+// Room for some blocks: all of them, or one that is filled again for every block.
+template <class T, int D, int Matrices = kBlockMatrices>
+struct BlockSlots {
+  static constexpr int kBytes = Matrices * D * kRowStride<D> * 2;  // of one block
+
+  char* memory;
+
+  DECO_DEVICE BlockWeights<T, D> block(int slot, uint32_t bias_selector) const {
+    return {reinterpret_cast<const T*>(memory + slot * kBytes), bias_selector};
+  }
+
+  DECO_DEVICE void fill(int slot, const PackedWeights& packed, int index) const {
+    copy_words(memory + slot * kBytes, static_cast<const char*>(packed.matrices) + int64_t{index} * kBytes, kBytes);
+  }
+};
+
+// What surrounds the blocks of a decoder: pixel [D][8] and head [8][kRowStride].
+template <class T, int D>
+struct DecoderEnds {
+  static constexpr int kPixelBytes = D * kChannelSlots * 2, kHeadBytes = kChannelSlots * kRowStride<D> * 2;
+  static constexpr int kBytes = kPixelBytes + kHeadBytes;
+
+  char* memory;
+
+  DECO_DEVICE const T* pixel() const { return reinterpret_cast<const T*>(memory); }
+  DECO_DEVICE const T* head() const { return reinterpret_cast<const T*>(memory + kPixelBytes); }
+
+  DECO_DEVICE void fill(const PackedWeights& packed) const {
+    copy_words(memory, packed.pixel, kPixelBytes);
+    copy_words(memory + kPixelBytes, packed.head, kHeadBytes);
+  }
+};
+
+}  // namespace deco::cuda

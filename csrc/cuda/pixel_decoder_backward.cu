@@ -1,0 +1,182 @@
+// pixel_decoder, backward: nothing of the forward is kept but its inputs. For a chunk of tokens at a time:
+//   1. replay (decoder_replay.cu): the forward again; the inputs of the blocks go to the workspace; the head backward
+//   2. block_backward.cu, for each block from the last to the first
+//   3. embedding (decoder_embedding.cu)
+// Sums over pixels go to partial buffers that all chunks add to; at the end they are summed in a fixed order and turned
+// into the gradients of the op's weights (gradient_sums.cu). The workspace holds 2·D·(N + 2) bytes per pixel of a chunk.
+#include "cuda/block_backward.h"
+#include "cuda/decoder_backward_kernels.h"
+#include "cuda/gradient_sums.h"
+
+namespace deco::cuda {
+
+namespace {
+
+constexpr int64_t sums_of_channels(int width) { return int64_t{width + 1} * kChannelSlots; }
+
+int64_t chunk_tokens(const DecoderShape& shape, int64_t chunk_pixels) {
+  return std::min(shape.tokens(), std::max<int64_t>(1, chunk_pixels / shape.pixels_per_token()));
+}
+
+bool wants_weights(const DecoderWeightArrays& g) {
+  const BlockWeightArrays& b = g.blocks;
+  for (const Array* array :
+       {&g.pixel_weight, &g.pixel_table, &b.norm_weight, &b.norm_bias, &b.mod_weight, &b.mod_bias, &b.fc1_weight,
+        &b.fc1_bias, &b.fc2_weight, &b.fc2_bias, &g.head_weight, &g.head_bias})
+    if (array->data != nullptr) return true;
+  return false;
+}
+
+// Where everything lies in the workspace.
+struct Parts {
+  PackedWeights packed;
+  uint16_t *saved, *s, *h_grad;  // of a chunk
+  float *blocks, *head, *pixel, *table;   // partials
+  float *blocks_sum, *head_sum, *pixel_sum;
+  int block_parts, replay_parts, embedding_parts;
+  int64_t bytes;
+
+  Parts(void* workspace, const DeviceLimits& limits, const DecoderShape& shape, int64_t chunk_pixels) {
+    WorkspaceParts parts(workspace);
+    const int D = shape.decoder_width, N = shape.depth;
+    const int64_t pixels = chunk_tokens(shape, chunk_pixels) * shape.pixels_per_token(), channels = sums_of_channels(D);
+    const int64_t in_blocks = int64_t{N} * kBlockMatrices * D * (D + 1);
+    packed = PackedWeights::take(parts, N, D, kBlockMatrices, shape.pixels_per_token());
+    saved = parts.take<uint16_t>(N * pixels * D);
+    s = parts.take<uint16_t>(pixels * D);
+    h_grad = parts.take<uint16_t>(pixels * D);
+    block_parts = block_backward_parts(limits, D, true, pixels);
+    replay_parts = decoder_replay_parts(limits, D, pixels);
+    embedding_parts = decoder_embedding_parts(limits, pixels);
+    blocks = parts.take<float>(block_parts * in_blocks);
+    head = parts.take<float>(replay_parts * channels);
+    pixel = parts.take<float>(embedding_parts * channels);
+    table = parts.take<float>(decoder_embedding_table_numbers(limits, shape, pixels));
+    blocks_sum = parts.take<float>(in_blocks);
+    head_sum = parts.take<float>(channels);
+    pixel_sum = parts.take<float>(channels);
+    bytes = parts.bytes();
+  }
+};
+
+class Backward {
+ public:
+  Backward(const Call& call, const PixelDecoderBackward& op)
+      : call_(call),
+        op_(op),
+        parts_(call.workspace, call.limits, op.shape, op.chunk_pixels),
+        weights_(wants_weights(op.grad_weights)) {}
+
+  Status run() {
+    const DecoderShape& shape = op_.shape;
+    const int64_t step = chunk_tokens(shape, op_.chunk_pixels);
+    if (!add(pack_decoder(call_, op_.cond.dtype, parts_.packed, op_.weights, shape))) return status_;
+    for (int64_t token = 0; token < shape.tokens(); token += step)
+      if (!run_chunk(token, std::min(step, shape.tokens() - token))) return status_;
+    if (weights_) sum_weights(step * shape.pixels_per_token());
+    return status_;
+  }
+
+ private:
+  // Keeps the first failure; says whether to go on.
+  bool add(const Status& status) {
+    if (status_.ok()) status_ = status;
+    return status_.ok();
+  }
+
+  bool run_chunk(int64_t token, int64_t tokens) {
+    const DecoderShape& shape = op_.shape;
+    const int P = shape.pixels_per_token(), D = shape.decoder_width;
+    const int64_t pixels = tokens * P;
+    PatchRows cond = rows_of(op_.cond, shape);
+    cond.data = static_cast<uint16_t*>(cond.data) + token * cond.token_stride;
+    const RowsView h_grad{parts_.h_grad, D}, s{parts_.s, D};
+
+    DecoderReplay replay;
+    replay.packed = parts_.packed;
+    replay.shape = shape;
+    replay.image = Image(op_.image);
+    replay.grad_velocity = Image(op_.grad_velocity);
+    replay.cond = cond;
+    replay.first_pixel = token * P;
+    replay.pixels = pixels;
+    replay.eps = op_.eps;
+    replay.saved = parts_.saved;
+    replay.s = s;
+    replay.h_grad = h_grad;
+    replay.partials = weights_ ? parts_.head : nullptr;
+    replay.accumulate = token > 0;
+    if (!add(decoder_replay(call_, op_.cond.dtype, replay))) return false;
+
+    for (int l = shape.depth - 1; l >= 0; --l) {
+      BlockBackward block;
+      block.width = D;
+      block.operand = op_.cond.dtype;
+      block.pixels = pixels;
+      block.eps = op_.eps;
+      block.packed = parts_.packed;
+      block.block = l;
+      block.h = {parts_.saved + l * pixels * D, D};
+      block.cond = cond;
+      block.s = s;
+      block.grad = h_grad;
+      block.h_grad = h_grad;
+      if (op_.grad_cond != nullptr) block.cond_grad = {static_cast<uint16_t*>(op_.grad_cond) + token * P * D, D};
+      block.first = l == shape.depth - 1;
+      block.last = l == 0;
+      block.partials = weights_ ? parts_.blocks : nullptr;
+      block.depth = shape.depth;
+      block.accumulate = token > 0;
+      if (!add(block_backward(call_, block))) return false;
+    }
+
+    DecoderEmbedding embedding;
+    embedding.packed = parts_.packed;
+    embedding.shape = shape;
+    embedding.image = Image(op_.image);
+    embedding.h_grad = h_grad;
+    embedding.grad_image = Image(op_.grad_image);
+    embedding.first_pixel = token * P;
+    embedding.pixels = pixels;
+    embedding.partials = weights_ ? parts_.pixel : nullptr;
+    embedding.table_partials = weights_ ? parts_.table : nullptr;
+    embedding.accumulate = token > 0;
+    if (!weights_ && op_.grad_image.data == nullptr) return true;
+    return add(decoder_embedding(call_, op_.cond.dtype, embedding));
+  }
+
+  void sum_weights(int64_t chunk_pixels) {
+    const DecoderShape& shape = op_.shape;
+    const int D = shape.decoder_width;
+    const int64_t in_blocks = int64_t{shape.depth} * kBlockMatrices * D * (D + 1), channels = sums_of_channels(D);
+    if (!add(sum_partials(call_, parts_.blocks_sum, parts_.blocks, in_blocks, parts_.block_parts))) return;
+    if (!add(sum_partials(call_, parts_.head_sum, parts_.head, channels, parts_.replay_parts))) return;
+    if (!add(sum_partials(call_, parts_.pixel_sum, parts_.pixel, channels, parts_.embedding_parts))) return;
+    const GradientSums sums{parts_.blocks_sum, parts_.pixel_sum, parts_.head_sum};
+    if (!add(unpack_decoder_gradients(call_, sums, op_.weights, op_.grad_weights, shape))) return;
+    if (op_.grad_weights.pixel_table.data != nullptr)
+      add(sum_table_partials(call_, op_.grad_weights.pixel_table, parts_.table, shape, chunk_pixels));
+  }
+
+  const Call& call_;
+  const PixelDecoderBackward& op_;
+  Parts parts_;
+  bool weights_;
+  Status status_;
+};
+
+}  // namespace
+
+int64_t pixel_decoder_backward_workspace(const DeviceLimits& limits, const DecoderShape& shape, int64_t chunk_pixels) {
+  return shape.pixels() == 0 ? 0 : Parts(nullptr, limits, shape, chunk_pixels).bytes;
+}
+
+Status pixel_decoder_backward(const Call& call, const PixelDecoderBackward& op) {
+  if (call.workspace_bytes < pixel_decoder_backward_workspace(call.limits, op.shape, op.chunk_pixels))
+    return {kWorkspaceTooSmall, "pixel_decoder_backward"};
+  if (op.shape.pixels() >= kPixelLimit) return {kTooManyPixels, "pixel_decoder_backward"};
+  if (op.shape.pixels() == 0) return {};
+  return Backward(call, op).run();
+}
+
+}  // namespace deco::cuda

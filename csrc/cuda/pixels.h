@@ -1,0 +1,240 @@
+// Where a pixel's values lie: rows of channels in token order, and elements of images [B,C,H,W] with any strides.
+//
+// Pixels are numbered in token order: pixel k = ky·p + kx of token T, P = p², has number T·P + k.
+#pragma once
+
+#include "cuda/primitives.h"
+#include "deco/array.h"
+
+namespace deco::cuda {
+
+// ---- any dtype ------------------------------------------------------------------------------------------------------
+
+DECO_DEVICE float load_float(const void* address, DType dtype) {
+  if (dtype == DType::kFloat32) return load(static_cast<const float*>(address));
+  const uint32_t bits = load(static_cast<const uint16_t*>(address));
+  return dtype == DType::kBFloat16 ? low<BFloat16>(bits) : low<Float16>(bits);
+}
+DECO_DEVICE float load_float(const Array& array, int64_t index) {
+  return load_float(static_cast<const char*>(array.data) + index * (array.dtype == DType::kFloat32 ? 4 : 2),
+                    array.dtype);
+}
+DECO_DEVICE void store_float(const Array& array, int64_t index, float value) {
+  if (array.dtype == DType::kFloat32)
+    store(static_cast<float*>(array.data) + index, value);
+  else
+    store(static_cast<uint16_t*>(array.data) + index,
+          static_cast<uint16_t>(array.dtype == DType::kBFloat16 ? pack<BFloat16>(value, 0) : pack<Float16>(value, 0)));
+}
+
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+// [tokens, P, D] of the operand type with unit channel stride; the other strides are in elements.
+struct PatchRows {
+  void* data = nullptr;
+  int64_t token_stride = 0, pixel_stride = 0;
+  int log2_pixels = 0;  // of a token: log2(P)
+
+  // The address of channel `channel` of a pixel.
+  template <class T>
+  DECO_DEVICE T* at(uint32_t pixel, int channel) const {
+    const uint32_t token = pixel >> log2_pixels, k = pixel & ((1u << log2_pixels) - 1);
+    return static_cast<T*>(data) + (token * token_stride + k * pixel_stride + channel);
+  }
+
+  // Declares the rows of `pixels` pixels as read.
+  template <class V>
+  void visit(V& buffers, int64_t pixels, int width) const {
+    if (data == nullptr || pixels == 0) return;
+    const int64_t tokens = (pixels + (int64_t{1} << log2_pixels) - 1) >> log2_pixels;
+    const int64_t in_token = (int64_t{1} << log2_pixels) - 1;
+    const int64_t elements = (tokens - 1) * token_stride + in_token * pixel_stride + width;
+    buffers.read(data, 2 * elements);
+  }
+};
+
+// [pixels, D] of the operand type with unit channel stride and one stride, in elements, from pixel to pixel.
+struct RowsView {
+  void* data = nullptr;
+  int64_t stride = 0;
+
+  template <class T>
+  DECO_DEVICE T* at(uint32_t pixel, int channel) const {
+    return static_cast<T*>(data) + (pixel * stride + channel);
+  }
+
+  template <class V>
+  void visit(V& buffers, bool write, int64_t pixels, int width) const {
+    if (data == nullptr || pixels == 0) return;
+    const int64_t bytes = 2 * ((pixels - 1) * stride + width);
+    write ? buffers.write(data, bytes) : buffers.read(data, bytes);
+  }
+};
+
+// A lane's quarter of a row, one word for each column tile.
+template <int D>
+struct RowWords {
+  uint32_t word[D / 8];
+};
+
+template <class T, int D, class AnyRows>
+DECO_DEVICE RowWords<D> load_row(const AnyRows& rows, uint32_t pixel) {
+  RowWords<D> row;
+  const T* address = rows.template at<T>(pixel, (D / 4) * (lane() & 3));
+  if constexpr (D == 16) {
+    const Words2 words = load(reinterpret_cast<const Words2*>(address));
+    row.word[0] = words.x;
+    row.word[1] = words.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) {
+      const Words4 words = load(reinterpret_cast<const Words4*>(address) + i);
+      row.word[4 * i] = words.x;
+      row.word[4 * i + 1] = words.y;
+      row.word[4 * i + 2] = words.z;
+      row.word[4 * i + 3] = words.w;
+    }
+  }
+  return row;
+}
+
+template <class T, int D>
+DECO_DEVICE void store_row(const RowsView& rows, uint32_t pixel, const RowWords<D>& row) {
+  T* address = rows.at<T>(pixel, (D / 4) * (lane() & 3));
+  if constexpr (D == 16) {
+    store_global(reinterpret_cast<Words2*>(address), Words2{row.word[0], row.word[1]});
+  } else {
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i)
+      store_global(reinterpret_cast<Words4*>(address) + i,
+                   Words4{row.word[4 * i], row.word[4 * i + 1], row.word[4 * i + 2], row.word[4 * i + 3]});
+  }
+}
+
+// ---- images ---------------------------------------------------------------------------------------------------------
+
+// Quotients by a divisor known at launch, exact for dividends below 2^31.
+struct Divider {
+  uint32_t divisor = 1, multiplier = 0;
+  int shift = 0;
+
+  Divider() = default;
+  explicit Divider(uint32_t by) : divisor(by) {
+    int log2 = 0;
+    while ((uint64_t{1} << log2) < by) ++log2;
+    shift = 31 + log2;
+    multiplier = static_cast<uint32_t>((uint64_t{1} << shift) / by + 1);
+  }
+  DECO_DEVICE uint32_t quotient(uint32_t n) const {
+    return static_cast<uint32_t>((static_cast<uint64_t>(n) * multiplier) >> shift);
+  }
+};
+
+// The patches of a batch of images. All pixels together are fewer than 2^31.
+struct PatchGrid {
+  int log2_patch = 0;
+  Divider tokens_per_image, columns;
+};
+
+struct PixelPlace {
+  uint32_t image, y, x;
+};
+
+DECO_DEVICE PixelPlace locate(const PatchGrid& grid, uint32_t pixel) {
+  const int log2_patch = grid.log2_patch;
+  const uint32_t token = pixel >> (2 * log2_patch), k = pixel & ((1u << (2 * log2_patch)) - 1);
+  const uint32_t image = grid.tokens_per_image.quotient(token);
+  const uint32_t in_image = token - image * grid.tokens_per_image.divisor;
+  const uint32_t row = grid.columns.quotient(in_image), column = in_image - row * grid.columns.divisor;
+  return {image, (row << log2_patch) + (k >> log2_patch),
+          (column << log2_patch) + (k & ((1u << log2_patch) - 1))};
+}
+
+// An image whose strides are in bytes.
+struct Image {
+  char* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t stride_b = 0, stride_c = 0, stride_y = 0, stride_x = 0;
+
+  Image() = default;
+  explicit Image(const ImageArray& array)
+      : data(static_cast<char*>(array.data)),
+        dtype(array.dtype),
+        stride_b(array.stride_b * size_of(array.dtype)),
+        stride_c(array.stride_c * size_of(array.dtype)),
+        stride_y(array.stride_y * size_of(array.dtype)),
+        stride_x(array.stride_x * size_of(array.dtype)) {}
+
+  DECO_DEVICE char* at(const PixelPlace& place) const {
+    return data + (place.image * stride_b + place.y * stride_y + place.x * stride_x);
+  }
+  template <class V>
+  void visit(V& buffers, bool write, int64_t batch, int64_t channels, int64_t height, int64_t width) const {
+    if (data == nullptr || batch == 0) return;
+    const int64_t bytes = (batch - 1) * stride_b + (channels - 1) * stride_c + (height - 1) * stride_y +
+                          (width - 1) * stride_x + size_of(dtype);
+    if (write)
+      buffers.write(data, bytes);
+    else
+      buffers.read(data, bytes);
+  }
+};
+
+// The left operand (16 pixels x 8) that carries up to four channels of the lane's two pixels without loss: columns 0 to
+// 3 hold the values rounded to T, columns 4 to 7 what the rounding left. Columns of channels that an image does not have
+// repeat another one; their weights are zero.
+template <class T>
+DECO_DEVICE void load_channels(uint32_t (&words)[2], const Image& image, int channels, const char* (&pixel)[2]) {
+  const int first = 2 * (lane() & 1);
+  const int64_t offset[2] = {min(first, channels - 1) * image.stride_c, min(first + 1, channels - 1) * image.stride_c};
+  float v[2][2];
+  if (image.dtype == DType::kFloat32) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) v[r][c] = load(reinterpret_cast<const float*>(pixel[r] + offset[c]));
+  } else {
+    const bool bfloat16 = image.dtype == DType::kBFloat16;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const uint32_t bits = load(reinterpret_cast<const uint16_t*>(pixel[r] + offset[c]));
+        v[r][c] = bfloat16 ? low<BFloat16>(bits) : low<Float16>(bits);
+      }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint32_t values = pack<T>(v[r][0], v[r][1]);
+    const uint32_t rest = pack<T>(v[r][0] - low<T>(values), v[r][1] - high<T>(values));
+    words[r] = lane() & 2 ? rest : values;
+  }
+}
+
+// A contiguous image [B, C, H, W] of the operand type.
+struct Planes {
+  void* data = nullptr;
+  int64_t plane = 0, image = 0;  // H·W, C·H·W
+  uint32_t width = 0;
+
+  Planes() = default;
+  Planes(void* memory, int64_t channels, int64_t height, int64_t columns)
+      : data(memory), plane(height * columns), image(channels * height * columns), width(static_cast<uint32_t>(columns)) {}
+
+  // The index of channel 0 of a pixel.
+  DECO_DEVICE int64_t offset(const PixelPlace& place) const {
+    return place.image * image + (place.y * width + place.x);
+  }
+};
+
+// Writes v0, v1 to channels 2t, 2t + 1 of a pixel; only lanes t < 2 hold channels.
+template <class T>
+DECO_DEVICE void store_channels(const Planes& planes, int64_t offset, int channels, float v0, float v1) {
+  const int channel = 2 * (lane() & 3);
+  const uint32_t word = pack<T>(v0, v1);
+  auto* address = static_cast<uint16_t*>(planes.data) + offset + channel * planes.plane;
+  if (channel < channels) store(address, static_cast<uint16_t>(word));
+  if (channel + 1 < channels) store(address + planes.plane, static_cast<uint16_t>(word >> 16));
+}
+
+}  // namespace deco::cuda

@@ -1,0 +1,247 @@
+// A warp's tile of 16 pixels x D channels, its products with D x D matrices in shared memory, and its LayerNorm.
+//
+// Who holds what: with g = lane / 4 and t = lane % 4, a lane holds parts of the pixel rows g and g + 8, as the tensor
+// cores leave their results: Tile::v[j][i] is row g + 8·(i / 2), column 8j + 2t + i % 2. Rounded to the operand type,
+// column tiles 2k and 2k + 1 are the left operand of k-step k of the next product, so that activations never leave the
+// registers. Columns are a permutation of the channels: column 8j + 2t + e is channel (D / 4)·t + 2j + e. Each lane then
+// owns D / 4 consecutive channels of a pixel and rows move in 16-byte accesses. Packed weights are permuted alike.
+#pragma once
+
+#include "cuda/primitives.h"
+
+namespace deco::cuda {
+
+template <int D>
+DECO_HOST_DEVICE int channel_of_column(int column) {
+  return (D / 4) * ((column >> 1) & 3) + 2 * (column >> 3) + (column & 1);
+}
+
+// Rows of packed matrices: D weights, then the bias in kBiasSlots numbers (three that add up to it, then zeros). A row is
+// an odd multiple of 16 bytes, which keeps matrix loads from shared memory free of bank conflicts.
+constexpr int kBiasSlots = 8, kBiasParts = 3;
+template <int D>
+constexpr int kRowStride = D + kBiasSlots;
+
+template <int D>
+struct Tile {
+  float v[D / 8][4];
+};
+
+// A tile rounded to the operand type, as the left operand of a product over all D columns.
+template <int D>
+struct Operand {
+  uint32_t k_step[D / 16][4];
+
+  template <class T>
+  DECO_DEVICE void set(int j, float v0, float v1, float v2, float v3) {
+    k_step[j / 2][2 * (j % 2)] = pack<T>(v0, v1);
+    k_step[j / 2][2 * (j % 2) + 1] = pack<T>(v2, v3);
+  }
+  template <class T>
+  DECO_DEVICE void set(int j, const float (&v)[4]) {
+    set<T>(j, v[0], v[1], v[2], v[3]);
+  }
+};
+
+template <class T, int D>
+DECO_DEVICE Operand<D> rounded(const Tile<D>& tile) {
+  Operand<D> operand;
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j) operand.template set<T>(j, tile.v[j]);
+  return operand;
+}
+
+// ---- products -----------------------------------------------------------------------------------------------------
+
+// The right operand of a product with D inputs and 8 outputs.
+template <int D>
+struct Weights8 {
+  uint32_t k_step[D / 16][2];
+};
+
+// Of W [out][in] in shared memory, the eight outputs whose rows start at `rows`: for x·Wᵀ.
+template <class T, int D>
+DECO_DEVICE Weights8<D> weight_rows(const T* rows) {
+  Weights8<D> w;
+  uint32_t words[4];
+  if constexpr (D == 16) {
+    load_matrices(words, rows + (lane() & 7) * kRowStride<D> + ((lane() >> 3) & 1) * 8);
+    w.k_step[0][0] = words[0];
+    w.k_step[0][1] = words[1];
+  } else {
+#pragma unroll
+    for (int k = 0; k < D / 32; ++k) {
+      load_matrices(words, rows + (lane() & 7) * kRowStride<D> + (lane() >> 3) * 8 + 32 * k);
+      w.k_step[2 * k][0] = words[0];
+      w.k_step[2 * k][1] = words[1];
+      w.k_step[2 * k + 1][0] = words[2];
+      w.k_step[2 * k + 1][1] = words[3];
+    }
+  }
+  return w;
+}
+
+// Of W [out][in] in shared memory, the eight inputs whose columns start at `columns`: for x·W.
+template <class T, int D>
+DECO_DEVICE Weights8<D> weight_columns(const T* columns, int stride = kRowStride<D>) {
+  Weights8<D> w;
+  uint32_t words[4];
+  if constexpr (D == 16) {
+    load_matrices_transposed(words, columns + (lane() & 15) * stride);
+    w.k_step[0][0] = words[0];
+    w.k_step[0][1] = words[1];
+  } else {
+#pragma unroll
+    for (int k = 0; k < D / 32; ++k) {
+      load_matrices_transposed(words, columns + (lane() + 32 * k) * stride);
+      w.k_step[2 * k][0] = words[0];
+      w.k_step[2 * k][1] = words[1];
+      w.k_step[2 * k + 1][0] = words[2];
+      w.k_step[2 * k + 1][1] = words[3];
+    }
+  }
+  return w;
+}
+
+// total += x·w
+template <class T, int D>
+DECO_DEVICE void multiply_add(float (&total)[4], const Operand<D>& x, const Weights8<D>& w) {
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) multiply<T>(total, x.k_step[k], w.k_step[k], total);
+}
+
+// A lane's word of a left operand (8 rows x 8) with ones in the columns of the parts of a bias.
+template <class T>
+DECO_DEVICE uint32_t bias_selector() {
+  const int t = lane() & 3;
+  return t == 0 ? T::kOne * 0x10001u : t == 1 ? T::kOne : 0u;
+}
+
+// A linear layer with D inputs and Outputs outputs whose packed matrix lies in shared memory. Its bias is one more step
+// of the product: cheaper than moving biases into the accumulators, and M tiles share it.
+template <class T, int D, int Outputs = D>
+struct Linear {
+  const T* matrix;
+  uint32_t selector;  // bias_selector()
+  uint32_t bias[Outputs / 8];
+
+  DECO_DEVICE Linear(const T* packed, uint32_t bias_selector) : matrix(packed), selector(bias_selector) {
+#pragma unroll
+    for (int i = 0; i < Outputs; i += 32) {
+      uint32_t words[4];
+      load_matrices(words, matrix + ((i + lane()) & (Outputs - 1)) * kRowStride<D> + D);
+#pragma unroll
+      for (int j = 0; j < 4 && i + 8 * j < Outputs; ++j) bias[i / 8 + j] = words[j];
+    }
+  }
+
+  // Outputs 8j to 8j + 7 for M tiles.
+  template <int M>
+  DECO_DEVICE void apply(float (&out)[M][4], const Operand<D> (&x)[M], int j) const {
+    const Weights8<D> w = weight_rows<T, D>(matrix + 8 * j * kRowStride<D>);
+    const uint32_t ones[2] = {selector, selector};
+    const float zero[4] = {0, 0, 0, 0};
+    float b[4];
+    multiply<T>(b, ones, bias[j], zero);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      multiply<T>(out[m], x[m].k_step[0], w.k_step[0], b);
+#pragma unroll
+      for (int k = 1; k < D / 16; ++k) multiply<T>(out[m], x[m].k_step[k], w.k_step[k], out[m]);
+    }
+  }
+};
+
+// ---- rows ---------------------------------------------------------------------------------------------------------
+
+// One number for each of a lane's two pixel rows.
+struct RowPair {
+  float upper, lower;
+
+  // That of the row of element i of Tile::v[j].
+  DECO_DEVICE float of(int i) const { return i < 2 ? upper : lower; }
+};
+
+// The sum over the four lanes that share a row.
+DECO_DEVICE float quad_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+struct RowStatistics {
+  RowPair mean, rstd;
+};
+
+// LayerNorm's mean and 1 / sqrt(variance + eps) of each row, in two passes.
+template <int D>
+DECO_DEVICE RowStatistics statistics(const Tile<D>& h, float eps) {
+  RowPair sum = {0, 0}, squares = {0, 0};
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j) {
+    sum.upper += h.v[j][0] + h.v[j][1];
+    sum.lower += h.v[j][2] + h.v[j][3];
+  }
+  const RowPair mean = {quad_sum(sum.upper) * (1.0f / D), quad_sum(sum.lower) * (1.0f / D)};
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float centered = h.v[j][i] - mean.of(i);
+      float& total = i < 2 ? squares.upper : squares.lower;
+      total = fmaf(centered, centered, total);
+    }
+  return {mean,
+          {rsqrt_approximate(fmaf(quad_sum(squares.upper), 1.0f / D, eps)),
+           rsqrt_approximate(fmaf(quad_sum(squares.lower), 1.0f / D, eps))}};
+}
+
+// h becomes (h - mean)·rstd; returns rstd.
+template <int D>
+DECO_DEVICE RowPair normalize(Tile<D>& h, float eps) {
+  const RowStatistics s = statistics(h, eps);
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) h.v[j][i] = (h.v[j][i] - s.mean.of(i)) * s.rstd.of(i);
+  return s.rstd;
+}
+
+// The gradient of what `normalize` was given, from its result, the gradient of that, and rstd:
+// rstd·(grad - mean(grad) - normalized·mean(grad·normalized)), added to `total`.
+template <int D>
+DECO_DEVICE void add_normalize_gradient(Tile<D>& total, const Tile<D>& grad, const Tile<D>& normalized, RowPair rstd) {
+  RowPair sum = {0, 0}, product = {0, 0};
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      (i < 2 ? sum.upper : sum.lower) += grad.v[j][i];
+      float& p = i < 2 ? product.upper : product.lower;
+      p = fmaf(grad.v[j][i], normalized.v[j][i], p);
+    }
+  const RowPair mean = {quad_sum(sum.upper) * (1.0f / D), quad_sum(sum.lower) * (1.0f / D)};
+  const RowPair projection = {quad_sum(product.upper) * (1.0f / D), quad_sum(product.lower) * (1.0f / D)};
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float inner = grad.v[j][i] - mean.of(i) - normalized.v[j][i] * projection.of(i);
+      total.v[j][i] = fmaf(rstd.of(i), inner, total.v[j][i]);
+    }
+}
+
+// ---- SiLU ---------------------------------------------------------------------------------------------------------
+
+// SiLU(2x) = x + x·tanh(x); the caller folds the factor 1/2 into what produces x.
+DECO_DEVICE float silu_of_double(float x) { return fmaf(x, tanh_approximate(x), x); }
+
+struct SiluGradient {
+  float value, slope;  // SiLU(2x) and its derivative in x
+};
+DECO_DEVICE SiluGradient silu_of_double_gradient(float x) {
+  const float tanh = tanh_approximate(x);
+  const float value = fmaf(x, tanh, x);
+  return {value, fmaf(value, 1.0f - tanh, 1.0f + tanh)};
+}
+
+}  // namespace deco::cuda

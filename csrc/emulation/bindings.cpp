@@ -1,0 +1,17 @@
+// Python module _native_cuda_emulated: the functions of _native_cuda, run on the host.
+#include "bindings_cuda.h"
+#include "emulation/device.h"
+#include "emulation/machine.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_native_cuda_emulated, m) {
+  m.doc() = "CUDA kernels of deco_kernels, emulated on the host for tests";
+  py::register_exception<deco::emulation::Fault>(m, "Fault", PyExc_RuntimeError);
+  deco::python::bind_cuda(m);
+  m.def("set_seed", [](uint32_t seed) { deco::emulation::Machine::instance().set_seed(seed); }, py::arg("seed"),
+        "Seeds the order in which warps run");
+  m.def("set_device_limits", [](int multiprocessors, int shared_bytes) {
+    deco::emulation::set_device_limits({multiprocessors, shared_bytes});
+  }, py::arg("multiprocessors"), py::arg("shared_bytes"), "Chooses what the emulated device has");
+}

@@ -1,0 +1,229 @@
+// The primitives on the host; see cuda/primitives.h and emulation/machine.h.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#if !defined(__F16C__)
+#error "compile the emulator with -mf16c (or -march=native)"
+#endif
+#include <immintrin.h>
+
+#include "emulation/machine.h"
+
+#define DECO_DEVICE inline __attribute__((always_inline))
+#define DECO_HOST_DEVICE inline
+#define DECO_KERNEL(threads, blocks) inline void
+
+namespace deco::cuda {
+
+namespace emulated {
+
+using emulation::Exchange;
+using emulation::kLanes;
+using emulation::Machine;
+using emulation::Operation;
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline float widen(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+inline float widen(Float16 value) { return _cvtsh_ss(value.bits); }
+
+template <class T>
+uint16_t round_to(float value);
+template <>
+inline uint16_t round_to<BFloat16>(float value) {
+  const uint32_t bits = bits_of(value);
+  if (std::isnan(value)) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+template <>
+inline uint16_t round_to<Float16>(float value) {
+  return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+}
+
+// Rows = the words' places (see primitives.h): 8x8 elements from one word of each lane.
+inline void gather_matrix(uint16_t (&matrix)[8][8], const Exchange& exchange, int word) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    matrix[lane / 4][2 * (lane % 4)] = static_cast<uint16_t>(exchange.in[lane][word]);
+    matrix[lane / 4][2 * (lane % 4) + 1] = static_cast<uint16_t>(exchange.in[lane][word] >> 16);
+  }
+}
+inline void scatter_matrix(Exchange& exchange, int word, const uint16_t (&matrix)[8][8], bool transposed) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int g = lane / 4, t = 2 * (lane % 4);
+    const uint32_t first = transposed ? matrix[t][g] : matrix[g][t];
+    const uint32_t second = transposed ? matrix[t + 1][g] : matrix[g][t + 1];
+    exchange.out[lane][word] = first | second << 16;
+  }
+}
+
+inline void bring_address(uint32_t* in, const void* address) { std::memcpy(in, &address, sizeof(address)); }
+inline char* address_of(const Exchange& exchange, int lane) {
+  char* address;
+  std::memcpy(&address, exchange.in[lane], sizeof(address));
+  return address;
+}
+
+// d = a·b + c with K = 8·KTiles: in = a (2·KTiles words), b (KTiles words), c (4 words).
+template <class T, int KTiles>
+void multiply_tiles(Exchange& exchange) {
+  float a[16][8 * KTiles], b[8 * KTiles][8];
+  for (int tile = 0; tile < 2 * KTiles; ++tile) {
+    uint16_t matrix[8][8];
+    gather_matrix(matrix, exchange, tile);
+    for (int i = 0; i < 8; ++i)
+      for (int k = 0; k < 8; ++k) a[i + 8 * (tile % 2)][k + 8 * (tile / 2)] = widen(T{matrix[i][k]});
+  }
+  for (int tile = 0; tile < KTiles; ++tile) {
+    uint16_t matrix[8][8];
+    gather_matrix(matrix, exchange, 2 * KTiles + tile);
+    for (int n = 0; n < 8; ++n)
+      for (int k = 0; k < 8; ++k) b[k + 8 * tile][n] = widen(T{matrix[n][k]});
+  }
+  for (int row = 0; row < 16; ++row) {
+    float sum[8];
+    const auto lane_of = [&](int n) { return 4 * (row % 8) + n / 2; };
+    for (int n = 0; n < 8; ++n) sum[n] = float_of(exchange.in[lane_of(n)][3 * KTiles + 2 * (row / 8) + n % 2]);
+    for (int k = 0; k < 8 * KTiles; ++k)
+      for (int n = 0; n < 8; ++n) sum[n] += a[row][k] * b[k][n];
+    for (int n = 0; n < 8; ++n) exchange.out[lane_of(n)][2 * (row / 8) + n % 2] = bits_of(sum[n]);
+  }
+}
+
+template <bool Transposed>
+void load_matrices(uint32_t (&words)[4], const void* row) {
+  Machine& machine = Machine::instance();
+  machine.check(row, 16, 16, false);
+  bring_address(machine.arrive(Transposed ? Operation::kLoadMatricesTransposed : Operation::kLoadMatrices), row);
+  const uint32_t* out = machine.meet([](Exchange& exchange) {
+    for (int m = 0; m < 4; ++m) {
+      uint16_t matrix[8][8];
+      for (int i = 0; i < 8; ++i) std::memcpy(matrix[i], address_of(exchange, 8 * m + i), 16);
+      scatter_matrix(exchange, m, matrix, Transposed);
+    }
+  });
+  std::memcpy(words, out, sizeof(words));
+}
+
+}  // namespace emulated
+
+using std::min;
+
+DECO_DEVICE int thread() { return emulated::Machine::instance().thread(); }
+DECO_DEVICE int lane() { return thread() % emulated::kLanes; }
+DECO_DEVICE int warp() { return thread() / emulated::kLanes; }
+DECO_DEVICE int block() { return emulated::Machine::instance().block(); }
+DECO_DEVICE int block_count() { return emulated::Machine::instance().size().blocks; }
+DECO_DEVICE int block_threads() { return emulated::Machine::instance().size().threads; }
+
+DECO_DEVICE char* shared_memory() { return emulated::Machine::instance().shared_memory(); }
+
+template <class V>
+DECO_DEVICE V load(const V* address) {
+  emulated::Machine::instance().check(address, sizeof(V), alignof(V), false);
+  return *address;
+}
+template <class V>
+DECO_DEVICE void store(V* address, V value) {
+  emulated::Machine::instance().check(address, sizeof(V), alignof(V), true);
+  *address = value;
+}
+
+template <class V>
+DECO_DEVICE void store_global(V* address, V value) {
+  store(address, value);
+}
+
+DECO_DEVICE void block_barrier() { emulated::Machine::instance().block_barrier(); }
+inline void warp_barrier() {
+  emulated::Machine& machine = emulated::Machine::instance();
+  machine.arrive(emulated::Operation::kWarpBarrier);
+  machine.meet([](emulated::Exchange&) {});
+}
+inline float shuffle_xor(float value, int mask) {
+  emulated::Machine& machine = emulated::Machine::instance();
+  machine.arrive(emulated::Operation::kShuffle)[0] = emulated::bits_of(value);
+  return emulated::float_of(machine.meet([mask](emulated::Exchange& exchange) {
+    for (int lane = 0; lane < emulated::kLanes; ++lane) exchange.out[lane][0] = exchange.in[lane ^ mask][0];
+  })[0]);
+}
+
+// The size of the hardware's error: the exact value rounded to 11 significant bits.
+inline float tanh_approximate(float x) {
+  if (std::isnan(x)) return x;
+  return emulated::float_of((emulated::bits_of(std::tanh(x)) + 0x1000) & ~0x1fffu);
+}
+inline float rsqrt_approximate(float x) { return 1.0f / std::sqrt(x); }
+
+template <class T>
+DECO_DEVICE uint32_t pack(float low, float high) {
+  return emulated::round_to<T>(low) | static_cast<uint32_t>(emulated::round_to<T>(high)) << 16;
+}
+template <class T>
+DECO_DEVICE float low(uint32_t word) {
+  return emulated::widen(T{static_cast<uint16_t>(word)});
+}
+template <class T>
+DECO_DEVICE float high(uint32_t word) {
+  return emulated::widen(T{static_cast<uint16_t>(word >> 16)});
+}
+
+inline void load_matrices(uint32_t (&words)[4], const void* row) { emulated::load_matrices<false>(words, row); }
+inline void load_matrices_transposed(uint32_t (&words)[4], const void* row) {
+  emulated::load_matrices<true>(words, row);
+}
+inline void store_matrices(void* row, const uint32_t (&words)[4]) {
+  emulated::Machine& machine = emulated::Machine::instance();
+  machine.check(row, 16, 16, true);
+  uint32_t* in = machine.arrive(emulated::Operation::kStoreMatrices);
+  emulated::bring_address(in, row);
+  std::memcpy(in + 2, words, sizeof(words));
+  machine.meet([](emulated::Exchange& exchange) {
+    for (int m = 0; m < 4; ++m) {
+      uint16_t matrix[8][8];
+      emulated::gather_matrix(matrix, exchange, 2 + m);
+      for (int i = 0; i < 8; ++i) std::memcpy(emulated::address_of(exchange, 8 * m + i), matrix[i], 16);
+    }
+  });
+}
+inline uint32_t transpose(uint32_t word) {
+  emulated::Machine& machine = emulated::Machine::instance();
+  machine.arrive(emulated::Operation::kTranspose)[0] = word;
+  return machine.meet([](emulated::Exchange& exchange) {
+    uint16_t matrix[8][8];
+    emulated::gather_matrix(matrix, exchange, 0);
+    emulated::scatter_matrix(exchange, 0, matrix, true);
+  })[0];
+}
+
+template <class T>
+void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  emulated::Machine& machine = emulated::Machine::instance();
+  uint32_t* in = machine.arrive(emulated::Operation::kMultiply16);
+  std::memcpy(in, a, sizeof(a));
+  std::memcpy(in + 4, b, sizeof(b));
+  std::memcpy(in + 6, c, sizeof(c));
+  std::memcpy(d, machine.meet([](emulated::Exchange& e) { emulated::multiply_tiles<T, 2>(e); }), sizeof(d));
+}
+template <class T>
+void multiply(float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4]) {
+  emulated::Machine& machine = emulated::Machine::instance();
+  uint32_t* in = machine.arrive(emulated::Operation::kMultiply8);
+  std::memcpy(in, a, sizeof(a));
+  in[2] = b;
+  std::memcpy(in + 3, c, sizeof(c));
+  std::memcpy(d, machine.meet([](emulated::Exchange& e) { emulated::multiply_tiles<T, 1>(e); }), sizeof(d));
+}
+
+}  // namespace deco::cuda

@@ -1,0 +1,38 @@
+// The per-pixel decoder on CUDA devices (DeCo, arXiv 2511.19365, section 3).
+#pragma once
+
+#include "deco/cuda/call.h"
+#include "deco/pixel_decoder.h"
+
+namespace deco::cuda {
+
+// cond's dtype, bfloat16 or float16, is the operand type; its rows start at multiples of 16 bytes.
+struct PixelDecoderForward {
+  DecoderShape shape;
+  ImageArray image;
+  PixelRows cond;
+  DecoderWeightArrays weights;
+  void* velocity = nullptr;  // written: [B, C, H, W] contiguous, of cond's dtype
+  float eps = 0;
+};
+
+struct PixelDecoderBackward {
+  DecoderShape shape;
+  ImageArray grad_velocity;
+  ImageArray image;
+  PixelRows cond;
+  DecoderWeightArrays weights;
+  // Written; a gradient whose data is null is not wanted.
+  ImageArray grad_image;
+  void* grad_cond = nullptr;  // [T, P, D] contiguous, of cond's dtype, aligned to 16 bytes
+  DecoderWeightArrays grad_weights;
+  float eps = 0;
+  int64_t chunk_pixels = 0;  // pixels that share the workspace, rounded down to whole tokens
+};
+
+int64_t pixel_decoder_forward_workspace(const DecoderShape& shape);
+Status pixel_decoder_forward(const Call& call, const PixelDecoderForward& op);
+int64_t pixel_decoder_backward_workspace(const DeviceLimits& limits, const DecoderShape& shape, int64_t chunk_pixels);
+Status pixel_decoder_backward(const Call& call, const PixelDecoderBackward& op);
+
+}  // namespace deco::cuda

@@ -1,0 +1,52 @@
+"""What the calls of the native CUDA module share: device, stream, workspace, and rows that the kernels can read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from deco_kernels import native
+from deco_kernels.backends.cpu import arguments
+
+_ROW_ALIGNMENT = 16  # bytes: a row of channels is read in accesses of this size
+
+
+def module_for(tensor: torch.Tensor):
+    """The native module that runs kernels where `tensor` lies."""
+    return native.cuda(tensor.device)
+
+
+def launch(function: Callable, workspace_bytes: int, like: torch.Tensor, *description) -> None:
+    """Calls a native function on `like`'s device and current stream with scratch memory of that size."""
+    workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=like.device)
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    function((like.device.index or 0, stream, workspace.data_ptr(), workspace_bytes), *description)
+
+
+def readable_pixel_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` [..., P, D] itself if the kernels can read its rows in place, or a contiguous copy."""
+    rows = arguments.readable_pixel_rows(tensor)
+    return _aligned(rows, (arguments.collapsed_stride(rows, 2), rows.stride(-2)))
+
+
+def readable_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` [..., D] itself if the kernels can read its rows in place, or a contiguous copy."""
+    rows = arguments.readable_rows(tensor)
+    return _aligned(rows, (arguments.collapsed_stride(rows, 1),))
+
+
+def _aligned(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """`tensor`, or a copy if its rows do not all start at a multiple of 16 bytes."""
+    size = tensor.element_size()
+    if tensor.data_ptr() % _ROW_ALIGNMENT == 0 and all(stride * size % _ROW_ALIGNMENT == 0 for stride in strides):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def empty_gradients(tensors, needs) -> list[torch.Tensor | None]:
+    """A contiguous tensor like each of `tensors` to write its gradient to, or None where `needs` is False."""
+    return [
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else None
+        for tensor, need in zip(tensors, needs, strict=True)
+    ]

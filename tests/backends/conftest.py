@@ -1,0 +1,21 @@
+"""The emulated CUDA module as a fixture."""
+
+import pytest
+
+from tests import emulation
+
+
+@pytest.fixture(scope="session")
+def emulated_session():
+    reason = emulation.unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    return emulation.emulated_module()
+
+
+@pytest.fixture
+def emulated(emulated_session):
+    """The emulated module in its initial state: warp order seed 1 and a large device."""
+    emulated_session.set_seed(1)
+    emulated_session.set_device_limits(emulation.MULTIPROCESSORS, emulation.LARGE_SHARED)
+    return emulated_session

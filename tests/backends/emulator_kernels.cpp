@@ -1,0 +1,133 @@
+// Small kernels for testing the emulator itself: each collective operation against its definition, and deliberate faults.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cuda/launch.h"
+#include "cuda/tile.h"
+#include "emulation/machine.h"
+
+namespace py = pybind11;
+using namespace deco::cuda;
+
+namespace {
+
+constexpr int kWarps = 4;
+
+struct Params {
+  uint32_t* out;
+  int64_t words;
+  const float* in = nullptr;
+  int64_t in_words = 0;
+  std::string fault = "";
+
+  template <class V>
+  void visit(V& buffers) const {
+    buffers.write(out, 4 * words);
+    buffers.read(in, 4 * in_words);
+  }
+};
+
+// Every warp writes its number to shared memory and reads its neighbour's.
+DECO_KERNEL(128, 1) neighbour_kernel(const Params p) {
+  auto* shared = reinterpret_cast<uint32_t*>(shared_memory());
+  store(shared + thread(), static_cast<uint32_t>(warp()));
+  if (p.fault != "missing barrier") block_barrier();
+  store(p.out + thread(), load(shared + (thread() + 32) % block_threads()));
+}
+
+DECO_KERNEL(128, 1) fault_kernel(const Params p) {
+  auto* shared = reinterpret_cast<uint32_t*>(shared_memory());
+  const int words = block_threads();
+  if (p.fault == "shuffle under divergence" && lane() < 16) shuffle_xor(1.0f, 1);
+  if (p.fault == "different collectives") {
+    if (lane() < 16)
+      shuffle_xor(1.0f, 1);
+    else
+      warp_barrier();
+  }
+  if (p.fault == "barrier under divergence" && warp() == 0) block_barrier();
+  if (p.fault == "shared memory, one row outside") {
+    uint32_t row[4];
+    load_matrices(row, shared + 4 * (lane() == 31 ? words / 4 : lane()));
+  }
+  if (p.fault == "global memory, one element outside") store(p.out + p.words, 1u);
+  if (p.fault == "misaligned") load(reinterpret_cast<const Float2*>(shared + 1));
+  if (p.fault == "misaligned row") {
+    uint32_t row[4];
+    load_matrices(row, shared + 1);
+  }
+  if (p.fault == "write to what is read") store(const_cast<float*>(p.in), 0.0f);
+  if (p.fault == "uninitialised shared memory") store(p.out + thread(), load(shared + thread()));
+  store(p.out + thread() % 32, load(p.out + thread() % 32));
+}
+
+// out = the words of op(in), for checking a collective against its definition.
+DECO_KERNEL(32, 1) collective_kernel(const Params p) {
+  auto* shared = reinterpret_cast<uint16_t*>(shared_memory());
+  for (int i = lane(); i < 256; i += 32) store(shared + i, static_cast<uint16_t>(i));
+  warp_barrier();
+  uint32_t words[4] = {0, 0, 0, 0};
+  if (p.fault == "load_matrices") load_matrices(words, shared + 8 * lane());
+  if (p.fault == "load_matrices_transposed") load_matrices_transposed(words, shared + 8 * lane());
+  if (p.fault == "transpose") {
+    load_matrices(words, shared + 8 * lane());
+    for (uint32_t& word : words) word = transpose(word);
+  }
+  if (p.fault == "store_matrices") {
+    load_matrices(words, shared + 8 * lane());
+    warp_barrier();
+    store_matrices(shared + 8 * (31 - lane()), words);
+    warp_barrier();
+    for (int i = 0; i < 4; ++i) words[i] = load(reinterpret_cast<const uint32_t*>(shared) + 4 * lane() + i);
+  }
+  for (int i = 0; i < 4; ++i) store(p.out + 4 * lane() + i, words[i]);
+}
+
+// out [16][8] = a [16][K]·b [K][8] + c [16][8], K = 16 or 8, values rounded to T.
+template <class T, int K>
+DECO_KERNEL(32, 1) multiply_kernel(const Params p) {
+  const int g = lane() / 4, t = 2 * (lane() % 4);
+  const auto a = [&](int row, int k) { return load(p.in + row * K + k); };
+  const auto b = [&](int k, int n) { return load(p.in + 16 * K + k * 8 + n); };
+  const auto c = [&](int row, int n) { return load(p.in + 24 * K + row * 8 + n); };
+  const float sum[4] = {c(g, t), c(g, t + 1), c(g + 8, t), c(g + 8, t + 1)};
+  float d[4];
+  if constexpr (K == 16) {
+    const uint32_t left[4] = {pack<T>(a(g, t), a(g, t + 1)), pack<T>(a(g + 8, t), a(g + 8, t + 1)),
+                              pack<T>(a(g, t + 8), a(g, t + 9)), pack<T>(a(g + 8, t + 8), a(g + 8, t + 9))};
+    const uint32_t right[2] = {pack<T>(b(t, g), b(t + 1, g)), pack<T>(b(t + 8, g), b(t + 9, g))};
+    multiply<T>(d, left, right, sum);
+  } else {
+    const uint32_t left[2] = {pack<T>(a(g, t), a(g, t + 1)), pack<T>(a(g + 8, t), a(g + 8, t + 1))};
+    multiply<T>(d, left, pack<T>(b(t, g), b(t + 1, g)), sum);
+  }
+  auto* out = reinterpret_cast<float*>(p.out);
+  for (int i = 0; i < 4; ++i) store(out + (g + 8 * (i / 2)) * 8 + t + i % 2, d[i]);
+}
+
+py::array_t<uint32_t> run(void (*kernel)(Params), int threads, const std::string& fault, uint32_t seed,
+                          const py::array_t<float>& in) {
+  py::array_t<uint32_t> out(128);
+  Params p{out.mutable_data(), 128, in.data(), in.size(), fault};
+  deco::emulation::Machine::instance().set_seed(seed);
+  launch("test", kernel, {1, threads, threads * 4 < 512 ? 512 : threads * 4}, nullptr, p);
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(emulator_kernels, m) {
+  py::register_exception<deco::emulation::Fault>(m, "Fault", PyExc_RuntimeError);
+  m.def("neighbour", [](const std::string& f, uint32_t seed) { return run(neighbour_kernel, 32 * kWarps, f, seed, {}); });
+  m.def("fault", [](const std::string& f) {
+    return run(fault_kernel, 32 * kWarps, f, 1, py::array_t<float>(32));
+  });
+  m.def("collective", [](const std::string& op) { return run(collective_kernel, 32, op, 1, {}); });
+  m.def("multiply", [](const std::string& type, int k, const py::array_t<float>& in) {
+    const bool bf16 = type == "bfloat16";
+    auto* kernel = k == 16 ? (bf16 ? multiply_kernel<BFloat16, 16> : multiply_kernel<Float16, 16>)
+                           : (bf16 ? multiply_kernel<BFloat16, 8> : multiply_kernel<Float16, 8>);
+    return run(kernel, 32, "", 1, in);
+  });
+}

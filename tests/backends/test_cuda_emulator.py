@@ -1,0 +1,100 @@
+"""The emulator of csrc/emulation itself: collective operations do what they are defined to do, faults are noticed."""
+
+import importlib.util
+import subprocess
+import sysconfig
+
+import numpy as np
+import pytest
+import torch
+
+from tests import emulation
+
+pytestmark = [
+    pytest.mark.emulate,
+    pytest.mark.skipif(emulation.unavailable_reason() is not None, reason=str(emulation.unavailable_reason())),
+]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    import pybind11
+
+    library = tmp_path_factory.mktemp("emulator") / f"emulator_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    csrc, here = emulation.ROOT / "csrc", emulation.ROOT / "tests" / "backends"
+    includes = [csrc, csrc / "include", pybind11.get_include(), sysconfig.get_path("include")]
+    command = ["g++", "-std=c++17", "-O1", "-march=native", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
+    command += [f"-I{path}" for path in includes]
+    command += [str(here / "emulator_kernels.cpp"), str(csrc / "emulation" / "machine.cpp"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    spec = importlib.util.spec_from_file_location("emulator_kernels", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_missing_barrier_shows_in_the_order_of_warps(kernels):
+    """With the barrier every seed gives the neighbour's number; without it some warp reads NaN bits or a stale word."""
+    expected = np.repeat([1, 2, 3, 0], 32)
+    for seed in range(8):
+        assert (kernels.neighbour("", seed) == expected).all()
+    without = [kernels.neighbour("missing barrier", seed) for seed in range(8)]
+    assert all((result != expected).any() for result in without)
+    assert any((result != without[0]).any() for result in without)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("shuffle under divergence", "diverge|deadlock"),
+        ("different collectives", "divergence"),
+        ("barrier under divergence", "deadlock"),
+        ("shared memory, one row outside", "read outside"),
+        ("global memory, one element outside", "write outside"),
+        ("misaligned", "misaligned"),
+        ("misaligned row", "misaligned"),
+        ("write to what is read", "only read"),
+    ],
+)
+def test_faults_are_noticed(kernels, fault, said):
+    kernels.fault("none")
+    with pytest.raises(kernels.Fault, match=said):
+        kernels.fault(fault)
+    kernels.fault("none")
+
+
+def test_uninitialised_shared_memory_is_nan(kernels):
+    words = kernels.fault("uninitialised shared memory")[32:]
+    assert np.isnan(words.view(np.float32)).all() and np.isnan(words.view(np.float16)).all()
+
+
+# Matrix i of four holds the rows 8i to 8i + 7 of a 32 x 8 matrix; its element (r, c) has the value 8 * (8i + r) + c.
+MATRICES = np.arange(256, dtype=np.uint16).reshape(4, 8, 8)
+
+
+def words_of(matrices):
+    """[lane, matrix]: a lane's word of each matrix, the elements (lane // 4, 2 * (lane % 4)) and the next one."""
+    return np.ascontiguousarray(matrices.reshape(4, 32, 2).transpose(1, 0, 2)).view(np.uint32)[..., 0]
+
+
+@pytest.mark.parametrize("op", ["load_matrices", "load_matrices_transposed", "transpose"])
+def test_matrix_loads(kernels, op):
+    expected = MATRICES if op == "load_matrices" else MATRICES.transpose(0, 2, 1)
+    assert (kernels.collective(op).reshape(32, 4) == words_of(np.ascontiguousarray(expected))).all()
+
+
+def test_matrix_store(kernels):
+    """Row r of all 32 goes to row 31 - r."""
+    stored = kernels.collective("store_matrices").view(np.uint16).reshape(32, 8)
+    assert (stored == MATRICES.reshape(32, 8)[::-1]).all()
+
+
+@pytest.mark.parametrize("k", [8, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products(kernels, dtype, k):
+    generator = torch.Generator().manual_seed(k)
+    a, b, c = (torch.randn(shape, generator=generator) for shape in ((16, k), (k, 8), (16, 8)))
+    packed = torch.cat([a.flatten(), b.flatten(), c.flatten()]).numpy()
+    result = kernels.multiply(str(dtype).removeprefix("torch."), k, packed).view(np.float32).reshape(16, 8)
+    expected = a.to(dtype).double() @ b.to(dtype).double() + c.double()
+    assert torch.allclose(torch.from_numpy(result).double(), expected, atol=1e-5)

@@ -1,0 +1,203 @@
+"""The ops of backend "cuda", their kernels run by the emulator: accuracy, layouts, determinism, bad input."""
+
+import pytest
+import torch
+
+from deco_kernels import BackendUnavailable, ops, testing
+from deco_kernels.backends.cuda import pixel_decoder
+from deco_kernels.ops import registry
+from tests import emulation
+from tests.ops.cases import BF16, CASES, F16, F32, small_inputs
+
+pytestmark = pytest.mark.emulate
+
+BACKEND = emulation.BACKEND
+OPS = ("pixel_decoder",)
+HALF_CASES = [(op, case) for op in OPS for case in CASES[op] if case.dtype is not F32]
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+def assert_equal(first: testing.Results, second: testing.Results):
+    assert all(torch.equal(*pair) for pair in zip(first.outputs, second.outputs, strict=True))
+    for name, gradient in first.gradients.items():
+        assert torch.equal(gradient, second.gradients[name]), name
+
+
+def assert_close(first: testing.Results, second: testing.Results, tolerance: float):
+    for output, other in zip(first.outputs, second.outputs, strict=True):
+        assert testing.relative_error(output, other) <= tolerance
+    for name, gradient in first.gradients.items():
+        assert testing.relative_error(gradient, second.gradients[name]) <= tolerance, name
+
+
+def assert_rule_of_error(inputs, results):
+    failed = [str(row) for row in testing.compare(inputs, results) if not row.passed]
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize(("op", "case"), [pytest.param(op, case, id=f"{op}-{case.label}") for op, case in HALF_CASES])
+def test_rule_of_error(emulated, op, case, poisoned_memory):
+    inputs = case.inputs(op)
+    before = {name: tensor.clone() for name, tensor in inputs.tensors.items()}
+    results = testing.run(inputs, BACKEND)
+    assert_rule_of_error(inputs, results)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in inputs.tensors.items())
+    for name, gradient in results.gradients.items():
+        tensor = inputs.tensors[name]
+        assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape and gradient.is_contiguous(), name
+
+
+@each_op
+@pytest.mark.parametrize("width", [32, 64])
+def test_small_shared_memory_and_chunks(emulated, op, width, monkeypatch):
+    """A device of 99 KB runs variants that hold less at once; chunks of pixels add up to the same sums."""
+    inputs = testing.random_inputs(op, dtype=BF16, width=width, depth=8, patch_size=8, image_size=(1, 24, 40))
+    large = testing.run(inputs, BACKEND)
+    emulated.set_device_limits(3, emulation.SMALL_SHARED)
+    monkeypatch.setattr(pixel_decoder, "CHUNK_PIXELS", 300)
+    assert_close(testing.run(inputs, BACKEND), large, 2e-5)
+
+
+@each_op
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_the_order_of_warps_does_not_matter(emulated, op, dtype):
+    inputs = testing.random_inputs(op, dtype=dtype, patch_size=8, image_size=(1, 24, 40))
+    results = []
+    for seed in (1, 2):
+        emulated.set_seed(seed)
+        results.append(testing.run(inputs, BACKEND))
+    assert_equal(*results)
+
+
+def _padded(tensor):
+    """Unit last stride, larger strides elsewhere: a slice of a wider tensor."""
+    wider = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 8), torch.nan, dtype=tensor.dtype)
+    return wider[..., : tensor.shape[-1]].copy_(tensor)
+
+
+def _offset(tensor):
+    """Rows that start in the middle of a 16-byte word."""
+    storage = torch.full((tensor.numel() + 3,), torch.nan, dtype=tensor.dtype)
+    return storage[3:].view(tensor.shape).copy_(tensor)
+
+
+def _reversed_dimensions(tensor):
+    order = tuple(range(tensor.dim()))[::-1]
+    return tensor.permute(order).contiguous().permute(order)
+
+
+@each_op
+@pytest.mark.parametrize("view", [_padded, _offset, _reversed_dimensions])
+def test_views_give_the_same_result(emulated, op, view):
+    inputs = small_inputs(op, BF16)
+    viewed = inputs._replace(
+        tensors={name: view(tensor) if tensor.dim() > 1 else tensor for name, tensor in inputs.tensors.items()},
+        grad_outputs=tuple(view(gradient) for gradient in inputs.grad_outputs),
+    )
+    assert_equal(testing.run(viewed, BACKEND), testing.run(inputs, BACKEND))
+
+
+@each_op
+def test_expanded_inputs_and_stride_0_gradients(emulated, op):
+    inputs = small_inputs(op, BF16)
+    for name in ("image", "cond", "h"):
+        if name in inputs.tensors:
+            inputs.tensors[name] = inputs.tensors[name][:1].expand_as(inputs.tensors[name])
+    grads = tuple(torch.ones((), dtype=g.dtype).expand_as(g) for g in inputs.grad_outputs)
+    inputs = inputs._replace(grad_outputs=grads)
+    contiguous = inputs._replace(
+        tensors={name: tensor.contiguous() for name, tensor in inputs.tensors.items()},
+        grad_outputs=tuple(gradient.contiguous() for gradient in grads),
+    )
+    assert_equal(testing.run(inputs, BACKEND), testing.run(contiguous, BACKEND))
+
+
+@each_op
+def test_empty_batch(emulated, op, poisoned_memory):
+    inputs = small_inputs(op, BF16, image_size=(0, 8, 12))
+    results = testing.run(inputs, BACKEND)
+    assert all(o.shape == g.shape for o, g in zip(results.outputs, inputs.grad_outputs, strict=True))
+    for name, gradient in results.gradients.items():
+        assert gradient.shape == inputs.tensors[name].shape and not gradient.any(), name
+
+
+@each_op
+def test_only_the_gradients_asked_for(emulated, op):
+    inputs = small_inputs(op, BF16, depth=1)
+    expected = testing.run(inputs, BACKEND).gradients
+    for wanted in inputs.tensors:
+        leaves = {name: t.detach().requires_grad_(name == wanted) for name, t in inputs.tensors.items()}
+        outputs = getattr(ops, op)(**leaves, **inputs.options, backend=BACKEND)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [pair for pair in zip(outputs, inputs.grad_outputs, strict=True) if pair[0].requires_grad]
+        torch.autograd.backward(*zip(*pairs, strict=True))
+        assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [wanted]
+        assert torch.equal(leaves[wanted].grad, expected[wanted]), wanted
+
+
+@each_op
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_propagate(emulated, op, value):
+    inputs = small_inputs(op, BF16)
+    name = next(n for n in ("image", "h") if n in inputs.tensors)
+    inputs.tensors[name].flatten()[5] = value
+    results, expected = testing.run(inputs, BACKEND), testing.exact_results(inputs)
+    for actual, exact in zip(results.outputs, expected.outputs, strict=True):
+        assert torch.equal(actual.isnan(), exact.isnan())
+    for argument, gradient in results.gradients.items():
+        assert torch.equal(gradient.isnan(), expected.gradients[argument].isnan()), argument
+
+
+@each_op
+def test_weights_changed_in_place_are_seen(emulated, op):
+    inputs = small_inputs(op, BF16)
+    before = testing.run(inputs, BACKEND)
+    inputs.tensors["mod_weight"].data.mul_(2)
+    after = testing.run(inputs, BACKEND)
+    assert not torch.equal(after.outputs[0], before.outputs[0])
+    assert_close(after, testing.run(inputs, "reference"), 0.1)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dtype": F32}, "bfloat16 or float16"),
+        ({"width": 48}, "width D"),
+        ({"depth": 9}, "1 to 8 blocks"),
+        ({"channels": 2}, "image channels"),
+        ({"patch_size": 3, "image_size": (1, 6, 6)}, "patch size"),
+    ],
+)
+def test_what_the_backend_does_not_support_is_refused_by_name(emulated, changes, said):
+    inputs = testing.random_inputs("pixel_decoder", **({"dtype": BF16, "image_size": (1, 16, 16)} | changes))
+    with pytest.raises(BackendUnavailable, match=said):
+        testing.run(inputs, BACKEND)
+
+
+def test_the_backend_is_not_chosen_automatically(emulated):
+    request = registry.Request("pixel_decoder", "cuda", (BF16, F32), 32, 3, 16, 3)
+    assert "cuda" not in registry.automatic_candidates(request)
+
+
+def test_cpu_tensors_are_refused_by_name():
+    with pytest.raises(BackendUnavailable, match="NVIDIA GPUs"):
+        testing.run(small_inputs("pixel_decoder", BF16), "cuda")
+
+
+def _native_forward_arguments(emulated, workspace_bytes, shape):
+    workspace = torch.empty(max(workspace_bytes, 1), dtype=torch.uint8)
+    nothing = (0,) * 24
+    return (0, 0, workspace.data_ptr(), workspace_bytes), shape, (0,) * 6, (0, 1, 0, 0), nothing, 0, 1e-6
+
+
+def test_failures_name_the_op_and_its_sizes(emulated):
+    shape = (2, 3, 16, 32, 16, 32, 3)
+    needed = emulated.pixel_decoder_forward_workspace(shape)
+    with pytest.raises(RuntimeError, match=r"pixel_decoder on image \[2, 3, 16, 32\].*D 32, N 3.*workspace"):
+        emulated.pixel_decoder_forward(*_native_forward_arguments(emulated, needed - 1, shape))
+    too_many = (1, 3, 1 << 16, 1 << 15, 16, 32, 3)
+    with pytest.raises(ValueError, match="2\\^31 or more pixels"):
+        emulated.pixel_decoder_forward(*_native_forward_arguments(emulated, needed, too_many))

@@ -1,0 +1,7 @@
+"""Backend "cuda_emulated": the files of backends/cuda on CPU tensors, their kernels run by csrc/emulation."""
+
+from deco_kernels.backends.cuda import unsupported_reason  # noqa: F401
+
+
+def unavailable_reason(device):
+    return None if device.type == "cpu" else "the emulator runs on CPU tensors"

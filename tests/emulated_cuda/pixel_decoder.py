@@ -1,0 +1,1 @@
+from deco_kernels.backends.cuda.pixel_decoder import *  # noqa: F403
