@@ -8,17 +8,21 @@
 // M: RGB -> YCbCr, R: reflection of the right and bottom edge to multiples of 8, F: orthonormal 8x8 DCT-II,
 // w: sample_weight, W: frequency_weight, ' : transpose. Normalisation of F is folded into W.
 //
-// A tile is one strip of 8 image rows, cut to kTileWidth columns. It is read into float planes in the first-level cache
-// (d and its YCbCr), transformed there in place, and written once; while it is transformed, the next tile's pixels are
-// prefetched in memory order. A thread owns a contiguous run of tiles, in memory order.
+// A tile is one strip of 8 image rows, cut to kTileWidth columns. It is read into float planes in the caches (d and its
+// YCbCr), transformed there in place, and written once. A thread owns a contiguous run of tiles. Tiles are wide so that
+// memory is read in long runs, one after the other, which the processor prefetches by itself.
 // Reflected rows repeat rows of the last two strips, so the gradient of these two needs the last strip's transform: the
 // strip above computes it a second time instead of waiting for it.
 //
-// Per pixel: forward reads 6 values, backward reads 6 and writes 3 (6 with the target's gradient); about 90 and 180
-// multiply-adds and additions.
+// Per pixel: forward reads 6 values, backward reads 6 and writes 3 (6 with the target's gradient); 40 and 63 additions,
+// multiplications and multiply-adds.
 // Deterministic for a given thread count: each thread adds its tiles in order, in double, and the threads' sums are
 // added in order. The gradients of the images do not depend on the thread count.
 #include "deco/flow_matching_loss.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "cpu/dct.h"
 #include "cpu/kernel_table.h"
@@ -27,7 +31,7 @@
 namespace deco::cpu::DECO_CPU_ISA {
 namespace {
 
-constexpr int kTileWidth = 128;                  // of every tile but the last of a strip, which takes up to 8 more
+constexpr int kTileWidth = 512;                  // of every tile but the last of a strip, which takes up to 8 more
 constexpr int kPitch = kTileWidth + 2 * kBlock;  // values per row of a plane
 constexpr int kFrequencies = kBlock * kBlock;
 // Gradients beyond this size are written past the caches, which could not hold them until they are read.
@@ -165,16 +169,6 @@ class ImagePair {
     return sum(squares);
   }
 
-  void prefetch_row(const Tile& tile, int c, int r) const {
-    if (r >= tile.rows) return;
-    for (const ImageArray* image : {&pred_, &target_}) {
-      if (image->stride_x != 1) continue;
-      const char* row = address(*image, tile, c, tile.y + r);
-      const int64_t bytes = tile.columns * size_of(image->dtype);
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-    }
-  }
-
  private:
   static const char* address(const ImageArray& image, const Tile& tile, int c, int64_t y) {
     const int64_t offset =
@@ -195,6 +189,12 @@ class ImagePair {
   const Tiling& tiling_;
   void (*read_row_)(const RowSource&, int, int, Planes&, Planes&, VecF&);
 };
+
+void clear(const Tile& tile, Planes& planes) {
+  for (auto& channel : planes.channel)
+    for (float* row : channel)
+      for (int x = 0; x < tile.vector_columns(); ++x) row[x] = 0.0f;
+}
 
 // Columns right of the image repeat those left of its last one.
 void reflect_columns(const Tile& tile, Planes& planes) {
@@ -269,23 +269,15 @@ DECO_INLINE void store_transposed(BlockRow (&block)[kBlock], float (*plane)[kPit
   unroll<kBlock>([&](auto i) DECO_INLINE_LAMBDA { store_row(plane[i] + x, block[i]); });
 }
 
-// Calls body(channel, x) for every BlockRow of the tile, and prefetch(channel, row) for all rows in order, evenly spread
-// over that.
-template <class Body, class Prefetch>
-DECO_INLINE void for_each_block(const Tile& tile, Body&& body, Prefetch&& prefetch) {
-  const int columns = tile.vector_columns();
-  for (int c = 0; c < 3; ++c) {
-    int row = 0;
-    for (int x = 0; x < columns; x += kRowPixels) {
-      for (; row * columns < kBlock * (x + kRowPixels); ++row) prefetch(c, row);
-      body(c, x);
-    }
-  }
+// Calls body(channel, x) for every BlockRow of the tile.
+template <class Body>
+DECO_INLINE void for_each_block(const Tile& tile, Body&& body) {
+  for (int c = 0; c < 3; ++c)
+    for (int x = 0; x < tile.vector_columns(); x += kRowPixels) body(c, x);
 }
 
 // sum of weights * (F ycbcr)^2
-template <class Prefetch>
-float weighted_energy(const CoefficientTable& weights, const Tile& tile, const Planes& ycbcr, Prefetch&& prefetch) {
+float weighted_energy(const CoefficientTable& weights, const Tile& tile, const Planes& ycbcr) {
   BlockRow energy = broadcast_row(0.0f);
   const auto add_block = [&](int c, int x) DECO_INLINE_LAMBDA {
     BlockRow block[kBlock];
@@ -294,20 +286,19 @@ float weighted_energy(const CoefficientTable& weights, const Tile& tile, const P
       energy = fma(block[i] * load_row(weights.value[c][i]), block[i], energy);
     });
   };
-  for_each_block(tile, add_block, prefetch);
+  for_each_block(tile, add_block);
   return sum(energy);
 }
 
 // ycbcr <- F' weights F ycbcr
-template <class Prefetch>
-void apply_weights(const CoefficientTable& weights, const Tile& tile, Planes& ycbcr, Prefetch&& prefetch) {
+void apply_weights(const CoefficientTable& weights, const Tile& tile, Planes& ycbcr) {
   const auto apply = [&](int c, int x) DECO_INLINE_LAMBDA {
     BlockRow block[kBlock];
     load_coefficients(ycbcr.channel[c], x, block);
     unroll<kBlock>([&](auto i) DECO_INLINE_LAMBDA { block[i] = block[i] * load_row(weights.value[c][i]); });
     store_transposed(block, ycbcr.channel[c], x);
   };
-  for_each_block(tile, apply, prefetch);
+  for_each_block(tile, apply);
 }
 
 // sums [3, 8, 8] <- (F M d)^2, summed over the blocks of the tile
@@ -320,7 +311,7 @@ void sum_squares(const Tile& tile, const Planes& ycbcr, double* sums) {
       store_row(squares.value[c][i], fma(block[i], block[i], load_row(squares.value[c][i])));
     });
   };
-  for_each_block(tile, add_block, [](int, int) {});
+  for_each_block(tile, add_block);
   for (int k = 0; k < 3 * kFrequencies; ++k) sums[k] = 0.0;
   for_each_coefficient(squares, [&](float square, int c, int v, int h) {
     sums[frequency_index(c, v, h)] += double{square} * square_norm(c, v, h);
@@ -361,6 +352,13 @@ void copy_streaming(char* to, const char* from, int64_t bytes) {
   for (; i + kVectorBytes <= bytes; i += kVectorBytes)
     store_streaming(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
   std::memcpy(to + i, from + i, bytes - i);
+}
+
+// Streaming stores may pass later ones; after this, another thread that sees this one finish sees them too.
+void finish_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // One of the two gradients of the images, which differ in sign and dtype.
@@ -467,12 +465,11 @@ void flow_matching_loss_forward(const FlowMatchingLossForward& call) {
     Planes rgb, ycbcr;
     const Range range = share_of(tiling.count(), parts, part);
     for (int64_t i = range.begin; i < range.end; ++i) {
-      const Tile tile = tiling[i], next = tiling[i + 1 < range.end ? i + 1 : i];
+      const Tile tile = tiling[i];
       SampleSums& tile_sums = sums[part * inputs.batch + tile.sample];
       tile_sums.pixel += images.read(tile, rgb, ycbcr);
       reflect_columns(tile, ycbcr);
-      tile_sums.frequency +=
-          weighted_energy(weights, tile, ycbcr, [&](int c, int r) { images.prefetch_row(next, c, r); });
+      tile_sums.frequency += weighted_energy(weights, tile, ycbcr);
     }
   });
 
@@ -527,11 +524,11 @@ class BackwardWorker {
  public:
   BackwardWorker(const BackwardPlan& plan, int part) : plan_(plan), part_(part) {}
 
-  void process(const Tile& tile, const Tile& next) {
+  void process(const Tile& tile) {
     const double weight = weight_of(plan_.inputs, tile.sample);
     plan_.images.read(tile, rgb_, ycbcr_);
     reflect_columns(tile, ycbcr_);
-    if (plan_.call.grad_pixel == 0.0) rgb_ = {};  // else 0 times an infinite difference would be NaN
+    if (plan_.call.grad_pixel == 0.0) clear(tile, rgb_);  // else 0 times an infinite difference would be NaN
     if (plan_.wants_weights()) add_sums(tile, weight);
     if (!plan_.wants_images()) return;
 
@@ -539,7 +536,7 @@ class BackwardWorker {
       fill_weights(plan_.inputs.frequency_weight, static_cast<float>(2.0 * weight * plan_.frequency_factor), weights_);
       weighted_sample_ = tile.sample;
     }
-    apply_weights(weights_, tile, ycbcr_, [&](int c, int r) { plan_.images.prefetch_row(next, c, r); });
+    apply_weights(weights_, tile, ycbcr_);
     fold_columns(tile, ycbcr_);
     add_reflected_rows(tile);
     const float pixel_factor = static_cast<float>(2.0 * weight * plan_.pixel_factor);
@@ -572,7 +569,7 @@ class BackwardWorker {
     Planes rgb, ycbcr;
     plan_.images.read(last, rgb, ycbcr);
     reflect_columns(last, ycbcr);
-    apply_weights(weights_, last, ycbcr, [](int, int) {});
+    apply_weights(weights_, last, ycbcr);
     fold_columns(last, ycbcr);
     fold_rows(tiling, last, ycbcr, tile, ycbcr_);
   }
@@ -591,8 +588,8 @@ void flow_matching_loss_backward(const FlowMatchingLossBackward& call) {
   parallel_for(plan.parts, [&](int part) {
     BackwardWorker worker(plan, part);
     const Range range = share_of(plan.tiling.count(), plan.parts, part);
-    for (int64_t i = range.begin; i < range.end; ++i)
-      worker.process(plan.tiling[i], plan.tiling[i + 1 < range.end ? i + 1 : i]);
+    for (int64_t i = range.begin; i < range.end; ++i) worker.process(plan.tiling[i]);
+    finish_streaming();
   });
 
   if (call.grad_sample_weight != nullptr) {
