@@ -49,6 +49,8 @@ void forward(const AdalnBlockForward& call) {
       const int64_t first = t * T;
       const int count = static_cast<int>(call.rows - first < T ? call.rows - first : T);
       const int pixels = whole_strips(count);
+      prefetch_rows<D, T>(call.cond, first + T, call.rows);
+      prefetch_rows<D, T>(call.h, first + T, call.rows);
       const char* sources[T];
       row_addresses<T, const char*>(call.cond, first, count, kZeroRow, sources);
       load_silu_cond<Operand, D, T>(activation, sources, pixels, tile.silu_cond);
@@ -101,6 +103,9 @@ void backward(const AdalnBlockBackward& call) {
       const int64_t first = t * T;
       const int count = static_cast<int>(call.rows - first < T ? call.rows - first : T);
       const int pixels = whole_strips(count);
+      prefetch_rows<D, T>(call.cond, first + T, call.rows);
+      prefetch_rows<D, T>(call.h, first + T, call.rows);
+      prefetch_rows<D, T>(call.grad_out, first + T, call.rows);
       const char* sources[T];
       row_addresses<T, const char*>(call.cond, first, count, kZeroRow, sources);
       load_silu_cond<Operand, D, T>(activation, sources, pixels, tile.block.silu_cond, tile.block.silu_cond_derivative);

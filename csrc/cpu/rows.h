@@ -37,4 +37,15 @@ void store_rows(DType dtype, const typename Operand::Element (*tile)[T], int cou
   });
 }
 
+// Starts to fetch rows first .. first + T - 1 into the second-level cache, as far as there are `total` rows.
+template <int D, int T>
+void prefetch_rows(const Rows& rows, int64_t first, int64_t total) {
+  constexpr int64_t kLineBytes = 64;
+  const int64_t end = first + T < total ? first + T : total, bytes = size_of(rows.dtype);
+  for (int64_t row = first; row < end; ++row) {
+    const char* address = static_cast<const char*>(rows.data) + row * rows.stride * bytes;
+    for (int64_t offset = 0; offset < D * bytes; offset += kLineBytes) __builtin_prefetch(address + offset, 0, 2);
+  }
+}
+
 }  // namespace deco::cpu::DECO_CPU_ISA
