@@ -64,7 +64,10 @@ def pixel_rows(tensor: torch.Tensor | None) -> tuple[int, ...]:
     """(address, dtype, stride of a token, stride of a pixel) of [..., P, D] as `readable_pixel_rows` returns it."""
     if tensor is None:
         return (0, 0, 0, 0)
-    return (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], collapsed_stride(tensor, 2), tensor.stride(-2))
+    if tensor.is_contiguous():
+        pixels, width = tensor.shape[-2:]
+        return (*array(tensor), pixels * width, width)
+    return (*array(tensor), collapsed_stride(tensor, 2), tensor.stride(-2))
 
 
 def readable_pixel_rows(tensor: torch.Tensor) -> torch.Tensor:
