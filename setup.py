@@ -42,7 +42,8 @@ def cuda_options() -> list[str]:
         raise RuntimeError("nvcc was not found; install the CUDA toolkit, put nvcc on PATH or set CUDA_HOME")
     options = ["-DDECO_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
     architectures = os.environ.get("DECO_KERNELS_CUDA_ARCHS", "").replace(",", ";").replace(" ", "")
-    return options + [f"-DDECO_CUDA_ARCHS={architectures}"] * bool(architectures)
+    # Without a choice, one that an earlier build in the same folder remembers is dropped.
+    return options + [f"-DDECO_CUDA_ARCHS={architectures}" if architectures else "-UDECO_CUDA_ARCHS"]
 
 
 class NativeModule(Extension):

@@ -21,6 +21,7 @@ using deco::python::read_block_weights;
 using deco::python::read_decoder_shape;
 using deco::python::read_decoder_weights;
 using deco::python::read_image;
+using deco::python::read_modulation;
 using deco::python::read_pixel_rows;
 using deco::python::read_rows;
 
@@ -104,14 +105,6 @@ deco::UpsampleArrays read_upsample(const py::tuple& sizes, const py::tuple& rows
   upsample.weight = read_array(in_weights);
   upsample.bias = read_array(in_weights);
   return upsample;
-}
-
-// The four arrays of a modulation; the rest stays null.
-deco::BlockWeightArrays read_modulation(const py::tuple& description) {
-  Integers in(description);
-  deco::BlockWeightArrays w;
-  for (Array* array : {&w.norm_weight, &w.norm_bias, &w.mod_weight, &w.mod_bias}) *array = read_array(in);
-  return w;
 }
 
 void pixel_decoder_from_tokens_forward(const py::tuple& shape, const py::tuple& image, const py::tuple& upsample_sizes,

@@ -5,7 +5,9 @@
 
 #include <string>
 
+#include "deco/cuda/adaln_block.h"
 #include "deco/cuda/pixel_decoder.h"
+#include "deco/cuda/upsample_modulate.h"
 #include "descriptions.h"
 
 namespace deco::python {
@@ -72,18 +74,60 @@ cuda::DeviceLimits limits_of(int device) {
   return limits;
 }
 
+std::string sizes_of(int64_t rows, int width) {
+  return "[" + std::to_string(rows) + ", " + std::to_string(width) + "]";
+}
+
+void adaln_block_forward(const py::tuple& context, int64_t rows, int width, const py::tuple& h, const py::tuple& cond,
+                         const py::tuple& weights, int64_t out, float eps) {
+  cuda::AdalnBlockForward op;
+  op.rows = rows;
+  op.width = width;
+  op.h = read_rows(h);
+  op.cond = read_rows(cond);
+  Integers arrays(weights);
+  op.weights = read_block_weights(arrays);
+  op.out = reinterpret_cast<void*>(out);
+  op.eps = eps;
+  run(context, "adaln_block", [&] { return sizes_of(rows, width); },
+      [&](const cuda::Call& call) { return cuda::adaln_block_forward(call, op); });
+}
+
+int64_t adaln_block_backward_workspace(int device, int64_t rows, int width) {
+  return cuda::adaln_block_backward_workspace(limits_of(device), rows, width);
+}
+
+void adaln_block_backward(const py::tuple& context, int64_t rows, int width, const py::tuple& grad_out,
+                          const py::tuple& h, const py::tuple& cond, const py::tuple& weights, int64_t grad_h,
+                          int64_t grad_cond, const py::tuple& grad_weights, float eps) {
+  cuda::AdalnBlockBackward op;
+  op.rows = rows;
+  op.width = width;
+  op.grad_out = read_rows(grad_out);
+  op.h = read_rows(h);
+  op.cond = read_rows(cond);
+  Integers arrays(weights), grad_arrays(grad_weights);
+  op.weights = read_block_weights(arrays);
+  op.grad_h = reinterpret_cast<void*>(grad_h);
+  op.grad_cond = reinterpret_cast<void*>(grad_cond);
+  op.grad_weights = read_block_weights(grad_arrays);
+  op.eps = eps;
+  run(context, "adaln_block_backward", [&] { return sizes_of(rows, width); },
+      [&](const cuda::Call& call) { return cuda::adaln_block_backward(call, op); });
+}
+
 int64_t pixel_decoder_forward_workspace(const py::tuple& shape) {
   return cuda::pixel_decoder_forward_workspace(read_decoder_shape(shape));
 }
 
 void pixel_decoder_forward(const py::tuple& context, const py::tuple& shape, const py::tuple& image,
-                           const py::tuple& cond, const py::tuple& weights, int64_t velocity, float eps) {
+                           const py::tuple& cond, const py::tuple& weights, const py::tuple& velocity, float eps) {
   cuda::PixelDecoderForward op;
   op.shape = read_decoder_shape(shape);
   op.image = read_image(image);
   op.cond = read_pixel_rows(cond);
   op.weights = read_decoder_weights(weights);
-  op.velocity = reinterpret_cast<void*>(velocity);
+  op.velocity = read_image(velocity);
   op.eps = eps;
   run(context, "pixel_decoder", [&] { return sizes_of(op.shape); },
       [&](const cuda::Call& call) { return cuda::pixel_decoder_forward(call, op); });
@@ -112,6 +156,44 @@ void pixel_decoder_backward(const py::tuple& context, const py::tuple& shape, co
       [&](const cuda::Call& call) { return cuda::pixel_decoder_backward(call, op); });
 }
 
+void modulate_forward(const py::tuple& context, int64_t rows, int width, const py::tuple& h, const py::tuple& cond,
+                      const py::tuple& weights, int64_t modulated, int64_t gate, float eps) {
+  cuda::ModulateForward op;
+  op.rows = rows;
+  op.width = width;
+  op.h = read_rows(h);
+  op.cond = read_rows(cond);
+  op.weights = read_modulation(weights);
+  op.modulated = reinterpret_cast<void*>(modulated);
+  op.gate = reinterpret_cast<void*>(gate);
+  op.eps = eps;
+  run(context, "upsample_modulate", [&] { return sizes_of(rows, width); },
+      [&](const cuda::Call& call) { return cuda::modulate_forward(call, op); });
+}
+
+int64_t modulate_backward_workspace(int device, int64_t rows, int width) {
+  return cuda::modulate_backward_workspace(limits_of(device), rows, width);
+}
+
+void modulate_backward(const py::tuple& context, int64_t rows, int width, const py::tuple& grad_modulated,
+                       const py::tuple& grad_gate, const py::tuple& h, const py::tuple& cond, const py::tuple& weights,
+                       int64_t grad_h, int64_t grad_cond, const py::tuple& grad_weights, float eps) {
+  cuda::ModulateBackward op;
+  op.rows = rows;
+  op.width = width;
+  op.grad_modulated = read_rows(grad_modulated);
+  op.grad_gate = read_rows(grad_gate);
+  op.h = read_rows(h);
+  op.cond = read_rows(cond);
+  op.weights = read_modulation(weights);
+  op.grad_h = reinterpret_cast<void*>(grad_h);
+  op.grad_cond = reinterpret_cast<void*>(grad_cond);
+  op.grad_weights = read_modulation(grad_weights);
+  op.eps = eps;
+  run(context, "upsample_modulate_backward", [&] { return sizes_of(rows, width); },
+      [&](const cuda::Call& call) { return cuda::modulate_backward(call, op); });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -120,15 +202,33 @@ void bind_cuda(py::module_& m) {
     const cuda::DeviceLimits limits = limits_of(device);
     return py::make_tuple(limits.multiprocessors, limits.shared_bytes);
   }, py::arg("device"), "(multiprocessors, largest shared memory of a block in bytes)");
+  m.def("adaln_block_forward_workspace", &cuda::adaln_block_forward_workspace,
+        "Bytes of workspace that adaln_block_forward needs for D");
+  m.def("adaln_block_forward", &adaln_block_forward,
+        "context, rows, D, h, cond, eight weights, out (address, written), eps");
+  m.def("adaln_block_backward_workspace", &adaln_block_backward_workspace,
+        "Bytes of workspace that adaln_block_backward needs for device, rows, D");
+  m.def("adaln_block_backward", &adaln_block_backward,
+        "context, rows, D, grad_out, h, cond, eight weights, then written: grad_h (address) and, where the address is not "
+        "0, grad_cond (address), eight gradients of weights; eps");
   m.def("pixel_decoder_forward_workspace", &pixel_decoder_forward_workspace,
         "Bytes of workspace that pixel_decoder_forward needs for (B, C, H, W, p, D, N)");
   m.def("pixel_decoder_forward", &pixel_decoder_forward,
-        "context, (B, C, H, W, p, D, N), image, cond rows, twelve weights, velocity (address, written), eps");
+        "context, (B, C, H, W, p, D, N), image, cond rows, twelve weights, velocity (written; unit stride along a row), eps");
   m.def("pixel_decoder_backward_workspace", &pixel_decoder_backward_workspace,
         "Bytes of workspace that pixel_decoder_backward needs for device, (B, C, H, W, p, D, N), chunk_pixels");
   m.def("pixel_decoder_backward", &pixel_decoder_backward,
         "context, (B, C, H, W, p, D, N), grad_velocity, image, cond rows, twelve weights, then written where the address "
         "is not 0: grad_image, grad_cond (address), twelve gradients of weights; eps, chunk_pixels");
+  m.def("modulate_forward_workspace", &cuda::modulate_forward_workspace,
+        "Bytes of workspace that modulate_forward needs for D");
+  m.def("modulate_forward", &modulate_forward,
+        "context, rows, D, h, cond, norm and mod weights, modulated and gate (addresses, written), eps");
+  m.def("modulate_backward_workspace", &modulate_backward_workspace,
+        "Bytes of workspace that modulate_backward needs for device, rows, D");
+  m.def("modulate_backward", &modulate_backward,
+        "context, rows, D, grad_modulated, grad_gate, h, cond, norm and mod weights, then written: grad_h (address) and, "
+        "where the address is not 0, grad_cond (address), four gradients of weights; eps");
 }
 
 }  // namespace deco::python

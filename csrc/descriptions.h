@@ -74,6 +74,14 @@ inline BlockWeightArrays read_block_weights(Integers& in) {
   return w;
 }
 
+// The four arrays of a modulation; the rest stays null.
+inline BlockWeightArrays read_modulation(const py::tuple& description) {
+  Integers in(description);
+  BlockWeightArrays w;
+  for (Array* array : {&w.norm_weight, &w.norm_bias, &w.mod_weight, &w.mod_bias}) *array = read_array(in);
+  return w;
+}
+
 inline DecoderShape read_decoder_shape(const py::tuple& description) {
   Integers in(description);
   DecoderShape shape;

@@ -35,4 +35,10 @@ struct BlockBackward {
 int block_backward_parts(const DeviceLimits& limits, int width, bool mlp, int64_t pixels);
 Status block_backward(const Call& call, const BlockBackward& op);
 
+// The whole backward of a block on its own: pack, one step, sums, gradients of the weights where not null. Sets the
+// fields of `op` that have to do with weights.
+int64_t single_block_backward_workspace(const DeviceLimits& limits, int width, bool mlp, int64_t pixels);
+Status single_block_backward(const Call& call, BlockBackward op, const BlockWeightArrays& weights,
+                             const BlockWeightArrays& gradients);
+
 }  // namespace deco::cuda

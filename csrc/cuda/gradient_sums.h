@@ -144,6 +144,14 @@ struct ChannelGradient {
   }
 };
 
+// Whether a gradient of block weights is wanted.
+inline bool any(const BlockWeightArrays& b) {
+  for (const Array* array : {&b.norm_weight, &b.norm_bias, &b.mod_weight, &b.mod_bias, &b.fc1_weight, &b.fc1_bias,
+                             &b.fc2_weight, &b.fc2_bias})
+    if (array->data != nullptr) return true;
+  return false;
+}
+
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
 // sums[i] = sum over `parts` of partials[part][i].

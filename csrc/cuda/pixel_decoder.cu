@@ -34,7 +34,7 @@ struct ForwardParams {
   void visit(V& buffers) const {
     packed.visit(buffers, false, shape.depth, shape.decoder_width, kBlockMatrices, shape.pixels_per_token());
     image.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
-    buffers.write(velocity.data, 2 * shape.pixels() * shape.channels);
+    velocity.visit(buffers, shape.batch, shape.channels, shape.height, shape.width);
     cond.visit(buffers, pixels, shape.decoder_width);
   }
 };
@@ -131,7 +131,7 @@ Status pixel_decoder_forward(const Call& call, const PixelDecoderForward& op) {
   WorkspaceParts parts(call.workspace);
   p.packed = PackedWeights::take(parts, shape.depth, shape.decoder_width, kBlockMatrices, shape.pixels_per_token());
   p.image = Image(op.image);
-  p.velocity = Planes(op.velocity, shape.channels, shape.height, shape.width);
+  p.velocity = Planes(op.velocity);
   p.cond = rows_of(op.cond, shape);
   p.grid = patch_grid(shape);
   p.shape = shape;

@@ -19,12 +19,8 @@ int64_t chunk_tokens(const DecoderShape& shape, int64_t chunk_pixels) {
 }
 
 bool wants_weights(const DecoderWeightArrays& g) {
-  const BlockWeightArrays& b = g.blocks;
-  for (const Array* array :
-       {&g.pixel_weight, &g.pixel_table, &b.norm_weight, &b.norm_bias, &b.mod_weight, &b.mod_bias, &b.fc1_weight,
-        &b.fc1_bias, &b.fc2_weight, &b.fc2_bias, &g.head_weight, &g.head_bias})
-    if (array->data != nullptr) return true;
-  return false;
+  return any(g.blocks) || g.pixel_weight.data != nullptr || g.pixel_table.data != nullptr ||
+         g.head_weight.data != nullptr || g.head_bias.data != nullptr;
 }
 
 // Where everything lies in the workspace.

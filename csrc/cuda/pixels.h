@@ -58,6 +58,10 @@ struct RowsView {
   void* data = nullptr;
   int64_t stride = 0;
 
+  RowsView() = default;
+  DECO_HOST_DEVICE RowsView(void* memory, int64_t elements) : data(memory), stride(elements) {}
+  explicit RowsView(const Rows& rows) : data(rows.data), stride(rows.stride) {}
+
   template <class T>
   DECO_DEVICE T* at(uint32_t pixel, int channel) const {
     return static_cast<T*>(data) + (pixel * stride + channel);
@@ -211,19 +215,22 @@ DECO_DEVICE void load_channels(uint32_t (&words)[2], const Image& image, int cha
   }
 }
 
-// A contiguous image [B, C, H, W] of the operand type.
+// An image [B, C, H, W] of the operand type with unit stride along a row; the other strides are in elements.
 struct Planes {
   void* data = nullptr;
-  int64_t plane = 0, image = 0;  // H·W, C·H·W
-  uint32_t width = 0;
+  int64_t stride_b = 0, stride_c = 0, stride_y = 0;
 
   Planes() = default;
-  Planes(void* memory, int64_t channels, int64_t height, int64_t columns)
-      : data(memory), plane(height * columns), image(channels * height * columns), width(static_cast<uint32_t>(columns)) {}
+  explicit Planes(const ImageArray& image)
+      : data(image.data), stride_b(image.stride_b), stride_c(image.stride_c), stride_y(image.stride_y) {}
 
   // The index of channel 0 of a pixel.
   DECO_DEVICE int64_t offset(const PixelPlace& place) const {
-    return place.image * image + (place.y * width + place.x);
+    return place.image * stride_b + place.y * stride_y + place.x;
+  }
+  template <class V>
+  void visit(V& buffers, int64_t batch, int64_t channels, int64_t height, int64_t width) const {
+    buffers.write(data, 2 * ((batch - 1) * stride_b + (channels - 1) * stride_c + (height - 1) * stride_y + width));
   }
 };
 
@@ -232,9 +239,9 @@ template <class T>
 DECO_DEVICE void store_channels(const Planes& planes, int64_t offset, int channels, float v0, float v1) {
   const int channel = 2 * (lane() & 3);
   const uint32_t word = pack<T>(v0, v1);
-  auto* address = static_cast<uint16_t*>(planes.data) + offset + channel * planes.plane;
+  auto* address = static_cast<uint16_t*>(planes.data) + offset + channel * planes.stride_c;
   if (channel < channels) store(address, static_cast<uint16_t>(word));
-  if (channel + 1 < channels) store(address + planes.plane, static_cast<uint16_t>(word >> 16));
+  if (channel + 1 < channels) store(address + planes.stride_c, static_cast<uint16_t>(word >> 16));
 }
 
 }  // namespace deco::cuda

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deco_kernels import BackendUnavailable, ops, testing
-from deco_kernels.backends.cuda import pixel_decoder
+from deco_kernels.backends.cuda import pixel_decoder, upsample_modulate
 from deco_kernels.ops import registry
 from tests import emulation
 from tests.ops.cases import BF16, CASES, F16, F32, small_inputs
@@ -12,8 +12,14 @@ from tests.ops.cases import BF16, CASES, F16, F32, small_inputs
 pytestmark = pytest.mark.emulate
 
 BACKEND = emulation.BACKEND
-OPS = ("pixel_decoder",)
-HALF_CASES = [(op, case) for op in OPS for case in CASES[op] if case.dtype is not F32]
+OPS = ("adaln_block", "upsample_modulate", "pixel_decoder", "pixel_decoder_from_tokens")
+# The slowest case, D 64 with six blocks, runs once: from_tokens adds nothing to it.
+HALF_CASES = [
+    (op, case)
+    for op in OPS
+    for case in CASES[op]
+    if case.dtype is not F32 and (op != "pixel_decoder_from_tokens" or case.width * case.depth < 384)
+]
 each_op = pytest.mark.parametrize("op", OPS)
 
 
@@ -24,10 +30,12 @@ def assert_equal(first: testing.Results, second: testing.Results):
 
 
 def assert_close(first: testing.Results, second: testing.Results, tolerance: float):
+    """The gradient of up_weight comes from PyTorch's matmul, which rounds it to the activation's dtype."""
     for output, other in zip(first.outputs, second.outputs, strict=True):
         assert testing.relative_error(output, other) <= tolerance
     for name, gradient in first.gradients.items():
-        assert testing.relative_error(gradient, second.gradients[name]) <= tolerance, name
+        bound = max(tolerance, torch.finfo(BF16).eps) if name == "up_weight" else tolerance
+        assert testing.relative_error(gradient, second.gradients[name]) <= bound, name
 
 
 def assert_rule_of_error(inputs, results):
@@ -51,10 +59,12 @@ def test_rule_of_error(emulated, op, case, poisoned_memory):
 @pytest.mark.parametrize("width", [32, 64])
 def test_small_shared_memory_and_chunks(emulated, op, width, monkeypatch):
     """A device of 99 KB runs variants that hold less at once; chunks of pixels add up to the same sums."""
-    inputs = testing.random_inputs(op, dtype=BF16, width=width, depth=8, patch_size=8, image_size=(1, 24, 40))
+    depth = 8 if width == 32 else 3  # both more than 99 KB hold at once
+    inputs = testing.random_inputs(op, dtype=BF16, width=width, depth=depth, patch_size=8, image_size=(1, 24, 40))
     large = testing.run(inputs, BACKEND)
     emulated.set_device_limits(3, emulation.SMALL_SHARED)
-    monkeypatch.setattr(pixel_decoder, "CHUNK_PIXELS", 300)
+    for module in (pixel_decoder, upsample_modulate):
+        monkeypatch.setattr(module, "CHUNK_PIXELS", 300)
     assert_close(testing.run(inputs, BACKEND), large, 2e-5)
 
 
@@ -190,7 +200,7 @@ def test_cpu_tensors_are_refused_by_name():
 def _native_forward_arguments(emulated, workspace_bytes, shape):
     workspace = torch.empty(max(workspace_bytes, 1), dtype=torch.uint8)
     nothing = (0,) * 24
-    return (0, 0, workspace.data_ptr(), workspace_bytes), shape, (0,) * 6, (0, 1, 0, 0), nothing, 0, 1e-6
+    return (0, 0, workspace.data_ptr(), workspace_bytes), shape, (0,) * 6, (0, 1, 0, 0), nothing, (0,) * 6, 1e-6
 
 
 def test_failures_name_the_op_and_its_sizes(emulated):

@@ -3,14 +3,12 @@ and runs csrc/cpu/pixel_decoder_backward.cpp on each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from deco_kernels import native
 from deco_kernels.backends.cpu import arguments
 from deco_kernels.backends.cpu.pixel_decoder import sizes
-from deco_kernels.backends.cpu.upsample import UpsampleGradients, chunk_tokens
+from deco_kernels.backends.upsample import UpsampleGradients, chunk_tokens, image_chunks
 
 
 def forward(image: torch.Tensor, tokens: torch.Tensor, *rest) -> torch.Tensor:
@@ -45,7 +43,7 @@ def backward(grad_velocity: torch.Tensor, image: torch.Tensor, tokens: torch.Ten
     upsample = UpsampleGradients(tokens, *up, needs[1:4])
     totals = [torch.zeros(weight.shape) if need else None for weight, need in zip(decoder, needs[4:], strict=True)]
     first = 0
-    for images, lines in _chunks(image.shape, patch_size, chunk_tokens(up[0])):
+    for images, lines in image_chunks(image.shape, patch_size, chunk_tokens(up[0])):
         image_chunk = image[images, :, lines]
         count = image_chunk[:, 0].numel() // pixels
         cond = upsample.cond(first, first + count).view(count, pixels, width)
@@ -67,20 +65,3 @@ def backward(grad_velocity: torch.Tensor, image: torch.Tensor, tokens: torch.Ten
         upsample.add(first, grad_cond)
         first += count
     return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, decoder))
-
-
-def _chunks(shape: torch.Size, patch_size: int, tokens: int) -> Iterator[tuple[slice, slice]]:
-    """Cuts a batch [B, C, H, W] into (images, lines) whose tokens are consecutive: whole images, or whole rows of
-    patches of one image, about `tokens` tokens each."""
-    batch, _, height, width = shape
-    per_row = width // patch_size
-    per_image = height // patch_size * per_row
-    if per_image <= tokens:
-        step = -(-tokens // per_image)
-        for first in range(0, batch, step):
-            yield slice(first, first + step), slice(None)
-        return
-    step = -(-tokens // per_row) * patch_size
-    for index in range(batch):
-        for first in range(0, height, step):
-            yield slice(index, index + 1), slice(first, first + step)

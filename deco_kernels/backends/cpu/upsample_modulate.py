@@ -6,7 +6,7 @@ import torch
 
 from deco_kernels import native
 from deco_kernels.backends.cpu import arguments
-from deco_kernels.backends.cpu.upsample import UpsampleGradients, chunk_tokens
+from deco_kernels.backends.upsample import UpsampleGradients, chunk_tokens
 
 
 def forward(h: torch.Tensor, tokens: torch.Tensor, *rest) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,3 +50,11 @@ def empty_gradients(tensors, needs) -> list[torch.Tensor | None]:
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else None
         for tensor, need in zip(tensors, needs, strict=True)
     ]
+
+
+def gradient_totals(tensors, needs) -> list[torch.Tensor | None]:
+    """Zeros in float32 like each of `tensors` to add gradients of chunks to, or None where `needs` is False."""
+    return [
+        torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) if need else None
+        for tensor, need in zip(tensors, needs, strict=True)
+    ]

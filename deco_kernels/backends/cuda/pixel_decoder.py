@@ -16,11 +16,27 @@ CHUNK_PIXELS = 1 << 19
 def forward(image: torch.Tensor, cond: torch.Tensor, *rest) -> torch.Tensor:
     """velocity [B, C, H, W] in cond's dtype; `rest` is the twelve weights, patch_size and eps."""
     *weights, patch_size, eps = rest
-    module = calls.module_for(cond)
-    cond = calls.readable_pixel_rows(cond)
-    weights = arguments.contiguous(weights)
-    shape = _shape(image, weights, patch_size)
     velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
+    cond, weights = calls.readable_pixel_rows(cond), arguments.contiguous(weights)
+    run_forward(image, cond, weights, velocity, patch_size, eps)
+    return velocity
+
+
+def backward(grad_velocity: torch.Tensor, image: torch.Tensor, cond: torch.Tensor, *rest) -> tuple:
+    """Gradients of (image, cond, the twelve weights) where `needs` asks; `rest` ends with patch_size, eps, needs."""
+    *weights, patch_size, eps, needs = rest
+    grads = calls.empty_gradients((image, cond, *weights), needs)
+    if image.numel() == 0:
+        return tuple(None if grad is None else grad.zero_() for grad in grads)
+    cond, weights = calls.readable_pixel_rows(cond), arguments.contiguous(weights)
+    run_backward(grad_velocity, image, cond, weights, grads[0], grads[1], grads[2:], patch_size, eps)
+    return tuple(grads)
+
+
+def run_forward(image, cond, weights: Sequence[torch.Tensor], velocity, patch_size: int, eps: float) -> None:
+    """Writes velocity, of any strides but unit stride along a row; cond as `readable_pixel_rows` returns it."""
+    module = calls.module_for(cond)
+    shape = _shape(image, weights, patch_size)
     calls.launch(
         module.pixel_decoder_forward,
         module.pixel_decoder_forward_workspace(shape),
@@ -29,21 +45,16 @@ def forward(image: torch.Tensor, cond: torch.Tensor, *rest) -> torch.Tensor:
         arguments.image(image),
         arguments.pixel_rows(cond),
         arguments.arrays(weights),
-        velocity.data_ptr(),
+        arguments.image(velocity),
         eps,
     )
-    return velocity
 
 
-def backward(grad_velocity: torch.Tensor, image: torch.Tensor, cond: torch.Tensor, *rest) -> tuple:
-    """Gradients of (image, cond, the twelve weights) where `needs` asks; `rest` ends with patch_size, eps, needs."""
-    *weights, patch_size, eps, needs = rest
+def run_backward(
+    grad_velocity, image, cond, weights, grad_image, grad_cond, grad_weights, patch_size: int, eps: float
+) -> None:
+    """Writes the gradients that are not None: grad_image of any strides, grad_cond and grad_weights contiguous."""
     module = calls.module_for(cond)
-    grads = calls.empty_gradients((image, cond, *weights), needs)
-    if image.numel() == 0:
-        return tuple(None if grad is None else grad.zero_() for grad in grads)
-    cond = calls.readable_pixel_rows(cond)
-    weights = arguments.contiguous(weights)
     shape = _shape(image, weights, patch_size)
     calls.launch(
         module.pixel_decoder_backward,
@@ -54,13 +65,12 @@ def backward(grad_velocity: torch.Tensor, image: torch.Tensor, cond: torch.Tenso
         arguments.image(image),
         arguments.pixel_rows(cond),
         arguments.arrays(weights),
-        arguments.image(grads[0]),
-        0 if grads[1] is None else grads[1].data_ptr(),
-        arguments.arrays(grads[2:]),
+        arguments.image(grad_image),
+        0 if grad_cond is None else grad_cond.data_ptr(),
+        arguments.arrays(grad_weights),
         eps,
         CHUNK_PIXELS,
     )
-    return tuple(grads)
 
 
 def _shape(image: torch.Tensor, weights: Sequence[torch.Tensor], patch_size: int) -> tuple[int, ...]:

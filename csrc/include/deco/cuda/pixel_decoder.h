@@ -12,7 +12,7 @@ struct PixelDecoderForward {
   ImageArray image;
   PixelRows cond;
   DecoderWeightArrays weights;
-  void* velocity = nullptr;  // written: [B, C, H, W] contiguous, of cond's dtype
+  ImageArray velocity;  // written: of cond's dtype, with unit stride along a row
   float eps = 0;
 };
 

@@ -1,10 +1,10 @@
-"""What the backwards of the ops with a fused upsample share: cond is rebuilt, and its gradient used, in chunks of
-tokens, so that neither exists as a whole."""
+"""What the ops with an upsample share where its matmul runs in PyTorch: cond is built, and its gradient used, in chunks
+of tokens, so that neither exists as a whole."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -17,20 +17,37 @@ def chunk_tokens(up_weight: torch.Tensor) -> int:
     return max(_MIN_TOKENS, _MIN_VALUES // up_weight.shape[0])
 
 
+def image_chunks(shape: torch.Size, patch_size: int, tokens: int) -> Iterator[tuple[slice, slice]]:
+    """Cuts a batch [B, C, H, W] into (images, lines) whose tokens are consecutive: whole images, or whole rows of
+    patches of one image, about `tokens` tokens each."""
+    batch, _, height, width = shape
+    per_row = width // patch_size
+    per_image = height // patch_size * per_row
+    if per_image <= tokens:
+        step = -(-tokens // per_image)
+        for first in range(0, batch, step):
+            yield slice(first, first + step), slice(None)
+        return
+    step = -(-tokens // per_row) * patch_size
+    for index in range(batch):
+        for first in range(0, height, step):
+            yield slice(index, index + 1), slice(first, first + step)
+
+
 class UpsampleGradients:
     """The gradients of tokens [T, Z], up_weight [P*D, Z] and up_bias [P*D], summed over chunks of tokens in order.
 
-    The products run in PyTorch: in bfloat16 for bfloat16 tokens, else in float32. Sums over chunks are float32.
+    The products run in PyTorch, in the dtype of tokens (on the CPU float16 in float32). Sums over chunks are float32.
     """
 
     def __init__(self, tokens: torch.Tensor, up_weight: torch.Tensor, up_bias: torch.Tensor, needs: Sequence[bool]):
         """`needs` says which of the three are wanted."""
         self.inputs = (tokens, up_weight, up_bias)
-        self.dtype = torch.bfloat16 if tokens.dtype is torch.bfloat16 else torch.float32
+        self.dtype = tokens.dtype if tokens.is_cuda or tokens.dtype is torch.bfloat16 else torch.float32
         self.rows = tokens.reshape(-1, tokens.shape[-1])
-        self.grad_tokens = torch.empty(self.rows.shape, dtype=tokens.dtype) if needs[0] else None
-        self.grad_weight = torch.zeros(up_weight.shape) if needs[1] else None
-        self.grad_bias = torch.zeros(up_bias.shape) if needs[2] else None
+        self.grad_tokens = torch.empty_like(self.rows) if needs[0] else None
+        self.grad_weight = torch.zeros_like(up_weight, dtype=torch.float32) if needs[1] else None
+        self.grad_bias = torch.zeros_like(up_bias, dtype=torch.float32) if needs[2] else None
         self.wanted = any(needs)
 
     @functools.cached_property
@@ -48,13 +65,13 @@ class UpsampleGradients:
     def new_grad_cond(self, tokens: int, pixels: int) -> torch.Tensor | None:
         """Uninitialised [tokens, P, D] for a chunk's gradient of cond; None if nothing here depends on it."""
         width = self.inputs[1].shape[0] // pixels
-        return torch.empty(tokens, pixels, width, dtype=self.dtype) if self.wanted else None
+        return self.rows.new_empty(tokens, pixels, width, dtype=self.dtype) if self.wanted else None
 
     def add(self, first: int, grad_cond: torch.Tensor | None) -> None:
         """Takes the gradient of cond of the tokens from `first` on."""
         if grad_cond is None:
             return
-        grad = grad_cond.flatten(1)
+        grad = grad_cond.flatten(1).to(self.dtype)
         last = first + grad.shape[0]
         if self.grad_tokens is not None:
             self.grad_tokens[first:last] = grad @ self.weight

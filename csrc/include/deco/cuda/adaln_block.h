@@ -1,0 +1,35 @@
+// One decoder block on CUDA devices (DeCo, arXiv 2511.19365, section 3).
+#pragma once
+
+#include "deco/adaln_block.h"
+#include "deco/cuda/call.h"
+
+namespace deco::cuda {
+
+// h and cond are of one dtype, bfloat16 or float16, the operand type; their rows start at multiples of 16 bytes.
+struct AdalnBlockForward {
+  int64_t rows = 0;
+  int width = 0;  // D: 16, 32 or 64
+  Rows h, cond;   // [rows, D]
+  BlockWeightArrays weights;  // N = 1
+  void* out = nullptr;  // written: [rows, D] contiguous, of h's dtype
+  float eps = 0;
+};
+
+struct AdalnBlockBackward {
+  int64_t rows = 0;
+  int width = 0;
+  Rows grad_out, h, cond;
+  BlockWeightArrays weights;
+  void* grad_h = nullptr;     // written: [rows, D] contiguous
+  void* grad_cond = nullptr;  // written unless null
+  BlockWeightArrays grad_weights;  // written where not null
+  float eps = 0;
+};
+
+int64_t adaln_block_forward_workspace(int width);
+Status adaln_block_forward(const Call& call, const AdalnBlockForward& op);
+int64_t adaln_block_backward_workspace(const DeviceLimits& limits, int64_t rows, int width);
+Status adaln_block_backward(const Call& call, const AdalnBlockBackward& op);
+
+}  // namespace deco::cuda

@@ -1,0 +1,36 @@
+// LayerNorm and modulation of one decoder block on CUDA devices (DeCo, arXiv 2511.19365, section 3): upsample_modulate
+// without its matmul, which the caller has run: cond is the upsampled tokens.
+#pragma once
+
+#include "deco/adaln_block.h"
+#include "deco/cuda/call.h"
+
+namespace deco::cuda {
+
+// h and cond are of one dtype, bfloat16 or float16, the operand type; their rows start at multiples of 16 bytes.
+struct ModulateForward {
+  int64_t rows = 0;
+  int width = 0;  // D: 16, 32 or 64
+  Rows h, cond;   // [rows, D]
+  BlockWeightArrays weights;  // N = 1, norm and mod alone
+  void *modulated = nullptr, *gate = nullptr;  // written: [rows, D] contiguous, of h's dtype
+  float eps = 0;
+};
+
+struct ModulateBackward {
+  int64_t rows = 0;
+  int width = 0;
+  Rows grad_modulated, grad_gate, h, cond;
+  BlockWeightArrays weights;
+  void* grad_h = nullptr;     // written: [rows, D] contiguous
+  void* grad_cond = nullptr;  // written unless null
+  BlockWeightArrays grad_weights;  // written where not null
+  float eps = 0;
+};
+
+int64_t modulate_forward_workspace(int width);
+Status modulate_forward(const Call& call, const ModulateForward& op);
+int64_t modulate_backward_workspace(const DeviceLimits& limits, int64_t rows, int width);
+Status modulate_backward(const Call& call, const ModulateBackward& op);
+
+}  // namespace deco::cuda

@@ -1,0 +1,91 @@
+"""upsample_modulate on CUDA devices: PyTorch's matmul and csrc/cuda/upsample_modulate.cu, chunk by chunk of tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from deco_kernels.backends.cpu import arguments
+from deco_kernels.backends.cuda import calls
+from deco_kernels.backends.upsample import UpsampleGradients
+
+CHUNK_PIXELS = 1 << 19
+"""Pixels whose conditions exist at a time."""
+
+
+def forward(h: torch.Tensor, tokens: torch.Tensor, *rest) -> tuple[torch.Tensor, torch.Tensor]:
+    """(modulated, gate) like h; `rest` is up_weight, up_bias, the four weights of the modulation and eps."""
+    *weights, eps = rest
+    module = calls.module_for(h)
+    modulated, gate = (torch.empty(h.shape, dtype=h.dtype, device=h.device) for _ in range(2))
+    upsample = UpsampleGradients(tokens, *weights[:2], needs=(False, False, False))
+    modulation = arguments.contiguous(weights[2:])
+    pixels, width = h.shape[-2:]
+    h_rows, modulated_rows, gate_rows = _rows(h), modulated.view(-1, width), gate.view(-1, width)
+    for first, last in _token_chunks(len(upsample.rows), pixels):
+        rows = slice(first * pixels, last * pixels)
+        cond = upsample.cond(first, last).view(-1, width)
+        calls.launch(
+            module.modulate_forward,
+            module.modulate_forward_workspace(width),
+            h,
+            len(cond),
+            width,
+            arguments.rows(h_rows[rows]),
+            arguments.rows(cond),
+            arguments.arrays(modulation),
+            modulated_rows[rows].data_ptr(),
+            gate_rows[rows].data_ptr(),
+            eps,
+        )
+    return modulated, gate
+
+
+def backward(grad_modulated: torch.Tensor, grad_gate: torch.Tensor, h: torch.Tensor, tokens: torch.Tensor, *rest):
+    """Gradients of (h, tokens, the six weights) where `needs` asks; `rest` is the weights, eps, needs."""
+    *weights, eps, needs = rest
+    module = calls.module_for(h)
+    upsample = UpsampleGradients(tokens, *weights[:2], needs=needs[1:4])
+    modulation = arguments.contiguous(weights[2:])
+    totals = calls.gradient_totals(modulation, needs[4:])
+    pixels, width = h.shape[-2:]
+    grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    grad_h_rows = grad_h.view(-1, width)
+    inputs = [_rows(tensor) for tensor in (grad_modulated, grad_gate, h)]
+    for first, last in _token_chunks(len(upsample.rows), pixels):
+        rows = slice(first * pixels, last * pixels)
+        cond = upsample.cond(first, last).view(-1, width)
+        grad_cond = torch.empty_like(cond) if upsample.wanted else None
+        grads = [None if total is None else torch.empty_like(total) for total in totals]
+        calls.launch(
+            module.modulate_backward,
+            module.modulate_backward_workspace(h.device.index or 0, len(cond), width),
+            h,
+            len(cond),
+            width,
+            *(arguments.rows(tensor[rows]) for tensor in inputs),
+            arguments.rows(cond),
+            arguments.arrays(modulation),
+            grad_h_rows[rows].data_ptr(),
+            0 if grad_cond is None else grad_cond.data_ptr(),
+            arguments.arrays(grads),
+            eps,
+        )
+        arguments.add_gradients(totals, grads)
+        upsample.add(first, None if grad_cond is None else grad_cond.view(last - first, pixels, width))
+    return (
+        grad_h if needs[0] else None,
+        *upsample.results(),
+        *arguments.cast_gradients(totals, modulation),
+    )
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., P, D] as [T·P, D] that the kernels can read."""
+    return calls.readable_rows(tensor.reshape(-1, tensor.shape[-1]))
+
+
+def _token_chunks(tokens: int, pixels: int):
+    """(first, last) of consecutive chunks of tokens."""
+    size = max(1, CHUNK_PIXELS // pixels)
+    for first in range(0, tokens, size):
+        yield first, min(first + size, tokens)

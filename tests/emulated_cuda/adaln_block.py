@@ -1,0 +1,1 @@
+from deco_kernels.backends.cuda.adaln_block import *  # noqa: F403
