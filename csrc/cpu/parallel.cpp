@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -72,8 +73,14 @@ void run_parts(int parts, PartFunction function, void* context) {
   }
   std::vector<std::thread> threads;
   threads.reserve(static_cast<size_t>(parts - 1));
-  for (int part = 1; part < parts; ++part) threads.emplace_back(function, context, part);
+  int next = 1;
+  try {
+    for (; next < parts; ++next) threads.emplace_back(function, context, next);
+  } catch (const std::system_error&) {
+    // No more threads to be had: the parts left over run here.
+  }
   function(context, 0);
+  for (; next < parts; ++next) function(context, next);
   for (std::thread& thread : threads) thread.join();
 }
 

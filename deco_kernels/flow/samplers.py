@@ -139,6 +139,10 @@ def _check_sample(
         raise TypeError(f"noise: expected a floating-point tensor, got {noise.dtype}")
     if not noise.dim() or cond.shape[:1] != noise.shape[:1]:
         raise ValueError(f"cond: expected the batch of noise {tuple(noise.shape)} first, got shape {tuple(cond.shape)}")
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
+        raise TypeError(f"guidance: expected a number, got {type(guidance).__name__}")
+    if not isinstance(interval, (tuple, list)) or not all(isinstance(end, (int, float)) for end in interval):
+        raise TypeError(f"guidance_interval: expected a pair of numbers (lo, hi), got {interval!r}")
     if uncond is None and guidance != 1:
         raise ValueError(f"uncond: expected a tensor when guidance is not 1, got None with guidance {guidance}")
     if uncond is not None and (uncond.shape != cond.shape or uncond.dtype != cond.dtype):

@@ -5,6 +5,8 @@ Source: DeCo (arXiv 2511.19365), section 3.2; decoder patch and "add" interactio
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -135,7 +137,8 @@ class PixelDecoder(nn.Module):
         """
         device_type = self.embed_weight.device.type
         dtype = torch.promote_types(self.embed_weight.dtype, torch.float32)
-        with torch.autocast(device_type, enabled=False):
+        autocast_off = contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+        with autocast_off:
             input_weight, embed_weight = self.input_weight.to(dtype), self.embed_weight.to(dtype)
             pixel_part, position_part = embed_weight.split((self.position_channels, NUM_POSITION_FEATURES), dim=1)
             embedded = F.linear(self.position_features.to(dtype), position_part, self.embed_bias.to(dtype))

@@ -155,7 +155,7 @@ def check_token_count(op: str, name: str, leading: Sequence[int], expected: int)
 def autocast_activation(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Under autocast, float32 activations are cast to the autocast dtype, as a linear layer would."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # autocast does not know "meta"
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor.to(dtype) if tensor.dtype is torch.float32 else tensor for tensor in tensors)

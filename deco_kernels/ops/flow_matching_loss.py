@@ -99,7 +99,8 @@ def jpeg_frequency_weight(
         float32 [3, 8, 8] for Y, Cb, Cr; row = vertical frequency.
 
     Raises:
-        TypeError: quality or gamma is not a number. ValueError: quality outside 1..100, an unknown mode.
+        TypeError: quality or gamma is not a number. ValueError: quality outside 1..100, an unknown mode, a gamma
+            so large that the weights overflow.
     """
     name = "jpeg_frequency_weight"
     quality = checks.check_number(name, "quality", quality)
@@ -116,6 +117,8 @@ def jpeg_frequency_weight(
         quantiser = ((torch.tensor(table, dtype=torch.float64) * scale + 50) / 100).floor().clamp(1, 255)
         weight = 1 / quantiser if mode == "inv" else (quantiser.mean() / quantiser) ** gamma
         planes.append(weight / weight.mean())
+    if not all(plane.isfinite().all() for plane in planes):
+        raise ValueError(f"{name}: gamma: expected an exponent whose weights are finite, got {gamma}; 1 is published")
     luminance, chrominance = planes
     return torch.stack((luminance, chrominance, chrominance)).to(dtype=torch.float32, device=device)
 

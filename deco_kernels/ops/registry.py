@@ -81,17 +81,17 @@ class use_backend:
 
     def __init__(self, name: str):
         self.name = check_backend_name(name)
-        self.previous = None
+        self.previous = []  # one choice per level, as the same object may be entered again inside its block
 
     def __enter__(self):
         global _selected
-        self.previous = _selected
+        self.previous.append(_selected)
         _selected = self.name
         return self
 
     def __exit__(self, *_):
         global _selected
-        _selected = self.previous
+        _selected = self.previous.pop()
 
 
 _environment_choice = os.environ.get("DECO_KERNELS_BACKEND") or AUTO

@@ -213,3 +213,10 @@ def test_empty_batch(interaction):
     for enabled in (False, True):
         with torch.set_grad_enabled(enabled):
             assert decoder(torch.randn(0, 3, 32, 32), torch.randn(0, 4, 12)).shape == (0, 3, 32, 32)
+
+
+def test_the_meta_device_gives_the_shape():
+    decoder = random_decoder().to("meta")
+    image, tokens = (tensor.to("meta") for tensor in random_input(32, 48, batch=2))
+    velocity = decoder(image, tokens)
+    assert velocity.is_meta and velocity.shape == image.shape

@@ -295,6 +295,7 @@ def test_jpeg_weight_modes():
         ({"mode": "inverse"}, ValueError, "mode: expected 'inv' or 'inv_gamma', got 'inverse'"),
         ({"gamma": None}, TypeError, "gamma"),
         ({"gamma": float("inf")}, ValueError, "gamma: expected a finite number"),
+        ({"gamma": 1e6}, ValueError, "gamma: expected an exponent whose weights are finite"),
     ],
 )
 def test_jpeg_weight_errors(arguments, error, message):

@@ -40,6 +40,29 @@ def test_a_forked_child_computes_the_same_bits(op):
     assert finished.returncode == 0, finished.stderr
 
 
+NO_MORE_THREADS = """
+import os, resource, sys, torch
+from deco_kernels import testing
+torch.set_num_threads(4)
+inputs = testing.random_inputs("pixel_decoder", patch_size=4, image_size=(1, 32, 32))
+before = testing.run(inputs, "cpu")
+child = os.fork()
+if child == 0:
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, used + 2**20))  # no room for a thread's stack
+    after = testing.run(inputs, "cpu")
+    os._exit(0 if torch.equal(before.outputs[0], after.outputs[0]) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_that_gets_no_threads_computes_alone():
+    if len(IMPLEMENTATIONS) == 1:
+        pytest.skip("the native CPU module is not built")
+    finished = subprocess.run([sys.executable, "-c", NO_MORE_THREADS], capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 0, finished.stderr
+
+
 @each_implementation
 @each_op
 def test_concurrent_threads_give_the_same_bits(implementation, op, two_threads):

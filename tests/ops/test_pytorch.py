@@ -209,3 +209,18 @@ def test_anomaly_mode(implementation, op):
     inputs = small_inputs(op)
     with torch.autograd.set_detect_anomaly(True, check_nan=True):
         gradients_of(loss_of, inputs, backend=implementation)
+
+
+@each_op
+def test_meta_tensors_give_shapes(op):
+    """Without FakeTensorMode: outputs and gradients on the meta device, of the real shapes and dtypes."""
+    inputs = small_inputs(op, BF16)
+    meta = inputs._replace(
+        tensors={name: tensor.to("meta") for name, tensor in inputs.tensors.items()},
+        grad_outputs=tuple(gradient.to("meta") for gradient in inputs.grad_outputs),
+    )
+    results, expected = testing.run(meta), testing.run(inputs, "reference")
+    for output, real in zip(results.outputs, expected.outputs, strict=True):
+        assert output.is_meta and (output.shape, output.dtype) == (real.shape, real.dtype)
+    for name, gradient in results.gradients.items():
+        assert gradient.is_meta and gradient.shape == inputs.tensors[name].shape, name

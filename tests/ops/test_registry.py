@@ -31,6 +31,15 @@ def test_the_block_ends_with_an_exception_too():
     assert registry.chosen_backend(None) == "auto"
 
 
+def test_one_block_object_can_be_entered_twice():
+    block = deco_kernels.use_backend("reference")
+    with block, deco_kernels.use_backend("cpu"):
+        with block:
+            assert registry.chosen_backend(None) == "reference"
+        assert registry.chosen_backend(None) == "cpu"
+    assert registry.chosen_backend(None) == "auto"
+
+
 @pytest.mark.parametrize(("value", "error"), [("fast", ValueError), (None, TypeError), (3, TypeError)])
 def test_use_backend_refuses_unknown_names(value, error):
     with pytest.raises(error, match="backend"):
