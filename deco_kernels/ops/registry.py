@@ -226,9 +226,12 @@ def _register(name: str, schema: str, implementation: Callable, fake: Callable) 
 
 def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tensor_count: int) -> Callable:
     """The autograd function around the two operators. A gradient that is not needed comes back as an empty placeholder,
-    since operators return tensors only. Only the inputs are saved between forward and backward."""
+    since operators return tensors only. Only the inputs are saved between forward and backward. Inside functional
+    transforms it is always applied: there `requires_grad` does not say whether a gradient will be asked for."""
 
     class Backward(torch.autograd.Function):
+        generate_vmap_rule = True
+
         @staticmethod
         def forward(*arguments):
             return backward_op(*arguments)
@@ -245,6 +248,8 @@ def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tens
             )
 
     class Forward(torch.autograd.Function):
+        generate_vmap_rule = True
+
         @staticmethod
         def forward(*arguments):
             return forward_op(*arguments)
@@ -263,7 +268,7 @@ def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tens
             return masked + (None,) * len(ctx.scalars)
 
     def apply(*arguments):
-        if forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
             return Forward.apply(*arguments)
         if torch.is_grad_enabled():
             for tensor in arguments[:tensor_count]:

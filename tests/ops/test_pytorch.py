@@ -140,6 +140,28 @@ def test_functional_grad(op):
         assert torch.equal(*pair)
 
 
+@each_op
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_keeps_the_gradient(op):
+    """Mapped over a factor of an input, and per-sample gradients: the same as in a loop."""
+    inputs = small_inputs(op)
+    name, factors = next(iter(inputs.tensors)), torch.tensor([1.0, 2.0])
+
+    def loss(value, factor):
+        return loss_of(op, inputs.tensors | {name: value * factor}, inputs.options, inputs.grad_outputs)
+
+    def gradient(value, factor):
+        leaf = value.detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf, factor), leaf)[0]
+
+    expected = torch.stack([gradient(inputs.tensors[name], factor) for factor in factors])
+    per_sample = torch.vmap(torch.func.grad(loss), (None, 0))(inputs.tensors[name], factors)
+    assert testing.relative_error(per_sample, expected) <= 1e-6
+    leaf = inputs.tensors[name].detach().requires_grad_()
+    (summed,) = torch.autograd.grad(torch.vmap(loss, (None, 0))(leaf, factors).sum(), leaf)
+    assert testing.relative_error(summed, expected.sum(0)) <= 1e-6
+
+
 @each_backend
 @pytest.mark.parametrize("op", DECODERS)
 @pytest.mark.parametrize("dtype", [BF16, F16])
