@@ -273,7 +273,15 @@ def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tens
         if torch.is_grad_enabled():
             for tensor in arguments[:tensor_count]:
                 if tensor is not None and tensor.requires_grad:
-                    return Forward.apply(*arguments)
+                    return _apply(Forward, arguments)
         return forward_op(*arguments)
 
     return apply
+
+
+def _apply(function: type[torch.autograd.Function], arguments: tuple):
+    """`function.apply(*arguments)` outside functional transforms. Unless it is compiled it skips the binding of default
+    arguments by inspection, which takes about as long as the rest of `apply`."""
+    if torch.compiler.is_compiling():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)

@@ -36,7 +36,7 @@ def contiguous(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def empty_gradients(tensors: Sequence[torch.Tensor], needs: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
     """A contiguous tensor like each of `tensors` to write its gradient to, or None where `needs` is False."""
     return tuple(
-        torch.empty(tensor.shape, dtype=tensor.dtype) if need else None
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else None
         for tensor, need in zip(tensors, needs, strict=True)
     )
 
