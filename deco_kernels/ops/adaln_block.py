@@ -8,6 +8,8 @@ from deco_kernels.signatures import TENSORS
 
 _TENSORS = TENSORS["adaln_block"]
 
+_SYMBOLS = ("[D]", "[D]", "[3D, D]", "[3D]", "[D, D]", "[D]", "[D, D]", "[D]")
+
 
 def adaln_block(
     h: torch.Tensor,
@@ -51,17 +53,17 @@ def adaln_block(
     checks.check_rank(name, "h", h, 1, "[..., D]", at_least=True)
     checks.check_shape(name, "cond", cond, tuple(h.shape), "[..., D]")
     width = h.shape[-1]
-    expected = (
-        ((width,), "[D]"),
-        ((width,), "[D]"),
-        ((3 * width, width), "[3D, D]"),
-        ((3 * width,), "[3D]"),
-        ((width, width), "[D, D]"),
-        ((width,), "[D]"),
-        ((width, width), "[D, D]"),
-        ((width,), "[D]"),
-    )
-    checks.check_shapes(name, _TENSORS[2:], weights, expected)
+    shapes = [
+        (width,),
+        (width,),
+        (3 * width, width),
+        (3 * width,),
+        (width, width),
+        (width,),
+        (width, width),
+        (width,),
+    ]
+    checks.check_shapes(name, _TENSORS[2:], weights, shapes, _SYMBOLS)
     checks.check_nonempty(name, "norm_weight", norm_weight, "[D]")
     eps = checks.check_eps(name, eps)
     h, cond = checks.autocast_activation(h, cond)

@@ -83,12 +83,17 @@ def check_shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...]
 
 
 def check_shapes(
-    op: str, names: Sequence[str], tensors: Sequence[torch.Tensor], expected: Sequence[tuple[tuple[int, ...], str]]
+    op: str,
+    names: Sequence[str],
+    tensors: Sequence[torch.Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    symbols: Sequence[str],
 ) -> None:
-    """`check_shape` for several tensors; `expected` pairs the sizes with their symbols."""
-    for name, tensor, (shape, symbols) in zip(names, tensors, expected, strict=True):
-        if tensor.shape != shape:
-            _refuse_shape(op, name, tensor, shape, symbols)
+    """`check_shape` for several tensors."""
+    if [tensor.shape for tensor in tensors] == shapes:
+        return
+    for name, tensor, shape, symbol in zip(names, tensors, shapes, symbols, strict=True):
+        check_shape(op, name, tensor, shape, symbol)
 
 
 def _refuse_shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], symbols: str) -> None:

@@ -6,6 +6,21 @@ from deco_kernels.ops import checks
 from deco_kernels.ops.registry import Request, chosen_backend, define_op
 from deco_kernels.signatures import DECODER_WEIGHTS, TENSORS
 
+_SYMBOLS = (
+    "[D, C]",
+    "[P, D]",
+    "[N, D]",
+    "[N, D]",
+    "[N, 3D, D]",
+    "[N, 3D]",
+    "[N, D, D]",
+    "[N, D]",
+    "[N, D, D]",
+    "[N, D]",
+    "[C, D]",
+    "[C]",
+)
+
 
 def pixel_decoder(
     image: torch.Tensor,
@@ -164,21 +179,21 @@ def _check_weights(op: str, weights: tuple[torch.Tensor, ...], channels: int, pi
     norm_weight = weights[2]
     checks.check_rank(op, "norm_weight", norm_weight, 2, "[N, D]")
     depth = norm_weight.shape[0]
-    expected = (
-        ((width, channels), "[D, C]"),
-        ((pixels, width), "[P, D]"),
-        ((depth, width), "[N, D]"),
-        ((depth, width), "[N, D]"),
-        ((depth, 3 * width, width), "[N, 3D, D]"),
-        ((depth, 3 * width), "[N, 3D]"),
-        ((depth, width, width), "[N, D, D]"),
-        ((depth, width), "[N, D]"),
-        ((depth, width, width), "[N, D, D]"),
-        ((depth, width), "[N, D]"),
-        ((channels, width), "[C, D]"),
-        ((channels,), "[C]"),
-    )
-    checks.check_shapes(op, DECODER_WEIGHTS, weights, expected)
+    shapes = [
+        (width, channels),
+        (pixels, width),
+        (depth, width),
+        (depth, width),
+        (depth, 3 * width, width),
+        (depth, 3 * width),
+        (depth, width, width),
+        (depth, width),
+        (depth, width, width),
+        (depth, width),
+        (channels, width),
+        (channels,),
+    ]
+    checks.check_shapes(op, DECODER_WEIGHTS, weights, shapes, _SYMBOLS)
     checks.check_nonempty(op, "pixel_weight", weights[0], "[D, C]")
     checks.check_nonempty(op, "norm_weight", norm_weight, "[N, D]")
 

@@ -10,6 +10,8 @@ from deco_kernels.signatures import TENSORS
 
 _TENSORS = TENSORS["upsample_modulate"]
 
+_SYMBOLS = ("[P*D, Z]", "[P*D]", "[D]", "[D]", "[3D, D]", "[3D]")
+
 
 def upsample_modulate(
     h: torch.Tensor,
@@ -55,15 +57,15 @@ def upsample_modulate(
     checks.check_rank(name, "tokens", tokens, h.dim() - 1, "[..., Z]")
     checks.check_shape(name, "tokens", tokens, (*h.shape[:-2], tokens.shape[-1]), "[..., Z]")
     pixels, width = h.shape[-2:]
-    expected = (
-        ((pixels * width, tokens.shape[-1]), "[P*D, Z]"),
-        ((pixels * width,), "[P*D]"),
-        ((width,), "[D]"),
-        ((width,), "[D]"),
-        ((3 * width, width), "[3D, D]"),
-        ((3 * width,), "[3D]"),
-    )
-    checks.check_shapes(name, _TENSORS[2:], weights, expected)
+    shapes = [
+        (pixels * width, tokens.shape[-1]),
+        (pixels * width,),
+        (width,),
+        (width,),
+        (3 * width, width),
+        (3 * width,),
+    ]
+    checks.check_shapes(name, _TENSORS[2:], weights, shapes, _SYMBOLS)
     checks.check_nonempty(name, "up_weight", up_weight, "[P*D, Z]")
     eps = checks.check_eps(name, eps)
     h, tokens = checks.autocast_activation(h, tokens)

@@ -15,7 +15,7 @@ def forward(image: torch.Tensor, cond: torch.Tensor, *rest) -> torch.Tensor:
     *weights, patch_size, eps = rest
     cond = arguments.readable_pixel_rows(cond)
     weights = arguments.contiguous(weights)
-    velocity = torch.empty(image.shape, dtype=cond.dtype)
+    velocity = torch.empty_like(image, dtype=cond.dtype, memory_format=torch.contiguous_format)
     native.cpu().pixel_decoder_forward(
         sizes(image, weights, patch_size),
         arguments.image(image),
