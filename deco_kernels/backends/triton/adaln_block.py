@@ -19,12 +19,12 @@ import triton.language as tl
 from .common import (
     add_column_sum,
     add_outer,
-    add_to,
     affine,
     collapsed_rows,
     device_guard,
     launch,
     linear,
+    load_states,
     math_options,
     normalize,
     normalize_grad,
@@ -37,7 +37,7 @@ from .common import (
     tile_pixels,
     twice_sigmoid,
 )
-from .weights import pack, unpack_grad
+from .weights import FC1, FC2, GATE, SCALE, SHIFT, pack, unpack_grad
 
 # -------------------------------------------------------------------------------------------------- device functions
 
@@ -49,57 +49,15 @@ def block_forward(
 ):  # fmt: skip
     """h' [BLOCK, D] of packed block number `block`; h float32, s = SiLU(cond) in the operand dtype."""
     first = 5 * block
-    shift = linear(s, matrices_ptr, biases_ptr, first, D, PRECISION)
-    scale = linear(s, matrices_ptr, biases_ptr, first + 1, D, PRECISION)
+    shift = linear(s, matrices_ptr, biases_ptr, first + SHIFT, D, PRECISION)
+    scale = linear(s, matrices_ptr, biases_ptr, first + SCALE, D, PRECISION)
     normalized, _ = normalize(h, D, EPS)
     m = (normalized * scale + shift).to(s.dtype)
-    t = linear(m, matrices_ptr, biases_ptr, first + 3, D, PRECISION)
+    t = linear(m, matrices_ptr, biases_ptr, first + FC1, D, PRECISION)
     a = silu_of_double(t, FAST_TANH).to(s.dtype)
-    u = linear(a, matrices_ptr, biases_ptr, first + 4, D, PRECISION)
-    gate = linear(s, matrices_ptr, biases_ptr, first + 2, D, PRECISION)
+    u = linear(a, matrices_ptr, biases_ptr, first + FC2, D, PRECISION)
+    gate = linear(s, matrices_ptr, biases_ptr, first + GATE, D, PRECISION)
     return h + gate * u
-
-
-@triton.jit
-def block_backward(
-    h, s, grad, s_grad, matrices_ptr, biases_ptr, block,
-    D: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
-):  # fmt: skip
-    """Recompute the block, then run it backwards.
-
-    grad [BLOCK, D] float32 is the gradient of h'. Returns the gradient of h, s_grad plus this block's gradient of s,
-    and the operands of the weight gradients: the gradients of shift, scale, gate, t and u, and m and a (s the caller
-    has), all in the operand dtype.
-    """
-    first = 5 * block
-    shift_matrix = packed_matrix(matrices_ptr, first, D)
-    scale_matrix = packed_matrix(matrices_ptr, first + 1, D)
-    gate_matrix = packed_matrix(matrices_ptr, first + 2, D)
-    fc1_matrix = packed_matrix(matrices_ptr, first + 3, D)
-    fc2_matrix = packed_matrix(matrices_ptr, first + 4, D)
-
-    normalized, rstd = normalize(h, D, EPS)
-    shift = affine(s, shift_matrix, biases_ptr, first, D, PRECISION)
-    scale = affine(s, scale_matrix, biases_ptr, first + 1, D, PRECISION)
-    m = (normalized * scale + shift).to(s.dtype)
-    t = affine(m, fc1_matrix, biases_ptr, first + 3, D, PRECISION)
-    w = twice_sigmoid(t, FAST_TANH)
-    a = (t * w).to(s.dtype)
-    gate = affine(s, gate_matrix, biases_ptr, first + 2, D, PRECISION)
-    u = affine(a, fc2_matrix, biases_ptr, first + 4, D, PRECISION)
-
-    gate_grad = (grad * u).to(s.dtype)
-    u_grad = (grad * gate).to(s.dtype)
-    a_grad = tl.dot(u_grad, tl.trans(fc2_matrix), input_precision=PRECISION)
-    t_grad = (a_grad * silu_of_double_grad(t, w)).to(s.dtype)
-    m_grad = tl.dot(t_grad, tl.trans(fc1_matrix), input_precision=PRECISION)
-    shift_grad = m_grad.to(s.dtype)
-    scale_grad = (m_grad * normalized).to(s.dtype)
-    grad += normalize_grad(m_grad * scale, normalized, rstd, D)
-    s_grad = tl.dot(shift_grad, tl.trans(shift_matrix), s_grad, input_precision=PRECISION)
-    s_grad = tl.dot(scale_grad, tl.trans(scale_matrix), s_grad, input_precision=PRECISION)
-    s_grad = tl.dot(gate_grad, tl.trans(gate_matrix), s_grad, input_precision=PRECISION)
-    return grad, s_grad, shift_grad, scale_grad, gate_grad, t_grad, u_grad, m, a
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels
@@ -138,63 +96,98 @@ def backward_kernel(
     FIRST: tl.constexpr,  # nothing came before: cond_grad holds no sum yet
     LAST: tl.constexpr,  # nothing comes after: turn the gradient of s into that of cond
     COND_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr,  # what is asked for
+    CONTIGUOUS: tl.constexpr,  # the rows of h, cond and grad lie as those of the results
     D: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
     EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one block. A stored gradient depends on the whole loaded row, so h_grad may overwrite grad."""
+    """Recompute one block, then run it backwards.
+
+    A stored gradient depends on the whole loaded row, so h_grad may overwrite grad. The order of the weight gradients
+    was chosen for the registers: the operands that nothing else needs go first.
+    """
     d = tl.arange(0, D)
-    if WEIGHT_GRAD:
-        shift_weight = tl.zeros([D, D], tl.float32)
-        scale_weight = tl.zeros([D, D], tl.float32)
-        gate_weight = tl.zeros([D, D], tl.float32)
-        fc1_weight = tl.zeros([D, D], tl.float32)
-        fc2_weight = tl.zeros([D, D], tl.float32)
-        biases = tl.zeros([16, D], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(n_tokens * PIXELS, BLOCK), tl.num_programs(0)):
-        token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
-        mask = valid[:, None]
-        contiguous_rows = row_offsets(token, pixel, PIXELS * D, D, D)
-        h = tl.load(h_ptr + row_offsets(token, pixel, PIXELS * h_stride, h_stride, D), mask=mask, other=0.0)
-        cond_rows = row_offsets(token, pixel, cond_token_stride, cond_pixel_stride, D)
-        t = 0.5 * tl.load(cond_ptr + cond_rows, mask=mask, other=0.0).to(tl.float32)
-        w = twice_sigmoid(t, FAST_TANH)
-        s = (t * w).to(matrices_ptr.dtype.element_ty)
-        grad = tl.load(grad_ptr + row_offsets(token, pixel, PIXELS * grad_stride, grad_stride, D), mask=mask, other=0.0)
-        if FIRST:
-            s_grad = tl.zeros([BLOCK, D], tl.float32)
-        else:
-            s_grad = tl.load(cond_grad_ptr + contiguous_rows, mask=mask, other=0.0).to(tl.float32)
-        h_grad, s_grad, shift_grad, scale_grad, gate_grad, t_grad, u_grad, m, a = block_backward(
-            h.to(tl.float32), s, grad.to(tl.float32), s_grad, matrices_ptr, biases_ptr, 0, D, EPS, PRECISION, FAST_TANH
-        )
-        tl.store(h_grad_ptr + contiguous_rows, h_grad, mask=mask)
-        if COND_GRAD:
-            if LAST:
-                # Read again rather than kept: the registers are needed in between.
-                t = 0.5 * tl.load(cond_ptr + cond_rows, mask=mask, other=0.0).to(tl.float32)
-                s_grad *= 0.5 * silu_of_double_grad(t, twice_sigmoid(t, FAST_TANH))
-            tl.store(cond_grad_ptr + contiguous_rows, s_grad, mask=mask)
-        if WEIGHT_GRAD:
-            shift_weight = add_outer(shift_weight, shift_grad, s, PRECISION)
-            scale_weight = add_outer(scale_weight, scale_grad, s, PRECISION)
-            gate_weight = add_outer(gate_weight, gate_grad, s, PRECISION)
-            fc1_weight = add_outer(fc1_weight, t_grad, m, PRECISION)
-            fc2_weight = add_outer(fc2_weight, u_grad, a, PRECISION)
-            biases = add_column_sum(biases, shift_grad, 0, BLOCK, PRECISION)
-            biases = add_column_sum(biases, scale_grad, 1, BLOCK, PRECISION)
-            biases = add_column_sum(biases, gate_grad, 2, BLOCK, PRECISION)
-            biases = add_column_sum(biases, t_grad, 3, BLOCK, PRECISION)
-            biases = add_column_sum(biases, u_grad, 4, BLOCK, PRECISION)
+    operand: tl.constexpr = matrices_ptr.dtype.element_ty
     if WEIGHT_GRAD:
         program = tl.program_id(0).to(tl.int64)
         square = matrix_grad_ptr + program * grad_program_stride + d[:, None] * D + d[None, :]
-        add_to(square, shift_weight)
-        add_to(square + D * D, scale_weight)
-        add_to(square + 2 * D * D, gate_weight)
-        add_to(square + 3 * D * D, fc1_weight)
-        add_to(square + 4 * D * D, fc2_weight)
         part = tl.arange(0, 16)[:, None]
-        add_to(bias_grad_ptr + program * bias_program_stride + part * D + d[None, :], biases, mask=part < 5)
+        line = bias_grad_ptr + program * bias_program_stride + part * D + d[None, :]
+        shift_weight = tl.load(square + SHIFT * D * D)
+        scale_weight = tl.load(square + SCALE * D * D)
+        gate_weight = tl.load(square + GATE * D * D)
+        fc1_weight = tl.load(square + FC1 * D * D)
+        fc2_weight = tl.load(square + FC2 * D * D)
+        biases = tl.load(line, mask=part < 5, other=0.0)
+    for tile in range(tl.program_id(0), tl.cdiv(n_tokens * PIXELS, BLOCK), tl.num_programs(0)):
+        token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
+        mask = valid[:, None]
+        rows = row_offsets(token, pixel, PIXELS * D, D, D)
+        h_rows, grad_rows, cond_rows = rows, rows, rows
+        if not CONTIGUOUS:
+            h_rows = row_offsets(token, pixel, PIXELS * h_stride, h_stride, D)
+            grad_rows = row_offsets(token, pixel, PIXELS * grad_stride, grad_stride, D)
+            cond_rows = row_offsets(token, pixel, cond_token_stride, cond_pixel_stride, D)
+        t = 0.5 * tl.load(cond_ptr + cond_rows, mask=mask, other=0.0).to(tl.float32)
+        s = (t * twice_sigmoid(t, FAST_TANH)).to(operand)
+        h = load_states(h_ptr, h_rows, mask, D)
+        grad = tl.load(grad_ptr + grad_rows, mask=mask, other=0.0).to(tl.float32)
+
+        shift_matrix = packed_matrix(matrices_ptr, SHIFT, D)
+        scale_matrix = packed_matrix(matrices_ptr, SCALE, D)
+        gate_matrix = packed_matrix(matrices_ptr, GATE, D)
+        fc1_matrix = packed_matrix(matrices_ptr, FC1, D)
+        fc2_matrix = packed_matrix(matrices_ptr, FC2, D)
+        normalized, rstd = normalize(h, D, EPS)
+        shift = affine(s, shift_matrix, biases_ptr, SHIFT, D, PRECISION)
+        scale = affine(s, scale_matrix, biases_ptr, SCALE, D, PRECISION)
+        m = (normalized * scale + shift).to(operand)
+        t = affine(m, fc1_matrix, biases_ptr, FC1, D, PRECISION)
+        w = twice_sigmoid(t, FAST_TANH)
+        a = (t * w).to(operand)
+        gate = affine(s, gate_matrix, biases_ptr, GATE, D, PRECISION)
+        u = affine(a, fc2_matrix, biases_ptr, FC2, D, PRECISION)
+
+        gate_grad = (grad * u).to(operand)
+        u_grad = (grad * gate).to(operand)
+        a_grad = tl.dot(u_grad, tl.trans(fc2_matrix), input_precision=PRECISION)
+        t_grad = (a_grad * silu_of_double_grad(t, w)).to(operand)
+        m_grad = tl.dot(t_grad, tl.trans(fc1_matrix), input_precision=PRECISION)
+        shift_grad = m_grad.to(operand)
+        scale_grad = (m_grad * normalized).to(operand)
+        h_grad = grad + normalize_grad(m_grad * scale, normalized, rstd, D)
+        tl.store(h_grad_ptr + rows, h_grad, mask=mask)
+
+        if COND_GRAD:
+            if FIRST:
+                s_grad = tl.zeros([BLOCK, D], tl.float32)
+            else:
+                s_grad = tl.load(cond_grad_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+            s_grad = tl.dot(shift_grad, tl.trans(shift_matrix), s_grad, input_precision=PRECISION)
+            s_grad = tl.dot(scale_grad, tl.trans(scale_matrix), s_grad, input_precision=PRECISION)
+            s_grad = tl.dot(gate_grad, tl.trans(gate_matrix), s_grad, input_precision=PRECISION)
+            if LAST:
+                # cond is read again rather than kept: its registers are needed in between.
+                t = 0.5 * tl.load(cond_ptr + cond_rows, mask=mask, other=0.0).to(tl.float32)
+                s_grad *= 0.5 * silu_of_double_grad(t, twice_sigmoid(t, FAST_TANH))
+            tl.store(cond_grad_ptr + rows, s_grad, mask=mask)
+        if WEIGHT_GRAD:
+            fc2_weight = add_outer(fc2_weight, u_grad, a, PRECISION)
+            biases = add_column_sum(biases, u_grad, FC2, BLOCK, PRECISION)
+            fc1_weight = add_outer(fc1_weight, t_grad, m, PRECISION)
+            biases = add_column_sum(biases, t_grad, FC1, BLOCK, PRECISION)
+            gate_weight = add_outer(gate_weight, gate_grad, s, PRECISION)
+            biases = add_column_sum(biases, gate_grad, GATE, BLOCK, PRECISION)
+            scale_weight = add_outer(scale_weight, scale_grad, s, PRECISION)
+            biases = add_column_sum(biases, scale_grad, SCALE, BLOCK, PRECISION)
+            shift_weight = add_outer(shift_weight, shift_grad, s, PRECISION)
+            biases = add_column_sum(biases, shift_grad, SHIFT, BLOCK, PRECISION)
+    if WEIGHT_GRAD:
+        tl.store(square + SHIFT * D * D, shift_weight)
+        tl.store(square + SCALE * D * D, scale_weight)
+        tl.store(square + GATE * D * D, gate_weight)
+        tl.store(square + FC1 * D * D, fc1_weight)
+        tl.store(square + FC2 * D * D, fc2_weight)
+        tl.store(line, biases, mask=part < 5)
 
 
 # -------------------------------------------------------------------------------------------------------------- host
@@ -203,7 +196,7 @@ def backward_kernel(
 def run_block_backward(h, cond, grad, packed, h_grad, cond_grad, partials, *, first, last, cond_needed, eps):
     """Launch backward_kernel for one block.
 
-    h and grad [tokens, pixels, D] with uniform rows, cond [tokens, pixels, D]; partials: (matrix [programs, 5, D, D],
+    h and grad [tokens·pixels, D], cond [tokens, pixels, D]; partials: (matrix [programs, 5, D, D],
     bias [programs, 5, D]) sums to add to, or None where no weight gradient is asked for.
     """
     tokens, pixels, width = cond.shape
@@ -212,9 +205,10 @@ def run_block_backward(h, cond, grad, packed, h_grad, cond_grad, partials, *, fi
     matrix_grad, bias_grad = partials or (cond_grad, cond_grad)
     launch(
         backward_kernel, (min(tiles, program_limit(cond.device, parameters)),), parameters,
-        h, h.stride(-2), cond, cond.stride(0), cond.stride(1), grad, grad.stride(-2), packed.matrices, packed.biases,
+        h, h.stride(0), cond, cond.stride(0), cond.stride(1), grad, grad.stride(0), packed.matrices, packed.biases,
         h_grad, cond_grad, matrix_grad, bias_grad, matrix_grad.stride(0), bias_grad.stride(0), tokens,
         FIRST=first, LAST=last, COND_GRAD=cond_needed, WEIGHT_GRAD=partials is not None,
+        CONTIGUOUS=all(tensor.is_contiguous() for tensor in (h, cond, grad)),
         D=width, PIXELS=pixels, BLOCK=parameters.block, EPS=eps, **math_options(cond.dtype, cond.device),
     )  # fmt: skip
 
@@ -256,11 +250,12 @@ def backward(
     cond_grad = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
     with device_guard(h):
         packed = pack(stacked, h.dtype)
-        rows = tuple(collapsed_rows(tensor, 1)[:, None] for tensor in (h, cond, grad_out))
+        h, cond, grad_out = (collapsed_rows(tensor, 1) for tensor in (h, cond, grad_out))
         partials = block_partials(h, 1) if any(needs[2:]) else None
         run_block_backward(
-            *rows, packed, h_grad, cond_grad, partials, first=True, last=True, cond_needed=needs[1], eps=eps
-        )
+            h, cond[:, None], grad_out, packed, h_grad, cond_grad, partials,
+            first=True, last=True, cond_needed=needs[1], eps=eps,
+        )  # fmt: skip
         if partials is None:
             weight_grads = (None,) * 8
         else:

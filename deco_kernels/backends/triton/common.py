@@ -105,9 +105,12 @@ def add_outer(total, grad, x, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_column_sum(totals, x, row: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """totals [16, D] with the sum of x [BLOCK, D] over its rows added to row `row`, by the tensor cores."""
-    selector = (tl.arange(0, 16)[:, None] == row) & (tl.arange(0, BLOCK)[None, :] >= 0)
-    return tl.dot(selector.to(x.dtype), x, totals, input_precision=PRECISION)
+    """totals [16, D] with the sum of x [BLOCK, D] over its rows added to row `row`, by the tensor cores.
+
+    The product with ones yields the sum in all 16 rows; the choice afterwards keeps a NaN out of the other sums.
+    """
+    sums = tl.dot(tl.full([16, BLOCK], 1.0, x.dtype), x, totals, input_precision=PRECISION)
+    return tl.where(tl.arange(0, 16)[:, None] == row, sums, totals)
 
 
 @triton.jit
@@ -140,6 +143,13 @@ def row_offsets(token, pixel, token_stride, pixel_stride, D: tl.constexpr):
     """Element offsets [BLOCK, D] of the pixels' rows in a [tokens, pixels, D] tensor with unit channel stride."""
     rows = token.to(tl.int64) * token_stride + pixel.to(tl.int64) * pixel_stride
     return rows[:, None] + tl.arange(0, D)[None, :]
+
+
+@triton.jit
+def load_states(h_ptr, offsets, mask, D: tl.constexpr):
+    """h [BLOCK, D], float32; missing rows are 0, 1, 0, 1, ..., so that their LayerNorm is finite even with eps 0."""
+    filler = (tl.arange(0, D) % 2)[None, :].to(h_ptr.dtype.element_ty)
+    return tl.load(h_ptr + offsets, mask=mask, other=filler).to(tl.float32)
 
 
 # ------------------------------------------------------------------------------------------------------- launching

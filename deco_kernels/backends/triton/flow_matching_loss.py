@@ -203,8 +203,12 @@ def sums_kernel(
             x = of_r * r + of_g * g + of_b * b
             energy += x * form_product(x, forms_ptr, channel, PRECISION)
         place = (sample * n_tiles + tile) * 2
-        tl.store(sums_ptr + place, tl.sum(tl.sum(squares, 1), 0))
-        tl.store(sums_ptr + place + 1, tl.sum(tl.sum(energy, 1), 0))
+        pixel_sum = tl.sum(tl.sum(squares, 1), 0)
+        frequency_sum = tl.sum(tl.sum(energy, 1), 0)
+        # An infinite difference makes every squared coefficient infinite, but x·A·x the difference of infinities.
+        infinite = float("inf")
+        tl.store(sums_ptr + place, pixel_sum)
+        tl.store(sums_ptr + place + 1, tl.where(pixel_sum == infinite, infinite, frequency_sum))
 
 
 @triton.jit

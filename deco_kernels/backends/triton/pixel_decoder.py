@@ -288,12 +288,13 @@ class DecoderBackward:
         tokens, pixels, width = cond.shape
         workspace = cond.new_empty(self.depth + 1, tokens, pixels, width)
         h_grad = workspace[self.depth]
+        h_grad_rows = h_grad.view(-1, width)
         self._replay(cond, first_token, workspace, h_grad)
         for block in reversed(range(self.depth)):
             partials = (self.matrix_grad[:, block], self.bias_grad[:, block]) if self.needs_weights else None
             run_block_backward(
-                workspace[block], cond, h_grad, self.packed.block(block), h_grad, cond_grad, partials,
-                first=block == self.depth - 1, last=block == 0, cond_needed=self.needs_cond, eps=self.eps,
+                workspace[block].view(-1, width), cond, h_grad_rows, self.packed.block(block), h_grad, cond_grad,
+                partials, first=block == self.depth - 1, last=block == 0, cond_needed=self.needs_cond, eps=self.eps,
             )  # fmt: skip
         if self.needs_image or self.needs_weights:
             self._embedding(h_grad, first_token)
@@ -328,14 +329,11 @@ class DecoderBackward:
 
     def weight_grads(self) -> tuple[torch.Tensor, ...]:
         """Gradients of the twelve weights in their dtypes."""
-        pixel_weight = self.pixel_weight_grad.sum((0, 1)).T
+        pixel_weight = self.pixel_weight_grad.sum((0, 1)).T.contiguous()
         pixel_table = self.pixel_table_grad.view(-1, self.patch_size**2, self.width).sum(0)
         blocks = unpack_grad(self.matrix_grad.sum(0), self.bias_grad.sum(0), self.block_weights)
         sums = (pixel_weight, pixel_table, *blocks, self.head_weight_grad.sum(0), self.head_bias_grad.sum(0))
-        return tuple(
-            total.to(weight.dtype, memory_format=torch.contiguous_format)
-            for total, weight in zip(sums, self.weights, strict=True)
-        )
+        return tuple(total.to(weight.dtype) for total, weight in zip(sums, self.weights, strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- ops

@@ -18,13 +18,13 @@ import triton.language as tl
 from .common import (
     add_column_sum,
     add_outer,
-    add_to,
     affine,
     chunks,
     collapsed_rows,
     device_guard,
     launch,
     linear,
+    load_states,
     math_options,
     normalize,
     normalize_grad,
@@ -39,9 +39,7 @@ from .common import (
 )
 from .pixel_decoder import CHUNK_TOKENS
 from .upsample import Upsample
-from .weights import pack, unpack_grad
-
-SHIFT, SCALE, GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # numbers of the packed matrices
+from .weights import GATE, SCALE, SHIFT, pack, unpack_grad
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -84,10 +82,13 @@ def backward_kernel(
 ):  # fmt: skip
     d = tl.arange(0, D)
     if WEIGHT_GRAD:
-        shift_weight = tl.zeros([D, D], tl.float32)
-        scale_weight = tl.zeros([D, D], tl.float32)
-        gate_weight = tl.zeros([D, D], tl.float32)
-        biases = tl.zeros([16, D], tl.float32)
+        square = matrix_grad_ptr + tl.program_id(0) * 3 * D * D + d[:, None] * D + d[None, :]
+        part = tl.arange(0, 16)[:, None]
+        line = bias_grad_ptr + tl.program_id(0) * 3 * D + part * D + d[None, :]
+        shift_weight = tl.load(square + SHIFT * D * D)
+        scale_weight = tl.load(square + SCALE * D * D)
+        gate_weight = tl.load(square + GATE * D * D)
+        biases = tl.load(line, mask=part < 3, other=0.0)
     for tile in range(tl.program_id(0), tl.cdiv(n_tokens * PIXELS, BLOCK), tl.num_programs(0)):
         token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
         mask = valid[:, None]
@@ -96,7 +97,7 @@ def backward_kernel(
         w = twice_sigmoid(t, FAST_TANH)
         operand: tl.constexpr = matrices_ptr.dtype.element_ty
         s = (t * w).to(operand)
-        h = tl.load(h_ptr + row_offsets(token, pixel, h_token_stride, h_pixel_stride, D), mask=mask, other=0.0)
+        h = load_states(h_ptr, row_offsets(token, pixel, h_token_stride, h_pixel_stride, D), mask, D)
         modulated_rows = row_offsets(token, pixel, modulated_grad_token_stride, modulated_grad_pixel_stride, D)
         shift_grad = tl.load(modulated_grad_ptr + modulated_rows, mask=mask, other=0.0)
         gate_rows = row_offsets(token, pixel, gate_grad_token_stride, gate_grad_pixel_stride, D)
@@ -104,7 +105,7 @@ def backward_kernel(
 
         scale_matrix = packed_matrix(matrices_ptr, SCALE, D)
         scale = affine(s, scale_matrix, biases_ptr, SCALE, D, PRECISION)
-        normalized, rstd = normalize(h.to(tl.float32), D, EPS)
+        normalized, rstd = normalize(h, D, EPS)
         modulated_grad = shift_grad.to(tl.float32)
         tl.store(h_grad_ptr + rows, normalize_grad(modulated_grad * scale, normalized, rstd, D), mask=mask)
         scale_grad = (modulated_grad * normalized).to(operand)
@@ -116,19 +117,17 @@ def backward_kernel(
             s_grad = tl.dot(gate_grad, tl.trans(gate_matrix), s_grad, input_precision=PRECISION)
             tl.store(cond_grad_ptr + rows, s_grad * (0.5 * silu_of_double_grad(t, w)), mask=mask)
         if WEIGHT_GRAD:
-            shift_weight = add_outer(shift_weight, shift_grad, s, PRECISION)
-            scale_weight = add_outer(scale_weight, scale_grad, s, PRECISION)
             gate_weight = add_outer(gate_weight, gate_grad, s, PRECISION)
-            biases = add_column_sum(biases, shift_grad, 0, BLOCK, PRECISION)
-            biases = add_column_sum(biases, scale_grad, 1, BLOCK, PRECISION)
-            biases = add_column_sum(biases, gate_grad, 2, BLOCK, PRECISION)
+            biases = add_column_sum(biases, gate_grad, GATE, BLOCK, PRECISION)
+            scale_weight = add_outer(scale_weight, scale_grad, s, PRECISION)
+            biases = add_column_sum(biases, scale_grad, SCALE, BLOCK, PRECISION)
+            shift_weight = add_outer(shift_weight, shift_grad, s, PRECISION)
+            biases = add_column_sum(biases, shift_grad, SHIFT, BLOCK, PRECISION)
     if WEIGHT_GRAD:
-        square = matrix_grad_ptr + tl.program_id(0) * 3 * D * D + d[:, None] * D + d[None, :]
-        add_to(square, shift_weight)
-        add_to(square + D * D, scale_weight)
-        add_to(square + 2 * D * D, gate_weight)
-        row = tl.arange(0, 16)[:, None]
-        add_to(bias_grad_ptr + tl.program_id(0) * 3 * D + row * D + d[None, :], biases, mask=row < 3)
+        tl.store(square + SHIFT * D * D, shift_weight)
+        tl.store(square + SCALE * D * D, scale_weight)
+        tl.store(square + GATE * D * D, gate_weight)
+        tl.store(line, biases, mask=part < 3)
 
 
 def forward(h, tokens, up_weight, up_bias, norm_weight, norm_bias, mod_weight, mod_bias, eps):

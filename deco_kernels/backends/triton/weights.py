@@ -20,6 +20,9 @@ import triton.language as tl
 from .common import contiguous, launch
 from .table import Launch
 
+# Numbers of the packed matrices and biases of a block.
+SHIFT, SCALE, GATE, FC1, FC2 = (tl.constexpr(number) for number in range(5))
+
 _ONE_PROGRAM = Launch(block=0, warps=4, stages=1, programs_per_multiprocessor=1)
 
 

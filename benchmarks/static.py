@@ -1,0 +1,247 @@
+"""`python -m benchmarks static`: what the compiler made of the Triton kernels, for every architecture, without a GPU.
+
+Per kernel and architecture: registers, spilled bytes, shared memory, executed warp instructions of the steady loop per
+16 pixels by pipe, and the modelled time of the busiest pipe. All of it follows from the compiled code: no figure here
+has been measured on a GPU. `--record` writes benchmarks/budgets.json; without it the figures are compared with it.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import sass
+
+BUDGETS = Path(__file__).with_name("budgets.json")
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = (*NVIDIA, "gfx942")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WIDTHS = (16, 32, 64)
+TOLERANCE = 1.03
+# The model's machine: an H200 at 1.755 GHz, and its work: 32 images of 256x256.
+SCHEDULERS, CLOCK, PIXELS = 132 * 4, 1.755e9, 32 * 256 * 256
+_COLOUR_CHANNELS = 3  # the only loops inside a tile's loop run over Y, Cb and Cr
+_TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Figures(NamedTuple):
+    """What one compiled kernel uses; issue_slots_per_16_px is None where nothing loops over pixels and on AMD."""
+
+    toolchain: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    issue_slots_per_16_px: float | None
+    pipes_per_16_px: dict[str, float]
+    modelled_ms: float | None
+
+    def record(self) -> dict[str, Any]:
+        """The fields kept in budgets.json."""
+        fields = ("toolchain", "registers", "spill_bytes", "shared_bytes", "issue_slots_per_16_px")
+        return {name: getattr(self, name) for name in fields}
+
+
+# ------------------------------------------------------------------------------------------------------ what to compile
+
+
+def recorded_launches(architecture: str, width: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Every kernel variant that the five ops launch in forward and backward, by name: N 3, p 16, two 256x256 images."""
+    from deco_kernels import testing
+    from deco_kernels.backends.triton import common
+
+    launches: dict[str, Any] = {}
+    for op in testing.OPS:
+        inputs = testing.random_inputs(
+            op, dtype=dtype, other_dtype=dtype, width=width, image_size=(1, 256, 256), token_width=1152
+        )
+        with common.record_launches(architecture) as recorded:
+            _call(op, inputs)
+        for launch in recorded:
+            launches.setdefault(f"{_name(launch)}/D{width}/{str(dtype).removeprefix('torch.')}", launch)
+    return launches
+
+
+def _call(op: str, inputs) -> None:
+    """The backend's forward and backward of an op on CPU tensors, launches recorded instead of run."""
+    import importlib
+
+    module = importlib.import_module(f"deco_kernels.backends.triton.{op}")
+    tensors = list(inputs.tensors.values())
+    options = list(inputs.options.values()) if op == "flow_matching_loss" else [*inputs.options.values(), 1e-6]
+    module.forward(*tensors, *options)
+    module.backward(*inputs.grad_outputs, *tensors, *options, [True] * len(tensors))
+
+
+def _name(launch) -> str:
+    """ "module.kernel", with the flags that distinguish its variants."""
+    module = launch.kernel.fn.__module__.rpartition(".")[2]
+    flags = [name for name, value in launch.args.items() if value is True and name in ("FIRST", "LAST", "PADDED")]
+    return f"{module}.{launch.kernel.fn.__name__}" + "".join(f"+{flag.lower()}" for flag in flags)
+
+
+def compile_launch(launch, architecture: str):
+    """Compile a recorded launch ahead of time, specialised on its arguments as a call on the device would be."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, hints = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.args[parameter.name]
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + _TRITON_TYPES[value.dtype]
+            hints[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if specialised and value % 16 == 0:
+                hints[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
+    if architecture.startswith("gfx"):
+        target = GPUTarget("hip", architecture, 64)
+    else:
+        target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def figures(launch, architecture: str) -> Figures:
+    compiled = compile_launch(launch, architecture)
+    if architecture.startswith("gfx"):
+        return _amd_figures(compiled)
+    code = sass.read(compiled.asm["cubin"])
+    pixels = _pixels_per_tile(launch)
+    pipes, slots, milliseconds = {}, None, None
+    if pixels:
+        warps_per_16_px = 16 * launch.options["num_warps"] / pixels
+        counts, tensor_cycles = sass.steady_counts(code, _COLOUR_CHANNELS)
+        pipes = {pipe: count * warps_per_16_px for pipe, count in counts.items()}
+        slots = round(pipes["issue"], 1)
+        if architecture == "sm_90":
+            cycles = {pipe: count * sass.PIPE_CYCLES[pipe] for pipe, count in pipes.items() if pipe != "other"}
+            cycles["tensor"] = tensor_cycles * warps_per_16_px
+            milliseconds = max(cycles.values()) * PIXELS / 16 / SCHEDULERS / CLOCK * 1e3
+    return Figures(
+        toolchain(architecture), code.registers, code.spill_bytes, compiled.metadata.shared, slots, pipes, milliseconds
+    )
+
+
+def _amd_figures(compiled) -> Figures:
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"])[1])
+
+    spilled = 4 * 64 * field("vgpr_spill_count") + 4 * field("sgpr_spill_count")
+    return Figures(toolchain("gfx942"), field("vgpr_count"), spilled, compiled.metadata.shared, None, {}, None)
+
+
+def _pixels_per_tile(launch) -> int | None:
+    """Pixels a turn of the steady loop covers; None for kernels that do not walk over pixels."""
+    block = launch.args.get("BLOCK")
+    if block is None or launch.kernel.fn.__name__ == "losses_kernel":
+        return None
+    walks_over_blocks = launch.kernel.fn.__module__.endswith("flow_matching_loss") and "fold" not in _name(launch)
+    return block * 64 if walks_over_blocks else block
+
+
+def toolchain(architecture: str) -> str:
+    import triton
+
+    if architecture.startswith("gfx"):
+        return f"triton {triton.__version__}, its LLVM"
+    from triton import knobs
+
+    assembler = knobs.nvidia.ptxas_blackwell if architecture == "sm_100" else knobs.nvidia.ptxas
+    return f"triton {triton.__version__}, ptxas {assembler.version}"
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
+def exceeded(figures: Figures, budget: dict[str, Any]) -> Iterator[str]:
+    """What lies more than 3 % above the record; nothing if the toolchain is another one."""
+    if figures.toolchain != budget["toolchain"]:
+        return
+    for name, recorded in budget.items():
+        actual = getattr(figures, name)
+        if name != "toolchain" and recorded is not None and actual > recorded * TOLERANCE:
+            yield f"{name} {actual:g}, recorded {recorded:g}"
+
+
+def selected(architectures: list[str], widths: list[int], dtypes: list[str]) -> Iterator[tuple[str, int, str]]:
+    """(architecture, width, dtype): the given widths and dtypes on sm_90, D 32 in bfloat16 on the others too."""
+    for architecture in architectures:
+        for width in widths:
+            for dtype in dtypes:
+                if architecture == "sm_90" or (width, dtype) == (32, "bfloat16"):
+                    yield architecture, width, dtype
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks static", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--record", action="store_true", help="write benchmarks/budgets.json")
+    parser.add_argument("--architecture", action="append", choices=ARCHITECTURES, help="repeatable (default: all)")
+    parser.add_argument("--width", action="append", type=int, choices=WIDTHS, help="repeatable (default: 32)")
+    parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="repeatable (default: bfloat16)")
+    parser.add_argument("--everywhere", action="store_true", help="every width and dtype on every architecture")
+    parser.add_argument("--output", metavar="FILE.json", help="write all figures there")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET"):
+        print("benchmarks static: unset TRITON_INTERPRET; the interpreter compiles nothing", file=sys.stderr)
+        return 2
+
+    architectures, widths = options.architecture or list(ARCHITECTURES), options.width or [32]
+    dtypes = options.dtype or ["bfloat16"]
+    if options.everywhere:
+        cases = [(a, w, d) for a in architectures for w in WIDTHS for d in DTYPES]
+    else:
+        cases = list(selected(architectures, widths, dtypes))
+    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    everything: dict[str, dict[str, Any]] = {}
+    failures = []
+    print("Modelled from the compiled code, not measured on a GPU; slots per 16 pixels; ms for 32 images of 256x256.")
+    print(_row("kernel", "architecture", "registers", "spills", "shared", "slots", "ms", "pipes"), flush=True)
+    for architecture, width, dtype in cases:
+        for name, launch in recorded_launches(architecture, width, DTYPES[dtype]).items():
+            if architecture in everything.get(name, {}):
+                continue
+            found = figures(launch, architecture)
+            everything.setdefault(name, {})[architecture] = found._asdict()
+            print(_row(name, architecture, *_cells(found)), flush=True)
+            if options.record:
+                budgets.setdefault(name, {})[architecture] = found.record()
+            elif architecture in budgets.get(name, {}):
+                failures += [
+                    f"{name} on {architecture}: {what}" for what in exceeded(found, budgets[name][architecture])
+                ]
+    if options.record:
+        BUDGETS.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
+    if options.output:
+        Path(options.output).write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n")
+    for failure in failures:
+        print(f"above the record: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _cells(found: Figures) -> tuple[str, ...]:
+    slots = "-" if found.issue_slots_per_16_px is None else f"{found.issue_slots_per_16_px:.0f}"
+    time = "-" if found.modelled_ms is None else f"{found.modelled_ms:.3f}"
+    pipes = " ".join(f"{pipe} {count:.0f}" for pipe, count in sorted(found.pipes_per_16_px.items()) if pipe != "issue")
+    return str(found.registers), str(found.spill_bytes), str(found.shared_bytes), slots, time, pipes
+
+
+def _row(name: str, architecture: str, registers: str, spills: str, shared: str, slots: str, time: str, pipes: str):
+    return f"{name:58} {architecture:12} {registers:>9} {spills:>6} {shared:>7} {slots:>6} {time:>6}  {pipes}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,221 @@
+"""The Triton kernels, executed on the CPU by Triton's interpreter: forward and every gradient.
+
+They run where Python was started with TRITON_INTERPRET=1, which changes Triton as a whole: a run of its own.
+"""
+
+import os
+
+import pytest
+import torch
+
+from deco_kernels import ops, testing
+from deco_kernels.ops.registry import BackendUnavailable
+from tests.ops import test_backends as shared
+from tests.ops.cases import BF16, CASES, F16, F32, OPS, Case, small_inputs
+
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1",
+        reason="needs a run of its own: TRITON_INTERPRET=1 python -m pytest -m interpret",
+    ),
+]
+
+# About a thousand pixels each, still with rows of patches, several tiles and a ragged last one.
+SMALL_SIZES = {16: (1, 32, 32), 8: (1, 24, 40), 4: (1, 28, 36), 2: (1, 30, 34), 1: (1, 29, 31)}
+DECODERS = ("pixel_decoder", "pixel_decoder_from_tokens")
+
+
+def small(case: Case) -> Case:
+    return case._replace(image_size=SMALL_SIZES[case.patch_size])
+
+
+def small_cases():
+    for op, cases in CASES.items():
+        chosen = cases[::2] if op in ("pixel_decoder_from_tokens", "adaln_block", "upsample_modulate") else cases
+        for case in chosen:
+            case = case if "loss" in op else small(case)
+            yield pytest.param(op, case, id=f"{op}-{case.label}")
+
+
+@pytest.mark.parametrize(("op", "case"), list(small_cases()))
+def test_rule_of_error(op, case, poisoned_memory):
+    shared.test_rule_of_error("triton", op, case, None)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("view", [shared._transposed, shared._offset, shared._padded, shared._channels_last])
+def test_views_give_the_same_result(op, view):
+    shared.test_views_give_the_same_result("triton", op, BF16, view)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_expanded_inputs_and_stride_0_gradients(op):
+    shared.test_expanded_inputs_and_stride_0_gradients("triton", op)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_empty_batch(op, poisoned_memory):
+    shared.test_empty_batch("triton", op, None)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nan_propagates(op):
+    shared.test_nan_and_inf_propagate("triton", op, float("nan"))
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "loss" not in op])
+def test_inf_propagates(op):
+    shared.test_nan_and_inf_propagate("triton", op, float("inf"))
+
+
+@pytest.mark.parametrize("op", ["flow_matching_loss", "frequency_loss"])
+def test_inf_makes_losses_infinite(op):
+    """The one product that stands for DCT, weighting and inverse yields infinities where the three steps yield NaN."""
+    inputs = small_inputs(op)
+    inputs.tensors["pred"].flatten()[5] = float("inf")
+    results, expected = testing.run(inputs, "triton"), testing.exact_results(inputs)
+    for actual, exact in zip(results.outputs, expected.outputs, strict=True):
+        assert actual.item() == exact.item() == float("inf")
+    for argument, gradient in results.gradients.items():
+        assert torch.equal(gradient.isfinite(), expected.gradients[argument].isfinite()), argument
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_only_the_gradients_asked_for(op):
+    shared.test_only_the_gradients_asked_for("triton", op)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_weights_changed_in_place_are_seen(op):
+    shared.test_weights_changed_in_place_are_seen("triton", op)
+
+
+def test_float16_extremes_do_not_overflow_inside():
+    shared.test_float16_extremes_do_not_overflow_inside("triton")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_repeated_runs_give_the_same_bits(op):
+    inputs = small_inputs(op, BF16)
+    first, second = testing.run(inputs, "triton"), testing.run(inputs, "triton")
+    assert all(torch.equal(*pair) for pair in zip(first.outputs, second.outputs, strict=True))
+    for name, gradient in first.gradients.items():
+        assert torch.equal(gradient, second.gradients[name]), name
+
+
+@pytest.mark.parametrize("op", ["pixel_decoder", "pixel_decoder_from_tokens", "upsample_modulate"])
+def test_chunks_of_tokens_add_up(op, monkeypatch):
+    """Seven tokens at a time, the last chunk shorter, against all at once."""
+    from deco_kernels.backends.triton import pixel_decoder, pixel_decoder_from_tokens, upsample_modulate
+
+    inputs = small_inputs(op, image_size=(2, 20, 24))
+    whole = testing.run(inputs, "triton")
+    for module in (pixel_decoder, pixel_decoder_from_tokens, upsample_modulate):
+        monkeypatch.setattr(module, "CHUNK_TOKENS", 7)
+    shared.assert_close(testing.run(inputs, "triton"), whole, 2e-6)
+
+
+def test_the_workspace_stays_below_150_mb():
+    from deco_kernels.backends.triton.pixel_decoder import DecoderBackward
+
+    for width, depth, dtype in ((32, 3, BF16), (32, 3, F32), (64, 8, F32), (16, 1, F16)):
+        inputs = small_inputs("pixel_decoder", dtype, width=width, depth=depth, patch_size=16, image_size=(1, 16, 16))
+        image, _, *weights = inputs.tensors.values()
+        sums = DecoderBackward(image, image, tuple(weights), dtype, 16, 1e-6, (True, True, True))
+        for more in (0, 2):
+            tokens = sums.chunk_tokens(more)
+            assert tokens >= 64 and tokens * (depth + 1 + more) * 256 * width * dtype.itemsize <= 150_000_000
+    assert DecoderBackward(image, image, tuple(weights), F16, 16, 1e-6, (True,) * 3).chunk_tokens() == 2048
+
+
+def test_offsets_beyond_2_31_elements():
+    """Strides that need 64 bits; only the touched pages of the 4 GB of storage are ever backed by memory."""
+    inputs = small_inputs("pixel_decoder", BF16, image_size=(2, 4, 4), other_dtype=BF16)
+    expected = testing.run(inputs, "triton")
+    far = 2**31 + 24
+    for name in ("image", "cond"):
+        tensor = inputs.tensors[name]
+        storage = torch.empty(far + tensor[0].numel(), dtype=BF16)
+        distant = storage.as_strided(tensor.shape, (far, *tensor.stride()[1:]))
+        inputs.tensors[name] = distant.copy_(tensor)
+    assert torch.equal(testing.run(inputs, "triton").outputs[0], expected.outputs[0])
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "reason"),
+    [
+        ("pixel_decoder", {"width": 24}, "width D of 16, 32 and 64, not 24"),
+        ("pixel_decoder", {"depth": 9}, "1 to 8 blocks, not 9"),
+        ("pixel_decoder", {"channels": 2}, "1, 3 and 4 image channels, not 2"),
+        ("pixel_decoder_from_tokens", {"patch_size": 32, "image_size": (1, 32, 32)}, "not 32"),
+        ("adaln_block", {"width": 8}, "not 8"),
+        ("upsample_modulate", {"patch_size": 3, "image_size": (1, 6, 6)}, "square patches of size 1, 2, 4, 8 and 16"),
+    ],
+)
+def test_what_has_no_kernel_is_refused_by_name(op, changes, reason):
+    inputs = small_inputs(op, **changes)
+    with pytest.raises(BackendUnavailable, match=reason):
+        testing.run(inputs, "triton")
+
+
+def test_float64_is_refused_by_name():
+    inputs = testing.in_float64(small_inputs("pixel_decoder"))
+    with pytest.raises(BackendUnavailable, match="float64"):
+        testing.run(inputs, "triton")
+
+
+def test_missing_rows_do_no_harm_without_eps():
+    """A ragged last tile computes on rows that do not exist; their LayerNorm must not divide by zero."""
+    for op in ("adaln_block", "upsample_modulate", "pixel_decoder"):
+        inputs = small_inputs(op, BF16, image_size=(1, 8, 12))
+        inputs.options["eps"] = 0.0
+        results = testing.run(inputs, "triton")
+        assert all(torch.isfinite(gradient).all() for gradient in results.gradients.values()), op
+
+
+# --- the interpreter itself ------------------------------------------------------------------------------------------
+
+
+def test_conversion_to_bfloat16_rounds_to_nearest_even():
+    from tests.backends.small_kernels import to_bfloat16
+
+    special = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, 1e-40]
+    x = torch.cat([torch.randn(256 - len(special)) * 10, torch.tensor(special)])
+    y = torch.empty(256, dtype=BF16)
+    to_bfloat16[(1,)](x, y, SIZE=256)
+    torch.testing.assert_close(y, x.to(BF16), rtol=0, atol=0, equal_nan=True)
+
+
+def test_dot_multiplies_bfloat16_values():
+    from tests.backends.small_kernels import product
+
+    a, b = torch.randn(2, 16, 16).to(BF16)
+    c = torch.empty(16, 16)
+    product[(1,)](a, b, c, SIZE=16)
+    torch.testing.assert_close(c, a.float() @ b.float())
+
+
+def test_the_stand_in_for_the_approximate_tanh_has_its_error():
+    """tanh.approx.f32 is specified with a largest relative error of 2^-11; the stand-in comes close to it."""
+    from tests.backends.small_kernels import fast_tanh
+
+    x = torch.linspace(-4, 4, 4096)
+    y = torch.empty_like(x)
+    fast_tanh[(1,)](x, y, SIZE=4096)
+    error = (y / torch.tanh(x) - 1).abs().max().item()
+    assert 2**-12 <= error <= 2**-11
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_loss_gradients_survive_a_float16_loss_scale(scale):
+    inputs = small_inputs("flow_matching_loss", F16, image_size=(2, 13, 24))
+    total = ops.flow_matching_loss(**inputs.tensors, **inputs.options, backend="reference")[0]
+    gradients = []
+    for backend in ("triton", "reference"):
+        pred = inputs.tensors["pred"].clone().requires_grad_()
+        loss = ops.flow_matching_loss(**(inputs.tensors | {"pred": pred}), **inputs.options, backend=backend)[0]
+        (loss * scale).backward()
+        gradients.append(pred.grad)
+    assert total > 0 and torch.isfinite(gradients[0]).all()
+    assert testing.relative_error(*gradients) <= 1e-3
