@@ -1,4 +1,5 @@
-# make test        the test suite (all but the tests marked gpu and long), no GPU needed
+# make test        the test suite (all but the tests marked gpu and long), no GPU needed: once, and again with the Triton
+#                  kernels in Triton's interpreter
 # make demo        trains a small model on a photograph, fused and eager side by side -> out/demo/report.png, report.json
 # make bench       the CPU benchmark table
 # make test-long   the tests marked long
@@ -27,6 +28,7 @@ NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
 test: env
 	$(RUN) -m pytest -q -m "not gpu and not long" $(ARGS)
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -m "interpret and not long" $(ARGS) || test $$? -eq 5
 
 test-long: env
 	$(RUN) -m pytest -q -m "long and not gpu" $(ARGS)

@@ -131,5 +131,6 @@ def _tensor_cycles(opcode: str) -> float:
         rows, columns, depth = (int(size) for size in shape.groups())
         products = rows * columns * depth / 4  # four warps share a wide product
     else:
-        products = {"1684": 512, "1688": 1024, "16816": 2048}.get(opcode.split(".")[1], 2048)
+        size = re.search(r"\.(1684|1688|16816)\b", opcode)
+        products = {"1684": 512, "1688": 1024, "16816": 2048}[size[1] if size else "16816"]
     return products / (256 if "TF32" in opcode else 512)

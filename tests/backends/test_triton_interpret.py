@@ -113,6 +113,7 @@ def test_chunks_of_tokens_add_up(op, monkeypatch):
     whole = testing.run(inputs, "triton")
     for module in (pixel_decoder, pixel_decoder_from_tokens, upsample_modulate):
         monkeypatch.setattr(module, "CHUNK_TOKENS", 7)
+    monkeypatch.setattr(pixel_decoder, "LAUNCH_TOKENS", 11)
     shared.assert_close(testing.run(inputs, "triton"), whole, 2e-6)
 
 

@@ -41,7 +41,8 @@ from .common import (
 )
 from .weights import pack, unpack_grad
 
-CHUNK_TOKENS = 2048
+LAUNCH_TOKENS = 2**22  # tokens of one forward launch, so that pixels are counted in 32 bits
+CHUNK_TOKENS = 2048  # tokens of one pass of the backward
 WORKSPACE_BYTES = 150_000_000
 
 # ---------------------------------------------------------------------------------------------------------- forward
@@ -347,7 +348,10 @@ def forward(image, cond, pixel_weight, pixel_table, norm_weight, norm_bias, mod_
     with device_guard(cond):
         packed = pack(block_weights, cond.dtype)
         decoder_weights = contiguous(pixel_weight, pixel_table, head_weight, head_bias)
-        run_forward(image, collapsed_rows(cond, 2), packed, decoder_weights, velocity, 0, patch_size, eps)
+        tokens = collapsed_rows(cond, 2)
+        for start, length in chunks(tokens.shape[0], LAUNCH_TOKENS):
+            part = tokens[start : start + length]
+            run_forward(image, part, packed, decoder_weights, velocity, start, patch_size, eps)
     return velocity
 
 

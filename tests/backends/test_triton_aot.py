@@ -1,0 +1,82 @@
+"""Every Triton kernel compiles ahead of time for every architecture and keeps to its recorded budget; no GPU needed."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from benchmarks import static
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter compiles nothing"),
+]
+
+BUDGETS = json.loads(static.BUDGETS.read_text())
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+# The training path of the decoder and its loss: what is compiled for every width and dtype.
+TRAINING = ("pixel_decoder", "adaln_block.backward", "flow_matching_loss.sums", "flow_matching_loss.gradient")
+OTHERS = [(width, dtype) for width in static.WIDTHS for dtype in static.DTYPES if (width, dtype) != (32, "bfloat16")]
+
+
+def found(architecture, width, dtype, parts=("",)):
+    pytest.importorskip("triton")
+    for name, launch in static.recorded_launches(architecture, width, static.DTYPES[dtype]).items():
+        if name.startswith(tuple(parts)):
+            yield name, static.figures(launch, architecture)
+
+
+@pytest.mark.parametrize("architecture", static.ARCHITECTURES)
+def test_budgets_hold(architecture):
+    names = set()
+    for name, figures in found(architecture, 32, "bfloat16"):
+        names.add(name)
+        assert not list(static.exceeded(figures, BUDGETS[name][architecture])), name
+        assert figures.shared_bytes <= SHARED_LIMIT[architecture], name
+    assert names == {name for name in BUDGETS if name.endswith("/D32/bfloat16") and architecture in BUDGETS[name]}
+
+
+@pytest.mark.parametrize(("width", "dtype"), OTHERS)
+def test_other_widths_and_dtypes_compile(width, dtype):
+    for name, figures in found("sm_90", width, dtype, TRAINING):
+        assert figures.shared_bytes <= SHARED_LIMIT["sm_90"], name
+
+
+def test_the_record_reaches_its_goals():
+    """Slots per 16 pixels on sm_90: the decoder's forward and backward per block, the loss with its gradient."""
+    record = {
+        name.removesuffix("/D32/bfloat16"): entry["sm_90"]
+        for name, entry in BUDGETS.items()
+        if name.endswith("/D32/bfloat16")
+    }
+    forward = record["pixel_decoder.forward_kernel"]
+    assert forward["issue_slots_per_16_px"] <= 1450 and forward["spill_bytes"] == 0
+    blocks = [record[f"adaln_block.backward_kernel{variant}"] for variant in ("+first", "", "+last")]
+    assert all(block["spill_bytes"] == 0 for block in blocks)
+    assert sum(block["issue_slots_per_16_px"] for block in blocks) / 3 <= 1310
+    loss = [record["flow_matching_loss.sums_kernel"], record["flow_matching_loss.gradient_kernel"]]
+    assert sum(kernel["issue_slots_per_16_px"] for kernel in loss) <= 235 / 2
+    for width in (16, 64):
+        assert BUDGETS[f"pixel_decoder.forward_kernel/D{width}/bfloat16"]["sm_90"]["spill_bytes"] == 0
+
+
+def test_a_figure_above_the_record_is_noticed():
+    figures = static.Figures("triton 1", 100, 0, 1000, 200.0, {}, None)
+    assert not list(static.exceeded(figures, figures.record()))
+    for name, value in (("registers", 104), ("spill_bytes", 8), ("shared_bytes", 1031), ("issue_slots_per_16_px", 207)):
+        assert list(static.exceeded(figures._replace(**{name: value}), figures.record())), name
+    worse = figures._replace(registers=255)
+    assert not list(static.exceeded(worse, figures.record() | {"toolchain": "triton 2"}))
+
+
+def test_recording_launches_runs_nothing():
+    pytest.importorskip("triton")
+    from deco_kernels import testing
+    from deco_kernels.backends.triton import common, pixel_decoder
+
+    inputs = testing.random_inputs("pixel_decoder", dtype=torch.bfloat16, image_size=(1, 32, 32))
+    with common.record_launches("sm_90") as launches:
+        pixel_decoder.forward(*inputs.tensors.values(), 16, 1e-6)
+    assert [launch.kernel.fn.__name__ for launch in launches] == ["pack_kernel", "forward_kernel"]
+    assert launches[1].args["D"] == 32 and launches[1].options["num_warps"] == 4

@@ -1,0 +1,208 @@
+"""The Triton backend on a GPU: the shared cases, PyTorch's machinery, CUDA graphs, streams, devices, processes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deco_kernels import ops, testing
+from deco_kernels.ops.registry import BackendUnavailable
+from tests.ops.cases import BF16, CASES, F16, F32, OPS, small_inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def on_gpu(inputs, device="cuda"):
+    return inputs._replace(
+        tensors={name: None if t is None else t.to(device) for name, t in inputs.tensors.items()},
+        grad_outputs=tuple(gradient.to(device) for gradient in inputs.grad_outputs),
+    )
+
+
+def assert_equal(actual, expected):
+    assert all(torch.equal(*pair) for pair in zip(actual.outputs, expected.outputs, strict=True))
+    for name, gradient in actual.gradients.items():
+        assert torch.equal(gradient, expected.gradients[name]), name
+
+
+@pytest.mark.parametrize(
+    ("op", "case"), [pytest.param(op, case, id=f"{op}-{case.label}") for op, cases in CASES.items() for case in cases]
+)
+def test_rule_of_error(op, case):
+    inputs = on_gpu(case.inputs(op))
+    failed = [str(row) for row in testing.compare(inputs, testing.run(inputs, "triton")) if not row.passed]
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_views_give_the_same_result(op, dtype):
+    inputs = on_gpu(small_inputs(op, dtype))
+    expected = testing.run(inputs, "triton")
+    viewed = inputs._replace(
+        tensors={
+            name: t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t
+            for name, t in inputs.tensors.items()
+        }
+    )
+    assert_equal(testing.run(viewed, "triton"), expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op):
+    inputs = on_gpu(small_inputs(op, BF16))
+    options = list(inputs.options.values()) + ([] if "loss" in op else [1e-6])
+    arguments = (*inputs.tensors.values(), *options, "triton")
+    torch.library.opcheck(getattr(torch.ops.deco_kernels, op).default, arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compile_fullgraph(op):
+    torch._dynamo.reset()
+    inputs = on_gpu(small_inputs(op, BF16))
+
+    def call(tensors):
+        outputs = getattr(ops, op)(**tensors, **inputs.options, backend="triton")
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    compiled = torch.compile(call, fullgraph=True)(inputs.tensors)
+    assert all(torch.equal(*pair) for pair in zip(compiled, call(inputs.tensors), strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_repeated_runs_give_the_same_bits(op):
+    inputs = on_gpu(CASES[op][1].inputs(op))
+    first = testing.run(inputs, "triton")
+    for _ in range(5):
+        assert_equal(testing.run(inputs, "triton"), first)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_captured_graph_sees_changed_inputs_and_weights(op):
+    inputs = on_gpu(small_inputs(op, BF16))
+
+    def step():
+        return testing.run(inputs, "triton")
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    changed = on_gpu(small_inputs(op, BF16, seed=1))
+    for name, tensor in inputs.tensors.items():
+        tensor.copy_(changed.tensors[name])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_equal(captured, step())
+
+
+def test_compiling_during_capture_is_refused():
+    code = """
+import torch
+from deco_kernels import ops
+from tests.ops.cases import small_inputs
+inputs = small_inputs("pixel_decoder")
+tensors = {name: t.cuda() for name, t in inputs.tensors.items()}
+try:
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ops.pixel_decoder(**tensors, **inputs.options, backend="triton")
+except RuntimeError as error:
+    assert "before the capture" in str(error), error
+else:
+    raise AssertionError("not refused")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_two_streams_at_once():
+    many = [on_gpu(small_inputs("pixel_decoder", BF16, seed=seed)) for seed in range(2)]
+    expected = [testing.run(inputs, "triton") for inputs in many]
+    streams = [torch.cuda.Stream() for _ in many]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        results = []
+        for inputs, stream in zip(many, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(testing.run(inputs, "triton"))
+        torch.cuda.synchronize()
+        for pair in zip(results, expected, strict=True):
+            assert_equal(*pair)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    inputs = small_inputs("pixel_decoder", BF16)
+    first = testing.run(on_gpu(inputs, "cuda:0"), "triton")
+    second = testing.run(on_gpu(inputs, "cuda:1"), "triton")
+    assert second.outputs[0].device.index == 1
+    assert testing.relative_error(second.outputs[0].cpu(), first.outputs[0].cpu()) <= 1e-2
+
+
+def test_four_processes_share_an_empty_compilation_cache(tmp_path):
+    code = """
+import torch
+from deco_kernels import testing
+from tests.ops.cases import small_inputs
+inputs = small_inputs("pixel_decoder")
+inputs = inputs._replace(tensors={n: t.cuda() for n, t in inputs.tensors.items()},
+                         grad_outputs=tuple(g.cuda() for g in inputs.grad_outputs))
+assert all(row.passed for row in testing.compare(inputs, testing.run(inputs, "triton")))
+"""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment) for _ in range(4)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0, 0, 0]
+
+
+def test_memory_grows_by_the_outputs_and_the_workspace():
+    inputs = on_gpu(testing.random_inputs("pixel_decoder", dtype=BF16, image_size=(16, 256, 256)))
+    testing.run(inputs, "triton")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = testing.run(inputs, "triton")
+    outputs = sum(t.numel() * t.element_size() for t in (*results.outputs, *results.gradients.values()))
+    assert torch.cuda.max_memory_allocated() - before - outputs <= 200e6
+
+
+def test_an_old_gpu_is_refused(monkeypatch):
+    from deco_kernels.backends import triton as backend
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    reason = backend.unavailable_reason.__wrapped__(torch.device("cuda"))
+    assert "compute capability 8.0" in reason and "7.5" in reason
+
+
+def test_float64_is_refused_by_name():
+    inputs = on_gpu(testing.in_float64(small_inputs("pixel_decoder")))
+    with pytest.raises(BackendUnavailable, match="float64"):
+        testing.run(inputs, "triton")
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("op", OPS)
+def test_compute_sanitizer_finds_nothing(op):
+    code = f"""
+import torch
+from deco_kernels import testing
+from tests.ops.cases import small_inputs
+inputs = small_inputs({op!r}, torch.bfloat16)
+testing.run(inputs._replace(tensors={{n: t.cuda() for n, t in inputs.tensors.items()}},
+                            grad_outputs=tuple(g.cuda() for g in inputs.grad_outputs)), "triton")
+torch.cuda.synchronize()
+"""
+    command = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
