@@ -6,6 +6,7 @@ has been measured on a GPU. `--record` writes benchmarks/budgets.json; without i
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -53,29 +54,29 @@ class Figures(NamedTuple):
 def recorded_launches(architecture: str, width: int, dtype: torch.dtype) -> dict[str, Any]:
     """Every kernel variant that the five ops launch in forward and backward, by name: N 3, p 16, two 256x256 images."""
     from deco_kernels import testing
-    from deco_kernels.backends.triton import common
 
     launches: dict[str, Any] = {}
     for op in testing.OPS:
         inputs = testing.random_inputs(
             op, dtype=dtype, other_dtype=dtype, width=width, image_size=(1, 256, 256), token_width=1152
         )
-        with common.record_launches(architecture) as recorded:
-            _call(op, inputs)
-        for launch in recorded:
+        for launch in launches_of(inputs, architecture):
             launches.setdefault(f"{_name(launch)}/D{width}/{str(dtype).removeprefix('torch.')}", launch)
     return launches
 
 
-def _call(op: str, inputs) -> None:
-    """The backend's forward and backward of an op on CPU tensors, launches recorded instead of run."""
-    import importlib
+def launches_of(inputs, architecture: str) -> list:
+    """What the Triton backend launches in forward and backward of these `testing.Inputs`; nothing runs."""
+    from deco_kernels.backends.triton import common
 
-    module = importlib.import_module(f"deco_kernels.backends.triton.{op}")
-    tensors = list(inputs.tensors.values())
-    options = list(inputs.options.values()) if op == "flow_matching_loss" else [*inputs.options.values(), 1e-6]
-    module.forward(*tensors, *options)
-    module.backward(*inputs.grad_outputs, *tensors, *options, [True] * len(tensors))
+    module = importlib.import_module(f"deco_kernels.backends.triton.{inputs.op}")
+    tensors, options = list(inputs.tensors.values()), list(inputs.options.values())
+    if inputs.op != "flow_matching_loss":
+        options.append(1e-6)
+    with common.record_launches(architecture) as recorded:
+        module.forward(*tensors, *options)
+        module.backward(*inputs.grad_outputs, *tensors, *options, [True] * len(tensors))
+    return recorded
 
 
 def _name(launch) -> str:

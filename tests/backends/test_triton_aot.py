@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import static
+from deco_kernels import testing
 
 pytestmark = [
     pytest.mark.aot,
@@ -43,6 +44,30 @@ def test_other_widths_and_dtypes_compile(width, dtype):
         assert figures.shared_bytes <= SHARED_LIMIT["sm_90"], name
 
 
+ONES = {"depth": 1, "width": 16, "channels": 1, "patch_size": 1, "image_size": (1, 1, 1)}
+ONE_TOKEN = {"depth": 1, "width": 16, "image_size": (1, 16, 16)}
+
+
+@pytest.mark.parametrize("op", [op for op in testing.OPS if "loss" not in op])
+@pytest.mark.parametrize("sizes", [ONES, ONE_TOKEN], ids=["ones", "one_token"])
+def test_sizes_of_one_compile(op, sizes):
+    """Triton turns an argument of 1 into a compile-time constant, which is another type inside the kernel."""
+    pytest.importorskip("triton")
+    for launch in static.launches_of(testing.random_inputs(op, dtype=torch.bfloat16, **sizes), "sm_90"):
+        static.compile_launch(launch, "sm_90")
+
+
+@pytest.mark.parametrize("op", testing.OPS)
+def test_channels_last_and_padded_images_compile(op):
+    pytest.importorskip("triton")
+    inputs = testing.random_inputs(op, dtype=torch.bfloat16, depth=1, width=16, patch_size=2, image_size=(2, 10, 14))
+    for name in ("image", "pred", "target"):
+        if name in inputs.tensors:
+            inputs.tensors[name] = inputs.tensors[name].to(memory_format=torch.channels_last)
+    for launch in static.launches_of(inputs, "sm_90"):
+        static.compile_launch(launch, "sm_90")
+
+
 def test_the_record_reaches_its_goals():
     """Slots per 16 pixels on sm_90: the decoder's forward and backward per block, the loss with its gradient."""
     record = {
@@ -72,7 +97,6 @@ def test_a_figure_above_the_record_is_noticed():
 
 def test_recording_launches_runs_nothing():
     pytest.importorskip("triton")
-    from deco_kernels import testing
     from deco_kernels.backends.triton import common, pixel_decoder
 
     inputs = testing.random_inputs("pixel_decoder", dtype=torch.bfloat16, image_size=(1, 32, 32))

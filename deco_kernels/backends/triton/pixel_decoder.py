@@ -194,7 +194,8 @@ def embedding_kernel(
     h_grad_ptr,  # [n_tokens, P, D]: gradient of h before the first block
     image_ptr, image_stride_b, image_stride_c, image_stride_h, image_stride_w,  # [B, C, H, W]
     pixel_weight_ptr,  # [D, C]
-    image_grad_ptr,  # out [B, C, H, W] contiguous
+    image_grad_ptr,  # out [B, C, H, W]
+    image_grad_stride_b, image_grad_stride_c, image_grad_stride_h, image_grad_stride_w,
     pixel_weight_grad_ptr,  # in and out [slices, groups, C, D] float32
     pixel_table_grad_ptr,  # in and out [slices, max(P, BLOCK), D] float32
     first_token, n_tokens, tokens_y, tokens_x,
@@ -209,7 +210,6 @@ def embedding_kernel(
     channel = tl.arange(0, 16)
     table_grad = tl.zeros([BLOCK, D], tl.float32)
     weight_grad = tl.zeros([16, D], tl.float32)
-    plane = tokens_y.to(tl.int64) * tokens_x * PIXELS
     for step in range(tl.program_id(1), tl.cdiv(n_tokens * PIXELS, GROUPS * BLOCK), tl.num_programs(1)):
         token, pixel, valid = tile_pixels(step * GROUPS + group, n_tokens, PIXELS, BLOCK)
         rows = row_offsets(token, pixel, PIXELS * D, D, D)
@@ -227,11 +227,14 @@ def embedding_kernel(
             weight_grad = tl.dot(values.to(operand), h_grad.to(operand), weight_grad, input_precision=PRECISION)
         if IMAGE_GRAD:
             offsets = image_offsets(
-                first_token + token, pixel, tokens_y, tokens_x, C * plane, tokens_x * PATCH, 1, PATCH
-            )
+                first_token + token, pixel, tokens_y, tokens_x,
+                image_grad_stride_b, image_grad_stride_h, image_grad_stride_w, PATCH,
+            )  # fmt: skip
             for c in tl.static_range(C):
                 weight = tl.load(pixel_weight_ptr + d * C + c).to(tl.float32)
-                tl.store(image_grad_ptr + offsets + c * plane, tl.sum(h_grad * weight[None, :], 1), mask=valid)
+                tl.store(
+                    image_grad_ptr + offsets + c * image_grad_stride_c, tl.sum(h_grad * weight[None, :], 1), mask=valid
+                )
     if WEIGHT_GRAD:
         row = tl.program_id(1) * (GROUPS * BLOCK) + group * BLOCK + tl.arange(0, BLOCK)
         add_to(pixel_table_grad_ptr + row[:, None] * D + d[None, :], table_grad)
@@ -322,7 +325,8 @@ class DecoderBackward:
         sums = (self.pixel_weight_grad, self.pixel_table_grad) if self.needs_weights else (h_grad, h_grad)
         launch(
             embedding_kernel, (self.groups, min(steps, self.slices)), self.embedding,
-            h_grad, self.image, *self.image.stride(), self.pixel_weight, self.image_grad, *sums,
+            h_grad, self.image, *self.image.stride(), self.pixel_weight,
+            self.image_grad, *self.image_grad.stride(), *sums,
             *self._places(first_token, tokens), IMAGE_GRAD=self.needs_image, WEIGHT_GRAD=self.needs_weights,
             D=width, C=self.image.shape[1], PATCH=self.patch_size, BLOCK=self.embedding.block,
             PRECISION=math_options(h_grad.dtype, h_grad.device)["PRECISION"],
