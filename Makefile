@@ -3,6 +3,7 @@
 # make demo        trains a small model on a photograph, fused and eager side by side -> out/demo/report.png, report.json
 # make bench       the CPU benchmark table
 # make test-long   the tests marked long
+# make aot-all     compiles every Triton kernel for every width, dtype and architecture
 # make gpu-check   what only a GPU can show, with this machine's own Python and no network -> out/gpu-check
 # make lint        style
 #
@@ -23,7 +24,7 @@ GPU_PYTHON ?= python3
 
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: test test-long demo bench gpu-check lint env clean
+.PHONY: test test-long aot-all demo bench gpu-check lint env clean
 .DELETE_ON_ERROR:
 
 test: env
@@ -32,6 +33,9 @@ test: env
 
 test-long: env
 	$(RUN) -m pytest -q -m "long and not gpu" $(ARGS)
+
+aot-all: env
+	$(RUN) -m benchmarks static --everywhere $(ARGS)
 
 demo: env
 	$(RUN) python/demo.py $(ARGS)

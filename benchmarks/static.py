@@ -137,6 +137,12 @@ def figures(launch, architecture: str) -> Figures:
     )
 
 
+def case_figures(architecture: str, width: int, dtype: str, parts: tuple[str, ...] = ("",)) -> dict[str, Figures]:
+    """Figures of every kernel whose name starts with one of `parts`; can run in a process of its own."""
+    launches = recorded_launches(architecture, width, DTYPES[dtype])
+    return {name: figures(launch, architecture) for name, launch in launches.items() if name.startswith(parts)}
+
+
 def _amd_figures(compiled) -> Figures:
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"])[1])
