@@ -23,7 +23,7 @@ def markdown(result: dict) -> str:
     parts = [_header(result), *(_timings(rows, result["ceilings"]) for rows in groups(result["rows"]))]
     parts += [_memory(result["memory"]), _overhead(result["overhead"]), _import_time(result["import_time"])]
     if result["header"]["device"] == "cpu":
-        parts.append(_targets(result))
+        parts.append(targets_table(result))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -145,7 +145,7 @@ def _import_time(found: dict | None) -> str:
     return "## Import, beyond importing PyTorch\n\n" + _table(["module", "s"], lines)
 
 
-def _targets(result: dict) -> str:
+def targets_table(result: dict) -> str:
     lines = []
     for target in targets_in(result):
         sign = "≥" if target.at_least else "≤"
