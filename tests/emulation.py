@@ -28,8 +28,8 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def build(sources: Path, folder: Path, *definitions: str):
-    """The module _native_cuda_emulated, built in `folder` from the tree of `sources` (a csrc folder)."""
+def build(sources: Path, folder: Path):
+    """The emulated module, built in `folder` from the tree of `sources` (a csrc folder)."""
     import pybind11
 
     beside = Path(sys.executable).parent
@@ -38,14 +38,15 @@ def build(sources: Path, folder: Path, *definitions: str):
     configure = [
         *(cmake, f"-S{sources / 'emulation'}", f"-B{folder}", "-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
         *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
-        *(f"-D{definition}" for definition in definitions),
     ]
     for command in (configure, [cmake, "--build", str(folder)]):
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode != 0:
             raise RuntimeError(f"building the emulator failed:\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}")
     (library,) = folder.glob("_native_cuda_emulated*.so")
-    spec = importlib.util.spec_from_file_location("_native_cuda_emulated", library)
+    # Python would hand out the module of the same name again, wherever it lies.
+    name = f"emulation_{abs(hash(folder))}._native_cuda_emulated"
+    spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -53,6 +53,11 @@ DECO_DEVICE Tile<D> tile_of(const RowWords<D>& upper, const RowWords<D>& lower) 
   return tile;
 }
 
+template <class T, int D>
+DECO_DEVICE Tile<D> tile_of(const Operand<D>& operand) {
+  return tile_of<T>(row_of(operand, 0), row_of(operand, 1));
+}
+
 // Row `which` (0: upper, 1: lower) of a lane's pair, rounded.
 template <class T, int D>
 DECO_DEVICE RowWords<D> row_of(const Tile<D>& tile, int which) {

@@ -28,7 +28,7 @@ struct Plan {
   static constexpr int kMatrices = matrices_of(Mlp);
   static constexpr bool kSpecialised = D == 64;
   static constexpr int kGradientWarps = kMatrices;
-  static constexpr int kMostChainWarps = kSpecialised ? 4 : kGradientWarps;
+  static constexpr int kMostChainWarps = kSpecialised ? 7 : kGradientWarps;
   static constexpr int kThreads = 32 * (kSpecialised ? kMostChainWarps + kGradientWarps : kGradientWarps);
   static constexpr int kBlocksPerMultiprocessor = kSpecialised ? 1 : D == 32 ? 2 : 3;
 
@@ -44,8 +44,10 @@ struct Plan {
 
 struct BackwardParams {
   PackedWeights packed;
-  RowsView h, s, grad, gate_grad, h_grad, cond_grad;
   PatchRows cond;
+  RowsView h, grad, gate_grad, h_grad, cond_grad;
+  const void *h_tiles = nullptr, *s_tiles = nullptr;
+  void* grad_tiles = nullptr;
   float* partials = nullptr;
   uint32_t pixels = 0;
   int block = 0, depth = 1, width = 0, chain_warps = 0, parts = 0;
@@ -57,22 +59,28 @@ struct BackwardParams {
     const int matrices = matrices_of(mlp);
     packed.visit(buffers, false, depth, width, matrices, 0);
     cond.visit(buffers, pixels, width);
-    for (const RowsView* rows : {&h, &s, &grad, &gate_grad}) rows->visit(buffers, false, pixels, width);
+    for (const RowsView* rows : {&h, &grad, &gate_grad}) rows->visit(buffers, false, pixels, width);
     for (const RowsView* rows : {&h_grad, &cond_grad}) rows->visit(buffers, true, pixels, width);
+    const int64_t tile_bytes = 2 * padded_rows(pixels) * width;
+    buffers.read(h_tiles, tile_bytes);
+    buffers.read(s_tiles, tile_bytes);
+    buffers.write(grad_tiles, tile_bytes);
     buffers.write(partials, int64_t{4} * parts * depth * matrices * width * (width + 1));
   }
 };
 
 // The 16 pixels of a chain warp, and where their operands go.
-template <class T, int D, bool Mlp>
+template <class T, int D, bool Mlp, bool Tiled>
 struct Chain {
   using P = Plan<D, Mlp>;
   const BackwardParams& p;
   const BlockWeights<T, D> w;
   T* tiles;         // the warp's part of tile 0
   int tile_stride;  // elements from tile to tile
-  uint32_t pixel[2];
-  bool valid[2];
+  uint32_t tile;      // the warp's number among operand tiles; the last one if there is none
+  bool tile_exists;
+  uint32_t pixel[2];  // the lane's rows; the last pixel for those that do not exist
+  bool valid[2];      // whether they exist
 
   DECO_DEVICE void keep(int tile, const Operand<D>& operand) const {
     store_operand_tile<T, D>(tiles + tile * tile_stride, operand);
@@ -84,21 +92,31 @@ struct Chain {
   }
 
   // Rows of a gradient; zero for pixels that do not exist, so that they add nothing to any sum.
-  DECO_DEVICE RowWords<D> gradient_row(const RowsView& rows, int r) const {
-    RowWords<D> row = load_row<T, D>(rows, pixel[r]);
+  DECO_DEVICE Tile<D> gradient_tile(const RowsView& rows) const {
+    RowWords<D> pair[2];
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j) row.word[j] = valid[r] ? row.word[j] : 0u;
-    return row;
+    for (int r = 0; r < 2; ++r) {
+      if constexpr (Tiled)
+        pair[r] = row_of(load_tile<D>(p.grad_tiles, tile), r);
+      else
+        pair[r] = load_row<T, D>(rows, pixel[r]);
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) pair[r].word[j] = valid[r] ? pair[r].word[j] : 0u;
+    }
+    return tile_of<T>(pair[0], pair[1]);
   }
 
   DECO_DEVICE void run() const {
     Operand<D> s[1];
-    if (p.s.data != nullptr)
-      s[0] = operand_of(load_row<T, D>(p.s, pixel[0]), load_row<T, D>(p.s, pixel[1]));
-    else
+    Tile<D> normalized;  // h at first
+    if constexpr (Tiled) {
+      s[0] = load_tile<D>(p.s_tiles, tile);
+      normalized = tile_of<T>(load_tile<D>(p.h_tiles, tile));
+    } else {
       s[0] = silu_operand<T>(load_row<T, D>(p.cond, pixel[0]), load_row<T, D>(p.cond, pixel[1]));
+      normalized = tile_of<T>(load_row<T, D>(p.h, pixel[0]), load_row<T, D>(p.h, pixel[1]));
+    }
     keep(P::kS, s[0]);
-    Tile<D> normalized = tile_of<T>(load_row<T, D>(p.h, pixel[0]), load_row<T, D>(p.h, pixel[1]));
     const RowPair rstd = normalize(normalized, p.eps);
 
     uint32_t scale_words[D / 8][2];
@@ -107,9 +125,8 @@ struct Chain {
     if constexpr (Mlp) {
       recompute(h_grad, m_grad, gate_grad, scale_words, s, normalized);
     } else {
-      m_grad = tile_of<T>(gradient_row(p.grad, 0), gradient_row(p.grad, 1));
-      const Tile<D> tile = tile_of<T>(gradient_row(p.gate_grad, 0), gradient_row(p.gate_grad, 1));
-      gate_grad = rounded<T>(tile);
+      m_grad = gradient_tile(p.grad);
+      gate_grad = rounded<T>(gradient_tile(p.gate_grad));
       const Linear<T, D> to_scale = w.linear(kScale);
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
@@ -136,10 +153,13 @@ struct Chain {
     keep(P::kOutputs + kShift, shift_grad);
     keep(P::kOutputs + kScale, scale_grad);
     add_normalize_gradient(h_grad, normalized_grad, normalized, rstd);
+    if constexpr (Tiled) {
+      if (tile_exists) store_tile<D>(p.grad_tiles, tile, rounded<T>(h_grad));
+    } else {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      if (valid[r]) store_row<T, D>(p.h_grad, pixel[r], row_of<T>(h_grad, r));
-
+      for (int r = 0; r < 2; ++r)
+        if (valid[r]) store_row<T, D>(p.h_grad, pixel[r], row_of<T>(h_grad, r));
+    }
     if (p.cond_grad.data == nullptr) return;
     const Operand<D> gate_grad_again = kept(P::kOutputs + kGate);
     Tile<D> s_grad;
@@ -186,7 +206,7 @@ struct Chain {
       pack_pair(slope_words[j], slope);
     }
     keep(P::kA, activated[0]);
-    h_grad = tile_of<T>(gradient_row(p.grad, 0), gradient_row(p.grad, 1));
+    h_grad = gradient_tile(p.grad);
     const Operand<D> s_again[1] = {kept(P::kS)};
     const Linear<T, D> to_gate = w.linear(kGate), fc2 = w.linear(kFc2);
 #pragma unroll
@@ -252,7 +272,7 @@ struct Chain {
   }
 };
 
-template <class T, int D, bool Mlp>
+template <class T, int D, bool Mlp, bool Tiled>
 DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor))
 backward_kernel(const BackwardParams p) {
   using P = Plan<D, Mlp>;
@@ -266,13 +286,16 @@ backward_kernel(const BackwardParams p) {
   const bool sums = p.partials != nullptr;
 
   const auto run_chain = [&](uint32_t begin) {
-    const uint32_t first = begin + warp() * kTilePixels + (lane() >> 2), end = p.pixels - 1;
-    const Chain<T, D, Mlp> chain{p,
-                                 weights,
-                                 tiles + warp() * P::kTileElements,
-                                 tile_stride,
-                                 {min(first, end), min(first + 8, end)},
-                                 {first <= end, first + 8 <= end}};
+    const uint32_t tile = begin / kTilePixels + warp(), end = p.pixels - 1, last_tile = end / kTilePixels;
+    const uint32_t first = tile * kTilePixels + (lane() >> 2);
+    const Chain<T, D, Mlp, Tiled> chain{p,
+                                        weights,
+                                        tiles + warp() * P::kTileElements,
+                                        tile_stride,
+                                        min(tile, last_tile),
+                                        tile <= last_tile,
+                                        {min(first, end), min(first + 8, end)},
+                                        {first <= end, first + 8 <= end}};
     chain.run();
   };
   const int matrix = P::kSpecialised ? warp() - p.chain_warps : warp();
@@ -333,13 +356,13 @@ int parts_of(const DeviceLimits& limits, int64_t pixels) {
   return grid_blocks(pixels, chain_warps<D, Mlp>(limits) * kTilePixels, limits, Plan<D, Mlp>::kBlocksPerMultiprocessor);
 }
 
-template <class T, int D, bool Mlp>
+template <class T, int D, bool Mlp, bool Tiled>
 Status run(const Call& call, BackwardParams p) {
   using P = Plan<D, Mlp>;
   p.chain_warps = chain_warps<D, Mlp>(call.limits);
   p.parts = parts_of<D, Mlp>(call.limits, p.pixels);
   const int warps = P::kSpecialised ? p.chain_warps + P::kGradientWarps : P::kGradientWarps;
-  return launch("block_backward", backward_kernel<T, D, Mlp>, {p.parts, 32 * warps, P::shared_bytes(p.chain_warps)},
+  return launch("block_backward", backward_kernel<T, D, Mlp, Tiled>, {p.parts, 32 * warps, P::shared_bytes(p.chain_warps)},
                 call.stream, p);
 }
 
@@ -359,7 +382,9 @@ Status block_backward(const Call& call, const BlockBackward& op) {
   p.packed = op.packed;
   p.h = op.h;
   p.cond = op.cond;
-  p.s = op.s;
+  p.h_tiles = op.h_tiles;
+  p.s_tiles = op.s_tiles;
+  p.grad_tiles = op.grad_tiles;
   p.grad = op.grad;
   p.gate_grad = op.gate_grad;
   p.h_grad = op.h_grad;
@@ -376,7 +401,8 @@ Status block_backward(const Call& call, const BlockBackward& op) {
   p.eps = op.eps;
   return with_kernel(op.operand, op.width, [&](auto type, auto width) {
     using T = decltype(type);
-    return op.mlp ? run<T, width.value, true>(call, p) : run<T, width.value, false>(call, p);
+    if (!op.mlp) return run<T, width.value, false, false>(call, p);
+    return op.h_tiles != nullptr ? run<T, width.value, true, true>(call, p) : run<T, width.value, true, false>(call, p);
   });
 }
 

@@ -15,9 +15,10 @@ struct DecoderReplay {
   int64_t first_pixel = 0, pixels = 0;
   float eps = 0;
 
-  void* saved = nullptr;     // written: [N][pixels, D], the inputs of the blocks
-  RowsView s;             // written: SiLU(cond)
-  RowsView h_grad;        // written: the gradient of h_N
+  // Written as operand tiles (pixels.h), padded_rows(pixels) pixels each:
+  void* h_tiles = nullptr;       // [N], the inputs of the blocks
+  void* s_tiles = nullptr;       // SiLU(cond)
+  void* h_grad_tiles = nullptr;  // the gradient of h_N
   float* partials = nullptr;  // [decoder_replay_parts][D + 1][kChannelSlots], or null
   bool accumulate = false;   // add to the partials rather than overwrite them
 };
@@ -30,7 +31,7 @@ struct DecoderEmbedding {
   PackedWeights packed;
   DecoderShape shape;
   Image image;
-  RowsView h_grad;
+  const void* h_grad_tiles = nullptr;  // operand tiles
   Image grad_image;  // written, or null
   int64_t first_pixel = 0, pixels = 0;
 

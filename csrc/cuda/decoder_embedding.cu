@@ -26,7 +26,7 @@ struct EmbeddingParams {
     op.packed.visit(buffers, false, shape.depth, width, kBlockMatrices, shape.pixels_per_token());
     op.image.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
     op.grad_image.visit(buffers, true, shape.batch, shape.channels, shape.height, shape.width);
-    op.h_grad.visit(buffers, false, pixels, width);
+    buffers.read(op.h_grad_tiles, 2 * padded_rows(pixels) * width);
     buffers.write(op.partials, int64_t{4} * parts * (width + 1) * kChannelSlots);
     buffers.write(op.table_partials, int64_t{4} * parts * kWarps * table_rows * width);
   }
@@ -78,24 +78,21 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor) embedding_kernel(const Embedding
   const uint32_t own = block() * kWarps + warp(), end = p.pixels - 1;
   for (uint32_t begin = own * kTilePixels; begin < p.pixels; begin += block_count() * kWarps * kTilePixels) {
     const uint32_t first = begin + (lane() >> 2);
-    RowWords<D> rows[2];
+    Operand<D> h_grad = load_tile<D>(op.h_grad_tiles, begin / kTilePixels);
     PixelPlace place[2];
     const char* pixel_address[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint32_t pixel = min(first + 8 * r, end);
-      rows[r] = load_row<T, D>(op.h_grad, pixel);
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) rows[r].word[j] = first + 8 * r <= end ? rows[r].word[j] : 0u;
+      if (first + 8 * r > end) h_grad.clear_row(r);
       place[r] = locate(p.grid, p.first_pixel + pixel);
       pixel_address[r] = op.image.at(place[r]);
     }
-    const Operand<D> h_grad = operand_of(rows[0], rows[1]);
     if (op.partials != nullptr) {
       uint32_t x[2];
       load_channels<T>(x, op.image, channels, pixel_address);
       pixel_gradient.add(h_grad, x);
-      const Tile<D> tile = tile_of<T>(rows[0], rows[1]);
+      const Tile<D> tile = tile_of<T>(h_grad);
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)
 #pragma unroll

@@ -34,6 +34,9 @@ inline int grid_blocks(int64_t pixels, int pixels_per_block, const DeviceLimits&
   return static_cast<int>(std::min<int64_t>(tiles, int64_t{limits.multiprocessors} * blocks_per_multiprocessor));
 }
 
+// Pixels of scratch in operand tiles: whole tiles of every kernel, so that kernels write without asking what exists.
+inline int64_t padded_rows(int64_t pixels) { return (pixels + 255) / 256 * 256; }
+
 constexpr int64_t kPixelLimit = int64_t{1} << 31;
 
 // Calls run(T{}, std::integral_constant<int, D>{}) for the operand type and the width.

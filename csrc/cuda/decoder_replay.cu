@@ -18,6 +18,7 @@ struct ReplayParams {
   DecoderReplay op;
   PatchGrid grid;
   uint32_t first_pixel = 0, pixels = 0;
+  int64_t rows = 0;  // of the arrays that are written
   int parts = 0;
   bool resident = false;
 
@@ -29,9 +30,9 @@ struct ReplayParams {
     op.image.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
     op.grad_velocity.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
     op.cond.visit(buffers, pixels, width);
-    buffers.write(op.saved, int64_t{2} * shape.depth * pixels * width);
-    op.s.visit(buffers, true, pixels, width);
-    op.h_grad.visit(buffers, true, pixels, width);
+    buffers.write(op.h_tiles, int64_t{2} * shape.depth * rows * width);
+    buffers.write(op.s_tiles, int64_t{2} * rows * width);
+    buffers.write(op.h_grad_tiles, int64_t{2} * rows * width);
     buffers.write(op.partials, int64_t{4} * parts * (width + 1) * kChannelSlots);
   }
 };
@@ -81,7 +82,7 @@ DECO_KERNEL(kThreads, 1) replay_kernel(const ReplayParams p) {
   head_gradient.clear();
   const uint32_t patch_mask = (1u << (2 * p.grid.log2_patch)) - 1, end = p.pixels - 1;
   for (uint32_t begin = block() * kBlockPixels<D>; begin < p.pixels; begin += block_count() * kBlockPixels<D>) {
-    const uint32_t first = begin + warp() * (kTilePixels * M) + (lane() >> 2);
+    const uint32_t tile = begin / kTilePixels + warp() * M, first = tile * kTilePixels + (lane() >> 2);
     Tile<D> h[M];
     Operand<D> s[M];
     uint32_t velocity_grad[M][2];
@@ -103,13 +104,11 @@ DECO_KERNEL(kThreads, 1) replay_kernel(const ReplayParams p) {
       load_channels<T>(velocity_grad[m], op.grad_velocity, channels, grad_address);
       s[m] = silu_operand<T>(cond[0], cond[1]);
       embed<T, D>(h[m], x, ends.pixel(), op.packed.table, k);
+      store_tile<D>(op.s_tiles, tile + m, s[m]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const uint32_t pixel = first + kTilePixels * m + 8 * r;
-        if (pixel <= end)
-          store_row<T, D>(op.s, pixel, row_of(s[m], r));
-        else
-          velocity_grad[m][r] = 0;
+        velocity_grad[m][r] = pixel <= end ? velocity_grad[m][r] : 0u;
       }
     }
 #pragma unroll 1
@@ -119,14 +118,9 @@ DECO_KERNEL(kThreads, 1) replay_kernel(const ReplayParams p) {
         slots.fill(0, op.packed, l);
         block_barrier();
       }
-      const RowsView saved{static_cast<T*>(op.saved) + l * (int64_t{p.pixels} * D), D};
+      void* h_tiles = static_cast<T*>(op.h_tiles) + l * (p.rows * D);
 #pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const uint32_t pixel = first + kTilePixels * m + 8 * r;
-          if (pixel <= end) store_row<T, D>(saved, pixel, row_of<T>(h[m], r));
-        }
+      for (int m = 0; m < M; ++m) store_tile<D>(h_tiles, tile + m, rounded<T>(h[m]));
       block_forward<T, D, M>(h, s, slots.block(p.resident ? l : 0, selector), op.eps);
     }
 #pragma unroll
@@ -134,11 +128,7 @@ DECO_KERNEL(kThreads, 1) replay_kernel(const ReplayParams p) {
       const RowPair rstd = normalize(h[m], op.eps);
       if (op.partials != nullptr) head_gradient.add(rounded<T>(h[m]), velocity_grad[m]);
       const Tile<D> h_grad = head_backward<T, D>(velocity_grad[m], h[m], rstd, ends.head());
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const uint32_t pixel = first + kTilePixels * m + 8 * r;
-        if (pixel <= end) store_row<T, D>(op.h_grad, pixel, row_of<T>(h_grad, r));
-      }
+      store_tile<D>(op.h_grad_tiles, tile + m, rounded<T>(h_grad));
     }
   }
   if (op.partials != nullptr)
@@ -165,6 +155,7 @@ Status decoder_replay(const Call& call, DType operand, const DecoderReplay& op) 
   p.grid = patch_grid(op.shape);
   p.first_pixel = static_cast<uint32_t>(op.first_pixel);
   p.pixels = static_cast<uint32_t>(op.pixels);
+  p.rows = padded_rows(op.pixels);
   p.parts = decoder_replay_parts(call.limits, op.shape.decoder_width, op.pixels);
   return with_kernel(operand, op.shape.decoder_width,
                      [&](auto type, auto width) { return run<decltype(type), width.value>(call, p); });

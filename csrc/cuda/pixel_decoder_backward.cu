@@ -26,8 +26,8 @@ bool wants_weights(const DecoderWeightArrays& g) {
 // Where everything lies in the workspace.
 struct Parts {
   PackedWeights packed;
-  uint16_t *saved, *s, *h_grad;  // of a chunk
-  float *blocks, *head, *pixel, *table;   // partials
+  uint16_t *h, *s, *h_grad;              // operand tiles of a chunk
+  float *blocks, *head, *pixel, *table;  // partials
   float *blocks_sum, *head_sum, *pixel_sum;
   int block_parts, replay_parts, embedding_parts;
   int64_t bytes;
@@ -38,9 +38,9 @@ struct Parts {
     const int64_t pixels = chunk_tokens(shape, chunk_pixels) * shape.pixels_per_token(), channels = sums_of_channels(D);
     const int64_t in_blocks = int64_t{N} * kBlockMatrices * D * (D + 1);
     packed = PackedWeights::take(parts, N, D, kBlockMatrices, shape.pixels_per_token());
-    saved = parts.take<uint16_t>(N * pixels * D);
-    s = parts.take<uint16_t>(pixels * D);
-    h_grad = parts.take<uint16_t>(pixels * D);
+    h = parts.take<uint16_t>(N * padded_rows(pixels) * D);
+    s = parts.take<uint16_t>(padded_rows(pixels) * D);
+    h_grad = parts.take<uint16_t>(padded_rows(pixels) * D);
     block_parts = block_backward_parts(limits, D, true, pixels);
     replay_parts = decoder_replay_parts(limits, D, pixels);
     embedding_parts = decoder_embedding_parts(limits, pixels);
@@ -86,7 +86,6 @@ class Backward {
     const int64_t pixels = tokens * P;
     PatchRows cond = rows_of(op_.cond, shape);
     cond.data = static_cast<uint16_t*>(cond.data) + token * cond.token_stride;
-    const RowsView h_grad{parts_.h_grad, D}, s{parts_.s, D};
 
     DecoderReplay replay;
     replay.packed = parts_.packed;
@@ -97,9 +96,9 @@ class Backward {
     replay.first_pixel = token * P;
     replay.pixels = pixels;
     replay.eps = op_.eps;
-    replay.saved = parts_.saved;
-    replay.s = s;
-    replay.h_grad = h_grad;
+    replay.h_tiles = parts_.h;
+    replay.s_tiles = parts_.s;
+    replay.h_grad_tiles = parts_.h_grad;
     replay.partials = weights_ ? parts_.head : nullptr;
     replay.accumulate = token > 0;
     if (!add(decoder_replay(call_, op_.cond.dtype, replay))) return false;
@@ -112,11 +111,10 @@ class Backward {
       block.eps = op_.eps;
       block.packed = parts_.packed;
       block.block = l;
-      block.h = {parts_.saved + l * pixels * D, D};
       block.cond = cond;
-      block.s = s;
-      block.grad = h_grad;
-      block.h_grad = h_grad;
+      block.h_tiles = parts_.h + l * padded_rows(pixels) * D;
+      block.s_tiles = parts_.s;
+      block.grad_tiles = parts_.h_grad;
       if (op_.grad_cond != nullptr) block.cond_grad = {static_cast<uint16_t*>(op_.grad_cond) + token * P * D, D};
       block.first = l == shape.depth - 1;
       block.last = l == 0;
@@ -130,7 +128,7 @@ class Backward {
     embedding.packed = parts_.packed;
     embedding.shape = shape;
     embedding.image = Image(op_.image);
-    embedding.h_grad = h_grad;
+    embedding.h_grad_tiles = parts_.h_grad;
     embedding.grad_image = Image(op_.grad_image);
     embedding.first_pixel = token * P;
     embedding.pixels = pixels;

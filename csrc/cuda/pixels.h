@@ -3,7 +3,7 @@
 // Pixels are numbered in token order: pixel k = ky·p + kx of token T, P = p², has number T·P + k.
 #pragma once
 
-#include "cuda/primitives.h"
+#include "cuda/tile.h"
 #include "deco/array.h"
 
 namespace deco::cuda {
@@ -113,6 +113,31 @@ DECO_DEVICE void store_row(const RowsView& rows, uint32_t pixel, const RowWords<
       store_global(reinterpret_cast<Words4*>(address) + i,
                    Words4{row.word[4 * i], row.word[4 * i + 1], row.word[4 * i + 2], row.word[4 * i + 3]});
   }
+}
+
+// ---- operand tiles --------------------------------------------------------------------------------------------------
+
+// Scratch [tiles of 16 pixels][D / 16][lanes][4 words]: the registers of left operands as they are (tile.h), so that a
+// warp moves 512 bytes at once and products can use them without rearranging.
+template <int D>
+DECO_DEVICE Operand<D> load_tile(const void* tiles, uint32_t tile) {
+  Operand<D> operand;
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) {
+    const Words4 words = load(static_cast<const Words4*>(tiles) + ((int64_t{tile} * (D / 16) + k) * 32 + lane()));
+    operand.k_step[k][0] = words.x;
+    operand.k_step[k][1] = words.y;
+    operand.k_step[k][2] = words.z;
+    operand.k_step[k][3] = words.w;
+  }
+  return operand;
+}
+template <int D>
+DECO_DEVICE void store_tile(void* tiles, uint32_t tile, const Operand<D>& operand) {
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k)
+    store_global(static_cast<Words4*>(tiles) + ((int64_t{tile} * (D / 16) + k) * 32 + lane()),
+                 Words4{operand.k_step[k][0], operand.k_step[k][1], operand.k_step[k][2], operand.k_step[k][3]});
 }
 
 // ---- images ---------------------------------------------------------------------------------------------------------

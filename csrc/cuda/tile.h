@@ -41,6 +41,11 @@ struct Operand {
   DECO_DEVICE void set(int j, const float (&v)[4]) {
     set<T>(j, v[0], v[1], v[2], v[3]);
   }
+  // Zero in row `which` (0: upper, 1: lower) of the lane's pair.
+  DECO_DEVICE void clear_row(int which) {
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) k_step[k][which] = k_step[k][2 + which] = 0u;
+  }
 };
 
 template <class T, int D>

@@ -1,0 +1,134 @@
+"""Backend "cuda" on a GPU: shared cases, agreement with the emulator, graphs, streams, repeatability, sanitizers."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deco_kernels import ops, testing
+from deco_kernels.backends import cuda
+from tests import emulation
+from tests.ops.cases import BF16, CASES, F16, F32
+
+pytestmark = pytest.mark.gpu
+
+OPS = ("adaln_block", "upsample_modulate", "pixel_decoder", "pixel_decoder_from_tokens")
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+@pytest.fixture(autouse=True)
+def device():
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU")
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = cuda.unavailable_reason(device)
+    if reason is not None:
+        pytest.skip(reason)
+    return device
+
+
+def on(device, inputs: testing.Inputs) -> testing.Inputs:
+    return inputs._replace(
+        tensors={name: tensor.to(device) for name, tensor in inputs.tensors.items()},
+        grad_outputs=tuple(gradient.to(device) for gradient in inputs.grad_outputs),
+    )
+
+
+def assert_equal(first: testing.Results, second: testing.Results):
+    assert all(torch.equal(*pair) for pair in zip(first.outputs, second.outputs, strict=True))
+    for name, gradient in first.gradients.items():
+        assert torch.equal(gradient, second.gradients[name]), name
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [pytest.param(op, case, id=f"{op}-{case.label}") for op in OPS for case in CASES[op] if case.dtype is not F32],
+)
+def test_rule_of_error(device, op, case):
+    inputs = on(device, case.inputs(op))
+    failed = [str(row) for row in testing.compare(inputs, testing.run(inputs, "cuda")) if not row.passed]
+    assert not failed, "\n".join(failed)
+
+
+@each_op
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_agrees_with_the_emulator(device, emulated, op, dtype, width):
+    """The same values but for rounding: the hardware's tanh and its order of additions differ from the emulator's."""
+    inputs = testing.random_inputs(op, dtype=dtype, width=width, patch_size=8, image_size=(1, 32, 32))
+    there, here = testing.run(on(device, inputs), "cuda"), testing.run(inputs, emulation.BACKEND)
+    bound = 2 * torch.finfo(dtype).eps
+    for actual, expected in zip(there.outputs, here.outputs, strict=True):
+        assert testing.relative_error(actual.cpu(), expected) <= bound
+    for name, gradient in there.gradients.items():
+        assert testing.relative_error(gradient.cpu(), here.gradients[name]) <= 2 * bound, name
+
+
+@each_op
+def test_repeated_runs_give_the_same_bits(device, op):
+    inputs = on(device, CASES[op][1].inputs(op))
+    assert_equal(testing.run(inputs, "cuda"), testing.run(inputs, "cuda"))
+
+
+@each_op
+def test_a_stream_of_the_caller(device, op):
+    """Work is enqueued on the current stream: after a long kernel there, results still come after it."""
+    inputs = on(device, testing.random_inputs(op, dtype=BF16, patch_size=4, image_size=(2, 32, 32)))
+    expected = testing.run(inputs, "cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late = inputs._replace(tensors={name: tensor.clone() for name, tensor in inputs.tensors.items()})
+        results = testing.run(late, "cuda")
+    torch.cuda.synchronize()
+    assert_equal(results, expected)
+
+
+@each_op
+def test_graph_replay_sees_changed_weights(device, op):
+    inputs = on(device, testing.random_inputs(op, dtype=BF16, patch_size=4, image_size=(2, 32, 32)))
+    call = getattr(ops, op)
+    with torch.no_grad():
+        call(**inputs.tensors, **inputs.options, backend="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call(**inputs.tensors, **inputs.options, backend="cuda")
+        for scale in (1.0, 0.5):
+            inputs.tensors["mod_weight"].mul_(scale)
+            graph.replay()
+            fresh = call(**inputs.tensors, **inputs.options, backend="cuda")
+            pairs = zip(captured, fresh, strict=True) if isinstance(captured, tuple) else [(captured, fresh)]
+            assert all(torch.equal(*pair) for pair in pairs)
+
+
+SANITIZED = """
+import torch
+from deco_kernels import testing
+for op in ("adaln_block", "upsample_modulate", "pixel_decoder"):
+    for width in (32, 64):
+        inputs = testing.random_inputs(
+            op, dtype=torch.bfloat16, width=width, depth=2, patch_size=4, image_size=(1, 20, 20), device="cuda"
+        )
+        testing.run(inputs, "cuda")
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("check", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(check):
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer on PATH or in /usr/local/cuda/bin")
+    command = [sanitizer, f"--tool={check}", "--error-exitcode=9", "--kernel-name", "kernel_substring=deco"]
+    result = subprocess.run(
+        [*command, sys.executable, "-c", SANITIZED],
+        env=os.environ | {"PYTHONPATH": str(emulation.ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
