@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deco_kernels import native, testing
+from deco_kernels.backends import upsample
 from tests.ops.cases import BF16, F16, F32, small_inputs
 
 pytestmark = pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason="needs the native CPU module")
@@ -11,8 +12,6 @@ pytestmark = pytest.mark.skipif(native.cpu_unavailable_reason() is not None, rea
 
 @pytest.fixture
 def chunk_size(monkeypatch):
-    upsample = pytest.importorskip("deco_kernels.backends.cpu.upsample")
-
     def set_size(tokens):
         monkeypatch.setattr(upsample, "_MIN_TOKENS", tokens)
         monkeypatch.setattr(upsample, "_MIN_VALUES", 0)
