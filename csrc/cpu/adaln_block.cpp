@@ -109,7 +109,9 @@ void backward(const AdalnBlockBackward& call) {
       const char* sources[T];
       row_addresses<T, const char*>(call.cond, first, count, kZeroRow, sources);
       load_silu_cond<Operand, D, T>(activation, sources, pixels, tile.block.silu_cond, tile.block.silu_cond_derivative);
-      row_addresses<T, const char*>(call.h, first, count, kZeroRow, sources);
+      // A ragged tile repeats its first row: a row of zeros has no variance, and at eps = 0 no finite rstd.
+      const char* repeated = static_cast<const char*>(call.h.data) + first * call.h.stride * size_of(call.h.dtype);
+      row_addresses<T, const char*>(call.h, first, count, repeated, sources);
       load_rows<D, T>(call.h.dtype, sources, pixels, tile.h);
       forward_block<Operand, D, T>(weights, call.eps, tile.block.silu_cond, pixels, tile.h, tile.saved);
       row_addresses<T, const char*>(call.grad_out, first, count, kZeroRow, sources);
