@@ -4,11 +4,13 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import deco_kernels
+from deco_kernels import native
 from deco_kernels.ops import registry
 from deco_kernels.ops.registry import Request
 from tests.ops.cases import F32
@@ -109,3 +111,10 @@ def test_an_op_that_a_backend_lacks(tmp_path, monkeypatch):
 def test_the_name_auto_is_reserved():
     with pytest.raises(ValueError, match="reserved"):
         registry.register_backend("auto", "deco_kernels.backends.reference")
+
+
+def test_a_native_module_that_was_built_loads():
+    """Otherwise every test of the cpu backend would silently be left out."""
+    if not list(Path(deco_kernels.__file__).parent.glob("_native_cpu*")):
+        pytest.skip("the native CPU module is not built")
+    assert native.cpu_unavailable_reason() is None
