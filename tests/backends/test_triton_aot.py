@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def label(case):
 def compiled(request):
     """Figures of the cases of all selected tests, compiled by two processes at a time."""
     pytest.importorskip("triton")
-    items = [item for item in request.session.items if "compiled" in item.fixturenames]
+    items = [item for item in request.session.items if item.path == Path(__file__) and "compiled" in item.fixturenames]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield {
             case: pool.submit(static.case_figures, *case) for case in (item.callspec.params["case"] for item in items)
