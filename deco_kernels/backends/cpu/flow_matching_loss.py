@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from deco_kernels import native
-from deco_kernels.backends.cpu import arguments
+from deco_kernels.backends import arguments
 
 
 def forward(

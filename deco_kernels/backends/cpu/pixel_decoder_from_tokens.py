@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from deco_kernels import native
-from deco_kernels.backends.cpu import arguments
+from deco_kernels.backends import arguments
 from deco_kernels.backends.cpu.pixel_decoder import sizes
 from deco_kernels.backends.upsample import UpsampleGradients, chunk_tokens, image_chunks
 

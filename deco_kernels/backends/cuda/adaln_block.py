@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deco_kernels.backends.cpu import arguments
+from deco_kernels.backends import arguments
 from deco_kernels.backends.cuda import calls
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from deco_kernels import native
-from deco_kernels.backends.cpu import arguments
+from deco_kernels.backends import arguments
 
 _ROW_ALIGNMENT = 16  # bytes: a row of channels is read in accesses of this size
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from deco_kernels.backends.cpu import arguments
+from deco_kernels.backends import arguments
 from deco_kernels.backends.cuda import calls
 
 CHUNK_PIXELS = 1 << 19

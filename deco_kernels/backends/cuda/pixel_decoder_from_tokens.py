@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from deco_kernels.backends.cpu import arguments
+from deco_kernels.backends import arguments
 from deco_kernels.backends.cuda import calls, pixel_decoder
 from deco_kernels.backends.upsample import UpsampleGradients, image_chunks
 

@@ -1,4 +1,4 @@
-"""Describes tensors to the native module: addresses, dtype codes and strides as plain integers.
+"""Describes tensors to the native modules: addresses, dtype codes and strides as plain integers.
 
 A description holds no reference, so the tensor must outlive the call it is made for.
 """
