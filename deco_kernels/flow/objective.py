@@ -65,25 +65,24 @@ class Objective(nn.Module):
         self.label_dropout, self.null_label = label_dropout, null_label
         self.backend = backend
 
-    def forward(
-        self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator | None = None
-    ) -> dict[str, torch.Tensor | None]:
-        """Losses of `model` on clean images.
-
-        Args:
-            model: (x_t, t, y) → velocity; with repa also taking `features_after` and returning (velocity, features).
-            x: images [B, 3, H, W] in [-1, 1], float32.
-            y: labels [B].
-            generator: source of labels dropped, times and noise, drawn in this order.
+    def draw(
+        self, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What one step draws at random for images x [B, 3, H, W] and labels y [B].
 
         Returns:
-            float32 scalars "total", "pixel", "frequency" and "repa" (None without repa), and "t", the times [B].
+            (labels with some dropped [B], times [B], noise like x), drawn from the generator in this order.
         """
         if self.label_dropout:
             y = drop_labels(y, self.null_label, self.label_dropout, generator)
         t = sample_time(len(x), distribution=self.distribution, shift=self.shift, generator=generator, device=x.device)
         noise_device = x.device if generator is None else generator.device
-        noise = torch.randn(x.shape, generator=generator, device=noise_device, dtype=x.dtype).to(x.device)
+        return y, t, torch.randn(x.shape, generator=generator, device=noise_device, dtype=x.dtype).to(x.device)
+
+    def losses(
+        self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
+    ) -> dict[str, torch.Tensor | None]:
+        """Losses at given labels y [B], times t [B] and noise like x; otherwise as `forward`."""
         x_t, v = interpolate(x, noise, t)
         repa = None
         if self.repa is None:
@@ -97,3 +96,19 @@ class Objective(nn.Module):
         if repa is not None:
             total = total + self.repa.weight * repa
         return {"total": total, "pixel": pixel, "frequency": frequency, "repa": repa, "t": t}
+
+    def forward(
+        self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, torch.Tensor | None]:
+        """Losses of `model` on clean images, at random times and noise.
+
+        Args:
+            model: (x_t, t, y) → velocity; with repa also taking `features_after` and returning (velocity, features).
+            x: images [B, 3, H, W] in [-1, 1], float32.
+            y: labels [B].
+            generator: source of what `draw` draws.
+
+        Returns:
+            float32 scalars "total", "pixel", "frequency" and "repa" (None without repa), and "t", the times [B].
+        """
+        return self.losses(model, x, *self.draw(x, y, generator))

@@ -103,3 +103,14 @@ def test_bad_options():
         flow.Objective(weight, label_dropout=1.1, null_label=10)
     with pytest.raises(ValueError, match="probability"):
         flow.drop_labels(torch.arange(3), 10, -0.1)
+
+
+def test_draws_per_image_make_a_batch():
+    objective, x, y = flow.Objective(ops.jpeg_frequency_weight(85)), images(), torch.arange(4)
+    draws = [objective.draw(x[i : i + 1], y[i : i + 1], torch.Generator().manual_seed(i)) for i in range(4)]
+    labels, t, noise = (torch.cat(parts) for parts in zip(*draws, strict=True))
+    assert torch.equal(labels, y) and t.shape == (4,) and noise.shape == x.shape
+    model = Recorder()
+    together = objective.losses(model, x, labels, t, noise)["pixel"]
+    alone = [objective.losses(model, x[i : i + 1], *draws[i])["pixel"] for i in range(4)]
+    torch.testing.assert_close(together, torch.stack(alone).mean())
