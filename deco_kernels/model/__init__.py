@@ -1,4 +1,4 @@
-"""Models: the per-pixel decoder, the DeCo model around it, the plain DiT baseline, presets and checkpoints."""
+"""Models: the per-pixel decoder, the DeCo models around it, the plain DiT baseline, presets and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ _MODULE_OF = {
     "DiT": "dit",
     "Trunk": "dit",
     "DeCo": "deco",
+    "DeCoTextToImage": "text_to_image",
+    "TextTrunk": "text_to_image",
     "PRESETS": "presets",
     "build": "presets",
     "from_published": "checkpoint",

@@ -8,44 +8,71 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import Any
 
 import torch
 from torch import nn
 
-from deco_kernels.model.deco import DeCo
+from deco_kernels.model.deco import DeCo, PixelDiffusion
 from deco_kernels.model.dit import DiT
 from deco_kernels.model.position import NUM_POSITION_FEATURES
+from deco_kernels.model.text_to_image import DeCoTextToImage
 
 # A published file holds one model twice, raw and averaged, beside the head of the alignment loss.
 _RAW, _EMA, _ALIGNMENT_HEAD = "denoiser.", "ema_denoiser.", "diffusion_trainer.proj."
 
 # Published name → ours; {i} is the number of a block. Ours are modules in the trunk, stacked tensors in the decoder.
-_TRUNK_BLOCK = {
-    f"blocks.{{i}}.{published}": f"trunk.blocks.{{i}}.{ours}"
-    for published, ours in {
-        "norm1.weight": "norm1.weight",
-        "attn.qkv.weight": "attn.qkv.weight",
-        "attn.q_norm.weight": "attn.q_norm.weight",
-        "attn.k_norm.weight": "attn.k_norm.weight",
-        "attn.proj.weight": "attn.proj.weight",
-        "attn.proj.bias": "attn.proj.bias",
-        "norm2.weight": "norm2.weight",
-        "mlp.w1.weight": "mlp.w1.weight",
-        "mlp.w3.weight": "mlp.w3.weight",
-        "mlp.w2.weight": "mlp.w2.weight",
-        "adaLN_modulation.0.weight": "modulation.weight",
-        "adaLN_modulation.0.bias": "modulation.bias",
-    }.items()
+_ANY_BLOCK = {
+    **{name: name for name in ("norm1.weight", "norm2.weight", "attn.q_norm.weight", "attn.k_norm.weight")},
+    **{name: name for name in ("attn.proj.weight", "attn.proj.bias")},
+    "adaLN_modulation.0.weight": "modulation.weight",
+    "adaLN_modulation.0.bias": "modulation.bias",
 }
-_TRUNK = {
+_CLASS_BLOCK = {
+    **_ANY_BLOCK,
+    **{name: name for name in ("attn.qkv.weight", "mlp.w1.weight", "mlp.w3.weight", "mlp.w2.weight")},
+}
+_PACKED_MLP = {"mlp.w12.weight": "mlp.w13.weight", "mlp.w3.weight": "mlp.w2.weight"}
+_TEXT_BLOCK = {**_ANY_BLOCK, **_PACKED_MLP, "attn.qkv.weight": "attn.qkv.weight"}
+_IMAGE_BLOCK = {
+    **_ANY_BLOCK,
+    **_PACKED_MLP,
+    "attn.qkv_x.weight": "attn.qkv.weight",
+    "attn.kv_y.weight": "attn.text_kv.weight",
+}
+
+
+def _numbered(published: str, ours: str, names: dict[str, str]) -> dict[str, str]:
+    """The names of a block's parts under the numbered names of the blocks."""
+    return {f"{published}.{{i}}.{theirs}": f"{ours}.{{i}}.{name}" for theirs, name in names.items()}
+
+
+_TIME = {
     "t_embedder.mlp.0.weight": "trunk.time_embed.fc1.weight",
     "t_embedder.mlp.0.bias": "trunk.time_embed.fc1.bias",
     "t_embedder.mlp.2.weight": "trunk.time_embed.fc2.weight",
     "t_embedder.mlp.2.bias": "trunk.time_embed.fc2.bias",
+}
+_CLASS_TRUNK = {
+    **_TIME,
     "y_embedder.embedding_table.weight": "trunk.label_table.weight",
+    **_numbered("blocks", "trunk.blocks", _CLASS_BLOCK),
+}
+_TEXT_TRUNK = {
+    **_TIME,
+    "y_embedder.proj.weight": "trunk.text_embed.weight",
+    "y_embedder.proj.bias": "trunk.text_embed.bias",
+    "y_embedder.norm.weight": "trunk.text_norm.weight",
+    "y_pos_embedding": "trunk.text_position",
+    **_numbered("text_refine_blocks", "trunk.text_blocks", _TEXT_BLOCK),
+    **_numbered("blocks", "trunk.blocks", _IMAGE_BLOCK),
+}
+_PATCHES = {
+    "s_embedder.proj.weight": "trunk.patch_embed.weight",
+    "s_embedder.proj.bias": "trunk.patch_embed.bias",
 }
 _DECODER = {
     "x_embedder.embedder.0.weight": "decoder.embed_weight",
@@ -72,6 +99,15 @@ class _Layout:
     names: dict[str, str]
     stacked: dict[str, str]
     sizes: Callable[[_Evidence], dict[str, Any]]
+
+    def pairs(self, parameters: Container[str]) -> Iterator[tuple[str, str]]:
+        """(published name, ours) of every parameter that is not stacked, over as many blocks as `parameters` has."""
+        for name, ours in self.names.items():
+            if "{i}" not in name:
+                yield name, ours
+                continue
+            for i in takewhile(lambda i, ours=ours: ours.format(i=i) in parameters, count()):
+                yield name.format(i=i), ours.format(i=i)
 
 
 class _Evidence:
@@ -107,25 +143,38 @@ class _Evidence:
         return max((n for n in numbers if n < len(numbers)), default=0) + 1
 
 
-def _trunk_sizes(evidence: _Evidence) -> dict[str, Any]:
+def _trunk_sizes(evidence: _Evidence, *mlp_sources: tuple[str, int]) -> dict[str, Any]:
     width = evidence.size(
         "trunk width",
         ("t_embedder.mlp.2.weight", 0),
         ("t_embedder.mlp.2.bias", 0),
-        ("y_embedder.embedding_table.weight", 1),
         ("blocks.*.norm1.weight", 0),
         ("blocks.*.attn.proj.weight", 0),
     )
     head_dim = evidence.size("head size", ("blocks.*.attn.q_norm.weight", 0), ("blocks.*.attn.k_norm.weight", 0))
-    mlp_width = evidence.size(
-        "SwiGLU width", ("blocks.*.mlp.w1.weight", 0), ("blocks.*.mlp.w3.weight", 0), ("blocks.*.mlp.w2.weight", 1)
-    )
     return dict(
         width=width,
         depth=evidence.count("blocks."),
         heads=max(width // head_dim, 1),
-        num_classes=evidence.size("number of classes", ("y_embedder.embedding_table.weight", 0)) - 1,
-        mlp_width=mlp_width,
+        mlp_width=evidence.size("SwiGLU width", *mlp_sources),
+    )
+
+
+def _class_trunk_sizes(evidence: _Evidence) -> dict[str, Any]:
+    mlp_sources = (("blocks.*.mlp.w1.weight", 0), ("blocks.*.mlp.w3.weight", 0), ("blocks.*.mlp.w2.weight", 1))
+    classes = evidence.size("number of classes", ("y_embedder.embedding_table.weight", 0)) - 1
+    return {**_trunk_sizes(evidence, *mlp_sources), "num_classes": classes}
+
+
+def _text_trunk_sizes(evidence: _Evidence) -> dict[str, Any]:
+    """A text trunk's sizes; shapes do not tell the rotary mode, which is that of the published model."""
+    mlp_sources = (("blocks.*.mlp.w3.weight", 1), ("text_refine_blocks.*.mlp.w3.weight", 1))
+    return dict(
+        **_trunk_sizes(evidence, *mlp_sources),
+        text_depth=evidence.count("text_refine_blocks."),
+        text_width=evidence.size("width of the text features", ("y_embedder.proj.weight", 1)),
+        text_length=evidence.size("length of the text", ("y_pos_embedding", 1)),
+        rotary="published",
     )
 
 
@@ -134,11 +183,11 @@ def _dit_sizes(evidence: _Evidence) -> dict[str, Any]:
     patch = evidence.size(
         "patch size", ("x_embedder.proj.weight", 1), ("final_layer.linear.weight", 0), ("final_layer.linear.bias", 0)
     )
-    return {**_trunk_sizes(evidence), "channels": 3, "patch_size": math.isqrt(patch // 3)}
+    return {**_class_trunk_sizes(evidence), "channels": 3, "patch_size": math.isqrt(patch // 3)}
 
 
-def _deco_sizes(evidence: _Evidence) -> dict[str, Any]:
-    """A DeCo model's sizes; 3·r² decoder channels with r 4 or 16 mean 3 image channels and decoder patch r."""
+def _decoder_sizes(evidence: _Evidence) -> dict[str, Any]:
+    """A decoder's sizes, with the channels and positions it sees: C·r² and p/r for decoder patch r."""
     width = evidence.size(
         "decoder width",
         ("dec_net.input_proj.weight", 0),
@@ -153,18 +202,32 @@ def _deco_sizes(evidence: _Evidence) -> dict[str, Any]:
         ("dec_net.final_layer.linear.bias", 0),
         ("x_embedder.embedder.0.weight", 1, NUM_POSITION_FEATURES),
     )
-    decoder_patch = {3 * r**2: r for r in (4, 16)}.get(channels, 1)
     upsampled = evidence.size("patch size", ("dec_net.cond_embed.weight", 0), ("dec_net.cond_embed.bias", 0))
-    modulated = any(".adaLN_modulation.1." in key for key in evidence.shapes)
     return dict(
-        **_trunk_sizes(evidence),
-        channels=channels // decoder_patch**2,
-        patch_size=math.isqrt(upsampled // width) * decoder_patch,
+        channels=channels,
+        patch_size=math.isqrt(upsampled // width),
         decoder_width=width,
         decoder_depth=evidence.count("dec_net.res_blocks."),
+    )
+
+
+def _deco_sizes(evidence: _Evidence) -> dict[str, Any]:
+    """A DeCo model's sizes; 3·r² decoder channels with r 4 or 16 mean 3 image channels and decoder patch r."""
+    decoder = _decoder_sizes(evidence)
+    decoder_patch = {3 * r**2: r for r in (4, 16)}.get(decoder["channels"], 1)
+    decoder["channels"] //= decoder_patch**2
+    decoder["patch_size"] *= decoder_patch
+    modulated = any(".adaLN_modulation.1." in key for key in evidence.shapes)
+    return dict(
+        **_class_trunk_sizes(evidence),
+        **decoder,
         decoder_patch=decoder_patch,
         interaction="adaln" if modulated else "add",
     )
+
+
+def _text_to_image_sizes(evidence: _Evidence) -> dict[str, Any]:
+    return {**_text_trunk_sizes(evidence), **_decoder_sizes(evidence)}
 
 
 _DIT = _Layout(
@@ -172,8 +235,7 @@ _DIT = _Layout(
     names={
         "x_embedder.proj.weight": "trunk.patch_embed.weight",
         "x_embedder.proj.bias": "trunk.patch_embed.bias",
-        **_TRUNK,
-        **_TRUNK_BLOCK,
+        **_CLASS_TRUNK,
         "final_layer.linear.weight": "head.weight",
         "final_layer.linear.bias": "head.bias",
         "final_layer.adaLN_modulation.0.weight": "modulation.weight",
@@ -184,15 +246,15 @@ _DIT = _Layout(
 )
 _DECO = _Layout(
     model=DeCo,
-    names={
-        "s_embedder.proj.weight": "trunk.patch_embed.weight",
-        "s_embedder.proj.bias": "trunk.patch_embed.bias",
-        **_TRUNK,
-        **_TRUNK_BLOCK,
-        **_DECODER,
-    },
+    names={**_PATCHES, **_CLASS_TRUNK, **_DECODER},
     stacked=_DECODER_BLOCK,
     sizes=_deco_sizes,
+)
+_TEXT_TO_IMAGE = _Layout(
+    model=DeCoTextToImage,
+    names={**_PATCHES, **_TEXT_TRUNK, **_DECODER},
+    stacked=_DECODER_BLOCK,
+    sizes=_text_to_image_sizes,
 )
 
 
@@ -202,19 +264,14 @@ def to_published(model: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
     The tensors are detached views of the parameters (slices, where ours are stacked over blocks), bit for bit.
     Raises TypeError for a model that no published checkpoint describes.
     """
-    layout = next((known for known in (_DECO, _DIT) if type(model) is known.model), None)
+    layout = next((known for known in (_DECO, _DIT, _TEXT_TO_IMAGE) if type(model) is known.model), None)
     if layout is None:
         raise TypeError(
-            f"model: expected DeCo or DiT, got {type(model).__name__}; unwrap compiled or parallel models first"
+            f"model: expected DeCo, DeCoTextToImage or DiT, got {type(model).__name__}; unwrap compiled or parallel "
+            "models first"
         )
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    published: dict[str, torch.Tensor] = {}
-    for name, ours in layout.names.items():
-        if "{i}" in name:
-            for i in range(len(model.trunk.blocks)):
-                published[prefix + name.format(i=i)] = parameters[ours.format(i=i)]
-        else:
-            published[prefix + name] = parameters[ours]
+    published = {prefix + name: parameters[ours] for name, ours in layout.pairs(parameters)}
     for name, ours in layout.stacked.items():
         for i, block in enumerate(parameters[ours].unbind() if ours in parameters else ()):
             published[prefix + name.format(i=i)] = block
@@ -231,7 +288,7 @@ def from_published(state_dict: Mapping[str, Any], *, ema: bool = True) -> nn.Mod
         ema: where both are there, take the averaged weights rather than the raw ones.
 
     Returns:
-        A DeCo or DiT with copies of the tensors, in their dtypes and on their devices.
+        A DeCo, DeCoTextToImage or DiT with copies of the tensors, in their dtypes and on their devices.
 
     Raises:
         TypeError: not a mapping of names to floating-point tensors.
@@ -275,10 +332,7 @@ def _select(state_dict: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]
 def _recognise(tensors: Mapping[str, torch.Tensor]) -> _Layout:
     """Which kind of model the names belong to."""
     if any(name.startswith(("text_refine_blocks.", "y_pos_embedding", "y_embedder.proj.")) for name in tensors):
-        raise ValueError(
-            "state_dict: this is a text-to-image checkpoint, which is not supported yet; "
-            "expected a class-to-image DeCo or DiT"
-        )
+        return _TEXT_TO_IMAGE
     if any(name.startswith("dec_net.") for name in tensors):
         return _DECO
     if any(name.startswith(("x_embedder.proj.", "final_layer.")) for name in tensors):
@@ -306,11 +360,8 @@ def _compare(model: str, expected: Mapping[str, tuple[int, ...]], found: Mapping
 
 def _adopt(model: nn.Module, layout: _Layout, tensors: Mapping[str, torch.Tensor]) -> None:
     """Give a model on the meta device copies of the published tensors, and its fixed buffers their values."""
-    ours: dict[str, torch.Tensor] = {}
-    for name, target in layout.names.items():
-        for i in range(len(model.trunk.blocks)) if "{i}" in name else (0,):
-            ours[target.format(i=i)] = tensors[name.format(i=i)].detach().clone()
     parameters = dict(model.named_parameters())
+    ours = {target: tensors[name].detach().clone() for name, target in layout.pairs(parameters)}
     for name, target in layout.stacked.items():
         if target in parameters:
             blocks = [tensors[name.format(i=i)].detach() for i in range(len(parameters[target]))]
@@ -320,5 +371,5 @@ def _adopt(model: nn.Module, layout: _Layout, tensors: Mapping[str, torch.Tensor
                 )
             ours[target] = torch.stack(blocks)
     model.load_state_dict(ours, strict=True, assign=True)
-    if isinstance(model, DeCo):
+    if isinstance(model, PixelDiffusion):
         model.decoder.fill_position_features()

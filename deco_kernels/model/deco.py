@@ -5,16 +5,61 @@ Source: DeCo (arXiv 2511.19365), section 3.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deco_kernels.model.dit import Trunk
+from deco_kernels.model.dit import PatchTransformer, Trunk
 from deco_kernels.model.pixel_decoder import PixelDecoder
 
 
-class DeCo(nn.Module):
-    """Class-to-image pixel diffusion model: velocity = decoder(x, SiLU(time embedding + trunk tokens)).
+class PixelDiffusion(nn.Module):
+    """A trunk and the per-pixel decoder: velocity = decoder(x, SiLU(time embedding + trunk tokens)).
+
+    Its subclasses differ in the trunk, and with it in the kind of condition.
+    """
+
+    def __init__(self, trunk: PatchTransformer, decoder: PixelDecoder):
+        super().__init__()
+        self.trunk = trunk
+        self.decoder = decoder
+
+    def reset_parameters(self) -> None:
+        """Initialise in place; a fresh model returns exactly 0."""
+        self.trunk.reset_parameters()
+        self.decoder.reset_parameters()
+
+    def compile_trunk(self, **options: Any) -> None:
+        """Leave the trunk's blocks to torch.compile, see `PatchTransformer.compile_blocks`."""
+        self.trunk.compile_blocks(**options)
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, features_after: int | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Predict the velocity.
+
+        Args:
+            x: noised image [B, C, H, W], floating; H and W multiples of patch_size, not necessarily equal.
+            t: times [B] in [0, 1], 0 noise, 1 image.
+            y: the condition, as the class says.
+            features_after: number of a trunk block, counted from 1.
+
+        Returns:
+            Velocity [B, C, H, W] in the activation dtype (that of the parameters, or autocast's); with
+            `features_after` the pair (velocity, tokens [B, L, Z] after that block).
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit the model or each other.
+        """
+        tokens, time, _, features = self.trunk(x, t, y, features_after)
+        velocity = self.decoder(x, F.silu(time[:, None] + tokens))
+        return velocity if features_after is None else (velocity, features)
+
+
+class DeCo(PixelDiffusion):
+    """Class-to-image pixel diffusion model; the condition y is labels [B], int64 or int32.
 
     Args:
         width, depth, heads, num_classes, patch_size, channels, mlp_width: of the trunk, see `Trunk`.
@@ -41,44 +86,16 @@ class DeCo(nn.Module):
         save_memory: bool = False,
         backend: str | None = None,
     ):
-        super().__init__()
         image = dict(patch_size=patch_size, channels=channels)
         trunk = dict(width=width, depth=depth, heads=heads, num_classes=num_classes, mlp_width=mlp_width)
         shared = dict(decoder_patch=decoder_patch, interaction=interaction, save_memory=save_memory, backend=backend)
+        super().__init__(
+            Trunk(**trunk, **image),
+            PixelDecoder(width, width=decoder_width, depth=decoder_depth, **image, **shared),
+        )
         self.config = {**trunk, **image, "decoder_width": decoder_width, "decoder_depth": decoder_depth, **shared}
-        self.trunk = Trunk(**trunk, **image)
-        self.decoder = PixelDecoder(width, width=decoder_width, depth=decoder_depth, **image, **shared)
 
     @property
     def null_label(self) -> int:
         """Label of the null class."""
         return self.trunk.num_classes
-
-    def reset_parameters(self) -> None:
-        """Initialise in place; a fresh model returns exactly 0."""
-        self.trunk.reset_parameters()
-        self.decoder.reset_parameters()
-
-    def forward(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, features_after: int | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Predict the velocity.
-
-        Args:
-            x: noised image [B, C, H, W], floating; H and W multiples of patch_size, not necessarily equal.
-            t: times [B] in [0, 1], 0 noise, 1 image.
-            y: labels [B], int64 or int32; `null_label` is the null class.
-            features_after: number of a trunk block, counted from 1.
-
-        Returns:
-            Velocity [B, C, H, W] in the activation dtype (that of the parameters, or autocast's); with
-            `features_after` the pair (velocity, tokens [B, L, Z] after that block).
-        """
-        self.trunk.check_inputs(x, t, y)
-        if features_after is not None and not 1 <= features_after <= len(self.trunk.blocks):
-            raise ValueError(
-                f"features_after: expected a block from 1 to {len(self.trunk.blocks)}, got {features_after}"
-            )
-        tokens, time, _, features = self.trunk(x, t, y, features_after)
-        velocity = self.decoder(x, F.silu(time[:, None] + tokens))
-        return velocity if features_after is None else (velocity, features)

@@ -5,6 +5,8 @@ Source: DeCo (arXiv 2511.19365), section 3.1; Peebles and Xie, "Scalable Diffusi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +15,9 @@ from deco_kernels.model.patches import from_patches, to_patches
 from deco_kernels.model.position import rotary_angles, rotate_pairs
 
 TIME_FEATURES = 256
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin [L, Z/heads/2] of the rotary angles."""
 
 
 class RMSNorm(nn.Module):
@@ -44,11 +49,21 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width // heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotation: Rotation | None = None) -> torch.Tensor:
+        return self.attend(*self.queries_keys_values(x, rotation))
+
+    def queries_keys_values(
+        self, x: torch.Tensor, rotation: Rotation | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of x, each [B, heads, L, Z/heads], normalised and rotated."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate_pairs(q, *rotation), rotate_pairs(k, *rotation)
+        return q, k, v
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Softmax attention and projection: q [B, heads, L, Z/heads] → [B, L, Z]."""
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -84,25 +99,130 @@ class TimeEmbedding(nn.Module):
 class Block(nn.Module):
     """One transformer block with adaptive RMS norms, x [B, L, Z] and condition c [B, Z].
 
+    `attn` maps (x, *context) and `mlp` maps x, each [B, L, Z] → [B, L, Z]; the context is the rotation and whatever
+    else the attention sees.
+
     shift₁, scale₁, gate₁, shift₂, scale₂, gate₂ = modulation(c);
     x += gate₁·attn(norm1(x)(1 + scale₁) + shift₁); x += gate₂·mlp(norm2(x)(1 + scale₂) + shift₂).
     """
 
-    def __init__(self, width: int, heads: int, mlp_width: int):
+    def __init__(self, width: int, attn: nn.Module, mlp: nn.Module):
         super().__init__()
         self.norm1 = RMSNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = attn
         self.norm2 = RMSNorm(width)
-        self.mlp = SwiGLU(width, mlp_width)
+        self.mlp = mlp
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, c: torch.Tensor, *context: Any) -> torch.Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rotation)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, *context)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
-class Trunk(nn.Module):
+class PatchTransformer(nn.Module):
+    """What the trunks share: patch and time embedding, image blocks, rotary positions.
+
+    A subclass adds the embedding of its condition and `blocks`, then calls `reset_parameters`; its `forward` calls
+    `transform`.
+    """
+
+    blocks: nn.ModuleList
+
+    def __init__(self, *, width: int, depth: int, heads: int, patch_size: int, channels: int, **sizes: int):
+        super().__init__()
+        sizes = dict(width=width, depth=depth, heads=heads, patch_size=patch_size, channels=channels, **sizes)
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        if width % heads or (width // heads) % 4:
+            raise ValueError(
+                f"heads: expected width / heads to be a multiple of 4, got width {width} and heads {heads}"
+            )
+        self.width, self.heads = width, heads
+        self.patch_size, self.channels = patch_size, channels
+        self.patch_embed = nn.Linear(channels * patch_size**2, width)
+        self.time_embed = TimeEmbedding(width)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise in place.
+
+        Patch embedding Xavier-uniform, time weights N(0, 0.02²), the condition's by `reset_condition`, the rest
+        PyTorch's defaults.
+        """
+        reset_by_default(self.blocks)
+        nn.init.xavier_uniform_(self.patch_embed.weight)
+        nn.init.zeros_(self.patch_embed.bias)
+        self.reset_condition()
+        for linear in (self.time_embed.fc1, self.time_embed.fc2):
+            linear.reset_parameters()
+            nn.init.normal_(linear.weight, std=0.02)
+
+    def reset_condition(self) -> None:
+        """Initialise the embedding of the condition in place."""
+        raise NotImplementedError
+
+    def check_image(self, x: torch.Tensor, t: torch.Tensor) -> None:
+        """Raise TypeError or ValueError unless x [B, C, H, W] and t [B] fit the model and each other."""
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"x: expected an image [B, {self.channels}, H, W], got shape {tuple(x.shape)}")
+        if x.shape[2] % self.patch_size or x.shape[3] % self.patch_size or not x.shape[2] or not x.shape[3]:
+            raise ValueError(
+                f"x: expected height and width to be positive multiples of the patch size {self.patch_size}, got "
+                f"{x.shape[2]}x{x.shape[3]}; crop or pad the image"
+            )
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t: expected shape ({x.shape[0]},) like the batch of x, got {tuple(t.shape)}")
+        if not x.is_floating_point() or not t.is_floating_point():
+            raise TypeError(f"x and t: expected floating-point tensors, got {x.dtype} and {t.dtype}")
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile every block in place by torch.compile with the given options, one block at a time.
+
+        Blocks of one kind share the compiled code, so that compile time does not grow with depth. Parameters,
+        state_dict and results up to rounding stay; copies of the model are not compiled.
+        """
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile(**options)
+
+    def rotary_angles(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+        """Angles [rows·columns, Z/heads/2] for a grid of patches."""
+        return rotary_angles(rows, columns, self.width // self.heads, device)
+
+    def transform(
+        self, x: torch.Tensor, c: torch.Tensor, *context: torch.Tensor, features_after: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Patches of x [B, C, H, W] through the image blocks with condition c [B, Z] and further context.
+
+        Returns:
+            (tokens [B, L, Z] in row-major patch order; the tokens after block `features_after`, from 1, or None).
+        """
+        if features_after is not None and not 1 <= features_after <= len(self.blocks):
+            raise ValueError(f"features_after: expected a block from 1 to {len(self.blocks)}, got {features_after}")
+        patches = to_patches(x, self.patch_size).flatten(2)
+        tokens = self.patch_embed(patches.to(self.patch_embed.weight.dtype))
+        angles = self.rotary_angles(x.shape[2] // self.patch_size, x.shape[3] // self.patch_size, x.device)
+        rotation = (angles.cos(), angles.sin())
+        features = None
+        for number, block in enumerate(self.blocks, start=1):
+            tokens = block(tokens, c, rotation, *context)
+            if number == features_after:
+                features = tokens
+        return tokens, features
+
+
+def reset_by_default(modules: nn.Module) -> None:
+    """PyTorch's default initialisation of every linear, ones for every norm."""
+    for module in modules.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+
+class Trunk(PatchTransformer):
     """Class-conditional transformer on patches.
 
     Args:
@@ -122,58 +242,25 @@ class Trunk(nn.Module):
         channels: int = 3,
         mlp_width: int | None = None,
     ):
-        super().__init__()
-        sizes = dict(
-            width=width, depth=depth, heads=heads, num_classes=num_classes, patch_size=patch_size, channels=channels
-        )
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
-        if width % heads or (width // heads) % 4:
-            raise ValueError(
-                f"heads: expected width / heads to be a multiple of 4, got width {width} and heads {heads}"
-            )
-        self.width, self.heads, self.num_classes = width, heads, num_classes
-        self.patch_size, self.channels = patch_size, channels
-        self.patch_embed = nn.Linear(channels * patch_size**2, width)
-        self.time_embed = TimeEmbedding(width)
-        self.label_table = nn.Embedding(num_classes + 1, width)
         hidden = int(2 * 4 * width / 3) if mlp_width is None else mlp_width
-        self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
+        image = dict(patch_size=patch_size, channels=channels)
+        super().__init__(width=width, depth=depth, heads=heads, num_classes=num_classes, **image)
+        self.num_classes = num_classes
+        self.label_table = nn.Embedding(num_classes + 1, width)
+        self.blocks = nn.ModuleList(
+            Block(width, Attention(width, heads), SwiGLU(width, hidden)) for _ in range(depth)
+        )
         self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Patch embedding Xavier-uniform, label table and time weights N(0, 0.02²), the rest PyTorch's defaults."""
-        for block in self.blocks:
-            for module in block.modules():
-                if isinstance(module, nn.Linear):
-                    module.reset_parameters()
-                elif isinstance(module, RMSNorm):
-                    nn.init.ones_(module.weight)
-        nn.init.xavier_uniform_(self.patch_embed.weight)
-        nn.init.zeros_(self.patch_embed.bias)
+    def reset_condition(self) -> None:
+        """The label table N(0, 0.02²)."""
         nn.init.normal_(self.label_table.weight, std=0.02)
-        for linear in (self.time_embed.fc1, self.time_embed.fc2):
-            linear.reset_parameters()
-            nn.init.normal_(linear.weight, std=0.02)
 
     def check_inputs(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
         """Raise TypeError or ValueError unless x [B, C, H, W], t [B] and labels y [B] fit the model and each other."""
-        if x.dim() != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"x: expected an image [B, {self.channels}, H, W], got shape {tuple(x.shape)}")
-        if x.shape[2] % self.patch_size or x.shape[3] % self.patch_size or not x.shape[2] or not x.shape[3]:
-            raise ValueError(
-                f"x: expected height and width to be positive multiples of the patch size {self.patch_size}, got "
-                f"{x.shape[2]}x{x.shape[3]}; crop or pad the image"
-            )
-        for name, tensor in (("t", t), ("y", y)):
-            if tensor.shape != x.shape[:1]:
-                raise ValueError(
-                    f"{name}: expected shape ({x.shape[0]},) like the batch of x, got {tuple(tensor.shape)}"
-                )
-        if not x.is_floating_point() or not t.is_floating_point():
-            raise TypeError(f"x and t: expected floating-point tensors, got {x.dtype} and {t.dtype}")
+        self.check_image(x, t)
+        if y.shape != x.shape[:1]:
+            raise ValueError(f"y: expected shape ({x.shape[0]},) like the batch of x, got {tuple(y.shape)}")
         if y.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"y: expected int64 or int32 labels, got {y.dtype}")
 
@@ -186,18 +273,10 @@ class Trunk(nn.Module):
             (tokens [B, L, Z] in row-major patch order, time embedding [B, Z], condition c = SiLU(time + label) [B, Z],
             and the tokens after block `features_after`, counted from 1, or None).
         """
-        patches = to_patches(x, self.patch_size).flatten(2)
-        tokens = self.patch_embed(patches.to(self.patch_embed.weight.dtype))
+        self.check_inputs(x, t, y)
         time = self.time_embed(t)
         c = F.silu(time + self.label_table(y))
-        rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        angles = rotary_angles(rows, columns, self.width // self.heads, x.device)
-        rotation = (angles.cos(), angles.sin())
-        features = None
-        for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, c, rotation)
-            if number == features_after:
-                features = tokens
+        tokens, features = self.transform(x, c, features_after=features_after)
         return tokens, time, c, features
 
 
@@ -246,9 +325,12 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
+    def compile_trunk(self, **options: Any) -> None:
+        """Leave the trunk's blocks to torch.compile, see `PatchTransformer.compile_blocks`."""
+        self.trunk.compile_blocks(**options)
+
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Velocity [B, C, H, W] for a noised image x [B, C, H, W], times t [B] in [0, 1] and labels y [B]."""
-        self.trunk.check_inputs(x, t, y)
         tokens, _, c, _ = self.trunk(x, t, y)
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)
         normed = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)

@@ -46,14 +46,21 @@ def pixel_position_features(
     return features.float()
 
 
-def rotary_angles(rows: int, columns: int, head_dim: int, device: torch.device | str | None = None) -> torch.Tensor:
+def rotary_angles(
+    rows: int,
+    columns: int,
+    head_dim: int,
+    device: torch.device | str | None = None,
+    *,
+    extent: tuple[float, float] = (16.0, 16.0),
+) -> torch.Tensor:
     """Angles of the 2-D rotary embedding for a grid of patches, float32 [rows·columns, head_dim/2], row-major.
 
     Pair 2m turns by x·f_m and pair 2m + 1 by y·f_m, with f_m = 10000^(-4m/head_dim), m < head_dim/4, x on
-    linspace(0, 16, columns) and y on linspace(0, 16, rows). `head_dim` must be a multiple of 4.
+    linspace(0, extent[0], columns) and y on linspace(0, extent[1], rows). `head_dim` must be a multiple of 4.
     """
-    x = torch.linspace(0.0, 16.0, columns, dtype=torch.float64, device=device)
-    y = torch.linspace(0.0, 16.0, rows, dtype=torch.float64, device=device)
+    x = torch.linspace(0.0, extent[0], columns, dtype=torch.float64, device=device)
+    y = torch.linspace(0.0, extent[1], rows, dtype=torch.float64, device=device)
     m = torch.arange(head_dim // 4, dtype=torch.float64, device=device)
     frequency = 10000.0 ** (-4.0 * m / head_dim)
     angle_x = (x[:, None] * frequency).expand(rows, columns, -1)

@@ -12,13 +12,19 @@ from torch import nn
 
 from deco_kernels.model.deco import DeCo
 from deco_kernels.model.dit import DiT
+from deco_kernels.model.text_to_image import DeCoTextToImage
 
 PRESETS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "deco-l/16": (DeCo, dict(width=1024, depth=22, heads=16, num_classes=1000)),
     "deco-xl/16": (DeCo, dict(width=1152, depth=28, heads=16, num_classes=1000)),
+    "deco-xxl/16": (DeCoTextToImage, dict(width=1536, depth=16, heads=24)),
     "dit-xl/16": (DiT, dict(width=1152, depth=28, heads=16, num_classes=1000)),
     "deco-demo": (DeCo, dict(width=128, depth=4, heads=4, num_classes=1)),
     "deco-tiny": (DeCo, dict(width=24, depth=2, heads=2, num_classes=10)),
+    "deco-text-tiny": (
+        DeCoTextToImage,
+        dict(width=24, depth=2, heads=2, text_depth=1, text_width=20, text_length=7),
+    ),
     "dit-tiny": (DiT, dict(width=24, depth=2, heads=2, num_classes=10)),
 }
 """Name → (class, constructor arguments)."""

@@ -15,7 +15,12 @@ VARIANTS = [
     ("deco-tiny", dict(interaction="add")),
     ("deco-tiny", dict(channels=1, mlp_width=40)),
     ("dit-tiny", dict(patch_size=8)),
+    ("deco-text-tiny", {}),
+    ("deco-text-tiny", dict(text_depth=2, text_width=12, text_length=3, mlp_width=40, patch_size=8, decoder_depth=2)),
 ]
+
+# Each of them alone shows a size: the number of classes, the width and the length of the text.
+ONLY_WITNESS = ("y_embedder.embedding_table.weight", "y_embedder.proj.weight", "y_pos_embedding")
 
 
 def assert_same(actual, expected):
@@ -29,7 +34,7 @@ def test_round_trip_recognises_every_size(name, options, dtype):
     net = random_model(name, **options).to(dtype)
     published = {key: value.clone() for key, value in model.to_published(net).items()}
     again = model.from_published(published)
-    sizes = {**net.config, "mlp_width": net.trunk.blocks[0].mlp.w1.out_features}
+    sizes = {**net.config, "mlp_width": net.trunk.blocks[0].mlp.w2.in_features}
     assert type(again) is type(net) and again.config == sizes
     assert_same(again.state_dict(), net.state_dict())
     assert_same(model.to_published(again), published)
@@ -38,7 +43,7 @@ def test_round_trip_recognises_every_size(name, options, dtype):
         assert torch.equal(again.decoder.position_features, fresh.decoder.position_features)
 
 
-@pytest.mark.parametrize("path", [*golden_cases("c2i_*"), *golden_cases("baseline_*")])
+@pytest.mark.parametrize("path", [*golden_cases("c2i_*"), *golden_cases("t2i_*"), *golden_cases("baseline_*")])
 def test_golden_round_trip(path):
     state = load_golden(path).group("state")
     assert_same(model.to_published(model.from_published(state)), state)
@@ -101,7 +106,7 @@ def test_any_single_damage_names_the_key(name, options):
     """Each key in turn removed or misshapen: the error names exactly that key."""
     state = model.to_published(model.build(name, **options))
     for key, value in state.items():
-        if key == "y_embedder.embedding_table.weight":  # its rows alone say how many classes there are
+        if key in ONLY_WITNESS:
             continue
         without = {k: v for k, v in state.items() if k != key}
         with pytest.raises(ValueError, match="state_dict") as caught:
@@ -112,17 +117,28 @@ def test_any_single_damage_names_the_key(name, options):
         assert_only_named(key, caught.value)
 
 
-def test_a_size_nothing_shows():
-    state = model.to_published(model.build("deco-tiny"))
-    del state["y_embedder.embedding_table.weight"]
-    with pytest.raises(ValueError, match="cannot tell the number of classes: none of y_embedder.embedding_table"):
+@pytest.mark.parametrize(
+    ("name", "key", "size"),
+    [
+        ("deco-tiny", "y_embedder.embedding_table.weight", "number of classes"),
+        ("deco-text-tiny", "y_embedder.proj.weight", "width of the text features"),
+        ("deco-text-tiny", "y_pos_embedding", "length of the text"),
+    ],
+)
+def test_a_size_nothing_shows(name, key, size):
+    state = model.to_published(model.build(name))
+    del state[key]
+    with pytest.raises(ValueError, match=f"cannot tell the {size}: none of {key}"):
         model.from_published(state)
 
 
-def test_text_checkpoint_is_refused_by_name():
-    for path in golden_cases("t2i_*"):
-        with pytest.raises(ValueError, match="text-to-image checkpoint, which is not supported yet"):
-            model.from_published(load_golden(path.values[0]).group("state"))
+def test_class_and_text_checkpoints_are_not_confused():
+    """Either kind with one part of the other: the error names what does not belong."""
+    class_state, text_state = (model.to_published(model.build(name)) for name in ("deco-tiny", "deco-text-tiny"))
+    with pytest.raises(ValueError, match="extra: y_embedder.embedding_table.weight"):
+        model.from_published({**text_state, "y_embedder.embedding_table.weight": torch.zeros(11, 24)})
+    with pytest.raises(ValueError, match="cannot tell the number of blocks: no key starts with text_refine_blocks"):
+        model.from_published({**class_state, "y_pos_embedding": torch.zeros(1, 7, 24)})
 
 
 def test_other_things_are_refused():
@@ -134,5 +150,5 @@ def test_other_things_are_refused():
         model.from_published([torch.zeros(3)])
     with pytest.raises(TypeError, match=r"expected floating-point tensors, got 'step' \(int\), 'n' \(torch.int64\)"):
         model.from_published({"step": 3, "n": torch.zeros(2, dtype=torch.int64)})
-    with pytest.raises(TypeError, match="expected DeCo or DiT, got Linear"):
+    with pytest.raises(TypeError, match="expected DeCo, DeCoTextToImage or DiT, got Linear"):
         model.to_published(torch.nn.Linear(2, 2))

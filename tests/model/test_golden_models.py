@@ -18,7 +18,7 @@ def assert_gradients(module, published_names, expected):
     assert max(errors.values()) < GRADIENT_TOLERANCE, {k: v for k, v in errors.items() if v >= GRADIENT_TOLERANCE}
 
 
-@pytest.mark.parametrize("path", [*golden_cases("c2i_*"), *golden_cases("baseline_*")])
+@pytest.mark.parametrize("path", [*golden_cases("c2i_*"), *golden_cases("t2i_*"), *golden_cases("baseline_*")])
 def test_model_matches_golden(path):
     golden = load_golden(path)
     x, t, y = (golden.tensors[f"input/{i}"] for i in range(3))
@@ -26,10 +26,13 @@ def test_model_matches_golden(path):
     with torch.no_grad():
         assert relative_error(net(x, t, y), golden.tensors["output"]) < OUTPUT_TOLERANCE
     x.requires_grad_()
+    y.requires_grad_(y.is_floating_point())
     output = net(x, t, y)
     assert relative_error(output, golden.tensors["output"]) < OUTPUT_TOLERANCE
     (output * golden.tensors["grad_output"]).sum().backward()
     assert relative_error(x.grad, golden.tensors["grad_input/0"]) < GRADIENT_TOLERANCE
+    if y.requires_grad:
+        assert relative_error(y.grad, golden.tensors["grad_input/2"]) < GRADIENT_TOLERANCE
     assert_gradients(net, model.to_published, golden.group("grad"))
 
 

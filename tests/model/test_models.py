@@ -15,14 +15,19 @@ from tests.random_models import random_batch, random_model, randomise
 
 @pytest.mark.parametrize(
     ("name", "parameters", "mlp_width"),
-    [("deco-l/16", 426_938_019, 2730), ("deco-xl/16", 682_282_851, 3072), ("dit-xl/16", 676_360_128, 3072)],
+    [
+        ("deco-l/16", 426_938_019, 2730),
+        ("deco-xl/16", 682_282_851, 3072),
+        ("dit-xl/16", 676_360_128, 3072),
+        ("deco-xxl/16", 1_133_759_395, 6144),
+    ],
 )
 def test_published_parameter_counts(name, parameters, mlp_width):
     with torch.device("meta"):
         net = model.build(name)
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters
-    assert net.trunk.blocks[0].mlp.w1.out_features == mlp_width
-    assert net.null_label == 1000
+    assert net.trunk.blocks[0].mlp.w2.in_features == mlp_width
+    assert name == "deco-xxl/16" or net.null_label == 1000
 
 
 @pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny", "deco-demo"])

@@ -1,0 +1,172 @@
+"""The text-to-image model: a trunk that reads text features beside the patches, and the same per-pixel decoder.
+
+Source: DeCo (arXiv 2511.19365), section 4.4, and its published text-to-image checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deco_kernels.model.deco import PixelDiffusion
+from deco_kernels.model.dit import Attention, Block, PatchTransformer, RMSNorm, Rotation, reset_by_default
+from deco_kernels.model.pixel_decoder import PixelDecoder
+from deco_kernels.model.position import rotary_angles
+
+ROTARY_MODES = ("published", "corrected")
+
+
+class PackedSwiGLU(nn.Module):
+    """w2·(SiLU(gate)·up) with gate and up the two halves of w13·x, no biases: `SwiGLU` with one input matrix."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w13 = nn.Linear(width, 2 * hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class TextAttention(Attention):
+    """Attention of the patches x [B, L, Z] to each other and to the text [B, S, Z].
+
+    The text adds keys (with the patches' RMS norm, not rotated) and values; padded positions of it are not masked.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.text_kv = nn.Linear(width, 2 * width, bias=False)
+
+    def forward(self, x: torch.Tensor, rotation: Rotation, text: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.queries_keys_values(x, rotation)
+        text_k, text_v = self.text_kv(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.attend(q, torch.cat((k, self.k_norm(text_k)), dim=2), torch.cat((v, text_v), dim=2))
+
+
+class TextTrunk(PatchTransformer):
+    """Text-conditional transformer on patches.
+
+    text = RMSNorm(text_embed(features)) + text_position, through the text blocks; the image blocks see it as further
+    keys and values. All blocks are modulated by c = SiLU(time embedding).
+
+    Args:
+        width: Z. heads: attention heads; Z/heads must be a multiple of 4. depth: image blocks. text_depth: text blocks.
+        text_width, text_length: of the text features [B, text_length, text_width].
+        patch_size, channels: of the image. mlp_width: of the SwiGLU, 4·Z by default.
+        rotary: "published" places patch columns on linspace(0, H/p, W/p) and rows on linspace(0, W/p, H/p), as the
+            published model does; "corrected" ends columns at W/p and rows at H/p. Square images are the same in both.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        text_depth: int,
+        text_width: int,
+        text_length: int,
+        patch_size: int,
+        channels: int = 3,
+        mlp_width: int | None = None,
+        rotary: str = "published",
+    ):
+        if rotary not in ROTARY_MODES:
+            raise ValueError(f"rotary: expected one of {list(ROTARY_MODES)}, got {rotary!r}")
+        image = dict(patch_size=patch_size, channels=channels)
+        text = dict(text_depth=text_depth, text_width=text_width, text_length=text_length)
+        super().__init__(width=width, depth=depth, heads=heads, **image, **text)
+        self.rotary, self.text_width, self.text_length = rotary, text_width, text_length
+        hidden = 4 * width if mlp_width is None else mlp_width
+        self.text_embed = nn.Linear(text_width, width)
+        self.text_norm = RMSNorm(width)
+        self.text_position = nn.Parameter(torch.empty(1, text_length, width))
+        self.text_blocks = nn.ModuleList(
+            Block(width, Attention(width, heads), PackedSwiGLU(width, hidden)) for _ in range(text_depth)
+        )
+        self.blocks = nn.ModuleList(
+            Block(width, TextAttention(width, heads), PackedSwiGLU(width, hidden)) for _ in range(depth)
+        )
+        self.reset_parameters()
+
+    def reset_condition(self) -> None:
+        """The text positions N(0, 1), the rest of the text part PyTorch's defaults."""
+        for module in (self.text_embed, self.text_norm, self.text_blocks):
+            reset_by_default(module)
+        nn.init.normal_(self.text_position)
+
+    def rotary_angles(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+        """Angles [rows·columns, Z/heads/2] for a grid of patches."""
+        extent = (rows, columns) if self.rotary == "published" else (columns, rows)
+        return rotary_angles(rows, columns, self.width // self.heads, device, extent=extent)
+
+    def check_inputs(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
+        """Raise TypeError or ValueError unless x [B, C, H, W], t [B] and y [B, text_length, text_width] fit."""
+        self.check_image(x, t)
+        expected = (x.shape[0], self.text_length, self.text_width)
+        if y.shape != expected:
+            raise ValueError(
+                f"y: expected text features {list(expected)} for the batch of x, got {list(y.shape)}; encode prompts "
+                "padded or truncated to the model's text_length and text_width"
+            )
+        if not y.is_floating_point():
+            raise TypeError(f"y: expected floating-point text features, got {y.dtype}")
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, features_after: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Run the trunk on x [B, C, H, W], t [B], text features y [B, text_length, text_width].
+
+        Returns:
+            (tokens [B, L, Z] in row-major patch order, time embedding [B, Z], condition c = SiLU(time) [B, Z], and the
+            tokens after image block `features_after`, counted from 1, or None).
+        """
+        self.check_inputs(x, t, y)
+        time = self.time_embed(t)
+        c = F.silu(time)
+        text = self.text_norm(self.text_embed(y.to(self.text_embed.weight.dtype))) + self.text_position
+        for block in self.text_blocks:
+            text = block(text, c)
+        tokens, features = self.transform(x, c, text, features_after=features_after)
+        return tokens, time, c, features
+
+
+class DeCoTextToImage(PixelDiffusion):
+    """Text-to-image pixel diffusion model; the condition y is text features [B, text_length, text_width], floating.
+
+    Args:
+        width, depth, heads, text_depth, text_width, text_length, patch_size, channels, mlp_width, rotary: of the trunk,
+            see `TextTrunk`.
+        decoder_width, decoder_depth, save_memory, backend: of the decoder, see `PixelDecoder`.
+
+    `config` holds the arguments: `DeCoTextToImage(**model.config)` builds the same model afresh.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        text_depth: int = 4,
+        text_width: int = 2048,
+        text_length: int = 128,
+        patch_size: int = 16,
+        channels: int = 3,
+        mlp_width: int | None = None,
+        rotary: str = "published",
+        decoder_width: int = 32,
+        decoder_depth: int = 3,
+        save_memory: bool = False,
+        backend: str | None = None,
+    ):
+        image = dict(patch_size=patch_size, channels=channels)
+        text = dict(text_depth=text_depth, text_width=text_width, text_length=text_length)
+        trunk = dict(width=width, depth=depth, heads=heads, mlp_width=mlp_width, rotary=rotary, **text)
+        shared = dict(save_memory=save_memory, backend=backend)
+        decoder = dict(width=decoder_width, depth=decoder_depth, position_features="text")
+        super().__init__(TextTrunk(**trunk, **image), PixelDecoder(width, **decoder, **image, **shared))
+        self.config = {**trunk, **image, "decoder_width": decoder_width, "decoder_depth": decoder_depth, **shared}
