@@ -10,7 +10,8 @@ _MODULE_OF = {
     "shift_time": "path",
     "Objective": "objective",
     "drop_labels": "objective",
-    "SOLVERS": "samplers",
+    "SOLVERS": "solvers",
+    "Sampler": "samplers",
     "sample": "samplers",
     "timesteps": "samplers",
 }

@@ -1,4 +1,4 @@
-"""The training objective: flow matching in pixels and in JPEG-weighted frequencies, and the dropping of labels.
+"""The training objective: flow matching in pixels and in JPEG-weighted frequencies, and the dropping of conditions.
 
 Source: DeCo (arXiv 2511.19365), sections 3.3 and 4.
 """
@@ -15,14 +15,23 @@ from deco_kernels.flow.path import interpolate, sample_time
 
 
 def drop_labels(
-    y: torch.Tensor, null_label: int, probability: float, generator: torch.Generator | None = None
+    y: torch.Tensor, null_label: int | torch.Tensor, probability: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Labels y [B] with each replaced by `null_label` independently with the given probability; y is not changed."""
+    """Conditions y [B, ...] with each replaced by `null_label` independently with the given probability.
+
+    y are labels [B] and null_label the label of the null class, or y are text features [B, S, F] and null_label the
+    features [S, F] of the empty prompt. y is not changed; the result has its dtype.
+    """
     if not 0 <= probability <= 1:
         raise ValueError(f"probability: expected a number from 0 to 1, got {probability}")
+    if isinstance(null_label, torch.Tensor) and null_label.shape != y.shape[1:]:
+        raise ValueError(
+            f"null_label: expected the shape of one condition, {list(y.shape[1:])}, got {list(null_label.shape)}"
+        )
     device = y.device if generator is None else generator.device
-    dropped = torch.rand(y.shape, generator=generator, device=device).to(y.device) < probability
-    return torch.where(dropped, torch.full_like(y, null_label), y)
+    dropped = torch.rand(len(y), generator=generator, device=device).to(y.device) < probability
+    null = null_label.to(y) if isinstance(null_label, torch.Tensor) else null_label
+    return torch.where(dropped.reshape(-1, *[1] * (y.dim() - 1)), null, y)
 
 
 class Objective(nn.Module):
@@ -37,8 +46,9 @@ class Objective(nn.Module):
         repa: alignment loss or None: a callable (features [B, L, Z], clean image x) → scalar with attributes `block`
             (trunk block, from 1, after which the features are taken) and `weight`. A module is registered.
         distribution, shift: of the training times, see `sample_time`.
-        label_dropout: probability of training without a label.
-        null_label: label of the null class, `model.null_label`; required when labels are dropped.
+        label_dropout: probability of training without a condition.
+        null_label: what stands for no condition, required when conditions are dropped: the label of the null class
+            (`model.null_label`), or the text features of the empty prompt (`encoder.empty_prompt`).
         backend: passed to the loss op; None leaves the choice to deco_kernels.
     """
 
@@ -51,27 +61,34 @@ class Objective(nn.Module):
         distribution: str = "lognormal",
         shift: float = 1.0,
         label_dropout: float = 0.0,
-        null_label: int | None = None,
+        null_label: int | torch.Tensor | None = None,
         backend: str | None = None,
     ):
         super().__init__()
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout: expected a number from 0 to 1, got {label_dropout}")
         if label_dropout and null_label is None:
-            raise ValueError("null_label: expected the label of the null class when label_dropout > 0, got None")
+            raise ValueError(
+                "null_label: expected the label of the null class or the features of the empty prompt when "
+                "label_dropout > 0, got None"
+            )
         self.register_buffer("frequency_weight", frequency_weight, persistent=False)
         self.frequency_scale, self.repa = frequency_scale, repa
         self.distribution, self.shift = distribution, shift
-        self.label_dropout, self.null_label = label_dropout, null_label
+        self.label_dropout = label_dropout
+        if isinstance(null_label, torch.Tensor):
+            self.register_buffer("null_label", null_label, persistent=False)
+        else:
+            self.null_label = null_label
         self.backend = backend
 
     def draw(
         self, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What one step draws at random for images x [B, 3, H, W] and labels y [B].
+        """What one step draws at random for images x [B, 3, H, W] and conditions y [B, ...].
 
         Returns:
-            (labels with some dropped [B], times [B], noise like x), drawn from the generator in this order.
+            (conditions with some dropped [B, ...], times [B], noise like x), drawn from the generator in this order.
         """
         if self.label_dropout:
             y = drop_labels(y, self.null_label, self.label_dropout, generator)
@@ -82,7 +99,7 @@ class Objective(nn.Module):
     def losses(
         self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
     ) -> dict[str, torch.Tensor | None]:
-        """Losses at given labels y [B], times t [B] and noise like x; otherwise as `forward`."""
+        """Losses at given conditions y [B, ...], times t [B] and noise like x; otherwise as `forward`."""
         x_t, v = interpolate(x, noise, t)
         repa = None
         if self.repa is None:
@@ -105,7 +122,7 @@ class Objective(nn.Module):
         Args:
             model: (x_t, t, y) → velocity; with repa also taking `features_after` and returning (velocity, features).
             x: images [B, 3, H, W] in [-1, 1], float32.
-            y: labels [B].
+            y: labels [B], or text features [B, S, F].
             generator: source of what `draw` draws.
 
         Returns:

@@ -5,14 +5,19 @@ Source: DeCo (arXiv 2511.19365), section 4, in the form the published checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import nn
 
+from deco_kernels.flow.cuda_graphs import CudaGraph, GraphedVelocity, Velocity
 from deco_kernels.flow.path import shift_time
+from deco_kernels.flow.solvers import SOLVERS
+from deco_kernels.model.pixel_decoder import PixelDecoder
 
-Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(x [B, ...], t [B], cond [B, ...]) → velocity shaped like x."""
+SAMPLING_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def timesteps(steps: int, shift: float = 1.0) -> torch.Tensor:
@@ -26,7 +31,7 @@ def timesteps(steps: int, shift: float = 1.0) -> torch.Tensor:
 
 
 class _GuidedVelocity:
-    """v = v_uncond + guidance·(v_cond - v_uncond) where guided, v_cond elsewhere.
+    """v = v_uncond + guidance·(v_cond - v_uncond) in guided steps, v_cond in the others.
 
     Whether a step is guided is decided on the host before the first one, so that no step waits for the device.
     """
@@ -37,43 +42,29 @@ class _GuidedVelocity:
         cond: torch.Tensor,
         uncond: torch.Tensor | None,
         guidance: float,
-        interval: tuple[float, float],
+        guided: list[bool],
         times: torch.Tensor,
         like: torch.Tensor,
     ):
-        lo, hi = interval
-        self.velocity, self.cond, self.guidance, self.dtype = velocity, cond, guidance, like.dtype
-        guided = (times > lo) & (times <= hi)
-        self.guided = guided.tolist() if guidance != 1 else [False] * len(times)
-        self.both = torch.cat((uncond, cond)) if any(self.guided[:-1]) else None
-        self.times = times.to(like.device)
+        self.velocity, self.cond, self.guidance, self.guided = velocity, cond, guidance, guided
+        self.both = torch.cat((uncond, cond)) if any(guided) else None
+        self.times, self.dtype = times.to(like.device), like.dtype
 
-    def __call__(self, x: torch.Tensor, step: int) -> torch.Tensor:
-        """The velocity at x [B, ...] and the start time of `step`, in the dtype of x."""
+    def __call__(self, x: torch.Tensor, at: int, step: int | None = None) -> torch.Tensor:
+        """The velocity at x [B, ...] and time number `at`, in the dtype of x, guided if `step` (else `at`) is."""
         x_in = x.to(self.dtype)
-        if not self.guided[step]:
-            return self._call(x_in, step, self.cond).to(x.dtype)
-        v_uncond, v_cond = self._call(torch.cat((x_in, x_in)), step, self.both).to(x.dtype).chunk(2)
+        if not self.guided[at if step is None else step]:
+            return self._call(x_in, at, self.cond).to(x.dtype)
+        v_uncond, v_cond = self._call(torch.cat((x_in, x_in)), at, self.both).to(x.dtype).chunk(2)
         return v_uncond + self.guidance * (v_cond - v_uncond)
 
-    def _call(self, x: torch.Tensor, step: int, cond: torch.Tensor) -> torch.Tensor:
-        v = self.velocity(x, self.times[step].expand(len(x)), cond)
+    def _call(self, x: torch.Tensor, at: int, cond: torch.Tensor) -> torch.Tensor:
+        v = self.velocity(x, self.times[at].expand(len(x)), cond)
         if not isinstance(v, torch.Tensor):
             raise TypeError(f"velocity: expected it to return a tensor, got {type(v).__name__}")
         if v.shape != x.shape:
             raise ValueError(f"velocity: expected it to return the shape of x {tuple(x.shape)}, got {tuple(v.shape)}")
         return v
-
-
-def _euler(evaluate: _GuidedVelocity, x: torch.Tensor, step_sizes: list[float], steps: Iterable[int]) -> torch.Tensor:
-    """x ← x + (t' - t)·v(x, t)."""
-    for step in steps:
-        x = x + step_sizes[step] * evaluate(x, step)
-    return x
-
-
-SOLVERS: dict[str, Callable[..., torch.Tensor]] = {"euler": _euler}
-"""Name → (evaluate, x, step sizes, step numbers) → x at time 1."""
 
 
 @torch.no_grad()
@@ -88,50 +79,73 @@ def sample(
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     shift: float = 1.0,
+    trajectory: bool = False,
     progress: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
     """Integrate dx/dt = velocity from noise at t = 0 to a sample at t = 1.
 
     Args:
-        velocity: called as velocity(x, t, cond) with t float32 [B]: on the doubled batch (first uncond, then cond) for
-            steps that start at lo < t <= hi, on the single batch (cond) for the others and when guidance is 1.
+        velocity: called as velocity(x, t, cond) with t float32 [B]: on the doubled batch (first uncond, then cond) in
+            guided steps, on the single batch (cond) in the others and when guidance is 1.
         noise: [B, ...], floating. The state is kept in float32 (or wider); velocity sees it in noise's dtype.
-        cond, uncond: conditions [B, ...] of equal shape, such as labels; uncond may be None when guidance is 1.
-        solver: a key of `SOLVERS`.
+        cond, uncond: conditions [B, ...] of equal shape, such as labels or text features; uncond may be None when
+            guidance is 1.
+        solver: "euler"; "heun", whose predictor is the corrector of the step before; "heun_exact", with two evaluations
+            in every step but the last; "adams1", "adams2" or "adams3", Adams-Bashforth of that order.
         steps: number of steps, at least 1.
         guidance: 1 means none.
-        guidance_interval: (lo, hi) with 0 <= lo < hi <= 1.
+        guidance_interval: (lo, hi) with 0 <= lo < hi <= 1. A step is guided, in all its evaluations, if it starts at
+            lo < t <= hi, for the Adams solvers at lo < t < hi.
         shift: of the times, see `shift_time`.
+        trajectory: also return the states.
         progress: show a progress bar (needs tqdm).
 
     Returns:
-        The sample, shape and dtype of noise, without gradients.
+        The sample, shape and dtype of noise, without gradients; with `trajectory` the pair of it and the list of the
+        steps + 1 states from noise to sample, in noise's dtype.
 
     Raises:
         TypeError, ValueError: an argument, or what velocity returned, does not fit; the message says what was expected.
     """
-    _check_sample(noise, cond, uncond, solver, guidance, guidance_interval)
-    times = timesteps(steps, shift)
-    evaluate = _GuidedVelocity(velocity, cond, uncond, guidance, guidance_interval, times, noise)
-    numbers: Iterable[int] = range(steps)
+    times = _check_settings(solver, steps, guidance, guidance_interval, shift)
+    _check_tensors(noise, cond, uncond, guidance)
+    lo, hi = guidance_interval
+    starts = times[:-1]
+    before_end = starts <= hi if SOLVERS[solver].guides_end else starts < hi
+    guided = ((starts > lo) & before_end).tolist() if guidance != 1 else [False] * steps
+    evaluate = _GuidedVelocity(velocity, cond, uncond, guidance, guided, times, noise)
+    state = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    states: Iterable[torch.Tensor] = SOLVERS[solver].advance(evaluate, state, times.tolist())
     if progress:
         from tqdm import tqdm
 
-        numbers = tqdm(numbers, desc=f"sampling ({solver})", unit="step")
-    state = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    return SOLVERS[solver](evaluate, state, times.diff().tolist(), numbers).to(noise.dtype)
+        states = tqdm(states, total=steps, desc=f"sampling ({solver})", unit="step")
+    visited = [noise]
+    for state in states:
+        if trajectory:
+            visited.append(state.to(noise.dtype))
+    result = state.to(noise.dtype)
+    return (result, visited) if trajectory else result
 
 
-def _check_sample(
-    noise: torch.Tensor,
-    cond: torch.Tensor,
-    uncond: torch.Tensor | None,
-    solver: str,
-    guidance: float,
-    interval: tuple[float, float],
-) -> None:
+def _check_settings(
+    solver: str, steps: int, guidance: float, interval: tuple[float, float], shift: float
+) -> torch.Tensor:
+    """The times of `timesteps` if the settings of `sample` are valid, else TypeError or ValueError."""
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {sorted(SOLVERS)}, got {solver!r}")
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
+        raise TypeError(f"guidance: expected a number, got {type(guidance).__name__}")
+    if not -float("inf") < guidance < float("inf"):
+        raise ValueError(f"guidance: expected a finite number, got {guidance}")
+    if not isinstance(interval, (tuple, list)) or not all(isinstance(end, (int, float)) for end in interval):
+        raise TypeError(f"guidance_interval: expected a pair of numbers (lo, hi), got {interval!r}")
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"guidance_interval: expected (lo, hi) with 0 <= lo < hi <= 1, got {tuple(interval)}")
+    return timesteps(steps, shift)
+
+
+def _check_tensors(noise: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor | None, guidance: float) -> None:
     for name, tensor in (("noise", noise), ("cond", cond), ("uncond", uncond)):
         if not isinstance(tensor, torch.Tensor) and not (name == "uncond" and tensor is None):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -139,10 +153,6 @@ def _check_sample(
         raise TypeError(f"noise: expected a floating-point tensor, got {noise.dtype}")
     if not noise.dim() or cond.shape[:1] != noise.shape[:1]:
         raise ValueError(f"cond: expected the batch of noise {tuple(noise.shape)} first, got shape {tuple(cond.shape)}")
-    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
-        raise TypeError(f"guidance: expected a number, got {type(guidance).__name__}")
-    if not isinstance(interval, (tuple, list)) or not all(isinstance(end, (int, float)) for end in interval):
-        raise TypeError(f"guidance_interval: expected a pair of numbers (lo, hi), got {interval!r}")
     if uncond is None and guidance != 1:
         raise ValueError(f"uncond: expected a tensor when guidance is not 1, got None with guidance {guidance}")
     if uncond is not None and (uncond.shape != cond.shape or uncond.dtype != cond.dtype):
@@ -150,7 +160,89 @@ def _check_sample(
             f"uncond: expected the shape and dtype of cond, {tuple(cond.shape)} {cond.dtype}, got "
             f"{tuple(uncond.shape)} {uncond.dtype}"
         )
-    if not -float("inf") < guidance < float("inf"):
-        raise ValueError(f"guidance: expected a finite number, got {guidance}")
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"guidance_interval: expected (lo, hi) with 0 <= lo < hi <= 1, got {tuple(interval)}")
+
+
+class Sampler:
+    """Samples of one model under fixed settings.
+
+    With `dtype` the model is copied, the weights of its linears are cast once, and the copy runs under autocast: the
+    samples are those of the model under autocast, without the casts in every step. Without `dtype` the model itself
+    runs. On a GPU the model's call is captured in a CUDA graph for each shape of arguments (with guidance: the doubled
+    batch, and the single batch outside the guidance interval) at the first step that needs it. Where capture fails, the
+    reason is logged once and the model runs without. On the CPU the same interface runs the model directly.
+
+    Args:
+        model: (x, t, cond) → velocity, a module where `dtype` is given.
+        steps, solver, guidance, guidance_interval, shift: as in `sample`.
+        dtype: torch.bfloat16 or torch.float16, or None.
+        compile_trunk: leave the trunk's blocks to torch.compile, see `DeCo.compile_trunk`. Without `dtype` this
+            compiles the given model itself.
+        cuda_graph: capture CUDA graphs on a GPU.
+
+    A copied model does not follow later changes of the original. A captured one follows changes in place of its
+    parameters, but not parameters that were replaced.
+
+    Raises:
+        TypeError, ValueError: settings as in `sample`; a model that cannot be cast or compiled.
+    """
+
+    def __init__(
+        self,
+        model: Velocity,
+        *,
+        steps: int,
+        solver: str = "euler",
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        shift: float = 1.0,
+        dtype: torch.dtype | None = None,
+        compile_trunk: bool = False,
+        cuda_graph: bool = True,
+    ):
+        _check_settings(solver, steps, guidance, guidance_interval, shift)
+        self.settings: dict[str, Any] = dict(
+            steps=steps, solver=solver, guidance=guidance, guidance_interval=guidance_interval, shift=shift
+        )
+        self.dtype, self.cuda_graph = dtype, cuda_graph
+        self.model = model if dtype is None else _cast_copy(model, dtype)
+        if compile_trunk:
+            if not hasattr(self.model, "compile_trunk"):
+                raise TypeError(f"model: expected one that has compile_trunk, such as DeCo, got {type(model).__name__}")
+            self.model.compile_trunk()
+        self._graphed = GraphedVelocity(self._call_model, CudaGraph)
+
+    def __call__(
+        self,
+        noise: torch.Tensor,
+        cond: torch.Tensor,
+        uncond: torch.Tensor | None = None,
+        *,
+        trajectory: bool = False,
+        progress: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Sample from noise [B, ...] and conditions [B, ...] on the model's device; returns and errors as `sample`."""
+        velocity = self._graphed if self.cuda_graph and _is_cuda(noise) else self._call_model
+        return sample(velocity, noise, cond, uncond, **self.settings, trajectory=trajectory, progress=progress)
+
+    def _call_model(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        if self.dtype is None:
+            return self.model(x, t, cond)
+        with torch.autocast(x.device.type, dtype=self.dtype, cache_enabled=False):
+            return self.model(x, t, cond)
+
+
+def _is_cuda(noise: torch.Tensor) -> bool:
+    return isinstance(noise, torch.Tensor) and noise.is_cuda
+
+
+def _cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A frozen copy for inference in which the weights that autocast would cast in every call have `dtype` already."""
+    if dtype not in SAMPLING_DTYPES:
+        raise TypeError(f"dtype: expected None or one of {list(SAMPLING_DTYPES)}, got {dtype}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module when dtype is given, got {type(model).__name__}")
+    matrices = [p for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters(False)]
+    matrices += [module.up_weight for module in model.modules() if isinstance(module, PixelDecoder)]
+    # deepcopy takes these in place of copies, so that a cast weight is never held in its old dtype too.
+    cast = {id(p): nn.Parameter(p.detach().to(dtype, copy=True)) for p in matrices}
+    return copy.deepcopy(model, cast).eval().requires_grad_(False)

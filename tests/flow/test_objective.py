@@ -95,12 +95,35 @@ def test_objective_drops_labels():
     assert model.y.tolist() == [10] * 4
 
 
+def test_dropped_text_becomes_the_empty_prompt():
+    """Whole prompts are replaced, at the rate asked for, by the same draws as labels; features keep their dtype."""
+    features = torch.randn(2000, 3, 4, dtype=torch.bfloat16)
+    empty = torch.full((3, 4), 7.0)
+    kept = features.clone()
+    dropped = flow.drop_labels(features, empty, 0.2, torch.Generator().manual_seed(1))
+    labels = flow.drop_labels(torch.arange(2000), -1, 0.2, torch.Generator().manual_seed(1))
+    null = labels == -1
+    assert torch.equal(features, kept) and dropped.dtype == features.dtype and 300 < null.sum() < 500
+    assert (dropped[null] == 7).all() and torch.equal(dropped[~null], features[~null])
+
+
+def test_objective_with_text_features():
+    features, empty = torch.randn(4, 3, 5), torch.randn(3, 5)
+    objective = flow.Objective(ops.jpeg_frequency_weight(85), label_dropout=1.0, null_label=empty)
+    model = Recorder()
+    objective(model, images(), features)
+    assert torch.equal(model.y, empty.expand(4, 3, 5))
+    assert not objective.state_dict() and objective.to(torch.float64).null_label.dtype == torch.float64
+
+
 def test_bad_options():
     weight = ops.jpeg_frequency_weight(85)
     with pytest.raises(ValueError, match="null_label"):
         flow.Objective(weight, label_dropout=0.1)
     with pytest.raises(ValueError, match="label_dropout"):
         flow.Objective(weight, label_dropout=1.1, null_label=10)
+    with pytest.raises(ValueError, match=r"null_label: expected the shape of one condition, \[3, 5\], got \[5\]"):
+        flow.drop_labels(torch.zeros(2, 3, 5), torch.zeros(5), 0.1)
     with pytest.raises(ValueError, match="probability"):
         flow.drop_labels(torch.arange(3), 10, -0.1)
 

@@ -24,14 +24,33 @@ def test_samples_match_golden(path):
     tested = set()
     for name, expected in tensors.items():
         match = SETTING.fullmatch(name)
-        if match is None or match[1] not in flow.SOLVERS:
+        if match is None:
             continue
+        solver = match[1].replace("adam", "adams")
         guidance, lo, hi, shift = map(float, match.groups()[2:])
         options = dict(guidance=guidance, guidance_interval=(lo, hi), shift=shift)
-        actual = flow.sample(analytic, noise, cond, uncond, solver=match[1], steps=int(match[2]), **options)
+        actual = flow.sample(analytic, noise, cond, uncond, solver=solver, steps=int(match[2]), **options)
         assert relative_error(actual, expected) < OUTPUT_TOLERANCE, name
-        tested.add(match[1])
-    assert tested == set(flow.SOLVERS)
+        tested.add(solver)
+    assert tested == set(flow.SOLVERS) - {"adams1"}
+
+
+def test_adams1_is_euler():
+    noise, cond = torch.randn(2, 3, 4, 4), torch.tensor([0.3, -0.2])
+    options = dict(steps=5, guidance=2.0, guidance_interval=(0.1, 0.7), shift=2.0)
+    euler, adams = (flow.sample(analytic, noise, cond, -cond, solver=name, **options) for name in ("euler", "adams1"))
+    torch.testing.assert_close(adams, euler)
+
+
+@pytest.mark.parametrize(
+    ("solver", "order"), [("euler", 1), ("heun", 2), ("heun_exact", 2), ("adams2", 2), ("adams3", 2)]
+)
+def test_order_of_convergence(solver, order):
+    """Halving the steps divides the error by 2^order; Heun ends and Adams starts with Euler's step."""
+    noise, cond = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.tensor([0.3, -0.2], dtype=torch.float64)
+    exact = flow.sample(analytic, noise, cond, solver="heun_exact", steps=1000)
+    errors = [relative_error(flow.sample(analytic, noise, cond, solver=solver, steps=n), exact) for n in (20, 40)]
+    assert errors[0] / errors[1] > 0.85 * 2**order and errors[0] < 0.05
 
 
 @pytest.mark.parametrize("path", golden_cases("samplers"))
@@ -73,6 +92,55 @@ def test_guidance_one_never_doubles_and_needs_no_uncond():
     velocity = Recorder()
     flow.sample(velocity, torch.zeros(1, 3, 4, 4), torch.tensor([5.0]), steps=3)
     assert [size for size, _, _ in velocity.calls] == [1, 1, 1]
+
+
+CALLS_OF_FOUR_STEPS = {
+    "euler": [0.0, 0.25, 0.5, 0.75],
+    "heun": [0.0, 0.25, 0.5, 0.75],
+    "heun_exact": [0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75],
+    "adams1": [0.0, 0.25, 0.5, 0.75],
+    "adams2": [0.0, 0.25, 0.5, 0.75],
+    "adams3": [0.0, 0.25, 0.5, 0.75],
+}
+
+
+@pytest.mark.parametrize("solver", CALLS_OF_FOUR_STEPS)
+@pytest.mark.parametrize(
+    ("interval", "guided"), [((0.0, 1.0), (0.25, 0.5, 0.75)), ((0.3, 0.5), (0.5,)), ((0.8, 1.0), ())]
+)
+def test_calls_of_every_solver(solver, interval, guided):
+    """As many calls as the solver needs, doubled in the steps that start inside the interval and in no other."""
+    if solver.startswith("adams"):
+        guided = tuple(t for t in guided if t < interval[1])
+    velocity, one = Recorder(), torch.ones(2)
+    options = dict(solver=solver, steps=4, guidance=2.0, guidance_interval=interval)
+    flow.sample(velocity, torch.zeros(2, 3, 4, 4), one, one, **options)
+    assert [t for _, t, _ in velocity.calls] == CALLS_OF_FOUR_STEPS[solver]
+    if solver == "heun_exact":
+        steps = [0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75]
+    elif solver == "heun":
+        steps = [0.0, 0.0, 0.25, 0.5]  # the first step evaluates twice, the last one not at all
+    else:
+        steps = [0.0, 0.25, 0.5, 0.75]
+    assert [size for size, _, _ in velocity.calls] == [4 if start in guided else 2 for start in steps]
+
+
+@pytest.mark.parametrize("solver", CALLS_OF_FOUR_STEPS)
+def test_no_value_is_read_by_the_host(solver):
+    """Tensors on the meta device have no values: reading one fails."""
+    noise, cond = torch.zeros(2, 3, 4, 4, device="meta"), torch.zeros(2, device="meta")
+    options = dict(solver=solver, steps=4, guidance=2.0, guidance_interval=(0.3, 0.6))
+    assert flow.sample(analytic, noise, cond, cond, **options).shape == noise.shape
+
+
+@pytest.mark.parametrize("solver", CALLS_OF_FOUR_STEPS)
+def test_trajectory_on_request(solver):
+    noise, cond = torch.randn(2, 3, 4, 4, dtype=torch.bfloat16), torch.tensor([0.3, -0.2])
+    alone = flow.sample(analytic, noise, cond, solver=solver, steps=3)
+    final, states = flow.sample(analytic, noise, cond, solver=solver, steps=3, trajectory=True)
+    assert torch.equal(final, alone) and len(states) == 4
+    assert torch.equal(states[0], noise) and torch.equal(states[-1], final)
+    assert all(state.dtype == noise.dtype for state in states) and not torch.equal(states[1], states[2])
 
 
 def test_state_keeps_float32_for_half_precision_noise():

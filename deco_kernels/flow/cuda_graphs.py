@@ -1,0 +1,71 @@
+"""Replaying a velocity's calls as CUDA graphs: at small batches a step is bound by the launches of its kernels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(x [B, ...], t [B], cond [B, ...]) → velocity shaped like x."""
+
+logger = logging.getLogger(__name__)
+
+
+class CaptureFailed(Exception):
+    """The call runs, but not while it is captured."""
+
+
+class CudaGraph:
+    """One captured call of `velocity`: static copies of its arguments, the graph, and its output."""
+
+    WARM_UP_CALLS = 3
+
+    def __init__(self, velocity: Velocity, *arguments: torch.Tensor):
+        self.arguments = [argument.clone(memory_format=torch.contiguous_format) for argument in arguments]
+        with torch.cuda.device(arguments[0].device):
+            # Lazy set-up (kernel compilation, library handles, workspaces) must happen before the capture.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(self.WARM_UP_CALLS):
+                    velocity(*self.arguments)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self.graph):
+                    self.output = velocity(*self.arguments)
+            except RuntimeError as error:
+                raise CaptureFailed(str(error)) from error
+
+    def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
+        for static, argument in zip(self.arguments, arguments, strict=True):
+            static.copy_(argument)
+        self.graph.replay()
+        return self.output.clone()
+
+
+class GraphedVelocity:
+    """`velocity`, captured once for each kind of arguments and replayed; called directly once a capture has failed.
+
+    The result is a fresh tensor: solvers keep velocities while later replays overwrite the graph's own output.
+    """
+
+    def __init__(self, velocity: Velocity, capture: Callable[..., Velocity]):
+        self.velocity, self.capture = velocity, capture
+        self.graphs: dict[tuple, Velocity] = {}
+        self.failed = False
+
+    def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
+        if self.failed:
+            return self.velocity(*arguments)
+        key = tuple((argument.shape, argument.dtype, argument.device) for argument in arguments)
+        if key not in self.graphs:
+            try:
+                self.graphs[key] = self.capture(self.velocity, *arguments)
+            except CaptureFailed as error:
+                logger.warning("sampling without CUDA graphs: capture of the model's call failed: %s", error)
+                self.failed = True
+                return self.velocity(*arguments)
+        return self.graphs[key](*arguments)

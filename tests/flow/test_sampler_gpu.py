@@ -1,0 +1,56 @@
+"""flow.Sampler on a GPU: graphs against direct calls, no waiting between steps, the fallback."""
+
+import logging
+
+import pytest
+import torch
+
+from deco_kernels import flow
+from tests.flow.test_sampler import GUIDED, sampling_case
+from tests.golden_files import relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+@pytest.mark.parametrize("name", ["deco-tiny", "deco-text-tiny"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "heun_exact", "adams2"])
+def test_graphs_give_the_same_samples_on_a_gpu(name, solver):
+    """Captured and replayed with other arguments against the direct calls, up to rounding."""
+    net, noise, cond, uncond = sampling_case(name, "cuda")
+    options = dict(solver=solver, dtype=torch.bfloat16, **GUIDED)
+    sampler, direct = flow.Sampler(net, **options), flow.Sampler(net, cuda_graph=False, **options)
+    for arguments in ((noise, cond, uncond), (noise.flip(0), cond.flip(0), uncond)):
+        assert relative_error(sampler(*arguments), direct(*arguments)) < 1e-2
+    assert len(sampler._graphed.graphs) == 2 and not sampler._graphed.failed
+
+
+def test_steps_do_not_wait_for_the_gpu():
+    """After the captures, a second sample runs with every synchronising call forbidden from the first step on."""
+    net, noise, cond, uncond = sampling_case("deco-tiny", "cuda")
+    sampler = flow.Sampler(net, dtype=torch.bfloat16, **GUIDED)
+    expected = sampler(noise, cond, uncond)
+    previous = torch.cuda.get_sync_debug_mode()
+
+    def guarded(*arguments):
+        torch.cuda.set_sync_debug_mode("error")
+        return sampler._graphed(*arguments)
+
+    try:
+        actual = flow.sample(guarded, noise, cond, uncond, **GUIDED)
+    finally:
+        torch.cuda.set_sync_debug_mode(previous)
+    assert torch.equal(actual, expected)
+
+
+def test_a_model_that_cannot_be_captured_runs_without(caplog):
+    def velocity(x, t, cond):
+        return x * t.max().item() + cond.reshape(-1, 1, 1, 1)
+
+    noise, cond = torch.randn(2, 3, 8, 8, device="cuda"), torch.tensor([0.1, 0.2], device="cuda")
+    with caplog.at_level(logging.WARNING, logger="deco_kernels"):
+        actual = flow.Sampler(velocity, steps=3)(noise, cond)
+    assert torch.equal(actual, flow.sample(velocity, noise, cond, steps=3))
+    assert len(caplog.records) == 1
