@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import sass
+from benchmarks import sass, static_tables
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -25,8 +25,8 @@ ARCHITECTURES = (*NVIDIA, "gfx942")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WIDTHS = (16, 32, 64)
 TOLERANCE = 1.03
-# The model's machine: an H200 at 1.755 GHz, and its work: 32 images of 256x256.
-SCHEDULERS, CLOCK, PIXELS = 132 * 4, 1.755e9, 32 * 256 * 256
+# What one program may use, without which a kernel cannot be launched.
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 _COLOUR_CHANNELS = 3  # the only loops inside a tile's loop run over Y, Cb and Cr
 _TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -131,7 +131,7 @@ def figures(launch, architecture: str) -> Figures:
         if architecture == "sm_90":
             cycles = {pipe: count * sass.PIPE_CYCLES[pipe] for pipe, count in pipes.items() if pipe != "other"}
             cycles["tensor"] = tensor_cycles * warps_per_16_px
-            milliseconds = max(cycles.values()) * PIXELS / 16 / SCHEDULERS / CLOCK * 1e3
+            milliseconds = static_tables.milliseconds(max(cycles.values()))
     return Figures(
         toolchain(architecture), code.registers, code.spill_bytes, compiled.metadata.shared, slots, pipes, milliseconds
     )
@@ -200,8 +200,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--width", action="append", type=int, choices=WIDTHS, help="repeatable (default: 32)")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="repeatable (default: bfloat16)")
     parser.add_argument("--everywhere", action="store_true", help="every width and dtype on every architecture")
+    parser.add_argument("--tables", action="store_true", help="print the record as the tables of docs/triton.md")
     parser.add_argument("--output", metavar="FILE.json", help="write all figures there")
     options = parser.parse_args(arguments)
+    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    if options.tables:
+        print(static_tables.main_table(budgets), static_tables.other_cases_table(budgets), sep="\n\n")
+        return 0
     if os.environ.get("TRITON_INTERPRET"):
         print("benchmarks static: unset TRITON_INTERPRET; the interpreter compiles nothing", file=sys.stderr)
         return 2
@@ -212,7 +217,6 @@ def main(arguments: list[str]) -> int:
         cases = [(a, w, d) for a in architectures for w in WIDTHS for d in DTYPES]
     else:
         cases = list(selected(architectures, widths, dtypes))
-    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     everything: dict[str, dict[str, Any]] = {}
     failures = []
     print("Modelled from the compiled code, not measured on a GPU; slots per 16 pixels; ms for 32 images of 256x256.")
@@ -224,6 +228,8 @@ def main(arguments: list[str]) -> int:
             found = figures(launch, architecture)
             everything.setdefault(name, {})[architecture] = found._asdict()
             print(_row(name, architecture, *_cells(found)), flush=True)
+            if found.shared_bytes > SHARED_LIMIT[architecture]:
+                failures.append(f"{name}: {found.shared_bytes} bytes of shared memory do not fit {architecture}")
             if options.record:
                 budgets.setdefault(name, {})[architecture] = found.record()
             elif architecture in budgets.get(name, {}):
@@ -235,7 +241,7 @@ def main(arguments: list[str]) -> int:
     if options.output:
         Path(options.output).write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n")
     for failure in failures:
-        print(f"above the record: {failure}", file=sys.stderr)
+        print(f"too much: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 

@@ -18,7 +18,6 @@ pytestmark = [
 ]
 
 BUDGETS = json.loads(static.BUDGETS.read_text())
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 # What is compiled for the other widths and dtypes; `make aot-all` compiles everything.
 CORE = ("pixel_decoder.forward_kernel", "adaln_block.backward_kernel/", "flow_matching_loss.gradient_kernel")
 RECORDED = [(architecture, 32, "bfloat16", ("",)) for architecture in static.ARCHITECTURES]
@@ -50,7 +49,7 @@ def test_budgets_hold(compiled, case):
     architecture, found = case[0], compiled[case].result()
     for name, figures in found.items():
         assert not list(static.exceeded(figures, BUDGETS[name][architecture])), name
-        assert figures.shared_bytes <= SHARED_LIMIT[architecture], name
+        assert figures.shared_bytes <= static.SHARED_LIMIT[architecture], name
     assert set(found) == {name for name in BUDGETS if name.endswith("/D32/bfloat16") and architecture in BUDGETS[name]}
 
 
@@ -59,7 +58,9 @@ def test_other_widths_and_dtypes_compile(compiled, case):
     found = compiled[case].result()
     assert len(found) == len(case[3])
     for name, figures in found.items():
-        assert figures.shared_bytes <= SHARED_LIMIT["sm_90"], name
+        assert figures.shared_bytes <= static.SHARED_LIMIT["sm_90"], name
+        if name in BUDGETS:
+            assert not list(static.exceeded(figures, BUDGETS[name]["sm_90"])), name
 
 
 ONES = {"depth": 1, "width": 16, "channels": 1, "patch_size": 1, "image_size": (1, 1, 1)}
@@ -87,7 +88,7 @@ def test_channels_last_and_padded_images_compile(op):
 
 
 def test_the_record_reaches_its_goals():
-    """Slots per 16 pixels on sm_90: the decoder's forward and backward per block, the loss with its gradient."""
+    """Slots per 16 pixels on sm_90: the decoder's forward and every block's backward, the loss with its gradient."""
     record = {
         name.removesuffix("/D32/bfloat16"): entry["sm_90"]
         for name, entry in BUDGETS.items()
@@ -95,9 +96,9 @@ def test_the_record_reaches_its_goals():
     }
     forward = record["pixel_decoder.forward_kernel"]
     assert forward["issue_slots_per_16_px"] <= 1450 and forward["spill_bytes"] == 0
-    blocks = [record[f"adaln_block.backward_kernel{variant}"] for variant in ("+first", "", "+last")]
-    assert all(block["spill_bytes"] == 0 for block in blocks)
-    assert sum(block["issue_slots_per_16_px"] for block in blocks) / 3 <= 1310
+    for variant in ("+first", "", "+last", "+first+last"):
+        block = record[f"adaln_block.backward_kernel{variant}"]
+        assert block["issue_slots_per_16_px"] <= 1310 and block["spill_bytes"] == 0, variant
     loss = [record["flow_matching_loss.sums_kernel"], record["flow_matching_loss.gradient_kernel"]]
     assert sum(kernel["issue_slots_per_16_px"] for kernel in loss) <= 235 / 2
     for width in (16, 64):

@@ -17,25 +17,22 @@ import triton
 import triton.language as tl
 
 from .common import (
-    add_column_sum,
-    add_outer,
+    add_linear_grad,
     affine,
     collapsed_rows,
     device_guard,
-    launch,
+    launch_over_rows,
     linear,
     load_states,
-    math_options,
     normalize,
     normalize_grad,
     packed_matrix,
-    parameters_for,
-    program_limit,
     row_offsets,
     silu_of_double,
     silu_of_double_grad,
     tile_pixels,
     twice_sigmoid,
+    weight_partials,
 )
 from .weights import FC1, FC2, GATE, SCALE, SHIFT, pack, unpack_grad
 
@@ -171,16 +168,11 @@ def backward_kernel(
                 s_grad *= 0.5 * silu_of_double_grad(t, twice_sigmoid(t, FAST_TANH))
             tl.store(cond_grad_ptr + rows, s_grad, mask=mask)
         if WEIGHT_GRAD:
-            fc2_weight = add_outer(fc2_weight, u_grad, a, PRECISION)
-            biases = add_column_sum(biases, u_grad, FC2, BLOCK, PRECISION)
-            fc1_weight = add_outer(fc1_weight, t_grad, m, PRECISION)
-            biases = add_column_sum(biases, t_grad, FC1, BLOCK, PRECISION)
-            gate_weight = add_outer(gate_weight, gate_grad, s, PRECISION)
-            biases = add_column_sum(biases, gate_grad, GATE, BLOCK, PRECISION)
-            scale_weight = add_outer(scale_weight, scale_grad, s, PRECISION)
-            biases = add_column_sum(biases, scale_grad, SCALE, BLOCK, PRECISION)
-            shift_weight = add_outer(shift_weight, shift_grad, s, PRECISION)
-            biases = add_column_sum(biases, shift_grad, SHIFT, BLOCK, PRECISION)
+            fc2_weight, biases = add_linear_grad(fc2_weight, biases, u_grad, a, FC2, BLOCK, PRECISION)
+            fc1_weight, biases = add_linear_grad(fc1_weight, biases, t_grad, m, FC1, BLOCK, PRECISION)
+            gate_weight, biases = add_linear_grad(gate_weight, biases, gate_grad, s, GATE, BLOCK, PRECISION)
+            scale_weight, biases = add_linear_grad(scale_weight, biases, scale_grad, s, SCALE, BLOCK, PRECISION)
+            shift_weight, biases = add_linear_grad(shift_weight, biases, shift_grad, s, SHIFT, BLOCK, PRECISION)
     if WEIGHT_GRAD:
         tl.store(square + SHIFT * D * D, shift_weight)
         tl.store(square + SCALE * D * D, scale_weight)
@@ -199,26 +191,15 @@ def run_block_backward(h, cond, grad, packed, h_grad, cond_grad, partials, *, fi
     h and grad [tokens·pixels, D], cond [tokens, pixels, D]; partials: (matrix [programs, 5, D, D],
     bias [programs, 5, D]) sums to add to, or None where no weight gradient is asked for.
     """
-    tokens, pixels, width = cond.shape
-    parameters = parameters_for("adaln_block_backward", width, cond.dtype, cond.device)
-    tiles = triton.cdiv(tokens * pixels, parameters.block)
+    tokens, pixels, _ = cond.shape
     matrix_grad, bias_grad = partials or (cond_grad, cond_grad)
-    launch(
-        backward_kernel, (min(tiles, program_limit(cond.device, parameters)),), parameters,
+    launch_over_rows(
+        backward_kernel, "adaln_block_backward", tokens * pixels, cond,
         h, h.stride(0), cond, cond.stride(0), cond.stride(1), grad, grad.stride(0), packed.matrices, packed.biases,
         h_grad, cond_grad, matrix_grad, bias_grad, matrix_grad.stride(0), bias_grad.stride(0), tokens,
         FIRST=first, LAST=last, COND_GRAD=cond_needed, WEIGHT_GRAD=partials is not None,
-        CONTIGUOUS=all(tensor.is_contiguous() for tensor in (h, cond, grad)),
-        D=width, PIXELS=pixels, BLOCK=parameters.block, EPS=eps, **math_options(cond.dtype, cond.device),
+        CONTIGUOUS=all(tensor.is_contiguous() for tensor in (h, cond, grad)), PIXELS=pixels, EPS=eps,
     )  # fmt: skip
-
-
-def block_partials(cond: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeroed partial sums of the weight gradients: [programs, blocks, 5, D, D] and [programs, blocks, 5, D] float32."""
-    width = cond.shape[-1]
-    programs = program_limit(cond.device, parameters_for("adaln_block_backward", width, cond.dtype, cond.device))
-    matrix_grad = cond.new_zeros(programs, blocks, 5, width, width, dtype=torch.float32)
-    return matrix_grad, cond.new_zeros(programs, blocks, 5, width, dtype=torch.float32)
 
 
 def forward(h, cond, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
@@ -228,13 +209,9 @@ def forward(h, cond, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, f
     with device_guard(h):
         packed = pack(tuple(weight[None] for weight in weights), h.dtype)
         h, cond = collapsed_rows(h, 1), collapsed_rows(cond, 1)
-        rows, width = h.shape
-        parameters = parameters_for("adaln_block", width, h.dtype, h.device)
-        programs = min(triton.cdiv(rows, parameters.block), program_limit(h.device, parameters))
-        launch(
-            forward_kernel, (programs,), parameters,
-            h, h.stride(0), cond, cond.stride(0), packed.matrices, packed.biases, out, rows,
-            D=width, BLOCK=parameters.block, EPS=eps, **math_options(h.dtype, h.device),
+        launch_over_rows(
+            forward_kernel, "adaln_block", h.shape[0], h,
+            h, h.stride(0), cond, cond.stride(0), *packed, out, h.shape[0], EPS=eps,
         )  # fmt: skip
     return out
 
@@ -251,7 +228,7 @@ def backward(
     with device_guard(h):
         packed = pack(stacked, h.dtype)
         h, cond, grad_out = (collapsed_rows(tensor, 1) for tensor in (h, cond, grad_out))
-        partials = block_partials(h, 1) if any(needs[2:]) else None
+        partials = weight_partials("adaln_block_backward", h, 1, 5) if any(needs[2:]) else None
         run_block_backward(
             h, cond[:, None], grad_out, packed, h_grad, cond_grad, partials,
             first=True, last=True, cond_needed=needs[1], eps=eps,

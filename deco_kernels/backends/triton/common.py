@@ -24,14 +24,19 @@ from .table import Launch, launch_parameters
 
 
 @triton.jit
-def tanh_fast(x):
-    """tanh by the special-function unit (PTX tanh.approx.f32, largest relative error 2^-11)."""
+def tanh_fast(x, ONCE: tl.constexpr = False):
+    """tanh by the special-function unit (PTX tanh.approx.f32, largest relative error 2^-11).
+
+    ONCE keeps the compiler from computing it a second time where its result is needed in two register layouts.
+    """
     if INTERPRETED:
         # The same size of error: the exact value rounded to 11 significant bits.
         bits = (2 * tl.sigmoid(2 * x) - 1).to(tl.int32, bitcast=True)
         y = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     else:
-        y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+        y = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=not ONCE, pack=1
+        )
     return y
 
 
@@ -39,7 +44,7 @@ def tanh_fast(x):
 def twice_sigmoid(t, FAST_TANH: tl.constexpr):
     """2·sigmoid(2t) = 1 + tanh(t), so that SiLU(2t) = t·twice_sigmoid(t)."""
     if FAST_TANH:
-        w = 1.0 + tanh_fast(t)
+        w = 1.0 + tanh_fast(t, ONCE=True)
     else:
         w = tl.div_rn(2.0, 1.0 + tl.exp(-2.0 * t))
     return w
@@ -98,19 +103,16 @@ def linear(x, matrices_ptr, biases_ptr, index, D: tl.constexpr, PRECISION: tl.co
 
 
 @triton.jit
-def add_outer(total, grad, x, PRECISION: tl.constexpr):
-    """total [out, in] plus the weight gradient gradᵀ·x of one tile."""
-    return tl.dot(tl.trans(grad), x, total, input_precision=PRECISION)
+def add_linear_grad(weight, biases, grad, x, number: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums over pixels of a linear's gradients, with those of one tile added.
 
-
-@triton.jit
-def add_column_sum(totals, x, row: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """totals [16, D] with the sum of x [BLOCK, D] over its rows added to row `row`, by the tensor cores.
-
-    The product with ones yields the sum in all 16 rows; the choice afterwards keeps a NaN out of the other sums.
+    weight [out, in] += gradᵀ·x; row `number` of biases [16, out] += sum of grad [BLOCK, out] over its rows. The tensor
+    cores compute both: a product with ones yields the sum in all 16 rows; the choice afterwards keeps a NaN out of the
+    sums of other linears.
     """
-    sums = tl.dot(tl.full([16, BLOCK], 1.0, x.dtype), x, totals, input_precision=PRECISION)
-    return tl.where(tl.arange(0, 16)[:, None] == row, sums, totals)
+    weight = tl.dot(tl.trans(grad), x, weight, input_precision=PRECISION)
+    sums = tl.dot(tl.full([16, BLOCK], 1.0, grad.dtype), grad, biases, input_precision=PRECISION)
+    return weight, tl.where(tl.arange(0, 16)[:, None] == number, sums, biases)
 
 
 @triton.jit
@@ -256,6 +258,36 @@ def launch(kernel: Any, grid: tuple[int, ...], parameters: Launch, *args: Any, *
             kernel[grid](*args, **constexprs, **options)
     else:
         kernel[grid](*args, **constexprs, **options)
+
+
+def persistent_grid(rows: int, parameters: Launch, device: torch.device) -> tuple[int]:
+    """One program per tile of `rows` rows, at most as many as `program_limit` says."""
+    return (min(triton.cdiv(rows, parameters.block), program_limit(device, parameters)),)
+
+
+def launch_over_rows(kernel: Any, name: str, rows: int, like: torch.Tensor, *args: Any, **constexprs: Any) -> None:
+    """Launch a persistent kernel that walks over tiles of `rows` rows, with the table's parameters of `name`.
+
+    D, the dtype and the device are those of `like` [..., D]; D, BLOCK, PRECISION and FAST_TANH are added to
+    `constexprs`.
+    """
+    width = like.shape[-1]
+    parameters = parameters_for(name, width, like.dtype, like.device)
+    launch(
+        kernel, persistent_grid(rows, parameters, like.device), parameters, *args,
+        D=width, BLOCK=parameters.block, **math_options(like.dtype, like.device), **constexprs,
+    )  # fmt: skip
+
+
+def weight_partials(name: str, like: torch.Tensor, blocks: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeroed sums of each program of kernel `name`, for the weight gradients of `count` linears in each of `blocks`.
+
+    [programs, blocks, count, D, D] and [programs, blocks, count, D], float32; D, dtype and device are those of `like`.
+    """
+    width = like.shape[-1]
+    programs = program_limit(like.device, parameters_for(name, width, like.dtype, like.device))
+    shape = (programs, blocks, count, width)
+    return like.new_zeros(*shape, width, dtype=torch.float32), like.new_zeros(shape, dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------- host-side helpers

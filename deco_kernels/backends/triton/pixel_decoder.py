@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .adaln_block import block_forward, block_partials, run_block_backward
+from .adaln_block import block_forward, run_block_backward
 from .common import (
     add_to,
     chunks,
@@ -30,6 +30,7 @@ from .common import (
     contiguous,
     device_guard,
     launch,
+    launch_over_rows,
     math_options,
     normalize,
     normalize_grad,
@@ -38,6 +39,7 @@ from .common import (
     row_offsets,
     silu_of_double,
     tile_pixels,
+    weight_partials,
 )
 from .weights import pack, unpack_grad
 
@@ -112,16 +114,13 @@ def forward_kernel(
 def run_forward(image, cond, packed, decoder_weights, velocity, first_token, patch_size, eps):
     """Launch forward_kernel for the tokens of cond [tokens, P, D], which start at `first_token` of the images."""
     pixel_weight, pixel_table, head_weight, head_bias = decoder_weights
-    tokens, pixels, width = cond.shape
-    parameters = parameters_for("pixel_decoder", width, cond.dtype, cond.device)
-    tiles = triton.cdiv(tokens * pixels, parameters.block)
-    launch(
-        forward_kernel, (min(tiles, program_limit(cond.device, parameters)),), parameters,
+    tokens, pixels, _ = cond.shape
+    launch_over_rows(
+        forward_kernel, "pixel_decoder", tokens * pixels, cond,
         image, *image.stride(), cond, cond.stride(0), cond.stride(1), pixel_weight, pixel_table,
-        packed.matrices, packed.biases, head_weight, head_bias, velocity, *velocity.stride(),
+        *packed, head_weight, head_bias, velocity, *velocity.stride(),
         first_token, tokens, image.shape[2] // patch_size, image.shape[3] // patch_size,
-        D=width, N=packed.matrices.shape[0], C=image.shape[1], PATCH=patch_size, BLOCK=parameters.block,
-        EPS=eps, **math_options(cond.dtype, cond.device),
+        N=packed.matrices.shape[0], C=image.shape[1], PATCH=patch_size, EPS=eps,
     )  # fmt: skip
 
 
@@ -266,17 +265,18 @@ class DecoderBackward:
         def zeros(*shape):
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
-        self.replay = parameters_for("pixel_decoder_replay", self.width, dtype, device)
         self.embedding = parameters_for("pixel_decoder_embedding", self.width, dtype, device)
         self.groups = max(1, pixels // self.embedding.block)
         self.slices = triton.cdiv(program_limit(device, self.embedding), self.groups)
         if self.needs_weights:
-            programs = program_limit(device, self.replay)
+            programs = program_limit(device, parameters_for("pixel_decoder_replay", self.width, dtype, device))
             self.head_weight_grad = zeros(programs, channels, self.width)
             self.head_bias_grad = zeros(programs, channels)
             self.pixel_weight_grad = zeros(self.slices, self.groups, channels, self.width)
             self.pixel_table_grad = zeros(self.slices, max(pixels, self.embedding.block), self.width)
-            self.matrix_grad, self.bias_grad = block_partials(self.packed.matrices, self.depth)
+            self.matrix_grad, self.bias_grad = weight_partials(
+                "adaln_block_backward", self.packed.matrices, self.depth, 5
+            )
 
     def chunk_tokens(self, more: int = 0) -> int:
         """Tokens per chunk: CHUNK_TOKENS, or fewer where the workspace would exceed WORKSPACE_BYTES.
@@ -307,16 +307,14 @@ class DecoderBackward:
         return first_token, tokens, self.image.shape[2] // self.patch_size, self.image.shape[3] // self.patch_size
 
     def _replay(self, cond, first_token, workspace, h_grad):
-        tokens, pixels, width = cond.shape
-        grid = (min(triton.cdiv(tokens * pixels, self.replay.block), program_limit(cond.device, self.replay)),)
+        tokens, pixels, _ = cond.shape
         sums = (self.head_weight_grad, self.head_bias_grad) if self.needs_weights else (h_grad, h_grad)
-        launch(
-            replay_kernel, grid, self.replay,
+        launch_over_rows(
+            replay_kernel, "pixel_decoder_replay", tokens * pixels, cond,
             self.image, *self.image.stride(), cond, cond.stride(0), cond.stride(1), self.pixel_weight, self.pixel_table,
             *self.packed, self.head_weight, self.velocity_grad, *self.velocity_grad.stride(),
             workspace, workspace.stride(0), h_grad, *sums, *self._places(first_token, tokens),
-            WEIGHT_GRAD=self.needs_weights, D=width, N=self.depth, C=self.image.shape[1], PATCH=self.patch_size,
-            BLOCK=self.replay.block, EPS=self.eps, **math_options(cond.dtype, cond.device),
+            WEIGHT_GRAD=self.needs_weights, N=self.depth, C=self.image.shape[1], PATCH=self.patch_size, EPS=self.eps,
         )  # fmt: skip
 
     def _embedding(self, h_grad, first_token):

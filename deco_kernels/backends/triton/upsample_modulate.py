@@ -16,26 +16,23 @@ import triton
 import triton.language as tl
 
 from .common import (
-    add_column_sum,
-    add_outer,
+    add_linear_grad,
     affine,
     chunks,
     collapsed_rows,
     device_guard,
-    launch,
+    launch_over_rows,
     linear,
     load_states,
-    math_options,
     normalize,
     normalize_grad,
     packed_matrix,
-    parameters_for,
-    program_limit,
     row_offsets,
     silu_of_double,
     silu_of_double_grad,
     tile_pixels,
     twice_sigmoid,
+    weight_partials,
 )
 from .pixel_decoder import CHUNK_TOKENS
 from .upsample import Upsample
@@ -117,12 +114,9 @@ def backward_kernel(
             s_grad = tl.dot(gate_grad, tl.trans(gate_matrix), s_grad, input_precision=PRECISION)
             tl.store(cond_grad_ptr + rows, s_grad * (0.5 * silu_of_double_grad(t, w)), mask=mask)
         if WEIGHT_GRAD:
-            gate_weight = add_outer(gate_weight, gate_grad, s, PRECISION)
-            biases = add_column_sum(biases, gate_grad, GATE, BLOCK, PRECISION)
-            scale_weight = add_outer(scale_weight, scale_grad, s, PRECISION)
-            biases = add_column_sum(biases, scale_grad, SCALE, BLOCK, PRECISION)
-            shift_weight = add_outer(shift_weight, shift_grad, s, PRECISION)
-            biases = add_column_sum(biases, shift_grad, SHIFT, BLOCK, PRECISION)
+            gate_weight, biases = add_linear_grad(gate_weight, biases, gate_grad, s, GATE, BLOCK, PRECISION)
+            scale_weight, biases = add_linear_grad(scale_weight, biases, scale_grad, s, SCALE, BLOCK, PRECISION)
+            shift_weight, biases = add_linear_grad(shift_weight, biases, shift_grad, s, SHIFT, BLOCK, PRECISION)
     if WEIGHT_GRAD:
         tl.store(square + SHIFT * D * D, shift_weight)
         tl.store(square + SCALE * D * D, scale_weight)
@@ -138,16 +132,13 @@ def forward(h, tokens, up_weight, up_bias, norm_weight, norm_bias, mod_weight, m
         h = collapsed_rows(h, 2)
         pixels, width = h.shape[1:]
         upsample = Upsample(tokens, up_weight, up_bias, (pixels, width))
-        parameters = parameters_for("upsample_modulate", width, h.dtype, h.device)
         modulated_rows, gate_rows = modulated.view(h.shape), gate.view(h.shape)
         for start, length in chunks(h.shape[0], CHUNK_TOKENS):
             part = slice(start, start + length)
-            programs = min(triton.cdiv(length * pixels, parameters.block), program_limit(h.device, parameters))
-            launch(
-                forward_kernel, (programs,), parameters,
+            launch_over_rows(
+                forward_kernel, "upsample_modulate", length * pixels, h,
                 h[part], h.stride(0), h.stride(1), upsample.cond(start, length), *packed,
-                modulated_rows[part], gate_rows[part], length,
-                D=width, PIXELS=pixels, BLOCK=parameters.block, EPS=eps, **math_options(h.dtype, h.device),
+                modulated_rows[part], gate_rows[part], length, PIXELS=pixels, EPS=eps,
             )  # fmt: skip
     return modulated, gate
 
@@ -164,25 +155,18 @@ def backward(modulated_grad, gate_grad, h, tokens, up_weight, up_bias, norm_weig
         h, modulated_grad, gate_grad = (collapsed_rows(tensor, 2) for tensor in (h, modulated_grad, gate_grad))
         pixels, width = h.shape[1:]
         upsample = Upsample(tokens, up_weight, up_bias, (pixels, width))
-        parameters = parameters_for("upsample_modulate_backward", width, h.dtype, h.device)
-        limit = program_limit(h.device, parameters)
-        if weights_needed:
-            sums = (h.new_zeros(limit, 1, 3, width, width, dtype=torch.float32),
-                    h.new_zeros(limit, 1, 3, width, dtype=torch.float32))  # fmt: skip
-        else:
-            sums = (h_grad, h_grad)
+        sums = weight_partials("upsample_modulate_backward", h, 1, 3) if weights_needed else (h_grad, h_grad)
         h_grad_rows = h_grad.view(h.shape)
         for start, length in chunks(h.shape[0], CHUNK_TOKENS):
             part = slice(start, start + length)
             cond = upsample.cond(start, length)
             cond_grad = torch.empty_like(cond)
-            launch(
-                backward_kernel, (min(triton.cdiv(length * pixels, parameters.block), limit),), parameters,
+            launch_over_rows(
+                backward_kernel, "upsample_modulate_backward", length * pixels, h,
                 modulated_grad[part], modulated_grad.stride(0), modulated_grad.stride(1),
                 gate_grad[part], gate_grad.stride(0), gate_grad.stride(1), h[part], h.stride(0), h.stride(1),
                 cond, *packed, h_grad_rows[part], cond_grad, *sums, length,
-                COND_GRAD=cond_needed, WEIGHT_GRAD=weights_needed,
-                D=width, PIXELS=pixels, BLOCK=parameters.block, EPS=eps, **math_options(h.dtype, h.device),
+                COND_GRAD=cond_needed, WEIGHT_GRAD=weights_needed, PIXELS=pixels, EPS=eps,
             )  # fmt: skip
             upsample.add_gradients(start, cond_grad, upsample_needs)
         weight_grads = (None,) * 4
