@@ -35,10 +35,14 @@ def contiguous(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def empty_gradients(tensors: Sequence[torch.Tensor], needs: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
     """A contiguous tensor like each of `tensors` to write its gradient to, or None where `needs` is False."""
-    return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else None
-        for tensor, need in zip(tensors, needs, strict=True)
-    )
+    return tuple([_empty_like(tensor) if need else None for tensor, need in zip(tensors, needs, strict=True)])
+
+
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous one; asking for the format takes time, which a tensor that is contiguous already can save."""
+    if tensor.is_contiguous():
+        return torch.empty_like(tensor)
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def add_gradients(totals: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]) -> None:

@@ -190,8 +190,11 @@ def define_op(
 
     def backward(*arguments):
         gradients, (*inputs, backend, needs) = arguments[: len(outputs)], arguments[len(outputs) :]
-        results = serve(functions[1], request(*inputs), inputs[0].device, backend, *gradients, *inputs, needs)
-        return tuple(inputs[0].new_empty(0) if result is None else result for result in results)
+        return serve(functions[1], request(*inputs), inputs[0].device, backend, *gradients, *inputs, needs)
+
+    def backward_of_tensors(*arguments):
+        like = arguments[len(outputs)]
+        return tuple(like.new_empty(0) if result is None else result for result in backward(*arguments))
 
     def fake_forward(*arguments):
         return fake(*arguments[:-1])
@@ -211,10 +214,10 @@ def define_op(
     backward_op = _register(
         f"{name}_backward",
         f"({gradient_schema}, {schema}, bool[] needs) -> {returns(count)}",
-        backward,
+        backward_of_tensors,
         fake_backward,
     )
-    return _differentiable(name, forward_op, backward_op, count)
+    return _differentiable(name, _Operator(forward_op, forward), _Operator(backward_op, backward), count)
 
 
 def _register(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
@@ -224,17 +227,49 @@ def _register(name: str, schema: str, implementation: Callable, fake: Callable) 
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tensor_count: int) -> Callable:
-    """The autograd function around the two operators. A gradient that is not needed comes back as an empty placeholder,
-    since operators return tensors only. Only the inputs are saved between forward and backward. Inside functional
-    transforms it is always applied: there `requires_grad` does not say whether a gradient will be asked for."""
+_PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+
+
+class _Operator(NamedTuple):
+    """An operator registered with PyTorch and the function that it calls, which takes the same arguments and may return
+    None where the operator returns an empty placeholder."""
+
+    registered: Callable
+    function: Callable
+
+    def run(self, tensors: tuple, *others):
+        """The function at once where nobody can tell the difference, else the operator: passing a dozen tensors through
+        the dispatcher and back to Python takes longer than all else that a small call does."""
+        if torch.compiler.is_compiling() or _watched(tensors):
+            return self.registered(*tensors, *others)
+        return self.function(*tensors, *others)
+
+
+def _watched(tensors: tuple) -> bool:
+    """Whether something may act on, replace or record calls of operators: a mode, a functional transform, the profiler,
+    a tracer, or what stands for a tensor (a subclass, the meta device)."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+        or tensors[0].is_meta
+        or not _PLAIN_TENSORS.issuperset(map(type, tensors))
+    )
+
+
+def _differentiable(name: str, forward_op: _Operator, backward_op: _Operator, tensor_count: int) -> Callable:
+    """The autograd function around the two operators. Only the inputs are saved between forward and backward. Inside
+    functional transforms it is always applied: there `requires_grad` does not say whether a gradient will be asked for.
+    """
 
     class Backward(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
         def forward(*arguments):
-            return backward_op(*arguments)
+            return backward_op.registered(*arguments)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -252,7 +287,7 @@ def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tens
 
         @staticmethod
         def forward(*arguments):
-            return forward_op(*arguments)
+            return forward_op.run(arguments[:tensor_count], *arguments[tensor_count:])
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -262,10 +297,13 @@ def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tens
         @staticmethod
         def backward(ctx, *gradients):
             needs = list(ctx.needs_input_grad[:tensor_count])
-            call = Backward.apply if torch.is_grad_enabled() else backward_op
-            results = call(*gradients, *ctx.saved_tensors, *ctx.scalars, needs)
-            masked = tuple(result if need else None for result, need in zip(results, needs, strict=True))
-            return masked + (None,) * len(ctx.scalars)
+            tensors = (*gradients, *ctx.saved_tensors)
+            if torch.is_grad_enabled():
+                results = Backward.apply(*tensors, *ctx.scalars, needs)
+            else:
+                results = backward_op.run(tensors, *ctx.scalars, needs)
+            wanted = [result if need else None for result, need in zip(results, needs, strict=True)]
+            return (*wanted, *[None] * len(ctx.scalars))
 
     def apply(*arguments):
         if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
@@ -274,7 +312,7 @@ def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tens
             for tensor in arguments[:tensor_count]:
                 if tensor is not None and tensor.requires_grad:
                     return _apply(Forward, arguments)
-        return forward_op(*arguments)
+        return forward_op.run(arguments[:tensor_count], *arguments[tensor_count:])
 
     return apply
 

@@ -131,6 +131,63 @@ def test_activation_checkpointing(op, use_reentrant):
     assert_same(backward(checkpointed), backward(loss_of))
 
 
+def operators_in_a_dispatch_mode(call):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    with Recorder():
+        call()
+    return seen
+
+
+def operators_in_a_function_mode(call):
+    from torch.overrides import TorchFunctionMode
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    with Recorder():
+        call()
+    return seen
+
+
+def operators_in_a_profile(call):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return [event.name.replace("::", ".") + ".default" for event in profile.events()]
+
+
+@each_op
+@pytest.mark.parametrize(
+    "observe", [operators_in_a_dispatch_mode, operators_in_a_function_mode, operators_in_a_profile]
+)
+def test_observers_see_the_operators(op, observe):
+    """Plain calls pass the dispatcher by; under a mode or the profiler they give the same and can be seen."""
+    inputs = small_inputs(op)
+    results = []
+    seen = observe(lambda: results.append(gradients_of(loss_of, inputs)))
+    assert f"deco_kernels.{op}.default" in seen
+    # PyTorch runs the backward pass outside function modes.
+    assert f"deco_kernels.{op}_backward.default" in seen or observe is operators_in_a_function_mode
+    assert_same(results[0], gradients_of(loss_of, inputs))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_records_the_operator():
+    inputs = small_inputs("adaln_block")
+    h, *others = inputs.tensors.values()
+    traced = torch.jit.trace(lambda h: ops.adaln_block(h, *others), h)
+    assert testing.relative_error(traced(2 * h), ops.adaln_block(2 * h, *others)) == 0
+
+
 @each_op
 def test_functional_grad(op):
     inputs = small_inputs(op)
