@@ -1,18 +1,19 @@
 """Fused kernels for per-pixel diffusion decoders (DeCo, arXiv 2511.19365).
 
 `deco_kernels.ops` holds the operators, `deco_kernels.model` and `deco_kernels.flow` the model built from them,
-`deco_kernels.use_backend` chooses the implementation. Importing this package loads no compiler, no Triton and no GPU
-driver; submodules are imported at first use.
+`deco_kernels.integrations` puts them into models that others have built, and `deco_kernels.use_backend` chooses the
+implementation. Importing this package loads no compiler, no Triton and no GPU driver; submodules are imported at first
+use.
 """
 
 import importlib
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("ops", "model", "flow")
+_SUBMODULES = ("ops", "model", "flow", "integrations")
 _REGISTRY_NAMES = ("use_backend", "BackendUnavailable")
 
-__all__ = ["BackendUnavailable", "__version__", "flow", "model", "ops", "use_backend"]
+__all__ = ["BackendUnavailable", "__version__", "flow", "integrations", "model", "ops", "use_backend"]
 
 
 def __getattr__(name: str):

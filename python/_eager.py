@@ -17,6 +17,7 @@ from benchmarks.pixel_decoder import published_decoder  # noqa: E402
 from benchmarks.sizes import Size  # noqa: E402
 from deco_kernels import flow  # noqa: E402
 from deco_kernels.model import DeCo, PixelDecoder  # noqa: E402
+from deco_kernels.model.pixel_decoder import upsample  # noqa: E402
 
 
 class EagerDecoder(PixelDecoder):
@@ -35,7 +36,7 @@ class EagerDecoder(PixelDecoder):
             "in_weight": self.input_weight,
             "in_bias": self.input_bias,
         }
-        return published_decoder(tensors, self._upsample(tokens), size)
+        return published_decoder(tensors, upsample(tokens, self.up_weight, self.up_bias, self.width), size)
 
 
 def eager_twin(model: DeCo) -> DeCo:

@@ -6,6 +6,7 @@ Source: DeCo (arXiv 2511.19365), section 3.2; decoder patch and "add" interactio
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,64 @@ from deco_kernels.model.patches import from_patches, to_patches
 from deco_kernels.model.position import NUM_POSITION_FEATURES, pixel_position_features
 
 INTERACTIONS = ("adaln", "add")
+
+
+def fold_query(
+    embed_weight: torch.Tensor,
+    embed_bias: torch.Tensor,
+    input_weight: torch.Tensor,
+    input_bias: torch.Tensor,
+    position_features: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two input linears as one map of a pixel's channels and a table of positions.
+
+    pixel_weight = input_weight·embed_weight[:, :C]; pixel_table = input_weight·(embed_weight[:, C:]·pos_k +
+    embed_bias) + input_bias. Differentiable; unaffected by autocast.
+
+    Args:
+        embed_weight, embed_bias: [D, C + F], [D]. input_weight, input_bias: [D, D], [D].
+        position_features: [P, F].
+
+    Returns:
+        (pixel_weight [D, C], pixel_table [P, D]), in float32 or the weights' dtype if that is wider.
+    """
+    device_type = embed_weight.device.type
+    dtype = torch.promote_types(embed_weight.dtype, torch.float32)
+    channels = embed_weight.shape[1] - position_features.shape[1]
+    autocast_off = contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+    with autocast_off:
+        input_weight, embed_weight = input_weight.to(dtype), embed_weight.to(dtype)
+        pixel_part, position_part = embed_weight.split((channels, position_features.shape[1]), dim=1)
+        embedded = F.linear(position_features.to(dtype), position_part, embed_bias.to(dtype))
+        return input_weight @ pixel_part, F.linear(embedded, input_weight, input_bias.to(dtype))
+
+
+def upsample(tokens: torch.Tensor, up_weight: torch.Tensor, up_bias: torch.Tensor, width: int) -> torch.Tensor:
+    """Token conditions [..., Z] → pixel conditions [..., P, D], in the dtype of tokens or autocast's."""
+    cond = F.linear(tokens, up_weight.to(tokens.dtype), up_bias.to(tokens.dtype))
+    return cond.unflatten(-1, (-1, width))
+
+
+def decode(
+    image: torch.Tensor,
+    tokens: torch.Tensor,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    *,
+    patch_size: int,
+    eps: float,
+    save_memory: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Velocity [B, C, H, W] by the op that fits: `pixel_decoder_from_tokens` where no gradient is needed or with
+    `save_memory`, otherwise the upsample and `pixel_decoder`. `weights` are those of `pixel_decoder`, from pixel_weight
+    on."""
+    options = dict(patch_size=patch_size, eps=eps, backend=backend)
+    tensors = (image, tokens, up_weight, up_bias, *weights)
+    if save_memory or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return ops.pixel_decoder_from_tokens(*tensors, **options)
+    return ops.pixel_decoder(image, upsample(tokens, up_weight, up_bias, weights[0].shape[0]), *weights, **options)
 
 
 class PixelDecoder(nn.Module):
@@ -130,19 +189,9 @@ class PixelDecoder(nn.Module):
         self.position_features = pixel_position_features(self.grid, self.position_kind, self.embed_weight.device)
 
     def fold_input(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two input linears as one: (pixel_weight [D, C·r²], pixel_table [P, D]), in float32 or wider.
-
-        pixel_weight = input_weight·embed_weight[:, :C]; pixel_table = input_weight·(embed_weight[:, C:]·pos_k +
-        embed_bias) + input_bias. Differentiable; unaffected by autocast.
-        """
-        device_type = self.embed_weight.device.type
-        dtype = torch.promote_types(self.embed_weight.dtype, torch.float32)
-        autocast_off = contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
-        with autocast_off:
-            input_weight, embed_weight = self.input_weight.to(dtype), self.embed_weight.to(dtype)
-            pixel_part, position_part = embed_weight.split((self.position_channels, NUM_POSITION_FEATURES), dim=1)
-            embedded = F.linear(self.position_features.to(dtype), position_part, self.embed_bias.to(dtype))
-            return input_weight @ pixel_part, F.linear(embedded, input_weight, self.input_bias.to(dtype))
+        """The two input linears as one: (pixel_weight [D, C·r²], pixel_table [P, D]), see `fold_query`."""
+        query = (self.embed_weight, self.embed_bias, self.input_weight, self.input_bias)
+        return fold_query(*query, self.position_features)
 
     def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Decode.
@@ -162,7 +211,8 @@ class PixelDecoder(nn.Module):
             image = F.pixel_unshuffle(image, self.decoder_patch)
         pixel_weight, pixel_table = self.fold_input()
         if self.interaction == "add":
-            velocity = self._decode_by_addition(image, self._upsample(tokens), pixel_weight, pixel_table)
+            cond = upsample(tokens, self.up_weight, self.up_bias, self.width)
+            velocity = self._decode_by_addition(image, cond, pixel_weight, pixel_table)
         else:
             weights = (
                 pixel_weight,
@@ -179,12 +229,9 @@ class PixelDecoder(nn.Module):
                 self.head_bias,
             )
             options = dict(patch_size=self.grid, eps=self.eps, backend=self.backend)
-            if self.save_memory or not self._needs_gradients(image, tokens):
-                velocity = ops.pixel_decoder_from_tokens(
-                    image, tokens, self.up_weight, self.up_bias, *weights, **options
-                )
-            else:
-                velocity = ops.pixel_decoder(image, self._upsample(tokens), *weights, **options)
+            velocity = decode(
+                image, tokens, self.up_weight, self.up_bias, weights, save_memory=self.save_memory, **options
+            )
         return F.pixel_shuffle(velocity, self.decoder_patch) if self.decoder_patch > 1 else velocity
 
     def _check_inputs(self, image: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -199,16 +246,6 @@ class PixelDecoder(nn.Module):
                 f"tokens: expected [..., {self.token_width}] with {count} tokens, one per patch of the image, got "
                 f"{tuple(tokens.shape)}"
             )
-
-    def _needs_gradients(self, image: torch.Tensor, tokens: torch.Tensor) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        return image.requires_grad or tokens.requires_grad or any(p.requires_grad for p in self.parameters())
-
-    def _upsample(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Token conditions [..., Z] → pixel conditions [..., P, D]."""
-        cond = F.linear(tokens, self.up_weight.to(tokens.dtype), self.up_bias.to(tokens.dtype))
-        return cond.unflatten(-1, (self.grid**2, self.width))
 
     def _decode_by_addition(
         self, image: torch.Tensor, cond: torch.Tensor, pixel_weight: torch.Tensor, pixel_table: torch.Tensor

@@ -1,0 +1,180 @@
+"""The class-to-image model in the published structure: module names, state_dict names and order of operations.
+
+Source: DeCo (arXiv 2511.19365), section 3, and the published checkpoints. The trunk's parts are those of
+`deco_kernels.model`; the decoder is plain PyTorch on [tokens, pixels of a patch, channels]. `swap_decoder` of
+`deco_kernels.integrations` puts the fused ops into it, and `deco_kernels.model.from_published` reads its state_dict.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.pixel_decoder import POSITION_FEATURES, position_features
+from deco_kernels.model.dit import TIME_FEATURES, Attention, RMSNorm, SwiGLU
+from deco_kernels.model.position import rotary_angles
+
+
+class PixelEmbedder(nn.Module):
+    """Pixels [T, P, C], P = p², → [T, P, D]: a linear map of the pixel's channels and its 64 position features."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.embedder = nn.Sequential(nn.Linear(channels + POSITION_FEATURES, width))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        tokens, count, _ = pixels.shape
+        positions = position_features(round(count**0.5)).to(pixels)
+        return self.embedder(torch.cat((pixels, positions.expand(tokens, -1, -1)), dim=-1))
+
+
+class ResBlock(nn.Module):
+    """h + gate·mlp(in_ln(h)·(1 + scale) + shift), all three from the pixel's condition."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, h: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        shift, scale, gate = self.adaLN_modulation(cond).chunk(3, dim=-1)
+        return h + gate * self.mlp(self.in_ln(h) * (1 + scale) + shift)
+
+
+class FinalLayer(nn.Module):
+    """[..., D] → velocity [..., C]: a norm without affine, then a linear map."""
+
+    def __init__(self, width: int, channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, channels)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm_final(h))
+
+
+class DecoderNet(nn.Module):
+    """Embedded pixels [T, P, D] and tokens [T, Z] → velocity [T, P, C]."""
+
+    def __init__(self, channels: int, token_width: int, width: int, depth: int, patch_size: int):
+        super().__init__()
+        self.cond_embed = nn.Linear(token_width, patch_size**2 * width)
+        self.input_proj = nn.Linear(width, width)
+        self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
+        self.final_layer = FinalLayer(width, channels)
+
+    def forward(self, h: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        h = self.input_proj(h)
+        cond = self.cond_embed(tokens).reshape(h.shape)
+        for block in self.res_blocks:
+            h = block(h, cond)
+        return self.final_layer(h)
+
+
+class PatchEmbedder(nn.Module):
+    """Unfolded patches [B, L, C·p²] → [B, L, Z]."""
+
+    def __init__(self, features: int, width: int):
+        super().__init__()
+        self.proj = nn.Linear(features, width)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.proj(patches)
+
+
+class TimeEmbedder(nn.Module):
+    """Times [B] → [B, Z]: 256 features cos‖sin(t·10^(-i/128)), then Linear, SiLU, Linear."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        half = TIME_FEATURES // 2
+        angle = t[:, None] * 10.0 ** (-torch.arange(half, device=t.device) / half)
+        features = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels [B] → [B, Z]; the last row of the table is the null class."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return self.embedding_table(y)
+
+
+class TrunkBlock(nn.Module):
+    """Attention and SwiGLU, each with an adaptive RMS norm before and a gate behind."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
+        self.attn = Attention(width, heads)
+        self.mlp = SwiGLU(width, int(2 * 4 * width / 3))
+        self.adaLN_modulation = nn.Sequential(nn.Linear(width, 6 * width))
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rotation)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class PublishedDeCo(nn.Module):
+    """Image [B, C, H, W], times [B], labels [B] → velocity [B, C, H, W], all in plain PyTorch."""
+
+    def __init__(
+        self,
+        *,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        num_classes: int = 10,
+        patch_size: int = 16,
+        channels: int = 3,
+        decoder_width: int = 32,
+        decoder_depth: int = 3,
+    ):
+        super().__init__()
+        self.patch_size, self.head_dim = patch_size, width // heads
+        self.x_embedder = PixelEmbedder(channels, decoder_width)
+        self.s_embedder = PatchEmbedder(channels * patch_size**2, width)
+        self.t_embedder = TimeEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes, width)
+        self.blocks = nn.ModuleList(TrunkBlock(width, heads) for _ in range(depth))
+        self.dec_net = DecoderNet(channels, width, decoder_width, decoder_depth, patch_size)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Decoder linears and patch embedding Xavier-uniform without bias, modulation and head of the decoder zero."""
+        for part in (self.x_embedder, self.dec_net, self.s_embedder):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    nn.init.zeros_(module.bias)
+        for linear in (*(b.adaLN_modulation[1] for b in self.dec_net.res_blocks), self.dec_net.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+        for weight in (self.y_embedder.embedding_table.weight, *(self.t_embedder.mlp[i].weight for i in (0, 2))):
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        p = self.patch_size
+        rows, columns = height // p, width // p
+        angles = rotary_angles(rows, columns, self.head_dim, x.device)
+        patches = F.unfold(x, kernel_size=p, stride=p).transpose(1, 2)  # [B, L, C·p²]
+        time = self.t_embedder(t)[:, None]
+        c = F.silu(time + self.y_embedder(y)[:, None])
+        tokens = self.s_embedder(patches)
+        for block in self.blocks:
+            tokens = block(tokens, c, (angles.cos(), angles.sin()))
+        tokens = F.silu(time + tokens).flatten(0, 1)
+        pixels = patches.reshape(-1, channels, p * p).transpose(1, 2)  # [T, P, C]
+        velocity = self.dec_net(self.x_embedder(pixels), tokens)
+        # What F.fold does; torch.compile fails on F.fold on the CPU.
+        velocity = velocity.reshape(batch, rows, columns, p, p, channels).permute(0, 5, 1, 3, 2, 4)
+        return velocity.reshape(batch, channels, height, width)

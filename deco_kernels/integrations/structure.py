@@ -1,0 +1,280 @@
+"""Finds the parts of a published per-pixel decoder in a model, and makes sure that they are what they seem.
+
+Source: the module structure of the published DeCo models (arXiv 2511.19365, section 3).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# Classes of what stands around a module that is compiled or wrapped already, by name: importing them is slow.
+_WRAPPERS = {
+    "OptimizedModule": "torch.compile",
+    "DataParallel": "DataParallel",
+    "DistributedDataParallel": "DDP",
+    "FullyShardedDataParallel": "FSDP",
+    "FSDPModule": "FSDP",
+    "ScriptModule": "torch.jit",
+}
+_SAME = 1e-4  # relative L2 difference allowed in float32 between the model's own decoder and the fused formula
+_ON_CPU = dict(device="cpu", dtype=torch.float32)
+_COPIED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass
+class DecoderParts:
+    """The modules of a published decoder by the role they play, and the sizes that follow."""
+
+    x_embedder: nn.Module
+    dec_net: nn.Module
+    embed: nn.Linear  # C + F → D
+    up: nn.Linear  # Z → P·D
+    input: nn.Linear  # D → D
+    norms: list[nn.LayerNorm]
+    mods: list[nn.Linear]  # D → 3D
+    fc1s: list[nn.Linear]
+    fc2s: list[nn.Linear]
+    head: nn.Linear  # D → C
+    patch_size: int
+    eps: float
+
+    @property
+    def channels(self) -> int:
+        return self.head.out_features
+
+
+def require_unwrapped(model: nn.Module) -> None:
+    """Raise TypeError unless the model and its decoder are bare modules."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _require_bare("model", model)
+    for root in ("x_embedder", "dec_net"):
+        part = getattr(model, root, None)
+        for name, module in part.named_modules(prefix=root) if isinstance(part, nn.Module) else ():
+            _require_bare(name, module)
+
+
+def _require_bare(name: str, module: nn.Module) -> None:
+    found = next((_WRAPPERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), None)
+    if found is None and getattr(module, "_compiled_call_impl", None) is not None:
+        found = "torch.compile"
+    if found is None and any(type(p).__name__ == "DTensor" for p in module.parameters(recurse=False)):
+        found = "FSDP or tensor parallelism"
+    if found is not None:
+        raise TypeError(
+            f"{name}: expected a bare module, got a {type(module).__name__} that {found} has wrapped or compiled; call "
+            "swap_decoder on the model first, then compile or wrap it"
+        )
+
+
+def find_parts(model: nn.Module) -> DecoderParts:
+    """The parts of the decoder. Raises ValueError that names the first difference from the published structure."""
+    x_embedder = _child(model, "model", "x_embedder")
+    dec_net = _child(model, "model", "dec_net")
+    up = _linear(dec_net, "dec_net", "cond_embed")
+    project = _linear(dec_net, "dec_net", "input_proj")
+    width = project.in_features
+    _require_sizes("dec_net.input_proj", project, width, width)
+    patch_size = math.isqrt(up.out_features // width)
+    if up.out_features != patch_size**2 * width:
+        _differs("dec_net.cond_embed", f"p·p·{width} outputs for some patch size p", str(up.out_features))
+    blocks = [_block(block, f"dec_net.res_blocks[{i}]", width) for i, block in enumerate(_blocks(dec_net))]
+    norms, mods, fc1s, fc2s = (list(modules) for modules in zip(*blocks, strict=True))
+    head, eps = _final_layer(dec_net, width)
+    for number, norm in enumerate(norms):
+        if norm.eps != eps:
+            _differs(f"dec_net.res_blocks[{number}].in_ln", f"eps {eps} as in final_layer", str(norm.eps))
+    embed = _embedder(x_embedder)
+    if embed.out_features != width or embed.in_features <= head.out_features:
+        expected = f"from {head.out_features} channels and the position features to {width}"
+        _differs("x_embedder.embedder", expected, f"{embed.in_features} to {embed.out_features}")
+    parts = DecoderParts(x_embedder, dec_net, embed, up, project, norms, mods, fc1s, fc2s, head, patch_size, eps)
+    _require_nothing_else(parts)
+    return parts
+
+
+def _embedder(x_embedder: nn.Module) -> nn.Linear:
+    embedder = _child(x_embedder, "x_embedder", "embedder")
+    if isinstance(embedder, nn.Sequential):
+        (linear,) = _sequence(embedder, "x_embedder.embedder", (nn.Linear,))
+        return linear
+    return _linear(x_embedder, "x_embedder", "embedder")
+
+
+def _blocks(dec_net: nn.Module) -> list[nn.Module]:
+    blocks = _child(dec_net, "dec_net", "res_blocks")
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or not len(blocks):
+        _differs("dec_net.res_blocks", "a list of at least one block", f"{type(blocks).__name__}")
+    return list(blocks)
+
+
+def _block(block: nn.Module, path: str, width: int) -> tuple[nn.LayerNorm, nn.Linear, nn.Linear, nn.Linear]:
+    """The norm, the modulation and the two linears of the MLP."""
+    norm = _child(block, path, "in_ln")
+    _require_norm(f"{path}.in_ln", norm, width, affine=True)
+    fc1, _, fc2 = _sequence(_child(block, path, "mlp"), f"{path}.mlp", (nn.Linear, nn.SiLU, nn.Linear))
+    _require_sizes(f"{path}.mlp[0]", fc1, width, width)
+    _require_sizes(f"{path}.mlp[2]", fc2, width, width)
+    modulation = _child(block, path, "adaLN_modulation")
+    _, mod = _sequence(modulation, f"{path}.adaLN_modulation", (nn.SiLU, nn.Linear))
+    _require_sizes(f"{path}.adaLN_modulation[1]", mod, width, 3 * width)
+    return norm, mod, fc1, fc2
+
+
+def _final_layer(dec_net: nn.Module, width: int) -> tuple[nn.Linear, float]:
+    """The head, and the eps of the norm before it."""
+    path = "dec_net.final_layer"
+    layer = _child(dec_net, "dec_net", "final_layer")
+    head = _linear(layer, path, "linear")
+    _require_sizes(f"{path}.linear", head, width, head.out_features)
+    norms = [(name, module) for name, module in layer.named_children() if module is not head]
+    if len(norms) != 1:
+        _differs(path, "a norm and a linear", ", ".join(name for name, _ in layer.named_children()))
+    name, norm = norms[0]
+    _require_norm(f"{path}.{name}", norm, width, affine=False)
+    return head, norm.eps
+
+
+def _require_nothing_else(parts: DecoderParts) -> None:
+    """No parameter or saved buffer beside those of the parts."""
+    linears = (parts.embed, parts.up, parts.input, parts.head, *parts.mods, *parts.fc1s, *parts.fc2s)
+    known = {id(tensor) for module in (*linears, *parts.norms) for tensor in module.parameters()}
+    for root, top in (("x_embedder", parts.x_embedder), ("dec_net", parts.dec_net)):
+        for name, tensor in top.state_dict(prefix=f"{root}.", keep_vars=True).items():
+            if id(tensor) not in known:
+                _differs(name, "nothing of this name", f"a tensor of shape {list(tensor.shape)}")
+    if any(p.is_meta for top in (parts.x_embedder, parts.dec_net) for p in top.parameters()):
+        raise ValueError(
+            "model: expected parameters with values, got some on the meta device; call to_empty and initialise or load "
+            "them before swap_decoder"
+        )
+
+
+def _child(parent: nn.Module, path: str, name: str) -> nn.Module:
+    child = getattr(parent, name, None)
+    full = name if path == "model" else f"{path}.{name}"
+    if not isinstance(child, nn.Module):
+        _differs(full, "a module", "none of this name" if child is None else type(child).__name__)
+    if "forward" in vars(child):
+        _differs(full, "a module that runs the forward of its class", "one whose forward has been replaced")
+    return child
+
+
+def _linear(parent: nn.Module, path: str, name: str) -> nn.Linear:
+    module = _child(parent, path, name)
+    _require_plain(f"{path}.{name}", module, nn.Linear)
+    return module
+
+
+def _sequence(module: nn.Module, path: str, kinds: Sequence[type[nn.Module]]) -> list[nn.Module]:
+    expected = "Sequential of " + ", ".join(kind.__name__ for kind in kinds)
+    if not isinstance(module, nn.Sequential):
+        _differs(path, expected, type(module).__name__)
+    if len(module) != len(kinds):
+        _differs(path, expected, "Sequential of " + ", ".join(type(part).__name__ for part in module))
+    for number, (part, kind) in enumerate(zip(module, kinds, strict=True)):
+        _require_plain(f"{path}[{number}]", part, kind)
+    return list(module)
+
+
+def _require_plain(path: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    """A module of the kind that computes what the kind computes, a linear one with its bias."""
+    if not isinstance(module, kind) or type(module).forward is not kind.forward or "forward" in vars(module):
+        _differs(path, kind.__name__, type(module).__name__)
+    if kind is nn.Linear and module.bias is None:
+        _differs(path, "Linear with bias", "Linear without bias")
+
+
+def _require_sizes(path: str, linear: nn.Linear, inputs: int, outputs: int) -> None:
+    if (linear.in_features, linear.out_features) != (inputs, outputs):
+        _differs(path, f"Linear from {inputs} to {outputs}", f"{linear.in_features} to {linear.out_features}")
+
+
+def _require_norm(path: str, norm: nn.Module, width: int, affine: bool) -> None:
+    _require_plain(path, norm, nn.LayerNorm)
+    if tuple(norm.normalized_shape) != (width,):
+        _differs(path, f"LayerNorm over {width}", f"over {list(norm.normalized_shape)}")
+    if (norm.weight is not None) != affine or (norm.bias is not None) != affine:
+        wanted = "with weight and bias" if affine else "without weight and bias"
+        _differs(path, f"LayerNorm {wanted}", "LayerNorm with other parameters")
+
+
+def _differs(path: str, expected: str, found: str) -> None:
+    raise ValueError(
+        f"model: {path} differs from the published structure: expected {expected}, got {found}; only models whose "
+        "decoder is built like the published one can be swapped"
+    )
+
+
+# --- what the parts compute ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+def position_features(parts: DecoderParts) -> torch.Tensor:
+    """The position features [P, F] that `x_embedder` puts behind the pixels' channels, float32 on its device.
+
+    They are taken from what its linear receives for black pixels; ValueError if that is not [1, P, C + F].
+    """
+    copied = _copy(parts)
+    received = []
+    handle = copied.embed.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0]))
+    black = torch.zeros(1, parts.patch_size**2, parts.channels, **_ON_CPU)
+    _run("x_embedder", copied.x_embedder, black)
+    handle.remove()
+    shape = (1, parts.patch_size**2, parts.embed.in_features)
+    if len(received) != 1 or tuple(received[0].shape) != shape:
+        _differs("x_embedder", f"one call of its linear on {list(shape)}", f"{[list(r.shape) for r in received]}")
+    return received[0][0, :, parts.channels :].float().to(parts.embed.weight.device)
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+def require_same_function(parts: DecoderParts, fused_forward: Callable[[DecoderParts], object]) -> None:
+    """Raise ValueError unless the modules' own forward and the fused one agree on random weights and inputs.
+
+    Both run on one copy on the CPU in float32. At the model's own weights, which may be fresh, most of the decoder
+    could be multiplied by zero.
+    """
+    copied = _copy(parts)
+    generator = torch.Generator("cpu").manual_seed(0)
+    for module in (copied.x_embedder, copied.dec_net):
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, **_ON_CPU)
+            scale = 0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+            parameter.copy_(noise * scale + (1.0 if name.endswith("in_ln.weight") else 0.0))
+    pixels = torch.randn(2, parts.patch_size**2, parts.channels, generator=generator, **_ON_CPU)
+    tokens = torch.randn(2, parts.up.in_features, generator=generator, **_ON_CPU)
+    fused = fused_forward(copied).decode(pixels, tokens)
+    own = _run("dec_net", copied.dec_net, _run("x_embedder", copied.x_embedder, pixels), tokens)
+    if not isinstance(own, torch.Tensor) or own.shape != fused.shape:
+        _differs("dec_net", f"to return {list(fused.shape)}", str(list(getattr(own, "shape", [type(own).__name__]))))
+    difference = ((own.double() - fused.double()).norm() / fused.double().norm()).item()
+    if not difference <= _SAME:
+        _differs("dec_net", "the published formula", f"a relative difference of {difference:.2g} on random weights")
+
+
+def _run(name: str, module: nn.Module, *inputs: torch.Tensor):
+    try:
+        return module(*inputs)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in inputs)
+        return _differs(name, f"to run on {shapes}", f"{type(error).__name__}: {error}")
+
+
+def _copy(parts: DecoderParts) -> DecoderParts:
+    """The parts with their modules copied to the CPU in float32, without hooks."""
+    memo: dict[int, object] = {}
+    for top in (parts.x_embedder, parts.dec_net):
+        for module in top.modules():
+            memo |= {id(hooks): type(hooks)() for kind in _COPIED_HOOKS if (hooks := getattr(module, kind)) is not None}
+    copied = copy.deepcopy(parts, memo)
+    for top in (copied.x_embedder, copied.dec_net):
+        top.to(**_ON_CPU)
+    return copied

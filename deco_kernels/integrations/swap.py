@@ -1,0 +1,156 @@
+"""Runs the per-pixel decoder of a model in the published structure through the fused ops.
+
+Source: the module structure of the published DeCo models (arXiv 2511.19365, section 3). Their forward unfolds the
+image, calls `x_embedder` on the pixels [T, P, C] of every patch, and `dec_net` on the result and the tokens [T, Z].
+After the swap `x_embedder` passes the pixels on, and `dec_net` reads them as T images of p×p pixels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from deco_kernels.integrations.structure import (
+    DecoderParts,
+    find_parts,
+    position_features,
+    require_same_function,
+    require_unwrapped,
+)
+from deco_kernels.model.pixel_decoder import decode, fold_query
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Swap:
+    """A swap that was made; `undo()` takes it back."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def undo(self) -> None:
+        """Let the model's own forward run again; parameters keep the values they have. May be called once."""
+        undo_swap(self.model)
+
+
+class FusedForward:
+    """What `x_embedder` and `dec_net` compute after the swap.
+
+    Holds modules, not tensors, so that it sees whatever `.to()`, `load_state_dict`, FSDP or a deep copy make of them.
+    """
+
+    def __init__(self, parts: DecoderParts, save_memory: bool, backend: str | None):
+        self.parts, self.save_memory, self.backend = parts, save_memory, backend
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Instead of `x_embedder`: pixels [T, P, C] as they are."""
+        return pixels
+
+    def decode(self, pixels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Instead of `dec_net`: pixels [T, P, C] and tokens [T, Z] → velocity [T, P, C].
+
+        Raises ValueError for pixels of another number per patch; the ops check the rest.
+        """
+        parts = self.parts
+        p = parts.patch_size
+        if pixels.dim() != 3 or pixels.shape[1] != p * p:
+            raise ValueError(
+                f"dec_net: expected the pixels [tokens, {p * p}, channels] that x_embedder passes on after the swap, "
+                f"got shape {list(pixels.shape)}; nothing may change them between x_embedder and dec_net"
+            )
+        images = pixels.transpose(1, 2).unflatten(2, (p, p))
+        up = parts.up
+        options = dict(patch_size=p, eps=parts.eps, save_memory=self.save_memory, backend=self.backend)
+        velocity = decode(images, tokens, up.weight, up.bias, self._weights(), **options)
+        return velocity.flatten(2).transpose(1, 2)
+
+    def _weights(self) -> tuple[torch.Tensor, ...]:
+        """The weights of `pixel_decoder` from pixel_weight on: the query folded, the blocks stacked."""
+        parts = self.parts
+        embed, project, head = parts.embed, parts.input, parts.head
+        query = fold_query(embed.weight, embed.bias, project.weight, project.bias, parts.x_embedder.fused_positions)
+        stacked = [
+            torch.stack([getattr(module, kind) for module in modules])
+            for modules in (parts.norms, parts.mods, parts.fc1s, parts.fc2s)
+            for kind in ("weight", "bias")
+        ]
+        return (*query, *stacked, head.weight, head.bias)
+
+
+def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | None = None) -> Swap:
+    """Make a model of the published structure run its per-pixel decoder through the fused ops.
+
+    Only the `forward` of `model.x_embedder` and `model.dec_net` is replaced, on these two objects: modules, parameters
+    and names in the state_dict stay, so that optimisers, checkpoints, averaged copies and `copy.deepcopy` work as
+    before. Call it before `torch.compile`, DDP and FSDP.
+
+    Args:
+        model: with `x_embedder.embedder`, `dec_net.cond_embed`, `dec_net.input_proj`,
+            `dec_net.res_blocks[i].{in_ln, mlp, adaLN_modulation}` and `dec_net.final_layer`, class-to-image or
+            text-to-image. It must hold real tensors (not on the meta device).
+        save_memory: in training too start from the tokens: the pixel conditions [T, P, D] are then never stored.
+        backend: passed to the ops; None leaves the choice to deco_kernels.
+
+    Returns:
+        The swap; its `undo()` restores the model.
+
+    Warns:
+        UserWarning: hooks on parts that no longer run, or that now see pixels; it names them.
+
+    Raises:
+        TypeError: not a module; or one that is already compiled, or wrapped for data-parallel training.
+        ValueError: the structure differs, or the modules compute something else on random weights (they are compared on
+            a copy); the message names the first difference. Or the model is swapped already.
+    """
+    require_unwrapped(model)
+    if is_swapped(model):
+        raise ValueError("model: its decoder is swapped already; call undo_swap(model) before swapping it again")
+    parts = find_parts(model)
+    features = position_features(parts)
+    parts.x_embedder.register_buffer("fused_positions", features, persistent=False)
+    fused = FusedForward(parts, save_memory, backend)
+    try:
+        require_same_function(parts, lambda copied: FusedForward(copied, save_memory, "reference"))
+    except BaseException:
+        del parts.x_embedder.fused_positions
+        raise
+    _warn_of_hooks(parts)
+    parts.x_embedder.forward, parts.dec_net.forward = fused.embed, fused.decode
+    return Swap(model)
+
+
+def is_swapped(model: nn.Module) -> bool:
+    """Whether the model itself (not a model inside it) runs on the fused decoder."""
+    forward = getattr(getattr(model, "dec_net", None), "forward", None)
+    return isinstance(getattr(forward, "__self__", None), FusedForward)
+
+
+def undo_swap(model: nn.Module) -> None:
+    """Restore a swapped model, or a deep copy of one. Raises ValueError if it is not swapped."""
+    if not is_swapped(model):
+        raise ValueError("model: expected one that swap_decoder has swapped, got one that runs its own decoder")
+    del model.x_embedder.forward, model.dec_net.forward, model.x_embedder.fused_positions
+
+
+def _warn_of_hooks(parts: DecoderParts) -> None:
+    hooked = list(_hooked(parts))
+    if hooked:
+        warnings.warn(
+            f"swap_decoder: hooks on {', '.join(hooked)}: while the fused decoder is in place, x_embedder and dec_net "
+            "see pixels, and the modules inside them do not run, nor do their hooks; remove the hooks, or undo the "
+            "swap where they are needed",
+            stacklevel=3,
+        )
+
+
+def _hooked(parts: DecoderParts) -> Iterator[str]:
+    """Names of the modules whose hooks will see something else, or nothing."""
+    for root, top in (("x_embedder", parts.x_embedder), ("dec_net", parts.dec_net)):
+        for name, module in top.named_modules(prefix=root):
+            # What dec_net returns is the same as before: hooks that run after it keep their meaning.
+            kinds = _HOOKS[1:2] if module is parts.dec_net else _HOOKS
+            if any(getattr(module, kind, None) for kind in kinds):
+                yield name

@@ -1,0 +1,408 @@
+"""The fused decoder inside models of the published structure: same function, same names, and back again."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.published_model import PublishedDeCo
+from deco_kernels import BackendUnavailable, model, ops, testing
+from deco_kernels.integrations import is_swapped, swap_decoder, undo_swap
+from tests.golden_files import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, golden_cases, load_golden, relative_error
+from tests.integrations.published import gradients_of, published_model
+from tests.random_models import random_batch
+
+SIZES = [{}, dict(patch_size=8, decoder_width=16, decoder_depth=1), dict(patch_size=4, decoder_width=64, channels=1)]
+
+
+class DecoderAlone(nn.Module):
+    """x_embedder and dec_net of a model, on pixels [T, P, C] and tokens [T, Z]."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.x_embedder, self.dec_net = net.x_embedder, net.dec_net
+
+    def forward(self, pixels, tokens):
+        return self.dec_net(self.x_embedder(pixels), tokens)
+
+
+def decoder_inputs(net: nn.Module, count: int = 16):
+    generator = torch.Generator().manual_seed(1)
+    shape = (count, net.patch_size**2, net.dec_net.final_layer.linear.out_features)
+    pixels, grad_output = (torch.randn(shape, generator=generator) for _ in range(2))
+    return (pixels, torch.randn(count, net.dec_net.cond_embed.in_features, generator=generator)), grad_output
+
+
+# --- the same function -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", golden_cases("c2i_*"))
+def test_swapped_model_matches_golden(path):
+    golden = load_golden(path)
+    inputs = tuple(golden.tensors[f"input/{i}"] for i in range(3))
+    state = golden.group("state")
+    config = model.from_published(state).config
+    names = ("width", "depth", "heads", "num_classes", "patch_size", "channels", "decoder_width", "decoder_depth")
+    net = PublishedDeCo(**{name: config[name] for name in names})
+    net.load_state_dict(state)
+    for swapped in (False, True):
+        if swapped:
+            swap_decoder(net)
+        with torch.no_grad():
+            assert relative_error(net(*inputs), golden.tensors["output"]) < OUTPUT_TOLERANCE
+        output, gradients = gradients_of(net, inputs, golden.tensors["grad_output"])
+        assert relative_error(output, golden.tensors["output"]) < OUTPUT_TOLERANCE
+        expected = golden.group("grad")
+        assert gradients.keys() == expected.keys()
+        assert max(relative_error(gradients[name], expected[name]) for name in expected) < GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_same_output_and_gradients_in_float64(sizes):
+    net = published_model(**sizes).double()
+    channels = sizes.get("channels", 3)
+    x, t, y = random_batch(2, 32, 48)
+    inputs = (x[:, :channels].double(), t.double(), y)
+    grad_output = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    before, expected = gradients_of(net, inputs, grad_output)
+    swap_decoder(net)
+    after, gradients = gradients_of(net, inputs, grad_output)
+    assert after.shape == before.shape and relative_error(after, before) < 1e-12
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        assert relative_error(gradients[name], gradient) < 1e-10, name
+
+
+@pytest.mark.parametrize("save_memory", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swapped_decoder_keeps_the_rule_of_error(dtype, save_memory):
+    """Against float64, next to the model's own forward, in float32 and under autocast to bfloat16."""
+    net = DecoderAlone(published_model())
+    inputs, grad_output = decoder_inputs(published_model())
+    exact, exact_gradients = gradients_of(
+        copy.deepcopy(net).double(), tuple(tensor.double() for tensor in inputs), grad_output.double()
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        own, own_gradients = gradients_of(net, inputs, grad_output)
+        swap_decoder(net, save_memory=save_memory)
+        fused, fused_gradients = gradients_of(net, inputs, grad_output)
+        with torch.no_grad():
+            sampled = net(*inputs)
+    assert own.dtype == fused.dtype == sampled.dtype == dtype
+    for actual in (fused, sampled):
+        bound = testing.error_bound(dtype, relative_error(own, exact), gradient=False)
+        assert relative_error(actual, exact) <= bound
+    for name, gradient in exact_gradients.items():
+        bound = testing.error_bound(dtype, relative_error(own_gradients[name], gradient), gradient=True)
+        assert relative_error(fused_gradients[name], gradient) <= bound, name
+
+
+def test_which_op_runs(monkeypatch):
+    calls = []
+
+    def recorded(name, op):
+        def call(*tensors, **options):
+            calls.append((name, options["backend"]))
+            return op(*tensors, **options)
+
+        return call
+
+    for name in ("pixel_decoder", "pixel_decoder_from_tokens"):
+        monkeypatch.setattr(ops, name, recorded(name, getattr(ops, name)))
+    net, batch = published_model(), random_batch()
+    swap = swap_decoder(net)
+    calls.clear()
+    net(*batch)
+    with torch.no_grad():
+        net(*batch)
+    swap.undo()
+    net(*batch)
+    assert calls == [("pixel_decoder", None), ("pixel_decoder_from_tokens", None)]
+    swap_decoder(net, save_memory=True, backend="reference")
+    calls.clear()
+    net(*batch)
+    assert calls == [("pixel_decoder_from_tokens", "reference")]
+
+
+# --- the same names, and back again ----------------------------------------------------------------------------------
+
+
+def test_names_parameters_and_modules_stay():
+    net = published_model()
+    before = dict(net.named_parameters()), list(net.state_dict()), dict(net.named_modules())
+    swap = swap_decoder(net)
+    for swapped in (True, False):
+        after = dict(net.named_parameters()), list(net.state_dict()), dict(net.named_modules())
+        assert before[1] == after[1]
+        assert all(list(one) == list(two) for one, two in zip(before, after, strict=True))
+        assert all(before[i][name] is after[i][name] for i in (0, 2) for name in before[i])
+        assert is_swapped(net) is swapped
+        if swapped:
+            swap.undo()
+    assert not list(net.buffers())
+
+
+def test_undo_restores_every_bit_and_keeps_what_was_trained():
+    net, batch = published_model(), random_batch()
+    before = net(*batch)
+    swap = swap_decoder(net)
+    assert not torch.equal(net(*batch), before)
+    swap.undo()
+    assert torch.equal(net(*batch), before)
+    swap_decoder(net)
+    net.load_state_dict(published_model(seed=5).state_dict())
+    swapped = net(*batch)
+    undo_swap(net)
+    assert torch.equal(net(*batch), published_model(seed=5)(*batch))
+    assert 0 < relative_error(swapped, net(*batch)) < 1e-5
+
+
+def test_swapped_model_is_read_as_a_published_checkpoint():
+    net, batch = published_model(), random_batch()
+    swap_decoder(net)
+    ours = model.from_published(net.state_dict())
+    assert relative_error(ours(*batch), net(*batch)) < 1e-5
+
+
+def test_copies_and_files_are_swapped_on_their_own():
+    net, batch = published_model(), random_batch()
+    swap = swap_decoder(net)
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    expected = net(*batch)
+    for other in (copy.deepcopy(net), torch.load(file, weights_only=False)):
+        assert is_swapped(other) and torch.equal(other(*batch), expected)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        assert not other(*batch).any() and torch.equal(net(*batch), expected)
+        undo_swap(other)
+        assert is_swapped(net) and not is_swapped(other)
+    swap.undo()
+
+
+def test_moves_and_casts_reach_the_fused_decoder():
+    net, batch = published_model(), random_batch()
+    swap_decoder(net)
+    expected = net(*batch)
+    net.to(torch.bfloat16)
+    assert relative_error(net(batch[0].bfloat16(), batch[1].bfloat16(), batch[2]), expected) < 0.05
+
+
+def test_swap_twice_and_undo_twice():
+    net = published_model()
+    swap = swap_decoder(net)
+    with pytest.raises(ValueError, match="swapped already"):
+        swap_decoder(net)
+    swap.undo()
+    with pytest.raises(ValueError, match="expected one that swap_decoder has swapped"):
+        swap.undo()
+
+
+def test_random_state_is_left_alone():
+    net = published_model()
+    state = torch.random.get_rng_state()
+    swap_decoder(net)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def test_compiled_without_graph_break():
+    """Compiled after the swap, in one graph; undo is noticed by the compiled model."""
+    net, batch = published_model(), random_batch()
+    grad_output = torch.randn(batch[0].shape, generator=torch.Generator().manual_seed(2))
+    own = net(*batch).detach()
+    swap = swap_decoder(net)
+    output, expected = gradients_of(net, batch, grad_output)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    result = compiled(*batch)
+    gradients = torch.autograd.grad(result, list(net.parameters()), grad_output)
+    assert relative_error(result, output) < 1e-6
+    assert max(map(relative_error, gradients, expected.values())) < 1e-5
+    swap.undo()
+    assert torch.equal(compiled(*batch), own)
+    torch.compiler.reset()
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def replaced(path: str, make):
+    """A model with the module at `path` replaced by make(old)."""
+    net = published_model()
+    net.set_submodule(path, make(net.get_submodule(path)), strict=True)
+    return net
+
+
+def without(path: str):
+    net = published_model()
+    parent, _, name = path.rpartition(".")
+    delattr(net.get_submodule(parent), name)
+    return net
+
+
+def with_parameter(path: str):
+    net = published_model()
+    net.get_submodule(path).extra = nn.Parameter(torch.zeros(3))
+    return net
+
+
+def without_bias(linear: nn.Linear) -> nn.Linear:
+    return nn.Linear(linear.in_features, linear.out_features, bias=False)
+
+
+class Adapted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+DIFFERENT = {
+    "x_embedder": lambda: without("x_embedder"),
+    "dec_net": lambda: without("dec_net"),
+    "x_embedder.embedder": lambda: without("x_embedder.embedder"),
+    "x_embedder.embedder differs from the published structure: expected Sequential of Linear, got Sequential of "
+    "Linear, SiLU": lambda: replaced("x_embedder.embedder", lambda old: nn.Sequential(*old, nn.SiLU())),
+    "dec_net.cond_embed": lambda: replaced("dec_net.cond_embed", lambda old: nn.Linear(24, 100)),
+    "dec_net.input_proj": lambda: replaced("dec_net.input_proj", without_bias),
+    "dec_net.res_blocks": lambda: replaced("dec_net.res_blocks", lambda old: nn.ModuleList()),
+    "dec_net.res_blocks[1].in_ln": lambda: replaced("dec_net.res_blocks.1.in_ln", lambda old: nn.LayerNorm(32)),
+    "dec_net.res_blocks[2].mlp": lambda: replaced("dec_net.res_blocks.2.mlp", lambda old: old[:2]),
+    "dec_net.res_blocks[0].mlp[1]": lambda: replaced("dec_net.res_blocks.0.mlp.1", lambda old: nn.GELU()),
+    "dec_net.res_blocks[0].mlp[2]": lambda: replaced("dec_net.res_blocks.0.mlp.2", lambda old: Adapted(32, 32)),
+    "dec_net.res_blocks[0].adaLN_modulation": lambda: without("dec_net.res_blocks.0.adaLN_modulation"),
+    "dec_net.res_blocks[1].adaLN_modulation[1]": lambda: replaced(
+        "dec_net.res_blocks.1.adaLN_modulation.1", lambda old: nn.Linear(32, 64)
+    ),
+    "dec_net.final_layer.norm_final": lambda: replaced(
+        "dec_net.final_layer.norm_final", lambda old: nn.LayerNorm(32, eps=1e-6)
+    ),
+    "dec_net.final_layer.linear": lambda: replaced("dec_net.final_layer.linear", lambda old: nn.Linear(16, 3)),
+    "dec_net.final_layer.extra": lambda: with_parameter("dec_net.final_layer"),
+    "x_embedder.extra": lambda: with_parameter("x_embedder"),
+}
+
+
+@pytest.mark.parametrize("difference", DIFFERENT)
+def test_first_difference_is_named(difference):
+    net = DIFFERENT[difference]()
+    with pytest.raises(ValueError) as caught:
+        swap_decoder(net)
+    assert str(caught.value).startswith(f"model: {difference}")
+    assert not is_swapped(net) and "fused_positions" not in dict(net.named_buffers())
+
+
+FORMULAS = {
+    "scale without 1 +": lambda n, shift, scale: n * scale + shift,
+    "shift and scale exchanged": lambda n, shift, scale: n * (1 + shift) + scale,
+    "a factor of 1.001": lambda n, shift, scale: 1.001 * (n * (1 + scale) + shift),
+}
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_another_formula_in_the_same_structure_is_found(formula, monkeypatch):
+    """Even where the model is fresh, so that modulation and head are zero."""
+    modulate = FORMULAS[formula]
+    net = PublishedDeCo(width=24, depth=1, heads=2)
+
+    def forward(block, h, cond):
+        shift, scale, gate = block.adaLN_modulation(cond).chunk(3, dim=-1)
+        return h + gate * block.mlp(modulate(block.in_ln(h), shift, scale))
+
+    monkeypatch.setattr(type(net.dec_net.res_blocks[0]), "forward", forward)
+    with pytest.raises(ValueError, match="dec_net differs .* expected the published formula, got a relative diff"):
+        swap_decoder(net)
+    assert not is_swapped(net) and not list(net.buffers())
+
+
+def test_a_fresh_model_can_be_swapped():
+    net = PublishedDeCo(width=24, depth=1, heads=2)
+    swap_decoder(net)
+    assert not net(*random_batch()).any()
+
+
+def test_an_embedder_that_fails_is_named(monkeypatch):
+    net = published_model()
+    monkeypatch.setattr(type(net.x_embedder), "forward", lambda self, pixels, scale: pixels)
+    with pytest.raises(ValueError, match=r"x_embedder .* expected to run on \[1, 256, 3\], got TypeError"):
+        swap_decoder(net)
+
+
+def test_meta_models_are_refused():
+    with torch.device("meta"):
+        net = PublishedDeCo(width=24, depth=1, heads=2)
+    with pytest.raises(ValueError, match="meta device; call to_empty"):
+        swap_decoder(net)
+
+
+def test_wrapped_and_compiled_models_are_refused():
+    whole = published_model()
+    for wrapped in (torch.compile(whole), nn.DataParallel(whole)):
+        with pytest.raises(TypeError, match="model: expected a bare module"):
+            swap_decoder(wrapped)
+    whole.compile()
+    with pytest.raises(TypeError, match="torch.compile has wrapped or compiled; call swap_decoder on the model first"):
+        swap_decoder(whole)
+    part = published_model()
+    part.dec_net.res_blocks[1].compile()
+    with pytest.raises(TypeError, match="dec_net.res_blocks.1: expected a bare module"):
+        swap_decoder(part)
+    with pytest.raises(TypeError, match="expected a torch.nn.Module, got dict"):
+        swap_decoder({})
+    trunk = published_model()
+    trunk.blocks[0].compile()
+    swap_decoder(trunk)
+
+
+def test_unknown_backends_are_refused_when_called():
+    net, batch = published_model(), random_batch()
+    swap_decoder(net, backend="triton")
+    with pytest.raises(BackendUnavailable, match="triton"):
+        net(*batch)
+
+
+def test_changed_pixels_are_refused():
+    net = published_model()
+    swap_decoder(net)
+    with pytest.raises(ValueError, match=r"expected the pixels \[tokens, 256, channels\] .* got shape \[2, 255, 3\]"):
+        net.dec_net(torch.zeros(2, 255, 3), torch.zeros(2, 24))
+
+
+# --- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def test_hooks_on_replaced_parts_are_named():
+    net = published_model()
+    calls = []
+
+    def hook(module, *_):
+        calls.append(module)
+
+    net.dec_net.res_blocks[1].mlp.register_forward_hook(hook)
+    net.x_embedder.register_forward_pre_hook(hook)
+    net.dec_net.cond_embed.register_full_backward_hook(hook)
+    net.blocks[0].register_forward_hook(hook)
+    net.dec_net.register_forward_hook(hook)
+    with pytest.warns(UserWarning) as said:
+        swap_decoder(net)
+    (warning,) = said
+    assert "hooks on x_embedder, dec_net.cond_embed, dec_net.res_blocks.1.mlp:" in str(warning.message)
+    assert warning.filename == __file__ and not calls
+
+
+def test_hooks_that_keep_their_meaning_are_not_warned_of():
+    net, batch = published_model(), random_batch()
+    seen = []
+    net.dec_net.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    net.register_forward_pre_hook(lambda module, inputs: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        swap_decoder(net)
+    assert not seen
+    net(*batch)
+    assert seen[0].shape == (2 * 2 * 3, 256, 3)
