@@ -48,6 +48,11 @@ class DecoderParts:
     def channels(self) -> int:
         return self.head.out_features
 
+    def with_parameters(self) -> list[nn.Module]:
+        """The linears and norms that hold the decoder's parameters."""
+        linears = [self.embed, self.up, self.input, self.head, *self.mods, *self.fc1s, *self.fc2s]
+        return [*linears, *self.norms]
+
 
 def require_unwrapped(model: nn.Module) -> None:
     """Raise TypeError unless the model and its decoder are bare modules."""
@@ -64,13 +69,18 @@ def _require_bare(name: str, module: nn.Module) -> None:
     found = next((_WRAPPERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), None)
     if found is None and getattr(module, "_compiled_call_impl", None) is not None:
         found = "torch.compile"
-    if found is None and any(type(p).__name__ == "DTensor" for p in module.parameters(recurse=False)):
+    if found is None and any(is_sharded(parameter) for parameter in module.parameters(recurse=False)):
         found = "FSDP or tensor parallelism"
     if found is not None:
         raise TypeError(
             f"{name}: expected a bare module, got a {type(module).__name__} that {found} has wrapped or compiled; call "
             "swap_decoder on the model first, then compile or wrap it"
         )
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, whose class is slow to import."""
+    return type(tensor).__name__ == "DTensor"
 
 
 def find_parts(model: nn.Module) -> DecoderParts:
@@ -143,8 +153,7 @@ def _final_layer(dec_net: nn.Module, width: int) -> tuple[nn.Linear, float]:
 
 def _require_nothing_else(parts: DecoderParts) -> None:
     """No parameter or saved buffer beside those of the parts."""
-    linears = (parts.embed, parts.up, parts.input, parts.head, *parts.mods, *parts.fc1s, *parts.fc2s)
-    known = {id(tensor) for module in (*linears, *parts.norms) for tensor in module.parameters()}
+    known = {id(tensor) for module in parts.with_parameters() for tensor in module.parameters()}
     for root, top in (("x_embedder", parts.x_embedder), ("dec_net", parts.dec_net)):
         for name, tensor in top.state_dict(prefix=f"{root}.", keep_vars=True).items():
             if id(tensor) not in known:

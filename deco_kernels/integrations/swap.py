@@ -16,6 +16,7 @@ from torch import nn
 from deco_kernels.integrations.structure import (
     DecoderParts,
     find_parts,
+    is_sharded,
     position_features,
     require_same_function,
     require_unwrapped,
@@ -52,9 +53,14 @@ class FusedForward:
     def decode(self, pixels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Instead of `dec_net`: pixels [T, P, C] and tokens [T, Z] → velocity [T, P, C].
 
-        Raises ValueError for pixels of another number per patch; the ops check the rest.
+        Raises TypeError for sharded weights, ValueError for pixels of another number per patch; the ops check the rest.
         """
         parts = self.parts
+        if any(is_sharded(module.weight) for module in parts.with_parameters()):
+            raise TypeError(
+                "dec_net: expected whole weights, got DTensors; with fully_shard make dec_net one unit and leave "
+                "x_embedder to the unit around it"
+            )
         p = parts.patch_size
         if pixels.dim() != 3 or pixels.shape[1] != p * p:
             raise ValueError(

@@ -69,6 +69,13 @@ def fsdp(rank: int) -> None:
     with torch.no_grad():
         model(*share_of(rank)[0])
     refused(model, "FSDP")
+    for name in ("x_embedder", "dec_net.res_blocks.1"):
+        model = published_model()
+        swap_decoder(model)
+        for part in (model.get_submodule(name), model):
+            fully_shard(part)
+        with pytest.raises(TypeError, match="with fully_shard make dec_net one unit and leave x_embedder"):
+            model(*share_of(rank)[0])
 
 
 def refused(wrapped: nn.Module, wrapper: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import published_model as published_structure
 from benchmarks.published_model import PublishedDeCo
 from deco_kernels import BackendUnavailable, model, ops, testing
 from deco_kernels.integrations import is_swapped, swap_decoder, undo_swap
@@ -74,6 +75,17 @@ def test_same_output_and_gradients_in_float64(sizes):
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
         assert relative_error(gradients[name], gradient) < 1e-10, name
+
+
+def test_position_features_of_the_text_model(monkeypatch):
+    """They are taken from the model, whatever they are."""
+    monkeypatch.setattr(published_structure, "position_features", lambda p: model.pixel_position_features(p, "text"))
+    net = DecoderAlone(published_model()).double()
+    inputs, _ = decoder_inputs(published_model())
+    inputs = tuple(tensor.double() for tensor in inputs)
+    before = net(*inputs)
+    swap_decoder(net)
+    assert relative_error(net(*inputs), before) < 1e-12
 
 
 @pytest.mark.parametrize("save_memory", [False, True])
