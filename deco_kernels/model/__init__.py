@@ -11,6 +11,7 @@ _MODULE_OF = {
     "DeCo": "deco",
     "DeCoTextToImage": "text_to_image",
     "TextTrunk": "text_to_image",
+    "Qwen3TextEncoder": "text_encoder",
     "PRESETS": "presets",
     "build": "presets",
     "from_published": "checkpoint",

@@ -1,6 +1,6 @@
 """The text-to-image model: a trunk that reads text features beside the patches, and the same per-pixel decoder.
 
-Source: DeCo (arXiv 2511.19365), section 4.4, and its published text-to-image checkpoints.
+Source: DeCo (arXiv 2511.19365), section 4, and its published text-to-image checkpoints.
 """
 
 from __future__ import annotations

@@ -1,0 +1,133 @@
+"""Text features of the text-to-image model: the last hidden states of a Qwen3 language model.
+
+Source: DeCo (arXiv 2511.19365), section 4: Qwen3-1.7B, 128 positions of 2,048 features, padded on the right.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Qwen3TextEncoder(nn.Module):
+    """Prompts to text features [B, max_length, width], through the package transformers.
+
+    A prompt is tokenised as it is (no chat template) and padded on the right; padding is masked inside the language
+    model, but its hidden states are part of the features. Attention is PyTorch's `scaled_dot_product_attention`, in
+    which a position that sees no other, such as those of the empty prompt, attends to nothing. The model is frozen.
+
+    Args:
+        path_or_id: folder of a Qwen3 model (config, tokenizer, weights) or its id on the Hugging Face hub, such as
+            "Qwen/Qwen3-1.7B".
+        max_length: positions per prompt, `text_length` of the text-to-image model.
+        width: feature width, `text_width` of the text-to-image model: wider hidden states are truncated, narrower ones
+            padded with zeros.
+        dtype: of weights and features.
+        truncate: cut prompts of more than `max_length` tokens instead of refusing them.
+
+    Raises:
+        ImportError: transformers is not installed.
+        OSError: nothing that can be loaded under path_or_id, or no connection to the hub.
+        ValueError: another model than Qwen3, weights missing, or sizes it cannot have.
+    """
+
+    def __init__(
+        self,
+        path_or_id: str | os.PathLike[str],
+        max_length: int = 128,
+        *,
+        width: int = 2048,
+        dtype: torch.dtype = torch.bfloat16,
+        truncate: bool = False,
+    ):
+        super().__init__()
+        for name, size in (("max_length", max_length), ("width", width)):
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        self.max_length, self.width, self.truncate = max_length, width, truncate
+        self.tokenizer, self.model = _load(os.fspath(path_or_id), dtype)
+        longest = self.model.config.max_position_embeddings
+        if max_length > longest:
+            raise ValueError(f"max_length: expected at most {longest}, what the model was made for, got {max_length}")
+        self.register_buffer("_empty_prompt", None, persistent=False)
+
+    @property
+    def empty_prompt(self) -> torch.Tensor:
+        """Features [max_length, width] of the empty prompt, the null condition; computed once."""
+        if self._empty_prompt is None:
+            self._empty_prompt = self._encode([[]])[0]
+        return self._empty_prompt
+
+    def forward(self, prompts: str | Sequence[str]) -> torch.Tensor:
+        """Features [B, max_length, width] of B prompts, on the model's device, without gradients.
+
+        Raises:
+            TypeError: something else than strings.
+            ValueError: no prompt, an empty one (its features are `empty_prompt`), or, unless `truncate`, one of more
+                than `max_length` tokens.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        for number, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise TypeError(f"prompts[{number}]: expected a string, got {type(prompt).__name__}")
+            if not prompt.strip():
+                raise ValueError(
+                    f"prompts[{number}]: expected text, got {prompt!r}; the null condition is empty_prompt"
+                )
+        if not prompts:
+            raise ValueError("prompts: expected at least one, got none")
+        tokens = self.tokenizer(prompts)["input_ids"]
+        for number, ids in enumerate(tokens):
+            if len(ids) > self.max_length and not self.truncate:
+                raise ValueError(
+                    f"prompts[{number}]: expected at most {self.max_length} tokens, got {len(ids)}; shorten it or use "
+                    "truncate=True"
+                )
+        return self._encode([ids[: self.max_length] for ids in tokens])
+
+    @torch.no_grad()
+    def _encode(self, tokens: list[list[int]]) -> torch.Tensor:
+        """Features of token numbers, each list at most max_length long."""
+        padding = self.tokenizer.pad_token_id
+        shape = (len(tokens), self.max_length)
+        numbers, mask = torch.full(shape, padding), torch.zeros(shape, dtype=torch.int64)
+        for row, ids in enumerate(tokens):
+            numbers[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+            mask[row, : len(ids)] = 1
+        device = self.model.device
+        hidden = self.model(numbers.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
+        return F.pad(hidden, (0, self.width - hidden.shape[-1]))  # a negative padding truncates
+
+
+def _load(path_or_id: str, dtype: torch.dtype):
+    """Tokenizer and frozen model."""
+    try:
+        from transformers import AutoConfig, AutoTokenizer, Qwen3Model
+    except ImportError as error:
+        raise ImportError(
+            "Qwen3TextEncoder needs the package transformers: pip install 'deco_kernels[text]'"
+        ) from error
+    try:
+        kind = AutoConfig.from_pretrained(path_or_id).model_type
+        if kind == "qwen3":
+            tokenizer = AutoTokenizer.from_pretrained(path_or_id)
+            model, info = Qwen3Model.from_pretrained(
+                path_or_id, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            )
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"path_or_id: expected a folder with config, tokenizer and weights of a Qwen3 model, or, with a connection "
+            f"to the Hugging Face hub, an id such as 'Qwen/Qwen3-1.7B'; got {path_or_id!r}: {error}"
+        ) from error
+    if kind != "qwen3":
+        raise ValueError(f"path_or_id: expected a model of type 'qwen3', got {path_or_id!r} of type {kind!r}")
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lacking = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+        raise ValueError(f"path_or_id: {path_or_id!r} has no fitting weights for {', '.join(lacking[:5])}")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"path_or_id: the tokenizer of {path_or_id!r} has no padding token")
+    return tokenizer, model.eval().requires_grad_(False)
