@@ -1,5 +1,6 @@
 """Every Triton kernel compiles ahead of time for every architecture and keeps to its recorded budget; no GPU needed."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ OTHERS = [
     for dtype in reversed(static.DTYPES)
     for width in reversed(static.WIDTHS)
     if (width, dtype) != (32, "bfloat16")
-]
+] + [("gfx942", 32, "float32", CORE[:1])]
 
 
 def label(case):
@@ -58,9 +59,22 @@ def test_other_widths_and_dtypes_compile(compiled, case):
     found = compiled[case].result()
     assert len(found) == len(case[3])
     for name, figures in found.items():
-        assert figures.shared_bytes <= static.SHARED_LIMIT["sm_90"], name
-        if name in BUDGETS:
-            assert not list(static.exceeded(figures, BUDGETS[name]["sm_90"])), name
+        assert figures.shared_bytes <= static.SHARED_LIMIT[case[0]], name
+        if case[0] in BUDGETS.get(name, {}):
+            assert not list(static.exceeded(figures, BUDGETS[name][case[0]])), name
+
+
+@pytest.mark.parametrize("op", testing.OPS)
+def test_every_kernel_has_launch_parameters(op):
+    """Every width and dtype, forward and backward, on the architectures of the table and on others."""
+    pytest.importorskip("triton")
+    for width, dtype in itertools.product(static.WIDTHS, static.DTYPES.values()):
+        inputs = testing.random_inputs(op, dtype=dtype, width=width, patch_size=4, image_size=(1, 8, 8))
+        for architecture in (*static.ARCHITECTURES, "sm_86", "sm_120", "gfx950"):
+            for launch in static.launches_of(inputs, architecture):
+                block = launch.args.get("BLOCK", 16)
+                assert block >= 16 and block & (block - 1) == 0, (width, dtype, architecture)
+                assert launch.options["num_warps"] in (1, 2, 4, 8) and launch.options["num_stages"] >= 1
 
 
 ONES = {"depth": 1, "width": 16, "channels": 1, "patch_size": 1, "image_size": (1, 1, 1)}

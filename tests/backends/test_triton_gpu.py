@@ -78,8 +78,13 @@ def test_compile_fullgraph(op):
         outputs = getattr(ops, op)(**tensors, **inputs.options, backend="triton")
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
-    compiled = torch.compile(call, fullgraph=True)(inputs.tensors)
-    assert all(torch.equal(*pair) for pair in zip(compiled, call(inputs.tensors), strict=True))
+    def results(function):
+        tensors = {name: tensor.clone().requires_grad_() for name, tensor in inputs.tensors.items()}
+        outputs = function(tensors)
+        gradients = torch.autograd.grad(outputs, list(tensors.values()), inputs.grad_outputs, materialize_grads=True)
+        return testing.Results(outputs, dict(zip(tensors, gradients, strict=True)))
+
+    assert_equal(results(torch.compile(call, fullgraph=True)), results(call))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -159,15 +164,19 @@ def test_four_processes_share_an_empty_compilation_cache(tmp_path):
     code = """
 import torch
 from deco_kernels import testing
-from tests.ops.cases import small_inputs
-inputs = small_inputs("pixel_decoder")
+from tests.ops.cases import CASES
+inputs = CASES["pixel_decoder"][1].inputs("pixel_decoder")
 inputs = inputs._replace(tensors={n: t.cuda() for n, t in inputs.tensors.items()},
                          grad_outputs=tuple(g.cuda() for g in inputs.grad_outputs))
 assert all(row.passed for row in testing.compare(inputs, testing.run(inputs, "triton")))
 """
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment) for _ in range(4)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0, 0, 0]
+    try:
+        assert [process.wait(timeout=200) for process in processes] == [0, 0, 0, 0]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_memory_grows_by_the_outputs_and_the_workspace():
@@ -181,12 +190,20 @@ def test_memory_grows_by_the_outputs_and_the_workspace():
     assert torch.cuda.max_memory_allocated() - before - outputs <= 200e6
 
 
-def test_an_old_gpu_is_refused(monkeypatch):
-    from deco_kernels.backends import triton as backend
+def test_the_condition_of_all_tokens_never_exists_at_inference():
+    inputs = on_gpu(testing.random_inputs("pixel_decoder_from_tokens", dtype=BF16, image_size=(16, 256, 256)))
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    reason = backend.unavailable_reason.__wrapped__(torch.device("cuda"))
-    assert "compute capability 8.0" in reason and "7.5" in reason
+    def velocity():
+        with torch.no_grad():
+            return ops.pixel_decoder_from_tokens(**inputs.tensors, **inputs.options, backend="triton")
+
+    velocity()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = velocity()
+    growth = torch.cuda.max_memory_allocated() - before - output.numel() * output.element_size()
+    assert growth <= 50e6  # one chunk of conditions has 34 MB, all of them 67 MB
 
 
 def test_float64_is_refused_by_name():

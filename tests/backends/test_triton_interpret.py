@@ -130,6 +130,21 @@ def test_the_workspace_stays_below_150_mb():
     assert DecoderBackward(image, image, tuple(weights), F16, 16, 1e-6, (True,) * 3).chunk_tokens() == 2048
 
 
+def test_one_chunk_of_conditions_exists_at_a_time():
+    """The buffer of a chunk is used again, so the condition of all tokens never exists."""
+    from deco_kernels.backends.triton.upsample import Upsample
+
+    tokens, up_weight, up_bias = torch.randn(11, 7), torch.randn(4 * 16, 7), torch.randn(4 * 16)
+    upsample = Upsample(tokens, up_weight, up_bias, (4, 16))
+    expected = (tokens @ up_weight.T + up_bias).view(11, 4, 16)
+    buffers = set()
+    for start, length in ((0, 4), (4, 4), (8, 3)):
+        cond = upsample.cond(start, length)
+        torch.testing.assert_close(cond, expected[start : start + length])
+        buffers.add(cond.data_ptr())
+    assert len(buffers) == 1
+
+
 def test_offsets_beyond_2_31_elements():
     """Strides that need 64 bits; only the touched pages of the 4 GB of storage are ever backed by memory."""
     inputs = small_inputs("pixel_decoder", BF16, image_size=(2, 4, 4), other_dtype=BF16)

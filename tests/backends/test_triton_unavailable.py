@@ -3,6 +3,7 @@
 import builtins
 import logging
 import os
+import re
 
 import pytest
 import torch
@@ -50,48 +51,134 @@ def test_other_devices_are_refused():
     assert "'mps'" in backend.unavailable_reason(torch.device("mps"))
 
 
-def test_the_automatic_choice_falls_back_with_a_log_line(monkeypatch, caplog):
-    """As on a GPU of a machine without Triton."""
-    registry._log_fallback.cache_clear()
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """`torch.cuda` of a machine with one GPU of compute capability 9.0, whose Triton driver works."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Pretended GPU")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(backend, "_driver_failure", lambda: None)
+    for cached in (backend.unavailable_reason, registry._serving_module, registry._log_fallback):
+        cached.cache_clear()
+    yield
+    for cached in (backend.unavailable_reason, registry._serving_module, registry._log_fallback):
+        cached.cache_clear()
+
+
+DRIVER_FAILURE = backend._driver_failure
+REQUEST = Request("pixel_decoder", "cuda", (torch.bfloat16, torch.bfloat16), 32, 3, 16, 3)
+BROKEN = [
+    ("capability", "compute capability 8.0.*Pretended GPU has 7.5.*use backend='reference'"),
+    ("import", "not installed; install it"),
+    ("driver", "cannot drive the GPU .RuntimeError: no C compiler.*needs a C compiler"),
+]
+
+
+@pytest.mark.parametrize(("broken", "reason"), BROKEN)
+def test_what_the_machine_lacks_is_said(pretended_gpu, monkeypatch, caplog, broken, reason):
+    """An explicit choice is refused with the reason; the automatic one falls back and logs it."""
+    pytest.importorskip("triton")
+    cuda = torch.device("cuda", 0)
+    assert registry._serving_module("triton", REQUEST, cuda).__name__ == "deco_kernels.backends.triton.pixel_decoder"
+    if broken == "capability":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    elif broken == "import":
+        monkeypatch.setattr(backend, "_import_failure", lambda: "Triton is not installed; install it")
+    else:
+        from triton.runtime import driver
+
+        class Broken:
+            def get_current_target(self):
+                raise RuntimeError("no C compiler found")
+
+        monkeypatch.setattr(backend, "_driver_failure", DRIVER_FAILURE)
+        monkeypatch.setattr(driver, "_active", Broken())
+    backend.unavailable_reason.cache_clear()
     registry._serving_module.cache_clear()
-    monkeypatch.setattr(backend, "unavailable_reason", lambda device: "Triton is not installed; install it")
-    request = Request("pixel_decoder", "cuda", (torch.bfloat16, torch.bfloat16), 32, 3, 16, 3)
-    with caplog.at_level(logging.INFO, logger="deco_kernels"):
-        module = registry._serving_module(registry.AUTO, request, torch.device("cuda"))
-    registry._serving_module.cache_clear()
+    with pytest.raises(BackendUnavailable, match=f"'triton' cannot serve pixel_decoder: .*{reason}"):
+        registry._serving_module("triton", REQUEST, cuda)
+    with caplog.at_level(logging.WARNING, logger="deco_kernels"):
+        module = registry._serving_module(registry.AUTO, REQUEST, cuda)
     assert module.__name__ == "deco_kernels.backends.reference.pixel_decoder"
-    assert "Triton is not installed" in caplog.text
+    assert re.search(reason, caplog.text)
+
+
+def test_an_old_triton_is_refused(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    assert "3.2.0 is older than 3.3; update it" in backend._import_failure.__wrapped__()
+    monkeypatch.setattr(triton, "__version__", "3.10.0+git1234")
+    assert backend._import_failure.__wrapped__() is None
+
+
+class PretendedDriver:
+    """What Triton asks of a driver: an sm_90 on which launching a kernel only counts it."""
+
+    def __init__(self):
+        self.utils, self.launches = self, 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232_448}
+
+    def load_binary(self, name, kernel, shared, device):
+        return None, None, 32, 0, 1024
+
+    def launcher_cls(self, source, metadata):
+        def launch(*arguments):
+            self.launches += 1
+
+        return launch
+
+
+@pytest.fixture
+def pretended_driver(monkeypatch):
+    pytest.importorskip("triton")
+    from triton.runtime import driver
+
+    from tests.backends import small_kernels
+
+    pretended = PretendedDriver()
+    monkeypatch.setattr(driver, "_active", pretended)
+    yield pretended
+    small_kernels.to_bfloat16.device_caches.clear()
 
 
 @uninterpreted
-def test_a_compile_during_capture_is_refused(monkeypatch):
-    """A kernel that asks Triton's hook, as every compile does; the hook is only set while a capture is going on."""
-    triton = pytest.importorskip("triton")
+def test_a_compile_during_capture_is_refused(pretended_driver, monkeypatch):
+    """Through Triton's own launch: refused before the kernel was called with these arguments, served after."""
     from deco_kernels.backends.triton import common
     from deco_kernels.backends.triton.table import Launch
+    from tests.backends.small_kernels import to_bfloat16
 
-    class Compiling:
-        arg_names = ()
+    def call(dtype=torch.float32):
+        common.launch(to_bfloat16, (1,), Launch(64, 4, 1, 1), torch.zeros(64, dtype=dtype), torch.zeros(64), SIZE=64)
 
-        def __getitem__(self, grid):
-            def run(**options):
-                hook = triton.knobs.runtime.jit_cache_hook
-                if hook is not None:
-                    hook(
-                        key="",
-                        repr="kernel(int32)",
-                        fn=None,
-                        compile={},
-                        is_manual_warmup=False,
-                        already_compiled=False,
-                    )
-
-            return run
-
-    launch = Launch(64, 4, 1, 1)
-    common.launch(Compiling(), (1,), launch)
+    capturing = False
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="kernel.int32. has to be compiled.*before the capture"):
-        common.launch(Compiling(), (1,), launch)
-    assert triton.knobs.runtime.jit_cache_hook is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    message = "to_bfloat16.* has to be compiled.*before the capture"
+    capturing = True
+    with pytest.raises(RuntimeError, match=message):
+        call()
+    capturing = False
+    call()
+    assert pretended_driver.launches == 1
+    capturing = True
+    call()
+    assert pretended_driver.launches == 2
+    with pytest.raises(RuntimeError, match=message):
+        call(torch.float16)
+    capturing = False
+    call(torch.float16)
+    assert pretended_driver.launches == 3

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 
 import torch
 
@@ -15,18 +16,36 @@ _MAX_DEPTH = 8
 _PATCH_SIZES = (1, 2, 4, 8, 16)
 _CHANNELS = (1, 3, 4)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST = (3, 3)  # the Triton of PyTorch 2.7
 
 
 @functools.cache
 def _import_failure() -> str | None:
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":
             return "Triton is not installed; install it with `pip install triton`"
         return f"Triton is installed but cannot be imported ({error}); reinstall it with `pip install -U triton`"
     except Exception as error:  # a broken installation may fail in any way
         return f"Triton is installed but fails on import ({type(error).__name__}: {error}); reinstall it"
+    version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+    if version < _OLDEST:
+        return f"Triton {triton.__version__} is older than 3.3; update it with `pip install -U triton`"
+    return None
+
+
+def _driver_failure() -> str | None:
+    """Why Triton cannot launch on a GPU of this machine: it builds its launcher with the system's C compiler."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # whatever the compiler or the driver says
+        return (
+            f"Triton cannot drive the GPU ({type(error).__name__}: {error}); it needs a C compiler (gcc, clang or the "
+            "one named by CC), Python's headers and the GPU's driver library"
+        )
     return None
 
 
@@ -48,7 +67,7 @@ def unavailable_reason(device: torch.device) -> str | None:
                 f"it needs an NVIDIA GPU of compute capability 8.0 or later, {torch.cuda.get_device_name(device)} has "
                 f"{capability[0]}.{capability[1]}; use backend='reference'"
             )
-    return _import_failure()
+    return _import_failure() or (_driver_failure() if device.type == "cuda" else None)
 
 
 def unsupported_reason(request) -> str | None:

@@ -244,6 +244,19 @@ def _refuse_compilation(*, repr: str, **_: Any) -> bool:
     )
 
 
+@contextlib.contextmanager
+def _compilation_refused() -> Iterator[None]:
+    """Within, a kernel that has to be compiled raises RuntimeError; Triton calls its hook before every compilation."""
+    knobs = getattr(triton, "knobs", None)  # Triton 3.3 keeps the hook in JITFunction
+    holder, name = (JITFunction, "cache_hook") if knobs is None else (knobs.runtime, "jit_cache_hook")
+    previous = getattr(holder, name)
+    setattr(holder, name, _refuse_compilation)
+    try:
+        yield
+    finally:
+        setattr(holder, name, previous)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], parameters: Launch, *args: Any, **constexprs: Any) -> None:
     """Run `kernel` on the current stream with the table's warps and stages; an empty grid does nothing."""
     if 0 in grid:
@@ -253,8 +266,7 @@ def launch(kernel: Any, grid: tuple[int, ...], parameters: Launch, *args: Any, *
         bound = dict(zip(kernel.arg_names, args, strict=False)) | constexprs
         _recording[1].append(RecordedLaunch(kernel, bound, grid, options))
     elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        with triton.knobs.runtime.scope():
-            triton.knobs.runtime.jit_cache_hook = _refuse_compilation
+        with _compilation_refused():
             kernel[grid](*args, **constexprs, **options)
     else:
         kernel[grid](*args, **constexprs, **options)

@@ -23,7 +23,7 @@ class Upsample:
     def __init__(self, tokens, up_weight, up_bias, shape):
         self.tokens = collapsed_rows(tokens, 1)
         self.up_weight, self.up_bias, self.shape = up_weight, up_bias, shape
-        self.weight, self.bias = up_weight.to(tokens.dtype), up_bias.to(tokens.dtype)
+        self.weight, self.bias = up_weight.to(tokens.dtype).contiguous(), up_bias.to(tokens.dtype)
         self.buffer = None
         self.weight_sum = self.bias_sum = None
         self.tokens_grad = None
