@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 
-from benchmarks.names import DEVICE_BACKENDS, DTYPES, EXTRAS, FORWARD, KEPT_HEAP, OPS, TRAINING
+from benchmarks.names import DEVICE_BACKENDS, DTYPES, EXTRAS, FORWARD, KEPT_HEAP, ON_REQUEST, OPS, TRAINING
 from benchmarks.sizes import PRESETS, STANDARD, size_of
 
 COMMANDS = ("report", "static")  # modules with a `main(arguments)` of their own
@@ -43,8 +43,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Times the ops against eager PyTorch and torch.compile, each checked against float64 before.",
         epilog="`python -m benchmarks report FILE.json` prints an earlier result as Markdown.",
     )
-    parts = ", ".join(OPS + EXTRAS)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{parts} (default: all of the device)")
+    parts, more = ", ".join(OPS + EXTRAS), ", ".join(ON_REQUEST)
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{parts} (default: those of the device); only by name: {more}"
+    )
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default) or cuda")
     parser.add_argument(
         "--dtype", action="append", metavar="DTYPE", help=f"{', '.join(DTYPES)}; repeatable (default: the first two)"
@@ -73,15 +75,22 @@ def _parser() -> argparse.ArgumentParser:
         help="leave the C library's heap settings alone; eager PyTorch then spends much of its time in page faults",
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no torch.compile")
-    parser.add_argument("--output", metavar="FILE.json", help="write the result there")
+    parser.add_argument(
+        "--full", action="store_true", help="all parts of the device, and on a GPU torch.compile max-autotune"
+    )
+    parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="leave out what has not begun by then")
+    parser.add_argument(
+        "--compare", metavar="OLD.json", help="say which rows moved beyond the spread since that result"
+    )
+    parser.add_argument("--output", metavar="FILE.json", help="write the result there, anew after each part")
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
     """Refuses what can be refused before anything is loaded, and fills in the defaults."""
     for part in options.parts:
-        if part not in OPS + EXTRAS:
-            raise ValueError(f"unknown part {part!r}; use {', '.join(OPS + EXTRAS)}, or report FILE.json")
+        if part not in OPS + EXTRAS + ON_REQUEST:
+            raise ValueError(f"unknown part {part!r}; use {', '.join(OPS + EXTRAS + ON_REQUEST)}, or report FILE.json")
     if options.device not in DEVICE_BACKENDS:
         raise ValueError(f"unknown device {options.device!r}; use {' or '.join(DEVICE_BACKENDS)}")
     options.dtype = options.dtype or list(DTYPES[:2])
@@ -93,10 +102,17 @@ def _check(options: argparse.Namespace) -> None:
     options.pass_ = PASSES[options.pass_]
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {options.threads}")
-    extras = EXTRAS if options.device == "cpu" else ("memory", "overhead", "import")
-    options.parts = options.parts or [*OPS, *extras]
-    if options.device != "cpu" and "avx2" in options.parts:
-        raise ValueError("part avx2 belongs to the device cpu; leave it out or use --device cpu")
+    if options.stop_after is not None and options.stop_after <= 0:
+        raise ValueError(f"--stop-after must be positive, got {options.stop_after}")
+    if options.quick and options.full:
+        raise ValueError("--quick and --full exclude each other; leave one out")
+    elsewhere = {"cpu": ("kernels",), "cuda": ("avx2",)}[options.device]
+    for part in elsewhere:
+        if part in options.parts:
+            device = "cuda" if options.device == "cpu" else "cpu"
+            raise ValueError(f"part {part} belongs to the device {device}; leave it out or use --device {device}")
+    default = OPS + EXTRAS + (ON_REQUEST if options.full else ())
+    options.parts = options.parts or [part for part in default if part not in elsewhere]
     options.size = options.size or [STANDARD]
     for size in options.size:
         for op in OPS:

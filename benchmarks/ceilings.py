@@ -37,14 +37,6 @@ def measure_ceilings(device: str, dtypes: tuple[torch.dtype, ...]) -> dict:
     }
 
 
-def best_of(first: dict, second: dict) -> dict:
-    """The higher of two measurements of everything: a ceiling taken while the machine was disturbed is no ceiling."""
-    return {
-        name: best_of(value, second[name]) if isinstance(value, dict) else max(value, second[name])
-        for name, value in first.items()
-    }
-
-
 def copy_bandwidth(device: str) -> float:
     """Bytes read and written per second by a copy of four times the last-level cache, at best."""
     count = max(4 * last_level_cache(device), 64 << 20)

@@ -1,6 +1,7 @@
 """The header of a result: where, when and with what it was measured."""
 
 import datetime
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -10,6 +11,7 @@ import sys
 import torch
 
 import deco_kernels
+from benchmarks import gpu_state
 from benchmarks.names import KEPT_HEAP
 from benchmarks.timing import last_level_cache
 
@@ -81,17 +83,17 @@ def _gpu() -> dict:
     found = {
         "gpu": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
         "gpu_memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "liger_kernel": _version("liger-kernel"),
     }
-    fields = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    return found | gpu_state.header()
+
+
+def _version(distribution: str) -> str:
     try:
-        answer = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return found
-    return found | dict(zip(fields.split(","), (value.strip() for value in answer.stdout.split(",")), strict=True))
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -5,14 +5,16 @@ import os
 
 import torch
 
+from benchmarks.cuda_timing import graph_columns, host_microseconds
+from benchmarks.gpu_state import Watch
 from benchmarks.names import BACKWARD_ALONE, TRAINING
 from benchmarks.problem import Operands, Problem
 from benchmarks.sizes import Size
-from benchmarks.steps import Step, contenders_of, require_gradients
+from benchmarks.steps import Contender, Step, contenders_of, require_gradients
 from benchmarks.timing import buffer_count, interleaved
 from benchmarks.verification import SEED, verify
 
-UNSTABLE_SPREAD = 0.05  # half of the distance from the 20th to the 80th percentile, over the median
+UNSTABLE = 0.05  # of the median: half of the distance from the 20th to the 80th percentile, or a drift within the run
 _EAGER_FLOATS = 13  # kept per pixel, block and channel by a training step in eager PyTorch
 
 
@@ -20,53 +22,63 @@ _EAGER_FLOATS = 13  # kept per pixel, block and channel by a training step in ea
 class Options:
     device: str
     backends: tuple[str, ...]
-    compiled: bool
+    compiled: tuple[str, ...]  # keys of COMPILE_MODES
     budget_s: float  # for the timing of one group of rows
     min_rounds: int
 
 
 def measure(problem: Problem, size: Size, dtype: torch.dtype, pass_: str, options: Options) -> list[dict]:
-    """The rows of one group, as they stand in the result file.
-
-    Raises:
-        MemoryError: an eager step of this size does not fit the machine.
-    """
-    _check_memory(problem, size, options.device, pass_)
-    training = pass_ == TRAINING
-    device = options.device
+    """The rows of one group, as they stand in the result file: every contender checked, those that passed timed."""
     contenders = contenders_of(problem, size, options.backends, options.compiled)
-    verification = verify(problem, size, dtype, device, training, contenders)
+    verification = verify(problem, size, dtype, options.device, pass_ == TRAINING, contenders)
     admitted = [contender for contender in contenders if contender.name not in verification.refused]
+    rows = time_contenders(problem, size, dtype, pass_, options, admitted)
+    for name, (status, reason) in verification.refused.items():
+        row = {"contender": name, "status": status, "reason": reason}
+        rows.append(row_of(problem, size, dtype, pass_) | row)
+    return [row | {"errors": verification.worst.get(row["contender"])} for row in rows]
 
+
+def time_contenders(
+    problem: Problem, size: Size, dtype: torch.dtype, pass_: str, options: Options, contenders: list[Contender]
+) -> list[dict]:
+    """Rows of contenders that have been checked, timed in turns."""
+    if not contenders:
+        return []
+    device, training = options.device, pass_ == TRAINING
     buffers = _rotating_buffers(problem, size, dtype, device, training)
-    labels = [(contender.name, pass_) for contender in admitted]
-    steps = [Step(problem, contender, dtype, device, training) for contender in admitted]
+    labels = [(contender.name, pass_) for contender in contenders]
+    steps = [Step(problem, contender, dtype, device, training) for contender in contenders]
     if training and problem.has_backward_alone:
-        for contender in admitted:
+        for contender in contenders:
             if not contender.eager:
                 labels.append((contender.name, BACKWARD_ALONE))
                 steps.append(_backward_alone(problem, size, contender.name))
     calls = [_rotating(step, buffers) for step in steps]
-    times = interleaved(calls, device, options.budget_s, options.min_rounds)
+    with Watch(device) as watch:
+        times = interleaved(calls, device, options.budget_s, options.min_rounds)
+        seen = watch.take()
+    columns = [statistics_of(ms) | seen for ms in times]
+    if device == "cuda":
+        graphs = graph_columns(steps, buffers, options.budget_s / 4, options.min_rounds)
+        for column, call, graph in zip(columns, calls, graphs, strict=True):
+            column |= {"host_us": host_microseconds(call)} | graph
+    return [
+        row_of(problem, size, dtype, of_pass) | {"contender": name, "status": "ok", "reason": None} | column
+        for (name, of_pass), column in zip(labels, columns, strict=True)
+    ]
 
-    def row(name: str, of_pass: str, status: str, reason: str | None = None) -> dict:
-        worst = verification.worst.get(name)
-        return _row(problem, size, dtype, of_pass) | {
-            "contender": name,
-            "status": status,
-            "reason": reason,
-            "errors": worst,
-        }
 
-    timed = [row(name, of_pass, "ok") | _statistics(ms) for (name, of_pass), ms in zip(labels, times, strict=True)]
-    return timed + [row(name, pass_, *why) for name, why in verification.refused.items()]
-
-
-def _check_memory(problem: Problem, size: Size, device: str, pass_: str) -> None:
+def eager_bytes(problem: Problem, size: Size, pass_: str) -> int:
+    """What eager PyTorch needs at most for a step in float32, roughly."""
     blocks = size.depth if "decoder" in problem.op and pass_ == TRAINING else 1
-    needed = problem.bytes_moved(size, torch.float32, training=True)
-    needed += 4 * _EAGER_FLOATS * size.pixels * size.decoder_width * blocks
-    available = _available_memory(device)
+    kept = 4 * _EAGER_FLOATS * size.pixels * size.decoder_width * blocks
+    return problem.bytes_moved(size, torch.float32, training=True) + kept
+
+
+def check_memory(problem: Problem, size: Size, device: str, pass_: str) -> None:
+    """Raises MemoryError where an eager step of this size does not fit the machine."""
+    needed, available = eager_bytes(problem, size, pass_), available_memory(device)
     if needed > available:
         raise MemoryError(
             f"size {size} needs about {needed / 2**30:.1f} GiB for eager {problem.op} ({pass_}), "
@@ -74,7 +86,8 @@ def _check_memory(problem: Problem, size: Size, device: str, pass_: str) -> None
         )
 
 
-def _available_memory(device: str) -> int:
+def available_memory(device: str) -> int:
+    """Bytes free on the device now."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     if os.path.isfile("/proc/meminfo"):
@@ -107,7 +120,7 @@ def _backward_alone(problem: Problem, size: Size, backend: str):
     return lambda operands: problem.backward_alone(operands, size, backend)
 
 
-def _row(problem: Problem, size: Size, dtype: torch.dtype, pass_: str) -> dict:
+def row_of(problem: Problem, size: Size, dtype: torch.dtype, pass_: str) -> dict:
     """What a row says before anything is measured. The backward alone: a training step less the forward."""
     forward = (problem.bytes_moved(size, dtype, training=False), problem.flops(size, training=False))
     training = (problem.bytes_moved(size, dtype, training=True), problem.flops(size, training=True))
@@ -126,12 +139,16 @@ def _row(problem: Problem, size: Size, dtype: torch.dtype, pass_: str) -> dict:
     }
 
 
-def _statistics(times: list[float]) -> dict:
-    low, median, high = torch.tensor(times).double().quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+def statistics_of(times: list[float]) -> dict:
+    """Median and spread of milliseconds in the order they were measured in."""
+    values = torch.tensor(times).double()
+    low, median, high = values.quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    half = max(1, len(times) // 2)
+    drift = (values[:half].median() - values[-half:].median()).abs().item()
     return {
         "ms": median,
         "ms_p20": low,
         "ms_p80": high,
         "rounds": len(times),
-        "unstable": (high - low) / 2 > UNSTABLE_SPREAD * median,
+        "unstable": max((high - low) / 2, drift) > UNSTABLE * median,
     }

@@ -43,7 +43,7 @@ def growth(name: str, dtype: torch.dtype, device: str) -> int:
     backends = () if name == PUBLISHED else (name,)
     before = 0
     for size in (_WARM, SIZE):
-        contender = next(c for c in contenders_of(problem, size, backends, compiled=False) if c.name == name)
+        contender = next(c for c in contenders_of(problem, size, backends) if c.name == name)
         operands = problem.make_operands(size, dtype, torch.Generator(device).manual_seed(SEED))
         require_gradients(problem, operands, training=True)
         before = reset_peak(device)

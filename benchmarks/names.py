@@ -2,16 +2,23 @@
 
 OPS = ("pixel_decoder", "pixel_decoder_from_tokens", "upsample_modulate", "adaln_block", "flow_matching_loss")
 EXTRAS = ("avx2", "memory", "overhead", "import")
+ON_REQUEST = ("scaling", "end_to_end", "kernels")  # parts that run only where named, or with --full
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICE_BACKENDS = {"cpu": ("reference", "cpu"), "cuda": ("reference", "triton", "cuda")}
 
 FORWARD = "forward"
 TRAINING = "forward_backward"
 BACKWARD_ALONE = "backward_alone"
+TRAINING_STEP = "training step"
+SAMPLING = "sampling"
 
 PUBLISHED = "published"
 BEST_EAGER = "best_eager"
 COMPILED = "compiled"
+AUTOTUNED = "compiled_max_autotune"
+COMPILE_MODES = {COMPILED: "default", AUTOTUNED: "max-autotune-no-cudagraphs"}
+LIGER = "liger"
+LIMIT = "limit"  # end to end: decoder and loss left out
 
 # glibc settings with which freed memory stays in the process, so that no contender's time goes into page faults
 KEPT_HEAP = {

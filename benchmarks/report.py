@@ -1,28 +1,28 @@
-"""Markdown from a result file: `python -m benchmarks report FILE.json`."""
+"""Markdown and plots from result files alone: `python -m benchmarks report FILE.json`."""
 
 import argparse
-import json
+import os
 import sys
 
-from benchmarks.names import BACKWARD_ALONE, BEST_EAGER, COMPILED, PUBLISHED, TRAINING
+from benchmarks import comparison, parts_report, results
+from benchmarks.markdown import ratio, section, size_text, table, title_of
+from benchmarks.names import BACKWARD_ALONE, BEST_EAGER, PUBLISHED, TRAINING
+from benchmarks.results import load
 from benchmarks.targets import targets_in
-
-FORMAT = 1
-
-_TITLES = {
-    PUBLISHED: "published eager",
-    BEST_EAGER: "best eager",
-    COMPILED: "published, torch.compile",
-    BACKWARD_ALONE: "backward kernel alone",
-    TRAINING: "forward and backward",
-}
 
 
 def markdown(result: dict) -> str:
     """The whole report."""
     parts = [_header(result), *(_timings(rows, result["ceilings"]) for rows in groups(result["rows"]))]
     parts += [_memory(result["memory"]), _overhead(result["overhead"]), _import_time(result["import_time"])]
-    if result["header"]["device"] == "cpu":
+    parts += [
+        parts_report.scaling(result),
+        parts_report.end_to_end(result["end_to_end"]),
+        parts_report.kernels(result["kernels"]),
+    ]
+    if result["left_out"]:
+        parts.append(section("## Left out, for lack of time", "", result["left_out"]))
+    if result["header"]["device"] == "cpu" and result["rows"]:
         parts.append(targets_table(result))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -35,16 +35,6 @@ def groups(rows: list[dict]) -> list[list[dict]]:
         key = (row["op"], tuple(row["size"].items()), row["dtype"], together, row["forced_instruction_set"])
         found.setdefault(key, []).append(row)
     return list(found.values())
-
-
-def _table(heads: list[str], lines: list[list[str]]) -> str:
-    """The first column is text, the others are figures."""
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *lines))
-
-
-def _section(head: str, table: str, notes: list[str]) -> str:
-    return "\n\n".join(part for part in (head, table, "\n".join(notes)) if part)
 
 
 def _header(result: dict) -> str:
@@ -61,38 +51,56 @@ def _header(result: dict) -> str:
 
 def _timings(rows: list[dict], ceilings: dict) -> str:
     first = rows[0]
-    size = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in first["size"].items())
     pass_ = TRAINING if first["pass"] == BACKWARD_ALONE else first["pass"]
-    title = f"## {first['op']}, {first['dtype']}, {_TITLES.get(pass_, pass_)}"
+    title = f"## {first['op']}, {first['dtype']}, {title_of(pass_)}"
     if first["forced_instruction_set"]:
         title += f", ours with {first['forced_instruction_set']}"
-    medians = {row["contender"]: row["ms"] for row in rows if row["status"] == "ok" and row["pass"] == pass_}
-    best = medians.get(BEST_EAGER, medians.get(PUBLISHED))
+    on_gpu = any("host_us" in row for row in rows)
     lines, notes = [], []
     for row in rows:
-        name = _TITLES.get(row["contender"], row["contender"])
+        name = title_of(row["contender"])
         if row["pass"] == BACKWARD_ALONE:
-            name += f", {_TITLES[BACKWARD_ALONE]}"
+            name += f", {title_of(BACKWARD_ALONE)}"
         if row["status"] != "ok":
             notes.append(f"{name}: {row['status']}: {row['reason']}")
             continue
-        seconds = row["ms"] / 1e3
-        share, limit = share_of_ceiling(row, ceilings)
-        lines.append(
-            [
-                name + (" (unstable)" if row["unstable"] else ""),
-                f"{row['ms']:.3g}",
-                f"{row['ms_p20']:.3g} to {row['ms_p80']:.3g}",
-                _ratio(medians.get(PUBLISHED), row["ms"]),
-                _ratio(best, row["ms"]),
-                f"{row['bytes'] / seconds / 1e9:.1f}",
-                f"{row['flops'] / seconds / 1e9:.0f}",
-                f"{share:.0f} % of {limit}",
-            ]
-        )
+        if row.get("throttled"):
+            notes.append(f"{name}: the GPU lowered its clocks: {', '.join(row['throttled'])}")
+        if row.get("graph_reason"):
+            notes.append(f"{name}: not captured in a CUDA graph: {row['graph_reason']}")
+        lines.append([name + (" (unstable)" if row["unstable"] else ""), *_figures(row, rows, ceilings, on_gpu)])
+    if first["op"] == "modulated_rms_norm":
+        notes.append("not an op of this package: the part of adaln_block for which Liger-Kernel has a kernel")
     heads = ["contender", "ms", "20 to 80 %", "× published", "× best eager", "GB/s", "GFLOP/s", "of ceiling"]
-    table = _table(heads, lines) if lines else ""
-    return _section(f"{title}\n\n{size}", table, [f"- {note}" for note in notes])
+    heads += ["ms in a CUDA graph", "host µs per call"] if on_gpu else []
+    return section(f"{title}\n\n{size_text(first['size'])}", table(heads, lines), notes)
+
+
+def _figures(row: dict, rows: list[dict], ceilings: dict, on_gpu: bool) -> list[str]:
+    """The cells of a row beside its name."""
+    published, best = eager_medians(rows)
+    seconds = row["ms"] / 1e3
+    share, limit = share_of_ceiling(row, ceilings)
+    cells = [
+        f"{row['ms']:.3g}",
+        f"{row['ms_p20']:.3g} to {row['ms_p80']:.3g}",
+        ratio(published, row["ms"]),
+        ratio(best, row["ms"]),
+        f"{row['bytes'] / seconds / 1e9:.1f}",
+        f"{row['flops'] / seconds / 1e9:.0f}",
+        f"{share:.0f} % of {limit}",
+    ]
+    if on_gpu:
+        cells.append("–" if row.get("graph_ms") is None else f"{row['graph_ms']:.3g}")
+        cells.append("–" if row.get("host_us") is None else f"{row['host_us']:.0f}")
+    return cells
+
+
+def eager_medians(rows: list[dict]) -> tuple[float | None, float | None]:
+    """Milliseconds of the published and of the best eager formulation in a group; the best one is the published one
+    where there is no other."""
+    medians = {row["contender"]: row["ms"] for row in rows if row["status"] == "ok" and row["pass"] != BACKWARD_ALONE}
+    return medians.get(PUBLISHED), medians.get(BEST_EAGER, medians.get(PUBLISHED))
 
 
 def share_of_ceiling(row: dict, ceilings: dict) -> tuple[float, str]:
@@ -100,10 +108,6 @@ def share_of_ceiling(row: dict, ceilings: dict) -> tuple[float, str]:
     memory = row["bytes"] / ceilings["bytes_per_s"]
     compute = row["flops"] / ceilings["flops"][row["arithmetic"]]
     return 100 * max(memory, compute) / (row["ms"] / 1e3), "memory" if memory > compute else "compute"
-
-
-def _ratio(reference: float | None, value: float) -> str:
-    return "–" if reference is None else f"{reference / value:.2f}"
 
 
 def _memory(rows: list[dict]) -> str:
@@ -114,14 +118,14 @@ def _memory(rows: list[dict]) -> str:
     }
     lines, notes = [], []
     for row in rows:
-        name = f"{_TITLES.get(row['contender'], row['contender'])}, {row['dtype']}"
+        name = f"{title_of(row['contender'])}, {row['dtype']}"
         if row["status"] != "ok":
-            notes.append(f"- {name}: {row['status']}: {row['reason']}")
+            notes.append(f"{name}: {row['status']}: {row['reason']}")
             continue
         grown = row["growth_bytes"]
-        lines.append([name, f"{grown / 1e6:.1f}", _ratio(published.get(row["dtype"]), grown)])
+        lines.append([name, f"{grown / 1e6:.1f}", ratio(published.get(row["dtype"]), grown)])
     head = f"## Peak memory growth of {rows[0]['op']}, forward and backward, {rows[0]['pixels']:,} pixels"
-    return _section(head, _table(["contender", "MB, outputs included", "× published"], lines), notes)
+    return section(head, table(["contender", "MB, outputs included", "× published"], lines), notes)
 
 
 def _overhead(rows: list[dict]) -> str:
@@ -129,20 +133,20 @@ def _overhead(rows: list[dict]) -> str:
         return ""
     lines, notes = [], []
     for row in rows:
-        name = f"{_TITLES.get(row['contender'], row['contender'])}, {_TITLES.get(row['pass'], row['pass'])}"
+        name = f"{title_of(row['contender'])}, {title_of(row['pass'])}"
         if row["status"] == "ok":
             lines.append([name, f"{row['us']:.1f}"])
         else:
-            notes.append(f"- {name}: {row['status']}: {row['reason']}")
+            notes.append(f"{name}: {row['status']}: {row['reason']}")
     head = f"## Host time per call of {rows[0]['op']} on one pixel"
-    return _section(head, _table(["contender", "µs"], lines), notes)
+    return section(head, table(["contender", "µs"], lines), notes)
 
 
 def _import_time(found: dict | None) -> str:
     if not found:
         return ""
     lines = [["deco_kernels", f"{found['package_s']:.4f}"], ["deco_kernels.ops", f"{found['package_and_ops_s']:.4f}"]]
-    return "## Import, beyond importing PyTorch\n\n" + _table(["module", "s"], lines)
+    return "## Import, beyond importing PyTorch\n\n" + table(["module", "s"], lines)
 
 
 def targets_table(result: dict) -> str:
@@ -153,38 +157,53 @@ def targets_table(result: dict) -> str:
         verdict = "–" if target.reached is None else "yes" if target.met else "no"
         best = "–" if target.against_best is None else f"{target.against_best:.3g} x"
         lines.append([target.text, f"{sign} {target.value:g} {target.unit}", reached, verdict, best])
-    return "## Targets\n\n" + _table(["what", "target", "reached", "met", "against best eager"], lines)
-
-
-def load(path: str) -> dict:
-    """A result file.
-
-    Raises:
-        OSError: it cannot be read. ValueError: it is not a result of this format.
-    """
-    with open(path, encoding="utf-8") as file:
-        try:
-            result = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a result of `python -m benchmarks --output` (format {FORMAT})")
-    return result
+    return "## Targets\n\n" + table(["what", "target", "reached", "met", "against best eager"], lines)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description="Prints a result as Markdown.")
-    parser.add_argument("file", help="what `python -m benchmarks --output FILE.json` wrote")
-    parser.add_argument("--output", metavar="FILE.md", help="write there instead of printing")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        text = markdown(load(options.file))
+        result = results.merge([load(path) for path in options.files])
+        text = markdown(result)
+        if options.compare:
+            text += "\n" + comparison.markdown(load(options.compare), result)
+        if options.merged:
+            results.save(result, options.merged)
         if options.output:
             with open(options.output, "w", encoding="utf-8") as file:
                 file.write(text)
-        else:
+        elif not options.plots:
             sys.stdout.write(text)
+        if options.plots:
+            _draw(result, options.plots)
     except (OSError, ValueError) as error:
         print(f"benchmarks report: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks report", description="Markdown and plots from results; nothing is measured."
+    )
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE.json",
+        help="what `python -m benchmarks --output` wrote; several, of one machine, are put together",
+    )
+    parser.add_argument("--output", metavar="FILE.md", help="write the Markdown there instead of printing it")
+    parser.add_argument("--plots", metavar="FOLDER", help="draw PNG files there, instead of printing; needs matplotlib")
+    parser.add_argument("--compare", metavar="OLD.json", help="add what moved beyond the spread since then")
+    parser.add_argument("--merged", metavar="FILE.json", help="write the results put together as one")
+    return parser
+
+
+def _draw(result: dict, folder: str) -> None:
+    try:
+        from benchmarks import plots
+    except ImportError as error:
+        raise ValueError(f"plots need matplotlib ({error}); install it, or leave --plots out") from error
+    os.makedirs(folder, exist_ok=True)
+    for path in plots.draw(result, folder):
+        print(path)

@@ -1,27 +1,31 @@
 """One run of the benchmarks: all parts asked for, one result."""
 
 import argparse
-import json
+import dataclasses
+import functools
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import report
-from benchmarks.ceilings import best_of, measure_ceilings
+from benchmarks import comparison, end_to_end, kernels, modulated_rms_norm, report, results, scaling
+from benchmarks.ceilings import measure_ceilings
 from benchmarks.machine import header, load
-from benchmarks.measure import Options, measure
+from benchmarks.measure import Options, check_memory, measure
 from benchmarks.memory import measure_memory
-from benchmarks.names import DEVICE_BACKENDS, OPS
+from benchmarks.names import AUTOTUNED, COMPILED, DEVICE_BACKENDS, OPS
 from benchmarks.overhead import measure_import, measure_overhead
 from benchmarks.problem import problem_of
 from benchmarks.sizes import STANDARD, size_of
 from deco_kernels.ops.registry import backend_names
 
 _ISA_VARIABLE = "DECO_KERNELS_CPU_ISA"
+Part = tuple[str, str, Callable[[], object]]  # what it is, the result's part it adds to, what measures it
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,69 +33,110 @@ def run(options: argparse.Namespace) -> int:
     nothing was measured, else 0.
 
     Raises:
-        ValueError: an unknown backend, no GPU. MemoryError: a size too large. OSError: the result cannot be written.
+        ValueError: an unknown backend, no GPU, a result to compare with that is none. MemoryError: a size too large.
+        OSError: a file cannot be read or written.
     """
+    began = time.perf_counter()
     backends = tuple(options.backend or DEVICE_BACKENDS[options.device])
     for backend in backends:
         if backend not in backend_names():
             raise ValueError(f"unknown backend {backend!r}; use {', '.join(backend_names())}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("no GPU: PyTorch sees no CUDA device here; use --device cpu")
+    for op, size, _, pass_ in _groups(options):
+        check_memory(problem_of(op), size, options.device, pass_)
+    old = results.load(options.compare) if options.compare else None
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    dtypes = [getattr(torch, name) for name in options.dtype]
-    result = {
-        "format": report.FORMAT,
-        "header": header(options.device),
-        "ceilings": measure_ceilings(options.device, tuple(dtypes)),
-        "rows": [],
-        "memory": [],
-        "overhead": [],
-        "import_time": None,
-    }
-    timing = Options(
-        device=options.device,
-        backends=backends,
-        compiled=not (options.quick or options.no_compile),
-        budget_s=0.6 if options.quick else 2.5,
-        min_rounds=5 if options.quick else 9,
-    )
-    for problem, size, dtype, pass_ in _groups(options, dtypes):
-        _progress(f"{problem.op}, {dtype}, {pass_}, {size}")
-        result["rows"] += measure(problem, size, dtype, pass_, timing)
+    dtypes = tuple(getattr(torch, name) for name in options.dtype)
+    result = results.empty(header(options.device), measure_ceilings(options.device, dtypes))
+    for text, section, work in _parts(options, backends):
+        if options.stop_after and time.perf_counter() - began > options.stop_after:
+            result["left_out"].append(text)
+            continue
+        _progress(text)
+        found = work()
+        if section == "import_time":
+            result[section] = found
+        else:
+            result[section] += found
+        if options.output:
+            results.save(result, options.output)
         torch.compiler.reset()
-    if "avx2" in options.parts:
-        _progress("pixel_decoder with the cpu backend held to AVX2")
-        result["rows"] += _rows_with_instruction_set("avx2", options)
-    if "memory" in options.parts:
-        _progress("peak memory")
-        for dtype in options.dtype:
-            result["memory"] += measure_memory(options.device, dtype, backends, torch.get_num_threads())
-    if "overhead" in options.parts:
-        _progress("host time per call")
-        result["overhead"] = measure_overhead(options.device, backends, calls=50 if options.quick else 200)
-    if "import" in options.parts:
-        _progress("import time")
-        result["import_time"] = measure_import(repeats=3 if options.quick else 7)
-    result["ceilings"] = best_of(result["ceilings"], measure_ceilings(options.device, tuple(dtypes)))
+    result["ceilings"] = results.best_of(result["ceilings"], measure_ceilings(options.device, dtypes))
     result["header"]["load_at_end"] = load()
 
     print(report.markdown(result))
+    if old:
+        print(comparison.markdown(old, result))
     if options.output:
-        with open(options.output, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
+        results.save(result, options.output)
     return _status(result)
 
 
-def _groups(options: argparse.Namespace, dtypes: list[torch.dtype]):
+def _parts(options: argparse.Namespace, backends: tuple[str, ...]) -> Iterator[Part]:
+    """All parts asked for, in the order they are run in."""
+    timing = _timing(options, backends)
+    for op, size, dtype, pass_ in _groups(options):
+        text = f"{op}, {dtype}, {pass_}, {size}"
+        yield text, "rows", functools.partial(measure, problem_of(op), size, dtype, pass_, timing)
+        if op == "adaln_block" and options.device == "cuda" and modulated_rms_norm.installed():
+            liger, alone = modulated_rms_norm.PROBLEM, _timing(options, modulated_rms_norm.BACKENDS)
+            yield f"{liger.op}, {dtype}, {pass_}", "rows", functools.partial(measure, liger, size, dtype, pass_, alone)
+    if "avx2" in options.parts:
+        text = "pixel_decoder with the cpu backend held to AVX2"
+        yield text, "rows", lambda: _rows_with_instruction_set("avx2", options)
+    if "memory" in options.parts:
+        for dtype in options.dtype:
+            measurement = functools.partial(measure_memory, options.device, dtype, backends, torch.get_num_threads())
+            yield f"peak memory, {dtype}", "memory", measurement
+    if "overhead" in options.parts:
+        calls = 50 if options.quick else 200
+        yield "host time per call", "overhead", lambda: measure_overhead(options.device, backends, calls)
+    if "import" in options.parts:
+        yield "import time", "import_time", lambda: measure_import(repeats=3 if options.quick else 7)
+    yield from _parts_on_request(options, backends)
+
+
+def _parts_on_request(options: argparse.Namespace, backends: tuple[str, ...]) -> Iterator[Part]:
+    """Parts beyond single ops. The reference backend, which is eager PyTorch, is left to the ops' tables."""
+    timing = _timing(options, tuple(name for name in backends if name != "reference"))
+    timing = dataclasses.replace(timing, min_rounds=3)
+    dtypes = [getattr(torch, name) for name in options.dtype]
+    if "scaling" in options.parts:
+        for op, dtype, pass_ in itertools.product(scaling.OPS, dtypes, options.pass_):
+            text = f"scaling of {op}, {dtype}, {pass_}"
+            yield text, "scaling", functools.partial(scaling.measure_scaling, op, dtype, pass_, timing)
+    if "end_to_end" in options.parts:
+        for case, dtype in itertools.product(end_to_end.CASES[options.device], dtypes):
+            text = f"{case.pass_} of {case.preset}, batch {case.batch}, {dtype}"
+            yield text, "end_to_end", functools.partial(end_to_end.measure_end_to_end, case, dtype, timing)
+    if "kernels" in options.parts:
+        yield "kernels against their budgets", "kernels", functools.partial(kernels.measure_kernels, options.full)
+
+
+def _timing(options: argparse.Namespace, backends: tuple[str, ...]) -> Options:
+    compiled: tuple[str, ...] = () if options.quick or options.no_compile else (COMPILED,)
+    if compiled and options.full and options.device == "cuda":
+        compiled += (AUTOTUNED,)
+    return Options(
+        device=options.device,
+        backends=backends,
+        compiled=compiled,
+        budget_s=0.6 if options.quick else 2.5,
+        min_rounds=5 if options.quick else 9,
+    )
+
+
+def _groups(options: argparse.Namespace) -> Iterator[tuple]:
+    """(op, size, dtype, pass) of everything timed op by op."""
     for op in OPS:
         if op in options.parts:
             for size in options.size:
-                for dtype in dtypes:
+                for dtype in options.dtype:
                     for pass_ in options.pass_:
-                        yield problem_of(op), size_of(size, op), dtype, pass_
+                        yield op, size_of(size, op), getattr(torch, dtype), pass_
 
 
 def _rows_with_instruction_set(name: str, options: argparse.Namespace) -> list[dict]:
@@ -108,7 +153,7 @@ def _rows_with_instruction_set(name: str, options: argparse.Namespace) -> list[d
         )
         if not os.path.isfile(path):
             raise OSError(f"the process held to {name} failed: {answer.stderr.strip()}")
-        rows = report.load(path)["rows"]
+        rows = results.load(path)["rows"]
     return [row | {"forced_instruction_set": name} for row in rows]
 
 
@@ -117,13 +162,19 @@ def _progress(text: str) -> None:
 
 
 def _status(result: dict) -> int:
-    entries = result["rows"] + result["memory"] + result["overhead"]
+    """Says on stderr what went wrong, a line each."""
+    entries = [entry for part in ("rows", "memory", "overhead", "scaling", "end_to_end") for entry in result[part]]
     bad = [entry for entry in entries if entry["status"] in ("wrong", "failed")]
     for entry in bad:
-        where = ", ".join(entry[key] for key in ("op", "dtype", "pass") if key in entry)
+        where = ", ".join(entry[key] for key in ("op", "preset", "dtype", "pass") if key in entry)
         print(
             f"benchmarks: {entry['contender']} {entry['status']} in {where}: {entry['reason']}",
             file=sys.stderr,
         )
-    measured = result["import_time"] is not None or any(entry["status"] == "ok" for entry in entries)
+    throttled = sorted({reason for entry in entries for reason in entry.get("throttled") or ()})
+    if throttled:
+        print(f"benchmarks: the GPU lowered its clocks while rows were timed: {', '.join(throttled)}", file=sys.stderr)
+    if result["left_out"]:
+        print(f"benchmarks: left out, for lack of time: {'; '.join(result['left_out'])}", file=sys.stderr)
+    measured = result["import_time"] or result["kernels"] or any(entry["status"] == "ok" for entry in entries)
     return 0 if measured and not bad else 1

@@ -61,7 +61,7 @@ def recorded_launches(architecture: str, width: int, dtype: torch.dtype) -> dict
             op, dtype=dtype, other_dtype=dtype, width=width, image_size=(1, 256, 256), token_width=1152
         )
         for launch in launches_of(inputs, architecture):
-            launches.setdefault(f"{_name(launch)}/D{width}/{str(dtype).removeprefix('torch.')}", launch)
+            launches.setdefault(f"{kernel_name(launch)}/D{width}/{str(dtype).removeprefix('torch.')}", launch)
     return launches
 
 
@@ -79,7 +79,7 @@ def launches_of(inputs, architecture: str) -> list:
     return recorded
 
 
-def _name(launch) -> str:
+def kernel_name(launch) -> str:
     """ "module.kernel", with the flags that distinguish its variants."""
     module = launch.kernel.fn.__module__.rpartition(".")[2]
     flags = [name for name, value in launch.args.items() if value is True and name in ("FIRST", "LAST", "PADDED")]
@@ -156,7 +156,7 @@ def _pixels_per_tile(launch) -> int | None:
     block = launch.args.get("BLOCK")
     if block is None or launch.kernel.fn.__name__ == "losses_kernel":
         return None
-    walks_over_blocks = launch.kernel.fn.__module__.endswith("flow_matching_loss") and "fold" not in _name(launch)
+    walks_over_blocks = launch.kernel.fn.__module__.endswith("flow_matching_loss") and "fold" not in kernel_name(launch)
     return block * 64 if walks_over_blocks else block
 
 

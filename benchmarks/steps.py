@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.names import BEST_EAGER, COMPILED, PUBLISHED
+from benchmarks.names import BEST_EAGER, COMPILE_MODES, PUBLISHED
 from benchmarks.problem import Operands, Outputs, Problem, Tensors
 from benchmarks.sizes import Size
 
@@ -20,13 +20,16 @@ class Contender:
     eager: bool
 
 
-def contenders_of(problem: Problem, size: Size, backends: tuple[str, ...], compiled: bool) -> list[Contender]:
-    """The eager twins, then the public op once per backend."""
+def contenders_of(
+    problem: Problem, size: Size, backends: tuple[str, ...], compiled: tuple[str, ...] = ()
+) -> list[Contender]:
+    """The eager twins, the published one compiled in the ways named (keys of COMPILE_MODES), the op per backend."""
     found = [Contender(PUBLISHED, lambda tensors: problem.published(tensors, size), eager=True)]
     if problem.has_best_eager:
         found.append(Contender(BEST_EAGER, lambda tensors: problem.best_eager(tensors, size), eager=True))
-    if compiled:
-        found.append(Contender(COMPILED, torch.compile(found[0].call, dynamic=False), eager=True))
+    for name in compiled:
+        call = torch.compile(found[0].call, dynamic=False, mode=COMPILE_MODES[name])
+        found.append(Contender(name, call, eager=True))
     return found + [_fused(problem, size, backend) for backend in backends]
 
 

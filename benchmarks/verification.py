@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from benchmarks.names import BEST_EAGER, COMPILED, PUBLISHED
+from benchmarks.names import BEST_EAGER, COMPILE_MODES, PUBLISHED
 from benchmarks.problem import Operands, Problem, Tensors
 from benchmarks.sizes import Size
 from benchmarks.steps import Contender, Step, contenders_of, kind_of, require_gradients
@@ -68,7 +68,7 @@ def _check_against_float64(found, problem, size, dtype, device, training, conten
         found.limits[result] = error_bound(rule_dtype, relative_error(eager[result], values), gradient=gradient)
 
     backends = tuple(contender.name for contender in contenders if not contender.eager)
-    for contender in contenders_of(problem, size, backends, compiled=False):
+    for contender in contenders_of(problem, size, backends):
         results = found.attempt(contender.name, Step(problem, contender, dtype, device, training), operands)
         if results is None:
             continue
@@ -112,8 +112,8 @@ def _check_agreement(found, problem, size, dtype, device, training, contenders) 
         if contender.name == PUBLISHED:
             published = distances
             continue
-        if contender.name == COMPILED:
-            found.worst[COMPILED] = _worst(distances)
+        if contender.name in COMPILE_MODES:
+            found.worst[contender.name] = _worst(distances)
         broken = []
         for result, distance in distances.items():
             gradient = kind_of(result) == "gradient"

@@ -12,40 +12,16 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.eager_decoder import eager_view  # noqa: E402
 from benchmarks.flow_matching_loss import PROBLEM as LOSS  # noqa: E402
-from benchmarks.pixel_decoder import published_decoder  # noqa: E402
-from benchmarks.sizes import Size  # noqa: E402
 from deco_kernels import flow  # noqa: E402
-from deco_kernels.model import DeCo, PixelDecoder  # noqa: E402
-from deco_kernels.model.pixel_decoder import upsample  # noqa: E402
-
-
-class EagerDecoder(PixelDecoder):
-    """`PixelDecoder` with decoder patch 1 and AdaLN interaction, without the fused ops. Same parameters."""
-
-    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        batch, channels, height, width = image.shape
-        sizes = dict(decoder_width=self.width, depth=self.depth, token_width=self.token_width)
-        size = Size(batch, height, width, channels, self.patch_size, **sizes)
-        tensors = {
-            **dict(self.named_parameters()),
-            "image": image,
-            "positions": self.position_features,
-            "emb_weight": self.embed_weight,
-            "emb_bias": self.embed_bias,
-            "in_weight": self.input_weight,
-            "in_bias": self.input_bias,
-        }
-        return published_decoder(tensors, upsample(tokens, self.up_weight, self.up_bias, self.width), size)
+from deco_kernels.model import DeCo  # noqa: E402
 
 
 def eager_twin(model: DeCo) -> DeCo:
     """A copy of the model, values included, whose decoder is an `EagerDecoder`."""
-    fused = model.decoder
-    sizes = dict(width=fused.width, depth=fused.depth, patch_size=fused.patch_size, channels=fused.channels)
     twin = copy.deepcopy(model)
-    twin.decoder = EagerDecoder(fused.token_width, eps=fused.eps, **sizes).to(fused.up_weight.dtype)
-    twin.decoder.load_state_dict(fused.state_dict())
+    twin.decoder = eager_view(twin.decoder)
     return twin
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.measure import Options, measure
+from benchmarks.measure import Options, check_memory, measure
 from benchmarks.names import BACKWARD_ALONE, BEST_EAGER, FORWARD, OPS, PUBLISHED, TRAINING
 from benchmarks.problem import problem_of
 from benchmarks.sizes import Size
@@ -16,7 +16,7 @@ SIZE = Size(batch=1, height=64, width=80, depth=2, token_width=48)
 
 
 def refusals(problem, dtype, training, backends=("reference",)):
-    contenders = contenders_of(problem, SIZE, backends, compiled=False)
+    contenders = contenders_of(problem, SIZE, backends)
     return verify(problem, SIZE, dtype, "cpu", training, contenders).refused
 
 
@@ -94,7 +94,7 @@ def test_a_wrong_published_twin_is_refused():
 def test_refused_contenders_are_rows_without_times():
     problem = planted("flow_matching_loss", lambda output: output * 1.5)
     size = dataclasses.replace(SIZE, height=16, width=16)
-    options = Options("cpu", ("reference", "triton"), compiled=False, budget_s=0.0, min_rounds=2)
+    options = Options("cpu", ("reference", "triton"), compiled=(), budget_s=0.0, min_rounds=2)
     rows = {(row["contender"], row["pass"]): row for row in measure(problem, size, torch.float32, FORWARD, options)}
     assert rows["reference", FORWARD]["status"] == "wrong" and "ms" not in rows["reference", FORWARD]
     assert rows["triton", FORWARD]["status"] == "unavailable" and "triton" in rows["triton", FORWARD]["reason"]
@@ -103,7 +103,7 @@ def test_refused_contenders_are_rows_without_times():
 
 def test_the_backward_alone_is_timed_with_the_training_step():
     size = dataclasses.replace(SIZE, height=16, width=16)
-    options = Options("cpu", ("reference",), compiled=False, budget_s=0.0, min_rounds=2)
+    options = Options("cpu", ("reference",), compiled=(), budget_s=0.0, min_rounds=2)
     rows = measure(problem_of("flow_matching_loss"), size, torch.float32, TRAINING, options)
     alone = [row for row in rows if row["pass"] == BACKWARD_ALONE]
     assert [row["contender"] for row in alone] == ["reference"] and alone[0]["ms"] > 0
@@ -119,6 +119,5 @@ def test_the_backward_alone_gives_the_gradient_of_the_training_step():
 
 
 def test_a_size_beyond_the_memory_is_refused():
-    options = Options("cpu", ("reference",), compiled=False, budget_s=0.0, min_rounds=2)
     with pytest.raises(MemoryError, match="choose a smaller B, H or W"):
-        measure(problem_of("pixel_decoder"), Size(batch=100_000), torch.float32, TRAINING, options)
+        check_memory(problem_of("pixel_decoder"), Size(batch=100_000), "cpu", TRAINING)

@@ -1,0 +1,37 @@
+"""Times between marks inside a step: events on a GPU, the wall clock on a CPU."""
+
+import time
+
+import torch
+
+
+class Clock:
+    """`start()`, then `mark(name)` after every part; marks of the same name add up."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self._marks: list[tuple[str, object]] = []
+
+    def start(self) -> None:
+        self._marks = [("", self._now())]
+
+    def mark(self, name: str) -> None:
+        """Ends the part `name`, which began at the mark before."""
+        self._marks.append((name, self._now()))
+
+    def parts(self) -> dict[str, float]:
+        """Milliseconds by part, in the order of first appearance. Waits for the GPU."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        found: dict[str, float] = {}
+        for (_, before), (name, after) in zip(self._marks, self._marks[1:], strict=False):
+            elapsed = before.elapsed_time(after) if self.device == "cuda" else 1e3 * (after - before)
+            found[name] = found.get(name, 0.0) + elapsed
+        return found
+
+    def _now(self):
+        if self.device != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

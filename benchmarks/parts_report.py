@@ -1,0 +1,99 @@
+"""Markdown of the parts beyond single ops: scaling, end to end, kernels."""
+
+from benchmarks.markdown import ratio, section, table, title_of
+from benchmarks.names import BACKWARD_ALONE, LIMIT, PUBLISHED, SAMPLING
+
+FLAT_FROM = {"cpu": 65_536, "cuda": 2_097_152}  # pixels from which on time per pixel is expected to be flat
+FLAT = 1.15
+
+
+def pixels_of(row: dict) -> int:
+    return row["size"]["batch"] * row["size"]["height"] * row["size"]["width"]
+
+
+def curves(result: dict) -> dict[tuple[str, str, str], dict[str, list[tuple[int, float]]]]:
+    """{(op, dtype, pass): {contender: [(pixels, ns per pixel), by pixels]}} of the scaling rows."""
+    found: dict[tuple[str, str, str], dict[str, list[tuple[int, float]]]] = {}
+    for row in result["scaling"]:
+        if row["status"] == "ok" and row["pass"] != BACKWARD_ALONE:
+            of_group = found.setdefault((row["op"], row["dtype"], row["pass"]), {})
+            pixels = pixels_of(row)
+            of_group.setdefault(row["contender"], []).append((pixels, 1e6 * row["ms"] / pixels))
+    return {key: {name: sorted(points) for name, points in group.items()} for key, group in found.items()}
+
+
+def flatness(points: list[tuple[int, float]], device: str) -> float | None:
+    """Largest over smallest time per pixel from FLAT_FROM on; None with fewer than two such sizes."""
+    times = [time for pixels, time in points if pixels >= FLAT_FROM[device]]
+    return max(times) / min(times) if len(times) > 1 else None
+
+
+def scaling(result: dict) -> str:
+    device, parts = result["header"]["device"], []
+    for (op, dtype, pass_), group in curves(result).items():
+        sizes = sorted({pixels for points in group.values() for pixels, _ in points})
+        lines = []
+        for name, points in group.items():
+            times = dict(points)
+            spread = flatness(points, device)
+            overhead = f"{points[0][0] * points[0][1] / 1e3:.0f}"
+            cells = [f"{times[pixels]:.3g}" if pixels in times else "–" for pixels in sizes]
+            lines.append([title_of(name), *cells, overhead, "–" if spread is None else f"{spread:.2f}"])
+        heads = ["ns per pixel at", *(f"{pixels:,} px" for pixels in sizes)]
+        heads += [f"µs per call at {sizes[0]:,} px", f"largest / smallest from {FLAT_FROM[device]:,} px"]
+        notes = [
+            f"{title_of(row['contender'])}, {pixels_of(row):,} px: {row['status']}: {row['reason']}"
+            for row in result["scaling"]
+            if row["status"] != "ok" and (row["op"], row["dtype"], row["pass"]) == (op, dtype, pass_)
+        ]
+        parts.append(
+            section(f"## Time per pixel against size: {op}, {dtype}, {title_of(pass_)}", table(heads, lines), notes)
+        )
+    return "\n\n".join(parts)
+
+
+def end_to_end(rows: list[dict]) -> str:
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = (row["preset"], row["pass"], row["batch"], row["image_size"], row["dtype"], row.get("steps"))
+        groups.setdefault(key, []).append(row)
+    return "\n\n".join(_end_to_end_group(*key, group) for key, group in groups.items())
+
+
+def _end_to_end_group(preset, pass_, batch, image_size, dtype, steps, rows: list[dict]) -> str:
+    timed = [row for row in rows if row["status"] == "ok"]
+    medians = {row["contender"]: row["ms"] for row in timed}
+    published, limit = medians.get(PUBLISHED), medians.get(LIMIT)
+    names = list(dict.fromkeys(name for row in timed for name in row["parts"]))
+    lines = []
+    for row in timed:
+        beyond = f"{row['ms'] - limit:.3g}" if limit and row["contender"] != LIMIT else "–"
+        cells = [f"{row['ms']:.3g}", f"{row['ms_p20']:.3g} to {row['ms_p80']:.3g}", ratio(published, row["ms"]), beyond]
+        cells += [f"{row['parts'][name]:.3g}" if name in row["parts"] else "–" for name in names]
+        lines.append([title_of(row["contender"]) + (" (unstable)" if row["unstable"] else ""), *cells])
+    what = f"{pass_} of {steps} steps, guided" if pass_ == SAMPLING else pass_
+    head = f"## {preset}: {what}, batch {batch}, {image_size} x {image_size}, {dtype}"
+    heads = ["contender", "ms", "20 to 80 %", "× published", "ms beyond the limit", *(f"ms {name}" for name in names)]
+    notes = [f"{title_of(row['contender'])}: {row['status']}: {row['reason']}" for row in rows if row["status"] != "ok"]
+    return section(head, table(heads, lines), notes)
+
+
+def kernels(rows: list[dict]) -> str:
+    """The table of budgeted kernels; rows are described in benchmarks/kernels.py."""
+    lines, notes = [], []
+    for row in rows:
+        modelled, measured = row["modelled_ms"], row["measured_ms"]
+        if measured is None:
+            notes.append(f"{row['kernel']}: {row['reason']}")
+            continue
+        both = "–" if modelled is None else f"{measured / modelled:.2f}"
+        registers = f"{row['registers']} ({row['recorded_registers']})"
+        spills = f"{row['spill_bytes']} ({row['recorded_spill_bytes']})"
+        model = "–" if modelled is None else f"{modelled:.3f}"
+        lines.append([row["kernel"], model, f"{measured:.3f}", both, str(row["launches"]), registers, spills])
+    if not rows:
+        return ""
+    heads = ["kernel", "modelled ms", "measured ms", "measured / modelled", "launches"]
+    heads += ["registers (recorded)", "spilled bytes (recorded)"]
+    head = f"## Kernels on {rows[0]['architecture']}: modelled from the recorded issue slots, and measured"
+    return section(head, table(heads, lines), notes)

@@ -1,0 +1,64 @@
+"""Result files: one JSON object, described in docs/benchmarks.md."""
+
+import json
+import os
+
+FORMAT = 1
+LISTS = ("rows", "memory", "overhead", "scaling", "end_to_end", "kernels", "left_out")
+
+
+def empty(header: dict, ceilings: dict) -> dict:
+    return {"format": FORMAT, "header": header, "ceilings": ceilings, **_empty_parts()}
+
+
+def _empty_parts() -> dict:
+    return {**{name: [] for name in LISTS}, "import_time": None}
+
+
+def load(path: str) -> dict:
+    """A result file; parts that it lacks are empty.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is not a result of this format.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            result = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a result of `python -m benchmarks --output` (format {FORMAT})")
+    return _empty_parts() | result
+
+
+def save(result: dict, path: str) -> None:
+    """Writes the file in one go, so that a run cut short leaves the last complete state. Empty parts are left out."""
+    kept = {name: part for name, part in result.items() if part or name not in _empty_parts()}
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(kept, file, indent=1)
+        file.write("\n")
+    os.replace(partial, path)
+
+
+def merge(results: list[dict]) -> dict:
+    """Runs on one machine as one result: the first header, the highest ceilings, the rows of all. What they were run by
+    is kept in the header's `command`."""
+    merged = dict(results[0])
+    commands = dict.fromkeys(result["header"].get("command") for result in results)
+    merged["header"] = merged["header"] | {"command": "; ".join(filter(None, commands))}
+    for result in results[1:]:
+        merged["ceilings"] = best_of(merged["ceilings"], result["ceilings"])
+        for name in LISTS:
+            merged[name] = merged[name] + result[name]
+        merged["import_time"] = merged["import_time"] or result["import_time"]
+    return merged
+
+
+def best_of(first: dict, second: dict) -> dict:
+    """The higher of two measurements of everything: a ceiling taken while the machine was disturbed is no ceiling."""
+    found = {**second, **first}
+    for name in first.keys() & second.keys():
+        one, other = first[name], second[name]
+        found[name] = best_of(one, other) if isinstance(one, dict) else max(one, other)
+    return found

@@ -1,0 +1,81 @@
+"""Result files: written, read, put together, compared. The figures of result.json are made up."""
+
+import copy
+import json
+import pathlib
+
+import pytest
+
+from benchmarks import comparison, report, results
+
+STORED = pathlib.Path(__file__).with_name("result.json")
+
+
+@pytest.fixture
+def stored():
+    return results.load(STORED)
+
+
+def slowed(result, factor, contender="cpu"):
+    """A copy in which one contender takes `factor` times as long."""
+    other = copy.deepcopy(result)
+    for row in other["rows"]:
+        if row["contender"] == contender and row["status"] == "ok":
+            row |= {name: factor * row[name] for name in ("ms", "ms_p20", "ms_p80")}
+    return other
+
+
+def test_written_and_read_again(stored, tmp_path):
+    path = tmp_path / "result.json"
+    results.save(stored, str(path))
+    assert results.load(path) == stored
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_empty_parts_are_not_written_and_read_as_empty(stored, tmp_path):
+    path = tmp_path / "result.json"
+    results.save(stored | {"scaling": [], "import_time": None}, str(path))
+    assert {"scaling", "import_time"}.isdisjoint(json.loads(path.read_text()))
+    assert results.load(path)["scaling"] == [] and results.load(path)["import_time"] is None
+
+
+def test_runs_are_put_together(stored):
+    first = stored | {"rows": stored["rows"][:2], "scaling": [], "import_time": None}
+    second = copy.deepcopy(stored) | {"rows": stored["rows"][2:]}
+    second["ceilings"]["bytes_per_s"] *= 2
+    second["header"]["command"] += " scaling"
+    merged = results.merge([first, second])
+    assert merged["rows"] == stored["rows"] and merged["scaling"] == stored["scaling"]
+    assert merged["import_time"] == stored["import_time"]
+    assert merged["ceilings"]["bytes_per_s"] == 2 * stored["ceilings"]["bytes_per_s"]
+    assert merged["header"]["command"] == "python -m benchmarks; python -m benchmarks scaling"
+
+
+def test_nothing_moved(stored):
+    pairs, compared = comparison.moved(stored, slowed(stored, 1.01))
+    assert pairs == [] and compared == sum(row["status"] == "ok" for row in stored["rows"])
+    assert "- 0 of " in comparison.markdown(stored, stored)
+
+
+def test_what_moved_beyond_the_spread_is_listed(stored):
+    new = slowed(stored, 1.5)
+    pairs, _ = comparison.moved(stored, new)
+    assert {row["contender"] for _, row in pairs} == {"cpu"}
+    assert all(row["ms"] == pytest.approx(1.5 * was["ms"]) for was, row in pairs)
+    text = comparison.markdown(stored, new)
+    assert "| pixel_decoder, float32, forward: cpu | 1,256,256,3,16,32,3,1152 | 12.5 | 18.8 | +50 % |" in text
+    assert "not the same" not in text
+
+
+def test_another_machine_is_named(stored):
+    new = copy.deepcopy(stored)
+    new["header"]["processor"] = "Other CPU"
+    assert "- not the same processor: Example CPU then, Other CPU now" in comparison.markdown(stored, new)
+
+
+def test_report_compares_and_merges(stored, tmp_path, capsys):
+    old, both = tmp_path / "old.json", tmp_path / "both.json"
+    results.save(slowed(stored, 2.0), str(old))
+    assert report.main([str(STORED), str(old), "--compare", str(old), "--merged", str(both)]) == 0
+    assert "rows moved beyond the spread" in capsys.readouterr().out
+    assert len(results.load(both)["rows"]) == 2 * len(stored["rows"])
