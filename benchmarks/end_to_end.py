@@ -16,10 +16,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.clock import Clock
+from benchmarks.eager_decoder import backend_view, eager_view, with_parts
 from benchmarks.flow_matching_loss import PROBLEM as LOSS
 from benchmarks.measure import Options, statistics_of
 from benchmarks.names import COMPILED, LIMIT, PUBLISHED, SAMPLING, TRAINING_STEP
-from benchmarks.eager_decoder import backend_view, eager_view, with_parts
 from benchmarks.timing import interleaved
 from benchmarks.verification import SEED
 from deco_kernels import BackendUnavailable, flow, model, ops
