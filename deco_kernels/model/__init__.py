@@ -16,6 +16,10 @@ _MODULE_OF = {
     "build": "presets",
     "from_published": "checkpoint",
     "to_published": "checkpoint",
+    "Checkpoint": "checkpoint_file",
+    "load_model": "checkpoint_file",
+    "read_checkpoint": "checkpoint_file",
+    "save_model": "checkpoint_file",
     "pixel_position_features": "position",
     "rotary_angles": "position",
 }

@@ -22,7 +22,7 @@ from deco_kernels.model.position import NUM_POSITION_FEATURES
 from deco_kernels.model.text_to_image import DeCoTextToImage
 
 # A published file holds one model twice, raw and averaged, beside the head of the alignment loss.
-_RAW, _EMA, _ALIGNMENT_HEAD = "denoiser.", "ema_denoiser.", "diffusion_trainer.proj."
+RAW, EMA, ALIGNMENT_HEAD = "denoiser.", "ema_denoiser.", "diffusion_trainer.proj."
 
 # Published name → ours; {i} is the number of a block. Ours are modules in the trunk, stacked tensors in the decoder.
 _ANY_BLOCK = {
@@ -256,6 +256,7 @@ _TEXT_TO_IMAGE = _Layout(
     stacked=_DECODER_BLOCK,
     sizes=_text_to_image_sizes,
 )
+_LAYOUTS = (_DECO, _TEXT_TO_IMAGE, _DIT)
 
 
 def to_published(model: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -264,7 +265,7 @@ def to_published(model: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
     The tensors are detached views of the parameters (slices, where ours are stacked over blocks), bit for bit.
     Raises TypeError for a model that no published checkpoint describes.
     """
-    layout = next((known for known in (_DECO, _DIT, _TEXT_TO_IMAGE) if type(model) is known.model), None)
+    layout = next((known for known in _LAYOUTS if type(model) is known.model), None)
     if layout is None:
         raise TypeError(
             f"model: expected DeCo, DeCoTextToImage or DiT, got {type(model).__name__}; unwrap compiled or parallel "
@@ -294,21 +295,68 @@ def from_published(state_dict: Mapping[str, Any], *, ema: bool = True) -> nn.Mod
         TypeError: not a mapping of names to floating-point tensors.
         ValueError: not a model known here, or keys missing, extra or misshapen; one message lists them all.
     """
-    tensors = _select(state_dict, ema)
-    layout = _recognise(tensors)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    tensors = select(state_dict, ema)
+    layout, model = _fit(tensors)
+    parameters = dict(model.named_parameters())
+    ours = {target: tensors[name] for name, target in layout.pairs(parameters)}
+    for name, target in layout.stacked.items():
+        if target in parameters:
+            blocks = [tensors[name.format(i=i)].detach() for i in range(len(parameters[target]))]
+            if len({(block.dtype, block.device) for block in blocks}) > 1:
+                raise TypeError(
+                    f"state_dict: expected one dtype and device for all of {name.format(i='*')}, got a mixture"
+                )
+            ours[target] = torch.stack(blocks)
+    return fill(model, ours)
+
+
+def published_model_on_meta(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The model that the bare published names and shapes describe, on the meta device. Raises as `from_published`."""
+    return _fit(tensors)[1]
+
+
+def from_config(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The model of class `name` and constructor arguments `config` with copies of the tensors, named as in its
+    `state_dict`. Raises ValueError for a class or arguments that are not known, and for names or shapes that differ."""
+    cls = {layout.model.__name__: layout.model for layout in _LAYOUTS}.get(name)
+    if cls is None:
+        known = ", ".join(layout.model.__name__ for layout in _LAYOUTS)
+        raise ValueError(f"model: expected one of {known}, got {name!r}; was it written by a newer version?")
+    with torch.device("meta"):
+        try:
+            model = cls(**config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config: {name} cannot be built from {dict(config)}: {error}") from None
+    compare_shapes(name, {key: tuple(t.shape) for key, t in model.state_dict().items()}, _shapes(tensors))
+    return fill(model, tensors)
+
+
+def fill(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The model, so far on the meta device, with copies of the tensors of its `state_dict`, and its fixed buffers."""
+    model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, strict=True, assign=True)
+    if isinstance(model, PixelDiffusion):
+        model.decoder.fill_position_features()
+    return model
+
+
+def _fit(tensors: Mapping[str, torch.Tensor]) -> tuple[_Layout, nn.Module]:
+    """The layout that the names belong to, and its model on the meta device, which the shapes fit."""
+    layout, shapes = _recognise(tensors), _shapes(tensors)
     config = layout.sizes(_Evidence(shapes))
     with torch.device("meta"):
         try:
             model = layout.model(**config)
         except ValueError as error:
             raise ValueError(f"state_dict: its shapes give an impossible model ({config}): {error}") from None
-    _compare(layout.model.__name__, {name: tuple(t.shape) for name, t in to_published(model).items()}, shapes)
-    _adopt(model, layout, tensors)
-    return model
+    compare_shapes(layout.model.__name__, _shapes(to_published(model)), shapes)
+    return layout, model
 
 
-def _select(state_dict: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]:
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def select(state_dict: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]:
     """The tensors of one model, prefixes removed."""
     if isinstance(state_dict, Mapping) and isinstance(state_dict.get("state_dict"), Mapping):
         state_dict = state_dict["state_dict"]
@@ -321,11 +369,11 @@ def _select(state_dict: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]
     ]
     if wrong:
         raise TypeError(f"state_dict: expected floating-point tensors, got {', '.join(wrong)}")
-    present = [prefix for prefix in (_RAW, _EMA) if any(name.startswith(prefix) for name in state_dict)]
+    present = [prefix for prefix in (RAW, EMA) if any(name.startswith(prefix) for name in state_dict)]
     if not present:
         return dict(state_dict)
-    chosen = _EMA if (ema and _EMA in present) or _RAW not in present else _RAW
-    skipped = tuple(prefix for prefix in (_RAW, _EMA, _ALIGNMENT_HEAD) if prefix != chosen)
+    chosen = EMA if (ema and EMA in present) or RAW not in present else RAW
+    skipped = tuple(prefix for prefix in (RAW, EMA, ALIGNMENT_HEAD) if prefix != chosen)
     return {name.removeprefix(chosen): value for name, value in state_dict.items() if not name.startswith(skipped)}
 
 
@@ -344,7 +392,7 @@ def _recognise(tensors: Mapping[str, torch.Tensor]) -> _Layout:
     )
 
 
-def _compare(model: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def compare_shapes(model: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
     """Raise one ValueError that lists every difference between the expected and the found names and shapes."""
     missing = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
     extra = [f"extra: {name} {list(shape)}" for name, shape in found.items() if name not in expected]
@@ -356,20 +404,3 @@ def _compare(model: str, expected: Mapping[str, tuple[int, ...]], found: Mapping
     problems = missing + extra + misshapen
     if problems:
         raise ValueError(f"state_dict: does not fit a {model} of the sizes it shows:\n  " + "\n  ".join(problems))
-
-
-def _adopt(model: nn.Module, layout: _Layout, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give a model on the meta device copies of the published tensors, and its fixed buffers their values."""
-    parameters = dict(model.named_parameters())
-    ours = {target: tensors[name].detach().clone() for name, target in layout.pairs(parameters)}
-    for name, target in layout.stacked.items():
-        if target in parameters:
-            blocks = [tensors[name.format(i=i)].detach() for i in range(len(parameters[target]))]
-            if len({(block.dtype, block.device) for block in blocks}) > 1:
-                raise TypeError(
-                    f"state_dict: expected one dtype and device for all of {name.format(i='*')}, got a mixture"
-                )
-            ours[target] = torch.stack(blocks)
-    model.load_state_dict(ours, strict=True, assign=True)
-    if isinstance(model, PixelDiffusion):
-        model.decoder.fill_position_features()

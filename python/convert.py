@@ -1,0 +1,81 @@
+"""Converts checkpoints: published .ckpt files, safetensors, and the form of deco_kernels, in every direction.
+
+    python python/convert.py published.ckpt                                # says what is in it
+    python python/convert.py published.ckpt model.safetensors --weights ema
+    python python/convert.py model.safetensors again.ckpt --names published
+
+The ending of OUT chooses the container. Files are read memory-mapped and without running code from them. Every tensor
+must fit the model; values are copied bit for bit. Exit status: 0; 2 with one message and nothing written.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from deco_kernels.model.checkpoint_file import (  # noqa: E402
+    NAMES,
+    OURS,
+    PUBLISHED,
+    Checkpoint,
+    container_of,
+    read_checkpoint,
+    save_model,
+    write_tensors,
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        if options.out:
+            container_of(options.out)
+        checkpoint = read_checkpoint(options.source, allow_globals=options.allow_global)
+        print(checkpoint.summary())
+        if options.out:
+            convert(checkpoint, options)
+            print(read_checkpoint(options.out).summary())
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python/convert.py", description=__doc__.split("\n")[0])
+    parser.add_argument("source", metavar="IN", help="a torch or safetensors file, published or this package's")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="file to write; without it IN is only described")
+    parser.add_argument(
+        "--weights",
+        choices=["ema", "raw", "all"],
+        help="which weights to take (default: ema where there are both); all keeps every tensor and its published name",
+    )
+    parser.add_argument(
+        "--names", choices=NAMES, help=f"names of the tensors in OUT (default: {OURS}; with --weights all {PUBLISHED})"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--allow-global",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="admit this global in the pickle of IN (repeatable); it may run code, so admit only what you trust",
+    )
+    return parser.parse_args(arguments)
+
+
+def convert(checkpoint: Checkpoint, options: argparse.Namespace) -> None:
+    """Writes OUT. Raises ValueError for a combination that cannot be, and what reading and writing raise."""
+    if options.weights != "all":
+        kind = checkpoint.choose(options.weights) or options.weights or "ema"
+        model = checkpoint.model(options.weights)
+        save_model(model, options.out, names=options.names or OURS, weights=kind, overwrite=options.overwrite)
+        return
+    if OURS in (options.names, checkpoint.names):
+        raise ValueError(f"--weights all keeps published names: expected --names {PUBLISHED} and a published file")
+    write_tensors(checkpoint.tensors, options.out, {"names": PUBLISHED}, overwrite=options.overwrite)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
