@@ -99,6 +99,26 @@ def load_differences(pred_ptr, pred_offsets, pred_stride_c, target_ptr, target_o
 
 
 @triton.jit
+def load_tile(
+    pred_ptr, pred_stride_c, pred_stride_h, pred_stride_w,  # [3, H, W]
+    target_ptr, target_stride_c, target_stride_h, target_stride_w,  # [3, H, W]
+    tile, height, width,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Tile `tile` of BLOCK 8x8 blocks: differences R, G, B [BLOCK, 64], the blocks' row and column, which exist."""
+    blocks_x = tl.cdiv(width, 8)
+    block = tile * BLOCK + tl.arange(0, BLOCK)
+    block_y, block_x = block // blocks_x, block % blocks_x
+    valid = (block < blocks_x * tl.cdiv(height, 8))[:, None]
+    pred_offsets = block_offsets(block_y, block_x, height, width, pred_stride_h, pred_stride_w, PADDED)
+    target_offsets = block_offsets(block_y, block_x, height, width, target_stride_h, target_stride_w, PADDED)
+    r, g, b = load_differences(
+        pred_ptr, pred_offsets, pred_stride_c, target_ptr, target_offsets, target_stride_c, valid
+    )
+    return r, g, b, block_y, block_x, valid
+
+
+@triton.jit
 def split_bfloat16(x):
     """x ≈ high + low to about 17 significant bits."""
     high = x.to(tl.bfloat16)
@@ -175,22 +195,15 @@ def sums_kernel(
     height, width,
     PADDED: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (g, b) takes every G-th tile of sample b."""
-    sample = tl.program_id(1).to(tl.int64)
+    """Program (b, g) takes every G-th tile of sample b."""
+    sample = tl.program_id(0).to(tl.int64)
     pred_ptr += sample * pred_stride_b
     target_ptr += sample * target_stride_b
-    blocks_x = tl.cdiv(width, 8)
-    n_blocks = blocks_x * tl.cdiv(height, 8)
-    n_tiles = tl.cdiv(n_blocks, BLOCK)
-    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-        block = tile * BLOCK + tl.arange(0, BLOCK)
-        block_y, block_x = block // blocks_x, block % blocks_x
-        valid = (block < n_blocks)[:, None]
-        r, g, b = load_differences(
-            pred_ptr, block_offsets(block_y, block_x, height, width, pred_stride_h, pred_stride_w, PADDED),
-            pred_stride_c,
-            target_ptr, block_offsets(block_y, block_x, height, width, target_stride_h, target_stride_w, PADDED),
-            target_stride_c, valid,
+    n_tiles = tl.cdiv(tl.cdiv(width, 8) * tl.cdiv(height, 8), BLOCK)
+    for tile in range(tl.program_id(1), n_tiles, tl.num_programs(1)):
+        r, g, b, block_y, block_x, valid = load_tile(
+            pred_ptr, pred_stride_c, pred_stride_h, pred_stride_w,
+            target_ptr, target_stride_c, target_stride_h, target_stride_w, tile, height, width, PADDED, BLOCK,
         )  # fmt: skip
         squares = r * r + g * g + b * b
         if PADDED:
@@ -266,9 +279,9 @@ def gradient_kernel(
     PADDED: tl.constexpr, WEIGHTED: tl.constexpr, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (g, b) takes every G-th tile of sample b."""
+    """Program (b, g) takes every G-th tile of sample b."""
     e = tl.arange(0, 64)
-    sample = tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(0).to(tl.int64)
     pred_ptr += sample * pred_stride_b
     target_ptr += sample * target_stride_b
     blocks_x = tl.cdiv(width, 8)
@@ -279,15 +292,10 @@ def gradient_kernel(
         weight = tl.load(sample_weight_ptr + sample).to(tl.float32)
         of_pixel *= weight
         of_frequency *= weight
-    for tile in range(tl.program_id(0), tl.cdiv(n_blocks, BLOCK), tl.num_programs(0)):
-        block = tile * BLOCK + tl.arange(0, BLOCK)
-        block_y, block_x = block // blocks_x, block % blocks_x
-        valid = (block < n_blocks)[:, None]
-        r, g, b = load_differences(
-            pred_ptr, block_offsets(block_y, block_x, height, width, pred_stride_h, pred_stride_w, PADDED),
-            pred_stride_c,
-            target_ptr, block_offsets(block_y, block_x, height, width, target_stride_h, target_stride_w, PADDED),
-            target_stride_c, valid,
+    for tile in range(tl.program_id(1), tl.cdiv(n_blocks, BLOCK), tl.num_programs(1)):
+        r, g, b, block_y, block_x, valid = load_tile(
+            pred_ptr, pred_stride_c, pred_stride_h, pred_stride_w,
+            target_ptr, target_stride_c, target_stride_h, target_stride_w, tile, height, width, PADDED, BLOCK,
         )  # fmt: skip
         r_grad = tl.zeros([BLOCK, 64], tl.float32)
         g_grad = tl.zeros([BLOCK, 64], tl.float32)
@@ -327,11 +335,11 @@ def fold_kernel(
     height, width,
     WEIGHTED: tl.constexpr, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, b·3 + c): the pixel part plus every padded position that reflects onto a pixel, one plane."""
-    sample = (tl.program_id(1) // 3).to(tl.int64)
-    channel = (tl.program_id(1) % 3).to(tl.int64)
+    """Program (b·3 + c, tile): the pixel part plus every padded position that reflects onto a pixel, one plane."""
+    sample = (tl.program_id(0) // 3).to(tl.int64)
+    channel = (tl.program_id(0) % 3).to(tl.int64)
     padded_height, padded_width = tl.cdiv(height, 8) * 8, tl.cdiv(width, 8) * 8
-    pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    pixel = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = pixel < height.to(tl.int64) * width
     row, column = pixel // width, pixel % width
 
@@ -369,23 +377,15 @@ def spectrum_kernel(
     height, width,
     PADDED: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, b): what the gradient of the frequency weight is made of."""
-    e = tl.arange(0, 64)
-    sample = tl.program_id(1).to(tl.int64)
-    blocks_x = tl.cdiv(width, 8)
-    n_blocks = blocks_x * tl.cdiv(height, 8)
-    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    block_y, block_x = block // blocks_x, block % blocks_x
-    valid = (block < n_blocks)[:, None]
-    r, g, b = load_differences(
-        pred_ptr + sample * pred_stride_b,
-        block_offsets(block_y, block_x, height, width, pred_stride_h, pred_stride_w, PADDED), pred_stride_c,
-        target_ptr + sample * target_stride_b,
-        block_offsets(block_y, block_x, height, width, target_stride_h, target_stride_w, PADDED), target_stride_c,
-        valid,
+    """Program (b, tile): what the gradient of the frequency weight is made of."""
+    sample = tl.program_id(0).to(tl.int64)
+    r, g, b, _, _, _ = load_tile(
+        pred_ptr + sample * pred_stride_b, pred_stride_c, pred_stride_h, pred_stride_w,
+        target_ptr + sample * target_stride_b, target_stride_c, target_stride_h, target_stride_w,
+        tl.program_id(1), height, width, PADDED, BLOCK,
     )  # fmt: skip
     dct = tl.trans(block_dct())
-    place = spectrum_ptr + (sample * tl.num_programs(0) + tl.program_id(0)) * 192 + e
+    place = spectrum_ptr + (sample * tl.num_programs(1) + tl.program_id(1)) * 192 + tl.arange(0, 64)
     for channel in range(3):
         of_r, of_g, of_b = ycbcr_row(channel)
         coefficients = tl.dot(of_r * r + of_g * g + of_b * b, dct, input_precision=PRECISION)
@@ -422,9 +422,9 @@ class _Loss:
         return self.pred, *self.pred.stride(), self.target, *self.target.stride()
 
     def grid(self, parameters):
-        """Persistent programs of every sample."""
+        """Persistent programs of every sample. Samples come first: a grid's first size alone may exceed 65,535."""
         programs = triton.cdiv(program_limit(self.pred.device, parameters), self.batch)
-        return min(triton.cdiv(self.blocks, parameters.block), programs), self.batch
+        return self.batch, min(triton.cdiv(self.blocks, parameters.block), programs)
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=self.pred.device)
@@ -475,7 +475,7 @@ class _Loss:
             PADDED=self.is_padded, BLOCK=self.backward.block, PRECISION=self.precision, **flags,
         )  # fmt: skip
         if self.is_padded:
-            grid = (triton.cdiv(self.height * self.width, _SMALL.block), self.batch * 3)
+            grid = (self.batch * 3, triton.cdiv(self.height * self.width, _SMALL.block))
             launch(
                 fold_kernel, grid, _SMALL, *self.images(), coefficients, self._weights(), padded_grad,
                 pred_grad, target_grad, self.height, self.width, BLOCK=_SMALL.block, **flags,
@@ -486,7 +486,7 @@ class _Loss:
         tiles = triton.cdiv(self.blocks, self.backward.block)
         spectrum = self.empty(self.batch, tiles, 3, 64)
         launch(
-            spectrum_kernel, (tiles, self.batch), self.backward, *self.images(), spectrum,
+            spectrum_kernel, (self.batch, tiles), self.backward, *self.images(), spectrum,
             self.height, self.width, PADDED=self.is_padded, BLOCK=self.backward.block, PRECISION=self.precision,
         )  # fmt: skip
         per_sample = spectrum.sum(1)

@@ -1,0 +1,81 @@
+"""What the host code of the Triton backend launches: parameters, grids and workspace; nothing is compiled or run."""
+
+import itertools
+import os
+
+import pytest
+import torch
+
+from benchmarks import static
+from deco_kernels import testing
+
+pytestmark = pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="about compiled kernels")
+pytest.importorskip("triton")
+
+
+def names(launches) -> list[str]:
+    return [launch.kernel.fn.__name__ for launch in launches]
+
+
+def many_images(inputs: testing.Inputs, count: int) -> testing.Inputs:
+    """The same inputs for `count` times as many images."""
+
+    def repeated(tensor):
+        return tensor.expand(count, *tensor.shape).flatten(0, 1) if len(tensor) == 1 else tensor.repeat(count, 1, 1)
+
+    rows = {"image", "cond", "tokens", "h", "pred", "target"}
+    return inputs._replace(
+        tensors={name: repeated(t) if name in rows else t for name, t in inputs.tensors.items()},
+        grad_outputs=tuple(repeated(g) if g.dim() else g for g in inputs.grad_outputs),
+    )
+
+
+def test_recording_launches_runs_nothing():
+    from deco_kernels.backends.triton import common, pixel_decoder
+
+    inputs = testing.random_inputs("pixel_decoder", dtype=torch.bfloat16, image_size=(1, 32, 32))
+    with common.record_launches("sm_90") as launches:
+        pixel_decoder.forward(*inputs.tensors.values(), 16, 1e-6)
+    assert names(launches) == ["pack_kernel", "forward_kernel"]
+    assert launches[1].args["D"] == 32 and launches[1].options["num_warps"] == 4
+
+
+@pytest.mark.parametrize("op", testing.OPS)
+def test_every_kernel_has_launch_parameters(op):
+    """Every width and dtype, forward and backward, on the architectures of the table and on others."""
+    for width, dtype in itertools.product(static.WIDTHS, static.DTYPES.values()):
+        inputs = testing.random_inputs(op, dtype=dtype, width=width, patch_size=4, image_size=(1, 8, 8))
+        for architecture in (*static.ARCHITECTURES, "sm_86", "sm_120", "gfx950"):
+            for launch in static.launches_of(inputs, architecture):
+                block = launch.args.get("BLOCK", 16)
+                assert block >= 16 and block & (block - 1) == 0, (width, dtype, architecture)
+                assert launch.options["num_warps"] in (1, 2, 4, 8) and launch.options["num_stages"] >= 1
+
+
+@pytest.mark.parametrize("images", [12, 24])
+@pytest.mark.parametrize("op", ["pixel_decoder", "pixel_decoder_from_tokens"])
+def test_the_workspace_does_not_grow_with_the_batch(op, images):
+    """One image of 256x256 holds 256 tokens; what a chunk holds besides inputs and outputs is at most 150 MB."""
+    inputs = testing.random_inputs(op, dtype=torch.bfloat16, token_width=8, image_size=(1, 256, 256))
+    replays = [
+        launch.args
+        for launch in static.launches_of(many_images(inputs, images), "sm_90")
+        if launch.kernel.fn.__name__ == "replay_kernel"
+    ]
+    workspaces = [args["states_ptr"].untyped_storage().nbytes() for args in replays]
+    if op == "pixel_decoder_from_tokens":
+        workspaces = [
+            size + 2 * args["cond_ptr"].untyped_storage().nbytes()
+            for size, args in zip(workspaces, replays, strict=True)
+        ]
+    assert 100e6 < max(workspaces) <= 150e6
+    assert sum(args["n_tokens"] for args in replays) == images * 256
+
+
+@pytest.mark.parametrize("op", ["pixel_decoder", "flow_matching_loss"])
+def test_grids_of_many_images_can_be_launched(op):
+    """Only the first size of a grid may exceed 65,535."""
+    size = 12 if "loss" in op else 4
+    inputs = testing.random_inputs(op, dtype=torch.bfloat16, width=16, patch_size=4, image_size=(1, size, size))
+    for launch in static.launches_of(many_images(inputs, 70_000), "sm_90"):
+        assert launch.grid[0] < 2**31 and all(0 < size < 2**16 for size in launch.grid[1:]), names([launch])
