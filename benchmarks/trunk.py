@@ -1,7 +1,7 @@
 """`python -m benchmarks trunk`: what `compile_trunk()` gains on the CPU, and what compiling costs.
 
-One thread, CPU time (user and system, of this process and its compilers), so that other load on the machine matters
-little. The trunk alone is timed, eager and compiled by block, in turns.
+One thread and CPU time, so that other load on the machine matters little. The trunk alone is timed, eager and compiled,
+in turns.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import json
 import os
 import statistics
 import sys
+import time
 
 import torch
 from torch import nn
@@ -97,10 +98,10 @@ def _row(size: str, pass_: str, dtype: str, rounds: int) -> dict:
     times: dict[nn.Module, list[float]] = {eager: [], compiled: []}
     for round_ in range(rounds + 2):
         for module in (eager, compiled) if round_ % 2 else (compiled, eager):
-            start = _cpu_seconds()
+            start = time.process_time()
             run(module)
             if round_ >= 2:
-                times[module].append(1e3 * (_cpu_seconds() - start))
+                times[module].append(1e3 * (time.process_time() - start))
     eager_ms, compiled_ms = (statistics.median(times[module]) for module in (eager, compiled))
     torch._dynamo.reset()
     return {
@@ -119,11 +120,6 @@ def _compile_seconds(depth: int) -> float:
     trunk, run = _step(next(iter(SIZES)), "float32", True, depth)
     trunk.compile_blocks()
     torch._dynamo.reset()
-    start = _cpu_seconds()
+    start = sum(os.times()[:4])  # user and system, of this process and of the compilers it has waited for
     run(trunk)
-    return _cpu_seconds() - start
-
-
-def _cpu_seconds() -> float:
-    """User and system time of this process and of its children that have ended."""
-    return sum(os.times()[:4])
+    return sum(os.times()[:4]) - start
