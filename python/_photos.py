@@ -4,11 +4,11 @@ import importlib.util
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from deco_kernels.backends.reference.flow_matching_loss import block_dct_ycbcr
+from deco_kernels.training.images import center_crop, to_signed, to_uint8, upright_rgb
 
 
 def shipped_photographs() -> list[Path]:
@@ -30,7 +30,7 @@ def load_photographs(paths: list[Path], size: int) -> tuple[list[str], torch.Ten
     for path in paths:
         try:
             with Image.open(path) as image:
-                images.append(to_tensor(center_crop(image.convert("RGB"), size)))
+                images.append(to_tensor(center_crop(upright_rgb(image), size, size)))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             warnings.warn(f"{path} is left out: it cannot be read as an image ({error})", stacklevel=2)
         else:
@@ -38,20 +38,9 @@ def load_photographs(paths: list[Path], size: int) -> tuple[list[str], torch.Ten
     return names, torch.stack(images) if images else torch.empty(0, 3, size, size)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Halved by box filter while both sides are at least twice `size`, then bicubic to `size` on the shorter side, then
-    cropped around the center."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """RGB image -> [3, H, W] float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    return to_signed(to_uint8(image))
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:

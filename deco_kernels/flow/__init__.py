@@ -10,6 +10,8 @@ _MODULE_OF = {
     "shift_time": "path",
     "Objective": "objective",
     "drop_labels": "objective",
+    "Alignment": "repa",
+    "DinoV2Teacher": "repa",
     "SOLVERS": "solvers",
     "Sampler": "samplers",
     "sample": "samplers",

@@ -53,7 +53,7 @@ def test_any_readable_image_is_cropped_to_the_size(tmp_path, width, height, mode
 def test_crop_is_centered_and_keeps_values(tmp_path):
     pixels = np.zeros((64, 128, 3), dtype=np.uint8)
     pixels[:, 32:96] = 255
-    image = _photos.to_tensor(_photos.center_crop(Image.fromarray(pixels), 64))
+    image = _photos.to_tensor(_photos.center_crop(Image.fromarray(pixels), 64, 64))
     assert torch.equal(image, torch.ones(3, 64, 64))
 
 

@@ -1,0 +1,198 @@
+"""Checkpoints: a kill or a full disk at any moment leaves the last good one; weights have their published names.
+
+A file holds "state_dict" (denoiser.*, ema_denoiser.*, diffusion_trainer.proj.0.*, as the published files do, so that
+`model.from_published` reads it), "optimizer" (by parameter name), "step", "config" and "skipped" (images already
+reported). It holds whole tensors: any number of processes, and either strategy, can resume from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from deco_kernels import model as models
+from deco_kernels.training.ema import MovingAverage
+from deco_kernels.training.module import TrainingModule
+
+RAW, AVERAGED, ALIGNMENT = "denoiser.", "ema_denoiser.", "diffusion_trainer.proj.0."
+_PROJECTOR = "objective.repa.projector."
+_PATTERN = re.compile(r"step_(\d+)\.ckpt")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, read, or does not belong to the configuration."""
+
+
+@dataclass
+class Progress:
+    """What a run consists of between two steps, beyond its configuration."""
+
+    module: TrainingModule
+    optimizer: torch.optim.Optimizer
+    average: MovingAverage
+    step: int
+    skipped: dict[str, str]
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    return sorted((path for path in folder.glob("step_*.ckpt") if _PATTERN.fullmatch(path.name)), reverse=True)
+
+
+def write_atomically(content: Mapping[str, Any], path: Path) -> None:
+    """torch.save to a temporary file beside `path`, which then takes its name; on failure nothing is left behind.
+
+    Raises CheckpointError, naming the free space where that is what is missing.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
+        raise CheckpointError(
+            f"{path} could not be written ({error}); {free / 2**30:.2f} GiB are free in {path.parent}. Earlier "
+            "checkpoints are kept: make room and start again with --resume auto"
+        ) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def save(progress: Progress, config: dict[str, Any], folder: Path, keep: int, writer: bool) -> None:
+    """Write the present step's checkpoint and remove all but the newest `keep`.
+
+    Collective: every process calls it; the one with `writer` writes.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(progress.module, options=options)
+    optimizer = get_optimizer_state_dict(progress.module, progress.optimizer, options=options)
+    averages = {name: whole(average) for name, average in progress.average.averages.items()}
+    if not writer:
+        return
+    raw = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    content = {
+        "state_dict": {
+            **_published(progress.module.model, raw, RAW),
+            **_published(progress.module.model, averages, AVERAGED),
+            **{name.replace(_PROJECTOR, ALIGNMENT): v for name, v in state.items() if name.startswith(_PROJECTOR)},
+        },
+        "optimizer": optimizer,
+        "step": progress.step,
+        "config": config,
+        "skipped": progress.skipped,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".step_*.tmp"):
+        leftover.unlink()
+    write_atomically(content, folder / f"step_{progress.step:09d}.ckpt")
+    for old in found(folder)[keep:]:
+        old.unlink()
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, its tensors mapped from the file. Raises CheckpointError."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch.load raises many unrelated types for damaged files
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+    missing = {"state_dict", "optimizer", "step", "config", "skipped"} - set(content)
+    if missing:
+        raise CheckpointError(f"{path} is not a checkpoint of a training run: it has no {sorted(missing)}")
+    return content
+
+
+def read_latest(folder: Path) -> dict[str, Any] | None:
+    """The newest readable checkpoint in a folder; unreadable ones are named in a warning. None if there are none."""
+    paths = found(folder)
+    for path in paths:
+        try:
+            return read(path)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; trying the one before", stacklevel=2)
+    if paths:
+        raise CheckpointError(f"none of the {len(paths)} checkpoints in {folder} can be read")
+    return None
+
+
+def check_same_model(content: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless checkpoint and configuration describe the same model and alignment head."""
+    for key in ("model", "repa"):
+        theirs, ours = (dict(each[key]) for each in (content["config"], config))
+        if key == "repa":
+            theirs, ours = bool(theirs["weight"]), bool(ours["weight"])
+        if theirs != ours:
+            raise CheckpointError(
+                f"the checkpoint of step {content['step']} was written with {key} {theirs}, the configuration has "
+                f"{ours}; resume with the same one, or start anew elsewhere with out=FOLDER"
+            )
+
+
+def restore(content: Mapping[str, Any], progress: Progress) -> None:
+    """Put a checkpoint's content into a run that was set up with the same model. Collective."""
+    module, state = progress.module, content["state_dict"]
+    options = StateDictOptions(full_state_dict=True, cpu_offload=False)
+    weights = {f"model.{name}": v for name, v in _ours(module.model, state, RAW).items()}
+    weights |= {name.replace(ALIGNMENT, _PROJECTOR): v for name, v in state.items() if name.startswith(ALIGNMENT)}
+    set_model_state_dict(module, weights, options=options)
+    set_optimizer_state_dict(module, progress.optimizer, content["optimizer"], options=options)
+    for name, value in _ours(module.model, state, AVERAGED).items():
+        average = progress.average.averages[name]
+        if isinstance(average, DTensor):
+            value = distribute_tensor(value.to(average.device), average.device_mesh, average.placements)
+        average.copy_(value)
+    progress.step, progress.skipped = content["step"], dict(content["skipped"])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be sharded, in one piece on the CPU. Collective where it is."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def _skeleton(model: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+    """A model of the same configuration that holds the given whole parameters, or uninitialised ones."""
+    with torch.device("meta"):
+        skeleton = type(model)(**model.config)
+    if parameters is None:
+        return skeleton.to_empty(device="cpu")
+    skeleton.load_state_dict(parameters, assign=True)
+    return skeleton
+
+
+def _published(model: nn.Module, parameters: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Our whole parameters under their published names."""
+    return models.to_published(_skeleton(model, parameters), prefix)
+
+
+def _ours(model: nn.Module, state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Published tensors as our whole parameters."""
+    skeleton = _skeleton(model)
+    for name, place in models.to_published(skeleton, prefix).items():
+        place.copy_(state[name])
+    return skeleton.state_dict()

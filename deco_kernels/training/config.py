@@ -1,0 +1,228 @@
+"""The configuration of a training run: typed defaults, a YAML file over them, `key=value` overrides over that.
+
+Source of the published values: DeCo (arXiv 2511.19365), section 4.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+STRATEGIES = ("auto", "ddp", "fsdp2")
+DATA_KINDS = ("folder", "table", "webdataset")
+
+
+@dataclass
+class ModelConfig:
+    """`model.build(name, **options)`."""
+
+    name: str = MISSING
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """Where images come from and what is asked of them.
+
+    kind: "folder" (one folder per class), "table" (CSV or parquet) or "webdataset" (tar shards).
+    path: the folder, the table or tables, the shard or shards; wildcards are allowed for the latter two.
+    image_column, label_column, caption_column: of tables and shards; without image_column the first column that holds
+        images. One of label and caption is used: the label for class models, the caption for text models.
+    buckets: group images by aspect ratio into rectangles of about image_size² pixels instead of cropping squares.
+    max_aspect: of the rectangles, longer side over shorter.
+    min_side: images with a shorter side are skipped; others below the size are enlarged.
+    workers: loader processes per training process. prefetch: batches each of them keeps ready.
+    cache_dir: where `datasets` keeps converted tables and shards; its own default if null.
+    """
+
+    kind: str = "folder"
+    path: str = MISSING
+    image_column: str | None = None
+    label_column: str = "label"
+    caption_column: str = "caption"
+    buckets: bool = False
+    max_aspect: float = 2.0
+    min_side: int = 32
+    workers: int = 8
+    prefetch: int = 4
+    cache_dir: str | None = None
+
+
+@dataclass
+class ObjectiveConfig:
+    """Times, dropped labels, and the frequency loss with its JPEG table (quality, mode, gamma)."""
+
+    distribution: str = "lognormal"
+    shift: float = 1.0
+    label_dropout: float = 0.1
+    frequency_scale: float = 1.0
+    quality: int = 85
+    mode: str = "inv_gamma"
+    gamma: float = 1.0
+
+
+@dataclass
+class RepaConfig:
+    """Alignment with the patch features of a frozen teacher; weight 0 switches it off."""
+
+    weight: float = 0.5
+    block: int = 8
+    teacher: str = "facebook/dinov2-base"
+
+
+@dataclass
+class TextConfig:
+    """The frozen encoder of captions, for text-to-image models."""
+
+    encoder: str = "Qwen/Qwen3-1.7B"
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW; the rate rises linearly over `warmup_steps`, then stays. clip_norm bounds the norm of all gradients."""
+
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    clip_norm: float | None = None
+
+
+@dataclass
+class SampleConfig:
+    """Grids of samples from the averaged weights, every so many steps; 0 for none.
+
+    labels: classes shown in turn. prompts: captions shown in turn, for text models.
+    """
+
+    every: int = 10_000
+    count: int = 16
+    steps: int = 50
+    guidance: float = 3.2
+    guidance_interval: list[float] = field(default_factory=lambda: [0.1, 1.0])
+    shift: float = 1.0
+    solver: str = "euler"
+    labels: list[int] = field(default_factory=lambda: [207, 360, 387, 974, 88, 979, 417, 279])
+    prompts: list[str] = field(default_factory=lambda: ["a photograph of a mountain lake at dawn"])
+
+
+@dataclass
+class TrainConfig:
+    """Everything a run depends on.
+
+    batch_size: images per step over all processes and accumulated parts; accumulate: parts of a step.
+    precision: of Fabric, "bf16-mixed" or "32-true". compile: torch.compile of the trunk.
+    strategy: "auto" (one process, or DDP when there are several), "ddp" or "fsdp2".
+    accelerator, devices, num_nodes: of Fabric. backend: of the fused ops, see `deco_kernels.use_backend`.
+    init_from: checkpoint whose averaged weights a new run starts from, such as that of the previous stage.
+    save_every: steps between checkpoints; keep: how many of the newest stay.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    repa: RepaConfig = field(default_factory=RepaConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    out: str = MISSING
+    image_size: int = 256
+    batch_size: int = 256
+    accumulate: int = 1
+    steps: int = 200_000
+    seed: int = 0
+    ema_decay: float = 0.9999
+    precision: str = "bf16-mixed"
+    compile: bool = False
+    strategy: str = "auto"
+    accelerator: str = "auto"
+    devices: int | None = None
+    num_nodes: int = 1
+    backend: str | None = None
+    init_from: str | None = None
+    log_every: int = 50
+    save_every: int = 5_000
+    keep: int = 2
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Read a YAML file and apply `key=value` overrides (nested keys with dots, values in YAML).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown key (the nearest known one is named), a value of the wrong type, a key without a value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"configuration: expected a YAML file, found none at {path}")
+    overrides = list(overrides)
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"override: expected key=value, got {override!r}")
+    try:
+        given = [OmegaConf.load(path), OmegaConf.from_dotlist(overrides)]
+    except Exception as error:  # YAML's own errors have several unrelated types
+        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    config = OmegaConf.structured(TrainConfig)
+    for source, part in zip((str(path), "command line"), given, strict=True):
+        if not isinstance(part, DictConfig):
+            raise ValueError(f"{source}: expected a mapping of keys to values")
+        _refuse_unknown(OmegaConf.to_container(part), TrainConfig, source)
+        try:
+            config = OmegaConf.merge(config, part)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{source}: {error.full_key or 'a key'}: {str(error).splitlines()[0]}") from error
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError(f"configuration: no value for {', '.join(missing)}; add it to {path} or as KEY=VALUE")
+    result = OmegaConf.to_object(config)
+    _check(result)
+    return result
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Nested plain dictionary, for checkpoints and comparison."""
+    return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The whole configuration as YAML that `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _refuse_unknown(given: dict[Any, Any], schema: type, source: str, prefix: str = "") -> None:
+    known = {each.name: each.default_factory for each in fields(schema)}
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(prefix + k for k in known)}"
+            raise ValueError(f"{source}: unknown key {prefix}{key}; {hint}")
+        if is_dataclass(known[key]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{source}: {prefix}{key}: expected keys below it, got {value!r}")
+            _refuse_unknown(value, known[key], source, f"{prefix}{key}.")
+
+
+def _check(config: TrainConfig) -> None:
+    """Raise ValueError for values that no run can have."""
+    for name in ("image_size", "batch_size", "accumulate", "steps", "log_every", "save_every", "keep", "num_nodes"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(config, name)}")
+    for name, value, choices in (
+        ("strategy", config.strategy, STRATEGIES),
+        ("data.kind", config.data.kind, DATA_KINDS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"ema_decay: expected a number from 0 to below 1, got {config.ema_decay}")
+    if len(config.optimizer.betas) != 2:
+        raise ValueError(f"optimizer.betas: expected two numbers, got {config.optimizer.betas}")
+    if config.data.max_aspect < 1:
+        raise ValueError(f"data.max_aspect: expected at least 1, got {config.data.max_aspect}")

@@ -1,0 +1,57 @@
+"""Decoding and cropping of photographs.
+
+Source of the crop: Dhariwal and Nichol (arXiv 2105.05233), as used for DeCo (arXiv 2511.19365), section 4.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+ORIENTATION_TAG = 274
+QUARTER_TURNS = (5, 6, 7, 8)  # values of the orientation tag that swap width and height
+
+
+def open_image(stored: str | bytes | None) -> Image.Image:
+    """Open an image file, given by its path or its bytes; only its header is read."""
+    if stored is None:
+        raise ValueError("no image is stored")
+    return Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) as the image is meant to be seen, from its header alone."""
+    turned = image.getexif().get(ORIENTATION_TAG) in QUARTER_TURNS
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Decoded, turned as its EXIF orientation says, and converted to RGB from whatever mode the file has."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Halved by box filter while both sides are at least twice what is asked, then bicubic until one side fits, then
+    cropped around the center. Smaller images are enlarged by the same bicubic step."""
+    while image.height >= 2 * height and image.width >= 2 * width:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(height / image.height, width / image.width)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_uint8(image: Image.Image) -> torch.Tensor:
+    """RGB image → uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_signed(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 → float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1

@@ -1,0 +1,131 @@
+"""Loads the images of each step, in worker processes, from any step on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from deco_kernels.training.batches import BatchPlan, crop_shapes, group_by_shape
+from deco_kernels.training.config import TrainConfig
+from deco_kernels.training.images import center_crop, open_image, to_uint8, upright_rgb
+from deco_kernels.training.sources import Source
+
+ATTEMPTS = 100  # images tried in place of one that cannot be used, before giving up
+
+
+@dataclass
+class Batch:
+    """What one process computes between two synchronisations.
+
+    images: uint8 [B, 3, H, W]. targets: labels int64 [B], or captions. samples: the number of every image in the whole
+    run, int64 [B]. skipped: name and reason of the images that could not be used, in whose place others were taken.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor | list[str]
+    samples: torch.Tensor
+    skipped: dict[str, str]
+
+    def pin_memory(self) -> Batch:
+        self.images = self.images.pin_memory()
+        return self
+
+
+class Images(Dataset):
+    """Decoded and cropped images; an index is (group, number of the sample, number of the image)."""
+
+    def __init__(self, source: Source, plan: BatchPlan, min_side: int):
+        self.source, self.plan, self.min_side = source, plan, min_side
+
+    def __getitem__(self, index: tuple[int, int, int]) -> tuple[torch.Tensor, int | str, int, dict[str, str]]:
+        group, sample, number = index
+        skipped: dict[str, str] = {}
+        for attempt in range(ATTEMPTS):
+            try:
+                stored, target = self.source.read(number)
+                return self._decode(stored, *self.plan.shapes[group]), target, sample, skipped
+            except Exception as error:  # Pillow's formats raise many unrelated types
+                skipped[self.source.name(number)] = str(error) or type(error).__name__
+            number = self.plan.substitute(group, sample, attempt)
+        examples = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        raise ValueError(f"data.path: {ATTEMPTS} images in a row cannot be used, such as {examples}")
+
+    def _decode(self, stored: str | bytes | None, height: int, width: int) -> torch.Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata in images that decode
+            with open_image(stored) as image:
+                if min(image.size) < self.min_side:
+                    raise ValueError(f"{image.width}x{image.height} pixels, below data.min_side={self.min_side}")
+                return to_uint8(center_crop(upright_rgb(image), height, width))
+
+
+class Parts(Sampler):
+    """The indices of this process's part of each batch, from a step on: contiguous, in the order of the ranks."""
+
+    def __init__(self, plan: BatchPlan, first_step: int, last_step: int, accumulate: int, rank: int, world_size: int):
+        self.plan, self.steps = plan, range(first_step, last_step)
+        self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        size = self.plan.batch_size
+        for step in self.steps:
+            group, numbers = self.plan.step(step)
+            samples = np.arange(step * size, (step + 1) * size)
+            for part in np.split(np.arange(size), self.accumulate):
+                mine = np.split(part, self.world_size)[self.rank]
+                yield [(group, int(samples[i]), int(numbers[i])) for i in mine]
+
+
+def plan_batches(config: TrainConfig, source: Source, patch_size: int, world_size: int) -> BatchPlan:
+    """Group the images by crop and lay out the steps.
+
+    Raises ValueError where batch_size cannot be divided among processes and parts, or image_size into patches.
+    """
+    if config.batch_size % (world_size * config.accumulate):
+        raise ValueError(
+            f"batch_size: expected a multiple of processes x accumulate = {world_size} x {config.accumulate}, got "
+            f"{config.batch_size}"
+        )
+    size = config.image_size
+    if size % patch_size:
+        raise ValueError(f"image_size: expected a multiple of the patch size {patch_size}, got {size}")
+    if not config.data.buckets:
+        groups = {(size, size): np.arange(len(source))}
+    else:
+        shapes = crop_shapes(size, patch_size, config.data.max_aspect)
+        groups = group_by_shape(source.sizes(config.data.workers), shapes, config.batch_size)
+        if not groups:
+            raise ValueError(f"data.path: no image in {config.data.path} can be read")
+    return BatchPlan(groups, config.batch_size, config.seed)
+
+
+def loader(
+    config: TrainConfig, source: Source, plan: BatchPlan, first_step: int, rank: int, world_size: int, pin: bool
+) -> DataLoader:
+    """The batches of this process from `first_step` to the end of the run, config.accumulate of them per step."""
+    workers = config.data.workers
+    return DataLoader(
+        Images(source, plan, config.data.min_side),
+        batch_sampler=Parts(plan, first_step, config.steps, config.accumulate, rank, world_size),
+        collate_fn=_collate,
+        num_workers=workers,
+        prefetch_factor=config.data.prefetch if workers else None,
+        pin_memory=pin,
+    )
+
+
+def _collate(items: list[tuple[torch.Tensor, int | str, int, dict[str, str]]]) -> Batch:
+    images, targets, samples, skipped = zip(*items, strict=True)
+    numeric = isinstance(targets[0], int)
+    together = {name: reason for each in skipped for name, reason in each.items()}
+    return Batch(
+        torch.stack(images), torch.tensor(targets) if numeric else list(targets), torch.tensor(samples), together
+    )

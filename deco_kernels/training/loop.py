@@ -1,0 +1,231 @@
+"""The training loop, on Lightning Fabric: the same losses from one process or many, uninterrupted or resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import DataLoader
+
+import deco_kernels
+from deco_kernels import flow
+from deco_kernels.training import checkpoints, setup
+from deco_kernels.training.config import TrainConfig, to_dict, to_yaml
+from deco_kernels.training.images import to_signed
+from deco_kernels.training.loading import Batch, loader
+from deco_kernels.training.module import draw_per_image
+from deco_kernels.training.report import Report
+
+
+def train(
+    config: TrainConfig,
+    resume: str = "never",
+    teacher: setup.Teacher | None = None,
+    encoder: setup.Encoder | None = None,
+) -> None:
+    """Run a configuration to its end.
+
+    Args:
+        resume: "never" (the run's folder must hold no checkpoint), "auto" (continue from the newest readable checkpoint
+            in the run's folder, or start where there is none) or the path of a checkpoint.
+        teacher: of the alignment loss, in place of the one that the configuration names; see `flow.Alignment`.
+        encoder: of captions, for text models, in place of the one that the configuration names.
+
+    Raises:
+        ValueError, TypeError, OSError: configuration, data or teacher cannot be used.
+        checkpoints.CheckpointError: a checkpoint cannot be read or written, or belongs to another model.
+        FloatingPointError: the loss is not finite; the checkpoints written before are kept.
+    """
+    with deco_kernels.use_backend(config.backend) if config.backend else contextlib.nullcontext():
+        try:
+            content = setup.find_checkpoint(config, resume)
+            fabric = setup.launch(config)
+            parts = setup.prepare(config, fabric, teacher, encoder)
+            if content is not None:
+                checkpoints.restore(content, parts.progress)
+                if fabric.is_global_zero:
+                    setup.warn_of_changes(content, config)
+            _Run(config, fabric, parts).loop()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+class _Run:
+    """A run that is set up, from its present step on."""
+
+    def __init__(self, config: TrainConfig, fabric: setup.Fabric, parts: setup.Parts):
+        self.config, self.fabric, self.parts, self.progress = config, fabric, parts, parts.progress
+        self.names = ["total", "pixel", "frequency"] + (["repa"] if parts.objective.repa else [])
+        self.folder = setup.checkpoint_folder(config).parent
+        self.generator = torch.Generator(fabric.device)
+        self.unreported = dict(parts.source.left_out)
+        self.report: Report | None = None
+        if fabric.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            self.report = Report(self.folder, self.progress.step, config.steps)
+
+    def loop(self) -> None:
+        """Train to the last step."""
+        config, progress = self.config, self.progress
+        batches, clock = iter(self._loader()), _Clock()
+        while progress.step < config.steps:
+            with clock.waiting():
+                batch = [next(batches) for _ in range(config.accumulate)]
+            losses, norm = self._step(batch)
+            progress.step += 1
+            if self.report:
+                self.report.step()
+            if self._due(config.log_every) or self._due(config.save_every):
+                self._log(losses, norm, clock)
+            if self._due(config.save_every):
+                self._save()
+            if config.sample.every and self._due(config.sample.every):
+                self._sample()
+        if self.report:
+            self.report.close()
+
+    def _due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.progress.step == self.config.steps
+
+    def _loader(self) -> DataLoader:
+        fabric, parts = self.fabric, self.parts
+        ranks = dict(rank=fabric.global_rank, world_size=fabric.world_size)
+        pin = fabric.device.type == "cuda"
+        return loader(self.config, parts.source, parts.plan, self.progress.step, **ranks, pin=pin)
+
+    def _step(self, batch: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One update of the weights. Returns this process's losses, as `names`, and the norm of all gradients."""
+        fabric, parts, optimizer = self.fabric, self.parts, self.parts.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate()
+        found = torch.zeros(len(self.names), device=fabric.device)
+        for number, part in enumerate(batch, start=1):
+            self.unreported |= part.skipped
+            x = to_signed(part.images.to(fabric.device, non_blocking=True))
+            y = self._conditions(part.targets)
+            y, t, noise = draw_per_image(
+                parts.objective, x, y, part.samples.tolist(), self.config.seed, self.generator
+            )
+            with self._synchronised(number == len(batch)):
+                losses = parts.forward(x, y, t, noise)
+                fabric.backward(losses["total"] / len(batch))
+            found += torch.stack([losses[name].detach() for name in self.names])
+        norm = clip_grad_norm_(self.progress.module.parameters(), self.config.optimizer.clip_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.progress.average.update()
+        return found / len(batch), norm
+
+    def _conditions(self, targets: torch.Tensor | list[str]) -> torch.Tensor:
+        """Labels as they are, captions as text features."""
+        return targets.to(self.fabric.device) if self.parts.encoder is None else self.parts.encoder(targets)
+
+    def _rate(self) -> float:
+        given = self.config.optimizer
+        return given.lr * min(1.0, (self.progress.step + 1) / max(1, given.warmup_steps))
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients of several processes are exchanged once per step, with those of its last part."""
+        if self.fabric.world_size == 1:
+            return contextlib.nullcontext()
+        return self.fabric.no_backward_sync(self.parts.forward, enabled=not last)
+
+    def _log(self, losses: torch.Tensor, norm: torch.Tensor, clock: _Clock) -> None:
+        """Record the losses over all processes, speed, and images skipped since the last time. Collective."""
+        losses = self.fabric.all_reduce(losses, reduce_op="mean").tolist()
+        norm = checkpoints.whole(norm).item()
+        seconds, waiting = clock.read()
+        self._report_skipped()
+        progress, step = self.progress, self.progress.step
+        if not math.isfinite(losses[0]):
+            raise FloatingPointError(
+                f"the loss of step {step} is {losses[0]}; nothing is saved from here on, lower optimizer.lr or set "
+                "optimizer.clip_norm and resume"
+            )
+        if self.report:
+            steps = step - self.report.last_logged
+            values = dict(zip(self.names, losses, strict=True))
+            lr = self.parts.optimizer.param_groups[0]["lr"]
+            speed = {
+                "seconds_per_step": seconds / steps,
+                "images_per_second": steps * self.config.batch_size / seconds,
+                "waiting": waiting / seconds,
+            }
+            self.report.metrics(progress.step, {**values, "gradient_norm": norm, "lr": lr, **speed})
+
+    def _report_skipped(self) -> None:
+        """Name every image that could not be used, once in the whole run, whichever process met it."""
+        met = [self.unreported]
+        if self.fabric.world_size > 1:
+            met = [None] * self.fabric.world_size
+            dist.all_gather_object(met, self.unreported)
+        self.unreported = {}
+        for name, reason in (item for each in met for item in each.items()):
+            if name not in self.progress.skipped and self.report:
+                self.report.message(f"skipped {name}: {reason}")
+            self.progress.skipped[name] = reason
+
+    def _save(self) -> None:
+        failure = None
+        try:
+            checkpoints.save(
+                self.progress,
+                to_dict(self.config),
+                setup.checkpoint_folder(self.config),
+                self.config.keep,
+                writer=self.fabric.is_global_zero,
+            )
+        except checkpoints.CheckpointError as error:
+            failure = str(error)
+        failure = self.fabric.broadcast(failure)
+        if failure is not None:
+            raise checkpoints.CheckpointError(failure)
+
+    def _sample(self) -> None:
+        """A grid from the averaged weights. Every process computes it, as sharded weights require."""
+        given, size, encoder = self.config.sample, self.config.image_size, self.parts.encoder
+        network = self.progress.module.model
+        shown = given.labels if encoder is None else given.prompts
+        targets = [shown[i % len(shown)] for i in range(given.count)]
+        cond = self._conditions(torch.tensor(targets) % network.trunk.num_classes if encoder is None else targets)
+        uncond = torch.full_like(cond, network.null_label) if encoder is None else encoder.empty_prompt.expand_as(cond)
+        noise = torch.randn(given.count, 3, size, size, generator=torch.Generator().manual_seed(self.config.seed))
+        with self.progress.average.swapped():
+            images = flow.sample(
+                lambda x, t, y: self.parts.forward(x, y, t),
+                noise.to(cond.device),
+                cond,
+                uncond,
+                solver=given.solver,
+                steps=given.steps,
+                guidance=given.guidance,
+                guidance_interval=tuple(given.guidance_interval),
+                shift=given.shift,
+            )
+        if self.report:
+            self.report.samples(self.progress.step, images)
+
+
+class _Clock:
+    """Seconds passed, and those of them spent waiting for data, since the last reading."""
+
+    def __init__(self):
+        self._started, self._waited = time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    def read(self) -> tuple[float, float]:
+        now = time.perf_counter()
+        passed = now - self._started, self._waited
+        self._started, self._waited = now, 0.0
+        return passed

@@ -1,0 +1,58 @@
+"""What the training strategies wrap: the model and its objective as one module, and how FSDP2 shards it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from deco_kernels.flow import Objective
+from deco_kernels.model import PixelDecoder
+
+
+class TrainingModule(nn.Module):
+    """Losses or velocities, through one forward: gradients are synchronised and shards gathered around it."""
+
+    def __init__(self, model: nn.Module, objective: Objective):
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(
+        self, x: torch.Tensor, y: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor | dict[str, torch.Tensor | None]:
+        """With noise: `Objective.losses` at clean images x. Without: the model's velocity at noised images x."""
+        if noise is None:
+            return self.model(x, t, y)
+        return self.objective.losses(self.model, x, y, t, noise)
+
+
+def shard(module: TrainingModule, mesh: DeviceMesh) -> TrainingModule:
+    """FSDP2 over the mesh's data-parallel dimension: every block of the trunk, the decoder, and the rest are one unit
+    each, all of them sharded again after the forward, so that sampling leaves none gathered."""
+    mesh = mesh["data_parallel"]
+    for part in module.model.modules():
+        if isinstance(part, nn.ModuleList):
+            for block in part:
+                fully_shard(block, mesh=mesh)
+    for part in module.model.modules():
+        if isinstance(part, PixelDecoder):
+            fully_shard(part, mesh=mesh)
+    return fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def draw_per_image(
+    objective: Objective, x: torch.Tensor, y: torch.Tensor, samples: list[int], seed: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`Objective.draw` for images x [B, 3, H, W], each from its own random stream.
+
+    The stream is that of (seed, number of the sample in the run): how many processes share a batch, and where a run is
+    resumed, changes nothing. The generator is only the place to draw with.
+    """
+    draws = []
+    for i, sample in enumerate(samples):
+        state = np.random.SeedSequence([seed, sample]).generate_state(1, np.uint64)[0]
+        draws.append(objective.draw(x[i : i + 1], y[i : i + 1], generator.manual_seed(int(state) >> 1)))
+    labels, t, noise = (torch.cat(parts) for parts in zip(*draws, strict=True))
+    return labels, t, noise

@@ -1,0 +1,206 @@
+"""Where training images come from: class folders, tables of images, WebDataset shards; all read through `datasets`.
+
+Tables and shards are converted once into Arrow files, which processes map into memory, so that every image of every
+kind of source can be reached by its number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+
+from deco_kernels.training.config import DataConfig
+from deco_kernels.training.images import open_image, upright_size
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_COLUMNS = ("image", "img", *(suffix[1:] for suffix in IMAGE_SUFFIXES))
+TABLE_FORMATS = {".csv": "csv", ".parquet": "parquet"}
+SCAN_PROCESSES_FROM = 10_000  # images; below, starting processes costs more than they save
+
+
+@dataclass
+class Source:
+    """Images with a label or a caption each, undecoded.
+
+    rows: holds the image column and, for captions, the caption column.
+    base: what relative paths in the image column are relative to.
+    labels: int64 [n], or None where captions are wanted.
+    left_out: name and reason of what was found to be unusable before any of it was to be decoded.
+    """
+
+    rows: datasets.Dataset
+    image_column: str
+    base: Path
+    labels: np.ndarray | None = None
+    caption_column: str | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> tuple[str | bytes | None, int | str]:
+        """(absolute path or bytes of an image file, label or caption)."""
+        row = self.rows[index]
+        stored = row[self.image_column]
+        if isinstance(stored, dict):
+            stored = stored.get("bytes") or stored.get("path")
+        target = int(self.labels[index]) if self.labels is not None else _field(row, self.caption_column)
+        return str(self.base / stored) if isinstance(stored, str) else stored, target
+
+    def name(self, index: int) -> str:
+        """What a message calls an image."""
+        row = self.rows[index]
+        stored = row[self.image_column]
+        path = stored.get("path") if isinstance(stored, dict) else stored
+        if isinstance(row.get("__url__"), str):
+            return f"{row['__url__']}: {row['__key__']}"
+        return str(self.base / path) if isinstance(path, str) else f"row {index} of {self.base}"
+
+    def sizes(self, processes: int) -> np.ndarray:
+        """(height, width) of every image from its header, [n, 2]; (0, 0), and left out, where it cannot be read."""
+
+        def read(index: int) -> dict[str, Any]:
+            try:
+                with open_image(self.read(index)[0]) as image:
+                    return {"size": list(upright_size(image)), "reason": ""}
+            except Exception as error:  # Pillow's formats raise many unrelated types
+                return {"size": [0, 0], "reason": str(error) or type(error).__name__}
+
+        numbers = datasets.Dataset.from_dict({"index": range(len(self))})
+        many = processes if len(self) >= SCAN_PROCESSES_FROM and processes > 1 else None
+        with _quiet():
+            found = numbers.map(read, input_columns="index", num_proc=many)
+        sizes = np.array(found["size"]).reshape(-1, 2)
+        for index in np.flatnonzero(sizes.min(axis=1) == 0).tolist():
+            self.left_out[self.name(index)] = found[index]["reason"]
+        return sizes
+
+
+def open_source(config: DataConfig, target: str, num_classes: int | None = None) -> Source:
+    """Open the images that the configuration names.
+
+    Args:
+        target: "label" or "caption".
+        num_classes: labels must be below it, where given.
+
+    Raises:
+        FileNotFoundError: no such folder, table or shard.
+        ValueError: no image, an empty class folder, a missing column, more classes than the model has.
+    """
+    with _quiet():
+        if config.kind == "folder":
+            source = _open_folder(config, target)
+        else:
+            source = _open_files(config, target)
+    if not len(source):
+        raise ValueError(f"data.path: no image with a {target} in {config.path}")
+    if source.labels is not None and (source.labels.min() < 0 or source.labels.max() >= (num_classes or np.inf)):
+        raise ValueError(
+            f"data.path: {config.path} has labels from {source.labels.min()} to {source.labels.max()}, the model has "
+            f"{num_classes} classes; see model.options.num_classes"
+        )
+    return source
+
+
+def _open_folder(config: DataConfig, target: str) -> Source:
+    """One folder per class; classes are numbered in the order of their names."""
+    if target == "caption":
+        raise ValueError("data.kind: folders hold classes, not captions; a text model needs a table or shards")
+    root = Path(config.path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.path: expected a folder with one folder per class, found none at {root}")
+    classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    files = [
+        sorted(str(file.relative_to(root)) for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        for folder in classes
+    ]
+    empty = [folder.name for folder, found in zip(classes, files, strict=True) if not found]
+    if empty or not classes:
+        what = f"class folders without an image: {', '.join(empty)}" if empty else "no class folder"
+        raise ValueError(f"data.path: {what} in {root}; expected {root}/CLASS/IMAGE with suffixes {IMAGE_SUFFIXES}")
+    rows = datasets.Dataset.from_dict({"image": [file for found in files for file in found]})
+    labels = np.repeat(np.arange(len(classes)), [len(found) for found in files])
+    return Source(rows, "image", root, labels)
+
+
+def _open_files(config: DataConfig, target: str) -> Source:
+    """A table or shards, one file or several."""
+    files = sorted(glob.glob(config.path, recursive=True))
+    if not files:
+        raise FileNotFoundError(f"data.path: expected a file, found none at {config.path}")
+    if config.kind == "webdataset":
+        builder = "webdataset"
+    else:
+        suffix = Path(files[0]).suffix.lower()
+        if suffix not in TABLE_FORMATS:
+            raise ValueError(f"data.path: expected a table {list(TABLE_FORMATS)}, got {files[0]}")
+        builder = TABLE_FORMATS[suffix]
+    try:
+        rows = datasets.load_dataset(builder, data_files=files, split="train", cache_dir=config.cache_dir)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        raise ValueError(f"data.path: {config.path} is not readable: {error.__cause__ or error}") from error
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    image_column = _image_column(rows, config)
+    wanted = config.label_column if target == "label" else config.caption_column
+    values = _values(rows, wanted, f"data.{target}_column")
+    usable = values.notna() & (values.astype(str).str.strip() != "")
+    left_out = {f"row {row} of {config.path}": f"no {target}" for row in np.flatnonzero(~usable)}
+    if left_out:
+        rows, values = rows.select(np.flatnonzero(usable)), values[usable]
+    base = Path(files[0]).resolve().parent
+    if target == "caption":
+        return Source(rows, image_column, base, caption_column=wanted, left_out=left_out)
+    labels = values.to_numpy()
+    if labels.dtype.kind not in "iuf":  # names of classes, numbered in their order
+        labels = np.unique(labels.astype(str), return_inverse=True)[1]
+    return Source(rows, image_column, base, labels.astype(np.int64), left_out=left_out)
+
+
+def _image_column(rows: datasets.Dataset, config: DataConfig) -> str:
+    if config.image_column is not None:
+        candidates = [config.image_column]
+    else:
+        images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        candidates = [*images, *IMAGE_COLUMNS]
+    found = next((name for name in candidates if name in rows.column_names), None)
+    if found is None:
+        raise ValueError(f"data.image_column: none of {candidates} in {config.path}; it has {rows.column_names}")
+    return found
+
+
+def _field(row: dict[str, Any], column: str) -> Any:
+    """The value of a column; a dot reaches into a structured one, as in json.caption."""
+    outer, _, inner = column.partition(".")
+    return row[column] if column in row else row[outer][inner]
+
+
+def _values(rows: datasets.Dataset, column: str, key: str) -> Any:
+    """A whole column as a pandas series, or a field of a structured one, as `_field` finds them."""
+    outer, _, inner = column.partition(".")
+    table = rows.data
+    if column in rows.column_names:
+        return table.column(column).to_pandas()
+    if outer in rows.column_names and inner in (rows.features[outer] if inner else ()):
+        return pc.struct_field(table.column(outer), inner).to_pandas()
+    raise ValueError(f"{key}: no column {column!r}; there are {rows.column_names}")
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the progress bars of `datasets`."""
+    shown = datasets.utils.is_progress_bar_enabled()
+    datasets.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.utils.enable_progress_bars()

@@ -1,0 +1,55 @@
+"""Trains a DeCo from a folder of images, a table or shards, as a YAML configuration says.
+
+    python python/train.py python/configs/small.yaml data.path=PHOTOGRAPHS out=runs/small
+    torchrun --nproc_per_node 8 python/train.py python/configs/deco_l.yaml data.path=IMAGENET/train out=runs/l
+
+Every key of the configuration can be given as KEY=VALUE, nested ones with dots. A run that was stopped or killed
+continues with the same command and --resume auto.
+
+Exit status: 0; 2 if configuration, data or checkpoint cannot be used, a checkpoint cannot be written or the loss is not
+finite (one line says why).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from deco_kernels.training import config as configuration  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    overrides = options.override + ([] if options.backend is None else [f"backend={options.backend}"])
+    expected = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+    try:
+        config = configuration.load(options.config, overrides)
+        from deco_kernels.training import checkpoints, loop  # seconds of imports, which --help and mistakes are spared
+
+        expected += (checkpoints.CheckpointError,)
+        loop.train(config, options.resume)
+    except expected as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="YAML file, see python/configs and docs/training.md")
+    parser.add_argument("override", nargs="*", metavar="KEY=VALUE", help="takes the place of what the file says")
+    parser.add_argument(
+        "--resume", default="never", metavar="auto|FILE", help="continue from the run's newest checkpoint, or this one"
+    )
+    parser.add_argument("--backend", help="of the fused ops; reference is plain PyTorch")
+    parser.add_argument("--debug", action="store_true", help="show where an error was raised")
+    return parser.parse_intermixed_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
