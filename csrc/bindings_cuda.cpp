@@ -6,6 +6,7 @@
 #include <string>
 
 #include "deco/cuda/adaln_block.h"
+#include "deco/cuda/flow_matching_loss.h"
 #include "deco/cuda/pixel_decoder.h"
 #include "deco/cuda/upsample_modulate.h"
 #include "descriptions.h"
@@ -194,6 +195,82 @@ void modulate_backward(const py::tuple& context, int64_t rows, int width, const 
       [&](const cuda::Call& call) { return cuda::modulate_backward(call, op); });
 }
 
+// (B, H, W), pred, target, (frequency_weight, sample_weight)
+cuda::FlowMatchingLossInputs read_loss_inputs(const py::tuple& shape, const py::tuple& pred, const py::tuple& target,
+                                              const py::tuple& weights) {
+  Integers sizes(shape), arrays(weights);
+  cuda::FlowMatchingLossInputs inputs;
+  inputs.batch = sizes.next();
+  inputs.height = sizes.next();
+  inputs.width = sizes.next();
+  inputs.pred = read_image(pred);
+  inputs.target = read_image(target);
+  inputs.frequency_weight = read_array(arrays);
+  inputs.sample_weight = read_array(arrays);
+  return inputs;
+}
+
+std::string sizes_of(const cuda::FlowMatchingLossInputs& inputs) {
+  return "pred [" + std::to_string(inputs.batch) + ", 3, " + std::to_string(inputs.height) + ", " +
+         std::to_string(inputs.width) + "]";
+}
+
+cuda::FlowMatchingLossForward read_loss_forward(const py::tuple& shape, const py::tuple& pred, const py::tuple& target,
+                                                const py::tuple& weights, float frequency_scale,
+                                                const py::tuple& losses) {
+  Integers addresses(losses);
+  cuda::FlowMatchingLossForward op;
+  op.inputs = read_loss_inputs(shape, pred, target, weights);
+  op.frequency_scale = frequency_scale;
+  for (float** loss : {&op.total, &op.pixel, &op.frequency}) *loss = static_cast<float*>(addresses.next_address());
+  return op;
+}
+
+int64_t flow_matching_loss_forward_workspace(int, const py::tuple& shape, const py::tuple& pred,
+                                             const py::tuple& target, const py::tuple& weights, float frequency_scale,
+                                             const py::tuple& losses) {
+  return cuda::flow_matching_loss_forward_workspace(
+      read_loss_forward(shape, pred, target, weights, frequency_scale, losses));
+}
+
+void flow_matching_loss_forward(const py::tuple& context, const py::tuple& shape, const py::tuple& pred,
+                                const py::tuple& target, const py::tuple& weights, float frequency_scale,
+                                const py::tuple& losses) {
+  const auto op = read_loss_forward(shape, pred, target, weights, frequency_scale, losses);
+  run(context, "flow_matching_loss", [&] { return sizes_of(op.inputs); },
+      [&](const cuda::Call& call) { return cuda::flow_matching_loss_forward(call, op); });
+}
+
+cuda::FlowMatchingLossBackward read_loss_backward(const py::tuple& shape, const py::tuple& pred,
+                                                  const py::tuple& target, const py::tuple& weights,
+                                                  float frequency_scale, const py::tuple& grad_losses,
+                                                  const py::tuple& gradients) {
+  Integers addresses(grad_losses), arrays(gradients);
+  cuda::FlowMatchingLossBackward op;
+  op.inputs = read_loss_inputs(shape, pred, target, weights);
+  op.frequency_scale = frequency_scale;
+  for (const float** loss : {&op.grad_total, &op.grad_pixel, &op.grad_frequency})
+    *loss = static_cast<const float*>(addresses.next_address());
+  for (Array* gradient : {&op.grad_pred, &op.grad_target, &op.grad_frequency_weight, &op.grad_sample_weight})
+    *gradient = read_array(arrays);
+  return op;
+}
+
+int64_t flow_matching_loss_backward_workspace(int device, const py::tuple& shape, const py::tuple& pred,
+                                              const py::tuple& target, const py::tuple& weights, float frequency_scale,
+                                              const py::tuple& grad_losses, const py::tuple& gradients) {
+  return cuda::flow_matching_loss_backward_workspace(
+      limits_of(device), read_loss_backward(shape, pred, target, weights, frequency_scale, grad_losses, gradients));
+}
+
+void flow_matching_loss_backward(const py::tuple& context, const py::tuple& shape, const py::tuple& pred,
+                                 const py::tuple& target, const py::tuple& weights, float frequency_scale,
+                                 const py::tuple& grad_losses, const py::tuple& gradients) {
+  const auto op = read_loss_backward(shape, pred, target, weights, frequency_scale, grad_losses, gradients);
+  run(context, "flow_matching_loss_backward", [&] { return sizes_of(op.inputs); },
+      [&](const cuda::Call& call) { return cuda::flow_matching_loss_backward(call, op); });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -229,6 +306,16 @@ void bind_cuda(py::module_& m) {
   m.def("modulate_backward", &modulate_backward,
         "context, rows, D, grad_modulated, grad_gate, h, cond, norm and mod weights, then written: grad_h (address) and, "
         "where the address is not 0, grad_cond (address), four gradients of weights; eps");
+  m.def("flow_matching_loss_forward_workspace", &flow_matching_loss_forward_workspace,
+        "Bytes of workspace that flow_matching_loss_forward needs for device and what follows its context");
+  m.def("flow_matching_loss_forward", &flow_matching_loss_forward,
+        "context, (B, H, W), pred, target, (frequency_weight, sample_weight), frequency_scale, (total, pixel, frequency: "
+        "addresses, written where not 0)");
+  m.def("flow_matching_loss_backward_workspace", &flow_matching_loss_backward_workspace,
+        "Bytes of workspace that flow_matching_loss_backward needs for device and what follows its context");
+  m.def("flow_matching_loss_backward", &flow_matching_loss_backward,
+        "context, (B, H, W), pred, target, (frequency_weight, sample_weight), frequency_scale, gradients of (total, "
+        "pixel, frequency) (addresses; 0: zero), then written where the address is not 0: four gradients");
 }
 
 }  // namespace deco::python

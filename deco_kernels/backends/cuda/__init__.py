@@ -46,10 +46,12 @@ def unsupported_reason(request) -> str | None:
     remedy = "; use backend='triton', backend='reference' or leave the choice automatic"
     activation, *others = request.dtypes
     if activation not in (torch.bfloat16, torch.float16):
-        return f"its activations are bfloat16 or float16, not {activation}{remedy}"
+        return f"its activations (pred of a loss) are bfloat16 or float16, not {activation}{remedy}"
     for dtype in others:
         if dtype not in _DTYPES:
             return f"it has no kernel for images of {dtype}, only for float32, bfloat16 and float16{remedy}"
+    if request.op == "flow_matching_loss":
+        return None
     if request.width not in _WIDTHS:
         return f"it has kernels for a width D of 16, 32 and 64, not {request.width}{remedy}"
     if request.op == "adaln_block":

@@ -1,0 +1,195 @@
+// The frequency loss as quadratic forms, one for each of Y, Cb and Cr.
+//
+// With F the 64x64 matrix of the orthonormal 8x8 DCT, W the weights of a channel and x a block of that channel,
+//
+//   sum of W·(F x)² = ⟨x, A x⟩,  A = Fᵀ·diag(W)·F,  and its gradient is 2·A x:
+//
+// one product serves the loss and its gradient. As 2·cos a·cos b = cos(a - b) + cos(a + b), the entry of the pixels (y, x)
+// and (y', x') is a sum of four numbers of a 9x9 table, so that every thread block makes the forms itself:
+//
+//   A = T[y-y'][x-x'] + T[y-y'][x+x'+1] + T[y+y'+1][x-x'] + T[y+y'+1][x+x'+1]
+//   T[a][b] = sum over u, v of W[u, v]·n_u·n_v·cos(π·u·a/8)·cos(π·v·b/8),  n_0 = 1/16, else 1/8; even, of period 16
+//
+// Precision: A = m·I + R with m the mean of W. m stays float32; R and x are split into bfloat16 high and low parts. The
+// rows of a product's left operand are the eight blocks of a group (loss_blocks.h): rows 0 to 7 hold the high parts,
+// rows 8 to 15 the low ones, so that two products, with the high and the low part of R, give all four terms.
+//
+// The 64 pixels of a block lie in slots, so that a lane's accumulators are its own pixels: slot 32r + 8q + 2t + e is
+// row t + 4r, column 2q + e.
+#pragma once
+
+#include "cuda/loss_blocks.h"
+
+namespace deco::cuda {
+
+constexpr int kSlots = kBlockSide * kBlockSide;
+
+struct BlockPixel {
+  int y, x;
+};
+DECO_DEVICE BlockPixel pixel_of_slot(int slot) {
+  return {((slot >> 1) & 3) + 4 * (slot >> 5), 2 * ((slot >> 3) & 3) + (slot & 1)};
+}
+
+// A block per group row, as the left operand of a product over the 64 slots.
+using BlockOperand = Operand<kSlots>;
+
+// Slots 8j + 2t and 8j + 2t + 1 of the lane's block.
+DECO_DEVICE void set_slots(BlockOperand& x, int j, float first, float second) {
+  const uint32_t rounded = pack<BFloat16>(first, second);
+  x.k_step[j / 2][2 * (j % 2)] = rounded;
+  x.k_step[j / 2][2 * (j % 2) + 1] =
+      pack<BFloat16>(first - low<BFloat16>(rounded), second - high<BFloat16>(rounded));
+}
+
+// The lane's pixels of the channel that a row of the colour matrix makes.
+DECO_DEVICE BlockOperand block_operand(const LanePixels& d, const Color& row) {
+  BlockOperand x;
+#pragma unroll
+  for (int j = 0; j < kSlots / 8; ++j) {
+    const int r = j / 4, i = 2 * (j % 4);
+    set_slots(x, j, channel_value(d, row, r, i), channel_value(d, row, r, i + 1));
+  }
+  return x;
+}
+
+// A 64x64 matrix [row][slot] in shared memory, split into bfloat16 high and low parts.
+struct SplitMatrix {
+  static constexpr int kElements = kSlots * kRowStride<kSlots>;
+  static constexpr int kBytes = 2 * kElements * static_cast<int>(sizeof(BFloat16));
+
+  BFloat16* high_part;
+
+  // Writes the pair of entries at an even column.
+  DECO_DEVICE void put(int row, int column, float first, float second) const {
+    const uint32_t rounded = pack<BFloat16>(first, second);
+    auto* place = reinterpret_cast<uint32_t*>(high_part + row * kRowStride<kSlots> + column);
+    store(place, rounded);
+    store(place + kElements / 2, pack<BFloat16>(first - low<BFloat16>(rounded), second - high<BFloat16>(rounded)));
+  }
+
+  // Rows 8j + 2t and 8j + 2t + 1 times the lane's block.
+  DECO_DEVICE void multiply_rows(float (&out)[2], const BlockOperand& x, int j) const {
+    const BFloat16* rows = high_part + 8 * j * kRowStride<kSlots>;
+    float total[4] = {0, 0, 0, 0};
+    multiply_add<BFloat16>(total, x, weight_rows<BFloat16, kSlots>(rows));
+    multiply_add<BFloat16>(total, x, weight_rows<BFloat16, kSlots>(rows + kElements));
+    out[0] = total[0] + total[2];
+    out[1] = total[1] + total[3];
+  }
+};
+
+// cos(π·k/16) for any k >= 0, for tables that are made once.
+DECO_DEVICE float cosine(int k) {
+  k &= 31;
+  if (k > 16) k = 32 - k;
+  const int folded = k > 8 ? 16 - k : k;
+  float value = 0.0f;
+  if (folded == 0) value = 1.0f;
+  if (folded == 1) value = 0.98078528f;
+  if (folded == 2) value = 0.92387953f;
+  if (folded == 3) value = 0.83146961f;
+  if (folded == 4) value = 0.70710678f;
+  if (folded == 5) value = 0.55557023f;
+  if (folded == 6) value = 0.38268343f;
+  if (folded == 7) value = 0.19509032f;
+  return k > 8 ? -value : value;
+}
+
+class FrequencyForms {
+ public:
+  DECO_DEVICE explicit FrequencyForms(char* shared)
+      : matrices_(shared),
+        tables_(reinterpret_cast<float*>(shared + kColors * SplitMatrix::kBytes)),
+        weights_(tables_ + kColors * kTableSide * kTableSide),
+        cosines_(weights_ + kColors * kSlots),
+        means_(cosines_ + kCosines) {}
+
+  // m of a channel.
+  DECO_DEVICE float mean(int channel) const { return load(means_ + channel); }
+  // R of a channel.
+  DECO_DEVICE SplitMatrix remainder(int channel) const {
+    return {reinterpret_cast<BFloat16*>(matrices_ + channel * SplitMatrix::kBytes)};
+  }
+
+  // Makes the forms of weights [3, 8, 8]; all threads of the block take part, and meet at its end.
+  DECO_DEVICE void build(const Array& frequency_weight) const {
+    for (int i = thread(); i < kColors * kSlots; i += block_threads())
+      store(weights_ + i, load_float(frequency_weight, i));
+    if (thread() < kCosines) store(cosines_ + thread(), cosine(2 * thread()));
+    block_barrier();
+    for (int i = thread(); i < kColors * kTableSide * kTableSide; i += block_threads()) build_table_entry(i);
+    block_barrier();
+    constexpr int kPairs = kSlots / 2;
+    for (int i = thread(); i < kColors * kSlots * kPairs; i += block_threads())
+      build_pair(i / (kSlots * kPairs), i / kPairs % kSlots, 2 * (i % kPairs));
+    block_barrier();
+  }
+
+ private:
+  static constexpr int kTableSide = 9, kCosines = 16;  // cos(π·k/8)
+
+ public:
+  static constexpr int kBytes =
+      kColors * SplitMatrix::kBytes + 4 * (kColors * (kTableSide * kTableSide + kSlots + 1) + kCosines);
+
+ private:
+  DECO_DEVICE void build_table_entry(int index) const {
+    const int channel = index / (kTableSide * kTableSide), a = index / kTableSide % kTableSide, b = index % kTableSide;
+    float across[kBlockSide];
+#pragma unroll
+    for (int v = 0; v < kBlockSide; ++v) across[v] = load(cosines_ + (v * b) % kCosines) * (v == 0 ? 0.0625f : 0.125f);
+    float entry = 0.0f, total = 0.0f;
+    for (int u = 0; u < kBlockSide; ++u) {
+      float row = 0.0f;
+#pragma unroll
+      for (int v = 0; v < kBlockSide; ++v) {
+        const float weight = load(weights_ + channel * kSlots + u * kBlockSide + v);
+        row = fmaf(weight, across[v], row);
+        total += weight;
+      }
+      entry = fmaf(row, load(cosines_ + (u * a) % kCosines) * (u == 0 ? 0.0625f : 0.125f), entry);
+    }
+    store(tables_ + index, entry);
+    if (a == 0 && b == 0) store(means_ + channel, total * (1.0f / kSlots));
+  }
+
+  // R at (row, column) and (row, column + 1), which are neighbours in a row of pixels.
+  DECO_DEVICE void build_pair(int channel, int row, int column) const {
+    const BlockPixel p = pixel_of_slot(row), q = pixel_of_slot(column);
+    float entry[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int near_y = p.y > q.y ? p.y - q.y : q.y - p.y, near_x = p.x > q.x + e ? p.x - q.x - e : q.x + e - p.x;
+      const int far_y = p.y + q.y + 1, far_x = p.x + q.x + e + 1;
+      const float sum = (table(channel, near_y, near_x) + table(channel, near_y, far_x)) +
+                        (table(channel, far_y, near_x) + table(channel, far_y, far_x));
+      entry[e] = row == column + e ? sum - mean(channel) : sum;
+    }
+    remainder(channel).put(row, column, entry[0], entry[1]);
+  }
+  // T[a][b] for a and b from 0 to 16.
+  DECO_DEVICE float table(int channel, int a, int b) const {
+    const int folded_a = a > 8 ? 16 - a : a, folded_b = b > 8 ? 16 - b : b;
+    return load(tables_ + (channel * kTableSide + folded_a) * kTableSide + folded_b);
+  }
+
+  char* matrices_;
+  float *tables_, *weights_, *cosines_, *means_;
+};
+
+// F itself, [frequency 8u + v][slot], for the gradient of the weights.
+DECO_DEVICE void build_dct(const SplitMatrix& dct) {
+  constexpr int kPairs = kSlots / 2;
+  for (int i = thread(); i < kSlots * kPairs; i += block_threads()) {
+    const int frequency = i / kPairs, slot = 2 * (i % kPairs), u = frequency / kBlockSide, v = frequency % kBlockSide;
+    const BlockPixel pixel = pixel_of_slot(slot);
+    const float half = 0.5f, dc = 0.35355339f;  // sqrt(2/8) and sqrt(1/8)
+    const float down = cosine((2 * pixel.y + 1) * u) * (u == 0 ? dc : half);
+    const float norm = down * (v == 0 ? dc : half);
+    dct.put(frequency, slot, norm * cosine((2 * pixel.x + 1) * v), norm * cosine((2 * pixel.x + 3) * v));
+  }
+  block_barrier();
+}
+
+}  // namespace deco::cuda

@@ -1,0 +1,239 @@
+// How a warp reads images [B, 3, H, W] for the flow-matching loss: eight 8x8 blocks at a time.
+//
+// A group is eight consecutive blocks of one image, in row-major order of blocks; the last group of an image may hold
+// fewer. With g = lane / 4 and t = lane % 4, a lane holds rows t and t + 4 of block g: a warp reads runs of eight rows of
+// eight pixels, side by side in memory where the blocks are.
+#pragma once
+
+#include "cuda/pixels.h"
+
+namespace deco::cuda {
+
+constexpr int kBlockSide = 8, kGroupBlocks = 8, kColors = 3;
+
+// The blocks of a batch of images. All pixels together are fewer than 2^31.
+struct BlockGrid {
+  Divider groups_per_image, blocks_per_row;
+  uint32_t blocks_per_image = 0, groups = 0;
+
+  BlockGrid() = default;
+  // Height and width are multiples of 8.
+  BlockGrid(int64_t batch, int64_t height, int64_t width)
+      : groups_per_image(static_cast<uint32_t>((height / kBlockSide * (width / kBlockSide) + kGroupBlocks - 1) / kGroupBlocks)),
+        blocks_per_row(static_cast<uint32_t>(width / kBlockSide)),
+        blocks_per_image(static_cast<uint32_t>(height / kBlockSide * (width / kBlockSide))),
+        groups(static_cast<uint32_t>(batch * groups_per_image.divisor)) {}
+};
+
+// The first pixel of the lane's upper row, and whether its block exists; where it does not, the place is that of the
+// image's last block.
+struct LanePlace {
+  PixelPlace pixel;
+  bool exists;
+};
+
+DECO_DEVICE LanePlace locate(const BlockGrid& grid, uint32_t group) {
+  const uint32_t image = grid.groups_per_image.quotient(group);
+  const uint32_t wanted = (group - image * grid.groups_per_image.divisor) * kGroupBlocks + (lane() >> 2);
+  const uint32_t in_image = min(wanted, grid.blocks_per_image - 1);
+  const uint32_t row = grid.blocks_per_row.quotient(in_image), column = in_image - row * grid.blocks_per_row.divisor;
+  return {{image, row * kBlockSide + (lane() & 3), column * kBlockSide}, wanted == in_image};
+}
+
+// A lane's pixels of a group: channel, upper or lower row, column.
+struct LanePixels {
+  float v[kColors][2][kBlockSide];
+};
+
+// ---- eight neighbouring values of an image row ----------------------------------------------------------------------
+
+template <class T>
+struct PixelRun {
+  uint32_t word[4];
+
+  DECO_DEVICE void load(const char* address) {
+    const Words4 words = cuda::load(reinterpret_cast<const Words4*>(address));
+    word[0] = words.x;
+    word[1] = words.y;
+    word[2] = words.z;
+    word[3] = words.w;
+  }
+  DECO_DEVICE float value(int i) const { return i % 2 == 0 ? low<T>(word[i / 2]) : high<T>(word[i / 2]); }
+
+  DECO_DEVICE static void store(char* address, const float (&v)[kBlockSide]) {
+    store_global(reinterpret_cast<Words4*>(address),
+                 Words4{pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7])});
+  }
+};
+
+template <>
+struct PixelRun<float> {
+  float values[kBlockSide];
+
+  DECO_DEVICE void load(const char* address) {
+#pragma unroll
+    for (int i = 0; i < kBlockSide; i += 4) {
+      const Float4 four = cuda::load(reinterpret_cast<const Float4*>(address) + i / 4);
+      values[i] = four.x;
+      values[i + 1] = four.y;
+      values[i + 2] = four.z;
+      values[i + 3] = four.w;
+    }
+  }
+  DECO_DEVICE float value(int i) const { return values[i]; }
+
+  DECO_DEVICE static void store(char* address, const float (&v)[kBlockSide]) {
+    cuda::store(reinterpret_cast<Float4*>(address), Float4{v[0], v[1], v[2], v[3]});
+    cuda::store(reinterpret_cast<Float4*>(address) + 1, Float4{v[4], v[5], v[6], v[7]});
+  }
+};
+
+// What a lane reads of one image, as it lies in memory.
+template <class T>
+struct LaneRuns {
+  PixelRun<T> run[kColors][2];
+
+  DECO_DEVICE void load(const Image& image, const PixelPlace& place) {
+    const char* pixel = image.at(place);
+#pragma unroll
+    for (int c = 0; c < kColors; ++c)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) run[c][r].load(pixel + (c * image.stride_c + r * (kBlockSide / 2) * image.stride_y));
+  }
+};
+
+// Writes a lane's pixels, each times `sign`.
+template <class T>
+DECO_DEVICE void store_pixels(const Image& image, const PixelPlace& place, const LanePixels& pixels, float sign) {
+  char* address = image.at(place);
+#pragma unroll
+  for (int c = 0; c < kColors; ++c)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float v[kBlockSide];
+#pragma unroll
+      for (int i = 0; i < kBlockSide; ++i) v[i] = sign * pixels.v[c][r][i];
+      PixelRun<T>::store(address + (c * image.stride_c + r * (kBlockSide / 2) * image.stride_y), v);
+    }
+}
+
+// ---- where the difference of pred and target comes from -------------------------------------------------------------
+
+// Two images with unit stride along a row, every row at a multiple of 16 bytes, height and width multiples of 8.
+template <class Pred, class Target>
+struct ImagePair {
+  struct Runs {
+    LaneRuns<Pred> pred;
+    LaneRuns<Target> target;
+  };
+  // Contiguous images to write gradients to; null: not wanted.
+  struct Gradients {
+    Image pred, target;
+
+    DECO_DEVICE void store(const PixelPlace& place, const LanePixels& grad) const {
+      if (pred.data != nullptr) store_pixels<Pred>(pred, place, grad, 1.0f);
+      if (target.data != nullptr) store_pixels<Target>(target, place, grad, -1.0f);
+    }
+    template <class V>
+    void visit(V& buffers, int64_t batch, int64_t height, int64_t width) const {
+      pred.visit(buffers, true, batch, kColors, height, width);
+      target.visit(buffers, true, batch, kColors, height, width);
+    }
+  };
+
+  Image pred, target;
+
+  DECO_DEVICE void load(Runs& runs, const PixelPlace& place) const {
+    runs.pred.load(pred, place);
+    runs.target.load(target, place);
+  }
+  DECO_DEVICE static float difference(const Runs& runs, int c, int r, int i) {
+    return runs.pred.run[c][r].value(i) - runs.target.run[c][r].value(i);
+  }
+  // Whether a pixel belongs to the image rather than to its padding.
+  DECO_DEVICE static constexpr bool is_inside(uint32_t, uint32_t) { return true; }
+
+  template <class V>
+  void visit(V& buffers, int64_t batch, int64_t height, int64_t width) const {
+    pred.visit(buffers, false, batch, kColors, height, width);
+    target.visit(buffers, false, batch, kColors, height, width);
+  }
+};
+
+// The difference itself, float32, contiguous and padded by reflection to multiples of 8 (loss_padding.cu).
+struct PaddedDifference {
+  using Runs = LaneRuns<float>;
+  // The gradient of the padded difference, which may take the place of the difference.
+  struct Gradients {
+    Image difference;
+
+    DECO_DEVICE void store(const PixelPlace& place, const LanePixels& grad) const {
+      store_pixels<float>(difference, place, grad, 1.0f);
+    }
+    template <class V>
+    void visit(V& buffers, int64_t batch, int64_t height, int64_t width) const {
+      difference.visit(buffers, true, batch, kColors, height, width);
+    }
+  };
+
+  Image image;
+  uint32_t height = 0, width = 0;  // without the padding
+
+  DECO_DEVICE void load(Runs& runs, const PixelPlace& place) const { runs.load(image, place); }
+  DECO_DEVICE static float difference(const Runs& runs, int c, int r, int i) { return runs.run[c][r].value(i); }
+  DECO_DEVICE bool is_inside(uint32_t y, uint32_t x) const { return y < height && x < width; }
+
+  template <class V>
+  void visit(V& buffers, int64_t batch, int64_t padded_height, int64_t padded_width) const {
+    image.visit(buffers, false, batch, kColors, padded_height, padded_width);
+  }
+};
+
+// Reads groups one after the other: what `fetch` asks for is on its way until `differences` uses it.
+template <class Images>
+class GroupReader {
+ public:
+  DECO_DEVICE GroupReader(const Images& images, const BlockGrid& grid) : images_(images), grid_(grid) {}
+
+  // Nothing happens if the group does not exist.
+  DECO_DEVICE void fetch(uint32_t group) {
+    if (group >= grid_.groups) return;
+    place_ = locate(grid_, group);
+    images_.load(runs_, place_.pixel);
+  }
+  DECO_DEVICE const LanePlace& place() const { return place_; }
+  DECO_DEVICE LanePixels differences() const {
+    LanePixels d;
+#pragma unroll
+    for (int c = 0; c < kColors; ++c)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int i = 0; i < kBlockSide; ++i) d.v[c][r][i] = Images::difference(runs_, c, r, i);
+    return d;
+  }
+
+ private:
+  const Images& images_;
+  const BlockGrid& grid_;
+  LanePlace place_ = {};
+  typename Images::Runs runs_ = {};
+};
+
+// ---- colours --------------------------------------------------------------------------------------------------------
+
+struct Color {
+  float r, g, b;
+};
+
+// The row of the RGB -> YCbCr matrix (ITU-R BT.601) that makes Y, Cb or Cr.
+DECO_DEVICE Color ycbcr_row(int channel) {
+  if (channel == 0) return {0.299f, 0.587f, 0.114f};
+  if (channel == 1) return {-0.168736f, -0.331264f, 0.5f};
+  return {0.5f, -0.418688f, -0.081312f};
+}
+DECO_DEVICE float channel_value(const LanePixels& d, const Color& row, int r, int i) {
+  return fmaf(row.r, d.v[0][r][i], fmaf(row.g, d.v[1][r][i], row.b * d.v[2][r][i]));
+}
+
+}  // namespace deco::cuda

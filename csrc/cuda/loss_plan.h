@@ -1,0 +1,131 @@
+// What the launchers of the flow-matching loss share: sizes, the way images are read, and the kernels of both directions.
+#pragma once
+
+#include "cuda/decoder_geometry.h"
+#include "cuda/frequency_forms.h"
+#include "cuda/launch.h"
+#include "deco/cuda/flow_matching_loss.h"
+
+namespace deco::cuda {
+
+// Kernels that multiply with the forms: one block per multiprocessor, so that it makes them once.
+constexpr int kLossThreads = 256, kLossWarps = kLossThreads / 32;
+
+struct LossPlan {
+  const FlowMatchingLossInputs& inputs;
+  int64_t padded_height, padded_width;
+  BlockGrid grid;  // of the padded images
+
+  explicit LossPlan(const FlowMatchingLossInputs& loss)
+      : inputs(loss),
+        padded_height((loss.height + kBlockSide - 1) / kBlockSide * kBlockSide),
+        padded_width((loss.width + kBlockSide - 1) / kBlockSide * kBlockSide),
+        grid(loss.batch, padded_height, padded_width) {}
+
+  int64_t padded_pixels() const { return inputs.batch * padded_height * padded_width; }
+  bool is_too_large() const { return padded_pixels() >= kPixelLimit; }
+  // 1 / the number of values that a mean is over.
+  float pixel_norm() const { return static_cast<float>(1.0 / (3.0 * inputs.batch * inputs.height * inputs.width)); }
+  float frequency_norm() const { return static_cast<float>(1.0 / (3.0 * padded_pixels())); }
+
+  // Whether ImagePair can read the images; else their padded difference is written to the workspace first.
+  bool reads_in_place() const {
+    const auto is_aligned = [](const ImageArray& image) {
+      const Image bytes(image);
+      const auto address = reinterpret_cast<uintptr_t>(image.data);
+      return image.stride_x == 1 && (address | bytes.stride_b | bytes.stride_c | bytes.stride_y) % 16 == 0;
+    };
+    const DType pred = inputs.pred.dtype, target = inputs.target.dtype;
+    return padded_height == inputs.height && padded_width == inputs.width && is_aligned(inputs.pred) &&
+           is_aligned(inputs.target) && pred != DType::kFloat32 && (target == pred || target == DType::kFloat32);
+  }
+
+  // Calls run(images) with the ImagePair of the inputs' dtypes.
+  template <class Run>
+  Status with_image_pair(Run&& run) const {
+    const Image pred(inputs.pred), target(inputs.target);
+    const bool single = inputs.target.dtype == DType::kFloat32;
+    if (inputs.pred.dtype == DType::kBFloat16)
+      return single ? run(ImagePair<BFloat16, float>{pred, target}) : run(ImagePair<BFloat16, BFloat16>{pred, target});
+    return single ? run(ImagePair<Float16, float>{pred, target}) : run(ImagePair<Float16, Float16>{pred, target});
+  }
+
+  // [B, 3, H', W'] float32 in the workspace: the padded difference.
+  int64_t difference_values() const { return kColors * padded_pixels(); }
+  PaddedDifference padded_difference(float* values) const {
+    ImageArray image = contiguous_image({values, DType::kFloat32}, padded_height, padded_width);
+    return {Image(image), static_cast<uint32_t>(inputs.height), static_cast<uint32_t>(inputs.width)};
+  }
+
+  static ImageArray contiguous_image(const Array& array, int64_t height, int64_t width) {
+    return {array.data, array.dtype, kColors * height * width, height * width, width, 1};
+  }
+
+  LaunchSize launch_size(const Call& call, int shared_bytes) const {
+    return {grid_blocks(grid.groups, kLossWarps, call.limits, 1), kLossThreads, shared_bytes};
+  }
+};
+
+// The weight of an image; 1 where there are no weights.
+DECO_DEVICE float weight_of(const Array& sample_weight, uint32_t image) {
+  return sample_weight.data == nullptr ? 1.0f : load_float(sample_weight, image);
+}
+template <class V>
+void visit_array(V& buffers, bool write, const Array& array, int64_t count) {
+  const int64_t bytes = count * size_of(array.dtype);
+  write ? buffers.write(array.data, bytes) : buffers.read(array.data, bytes);
+}
+
+// The gradients of the three losses, and what follows for an image of weight 1.
+struct LossGradients {
+  const float *total = nullptr, *pixel = nullptr, *frequency = nullptr;  // null: zero
+  float frequency_scale = 0, pixel_norm = 0, frequency_norm = 0;
+
+  // Gradients of the image's sums of d² and of W·(F R M d)².
+  struct Factors {
+    float pixel, frequency;
+  };
+
+  LossGradients() = default;
+  LossGradients(const LossPlan& plan, const FlowMatchingLossBackward& op)
+      : total(op.grad_total),
+        pixel(op.grad_pixel),
+        frequency(op.grad_frequency),
+        frequency_scale(op.frequency_scale),
+        pixel_norm(plan.pixel_norm()),
+        frequency_norm(plan.frequency_norm()) {}
+
+  DECO_DEVICE Factors sum_factors() const {
+    const float of_total = total == nullptr ? 0.0f : load(total), of_pixel = pixel == nullptr ? 0.0f : load(pixel),
+                of_frequency = frequency == nullptr ? 0.0f : load(frequency);
+    return {pixel_norm * (of_total + of_pixel), frequency_norm * fmaf(frequency_scale, of_total, of_frequency)};
+  }
+  // Those of d and of Rᵀ Mᵀ Fᵀ(W·F R M d): both sums are of squares.
+  DECO_DEVICE Factors factors() const {
+    const Factors of_sums = sum_factors();
+    return {2.0f * of_sums.pixel, 2.0f * of_sums.frequency};
+  }
+
+  template <class V>
+  void visit(V& buffers) const {
+    for (const float* gradient : {total, pixel, frequency}) buffers.read(gradient, sizeof(float));
+  }
+};
+
+// Sums over the lanes of a warp.
+DECO_DEVICE float warp_sum(float value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
+// ---- launchers ------------------------------------------------------------------------------------------------------
+
+// Writes the padded difference of the images.
+Status write_difference(const Call& call, const LossPlan& plan, float* difference);
+// Writes two sums of every group, of d² and of W·(F R M d)² without sample weights, from the images or, where `difference` is not null, from the padded difference.
+Status sum_groups(const Call& call, const LossPlan& plan, float* difference, Float2* sums);
+// Writes the gradients of the images from that of the padded difference and the gradient of the pixel loss.
+Status fold_gradients(const Call& call, const LossPlan& plan, const FlowMatchingLossBackward& op, float* difference);
+
+}  // namespace deco::cuda

@@ -1,0 +1,45 @@
+// The flow-matching loss in pixels and in the 8x8 DCT domain of YCbCr on CUDA devices (DeCo, arXiv 2511.19365,
+// section 3).
+#pragma once
+
+#include "deco/array.h"
+#include "deco/cuda/call.h"
+
+namespace deco::cuda {
+
+// What both directions read. Images are [B, 3, H, W]; H and W are at least 5 or divisible by 8.
+struct FlowMatchingLossInputs {
+  int64_t batch = 0, height = 0, width = 0;
+  ImageArray pred, target;
+  Array frequency_weight;  // [3, 8, 8] for Y, Cb, Cr; row = vertical frequency
+  Array sample_weight;     // [B]; null: ones
+};
+
+struct FlowMatchingLossForward {
+  FlowMatchingLossInputs inputs;
+  float frequency_scale = 1;
+  // Written: scalars on the device; null: not wanted.
+  float* total = nullptr;
+  float* pixel = nullptr;
+  float* frequency = nullptr;
+};
+
+struct FlowMatchingLossBackward {
+  FlowMatchingLossInputs inputs;
+  float frequency_scale = 1;
+  // Gradients of the three losses: scalars on the device; null: zero.
+  const float* grad_total = nullptr;
+  const float* grad_pixel = nullptr;
+  const float* grad_frequency = nullptr;
+  // Written; null: not wanted.
+  Array grad_pred, grad_target;  // [B, 3, H, W] contiguous, aligned to 16 bytes, each of its image's dtype
+  Array grad_frequency_weight;   // [3, 8, 8]
+  Array grad_sample_weight;      // [B]
+};
+
+int64_t flow_matching_loss_forward_workspace(const FlowMatchingLossForward& op);
+Status flow_matching_loss_forward(const Call& call, const FlowMatchingLossForward& op);
+int64_t flow_matching_loss_backward_workspace(const DeviceLimits& limits, const FlowMatchingLossBackward& op);
+Status flow_matching_loss_backward(const Call& call, const FlowMatchingLossBackward& op);
+
+}  // namespace deco::cuda
