@@ -49,7 +49,10 @@ DECO_DEVICE LaneSums lane_sums(const Images& images, const FrequencyForms& forms
     for (int i = 0; i < kBlockSide; ++i) {
       const bool inside = images.is_inside(place.y + r * (kBlockSide / 2), place.x + i);
 #pragma unroll
-      for (int c = 0; c < kColors; ++c) sums.pixel = fmaf(inside ? d.v[c][r][i] : 0.0f, d.v[c][r][i], sums.pixel);
+      for (int c = 0; c < kColors; ++c) {
+        const float value = inside ? d.v[c][r][i] : 0.0f;
+        sums.pixel = fmaf(value, value, sums.pixel);
+      }
     }
 #pragma unroll 1  // one channel's operands at a time fit in the registers
   for (int c = 0; c < kColors; ++c) {

@@ -116,11 +116,11 @@ DECO_KERNEL(kLossThreads, 1) gradient_kernel(const GradientParams<Images> p) {
   if (!p.with_pixel_loss) factors.pixel = 0.0f;
   const ColorMatrix identity = identity_part(forms, factors);
   for (; group < p.grid.groups; group += stride) {
-    const LanePlace place = reader.place();
-    const float weight = weight_of(p.sample_weight, place.pixel.image);
+    const float weight = weight_of(p.sample_weight, reader.place().pixel.image);
     const LanePixels d = reader.differences();
     reader.fetch(group + stride);
     const LanePixels grad = gradient(d, forms, identity.scaled(weight), factors.frequency * weight);
+    const LanePlace place = locate(p.grid, group);  // again, for the registers
     if (place.exists) p.written.store(place.pixel, grad);
   }
 }

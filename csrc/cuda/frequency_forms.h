@@ -4,10 +4,11 @@
 //
 //   sum of W·(F x)² = ⟨x, A x⟩,  A = Fᵀ·diag(W)·F,  and its gradient is 2·A x:
 //
-// one product serves the loss and its gradient. As 2·cos a·cos b = cos(a - b) + cos(a + b), the entry of the pixels (y, x)
-// and (y', x') is a sum of four numbers of a 9x9 table, so that every thread block makes the forms itself:
+// one product serves the loss and its gradient. As 2·cos a·cos b = cos(a - b) + cos(a + b), a table of 9x9 numbers makes
+// the entry of the pixels (y, x) and (y', x'), so that every thread block makes the forms itself:
 //
-//   A = T[y-y'][x-x'] + T[y-y'][x+x'+1] + T[y+y'+1][x-x'] + T[y+y'+1][x+x'+1]
+//   A = U[y, y'][x-x'] + U[y, y'][x+x'+1]
+//   U[y, y'][b] = T[y-y'][b] + T[y+y'+1][b]
 //   T[a][b] = sum over u, v of W[u, v]·n_u·n_v·cos(π·u·a/8)·cos(π·v·b/8),  n_0 = 1/16, else 1/8; even, of period 16
 //
 // Precision: A = m·I + R with m the mean of W. m stays float32; R and x are split into bfloat16 high and low parts. The
@@ -30,6 +31,8 @@ struct BlockPixel {
 DECO_DEVICE BlockPixel pixel_of_slot(int slot) {
   return {((slot >> 1) & 3) + 4 * (slot >> 5), 2 * ((slot >> 3) & 3) + (slot & 1)};
 }
+
+DECO_DEVICE int slot_of_pixel(int y, int x) { return 32 * (y >> 2) + 8 * (x >> 1) + 2 * (y & 3) + (x & 1); }
 
 // A block per group row, as the left operand of a product over the 64 slots.
 using BlockOperand = Operand<kSlots>;
@@ -97,13 +100,20 @@ DECO_DEVICE float cosine(int k) {
 }
 
 class FrequencyForms {
+  static constexpr int kTableSide = 9, kTable = kTableSide * kTableSide, kCosines = 16;
+  static constexpr int kRowPairs = kSlots * kTableSide;  // numbers of U, of one channel
+
  public:
+  static constexpr int kBytes =
+      kColors * SplitMatrix::kBytes + 4 * (kColors * (kRowPairs + kTable + kSlots + 1) + kCosines);
+
   DECO_DEVICE explicit FrequencyForms(char* shared)
       : matrices_(shared),
-        tables_(reinterpret_cast<float*>(shared + kColors * SplitMatrix::kBytes)),
-        weights_(tables_ + kColors * kTableSide * kTableSide),
-        cosines_(weights_ + kColors * kSlots),
-        means_(cosines_ + kCosines) {}
+        row_pairs_(reinterpret_cast<float*>(shared + kColors * SplitMatrix::kBytes)),
+        table_(row_pairs_ + kColors * kRowPairs),
+        weights_(table_ + kColors * kTable),
+        means_(weights_ + kColors * kSlots),
+        cosines_(means_ + kColors) {}
 
   // m of a channel.
   DECO_DEVICE float mean(int channel) const { return load(means_ + channel); }
@@ -118,24 +128,22 @@ class FrequencyForms {
       store(weights_ + i, load_float(frequency_weight, i));
     if (thread() < kCosines) store(cosines_ + thread(), cosine(2 * thread()));
     block_barrier();
-    for (int i = thread(); i < kColors * kTableSide * kTableSide; i += block_threads()) build_table_entry(i);
+    for (int i = thread(); i < kColors * kTable; i += block_threads()) build_table(i);
     block_barrier();
-    constexpr int kPairs = kSlots / 2;
-    for (int i = thread(); i < kColors * kSlots * kPairs; i += block_threads())
-      build_pair(i / (kSlots * kPairs), i / kPairs % kSlots, 2 * (i % kPairs));
+    for (int i = thread(); i < kColors * kRowPairs; i += block_threads()) build_row_pair(i);
+    block_barrier();
+    for (int x = warp(); x < kBlockSide; x += block_threads() / 32) build_column(x);
     block_barrier();
   }
 
  private:
-  static constexpr int kTableSide = 9, kCosines = 16;  // cos(π·k/8)
+  // T even and of period 16: an index from 0 to 16 brought to 0 to 8.
+  DECO_DEVICE static int folded(int i) { return min(i, 2 * kBlockSide - i); }
+  DECO_DEVICE static int distance(int i, int j) { return i > j ? i - j : j - i; }
 
- public:
-  static constexpr int kBytes =
-      kColors * SplitMatrix::kBytes + 4 * (kColors * (kTableSide * kTableSide + kSlots + 1) + kCosines);
-
- private:
-  DECO_DEVICE void build_table_entry(int index) const {
-    const int channel = index / (kTableSide * kTableSide), a = index / kTableSide % kTableSide, b = index % kTableSide;
+  // One number of T, and m.
+  DECO_DEVICE void build_table(int index) const {
+    const int channel = index / kTable, a = index / kTableSide % kTableSide, b = index % kTableSide;
     float across[kBlockSide];
 #pragma unroll
     for (int v = 0; v < kBlockSide; ++v) across[v] = load(cosines_ + (v * b) % kCosines) * (v == 0 ? 0.0625f : 0.125f);
@@ -150,32 +158,45 @@ class FrequencyForms {
       }
       entry = fmaf(row, load(cosines_ + (u * a) % kCosines) * (u == 0 ? 0.0625f : 0.125f), entry);
     }
-    store(tables_ + index, entry);
+    store(table_ + index, entry);
     if (a == 0 && b == 0) store(means_ + channel, total * (1.0f / kSlots));
   }
 
-  // R at (row, column) and (row, column + 1), which are neighbours in a row of pixels.
-  DECO_DEVICE void build_pair(int channel, int row, int column) const {
-    const BlockPixel p = pixel_of_slot(row), q = pixel_of_slot(column);
-    float entry[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int near_y = p.y > q.y ? p.y - q.y : q.y - p.y, near_x = p.x > q.x + e ? p.x - q.x - e : q.x + e - p.x;
-      const int far_y = p.y + q.y + 1, far_x = p.x + q.x + e + 1;
-      const float sum = (table(channel, near_y, near_x) + table(channel, near_y, far_x)) +
-                        (table(channel, far_y, near_x) + table(channel, far_y, far_x));
-      entry[e] = row == column + e ? sum - mean(channel) : sum;
-    }
-    remainder(channel).put(row, column, entry[0], entry[1]);
+  // One number of U: [channel][y][y'][b].
+  DECO_DEVICE void build_row_pair(int index) const {
+    const int b = index % kTableSide, other_y = index / kTableSide % kBlockSide, rows = index / (kTableSide * kBlockSide);
+    const int y = rows % kBlockSide, channel = rows / kBlockSide;
+    const float* column = table_ + channel * kTable + b;
+    store(row_pairs_ + index, load(column + distance(y, other_y) * kTableSide) +
+                                  load(column + folded(y + other_y + 1) * kTableSide));
   }
-  // T[a][b] for a and b from 0 to 16.
-  DECO_DEVICE float table(int channel, int a, int b) const {
-    const int folded_a = a > 8 ? 16 - a : a, folded_b = b > 8 ? 16 - b : b;
-    return load(tables_ + (channel * kTableSide + folded_a) * kTableSide + folded_b);
+
+  // The rows of R that belong to column x of the pixels, by one warp: each lane two neighbouring columns of R.
+  DECO_DEVICE void build_column(int x) const {
+    const int column = 2 * lane();
+    const BlockPixel other = pixel_of_slot(column);
+    const float* row_pairs = row_pairs_ + other.y * kTableSide;
+    const float* near[2] = {row_pairs + distance(x, other.x), row_pairs + distance(x, other.x + 1)};
+    const float* far[2] = {row_pairs + folded(x + other.x + 1), row_pairs + folded(x + other.x + 2)};
+    for (int channel = 0; channel < kColors; ++channel) {
+      const SplitMatrix matrix = remainder(channel);
+      const float m = mean(channel);
+#pragma unroll
+      for (int y = 0; y < kBlockSide; ++y) {
+        const int offset = (channel * kBlockSide + y) * kBlockSide * kTableSide;
+        float entry[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          entry[e] = load(near[e] + offset) + load(far[e] + offset);
+          if (y == other.y && x == other.x + e) entry[e] -= m;
+        }
+        matrix.put(slot_of_pixel(y, x), column, entry[0], entry[1]);
+      }
+    }
   }
 
   char* matrices_;
-  float *tables_, *weights_, *cosines_, *means_;
+  float *row_pairs_, *table_, *weights_, *means_, *cosines_;
 };
 
 // F itself, [frequency 8u + v][slot], for the gradient of the weights.
