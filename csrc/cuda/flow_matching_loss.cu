@@ -7,9 +7,9 @@
 // M: RGB -> YCbCr, R: reflection padding to multiples of 8, F: orthonormal 8x8 DCT-II, W: frequency_weight, w:
 // sample_weight. The sum over a block of one channel is the quadratic form of frequency_forms.h.
 //
-// A warp owns a group of eight blocks at a time (loss_blocks.h), in registers; the forms lie in shared memory. A group's
-// two sums go to a place of their own, and one block adds all places in a fixed order: the bits depend on the sizes
-// alone. Bytes per pixel: 6 values read; FLOPs: 1,600 on the tensor cores.
+// A warp owns a group of eight blocks at a time (loss_blocks.h), in registers; the forms lie in shared memory. A
+// group's two sums go to a place of their own, and one block adds all places in a fixed order: the bits depend on the
+// inputs alone. Bytes per pixel: 6 values read; FLOPs: 1,536 on the tensor cores.
 #include "cuda/loss_plan.h"
 
 namespace deco::cuda {
@@ -34,7 +34,7 @@ struct SumsParams {
   }
 };
 
-// The lane's share of a group's sums: of d² inside the image, of m·x² and of x·R x.
+// The lane's share of a group's sums: of d² inside the image, of m·x² and of x·Q x.
 struct LaneSums {
   float pixel, scaled, remainder;
 };
@@ -92,7 +92,7 @@ DECO_KERNEL(kLossThreads, 1) sums_kernel(const SumsParams<Images> p) {
     const float pixel = warp_sum(place.exists ? own.pixel : 0.0f);
     const float scaled = warp_sum(place.exists ? own.scaled : 0.0f);
     const float remainder = warp_sum(place.exists ? own.remainder : 0.0f);
-    // An infinite difference makes every squared coefficient infinite, but x·R x the difference of infinities.
+    // An infinite difference makes every squared coefficient infinite, but x·Q x the difference of infinities.
     const bool infinite = scaled - scaled != 0.0f && scaled == scaled;
     if (lane() == 0) store(p.sums + group, Float2{pixel, infinite ? scaled : scaled + remainder});
   }

@@ -1,16 +1,16 @@
-// flow_matching_loss, backward: with a and f the gradients of the sums of d² and of W·(F R M d)² of an image, weights of
-// the images included (names as in flow_matching_loss.cu),
+// flow_matching_loss, backward: with a and f the gradients of the sums of d² and of W·(F R M d)² of an image, weights
+// of the images included (names as in flow_matching_loss.cu),
 //
 //   grad_pred             = 2·a·d + Rᵀ Mᵀ·2·f·(A M R d),  grad_target = -grad_pred
 //   grad_frequency_weight = sum over images of f·(F R M d)²
 //   grad_sample_weight    = (a·sum of d² + f·sum of W·(F R M d)²) / w
 //
-// With A = m·I + R' (frequency_forms.h) the multiples of the identity join the pixel loss in one 3x3 matrix of RGB, in
-// float32, and only R' goes through the tensor cores.
+// With A = m·I + Q (frequency_forms.h) the multiples of the identity join the pixel loss in one 3x3 matrix of RGB, in
+// float32, and only Q goes through the tensor cores.
 //
-// A warp owns a group of eight blocks at a time, in registers; the forms lie in shared memory. Bytes per pixel: 6 values
-// read, 3 written; FLOPs: 1,600 on the tensor cores. Every pixel's gradient depends on its block (and the blocks that
-// repeat it) alone; sums over groups go to places of their own and are added in a fixed order.
+// A warp owns a group of eight blocks at a time, in registers; the forms lie in shared memory. Bytes per pixel: 6
+// values read, 3 written; FLOPs: 1,536 on the tensor cores. Every pixel's gradient depends on its block (and the blocks
+// that repeat it) alone; sums over groups go to places of their own and are added in a fixed order.
 #include "cuda/gradient_sums.h"
 #include "cuda/loss_plan.h"
 
@@ -69,7 +69,7 @@ struct GradientParams {
   }
 };
 
-// The gradient of d: identity·d + frequency·Mᵀ R' M d.
+// The gradient of d: identity·d + frequency·Mᵀ Q M d.
 DECO_DEVICE LanePixels gradient(const LanePixels& d, const FrequencyForms& forms, const ColorMatrix& identity,
                                 float frequency) {
   LanePixels grad;
@@ -139,8 +139,8 @@ Status run_gradient(const Call& call, const LossPlan& plan, const FlowMatchingLo
   p.batch = plan.inputs.batch;
   p.height = plan.padded_height;
   p.width = plan.padded_width;
-  return launch("flow_matching_loss_gradient", gradient_kernel<Images>,
-                plan.launch_size(call, FrequencyForms::kBytes), call.stream, p);
+  return launch("flow_matching_loss_gradient", gradient_kernel<Images>, plan.launch_size(call, FrequencyForms::kBytes),
+                call.stream, p);
 }
 
 // ---- gradient of frequency_weight -----------------------------------------------------------------------------------

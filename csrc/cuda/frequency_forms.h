@@ -4,16 +4,16 @@
 //
 //   sum of W·(F x)² = ⟨x, A x⟩,  A = Fᵀ·diag(W)·F,  and its gradient is 2·A x:
 //
-// one product serves the loss and its gradient. As 2·cos a·cos b = cos(a - b) + cos(a + b), a table of 9x9 numbers makes
-// the entry of the pixels (y, x) and (y', x'), so that every thread block makes the forms itself:
+// one product serves the loss and its gradient. As 2·cos a·cos b = cos(a - b) + cos(a + b), a table of 9x9 numbers
+// makes the entry of the pixels (y, x) and (y', x'), so that every thread block makes the forms itself:
 //
 //   A = U[y, y'][x-x'] + U[y, y'][x+x'+1]
 //   U[y, y'][b] = T[y-y'][b] + T[y+y'+1][b]
 //   T[a][b] = sum over u, v of W[u, v]·n_u·n_v·cos(π·u·a/8)·cos(π·v·b/8),  n_0 = 1/16, else 1/8; even, of period 16
 //
-// Precision: A = m·I + R with m the mean of W. m stays float32; R and x are split into bfloat16 high and low parts. The
+// Precision: A = m·I + Q with m the mean of W. m stays float32; Q and x are split into bfloat16 high and low parts. The
 // rows of a product's left operand are the eight blocks of a group (loss_blocks.h): rows 0 to 7 hold the high parts,
-// rows 8 to 15 the low ones, so that two products, with the high and the low part of R, give all four terms.
+// rows 8 to 15 the low ones, so that two products, with the high and the low part of Q, give all four terms.
 //
 // The 64 pixels of a block lie in slots, so that a lane's accumulators are its own pixels: slot 32r + 8q + 2t + e is
 // row t + 4r, column 2q + e.
@@ -41,8 +41,7 @@ using BlockOperand = Operand<kSlots>;
 DECO_DEVICE void set_slots(BlockOperand& x, int j, float first, float second) {
   const uint32_t rounded = pack<BFloat16>(first, second);
   x.k_step[j / 2][2 * (j % 2)] = rounded;
-  x.k_step[j / 2][2 * (j % 2) + 1] =
-      pack<BFloat16>(first - low<BFloat16>(rounded), second - high<BFloat16>(rounded));
+  x.k_step[j / 2][2 * (j % 2) + 1] = pack<BFloat16>(first - low<BFloat16>(rounded), second - high<BFloat16>(rounded));
 }
 
 // The lane's pixels of the channel that a row of the colour matrix makes.
@@ -109,15 +108,15 @@ class FrequencyForms {
 
   DECO_DEVICE explicit FrequencyForms(char* shared)
       : matrices_(shared),
-        row_pairs_(reinterpret_cast<float*>(shared + kColors * SplitMatrix::kBytes)),
+        weights_(reinterpret_cast<float*>(shared + kColors * SplitMatrix::kBytes)),
+        row_pairs_(weights_ + kColors * kSlots),
         table_(row_pairs_ + kColors * kRowPairs),
-        weights_(table_ + kColors * kTable),
-        means_(weights_ + kColors * kSlots),
+        means_(table_ + kColors * kTable),
         cosines_(means_ + kColors) {}
 
   // m of a channel.
   DECO_DEVICE float mean(int channel) const { return load(means_ + channel); }
-  // R of a channel.
+  // Q of a channel.
   DECO_DEVICE SplitMatrix remainder(int channel) const {
     return {reinterpret_cast<BFloat16*>(matrices_ + channel * SplitMatrix::kBytes)};
   }
@@ -129,6 +128,7 @@ class FrequencyForms {
     if (thread() < kCosines) store(cosines_ + thread(), cosine(2 * thread()));
     block_barrier();
     for (int i = thread(); i < kColors * kTable; i += block_threads()) build_table(i);
+    if (thread() < kColors) build_mean(thread());
     block_barrier();
     for (int i = thread(); i < kColors * kRowPairs; i += block_threads()) build_row_pair(i);
     block_barrier();
@@ -137,41 +137,48 @@ class FrequencyForms {
   }
 
  private:
-  // T even and of period 16: an index from 0 to 16 brought to 0 to 8.
+  // T is even and of period 16: an index from 0 to 16 brought to 0 to 8.
   DECO_DEVICE static int folded(int i) { return min(i, 2 * kBlockSide - i); }
   DECO_DEVICE static int distance(int i, int j) { return i > j ? i - j : j - i; }
 
-  // One number of T, and m.
+  // One number of T.
   DECO_DEVICE void build_table(int index) const {
     const int channel = index / kTable, a = index / kTableSide % kTableSide, b = index % kTableSide;
     float across[kBlockSide];
 #pragma unroll
     for (int v = 0; v < kBlockSide; ++v) across[v] = load(cosines_ + (v * b) % kCosines) * (v == 0 ? 0.0625f : 0.125f);
-    float entry = 0.0f, total = 0.0f;
+    float entry = 0.0f;
     for (int u = 0; u < kBlockSide; ++u) {
       float row = 0.0f;
 #pragma unroll
-      for (int v = 0; v < kBlockSide; ++v) {
-        const float weight = load(weights_ + channel * kSlots + u * kBlockSide + v);
-        row = fmaf(weight, across[v], row);
-        total += weight;
-      }
+      for (int v = 0; v < kBlockSide; ++v)
+        row = fmaf(load(weights_ + channel * kSlots + u * kBlockSide + v), across[v], row);
       entry = fmaf(row, load(cosines_ + (u * a) % kCosines) * (u == 0 ? 0.0625f : 0.125f), entry);
     }
     store(table_ + index, entry);
-    if (a == 0 && b == 0) store(means_ + channel, total * (1.0f / kSlots));
+  }
+
+  // m of a channel.
+  DECO_DEVICE void build_mean(int channel) const {
+    float total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kSlots; k += 4) {
+      const Float4 four = load(reinterpret_cast<const Float4*>(weights_ + channel * kSlots + k));
+      total += (four.x + four.y) + (four.z + four.w);
+    }
+    store(means_ + channel, total * (1.0f / kSlots));
   }
 
   // One number of U: [channel][y][y'][b].
   DECO_DEVICE void build_row_pair(int index) const {
-    const int b = index % kTableSide, other_y = index / kTableSide % kBlockSide, rows = index / (kTableSide * kBlockSide);
-    const int y = rows % kBlockSide, channel = rows / kBlockSide;
+    const int b = index % kTableSide, other_y = index / kTableSide % kBlockSide;
+    const int y = index / (kTableSide * kBlockSide) % kBlockSide, channel = index / kRowPairs;
     const float* column = table_ + channel * kTable + b;
-    store(row_pairs_ + index, load(column + distance(y, other_y) * kTableSide) +
-                                  load(column + folded(y + other_y + 1) * kTableSide));
+    store(row_pairs_ + index,
+          load(column + distance(y, other_y) * kTableSide) + load(column + folded(y + other_y + 1) * kTableSide));
   }
 
-  // The rows of R that belong to column x of the pixels, by one warp: each lane two neighbouring columns of R.
+  // The rows of Q that belong to column x of the pixels, by one warp: each lane two neighbouring columns of Q.
   DECO_DEVICE void build_column(int x) const {
     const int column = 2 * lane();
     const BlockPixel other = pixel_of_slot(column);
@@ -196,7 +203,7 @@ class FrequencyForms {
   }
 
   char* matrices_;
-  float *row_pairs_, *table_, *weights_, *means_, *cosines_;
+  float *weights_, *row_pairs_, *table_, *means_, *cosines_;
 };
 
 // F itself, [frequency 8u + v][slot], for the gradient of the weights.

@@ -1,8 +1,8 @@
 // How a warp reads images [B, 3, H, W] for the flow-matching loss: eight 8x8 blocks at a time.
 //
 // A group is eight consecutive blocks of one image, in row-major order of blocks; the last group of an image may hold
-// fewer. With g = lane / 4 and t = lane % 4, a lane holds rows t and t + 4 of block g: a warp reads runs of eight rows of
-// eight pixels, side by side in memory where the blocks are.
+// fewer. With g = lane / 4 and t = lane % 4, a lane holds rows t and t + 4 of block g: what a warp reads at once is
+// four runs of 64 pixels where the blocks are neighbours.
 #pragma once
 
 #include "cuda/pixels.h"
@@ -13,16 +13,17 @@ constexpr int kBlockSide = 8, kGroupBlocks = 8, kColors = 3;
 
 // The blocks of a batch of images. All pixels together are fewer than 2^31.
 struct BlockGrid {
-  Divider groups_per_image, blocks_per_row;
+  Divider blocks_per_row, groups_per_image;
   uint32_t blocks_per_image = 0, groups = 0;
 
   BlockGrid() = default;
   // Height and width are multiples of 8.
   BlockGrid(int64_t batch, int64_t height, int64_t width)
-      : groups_per_image(static_cast<uint32_t>((height / kBlockSide * (width / kBlockSide) + kGroupBlocks - 1) / kGroupBlocks)),
-        blocks_per_row(static_cast<uint32_t>(width / kBlockSide)),
-        blocks_per_image(static_cast<uint32_t>(height / kBlockSide * (width / kBlockSide))),
-        groups(static_cast<uint32_t>(batch * groups_per_image.divisor)) {}
+      : blocks_per_row(static_cast<uint32_t>(width / kBlockSide)),
+        blocks_per_image(static_cast<uint32_t>(height / kBlockSide * (width / kBlockSide))) {
+    groups_per_image = Divider((blocks_per_image + kGroupBlocks - 1) / kGroupBlocks);
+    groups = static_cast<uint32_t>(batch * groups_per_image.divisor);
+  }
 };
 
 // The first pixel of the lane's upper row, and whether its block exists; where it does not, the place is that of the
@@ -234,6 +235,15 @@ DECO_DEVICE Color ycbcr_row(int channel) {
 }
 DECO_DEVICE float channel_value(const LanePixels& d, const Color& row, int r, int i) {
   return fmaf(row.r, d.v[0][r][i], fmaf(row.g, d.v[1][r][i], row.b * d.v[2][r][i]));
+}
+
+// ---- sums -----------------------------------------------------------------------------------------------------------
+
+// The sum over the lanes of a warp.
+DECO_DEVICE float warp_sum(float value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
 }
 
 }  // namespace deco::cuda

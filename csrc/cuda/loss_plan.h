@@ -1,4 +1,4 @@
-// What the launchers of the flow-matching loss share: sizes, the way images are read, and the kernels of both directions.
+// What the launchers of the flow-matching loss share: sizes, the way images are read, and the gradients that come in.
 #pragma once
 
 #include "cuda/decoder_geometry.h"
@@ -112,18 +112,12 @@ struct LossGradients {
   }
 };
 
-// Sums over the lanes of a warp.
-DECO_DEVICE float warp_sum(float value) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
-}
-
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
 // Writes the padded difference of the images.
 Status write_difference(const Call& call, const LossPlan& plan, float* difference);
-// Writes two sums of every group, of d² and of W·(F R M d)² without sample weights, from the images or, where `difference` is not null, from the padded difference.
+// Writes two sums of every group, of d² and of W·(F R M d)², without sample weights: from the images or, where
+// `difference` is not null, from the padded difference.
 Status sum_groups(const Call& call, const LossPlan& plan, float* difference, Float2* sums);
 // Writes the gradients of the images from that of the padded difference and the gradient of the pixel loss.
 Status fold_gradients(const Call& call, const LossPlan& plan, const FlowMatchingLossBackward& op, float* difference);

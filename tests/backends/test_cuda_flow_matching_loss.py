@@ -1,4 +1,4 @@
-"""The losses of backend "cuda", their kernels run by the emulator: accuracy, layouts, padding, determinism, bad input."""
+"""The losses of backend "cuda", their kernels run by the emulator: accuracy, layouts, determinism, bad input."""
 
 import pytest
 import torch
