@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -46,7 +47,7 @@ def time_contenders(
     if not contenders:
         return []
     device, training = options.device, pass_ == TRAINING
-    buffers = _rotating_buffers(problem, size, dtype, device, training)
+    buffers = rotating_buffers(problem, size, dtype, device, training)
     labels = [(contender.name, pass_) for contender in contenders]
     steps = [Step(problem, contender, dtype, device, training) for contender in contenders]
     if training and problem.has_backward_alone:
@@ -54,7 +55,7 @@ def time_contenders(
             if not contender.eager:
                 labels.append((contender.name, BACKWARD_ALONE))
                 steps.append(_backward_alone(problem, size, contender.name))
-    calls = [_rotating(step, buffers) for step in steps]
+    calls = [rotating(step, buffers) for step in steps]
     with Watch(device) as watch:
         times = interleaved(calls, device, options.budget_s, options.min_rounds)
         seen = watch.take()
@@ -98,7 +99,7 @@ def available_memory(device: str) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _rotating_buffers(problem, size, dtype, device, training) -> list[Operands]:
+def rotating_buffers(problem: Problem, size: Size, dtype: torch.dtype, device: str, training: bool) -> list[Operands]:
     """Sets of activations and incoming gradients, enough to be cold; the weights are the same in all."""
     generator = torch.Generator(device).manual_seed(SEED)
     first = problem.make_operands(size, dtype, generator)
@@ -112,7 +113,8 @@ def _rotating_buffers(problem, size, dtype, device, training) -> list[Operands]:
     return buffers
 
 
-def _rotating(step, buffers: list[Operands]):
+def rotating(step: Callable[[Operands], object], buffers: list[Operands]) -> Callable[[int], object]:
+    """Calls of a step, on another buffer each time: the argument counts the calls."""
     return lambda count: step(buffers[count % len(buffers)])
 
 

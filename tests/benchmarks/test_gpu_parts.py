@@ -1,0 +1,162 @@
+"""What only a GPU machine has, with stand-ins for NVML, Liger-Kernel, CUDA graphs and the device."""
+
+import importlib.machinery
+import json
+import sys
+import time
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import cuda_timing, gpu_state, kernels, modulated_rms_norm, static
+from benchmarks.measure import Options, measure
+from benchmarks.names import FORWARD, LIGER, PUBLISHED, TRAINING
+from benchmarks.sizes import Size
+
+
+@pytest.fixture
+def device(monkeypatch):
+    properties = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, uuid="1234")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+@pytest.fixture
+def nvml(monkeypatch, device):
+    """A GPU at its power limit, whose power draw cannot be read."""
+
+    class NVMLError(Exception):
+        pass
+
+    def not_supported(handle):
+        raise NVMLError("not supported")
+
+    module = types.ModuleType("pynvml")
+    module.NVMLError = NVMLError
+    module.NVML_CLOCK_SM, module.NVML_CLOCK_MEM, module.NVML_TEMPERATURE_GPU = 1, 2, 0
+    module.nvmlInit = lambda: None
+    module.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
+    module.nvmlSystemGetDriverVersion = lambda: b"570.1"
+    module.nvmlDeviceGetClockInfo = lambda handle, kind: {1: 1500, 2: 2600}[kind]
+    module.nvmlDeviceGetMaxClockInfo = lambda handle, kind: 1980
+    module.nvmlDeviceGetPowerUsage = not_supported
+    module.nvmlDeviceGetEnforcedPowerLimit = lambda handle: 700_000
+    module.nvmlDeviceGetTemperature = lambda handle, kind: 55
+    module.nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(used=1 << 30)
+    module.nvmlDeviceGetUtilizationRates = lambda handle: types.SimpleNamespace(gpu=100)
+    module.nvmlDeviceGetCurrentClocksThrottleReasons = lambda handle: 0x04 | 0x20
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    return module
+
+
+def test_the_header_holds_what_nvml_answers(nvml):
+    found = gpu_state.header()
+    assert found["driver"] == "570.1" and found["sm_clock_max_mhz"] == 1980 and found["power_limit_w"] == 700
+    assert "power_w" not in found and "nvml" not in found
+
+
+def test_the_header_says_that_nvml_is_missing(monkeypatch, device):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert "install nvidia-ml-py" in gpu_state.header()["nvml"]
+    with gpu_state.Watch("cuda") as watch:
+        assert watch.take() == {}
+
+
+def test_throttling_is_seen(nvml, monkeypatch):
+    monkeypatch.setattr(gpu_state, "_PERIOD_S", 0.001)
+    with gpu_state.Watch("cuda") as watch:
+        time.sleep(0.1)
+        assert watch.take() == {"throttled": ["power limit", "temperature (driver)"], "sm_clock_mhz": [1500, 1500]}
+
+
+def test_nothing_is_watched_on_a_cpu():
+    with gpu_state.Watch("cpu") as watch:
+        assert watch.take() == {}
+
+
+def test_graph_times_are_per_call_and_a_failed_capture_is_said(monkeypatch, device):
+    class Graph:
+        def replay(self):
+            pass
+
+    def capture(step, buffers):
+        if step == "bad":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return Graph()
+
+    monkeypatch.setattr(cuda_timing, "capture", capture)
+    monkeypatch.setattr("benchmarks.timing.milliseconds", lambda call, device: (call(), 6.0)[1])
+    columns = cuda_timing.graph_columns(["good", "bad"], buffers=[1, 2, 3], budget_s=0.0, min_rounds=2)
+    assert columns == [
+        {"graph_ms": 2.0},
+        {"graph_ms": None, "graph_reason": "operation not permitted when stream is capturing"},
+    ]
+
+
+def test_host_time_is_per_call(device):
+    assert 900 < cuda_timing.host_microseconds(lambda count: time.sleep(0.001)) < 100_000
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """A package of Liger-Kernel's layout with its function in plain PyTorch, off by `function.factor`."""
+
+    def liger_modulated_rms_norm(X, W, scale, shift=None, eps=1e-6, offset=0.0, casting_mode="llama", in_place=True):
+        assert not in_place
+        normed = F.rms_norm(X.double(), W.shape, W.double(), eps) * (1 + scale) + shift
+        return (liger_modulated_rms_norm.factor * normed).to(X.dtype)
+
+    liger_modulated_rms_norm.factor = 1.0
+    for name in ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.functional"):
+        module = types.ModuleType(name)
+        module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
+        monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["liger_kernel.transformers"].functional = module
+    module.liger_modulated_rms_norm = liger_modulated_rms_norm
+    return liger_modulated_rms_norm
+
+
+def liger_rows(dtype, pass_):
+    options = Options("cpu", modulated_rms_norm.BACKENDS, compiled=(), budget_s=0.0, min_rounds=2)
+    return measure(modulated_rms_norm.PROBLEM, Size(height=32, width=32), dtype, pass_, options)
+
+
+@pytest.mark.parametrize("pass_", (FORWARD, TRAINING))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_liger_kernel_is_timed_on_its_part(liger, dtype, pass_):
+    assert modulated_rms_norm.installed()
+    rows = liger_rows(dtype, pass_)
+    assert [(row["contender"], row["status"]) for row in rows] == [(PUBLISHED, "ok"), (LIGER, "ok")]
+    assert {row["op"] for row in rows} == {"modulated_rms_norm"}
+
+
+def test_a_wrong_liger_kernel_is_refused(liger):
+    liger.factor = 1.01
+    assert [row["status"] for row in liger_rows(torch.float32, FORWARD)] == ["ok", "wrong"]
+
+
+def test_without_liger_kernel(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("liger_kernel")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not modulated_rms_norm.installed()
+
+
+def test_budgeted_kernels_are_rows_measured_or_not(nvml, monkeypatch):
+    def measure_op(op, width, dtype, architecture):
+        assert (width, dtype, architecture) == (32, "bfloat16", "sm_90")
+        if op == "pixel_decoder":
+            found = {"measured_ms": 0.5, "launches": 1, "registers": 200, "spill_bytes": 0}
+            yield "pixel_decoder.forward_kernel/D32/bfloat16", found
+
+    monkeypatch.setattr(kernels, "measure_op", measure_op)
+    rows = {row["kernel"]: row for row in kernels.measure_kernels(full=False)}
+    budgets = json.loads(static.BUDGETS.read_text())
+    assert set(rows) == {name for name, found in budgets.items() if "sm_90" in found and name.endswith("/D32/bfloat16")}
+    forward = rows["pixel_decoder.forward_kernel/D32/bfloat16"]
+    slots = budgets["pixel_decoder.forward_kernel/D32/bfloat16"]["sm_90"]["issue_slots_per_16_px"]
+    assert forward["measured_ms"] == 0.5
+    assert forward["modelled_ms"] == pytest.approx(1e3 * slots * 32 * 256**2 / 16 / (132 * 4 * 1.98e9))
+    assert sum(row["measured_ms"] is None for row in rows.values()) == len(rows) - 1
