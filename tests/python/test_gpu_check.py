@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,20 +24,31 @@ def test_one_line_without_gpu():
     assert "nothing was checked" in line and "no GPU" in line
 
 
+NAMES = ["build", "selftest", "pixel_decoder", "loss", "kernels", "tests", "memcheck"]
+NAMES += ["end_to_end", "other_ops", "scaling", "sampling"]
+
+
 @pytest.fixture
 def pretended_gpu(monkeypatch, tmp_path):
-    """A machine with a GPU and nvcc, whose steps end with the given exit statuses."""
-    statuses = dict.fromkeys(("build", "selftest", "tests", "benchmarks"), 0)
+    """A machine with a GPU and the CUDA toolkit. Steps end with the given statuses; benchmarks write a stored result."""
+    statuses = {}
+    result = PROGRAMS.parent / "tests" / "benchmarks" / "result.json"
 
-    def run_step(name, command, out, deadline):
-        return real(
-            name, [sys.executable, "-c", f"print('said by {name}'); raise SystemExit({statuses[name]})"], out, deadline
-        )
+    def run_step(step, deadline):
+        says = f"print('said by {step.name}')"
+        writes = ""
+        if "--output" in step.command:
+            writes = (
+                f"import shutil; shutil.copy({str(result)!r}, {step.command[step.command.index('--output') + 1]!r})"
+            )
+        program = f"{says}\n{writes}\nraise SystemExit({statuses.get(step.name, 0)})"
+        return real(step._replace(command=[sys.executable, "-c", program]), deadline)
 
     real = gpu_check.run_step
+    about = {"device": "pretended", "compute_capability": "9.0"}
     monkeypatch.setattr(gpu_check, "missing_gpu", lambda: None)
-    monkeypatch.setattr(gpu_check, "machine", lambda: {"device": "pretended"})
-    monkeypatch.setattr(gpu_check, "nvcc", lambda: "/usr/bin/nvcc")
+    monkeypatch.setattr(gpu_check, "machine", lambda: about)
+    monkeypatch.setattr(gpu_check, "tool", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(gpu_check, "run_step", run_step)
     monkeypatch.setenv("OUT", str(tmp_path))
     return statuses
@@ -47,27 +59,57 @@ def read(folder: Path) -> dict:
 
 
 def test_all_steps_pass(pretended_gpu, tmp_path):
-    assert gpu_check.main() == 0
+    assert gpu_check.main([]) == 0
     report = read(tmp_path)
-    assert report["passed"] and report["machine"] == {"device": "pretended"}
-    assert [step["name"] for step in report["steps"]] == list(pretended_gpu)
-    assert "said by tests" in (tmp_path / "tests.log").read_text()
+    assert report["passed"] and report["machine"]["device"] == "pretended"
+    assert [step["name"] for step in report["steps"]] == NAMES
+    assert "said by tests" in report["steps"][NAMES.index("tests")]["output"]
+    written = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    pictures = {f"{name}.png" for name in ("speedups", "roofline", "scaling", "memory", "end_to_end")}
+    assert set(written) == {"gpu-check.json", "benchmarks.json", "report.md"} | pictures
+    assert len(written) <= 8 and max(written.values()) < 16e6
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| kernels | passed |" in text and "measured / modelled" in text and "## pixel_decoder, float32" in text
 
 
-@pytest.mark.parametrize("broken", ["build", "selftest", "tests", "benchmarks"])
+@pytest.mark.parametrize("broken", ["build", "tests", "scaling"])
 def test_one_failing_step_fails_the_check_and_the_others_still_run(pretended_gpu, tmp_path, capsys, broken):
     pretended_gpu[broken] = 3
-    assert gpu_check.main() == 1
+    assert gpu_check.main([]) == 1
     assert {step["name"]: step["passed"] for step in read(tmp_path)["steps"]} == {
-        name: name != broken for name in pretended_gpu
+        name: name != broken for name in NAMES
     }
     output = capsys.readouterr().out
     assert f"{broken} FAILED (exit status 3)" in output and f"said by {broken}" in output
+    assert f"| {broken} | 3 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def test_step_past_its_deadline_is_stopped(tmp_path):
-    step = gpu_check.run_step("slow", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, deadline=0.0)
+def test_full_adds_steps_and_time(tmp_path):
+    short = {step.name: step for step in gpu_check.steps(tmp_path, "9.0", full=False)}
+    full = {step.name: step for step in gpu_check.steps(tmp_path, "9.0", full=True)}
+    assert "--full" in full["kernels"].command and "--stop-after" in short["kernels"].command
+    assert all(full[name].seconds > step.seconds for name, step in short.items())
+
+
+def test_the_cuda_module_is_built_for_the_present_architecture(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "tool", lambda name: f"/usr/bin/{name}")
+    for capability, architecture in {"9.0": "90a", "8.0": "80", "10.0": "100"}.items():
+        build = gpu_check.steps(tmp_path, capability, full=False)[0]
+        assert build.environment["DECO_KERNELS_CUDA_ARCHS"] == architecture
+
+
+def test_step_past_its_limit_is_stopped():
+    command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    step = gpu_check.run_step(gpu_check.Step("slow", command, 3), time.perf_counter() + 100)
     assert not step["passed"] and step["seconds"] < 30 and "stopped" in step["exit_status"]
+    assert step["output"] == "begun\n"
+
+
+@pytest.mark.parametrize("extra", (False, True))
+def test_without_time_left_only_extra_steps_may_be_left_out(extra):
+    step = gpu_check.Step("late", [sys.executable, "-c", ""], 60, extra=extra)
+    record = gpu_check.run_step(step, time.perf_counter() + 0.5)
+    assert record["exit_status"] == "left out for lack of time" and record["passed"] == extra
 
 
 def test_outcomes_of_tests_are_read(tmp_path):
