@@ -1,5 +1,6 @@
 """`python -m benchmarks`: help, bad input, one small run and its report."""
 
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 import torch
+
+from benchmarks.__main__ import COMMANDS
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -16,9 +19,9 @@ def benchmarks(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arguments", (["--help"], ["report", "--help"]), ids=" ".join)
-def test_help(arguments):
-    answer = benchmarks(*arguments)
+@pytest.mark.parametrize("command", ("", *COMMANDS))
+def test_help(command):
+    answer = benchmarks(*command.split(), "--help")
     assert answer.returncode == 0 and answer.stdout.startswith("usage: python -m benchmarks")
 
 
@@ -37,6 +40,11 @@ def test_help(arguments):
         (["flow_matching_loss", "--size", "C=4"], "the losses are for C=3 channels"),
         (["--threads", "0"], "--threads must be at least 1"),
         (["avx2", "--device", "cuda"], "part avx2 belongs to the device cpu"),
+        (["kernels"], "part kernels belongs to the device cuda"),
+        (["--quick", "--full"], "--quick and --full exclude each other"),
+        (["--stop-after", "-1"], "--stop-after must be positive"),
+        (["--compare", "no_such_file.json"], "No such file"),
+        (["pixel_decoder", "--size", "B=100000"], "choose a smaller B, H or W"),
         (["--output", "no/such/folder/result.json"], "does not exist"),
         (["report", "no_such_file.json"], "No such file"),
         (["report", "pyproject.toml"], "not a JSON file"),
@@ -57,6 +65,28 @@ def test_no_gpu_is_one_line():
     assert answer.stderr == "benchmarks: no GPU: PyTorch sees no CUDA device here; use --device cpu\n"
 
 
+def test_what_no_time_is_left_for_is_said(tmp_path):
+    path = tmp_path / "result.json"
+    answer = benchmarks("adaln_block", "--quick", "--dtype", "float32", "--stop-after", "0.01", "--output", str(path))
+    assert answer.returncode == 1  # nothing was measured
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("benchmarks: left out, for lack of time: adaln_block")
+    assert len(json.loads(path.read_text())["left_out"]) == 2 and "## Left out, for lack of time" in answer.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="needs pytest-benchmark")
+def test_through_pytest_benchmark(tmp_path):
+    path = tmp_path / "result.json"
+    one = ["-k", "adaln_block and float32 and forward and published and not backward", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--benchmark-max-time=0.01", "-q"]
+    command += [*one, f"--benchmark-json={path}"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stdout
+    (found,) = json.loads(path.read_text())["benchmarks"]
+    assert found["group"] == "adaln_block float32 forward" and found["stats"]["median"] > 0
+    assert found["extra_info"]["flops"] == 2 * 5 * 32**2 * 256**2
+
+
 def test_small_run_and_its_report(tmp_path):
     path = tmp_path / "result.json"
     small = ["--quick", "--size", "H=32,W=32", "--backend", "reference", "--dtype", "float32", "--threads", "1"]
@@ -73,3 +103,5 @@ def test_small_run_and_its_report(tmp_path):
         for pass_ in ("forward", "forward_backward")
     }
     assert benchmarks("report", str(path)).stdout.strip() == answer.stdout.strip()
+    compared = benchmarks("report", str(path), "--compare", str(path)).stdout
+    assert "- 0 of 4 rows moved beyond the spread" in compared

@@ -30,7 +30,7 @@ NAMES += ["end_to_end", "other_ops", "scaling", "sampling"]
 
 @pytest.fixture
 def pretended_gpu(monkeypatch, tmp_path):
-    """A machine with a GPU and the CUDA toolkit. Steps end with the given statuses; benchmarks write a stored result."""
+    """A GPU and the CUDA toolkit. Steps end with the statuses returned here; benchmarks write a stored result."""
     statuses = {}
     result = PROGRAMS.parent / "tests" / "benchmarks" / "result.json"
 
