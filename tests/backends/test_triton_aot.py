@@ -26,7 +26,7 @@ OTHERS = [
     for dtype in reversed(static.DTYPES)
     for width in reversed(static.WIDTHS)
     if (width, dtype) != (32, "bfloat16")
-] + [("gfx942", 32, "float32", CORE[:1])]
+] + [("gfx942", 32, "float32", CORE[:1]), (static.SMALL_SHARED, 64, "bfloat16", CORE[1:2])]
 
 
 def label(case):

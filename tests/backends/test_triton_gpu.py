@@ -1,9 +1,11 @@
 """The Triton backend on a GPU: the shared cases, PyTorch's machinery, CUDA graphs, streams, devices, processes."""
 
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from deco_kernels import ops, testing
 from deco_kernels.ops.registry import BackendUnavailable
-from tests.ops.cases import BF16, CASES, F16, F32, OPS, small_inputs
+from tests.ops.cases import BF16, CASES, F16, F32, OPS, Case, small_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,8 +35,40 @@ def assert_equal(actual, expected):
         assert torch.equal(gradient, expected.gradients[name]), name
 
 
+def transposed(inputs):
+    """The same values with the last two dimensions of every tensor exchanged in memory."""
+    tensors = {
+        name: t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t
+        for name, t in inputs.tensors.items()
+    }
+    return inputs._replace(tensors=tensors)
+
+
+def run_once(op, case, view):
+    """Compile what a test will launch; a failure is left to the test."""
+    inputs = on_gpu(case.inputs(op) if isinstance(case, Case) else small_inputs(op, case))
+    testing.run(inputs, "triton")
+    if view:
+        testing.run(transposed(inputs), "triton")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(request):
+    """Fills Triton's cache by several processes: kernel after kernel it would take most of the GPU check's time."""
+    runs = set()
+    for item in request.session.items:
+        parameters = getattr(item, "callspec", None) and item.callspec.params
+        if item.path == Path(__file__) and parameters and "op" in parameters:
+            case = parameters.get("case") or parameters.get("dtype", BF16)
+            runs.add((parameters["op"], case, "views" in item.name))
+    workers = min(8, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(run_once, *run) for run in sorted(runs, key=str)]:
+            future.exception()
+
+
 def few_cases():
-    """Every dtype and width; each case compiles about eight kernels, and the GPU check has eight minutes in all."""
+    """Every dtype and width, but not every case: the GPU check has eight minutes in all."""
     for op, cases in CASES.items():
         for case in cases if "loss" in op else cases[:3] + cases[4::3]:
             yield pytest.param(op, case, id=f"{op}-{case.label}")
@@ -52,13 +86,7 @@ def test_rule_of_error(op, case):
 def test_views_give_the_same_result(op, dtype):
     inputs = on_gpu(small_inputs(op, dtype))
     expected = testing.run(inputs, "triton")
-    viewed = inputs._replace(
-        tensors={
-            name: t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t
-            for name, t in inputs.tensors.items()
-        }
-    )
-    assert_equal(testing.run(viewed, "triton"), expected)
+    assert_equal(testing.run(transposed(inputs), "triton"), expected)
 
 
 @pytest.mark.parametrize("op", OPS)
