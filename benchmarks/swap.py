@@ -27,7 +27,6 @@ from benchmarks.timing import interleaved
 from deco_kernels import flow, ops
 from deco_kernels.integrations import swap_decoder
 
-FORMAT = "swap 1"
 PARTS = ("times", "memory", "losses")
 EAGER, FUSED = "published", "swapped"
 GUIDANCE = 3.2
@@ -184,6 +183,7 @@ def measure_losses(recipe: Recipe, steps: int, threads: int) -> dict[str, list[f
         for name, count in ((EAGER, threads), (FUSED, threads), (EAGER, 1)):
             torch.set_num_threads(count)
             training = Training(recipe, fused=name == FUSED)
+            print(f"{steps} steps of {name} on {count} threads", file=sys.stderr, flush=True)
             found[f"{name}, {count} threads"] = [training.step() for _ in range(steps)]
     finally:
         torch.set_num_threads(previous)
@@ -289,7 +289,7 @@ def main(arguments: list[str]) -> int:
         command = [sys.executable, "-m", "benchmarks", "swap", *arguments]
         os.execve(sys.executable, command, {**os.environ, **KEPT_HEAP})
     torch.set_num_threads(options.threads)
-    result = {"format": FORMAT, "recipe": dataclasses.asdict(Recipe())}
+    result = {"recipe": dataclasses.asdict(Recipe())}
     if options.output and os.path.exists(options.output):
         with open(options.output, encoding="utf-8") as file:
             result = json.load(file)
