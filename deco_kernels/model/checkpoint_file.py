@@ -321,7 +321,7 @@ def write_tensors(
     """Write tensors under their names, and what the file says of itself; whole, or not at all, as `save_model`."""
     path, container = Path(path), container_of(path)
     tensors = {name: _compact(tensor.detach()) for name, tensor in tensors.items()}
-    with _complete_or_absent(path, overwrite) as temporary:
+    with complete_or_absent(path, overwrite) as temporary:
         if container == "safetensors":
             _safetensors().torch.save_file(tensors, temporary, metadata={"format": "pt", **said})
         else:
@@ -337,7 +337,7 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _complete_or_absent(path: Path, overwrite: bool) -> Iterator[Path]:
+def complete_or_absent(path: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary name beside `path`: renamed to it at the end, removed after an error."""
     _refuse_existing(path, overwrite)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")

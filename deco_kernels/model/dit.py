@@ -329,11 +329,17 @@ class DiT(nn.Module):
         """Leave the trunk's blocks to torch.compile, see `PatchTransformer.compile_blocks`."""
         self.trunk.compile_blocks(**options)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Velocity [B, C, H, W] for a noised image x [B, C, H, W], times t [B] in [0, 1] and labels y [B]."""
-        tokens, _, c, _ = self.trunk(x, t, y)
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, features_after: int | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Velocity [B, C, H, W] for a noised image x [B, C, H, W], times t [B] in [0, 1] and labels y [B].
+
+        With `features_after` the pair (velocity, tokens [B, L, Z] after that trunk block, counted from 1).
+        """
+        tokens, _, c, features = self.trunk(x, t, y, features_after)
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)
         normed = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
         patches = self.head(normed * (1 + scale) + shift)
         patches = patches.unflatten(-1, (self.trunk.channels, -1))
-        return from_patches(patches, self.trunk.patch_size, *x.shape[-2:])
+        velocity = from_patches(patches, self.trunk.patch_size, *x.shape[-2:])
+        return velocity if features_after is None else (velocity, features)

@@ -7,7 +7,6 @@ reported). It holds whole tensors: any number of processes, and either strategy,
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from deco_kernels import model as models
+from deco_kernels.model.checkpoint_file import complete_or_absent
 from deco_kernels.training.ema import MovingAverage
 from deco_kernels.training.module import TrainingModule
 
@@ -58,31 +58,24 @@ def found(folder: Path) -> list[Path]:
 
 
 def write_atomically(content: Mapping[str, Any], path: Path) -> None:
-    """torch.save to a temporary file beside `path`, which then takes its name; on failure nothing is left behind.
+    """torch.save to `path`, which holds either what it did before or all of the new content.
 
     Raises CheckpointError, naming the free space where that is what is missing.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with complete_or_absent(path, overwrite=True) as temporary:
+            torch.save(content, temporary)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(folder)  # the new name is on the disk too
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:
-        free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
+    except OSError as error:
+        place = next(each for each in path.parents if each.exists())
         raise CheckpointError(
-            f"{path} could not be written ({error}); {free / 2**30:.2f} GiB are free in {path.parent}. Earlier "
-            "checkpoints are kept: make room and start again with --resume auto"
+            f"{error}; {shutil.disk_usage(place).free / 2**30:.2f} GiB are free in {place}. Earlier checkpoints are "
+            "kept: make room and start again with --resume auto"
         ) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 def save(progress: Progress, config: dict[str, Any], folder: Path, keep: int, writer: bool) -> None:
@@ -109,7 +102,7 @@ def save(progress: Progress, config: dict[str, Any], folder: Path, keep: int, wr
         "skipped": progress.skipped,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".step_*.tmp"):
+    for leftover in folder.glob(".step_*.part"):  # of killed processes
         leftover.unlink()
     write_atomically(content, folder / f"step_{progress.step:09d}.ckpt")
     for old in found(folder)[keep:]:

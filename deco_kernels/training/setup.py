@@ -101,7 +101,7 @@ def prepare(config: TrainConfig, fabric: Fabric, teacher: Teacher | None, encode
     if config.init_from is not None:
         initialise(network, Path(config.init_from))
     if config.compile:
-        network.trunk.compile_blocks()
+        network.compile_trunk()
     module = TrainingModule(network, objective)
     forward = fabric.setup_module(module)
     optimizer = torch.optim.AdamW(
@@ -109,6 +109,7 @@ def prepare(config: TrainConfig, fabric: Fabric, teacher: Teacher | None, encode
         lr=config.optimizer.lr,
         betas=tuple(config.optimizer.betas),
         weight_decay=config.optimizer.weight_decay,
+        fused=True,
     )
     average = MovingAverage(network, config.ema_decay)
     progress = checkpoints.Progress(module, optimizer, average, step=0, skipped={})
@@ -150,14 +151,13 @@ def initialise(network: nn.Module, path: Path) -> None:
     """Copy the averaged weights of a checkpoint, ours or a published one, into a model of the same kind and size."""
     if not path.is_file():
         raise FileNotFoundError(f"init_from: expected a checkpoint, found none at {path}")
+    found = model.load_model(path)
+    if type(found) is not type(network):
+        raise ValueError(f"init_from: {path} holds a {type(found).__name__}, expected a {type(network).__name__}")
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        found = model.from_published(content)
-        if type(found) is not type(network):
-            raise ValueError(f"it holds a {type(found).__name__}, not a {type(network).__name__}")
         network.load_state_dict(found.state_dict())
-    except Exception as error:  # torch.load raises many unrelated types for damaged files
-        raise checkpoints.CheckpointError(f"init_from: {path} cannot be used: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"init_from: {path} holds a {type(network).__name__} of other sizes: {error}") from error
 
 
 def warn_of_changes(content: dict[str, Any], config: TrainConfig) -> None:

@@ -62,9 +62,10 @@ def test_dinov2_features_by_formula(tiny_dinov2):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_objective_with_dinov2(tiny_dinov2):
+@pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])
+def test_objective_with_dinov2(name, tiny_dinov2):
     teacher = flow.DinoV2Teacher(str(tiny_dinov2))
-    model = random_model()
+    model = random_model(name)
     alignment = randomise(flow.Alignment(model.trunk.width, teacher, teacher_width=teacher.width, block=1))
     objective = flow.Objective(ops.jpeg_frequency_weight(85), repa=alignment)
     losses = objective(model, random_images(), torch.arange(2), torch.Generator().manual_seed(3))

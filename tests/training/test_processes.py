@@ -1,8 +1,14 @@
 """Two processes, DDP and FSDP2, compute the losses of one; checkpoints pass from one strategy to the other."""
 
-import pytest
+import os
+import subprocess
+import sys
 
-from tests.training.conftest import log, losses
+import pytest
+import torch
+
+from deco_kernels import model
+from tests.training.conftest import ROOT, SHORT, log, losses
 
 
 @pytest.fixture(scope="module")
@@ -12,6 +18,24 @@ def one_process(trainer, class_folders, tmp_path_factory):
     found = losses(out)
     assert list(found) == list(range(1, 11)) and found[10] < found[1]
     return found
+
+
+@pytest.mark.long
+def test_under_torchrun(class_folders, one_process, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "python/train.py"]
+    command += ["python/configs/small.yaml", "model.name=deco-tiny", *SHORT, f"data.path={class_folders}"]
+    command += ["accumulate=2", f"out={tmp_path / 'run'}", "strategy=fsdp2"]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert losses(tmp_path / "run") == pytest.approx(one_process, rel=1e-5)
+
+
+@pytest.mark.long
+def test_compiled_trunk(trainer, class_folders, one_process, tmp_path):
+    out = tmp_path / "run"
+    assert trainer.run(out, f"data.path={class_folders}", "accumulate=2", "compile=true") == 0, log(out)
+    assert losses(out) == pytest.approx(one_process, rel=1e-4)
+    content = torch.load(out / "checkpoints" / "step_000000010.ckpt", weights_only=True)
+    assert type(model.from_published(content)) is model.DeCo
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

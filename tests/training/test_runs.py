@@ -48,7 +48,9 @@ def test_alignment_and_rectangles_in_bfloat16(trainer, tmp_path):
     content = torch.load(out / "checkpoints" / "step_000000012.ckpt", weights_only=True)
     head = {name for name in content["state_dict"] if name.startswith("diffusion_trainer.proj.0.")}
     assert head == {f"diffusion_trainer.proj.0.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
-    averaged, raw = (model.from_published(content, ema=ema) for ema in (True, False))
+    averaged, raw = (
+        model.load_model(out / "checkpoints" / "step_000000012.ckpt", weights=weights) for weights in ("ema", "raw")
+    )
     assert type(averaged) is model.DeCo and averaged.trunk.num_classes == 2
     assert any(not torch.equal(a, b) for a, b in zip(averaged.parameters(), raw.parameters(), strict=True))
     (out / "checkpoints" / "step_000000012.ckpt").rename(tmp_path / "weights.ckpt")
