@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave the C library's heap settings alone; eager PyTorch then spends much of its time in page faults",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, no torch.compile")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds; no torch.compile, no reference backend")
     parser.add_argument(
         "--full", action="store_true", help="all parts of the device, and on a GPU torch.compile max-autotune"
     )

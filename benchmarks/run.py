@@ -37,7 +37,8 @@ def run(options: argparse.Namespace) -> int:
         OSError: a file cannot be read or written.
     """
     began = time.perf_counter()
-    backends = tuple(options.backend or DEVICE_BACKENDS[options.device])
+    default = [name for name in DEVICE_BACKENDS[options.device] if name != "reference" or not options.quick]
+    backends = tuple(options.backend or default)
     for backend in backends:
         if backend not in backend_names():
             raise ValueError(f"unknown backend {backend!r}; use {', '.join(backend_names())}")
@@ -88,7 +89,7 @@ def _parts(options: argparse.Namespace, backends: tuple[str, ...]) -> Iterator[P
         text = "pixel_decoder with the cpu backend held to AVX2"
         yield text, "rows", lambda: _rows_with_instruction_set("avx2", options)
     if "memory" in options.parts:
-        for dtype in options.dtype:
+        for dtype in options.dtype[:1] if options.quick else options.dtype:
             measurement = functools.partial(measure_memory, options.device, dtype, backends, torch.get_num_threads())
             yield f"peak memory, {dtype}", "memory", measurement
     if "overhead" in options.parts:
