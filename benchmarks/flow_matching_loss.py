@@ -58,6 +58,9 @@ class FlowMatchingLoss(Problem):
         frequency = (tensors["frequency_weight"][:, None, None] * difference**2).mean()
         return pixel + FREQUENCY_SCALE * frequency, pixel, frequency
 
+    def row_width(self, size: Size) -> int:
+        return size.channels
+
     def given(self, tensors: Tensors, size: Size) -> dict[str, torch.Tensor | None]:
         return {**super().given(tensors, size), "sample_weight": None}
 

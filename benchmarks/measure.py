@@ -73,7 +73,7 @@ def time_contenders(
 def eager_bytes(problem: Problem, size: Size, pass_: str) -> int:
     """What eager PyTorch needs at most for a step in float32, roughly."""
     blocks = size.depth if "decoder" in problem.op and pass_ == TRAINING else 1
-    kept = 4 * _EAGER_FLOATS * size.pixels * size.decoder_width * blocks
+    kept = 4 * _EAGER_FLOATS * size.pixels * problem.row_width(size) * blocks
     return problem.bytes_moved(size, torch.float32, training=True) + kept
 
 

@@ -80,6 +80,10 @@ class Problem:
         """The op's own arguments among `tensors`, in its order."""
         return {name: tensors[name] for name in self.arguments(size)}
 
+    def row_width(self, size: Size) -> int:
+        """Channels of the activations between the steps of the op."""
+        return size.decoder_width
+
     def options(self, size: Size) -> dict[str, int | float]:
         """The op's arguments that are not tensors."""
         return {}

@@ -103,7 +103,7 @@ def _parts(options: argparse.Namespace, backends: tuple[str, ...]) -> Iterator[P
 def _parts_on_request(options: argparse.Namespace, backends: tuple[str, ...]) -> Iterator[Part]:
     """Parts beyond single ops. The reference backend, which is eager PyTorch, is left to the ops' tables."""
     timing = _timing(options, tuple(name for name in backends if name != "reference"))
-    timing = dataclasses.replace(timing, min_rounds=3)
+    timing = dataclasses.replace(timing, min_rounds=5)
     dtypes = [getattr(torch, name) for name in options.dtype]
     if "scaling" in options.parts:
         for op, dtype, pass_ in itertools.product(scaling.OPS, dtypes, options.pass_):
