@@ -8,7 +8,7 @@ import sys
 from benchmarks.names import DEVICE_BACKENDS, DTYPES, EXTRAS, FORWARD, KEPT_HEAP, ON_REQUEST, OPS, TRAINING
 from benchmarks.sizes import PRESETS, STANDARD, size_of
 
-COMMANDS = ("report", "static", "swap", "trunk")  # modules with a `main(arguments)` of their own
+COMMANDS = ("report", "static", "swap", "training", "trunk")  # modules with a `main(arguments)` of their own
 PASSES = {"forward": (FORWARD,), "backward": (TRAINING,), "both": (FORWARD, TRAINING)}
 _BY_HAND = "B=4,H=256,W=256,D=32,N=3,p=16,Z=1152"
 
