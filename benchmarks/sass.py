@@ -1,13 +1,13 @@
 """Reads compiled NVIDIA code: registers, spills, and the instructions of a kernel's steady loop by pipe.
 
-Needs cuobjdump, which Triton's wheel carries; nothing here runs on a GPU.
+Needs cuobjdump and nvdisasm, which Triton's wheel carries; nothing here runs on a GPU.
 """
 
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,17 +65,43 @@ def read(cubin: bytes) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run("-res-usage", file.name)
-        listing = _run("-sass", file.name)
-    registers = re.search(r"REG:(\d+)", usage)
-    stack = re.search(r"STACK:(\d+)", usage)
-    if registers is None or stack is None:
-        raise ValueError(f"cuobjdump reports no resource usage:\n{usage}")
-    return Code(int(registers[1]), int(stack[1]), list(_instructions(listing)))
+        (code,) = read_all(Path(file.name)).values()
+    return code
 
 
-def _run(option: str, path: str) -> str:
-    return subprocess.run([tool("cuobjdump"), option, path], capture_output=True, text=True, check=True).stdout
+def read_all(cubin: Path) -> dict[str, Code]:
+    """The kernels of a cubin by their mangled names."""
+    usage = dict(re.findall(r"Function (\w+):\s+(REG:.*)", _run("cuobjdump", "-res-usage", cubin)))
+    listings = re.split(r"\n\s*Function : (\w+)\n", _run("cuobjdump", "-sass", cubin))
+    kernels = {}
+    for name, listing in zip(listings[1::2], listings[2::2], strict=True):
+        registers, stack = (int(re.search(rf"{what}:(\d+)", usage[name])[1]) for what in ("REG", "STACK"))
+        kernels[name] = Code(registers, stack, list(_instructions(listing)))
+    return kernels
+
+
+def read_lines(cubin: Path) -> dict[str, dict[int, set[tuple[str, int]]]]:
+    """Of a cubin compiled with -lineinfo: kernel -> address of an instruction -> the (file, line) it comes from and
+    those of the calls around it."""
+    sections = re.split(r"\n\.text\.(\w+):\n", _run("nvdisasm", "-gi", "-c", cubin))
+    return {name: _lines(listing) for name, listing in zip(sections[1::2], sections[2::2], strict=True)}
+
+
+def _lines(listing: str) -> dict[int, set[tuple[str, int]]]:
+    lines, places, complete = {}, set(), False
+    for text in listing.splitlines():
+        if "//## File" in text:
+            if complete:
+                places, complete = set(), False
+            places |= {(file, int(number)) for file, number in re.findall(r'"([^"]+)", line (\d+)', text)}
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/", text):
+            lines[int(match[1], 16)] = places
+            complete = True
+    return lines
+
+
+def _run(name: str, *arguments) -> str:
+    return subprocess.run([tool(name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _instructions(listing: str) -> Iterator[Instruction]:
@@ -87,19 +113,19 @@ def _instructions(listing: str) -> Iterator[Instruction]:
             yield Instruction(int(match[1], 16), opcode, text)
 
 
-def _loops(instructions: list[Instruction]) -> list[tuple[int, int]]:
-    """(first, last) address of every backward branch's body."""
+def loops(code: Code) -> list[tuple[int, int]]:
+    """(first, last) address of every backward branch's body, the largest first."""
     found = set()
-    for instruction in instructions:
+    for instruction in code.instructions:
         if instruction.opcode.split(".")[0] == "BRA":
             target = re.search(r"0x([0-9a-f]+)", instruction.text)
             if target and int(target[1], 16) < instruction.address:
                 found.add((int(target[1], 16), instruction.address))
-    return sorted(found)
+    return sorted(found, key=lambda loop: (loop[0] - loop[1], loop))
 
 
-def _size(loop: tuple[int, int]) -> int:
-    return loop[1] - loop[0]
+def is_inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return outer[0] < inner[0] and inner[1] <= outer[1]
 
 
 def steady_counts(code: Code, inner_trips: int) -> tuple[Counter, float]:
@@ -107,21 +133,32 @@ def steady_counts(code: Code, inner_trips: int) -> tuple[Counter, float]:
 
     Without a loop the whole kernel counts. A loop inside runs `inner_trips` times.
     """
-    loops = _loops(code.instructions)
-    outer = max(loops, key=_size) if loops else (0, code.instructions[-1].address)
-    inside = [loop for loop in loops if loop[0] > outer[0] and loop[1] <= outer[1]]
-    counts: Counter = Counter()
+    found = loops(code)
+    outer = found[0] if found else (0, code.instructions[-1].address)
+    inside = [loop for loop in found if is_inside(loop, outer)]
+
+    def executions(address: int) -> int:
+        if not outer[0] <= address <= outer[1]:
+            return 0
+        return inner_trips if any(first <= address <= last for first, last in inside) else 1
+
+    return counts(code, executions)
+
+
+def counts(code: Code, executions: Callable[[int], float]) -> tuple[Counter, float]:
+    """Executed warp instructions by pipe ("issue": all of them) and tensor-pipe cycles, where the instruction at an
+    address is executed executions(address) times."""
+    total: Counter = Counter()
     tensor_cycles = 0.0
     for instruction in code.instructions:
-        if not outer[0] <= instruction.address <= outer[1]:
-            continue
-        trips = inner_trips if any(first <= instruction.address <= last for first, last in inside) else 1
-        pipe = pipe_of(instruction.opcode)
-        counts[pipe] += trips
-        counts["issue"] += trips
-        if pipe == "tensor":
-            tensor_cycles += trips * _tensor_cycles(instruction.opcode)
-    return counts, tensor_cycles
+        times = executions(instruction.address)
+        if times:
+            pipe = pipe_of(instruction.opcode)
+            total[pipe] += times
+            total["issue"] += times
+            if pipe == "tensor":
+                tensor_cycles += times * _tensor_cycles(instruction.opcode)
+    return total, tensor_cycles
 
 
 def _tensor_cycles(opcode: str) -> float:

@@ -1,4 +1,5 @@
-"""`python -m benchmarks static`: what the compiler made of the Triton kernels, for every architecture, without a GPU.
+"""`python -m benchmarks static`: what the compilers made of the Triton and CUDA kernels, for every architecture,
+without a GPU.
 
 Per kernel and architecture: registers, spilled bytes, shared memory, executed warp instructions of the steady loop per
 16 pixels by pipe, and the modelled time of the busiest pipe. All of it follows from the compiled code: no figure here
@@ -19,9 +20,11 @@ import torch
 
 from benchmarks import sass, static_tables
 
+BACKENDS = ("triton", "cuda")
 BUDGETS = Path(__file__).with_name("budgets.json")
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 ARCHITECTURES = (*NVIDIA, "gfx942")
+"""Of the Triton kernels; the CUDA kernels for Hopper are built for sm_90a."""
 SMALL_SHARED = "sm_86"  # stands for GPUs with 99 kB of shared memory; only what fits is looked at
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WIDTHS = (16, 32, 64)
@@ -130,12 +133,16 @@ def figures(launch, architecture: str) -> Figures:
         pipes = {pipe: count * warps_per_16_px for pipe, count in counts.items()}
         slots = round(pipes["issue"], 1)
         if architecture == "sm_90":
-            cycles = {pipe: count * sass.PIPE_CYCLES[pipe] for pipe, count in pipes.items() if pipe != "other"}
-            cycles["tensor"] = tensor_cycles * warps_per_16_px
-            milliseconds = static_tables.milliseconds(max(cycles.values()))
+            milliseconds = modelled_milliseconds(pipes, tensor_cycles * warps_per_16_px)
     return Figures(
         toolchain(architecture), code.registers, code.spill_bytes, compiled.metadata.shared, slots, pipes, milliseconds
     )
+
+
+def modelled_milliseconds(pipes: dict[str, float], tensor_cycles: float) -> float:
+    """Time of the busiest pipe, from warp instructions and tensor-pipe cycles per 16 pixels."""
+    cycles = {pipe: count * sass.PIPE_CYCLES[pipe] for pipe, count in pipes.items() if pipe not in ("other", "tensor")}
+    return static_tables.milliseconds(max(tensor_cycles, *cycles.values()))
 
 
 def case_figures(architecture: str, width: int, dtype: str, parts: tuple[str, ...] = ("",)) -> dict[str, Figures]:
@@ -175,6 +182,13 @@ def toolchain(architecture: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- comparison
 
 
+def recorded_budgets(backend: str) -> dict[str, dict[str, Any]]:
+    """Kernel -> architecture -> record, of the kernels of one backend."""
+    budgets = json.loads(BUDGETS.read_text())
+    is_cuda = backend == "cuda"
+    return {name: entry for name, entry in budgets.items() if name.startswith(static_tables.CUDA_PREFIX) == is_cuda}
+
+
 def exceeded(figures: Figures, budget: dict[str, Any]) -> Iterator[str]:
     """What lies more than 3 % above the record; nothing if the toolchain is another one."""
     if figures.toolchain != budget["toolchain"]:
@@ -194,21 +208,45 @@ def selected(architectures: list[str], widths: list[int], dtypes: list[str]) -> 
                     yield architecture, width, dtype
 
 
+def triton_figures(cases: list[tuple[str, int, str]]) -> Iterator[tuple[str, str, Figures]]:
+    """(name, architecture, figures) of every Triton kernel in the (architecture, width, dtype) of `cases`."""
+    seen = set()
+    for architecture, width, dtype in cases:
+        for name, launch in recorded_launches(architecture, width, DTYPES[dtype]).items():
+            if (name, architecture) not in seen:
+                seen.add((name, architecture))
+                yield name, architecture, figures(launch, architecture)
+
+
+def cuda_figures(cases: list[tuple[str, int, str]]) -> Iterator[tuple[str, str, Figures]]:
+    """The same of the CUDA kernels; one compilation of a source gives all widths and dtypes."""
+    from benchmarks import static_cuda
+
+    for architecture in static_cuda.ARCHITECTURES:
+        wanted = {(w, d) for a, w, d in cases if a == architecture.removesuffix("a")}
+        for source in static_cuda.sources() if wanted else ():
+            for name, found in static_cuda.source_figures(source, architecture).items():
+                if static_cuda.is_among(name, wanted):
+                    yield name, architecture, found
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks static", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--record", action="store_true", help="write benchmarks/budgets.json")
+    parser.add_argument("--backend", choices=BACKENDS, help="(default: both)")
     parser.add_argument(
         "--architecture", action="append", choices=tuple(SHARED_LIMIT), help=f"repeatable (default: not {SMALL_SHARED})"
     )
     parser.add_argument("--width", action="append", type=int, choices=WIDTHS, help="repeatable (default: 32)")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="repeatable (default: bfloat16)")
     parser.add_argument("--everywhere", action="store_true", help="every width and dtype on every architecture")
-    parser.add_argument("--tables", action="store_true", help="print the record as the tables of docs/triton.md")
+    parser.add_argument("--tables", action="store_true", help="print the record as the tables of a page in docs")
     parser.add_argument("--output", metavar="FILE.json", help="write all figures there")
     options = parser.parse_args(arguments)
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     if options.tables:
-        print(static_tables.main_table(budgets), static_tables.other_cases_table(budgets), sep="\n\n")
+        for backend in [options.backend] if options.backend else BACKENDS:
+            print(*static_tables.tables(budgets, backend), sep="\n\n", end="\n\n")
         return 0
     if os.environ.get("TRITON_INTERPRET"):
         print("benchmarks static: unset TRITON_INTERPRET; the interpreter compiles nothing", file=sys.stderr)
@@ -225,21 +263,15 @@ def main(arguments: list[str]) -> int:
     failures = []
     print("Modelled from the compiled code, not measured on a GPU; slots per 16 pixels; ms for 32 images of 256x256.")
     print(_row("kernel", "architecture", "registers", "spills", "shared", "slots", "ms", "pipes"), flush=True)
-    for architecture, width, dtype in cases:
-        for name, launch in recorded_launches(architecture, width, DTYPES[dtype]).items():
-            if architecture in everything.get(name, {}):
-                continue
-            found = figures(launch, architecture)
-            everything.setdefault(name, {})[architecture] = found._asdict()
-            print(_row(name, architecture, *_cells(found)), flush=True)
-            if found.shared_bytes > SHARED_LIMIT[architecture]:
-                failures.append(f"{name}: {found.shared_bytes} bytes of shared memory do not fit {architecture}")
-            if options.record:
-                budgets.setdefault(name, {})[architecture] = found.record()
-            elif architecture in budgets.get(name, {}):
-                failures += [
-                    f"{name} on {architecture}: {what}" for what in exceeded(found, budgets[name][architecture])
-                ]
+    for name, architecture, found in _examined(options.backend, cases):
+        everything.setdefault(name, {})[architecture] = found._asdict()
+        print(_row(name, architecture, *_cells(found)), flush=True)
+        if found.shared_bytes > SHARED_LIMIT[architecture.removesuffix("a")]:
+            failures.append(f"{name}: {found.shared_bytes} bytes of shared memory do not fit {architecture}")
+        if options.record:
+            budgets.setdefault(name, {})[architecture] = found.record()
+        elif architecture in budgets.get(name, {}):
+            failures += [f"{name} on {architecture}: {what}" for what in exceeded(found, budgets[name][architecture])]
     if options.record:
         BUDGETS.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
     if options.output:
@@ -247,6 +279,22 @@ def main(arguments: list[str]) -> int:
     for failure in failures:
         print(f"too much: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _examined(backend: str | None, cases: list[tuple[str, int, str]]) -> Iterator[tuple[str, str, Figures]]:
+    """What the command was asked for; without a choice of backend, what this machine can compile."""
+    if backend != "cuda":
+        yield from triton_figures(cases)
+    if backend != "triton":
+        from benchmarks import static_cuda
+
+        reason = static_cuda.unavailable_reason()
+        if reason is None:
+            yield from cuda_figures(cases)
+        elif backend == "cuda":
+            raise SystemExit(f"benchmarks static: the CUDA kernels cannot be examined: {reason}")
+        else:
+            print(f"The CUDA kernels are left out: {reason}", file=sys.stderr)
 
 
 def _cells(found: Figures) -> tuple[str, ...]:

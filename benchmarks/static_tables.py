@@ -1,14 +1,17 @@
-"""The tables of docs/triton.md, made from benchmarks/budgets.json.
+"""The tables of docs/triton.md and docs/cuda.md, made from benchmarks/budgets.json.
 
 `python -m benchmarks static --tables` prints them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 # The model's machine: an H200 at 1.755 GHz, and its work: 32 images of 256x256.
 SCHEDULERS, CLOCK, PIXELS = 132 * 4, 1.755e9, 32 * 256 * 256
 
-_KERNELS = {
+CUDA_PREFIX = "cuda."
+"""Sets the names of the CUDA kernels apart from Triton's in budgets.json."""
+
+_TRITON_KERNELS = {
     "pixel_decoder.forward_kernel": "decoder forward",
     "pixel_decoder.replay_kernel": "decoder replay (forward again, head backwards)",
     "adaln_block.backward_kernel+first": "block backward, launched first",
@@ -22,8 +25,32 @@ _KERNELS = {
     "flow_matching_loss.sums_kernel": "loss sums",
     "flow_matching_loss.gradient_kernel": "loss gradient",
 }
-_OTHER_CASES = ((16, "bfloat16"), (64, "bfloat16"), (32, "float32"))
-_ARCHITECTURE = "sm_90"
+_CUDA_KERNELS = {
+    "cuda.pixel_decoder.forward_kernel": "decoder forward",
+    "cuda.decoder_replay.replay_kernel": "decoder replay (forward again, head backwards)",
+    "cuda.block_backward.backward_kernel+mlp+tiled+first": "block backward, launched first",
+    "cuda.block_backward.backward_kernel+mlp+tiled": "block backward, between",
+    "cuda.block_backward.backward_kernel+mlp+tiled+last": "block backward, launched last",
+    "cuda.decoder_embedding.embedding_kernel": "embedding backward",
+    "cuda.adaln_block.forward_kernel": "adaln_block forward",
+    "cuda.block_backward.backward_kernel+mlp+first+last": "adaln_block backward",
+    "cuda.upsample_modulate.modulate_kernel": "upsample_modulate forward",
+    "cuda.block_backward.backward_kernel+first+last": "upsample_modulate backward",
+    "cuda.flow_matching_loss.sums_kernel": "loss sums",
+    "cuda.flow_matching_loss_backward.gradient_kernel": "loss gradient",
+}
+
+
+class _Page(NamedTuple):
+    kernels: dict[str, str]  # name in the record -> its title
+    architecture: str
+    other_cases: tuple[tuple[int, str], ...]  # (width, dtype) besides D 32 in bfloat16
+
+
+_PAGES = {
+    "triton": _Page(_TRITON_KERNELS, "sm_90", ((16, "bfloat16"), (64, "bfloat16"), (32, "float32"))),
+    "cuda": _Page(_CUDA_KERNELS, "sm_90a", ((16, "bfloat16"), (64, "bfloat16"), (32, "float16"))),
+}
 
 
 def milliseconds(cycles_per_16_px: float) -> float:
@@ -31,11 +58,18 @@ def milliseconds(cycles_per_16_px: float) -> float:
     return cycles_per_16_px * PIXELS / 16 / SCHEDULERS / CLOCK * 1e3
 
 
-def main_table(budgets: dict[str, Any]) -> str:
-    """Every kernel at D 32 in bfloat16 on sm_90; the time is that of issuing its instructions."""
+def tables(budgets: dict[str, Any], backend: str) -> tuple[str, str]:
+    """The tables of docs/BACKEND.md."""
+    page = _PAGES[backend]
+    return _main_table(budgets, page), _other_cases_table(budgets, page)
+
+
+def _main_table(budgets: dict[str, Any], page: _Page) -> str:
+    """Every kernel at D 32 in bfloat16 on the page's architecture; the time is that of issuing its instructions."""
     lines = ["| kernel | registers | spilled | shared | slots per 16 px | modelled ms |", "|---|---|---|---|---|---|"]
-    for kernel, title in _KERNELS.items():
-        record = budgets[f"{kernel}/D32/bfloat16"][_ARCHITECTURE]
+    for kernel, title in page.kernels.items():
+        # The CUDA kernels of the loss know no width.
+        record = (budgets.get(f"{kernel}/D32/bfloat16") or budgets[f"{kernel}/bfloat16"])[page.architecture]
         slots = record["issue_slots_per_16_px"]
         lines.append(
             f"| {title} | {record['registers']} | {record['spill_bytes']} | {record['shared_bytes'] / 1000:.0f} kB "
@@ -44,13 +78,13 @@ def main_table(budgets: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def other_cases_table(budgets: dict[str, Any]) -> str:
-    """Registers, spilled bytes and slots per 16 pixels of the other recorded widths and dtypes on sm_90."""
-    heads = [f"D {width}, {dtype}" for width, dtype in _OTHER_CASES]
+def _other_cases_table(budgets: dict[str, Any], page: _Page) -> str:
+    """Registers, spilled bytes and slots per 16 pixels of the other recorded widths and dtypes."""
+    heads = [f"D {width}, {dtype}" for width, dtype in page.other_cases]
     lines = [f"| kernel | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    for kernel, title in _KERNELS.items():
-        if not kernel.startswith("flow_matching_loss"):
-            records = [budgets[f"{kernel}/D{width}/{dtype}"][_ARCHITECTURE] for width, dtype in _OTHER_CASES]
+    for kernel, title in page.kernels.items():
+        if "flow_matching_loss" not in kernel:
+            records = [budgets[f"{kernel}/D{width}/{dtype}"][page.architecture] for width, dtype in page.other_cases]
             cells = [f"{r['registers']}, {r['spill_bytes']}, {r['issue_slots_per_16_px']:,.0f}" for r in records]
             lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)

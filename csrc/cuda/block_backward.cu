@@ -91,6 +91,17 @@ struct Chain {
     return load_operand_tile<T, D>(tiles + tile * tile_stride);
   }
 
+  // Between these two an operand waits in a tile that is not needed yet where registers do not hold it: at D 64.
+  DECO_DEVICE void set_aside(int tile, const Operand<D>& operand) const {
+    if constexpr (P::kSpecialised) keep(tile, operand);
+  }
+  DECO_DEVICE Operand<D> taken_up(int tile, const Operand<D>& operand) const {
+    if constexpr (!P::kSpecialised) return operand;
+    const Operand<D> again = kept(tile);
+    warp_barrier();
+    return again;
+  }
+
   // Rows of a gradient; zero for pixels that do not exist, so that they add nothing to any sum.
   DECO_DEVICE Tile<D> gradient_tile(const RowsView& rows) const {
     RowWords<D> pair[2];
@@ -119,27 +130,28 @@ struct Chain {
     keep(P::kS, s[0]);
     const RowPair rstd = normalize(normalized, p.eps);
 
-    uint32_t scale_words[D / 8][2];
     Tile<D> h_grad, m_grad;
-    Operand<D> gate_grad;
+    Operand<D> gate_grad, scale;
     if constexpr (Mlp) {
-      recompute(h_grad, m_grad, gate_grad, scale_words, s, normalized);
+      recompute(h_grad, m_grad, gate_grad, scale, s, normalized);
     } else {
       m_grad = gradient_tile(p.grad);
       gate_grad = rounded<T>(gradient_tile(p.gate_grad));
       const Linear<T, D> to_scale = w.linear(kScale);
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
-        float scale[1][4];
-        to_scale.apply(scale, s, j);
-        pack_pair(scale_words[j], scale[0]);
+        float v[1][4];
+        to_scale.apply(v, s, j);
+        scale.template set<T>(j, v[0]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) h_grad.v[j][i] = 0.0f;
       }
+      set_aside(P::kOutputs + kScale, scale);
     }
     keep(P::kOutputs + kGate, gate_grad);
 
     const Operand<D> shift_grad = rounded<T>(m_grad);
+    const Operand<D> scale_again = taken_up(P::kOutputs + kScale, scale);
     Operand<D> scale_grad;
     Tile<D> normalized_grad;
 #pragma unroll
@@ -148,7 +160,7 @@ struct Chain {
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[i] = m_grad.v[j][i] * normalized.v[j][i];
       scale_grad.template set<T>(j, v);
-      multiply_by(normalized_grad.v[j], m_grad.v[j], scale_words[j]);
+      multiply_by(normalized_grad.v[j], m_grad.v[j], scale_again, j);
     }
     keep(P::kOutputs + kShift, shift_grad);
     keep(P::kOutputs + kScale, scale_grad);
@@ -175,37 +187,38 @@ struct Chain {
   }
 
   // The block again, and back to m: h_grad = δh', m_grad = δm, gate_grad = δgate.
-  DECO_DEVICE void recompute(Tile<D>& h_grad, Tile<D>& m_grad, Operand<D>& gate_grad, uint32_t (&scale_words)[D / 8][2],
+  DECO_DEVICE void recompute(Tile<D>& h_grad, Tile<D>& m_grad, Operand<D>& gate_grad, Operand<D>& scale,
                              const Operand<D> (&s)[1], const Tile<D>& normalized) const {
-    Operand<D> modulated[1], activated[1], u_grad, z_grad;
+    Operand<D> modulated[1], activated[1], slope, u_grad, z_grad;
     const Linear<T, D> to_shift = w.linear(kShift), to_scale = w.linear(kScale);
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
-      float shift[1][4], scale[1][4], v[4];
+      float shift[1][4], scales[1][4], v[4];
       to_shift.apply(shift, s, j);
-      to_scale.apply(scale, s, j);
-      pack_pair(scale_words[j], scale[0]);
+      to_scale.apply(scales, s, j);
+      scale.template set<T>(j, scales[0]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = fmaf(normalized.v[j][i], scale[0][i], shift[0][i]);
+      for (int i = 0; i < 4; ++i) v[i] = fmaf(normalized.v[j][i], scales[0][i], shift[0][i]);
       modulated[0].template set<T>(j, v);
     }
     keep(P::kM, modulated[0]);
-    uint32_t slope_words[D / 8][2];
+    set_aside(P::kOutputs + kScale, scale);
     const Linear<T, D> fc1 = w.linear(kFc1);
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
-      float z[1][4], value[4], slope[4];
+      float z[1][4], value[4], slopes[4];
       fc1.apply(z, modulated, j);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const SiluGradient silu = silu_of_double_gradient(z[0][i]);
         value[i] = silu.value;
-        slope[i] = silu.slope;
+        slopes[i] = silu.slope;
       }
       activated[0].template set<T>(j, value);
-      pack_pair(slope_words[j], slope);
+      slope.template set<T>(j, slopes);
     }
     keep(P::kA, activated[0]);
+    set_aside(P::kOutputs + kShift, slope);
     h_grad = gradient_tile(p.grad);
     const Operand<D> s_again[1] = {kept(P::kS)};
     const Linear<T, D> to_gate = w.linear(kGate), fc2 = w.linear(kFc2);
@@ -223,11 +236,12 @@ struct Chain {
       u_grad.template set<T>(j, gate[0]);
     }
     keep(P::kOutputs + kFc2, u_grad);
+    const Operand<D> slope_again = taken_up(P::kOutputs + kShift, slope);
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
       float a_grad[4] = {0, 0, 0, 0}, v[4];
       multiply_add<T, D>(a_grad, u_grad, weight_columns<T, D>(w.matrix(kFc2) + 8 * j));
-      multiply_by(v, a_grad, slope_words[j]);
+      multiply_by(v, a_grad, slope_again, j);
       z_grad.template set<T>(j, v);
     }
     keep(P::kOutputs + kFc1, z_grad);
@@ -260,15 +274,13 @@ struct Chain {
       if (valid[r]) store_row<T, D>(p.cond_grad, pixel[r], row_of<T>(grad, r));
   }
 
-  static DECO_DEVICE void pack_pair(uint32_t (&words)[2], const float (&v)[4]) {
-    words[0] = pack<T>(v[0], v[1]);
-    words[1] = pack<T>(v[2], v[3]);
-  }
-  static DECO_DEVICE void multiply_by(float (&out)[4], const float (&v)[4], const uint32_t (&words)[2]) {
-    out[0] = v[0] * low<T>(words[0]);
-    out[1] = v[1] * high<T>(words[0]);
-    out[2] = v[2] * low<T>(words[1]);
-    out[3] = v[3] * high<T>(words[1]);
+  // out = v times column tile j of an operand.
+  static DECO_DEVICE void multiply_by(float (&out)[4], const float (&v)[4], const Operand<D>& operand, int j) {
+    const uint32_t upper = operand.k_step[j / 2][2 * (j % 2)], lower = operand.k_step[j / 2][2 * (j % 2) + 1];
+    out[0] = v[0] * low<T>(upper);
+    out[1] = v[1] * high<T>(upper);
+    out[2] = v[2] * low<T>(lower);
+    out[3] = v[3] * high<T>(lower);
   }
 };
 

@@ -57,11 +57,13 @@ Status check(const char* name, void (*kernel)(Params)) {
 
 template <class Params>
 Status launch(const char* name, void (*kernel)(Params), const LaunchSize& size, void*, Params params) {
+  emulation::Machine& machine = emulation::Machine::instance();
+  const emulation::LaunchSize emulated_size = {size.blocks, size.threads, size.shared_bytes};
+  if (machine.lists(name, emulated_size)) return {};
   emulation::Buffers buffers;
   params.visit(buffers);
   try {
-    emulation::Machine::instance().launch({size.blocks, size.threads, size.shared_bytes}, std::move(buffers),
-                                          [&] { kernel(params); });
+    machine.launch(emulated_size, std::move(buffers), [&] { kernel(params); });
   } catch (const emulation::Fault& fault) {
     throw emulation::Fault(std::string(name) + ": " + fault.what());
   }

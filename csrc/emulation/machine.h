@@ -48,6 +48,11 @@ struct LaunchSize {
   int shared_bytes = 0;
 };
 
+struct NamedLaunch {
+  std::string name;
+  LaunchSize size;
+};
+
 enum class Operation : int {
   kNone,
   kWarpBarrier,
@@ -76,6 +81,14 @@ class Machine {
   void launch(const LaunchSize& size, Buffers buffers, const std::function<void()>& body);
 
   void set_seed(uint32_t seed) { random_ = seed; }
+
+  // While `list` is not null, launches are appended to it instead of being run.
+  void list_launches(std::vector<NamedLaunch>* list) { list_ = list; }
+  // Appends a launch to the list; false without one.
+  bool lists(const char* name, const LaunchSize& size) {
+    if (list_ != nullptr) list_->push_back({name, size});
+    return list_ != nullptr;
+  }
 
   int thread() const { return current_; }
   int block() const { return block_; }
@@ -142,6 +155,7 @@ class Machine {
   uint32_t barrier_generation_ = 0;
   size_t last_span_ = 0;
   uint32_t random_ = 1;
+  std::vector<NamedLaunch>* list_ = nullptr;
   bool failed_ = false;
   std::string failure_;
 };

@@ -1,81 +1,107 @@
-"""The CUDA kernels compile for every architecture and spill no more than is known; nothing here needs a GPU."""
+"""The CUDA kernels compile for every architecture and keep to their recorded budgets; nothing here needs a GPU."""
 
-import re
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import pytest
 
-from tests import emulation
+from benchmarks import sass, static, static_cuda, static_tables
 
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-pytestmark = [pytest.mark.aot, pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH or in /usr/local/cuda/bin")]
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(static_cuda.nvcc() is None, reason="no nvcc on PATH, in $CUDA_HOME/bin or /usr/local/cuda/bin"),
+]
 
-ARCHITECTURES = ("80", "90a", "100")
-SOURCES = sorted(path.name for path in (emulation.ROOT / "csrc" / "cuda").glob("*.cu"))
-
-
-class Kernel(NamedTuple):
-    name: str  # as in the source
-    operand: str  # "BFloat16", "Float16" or ""
-    width: int  # D, or 0
-    spilled: int  # bytes stored
-    registers: int
-
-
-def compile_source(source: str, architecture: str, folder) -> list[Kernel]:
-    """The kernels of a source, from what the assembler reports."""
-    csrc = emulation.ROOT / "csrc"
-    command = [NVCC, "-std=c++17", "-O3", f"-I{csrc}", f"-I{csrc / 'include'}", "-Xptxas", "-v", "-cubin"]
-    command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-    command += ["-o", str(folder / f"{source}.{architecture}.cubin"), str(csrc / "cuda" / source)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "warning" not in result.stderr, result.stderr
-    kernels = []
-    for entry in re.split(r"Compiling entry function", result.stderr)[1:]:
-        mangled = re.match(r" '(\w+)'", entry)[1]
-        name = re.search(r"\d+([a-z_]+_kernel)", mangled)[1]
-        operand = re.search(r"\d(BFloat16|Float16)E", mangled)
-        width = re.search(r"Li(16|32|64)E", mangled)
-        kernels.append(
-            Kernel(
-                name,
-                operand[1] if operand else "",
-                int(width[1]) if width else 0,
-                int(re.search(r"(\d+) bytes spill stores", entry)[1]),
-                int(re.search(r"Used (\d+) registers", entry)[1]),
-            )
-        )
-    return kernels
+BUDGETS = static.recorded_budgets("cuda")
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """(source, architecture) -> its kernels, compiled when first asked for, two at a time ahead of the tests."""
-    folder = tmp_path_factory.mktemp("cubins")
+def compiled():
+    """architecture -> figures of all kernels; two sources are compiled at a time, ahead of the tests."""
+    reason = static_cuda.unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with Triton")
+    for architecture in static_cuda.ARCHITECTURES:
+        for width in static.WIDTHS:
+            static_cuda.launches(width, static.SHARED_LIMIT[architecture.removesuffix("a")])
     with ThreadPoolExecutor(2) as pool:
-        jobs = {(s, a): pool.submit(compile_source, s, a, folder) for a in ARCHITECTURES for s in SOURCES}
-        yield lambda source, architecture: jobs[source, architecture].result()
+        jobs = {
+            architecture: [pool.submit(static_cuda.source_figures, s, architecture) for s in static_cuda.sources()]
+            for architecture in static_cuda.ARCHITECTURES
+        }
+        yield lambda architecture: {k: v for job in jobs[architecture] for k, v in job.result().items()}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", SOURCES)
-def test_every_source_compiles(compiled, source, architecture):
-    kernels = compiled(source, architecture)
-    assert all(kernel.registers <= 255 for kernel in kernels)
+@pytest.mark.parametrize("architecture", static_cuda.ARCHITECTURES)
+def test_every_kernel_compiles_for_every_width_and_dtype(compiled, architecture):
+    found = compiled(architecture)
+    assert {name.split("/")[0] for name in found} == {static_tables.CUDA_PREFIX + name for name in static_cuda.KERNELS}
+    for width in static.WIDTHS:
+        for dtype in ("bfloat16", "float16"):
+            assert len([name for name in found if name.endswith(f"/D{width}/{dtype}")]) == 10
+    for name, figures in found.items():
+        assert (
+            figures.registers <= 255 and figures.shared_bytes <= static.SHARED_LIMIT[architecture.removesuffix("a")]
+        ), name
 
 
-def test_published_width_does_not_spill(compiled):
-    """D 32 on sm_90a: the decoder's forward and what its backward runs."""
-    kernels = [kernel for source in SOURCES for kernel in compiled(source, "90a")]
-    names = {kernel.name for kernel in kernels if kernel.width == 32}
-    assert {"forward_kernel", "replay_kernel", "backward_kernel", "embedding_kernel", "modulate_kernel"} <= names
-    spilling = [kernel for kernel in kernels if kernel.width == 32 and kernel.operand == "BFloat16" and kernel.spilled]
-    assert all(kernel.spilled <= 16 for kernel in spilling), spilling
-    assert not [kernel for kernel in spilling if kernel.name != "backward_kernel"], spilling
+@pytest.mark.parametrize("architecture", static_cuda.ARCHITECTURES)
+def test_budgets_hold(compiled, architecture):
+    budgets = {name: entry[architecture] for name, entry in BUDGETS.items() if architecture in entry}
+    toolchains = {budget["toolchain"] for budget in budgets.values()}
+    assert len(toolchains) == 1
+    if static_cuda.toolchain() not in toolchains:
+        pytest.skip(f"the budgets were recorded with {toolchains.pop()}, this is {static_cuda.toolchain()}")
+    widths = static.WIDTHS if architecture == "sm_90a" else (32,)
+    dtypes = ("bfloat16", "float16") if architecture == "sm_90a" else ("bfloat16",)
+    wanted = {(width, dtype) for width in widths for dtype in dtypes}
+    found = {name: f for name, f in compiled(architecture).items() if static_cuda.is_among(name, wanted)}
+    assert found.keys() == budgets.keys()
+    for name, figures in found.items():
+        assert not list(static.exceeded(figures, budgets[name])), name
+
+
+def test_the_record_reaches_its_goals():
+    """D 32, N 3, bfloat16 on sm_90a: slots per 16 pixels of the decoder's forward, of its backward altogether, and of
+    either pass of the loss."""
+
+    def record(kernel, case="D32/bfloat16"):
+        return BUDGETS[f"{static_tables.CUDA_PREFIX}{kernel}/{case}"]["sm_90a"]
+
+    forward = record("pixel_decoder.forward_kernel")
+    assert forward["issue_slots_per_16_px"] <= 1320 and forward["spill_bytes"] == 0
+    steps = [record(f"block_backward.backward_kernel+mlp+tiled{step}") for step in ("+first", "", "+last")]
+    steps += [record("decoder_replay.replay_kernel"), record("decoder_embedding.embedding_kernel")]
+    assert sum(step["issue_slots_per_16_px"] for step in steps) <= 5100
+    assert all(step["spill_bytes"] == 0 for step in steps)
+    for kernel in ("flow_matching_loss.sums_kernel", "flow_matching_loss_backward.gradient_kernel"):
+        loss = record(kernel, "bfloat16")
+        assert loss["issue_slots_per_16_px"] <= 105 / 2 and loss["spill_bytes"] == 0
+
+
+def code_of(*opcodes: str) -> sass.Code:
+    """A kernel of these instructions; "BRA 2" jumps to the third of them."""
+    texts = [f"BRA {16 * int(text.split()[1]):#x}" if text.startswith("BRA") else text for text in opcodes]
+    instructions = [sass.Instruction(16 * i, text.split()[0], text) for i, text in enumerate(texts)]
+    return sass.Code(32, 0, instructions)
+
+
+def test_slots_of_a_loop_inside_the_steady_loop():
+    """Two warps of 32 pixels each: six instructions once a turn, two of them three times, and one that is skipped."""
+    code = code_of("MOV", "FADD", "HMMA.16816", "BRA 2", "MOV", "FMUL", "BRA 1", "EXIT")
+    launch = static_cuda.Launch(warps=2, shared_bytes=0, turn_pixels=64)
+    pipes, tensor_cycles = static_cuda._per_16_pixels(code, launch, 3, lambda address: address == 16 * 4)
+    assert pipes["issue"] == (3 + 2 * 3) / 2 and pipes["tensor"] == 3 / 2 and tensor_cycles == 4 * 3 / 2
+
+
+def test_slots_of_warps_with_two_roles():
+    """Seven warps run the larger loop on a tile each, five the other one, which turns seven times inside."""
+    chain = ["FADD"] * 9 + ["HMMA.16816", "BRA 0"]
+    sums = ["BAR", "HMMA.16816", "BRA 12", "BRA 11"]
+    launch = static_cuda.Launch(warps=12, shared_bytes=0, turn_pixels=7 * 16)
+    pipes, _ = static_cuda._per_16_pixels(code_of(*chain, *sums, "EXIT"), launch, None, lambda address: False)
+    assert pipes["issue"] == pytest.approx(11 + (2 + 2 * 7) * 5 / 7)
 
 
 def test_the_loss_does_not_spill(compiled):

@@ -1,6 +1,5 @@
 """Every Triton kernel compiles ahead of time for every architecture and keeps to its recorded budget; no GPU needed."""
 
-import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter compiles nothing"),
 ]
 
-BUDGETS = json.loads(static.BUDGETS.read_text())
+BUDGETS = static.recorded_budgets("triton")
 # What is compiled for the other widths and dtypes; `make aot-all` compiles everything.
 CORE = ("pixel_decoder.forward_kernel", "adaln_block.backward_kernel/", "flow_matching_loss.gradient_kernel")
 RECORDED = [(architecture, 32, "bfloat16", ("",)) for architecture in static.ARCHITECTURES]

@@ -1,4 +1,4 @@
-"""The compiler's figures in docs/triton.md are those of benchmarks/budgets.json."""
+"""The compiler's figures in docs/triton.md and docs/cuda.md are those of benchmarks/budgets.json."""
 
 import copy
 import json
@@ -8,26 +8,37 @@ import pytest
 
 from benchmarks import static, static_tables
 
-PAGE = (Path(__file__).parents[2] / "docs" / "triton.md").read_text()
-TABLES = (static_tables.main_table, static_tables.other_cases_table)
+DOCS = Path(__file__).parents[2] / "docs"
+each_backend = pytest.mark.parametrize("backend", static.BACKENDS)
+LAST_BLOCK = {
+    "triton": ("adaln_block.backward_kernel+last", "sm_90"),
+    "cuda": ("cuda.block_backward.backward_kernel+mlp+tiled+last", "sm_90a"),
+}
 
 
-@pytest.mark.parametrize("table", TABLES)
-def test_the_page_shows_the_record(table):
-    expected = table(json.loads(static.BUDGETS.read_text()))
-    assert expected in PAGE, "`python -m benchmarks static --tables` prints the tables of the page"
+def page(backend):
+    return (DOCS / f"{backend}.md").read_text()
 
 
-@pytest.mark.parametrize(("table", "case"), [(TABLES[0], "D32/bfloat16"), (TABLES[1], "D64/bfloat16")])
-def test_another_record_gives_another_table(table, case):
+@each_backend
+def test_the_page_shows_the_record(backend):
+    for table in static_tables.tables(json.loads(static.BUDGETS.read_text()), backend):
+        assert table in page(backend), "`python -m benchmarks static --tables` prints the tables of the page"
+
+
+@each_backend
+@pytest.mark.parametrize(("table", "case"), [(0, "D32/bfloat16"), (1, "D64/bfloat16")])
+def test_another_record_gives_another_table(backend, table, case):
     budgets = json.loads(static.BUDGETS.read_text())
+    kernel, architecture = LAST_BLOCK[backend]
     for figure, change in (("registers", 1), ("spill_bytes", 8), ("issue_slots_per_16_px", 1)):
         changed = copy.deepcopy(budgets)
-        changed[f"adaln_block.backward_kernel+last/{case}"]["sm_90"][figure] += change
-        assert table(changed) not in PAGE, figure
+        changed[f"{kernel}/{case}"][architecture][figure] += change
+        assert static_tables.tables(changed, backend)[table] not in page(backend), figure
 
 
 def test_the_command_prints_the_tables(capsys):
     assert static.main(["--tables"]) == 0
     output = capsys.readouterr().out
-    assert all(table(json.loads(static.BUDGETS.read_text())) in output for table in TABLES)
+    budgets = json.loads(static.BUDGETS.read_text())
+    assert all(table in output for backend in static.BACKENDS for table in static_tables.tables(budgets, backend))
