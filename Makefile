@@ -3,7 +3,7 @@
 # make demo        trains a small model on a photograph, fused and eager side by side -> out/demo/report.png, report.json
 # make bench       the CPU benchmark table
 # make test-long   the tests marked long
-# make aot-all     compiles every Triton kernel for every width, dtype and architecture
+# make aot-all     compiles every Triton and CUDA kernel for every width, dtype and architecture
 # make gpu-check   what only a GPU can show, with this machine's own Python and no network -> out/gpu-check
 # make lint        style
 #
