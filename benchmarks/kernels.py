@@ -1,4 +1,4 @@
-"""Every kernel that has a budget, timed by itself on a GPU, beside what its recorded issue slots allow.
+"""Every Triton kernel that has a budget, timed by itself on a GPU, beside what its recorded issue slots allow.
 
 The model's figure is the time in which the device's schedulers can issue the recorded instructions of a training batch,
 at the highest clock: a bound, which memory, shared memory or latency may keep out of reach. A row: `kernel` (the name
@@ -7,7 +7,6 @@ in benchmarks/budgets.json), `architecture`, `modelled_ms` (None for kernels tha
 recorded ones.
 """
 
-import json
 from collections.abc import Iterator
 
 import torch
@@ -28,7 +27,7 @@ def measure_kernels(full: bool) -> list[dict]:
     architecture = f"sm_{properties.major}{properties.minor}"
     budgets = {
         name: figures[architecture]
-        for name, figures in json.loads(static.BUDGETS.read_text()).items()
+        for name, figures in static.recorded_budgets("triton").items()
         if architecture in figures and (full or name.endswith("/D32/bfloat16"))
     }
     measured = {}
