@@ -85,7 +85,7 @@ def _loader_images_per_second(given) -> float:
     from deco_kernels.training import loading, sources
 
     source = sources.open_source(given.data, "label")
-    plan = loading.plan_batches(given, source, patch_size=16, world_size=1)
+    plan = loading.plan_batches(given, len(source), None, patch_size=16, world_size=1)
     batches = iter(loading.loader(given, source, plan, 0, rank=0, world_size=1, pin=False))
     warm, timed = 10, given.steps - 10
     for _ in range(warm):

@@ -148,13 +148,19 @@ def check_same_model(content: Mapping[str, Any], config: Mapping[str, Any]) -> N
 
 
 def restore(content: Mapping[str, Any], progress: Progress) -> None:
-    """Put a checkpoint's content into a run that was set up with the same model. Collective."""
+    """Put a checkpoint's content into a run that was set up with the same model. Collective.
+
+    Raises CheckpointError where names or shapes do not fit, as those of a head for another teacher.
+    """
     module, state = progress.module, content["state_dict"]
     options = StateDictOptions(full_state_dict=True, cpu_offload=False)
-    weights = {f"model.{name}": v for name, v in _ours(module.model, state, RAW).items()}
-    weights |= {name.replace(ALIGNMENT, _PROJECTOR): v for name, v in state.items() if name.startswith(ALIGNMENT)}
-    set_model_state_dict(module, weights, options=options)
-    set_optimizer_state_dict(module, progress.optimizer, content["optimizer"], options=options)
+    try:
+        weights = {f"model.{name}": v for name, v in _ours(module.model, state, RAW).items()}
+        weights |= {name.replace(ALIGNMENT, _PROJECTOR): v for name, v in state.items() if name.startswith(ALIGNMENT)}
+        set_model_state_dict(module, weights, options=options)
+        set_optimizer_state_dict(module, progress.optimizer, content["optimizer"], options=options)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint of step {content['step']} does not fit the run: {error}") from error
     for name, value in _ours(module.model, state, AVERAGED).items():
         average = progress.average.averages[name]
         if isinstance(average, DTensor):

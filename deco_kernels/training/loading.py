@@ -84,8 +84,13 @@ class Parts(Sampler):
                 yield [(group, int(samples[i]), int(numbers[i])) for i in mine]
 
 
-def plan_batches(config: TrainConfig, source: Source, patch_size: int, world_size: int) -> BatchPlan:
-    """Group the images by crop and lay out the steps.
+def plan_batches(
+    config: TrainConfig, count: int, sizes: np.ndarray | None, patch_size: int, world_size: int
+) -> BatchPlan:
+    """Group `count` images by crop and lay out the steps.
+
+    Args:
+        sizes: (height, width) of every image [count, 2] for rectangular crops, None for square ones.
 
     Raises ValueError where batch_size cannot be divided among processes and parts, or image_size into patches.
     """
@@ -97,11 +102,11 @@ def plan_batches(config: TrainConfig, source: Source, patch_size: int, world_siz
     size = config.image_size
     if size % patch_size:
         raise ValueError(f"image_size: expected a multiple of the patch size {patch_size}, got {size}")
-    if not config.data.buckets:
-        groups = {(size, size): np.arange(len(source))}
+    if sizes is None:
+        groups = {(size, size): np.arange(count)}
     else:
         shapes = crop_shapes(size, patch_size, config.data.max_aspect)
-        groups = group_by_shape(source.sizes(config.data.workers), shapes, config.batch_size)
+        groups = group_by_shape(sizes, shapes, config.batch_size)
         if not groups:
             raise ValueError(f"data.path: no image in {config.data.path} can be read")
     return BatchPlan(groups, config.batch_size, config.seed)

@@ -44,7 +44,7 @@ def train(
         try:
             content = setup.find_checkpoint(config, resume)
             fabric = setup.launch(config)
-            parts = setup.prepare(config, fabric, teacher, encoder)
+            parts = setup.prepare(config, fabric, teacher, encoder, resumed=content is not None)
             if content is not None:
                 checkpoints.restore(content, parts.progress)
                 if fabric.is_global_zero:

@@ -85,20 +85,28 @@ def launch(config: TrainConfig) -> Fabric:
     return fabric
 
 
-def prepare(config: TrainConfig, fabric: Fabric, teacher: Teacher | None, encoder: Encoder | None) -> Parts:
-    """Open the data, build model, objective and optimiser, and hand them to the strategy."""
+def prepare(
+    config: TrainConfig, fabric: Fabric, teacher: Teacher | None, encoder: Encoder | None, resumed: bool
+) -> Parts:
+    """Open the data, build model, objective and optimiser, and hand them to the strategy.
+
+    A run that is `resumed` gets its weights from the checkpoint afterwards and needs no `init_from`.
+    """
     torch.manual_seed(config.seed)
     network = model.build(config.model.name, **config.model.options)
     reads_text = isinstance(network, model.DeCoTextToImage)
     wanted = ("caption",) if reads_text else ("label", network.trunk.num_classes)
     with fabric.rank_zero_first():  # the first process converts tables and shards, the others find them converted
         source = open_source(config.data, *wanted)
-    plan = plan_batches(config, source, network.trunk.patch_size, fabric.world_size)
+    sizes = None
+    if config.data.buckets:  # one process reads the headers for all
+        sizes = fabric.broadcast(source.sizes(config.data.workers) if fabric.is_global_zero else None)
+    plan = plan_batches(config, len(source), sizes, network.trunk.patch_size, fabric.world_size)
     if reads_text and encoder is None:
         sizes = dict(max_length=network.trunk.text_length, width=network.trunk.text_width)
         encoder = model.Qwen3TextEncoder(config.text.encoder, **sizes, truncate=True).to(fabric.device)
     objective = make_objective(config, network, teacher, encoder.empty_prompt if reads_text else network.null_label)
-    if config.init_from is not None:
+    if config.init_from is not None and not resumed:
         initialise(network, Path(config.init_from))
     if config.compile:
         network.compile_trunk()

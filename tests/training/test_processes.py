@@ -42,7 +42,8 @@ def test_compiled_trunk(trainer, class_folders, one_process, tmp_path):
 def test_two_processes_give_the_losses_of_one(strategy, trainer, class_folders, one_process, tmp_path):
     out = tmp_path / "run"
     arguments = [f"data.path={class_folders}", "accumulate=2", "sample.every=10", f"strategy={strategy}"]
-    assert trainer.run(out, *arguments, processes=2) == 0, log(out)
+    assert trainer.run(out, *arguments, "steps=4", processes=2) == 0, log(out)
+    assert trainer.run(out, *arguments, processes=2, resume=True) == 0, log(out)
     assert losses(out) == pytest.approx(one_process, rel=1e-5)
     assert (out / "samples" / "step_000000010.png").is_file()
     (out / "checkpoints" / "step_000000010.ckpt").unlink()

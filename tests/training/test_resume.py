@@ -61,6 +61,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(trainer, class_folders, tmp_path
     assert list(losses(out)) == list(range(1, 11))
 
 
+def test_a_checkpoint_of_another_model_is_refused(trainer, class_folders, tmp_path):
+    out, arguments = tmp_path / "run", [f"data.path={class_folders}", "steps=1"]
+    assert trainer.run(out, *arguments) == 0, log(out)
+    before = (out / "checkpoints" / "step_000000001.ckpt").read_bytes()
+    assert trainer.run(out, *arguments, "model.options.depth=3", "steps=2", resume=True) == 2
+    assert "error: the checkpoint of step 1 was written with model" in log(out)
+    assert trainer.run(out, *arguments, "steps=2", "optimizer.lr=1e-3", resume=True) == 0, log(out)
+    assert "resuming with another configuration: optimizer.lr 0.01 -> 0.001, steps 1 -> 2" in log(out)
+    assert (out / "checkpoints" / "step_000000001.ckpt").read_bytes() == before
+
+
 def test_existing_checkpoints_are_not_overwritten(trainer, class_folders, tmp_path):
     out = tmp_path / "run"
     (out / "checkpoints").mkdir(parents=True)
