@@ -109,9 +109,7 @@ class _Run:
             self.unreported |= part.skipped
             x = to_signed(part.images.to(fabric.device, non_blocking=True))
             y = self._conditions(part.targets)
-            y, t, noise = draw_per_image(
-                parts.objective, x, y, part.samples.tolist(), self.config.seed, self.generator
-            )
+            y, t, noise = draw_per_image(parts.objective, x, y, part.samples.tolist(), self.config.seed, self.generator)
             with self._synchronised(number == len(batch)):
                 losses = parts.forward(x, y, t, noise)
                 fabric.backward(losses["total"] / len(batch))
@@ -143,10 +141,10 @@ class _Run:
         seconds, waiting = clock.read()
         self._report_skipped()
         progress, step = self.progress, self.progress.step
-        if not math.isfinite(losses[0]):
+        if not (math.isfinite(losses[0]) and math.isfinite(norm)):  # else the weights are spoilt, or will be
             raise FloatingPointError(
-                f"the loss of step {step} is {losses[0]}; nothing is saved from here on, lower optimizer.lr or set "
-                "optimizer.clip_norm and resume"
+                f"the loss of step {step} is {losses[0]} and the norm of its gradients {norm}; nothing is saved from "
+                "here on, lower optimizer.lr or set optimizer.clip_norm and resume"
             )
         if self.report:
             steps = step - self.report.last_logged
