@@ -162,7 +162,7 @@ def measure_memory(threads: int) -> list[dict]:
 
 
 def growth(name: str, threads: int) -> int:
-    """Bytes; a sampling step on a small image loads the code and starts the threads first."""
+    """Bytes. A step on a small image loads the code and starts the threads first."""
     torch.set_num_threads(threads)
     Training(Recipe(image_size=16, batch=1), fused=name == FUSED).step()
     training = Training(Recipe(), fused=name == FUSED)
@@ -243,7 +243,10 @@ def _losses_table(result: dict) -> str:
     losses = result["losses"]["losses"]
     found = differences(losses)
     steps = len(next(iter(losses.values())))
-    lines = [[name, f"{values[0]:.4f}", f"{values[-1]:.4f}"] for name, values in losses.items()]
+    lines = [
+        [name.replace(" 1 threads", " 1 thread"), f"{values[0]:.4f}", f"{values[-1]:.4f}"]
+        for name, values in losses.items()
+    ]
     differ = [
         [f"largest relative difference over {steps} steps", f"{found['swapped']:.1e}", f"{found['threads']:.1e}"]
     ]
@@ -281,18 +284,22 @@ def targets_table(result: dict) -> str:
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    if options.show:
-        with open(options.show, encoding="utf-8") as file:
-            print(markdown(json.load(file)), end="")
-        return 0
+    try:
+        if options.show:
+            print(markdown(_load(options.show)), end="")
+            return 0
+        result = {"recipe": dataclasses.asdict(Recipe())}
+        if options.output and os.path.exists(options.output):
+            result = _load(options.output)
+        elif options.output and not os.path.isdir(os.path.dirname(os.path.abspath(options.output))):
+            raise ValueError(f"--output {options.output}: its folder does not exist; create it first")
+    except (OSError, ValueError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
     if not KEPT_HEAP.items() <= os.environ.items():  # the C library reads these when a process starts
         command = [sys.executable, "-m", "benchmarks", "swap", *arguments]
         os.execve(sys.executable, command, {**os.environ, **KEPT_HEAP})
     torch.set_num_threads(options.threads)
-    result = {"recipe": dataclasses.asdict(Recipe())}
-    if options.output and os.path.exists(options.output):
-        with open(options.output, encoding="utf-8") as file:
-            result = json.load(file)
     for part in options.parts or PARTS:
         result[part] = {"header": header("cpu")} | _measure(part, options)
     print(markdown(result), end="")
@@ -301,6 +308,18 @@ def main(arguments: list[str]) -> int:
             json.dump(result, file, indent=1)
             file.write("\n")
     return 0
+
+
+def _load(path: str) -> dict:
+    """An earlier result. Raises OSError or ValueError."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            result = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(result, dict) or "recipe" not in result:
+        raise ValueError(f"{path}: not a result of `python -m benchmarks swap --output`")
+    return result
 
 
 def _measure(part: str, options: argparse.Namespace) -> dict:

@@ -1,10 +1,15 @@
-"""`python -m benchmarks swap`: a short form of its comparison, and its parts."""
+"""`python -m benchmarks swap`: a short form of its comparison, its parts, and the committed result against the page."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import swap
 
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "benchmarks" / "results" / "swap_epyc_zen4_2_threads.json"
 TINY = swap.Recipe(image_size=32, batch=2, width=24, depth=1, heads=2)
 
 
@@ -44,9 +49,30 @@ def test_times_of_every_part():
     assert "| training step |" in text and "decoder's share, sampling" in text
 
 
-def test_bad_arguments(capsys):
+def test_bad_arguments(capsys, tmp_path):
     for arguments in (["speed"], ["--threads", "0"], ["--steps", "many"]):
         with pytest.raises(SystemExit) as stopped:
             swap.main(arguments)
         assert stopped.value.code == 2
     assert "invalid choice: 'speed'" in capsys.readouterr().err
+    other = tmp_path / "other.json"
+    other.write_text("[]")
+    for arguments, said in (
+        (["--show", str(tmp_path / "absent.json")], "No such file"),
+        (["--show", str(other)], "not a result of"),
+        (["--output", str(other)], "not a result of"),
+        (["--output", str(tmp_path / "absent" / "result.json")], "folder does not exist"),
+    ):
+        assert swap.main(arguments) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_page_shows_the_committed_result(capsys):
+    result = json.loads(COMMITTED.read_text())
+    page = (ROOT / "docs" / "swap.md").read_text()
+    assert f"benchmarks/results/{COMMITTED.name}" in page
+    assert swap.main(["--show", str(COMMITTED)]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert line in page, line
+    assert all("commit" in result[part]["header"] for part in swap.PARTS)
+    assert all(len(losses) == 200 for losses in result["losses"]["losses"].values())
