@@ -241,6 +241,12 @@ def _refusals(workload: Workload, contenders: list[Contender], case: Case) -> di
         except BackendUnavailable as error:
             refused[contender.name] = ("unavailable", str(error))
             continue
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            refused[contender.name] = ("failed", f"{type(error).__name__}: {lines[0] if lines else ''}")
+            continue
         errors = {name: relative_error(found[name], values) for name, values in exact.items()}
         limits = limits or {name: 1.5 * error + _TOLERANCE for name, error in errors.items()}
         broken = [
