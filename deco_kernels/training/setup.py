@@ -71,7 +71,7 @@ def launch(config: TrainConfig) -> Fabric:
     if config.strategy == "fsdp2":
         strategy = ModelParallelStrategy(shard, data_parallel_size=devices * nodes, tensor_parallel_size=1)
     elif config.strategy == "ddp" or devices * nodes > 1:
-        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        strategy = DDPStrategy(gradient_as_bucket_view=True)
     else:
         strategy = "auto"
     fabric = Fabric(

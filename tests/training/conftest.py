@@ -50,7 +50,14 @@ class Trainer:
         return json.loads(self.process.stdout.readline())
 
     def run(
-        self, out: Path, *arguments: str, config: Path | None = None, processes: int = 1, resume: bool = False, **job
+        self,
+        out: Path,
+        *arguments: str,
+        config: Path | None = None,
+        processes: int = 1,
+        slurm: bool = False,
+        resume: bool = False,
+        **job,
     ) -> int:
         """Train into `out`, with further arguments; what it prints is appended to out.log.
 
@@ -62,13 +69,21 @@ class Trainer:
         job |= {"arguments": command, "output": f"{out}.log"}
         if processes == 1:
             return self.jobs([job])[0]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                  "MASTER_PORT": port, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}  # fmt: skip
-        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-        return max(self.jobs([{**job, "env": shared | rank} for rank in ranks]), key=abs)
+        return max(self.jobs([{**job, "env": each} for each in environments(processes, slurm)]), key=abs)
+
+
+def environments(processes: int, slurm: bool = False) -> list[dict[str, str]]:
+    """The variables that torchrun, or SLURM on one node, sets for each of several processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    size = str(processes)
+    if slurm:
+        shared |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": size, "SLURM_NNODES": "1"}
+        shared |= {"SLURM_NTASKS_PER_NODE": size, "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+        return [shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(processes)]
+    shared |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,13 @@ def test_under_torchrun(class_folders, one_process, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(one_process, rel=1e-5)
 
 
+def test_with_the_variables_of_slurm(trainer, class_folders, one_process, tmp_path):
+    out = tmp_path / "run"
+    arguments = [f"data.path={class_folders}", "accumulate=2", "devices=2"]
+    assert trainer.run(out, *arguments, processes=2, slurm=True) == 0, log(out)
+    assert losses(out) == pytest.approx(one_process, rel=1e-5)
+
+
 @pytest.mark.long
 def test_compiled_trunk(trainer, class_folders, one_process, tmp_path):
     out = tmp_path / "run"
