@@ -1,4 +1,4 @@
-"""Decoding and cropping of photographs.
+"""Decoding and cropping of photographs, and pictures of samples.
 
 Source of the crop: Dhariwal and Nichol (arXiv 2105.05233), as used for DeCo (arXiv 2511.19365), section 4.
 """
@@ -55,3 +55,20 @@ def to_uint8(image: Image.Image) -> torch.Tensor:
 def to_signed(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 0..255 → float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
+
+
+def to_pixels(images: torch.Tensor) -> np.ndarray:
+    """Images [n, 3, H, W] in [-1, 1], clamped → uint8 [n, H, W, 3]."""
+    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def as_grid(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [n, H, W, 3] → one picture [rows·H, columns·W, 3], nearly as many rows as columns, black where n ends."""
+    count, height, width, _ = pixels.shape
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    cells = np.zeros((rows * columns, height, width, 3), dtype=np.uint8)
+    cells[:count] = pixels
+    grid = cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
+    return grid.reshape(rows * height, columns * width, 3)

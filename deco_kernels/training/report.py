@@ -7,11 +7,12 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from deco_kernels.training.images import as_grid, to_pixels
 
 
 class Report:
@@ -44,7 +45,7 @@ class Report:
 
     def samples(self, step: int, images: torch.Tensor) -> None:
         """Record samples [n, 3, H, W] in [-1, 1] as a grid, in TensorBoard and as samples/step_*.png."""
-        grid = as_grid(images)
+        grid = as_grid(to_pixels(images))
         self._board.add_image("samples", grid, step, dataformats="HWC")
         (self.folder / "samples").mkdir(exist_ok=True)
         Image.fromarray(grid).save(self.folder / "samples" / f"step_{step:09d}.png")
@@ -73,15 +74,3 @@ class Report:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
-
-
-def as_grid(images: torch.Tensor) -> np.ndarray:
-    """Images [n, 3, H, W] in [-1, 1] → one uint8 image [rows·H, columns·W, 3], nearly as many rows as columns."""
-    count, _, height, width = images.shape
-    columns = int(np.ceil(np.sqrt(count)))
-    rows = -(-count // columns)
-    pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    cells = torch.zeros(rows * columns, 3, height, width, dtype=torch.uint8)
-    cells[:count] = pixels
-    grid = cells.reshape(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
-    return grid.reshape(rows * height, columns * width, 3).numpy()

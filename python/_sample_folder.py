@@ -1,0 +1,131 @@
+"""The folder that sample.py writes: which images are there, animations, and the grid and archive made of them.
+
+    run.json                      every setting that the images depend on
+    images/000000.png             image 0, and so on
+    animations/000000.gif         (or .png) its trajectory from noise
+    grid_16.png                   the first 16 images
+    samples_50000x256x256x3.npz   all images, uint8 [n, H, W, 3] under arr_0
+
+A file appears under its name when it is complete, and is never written again: what exists is done.
+"""
+
+import contextlib
+import json
+import os
+import reprlib
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from deco_kernels.model.checkpoint_file import complete_or_absent
+from deco_kernels.training.images import as_grid
+
+FRAME_MS, LAST_FRAME_MS = 60, 1500
+ANIMATIONS = {"gif": "GIF", "png": "PNG"}  # ending → Pillow's name; an animated PNG is a PNG
+
+
+class SampleFolder:
+    """Opens or makes a folder of samples.
+
+    Args:
+        folder: made if it does not exist; otherwise empty, or one whose run.json has the same settings.
+        settings: what the images depend on, as JSON has it.
+        count: images in all.
+        animated: images from the first that have an animation. ending: of animations, "gif" or "png".
+
+    Raises ValueError for a folder of something else or of other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], count: int, animated: int, ending: str):
+        self.folder, self.count, self.animated, self.ending = folder, count, animated, ending
+        self.run, self.images, self.animations = folder / "run.json", folder / "images", folder / "animations"
+        if folder.exists() and not self.run.exists() and any(not name.startswith(".") for name in os.listdir(folder)):
+            raise ValueError(f"--out: {folder} holds other files and no run.json; choose another folder")
+        for each in (self.images, self.animations) if animated else (self.images,):
+            each.mkdir(parents=True, exist_ok=True)
+        self._claim(settings)
+
+    def _claim(self, settings: Mapping[str, Any]) -> None:
+        """Write run.json, or compare with what another process or an earlier run wrote."""
+        content = json.dumps(settings, indent=1) + "\n"
+        _write_once(self.run, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+        try:
+            found = json.loads(self.run.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"--out: {self.run} is damaged; choose another folder") from None
+        wanted = json.loads(json.dumps(settings))
+        for name in wanted:
+            if found.get(name) != wanted[name]:
+                raise ValueError(
+                    f"--out: {self.folder} holds samples with {name} {reprlib.repr(found.get(name))}, not "
+                    f"{reprlib.repr(wanted[name])}; choose another folder, or the same settings to continue"
+                )
+
+    def image(self, index: int) -> Path:
+        return self.images / f"{index:06d}.png"
+
+    def animation(self, index: int) -> Path:
+        return self.animations / f"{index:06d}.{self.ending}"
+
+    def missing(self, indices: Sequence[int]) -> list[int]:
+        """Those of the indices below `count` that lack their image or animation."""
+        return [
+            index
+            for index in indices
+            if index < self.count
+            and not (self.image(index).exists() and (index >= self.animated or self.animation(index).exists()))
+        ]
+
+    def write(self, index: int, pixels: np.ndarray, frames: np.ndarray | None) -> None:
+        """Write what is missing of an image: uint8 [H, W, 3], and its frames [n, H, W, 3], if any."""
+        _write_once(self.image(index), lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))
+        if frames is not None:
+            first, *rest = map(Image.fromarray, frames)
+            options = dict(save_all=True, append_images=rest, loop=0)
+            options["duration"] = [FRAME_MS] * len(rest) + [LAST_FRAME_MS]
+            form = ANIMATIONS[self.ending]
+            _write_once(self.animation(index), lambda temporary: first.save(temporary, format=form, **options))
+
+    def assemble(self, grid: int, npz: bool) -> list[Path]:
+        """Write grid and archive of a complete folder unless they exist; returns those written."""
+        grid, made = min(grid, self.count), []
+        path = self.folder / f"grid_{grid}.png"
+        if grid:
+            pixels = np.stack([_read(self.image(index)) for index in range(grid)])
+            picture = Image.fromarray(as_grid(pixels))
+            made += _write_once(path, lambda temporary: picture.save(temporary, format="PNG"))
+        if npz:
+            shape = (self.count, *_read(self.image(0)).shape)
+            path = self.folder / f"samples_{'x'.join(map(str, shape))}.npz"
+            made += _write_once(path, lambda temporary: self._write_npz(temporary, shape))
+        return made
+
+    def _write_npz(self, path: Path, shape: tuple[int, ...]) -> None:
+        """One image after the other, so that memory holds one, in the layout that numpy.savez writes."""
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, header)
+            for index in tqdm(range(self.count), desc="writing the archive", unit="image"):
+                array.write(_read(self.image(index)).tobytes())
+
+
+def _read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def _write_once(path: Path, write: Callable[[Path], Any]) -> list[Path]:
+    """Let `write` fill a file that then takes its name; [path], or [] if it exists.
+
+    Should another process have written it meanwhile, its file, which has the same content, stays or is replaced.
+    """
+    if path.exists():
+        return []
+    with contextlib.suppress(FileExistsError), complete_or_absent(path, overwrite=False) as temporary:
+        write(temporary)
+    return [path]

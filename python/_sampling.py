@@ -1,0 +1,205 @@
+"""What sample.py and spectrum.py share: the model, what is to be sampled, solver settings, the noise of an image."""
+
+import argparse
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from deco_kernels import flow, model
+
+# What the published checkpoints are sampled with (DeCo, arXiv 2511.19365, section 4).
+CLASS_SETTINGS = dict(solver="euler", steps=100, guidance=3.2, guidance_interval=(0.1, 1.0), shift=1.0)
+TEXT_SETTINGS = dict(solver="adams2", steps=25, guidance=4.0, guidance_interval=(0.0, 1.0), shift=3.0)
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Condition = int | str
+"""A class or a prompt."""
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if natural(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """(height, width): "256" → (256, 256), "256x384" → (256, 384)."""
+    height, _, width = text.partition("x")
+    return positive(height), positive(width or height)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options for what is sampled and how. Those of the solver are None where the model's defaults shall hold."""
+    what = parser.add_argument_group("what is sampled (by default every class in turn)")
+    what.add_argument("--classes", metavar="LIST", help="such as 0,7,20-29; images take them in turn")
+    what.add_argument("--prompt", action="append", help="for a text-to-image model (repeatable)")
+    what.add_argument("--csv", type=Path, help="a table with a column label or prompt, one row per image")
+    what.add_argument("--count", type=positive, help="images; default: one of each class, prompt or row")
+    what.add_argument("--seed", type=natural, default=0, help="of all noise; every image has a stream of its own (0)")
+    what.add_argument("--size", type=image_size, default=(256, 256), metavar="S|HxW", help="of an image (256)")
+    how = parser.add_argument_group("how (by default as the paper samples models of the kind)")
+    how.add_argument("--solver", choices=sorted(flow.SOLVERS))
+    how.add_argument("--steps", type=positive)
+    how.add_argument("--guidance", type=float, help="1 is none")
+    how.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"))
+    how.add_argument("--shift", type=float, help="of the times")
+    how.add_argument("--batch", type=positive, help="images computed together; default: 1 on the CPU, else up to 16")
+    how.add_argument("--dtype", choices=sorted(DTYPES), help="default: float32 on the CPU, else bfloat16")
+    how.add_argument("--device", help="default: cuda where there is one, else cpu")
+    how.add_argument("--threads", type=positive, help="of the CPU; bits may depend on it")
+    how.add_argument("--weights", choices=["ema", "raw"], help="default: averaged ones where there are both")
+    how.add_argument(
+        "--text-encoder", default="Qwen/Qwen3-1.7B", metavar="FOLDER|ID", help="of a text-to-image model (%(default)s)"
+    )
+
+
+def solver_settings(options: argparse.Namespace, network: nn.Module) -> dict:
+    """Settings of `flow.Sampler`: the options, and where they are None what the paper uses for such a model."""
+    defaults = TEXT_SETTINGS if reads_text(network) else CLASS_SETTINGS
+    given = {name: getattr(options, name) for name in defaults}
+    settings = {name: defaults[name] if value is None else value for name, value in given.items()}
+    return settings | {"guidance_interval": tuple(settings["guidance_interval"])}
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    """The device to sample on: of several GPUs the one of this process. Applies --threads."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+        name = f"cuda:{local % torch.cuda.device_count()}"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def dtype_of(options: argparse.Namespace, device: torch.device) -> str:
+    return options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+def load_network(path: Path, options: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The model of any checkpoint that `model.load_model` reads. Raises OSError or ValueError, naming the file, and
+    ValueError for an image size that the model does not take."""
+    network = model.load_model(path, weights=options.weights).to(device).eval().requires_grad_(False)
+    patch_size = network.trunk.patch_size
+    if any(side % patch_size for side in options.size):
+        raise ValueError(f"--size: expected multiples of {patch_size}, the model's patch size, got {options.size}")
+    return network
+
+
+def reads_text(network: nn.Module) -> bool:
+    return isinstance(network, model.DeCoTextToImage)
+
+
+# --- conditions ------------------------------------------------------------------------------------------------------
+
+
+def read_conditions(options: argparse.Namespace, network: nn.Module) -> list[Condition]:
+    """Classes or prompts to sample, as the model wants; image i takes number i modulo their count.
+
+    Raises ValueError for a wrong kind, classes that the model has not, a table without the column, empty fields.
+    """
+    text = reads_text(network)
+    foreign = options.classes if text else options.prompt
+    if foreign is not None:
+        wanted, given = ("prompts", "--classes") if text else ("classes", "--prompt")
+        raise ValueError(f"{given}: the model is conditioned on {wanted}, use --{wanted.removesuffix('s')}"
+                         f"{'' if text else 'es'} or --csv")  # fmt: skip
+    if sum(each is not None for each in (options.classes, options.prompt, options.csv)) > 1:
+        raise ValueError("--csv: expected either a table or a list, got both")
+    if options.csv is not None:
+        return _read_table(options.csv, "prompt" if text else "label", network)
+    if text:
+        if not options.prompt:
+            raise ValueError("--prompt: the model is conditioned on prompts, expected --prompt or --csv")
+        return [_filled(prompt, "--prompt") for prompt in options.prompt]
+    count = network.trunk.num_classes
+    fields = f"0-{count - 1}" if options.classes is None else options.classes
+    return [label for field in fields.split(",") for label in _classes(field, count, "--classes")]
+
+
+def _read_table(path: Path, column: str, network: nn.Module) -> list[Condition]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file)
+        if column not in (table.fieldnames or []):
+            raise ValueError(f"--csv: expected a column {column} in {path}, found {table.fieldnames}")
+        rows = [(f"--csv: line {table.line_num} of {path}", row[column]) for row in table]
+    if not rows:
+        raise ValueError(f"--csv: expected rows in {path}, found none")
+    if column == "prompt":
+        return [_filled(text, place) for place, text in rows]
+    return [label for place, text in rows for label in _classes(text or "", network.trunk.num_classes, place)[:1]]
+
+
+def _filled(prompt: str | None, place: str) -> str:
+    if not (prompt or "").strip():
+        raise ValueError(f"{place}: expected a prompt, got {prompt!r}")
+    return prompt
+
+
+def _classes(field: str, count: int, place: str) -> range:
+    """The classes of "7" or "20-29"."""
+    first, _, last = field.strip().partition("-")
+    last = last or first
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < count):
+        raise ValueError(f"{place}: expected classes from 0 to {count - 1} such as 0,7,20-29, got {field!r}")
+    return range(int(first), int(last) + 1)
+
+
+@dataclass
+class Conditioner:
+    """Turns conditions into what the model takes.
+
+    Attributes:
+        network: the model. device: of the tensors.
+        encoder: prompts → features, with `empty_prompt`, for text models; otherwise None.
+    """
+
+    network: nn.Module
+    device: torch.device
+    encoder: nn.Module | None = None
+
+    @classmethod
+    def of(cls, network: nn.Module, device: torch.device, text_encoder: str) -> "Conditioner":
+        """With the text encoder that a text model needs, loaded from a folder or the hub."""
+        if not reads_text(network):
+            return cls(network, device)
+        sizes = dict(max_length=network.trunk.text_length, width=network.trunk.text_width)
+        return cls(network, device, model.Qwen3TextEncoder(text_encoder, **sizes).to(device))
+
+    def __call__(self, conditions: Sequence[Condition]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(conditions, null conditions) [B, ...] on the device."""
+        if self.encoder is None:
+            labels = torch.tensor(conditions, device=self.device)
+            return labels, torch.full_like(labels, self.network.null_label)
+        features = self.encoder(list(conditions))
+        return features, self.encoder.empty_prompt.expand_as(features)
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+def noise_of(index: int, seed: int, size: tuple[int, int], channels: int = 3) -> torch.Tensor:
+    """Noise [C, H, W] of an image, float32 on the CPU: a function of (seed, index) and the size alone."""
+    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+    return torch.randn(channels, *size, generator=torch.Generator().manual_seed(int(state) >> 1))

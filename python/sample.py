@@ -1,0 +1,210 @@
+"""Samples images from a checkpoint: single files, a grid, animated trajectories, and the archive that FID suites read.
+
+    python python/sample.py runs/small/checkpoints/step_000002000.ckpt --out out/samples --size 64 --animate 2
+    python python/sample.py published.ckpt --out out/fid --count 50000 --npz
+    python python/sample.py published.safetensors --out out/text --prompt "a red fox" --size 512
+    torchrun --nproc_per_node 8 python/sample.py ...          or once for each i:  --shard i/8
+
+A run that was stopped or killed continues with the same command. Image i depends on the settings in run.json and on i,
+bit for bit on the same machine and thread count: not on sharding, and not on where a run was interrupted.
+
+Exit status: 0; 2 with a line that begins with "error:"; 130 when interrupted.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from _sample_folder import ANIMATIONS, SampleFolder  # noqa: E402
+from _sampling import (  # noqa: E402
+    DTYPES,
+    Condition,
+    Conditioner,
+    add_options,
+    device_of,
+    dtype_of,
+    load_network,
+    natural,
+    noise_of,
+    read_conditions,
+    solver_settings,
+)
+from tqdm import tqdm  # noqa: E402
+
+from deco_kernels import flow  # noqa: E402
+from deco_kernels.training.images import to_pixels  # noqa: E402
+
+FRAMES = 50  # of an animation, at most
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, TypeError, ImportError, MemoryError) as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python/sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="this package's or a published file, see docs/checkpoints.md")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make, or to continue")
+    add_options(parser)
+    made = parser.add_argument_group("what is made beside the single files")
+    made.add_argument("--grid", type=natural, default=16, metavar="N", help="one picture of the first N images (16)")
+    made.add_argument("--npz", action="store_true", help="all images in one array, as the ADM evaluation suite reads")
+    made.add_argument("--animate", type=natural, default=0, metavar="N", help="trajectories of the first N images (0)")
+    made.add_argument("--animation", choices=list(ANIMATIONS), default="gif", help="form of trajectories (gif)")
+    parser.add_argument(
+        "--shard", type=shard, metavar="I/N", help="do part I, from 0, of N; default: RANK and WORLD_SIZE, if set"
+    )
+    parser.add_argument("--debug", action="store_true", help="show where an error was raised")
+    return parser.parse_args(arguments)
+
+
+def shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, got {text!r}")
+    return int(index), int(count)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Samples this process's share; the process that finds all images done assembles them."""
+    part, parts = options.shard or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    device = device_of(options)
+    network = load_network(options.checkpoint, options, device)
+    conditions = read_conditions(options, network)
+    count = options.count or len(conditions)
+    batch = options.batch or (1 if device.type == "cpu" else min(16, count))
+    solver, dtype = solver_settings(options, network), dtype_of(options, device)
+    sampler = flow.Sampler(network, **solver, dtype=DTYPES[dtype])
+    settings = {
+        "checkpoint_sha256": sha256(options.checkpoint),
+        "weights": options.weights,
+        "conditions": conditions,
+        "seed": options.seed,
+        "size": options.size,
+        **solver,
+        "batch": batch,
+        "dtype": dtype,
+        "device": device.type,
+    }
+    folder = SampleFolder(options.out, settings, count, options.animate, options.animation)
+    groups = [range(first, first + batch) for first in range(0, count, batch)][part::parts]
+    open_groups = [group for group in groups if folder.missing(group)]
+    if open_groups:
+        conditioner = Conditioner.of(network, device, options.text_encoder)
+        draw = GroupSampler(sampler, conditioner, conditions, options.seed, options.size, batch)
+        sample_groups(draw, folder, groups, open_groups)
+    left = len(folder.missing(range(count)))
+    if left:
+        print(f"{left} of {count} images are left to other shards; the one that finishes last assembles them")
+        return
+    for path in folder.assemble(options.grid, options.npz):
+        print(f"wrote {path}")
+    print(f"{count} images in {folder.images}")
+
+
+def sample_groups(draw: "GroupSampler", folder: SampleFolder, groups: list[range], open_groups: list[range]) -> None:
+    """Samples the groups that lack an image, and writes what is missing, with time left."""
+    total = sum(min(group.stop, folder.count) - group.start for group in groups)
+    todo = sum(len(folder.missing(group)) for group in open_groups)
+    with tqdm(total=total, initial=total - todo, desc="sampling", unit="image") as bar:
+        for group in open_groups:
+            missing = folder.missing(group)
+            images, frames = draw(group, trajectory=any(index < folder.animated for index in missing))
+            for index in missing:
+                place = index - group.start
+                animated = frames is not None and index < folder.animated
+                folder.write(index, images[place], frames[place] if animated else None)
+            bar.update(len(missing))
+
+
+class GroupSampler:
+    """Samples a whole group of images at a time.
+
+    The bits of a matrix product depend on how many rows it has. So images are always computed in the same company:
+    image i in group i // batch, whole also where the count ends inside it or only some of it is missing.
+
+    Where memory runs out, groups are computed in halves from then on, of which bits may differ in the last place.
+    """
+
+    def __init__(
+        self,
+        sampler: flow.Sampler,
+        conditioner: Conditioner,
+        conditions: list[Condition],
+        seed: int,
+        size: tuple[int, int],
+        batch: int,
+    ):
+        self.sampler, self.conditioner, self.conditions = sampler, conditioner, conditions
+        self.seed, self.size, self.at_once = seed, size, batch
+
+    def __call__(self, group: range, trajectory: bool):
+        """(images uint8 [n, H, W, 3], frames uint8 [n, up to FRAMES, H, W, 3] or None) of a group.
+
+        Raises MemoryError where one image does not fit.
+        """
+        while True:
+            try:
+                return self._draw(group, trajectory)
+            except (RuntimeError, MemoryError) as error:
+                if not isinstance(error, MemoryError) and not any(said in str(error) for said in OUT_OF_MEMORY):
+                    raise
+                if self.at_once == 1:
+                    raise MemoryError(
+                        f"one image of {self.size} does not fit into memory, try a smaller --size"
+                    ) from error
+            self.at_once //= 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            tqdm.write(f"out of memory: {self.at_once} images at a time from here on", file=sys.stderr)
+
+    def _draw(self, group: range, trajectory: bool):
+        parts = [group[first : first + self.at_once] for first in range(0, len(group), self.at_once)]
+        images, states = zip(*(self._draw_together(part, trajectory) for part in parts), strict=True)
+        pixels = to_pixels(torch.cat(images))
+        if not trajectory:
+            return pixels, None
+        states = torch.cat(states)
+        return pixels, to_pixels(states.flatten(0, 1)).reshape(*states.shape[:2], *pixels.shape[1:])
+
+    def _draw_together(self, indices: range, trajectory: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        noise = torch.stack([noise_of(index, self.seed, self.size) for index in indices])
+        cond, uncond = self.conditioner([self.conditions[index % len(self.conditions)] for index in indices])
+        result = self.sampler(noise.to(self.conditioner.device), cond, uncond, trajectory=trajectory)
+        if not trajectory:
+            return result.cpu(), None
+        images, states = result
+        chosen = torch.linspace(0, len(states) - 1, min(FRAMES, len(states))).round().int().tolist()
+        return images.cpu(), torch.stack([states[index].cpu() for index in chosen], dim=1)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

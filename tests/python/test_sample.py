@@ -1,0 +1,258 @@
+"""sample.py: bits under sharding, batches, interruption and shortage of memory; conditions; what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deco_kernels import flow, model
+from tests.random_models import random_model
+from tests.tiny_qwen3 import save_tiny_qwen3
+
+PROGRAMS = Path(__file__).resolve().parents[2] / "python"
+sys.path.insert(0, str(PROGRAMS))
+
+import _sampling  # noqa: E402
+import sample  # noqa: E402
+
+SHORT = ["--size", "32", "--steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def class_checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("sample") / "tiny.ckpt"
+    model.save_model(random_model(), path, names="published")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bits depend on the number of threads, and this one's shall be those of other processes."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(previous)
+
+
+def draw(checkpoint: Path, out: Path, *options: str) -> int:
+    return sample.main([str(checkpoint), "--out", str(out), *SHORT, *options])
+
+
+def start(program: list[str], checkpoint: Path, out: Path, *options: str, **environment: str) -> subprocess.Popen:
+    """In a process of its own."""
+    command = [sys.executable, *program, str(checkpoint), "--out", str(out), *SHORT, *options, "--threads", "1"]
+    return subprocess.Popen(command, env={**os.environ, **environment}, cwd=PROGRAMS, stderr=subprocess.PIPE, text=True)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def pixels(out: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted((out / "images").glob("[0-9]*.png"))])
+
+
+def read_as_the_adm_suite(path: Path) -> np.ndarray:
+    """The member arr_0.npy, by header and row by row, without numpy.load."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        assert not fortran and dtype == np.uint8
+        rows = [np.frombuffer(file.read(int(np.prod(shape[1:]))), dtype).reshape(shape[1:]) for _ in range(shape[0])]
+        assert file.read() == b""
+    return np.stack(rows)
+
+
+def test_everything_is_made_and_a_second_run_changes_nothing(class_checkpoint, tmp_path, capsys):
+    options = ["--count", "5", "--batch", "2", "--npz", "--animate", "3", "--classes", "3,7-8", "--guidance", "2"]
+    assert draw(class_checkpoint, tmp_path / "out", *options) == 0
+    made = files(tmp_path / "out")
+    singles = [f"images/00000{i}.png" for i in range(5)] + [f"animations/00000{i}.gif" for i in range(3)]
+    assert sorted(made) == sorted([*singles, "run.json", "grid_5.png", "samples_5x32x32x3.npz"])
+    stored = read_as_the_adm_suite(tmp_path / "out" / "samples_5x32x32x3.npz")
+    assert np.array_equal(stored, pixels(tmp_path / "out"))
+    assert np.array_equal(stored, np.load(tmp_path / "out" / "samples_5x32x32x3.npz")["arr_0"])
+    with Image.open(tmp_path / "out" / "grid_5.png") as grid:
+        assert np.array_equal(np.asarray(grid)[32:, :32], stored[3]) and grid.size == (96, 64)
+    with Image.open(tmp_path / "out" / "animations" / "000002.gif") as animation:
+        assert animation.n_frames == 4
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert draw(class_checkpoint, tmp_path / "out", *options) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == times
+    assert "5 images" in capsys.readouterr().out
+
+
+def test_images_are_those_of_the_sampler(class_checkpoint, tmp_path):
+    """Class i % 3 of the list, noise of (seed, i), guidance in the interval."""
+    options = ["--count", "4", "--batch", "4", "--classes", "1,5,9", "--seed", "8", "--animate", "4"]
+    assert draw(class_checkpoint, tmp_path, *options, "--animation", "png", "--dtype", "float32") == 0
+    network = model.load_model(class_checkpoint)
+    noise = torch.stack([_sampling.noise_of(i, 8, (32, 32)) for i in range(4)])
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05 and not torch.equal(noise[0], noise[1])
+    y = torch.tensor([1, 5, 9, 1])
+    settings = dict(steps=3, guidance=3.2, guidance_interval=(0.1, 1.0))
+    expected = flow.sample(network, noise, y, torch.full_like(y, 10), **settings)
+    expected = ((expected.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(pixels(tmp_path), expected)
+    with Image.open(tmp_path / "animations" / "000001.png") as animation:
+        animation.seek(3)
+        assert np.array_equal(np.asarray(animation.convert("RGB")), expected[1])
+
+
+def test_sharded_equals_unsharded(class_checkpoint, tmp_path, capsys):
+    """Five groups of two in three shards: by option in this process, by RANK and WORLD_SIZE in one of its own."""
+    options = ["--count", "9", "--batch", "2", "--npz", "--animate", "4"]
+    third = start(["sample.py"], class_checkpoint, tmp_path / "sharded", *options, RANK="2", WORLD_SIZE="3")
+    assert draw(class_checkpoint, tmp_path / "sharded", *options, "--shard", "1/3") == 0
+    assert "are left to other shards" in capsys.readouterr().out
+    assert third.wait(timeout=300) == 0, third.stderr.read()
+    assert not list((tmp_path / "sharded").glob("*.npz"))
+    assert draw(class_checkpoint, tmp_path / "sharded", *options, "--shard", "0/3") == 0
+    assert draw(class_checkpoint, tmp_path / "whole", *options) == 0
+    assert files(tmp_path / "sharded") == files(tmp_path / "whole")
+
+
+KILLED_IN_ITS_FIFTH_IMAGE = """
+import os, signal, sys
+from PIL import Image
+import sample
+save, saved = Image.Image.save, []
+def save_or_die(image, path, **options):
+    saved.append(path)
+    if len(saved) == 5:
+        path.write_bytes(b"cut short")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(image, path, **options)
+Image.Image.save = save_or_die
+sample.main()
+"""
+
+
+def test_killed_run_continues(class_checkpoint, tmp_path):
+    """Killed while it writes the second of a group of three: the group is drawn again, what was there stays."""
+    options = ["--count", "7", "--batch", "3"]
+    killed = start(["-c", KILLED_IN_ITS_FIFTH_IMAGE], class_checkpoint, tmp_path / "killed", *options)
+    assert killed.wait(timeout=300) == -signal.SIGKILL, killed.stderr.read()
+    done = sorted((tmp_path / "killed" / "images").glob("[0-9]*.png"))
+    assert len(done) == 4
+    before = {path: path.stat().st_mtime_ns for path in done}
+    assert draw(class_checkpoint, tmp_path / "killed", *options) == 0
+    assert all(path.stat().st_mtime_ns == before[path] for path in done)
+    assert draw(class_checkpoint, tmp_path / "whole", *options) == 0
+    assert pixels(tmp_path / "whole").shape[0] == 7
+    assert np.array_equal(pixels(tmp_path / "killed"), pixels(tmp_path / "whole"))
+
+
+def test_interrupt_says_how_to_continue(class_checkpoint, tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(flow.Sampler, "__call__", interrupt)
+    assert draw(class_checkpoint, tmp_path) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shortage", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_halves_the_batch_once(class_checkpoint, tmp_path, monkeypatch, capsys, shortage):
+    """Groups of 4 in halves are the groups of 2, bit for bit."""
+    assert draw(class_checkpoint, tmp_path / "two", "--count", "8", "--batch", "2") == 0
+    small = flow.Sampler.__call__
+
+    def limited(sampler, noise, *arguments, **options):
+        if len(noise) > 2:
+            raise shortage
+        return small(sampler, noise, *arguments, **options)
+
+    monkeypatch.setattr(flow.Sampler, "__call__", limited)
+    assert draw(class_checkpoint, tmp_path / "four", "--count", "8", "--batch", "4") == 0
+    assert capsys.readouterr().err.count("out of memory: 2 images at a time") == 1
+    assert np.array_equal(pixels(tmp_path / "two"), pixels(tmp_path / "four"))
+
+
+def test_one_image_too_large_is_an_error(class_checkpoint, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(flow.Sampler, "__call__", fail)
+    assert draw(class_checkpoint, tmp_path, "--batch", "2") == 2
+    assert "error: one image of (32, 32) does not fit into memory" in capsys.readouterr().err
+
+
+def test_other_runtime_errors_are_not_hidden(class_checkpoint, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr(flow.Sampler, "__call__", fail)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        draw(class_checkpoint, tmp_path, "--batch", "2")
+
+
+def test_prompts_and_tables(class_checkpoint, tmp_path):
+    save_tiny_qwen3(tmp_path / "qwen")
+    model.save_model(random_model("deco-text-tiny"), tmp_path / "text.safetensors")
+    (tmp_path / "prompts.csv").write_text('id,prompt\n1,a cat\n2,"the sea, blue"\n')
+    encoder = ["--text-encoder", str(tmp_path / "qwen")]
+    for name, options in (("table", ["--csv", str(tmp_path / "prompts.csv")]),
+                          ("listed", ["--prompt", "a cat", "--prompt", "the sea, blue"])):  # fmt: skip
+        assert draw(tmp_path / "text.safetensors", tmp_path / name, *options, *encoder) == 0
+    images = pixels(tmp_path / "table")
+    assert len(images) == 2 and np.array_equal(images, pixels(tmp_path / "listed"))
+    assert json.loads((tmp_path / "table" / "run.json").read_text())["solver"] == "adams2"
+    (tmp_path / "labels.csv").write_text("label\n4\n2\n")
+    assert draw(class_checkpoint, tmp_path / "labels", "--csv", str(tmp_path / "labels.csv")) == 0
+    assert draw(class_checkpoint, tmp_path / "classes", "--classes", "4,2") == 0
+    assert np.array_equal(pixels(tmp_path / "labels"), pixels(tmp_path / "classes"))
+
+
+def test_what_cannot_be_used_is_refused(class_checkpoint, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("kept")
+    torch.save({"state_dict": {"encoder.weight": torch.zeros(3)}}, tmp_path / "foreign.ckpt")
+    (tmp_path / "captions.csv").write_text("caption\na cat\n")
+    (tmp_path / "text.csv").write_text("label\nred\n")
+    assert draw(class_checkpoint, tmp_path / "other", "--count", "1") == 0
+    before = files(tmp_path)
+    capsys.readouterr()
+    cases = [
+        (tmp_path / "absent.ckpt", "new", [], "No such file"),
+        (tmp_path / "foreign.ckpt", "new", [], "expected a published DeCo"),
+        (class_checkpoint, "full", [], "holds other files"),
+        (class_checkpoint, "other", ["--seed", "1"], "holds samples with seed 0, not 1"),
+        (class_checkpoint, "other", ["--steps", "4"], "holds samples with steps 3, not 4"),
+        (class_checkpoint, "new", ["--size", "40"], "--size: expected multiples of 16"),
+        (class_checkpoint, "new", ["--classes", "8-10"], "--classes: expected classes from 0 to 9"),
+        (class_checkpoint, "new", ["--prompt", "a cat"], "--prompt: the model is conditioned on classes"),
+        (class_checkpoint, "new", ["--csv", str(tmp_path / "captions.csv")], "expected a column label"),
+        (class_checkpoint, "new", ["--csv", str(tmp_path / "text.csv")], "--csv: line 2 of"),
+        (class_checkpoint, "new", ["--csv", str(tmp_path / "text.csv"), "--classes", "1"], "either a table or a list"),
+        (class_checkpoint, "new", ["--guidance-interval", "0.5", "0.2"], "guidance_interval: expected (lo, hi)"),
+        (class_checkpoint, "new", ["--device", "nonsense"], "--device: nonsense cannot be used"),
+    ]
+    for checkpoint, out, options, said in cases:
+        assert draw(checkpoint, tmp_path / out, *options) == 2, options
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and said in message, message
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "options", [["--shard", "2/2"], ["--count", "0"], ["--size", "0x16"], ["--seed", "-1"], ["--solver", "best"]]
+)
+def test_bad_options(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["a.ckpt", "--out", "out", *options])
+    assert stopped.value.code == 2 and options[0] in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--help"])
+    assert stopped.value.code == 0 and "--shard I/N" in capsys.readouterr().out
