@@ -36,7 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=500, help="crops per photograph (500)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    for photograph in options.image or shipped_photographs():
+    photographs = options.image or shipped_photographs()
+    if not photographs:
+        parser.error("no photograph; name one with --image FILE, or install scikit-learn")
+    for photograph in photographs:
         cut(photograph, options.out / photograph.stem, options.count, (96, 256), options.seed)
 
 
