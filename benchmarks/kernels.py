@@ -1,17 +1,18 @@
-"""Every Triton kernel that has a budget, timed by itself on a GPU, beside what its recorded issue slots allow.
+"""Every kernel that has a budget, timed on a GPU, beside what its recorded issue slots allow.
 
 The model's figure is the time in which the device's schedulers can issue the recorded instructions of a training batch,
 at the highest clock: a bound, which memory, shared memory or latency may keep out of reach. A row: `kernel` (the name
-in benchmarks/budgets.json), `architecture`, `modelled_ms` (None for kernels that do not walk over pixels),
+in benchmarks/budgets.json), `architecture`, `modelled_ms` (None for kernels that do not walk over pixels), `status`,
 `measured_ms` (None with a `reason`), `launches` of one forward and backward, their registers and spilled bytes and the
 recorded ones.
 """
 
+import re
 from collections.abc import Iterator
 
 import torch
 
-from benchmarks import gpu_state, static, static_tables
+from benchmarks import cuda_kernels, gpu_state, static, static_tables
 from benchmarks.timing import milliseconds
 from deco_kernels import testing
 
@@ -22,49 +23,80 @@ _SCHEDULERS_PER_MULTIPROCESSOR = 4
 
 
 def measure_kernels(full: bool) -> list[dict]:
-    """The kernels of width 32 in bfloat16, or all that have a budget on this architecture, slowest first."""
+    """The kernels of width 32 in bfloat16, or all that have a budget on this architecture, slowest first.
+
+    Raises:
+        ValueError: no budget is recorded for the architecture.
+    """
     properties = torch.cuda.get_device_properties(0)
     architecture = f"sm_{properties.major}{properties.minor}"
+    names = {"triton": architecture, "cuda": {"sm_90": "sm_90a"}.get(architecture, architecture)}
     budgets = {
-        name: figures[architecture]
-        for name, figures in static.recorded_budgets("triton").items()
-        if architecture in figures and (full or name.endswith("/D32/bfloat16"))
+        (backend, name): figures[names[backend]]
+        for backend in names
+        for name, figures in static.recorded_budgets(backend).items()
+        if names[backend] in figures and (full or not {_width(name), _dtype(name)} - {None, 32, "bfloat16"})
     }
-    measured = {}
-    for width, dtype in sorted({_case(name) for name in budgets}, key=lambda case: case != (32, "bfloat16")):
+    if not budgets:
+        raise ValueError(f"no kernel has a budget on {architecture}; leave the part kernels out")
+    cases = {(_width(name), _dtype(name)) for _, name in budgets if _width(name) and _dtype(name)}
+    measured: dict[str, dict] = {}
+    failures = []
+    for width, dtype in sorted(cases, key=lambda case: case != (32, "bfloat16")):
         for op in testing.OPS:
-            for name, found in measure_op(op, width, dtype, architecture):
-                measured.setdefault(name, found)
+            try:
+                for name, found in measure_op(op, width, dtype, architecture):
+                    measured.setdefault(name, found)
+            except Exception as error:  # what one op's kernels do wrong does not hide the others'
+                failures.append(f"{op}, D {width}, {dtype} failed: {type(error).__name__}: {error}".splitlines()[0])
     rate = properties.multi_processor_count * _SCHEDULERS_PER_MULTIPROCESSOR * _clock_hz()
-    rows = [_row(name, architecture, budget, rate, measured.get(name)) for name, budget in budgets.items()]
+    missing = {"status": "unavailable", "measured_ms": None, "reason": "not launched by any op here"}
+    if failures:
+        missing |= {"status": "failed", "reason": "; ".join(failures)}
+    rows = [
+        _row(name, names[backend], budget, rate) | measured.get(name, missing)
+        for (backend, name), budget in budgets.items()
+    ]
     return sorted(rows, key=lambda row: -(row["measured_ms"] or 0))
 
 
 def measure_op(op: str, width: int, dtype: str, architecture: str) -> Iterator[tuple[str, dict]]:
-    """(budget's name, figures) of the Triton kernels that forward and backward of an op launch, each launch timed alone
-    with the arguments the op gives it. Launches of one name are added up: chunks of one call."""
-    inputs = testing.random_inputs(
-        op, dtype=static.DTYPES[dtype], width=width, image_size=IMAGE, token_width=_TOKEN_WIDTH, device="cuda"
-    )
+    """(budget's name, figures) of the kernels that forward and backward of an op launch in both backends."""
+    storage = static.DTYPES[dtype]
+    sizes = dict(width=width, image_size=IMAGE, token_width=_TOKEN_WIDTH)
+    inputs = testing.random_inputs(op, dtype=storage, other_dtype=storage, device="cuda", **sizes)
+    for name, found in triton_kernels(inputs, architecture).items():
+        yield f"{name}/D{width}/{dtype}", found
+    yield from cuda_kernels.of_op(inputs, width, dtype)
+
+
+def triton_kernels(inputs: testing.Inputs, architecture: str) -> dict[str, dict]:
+    """Figures of the Triton kernels by name, each launch timed alone with the arguments that the op gives it. Launches
+    of one name are added up: chunks of one call."""
     found: dict[str, dict] = {}
     for launch in static.launches_of(inputs, architecture):
-        entry = found.setdefault(f"{static.kernel_name(launch)}/D{width}/{dtype}", {"measured_ms": 0.0, "launches": 0})
+        entry = found.setdefault(static.kernel_name(launch), {"measured_ms": 0.0, "launches": 0})
         compiled = _run(launch)
         entry["measured_ms"] += min(milliseconds(lambda launch=launch: _run(launch), "cuda") for _ in range(_REPEATS))
         entry["launches"] += 1
         entry["registers"] = getattr(compiled, "n_regs", None)
         entry["spill_bytes"] = getattr(compiled, "n_spills", None)
-    yield from found.items()
+    return found
 
 
 def _run(launch):
     return launch.kernel[launch.grid](**launch.args, **launch.options)
 
 
-def _case(name: str) -> tuple[int, str]:
-    """(width, dtype) of a budget's name, "module.kernel+flags/D32/bfloat16"."""
-    _, width, dtype = name.split("/")
-    return int(width.removeprefix("D")), dtype
+def _width(name: str) -> int | None:
+    """D of a budget's name, "module.kernel+flags/D32/bfloat16"; None where the kernel does not depend on it."""
+    found = re.search(r"/D(\d+)", name)
+    return int(found[1]) if found else None
+
+
+def _dtype(name: str) -> str | None:
+    found = re.search(r"/([a-z]\w+)$", name)
+    return found[1] if found else None
 
 
 def _clock_hz() -> float:
@@ -73,15 +105,14 @@ def _clock_hz() -> float:
     return 1e6 * megahertz if megahertz else static_tables.CLOCK
 
 
-def _row(name: str, architecture: str, budget: dict, rate: float, found: dict | None) -> dict:
+def _row(name: str, architecture: str, budget: dict, rate: float) -> dict:
+    """What a row says before anything is measured; `rate` is in warp instructions per second of the device."""
     slots = budget["issue_slots_per_16_px"]
-    row = {
+    return {
         "kernel": name,
+        "status": "ok",
         "architecture": architecture,
         "modelled_ms": None if slots is None else 1e3 * slots * static_tables.PIXELS / 16 / rate,
         "recorded_registers": budget["registers"],
         "recorded_spill_bytes": budget["spill_bytes"],
     }
-    if found is None:
-        return row | {"measured_ms": None, "reason": "not launched by any op here"}
-    return row | found

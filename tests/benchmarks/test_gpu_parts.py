@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import cuda_timing, gpu_state, kernels, modulated_rms_norm, static
+from benchmarks import cuda_kernels, cuda_timing, gpu_state, kernels, modulated_rms_norm, static
 from benchmarks.measure import Options, measure
 from benchmarks.names import FORWARD, LIGER, PUBLISHED, TRAINING
 from benchmarks.sizes import Size
+from deco_kernels import testing
 
 
 @pytest.fixture
@@ -154,9 +155,66 @@ def test_budgeted_kernels_are_rows_measured_or_not(nvml, monkeypatch):
     monkeypatch.setattr(kernels, "measure_op", measure_op)
     rows = {row["kernel"]: row for row in kernels.measure_kernels(full=False)}
     budgets = json.loads(static.BUDGETS.read_text())
-    assert set(rows) == {name for name, found in budgets.items() if "sm_90" in found and name.endswith("/D32/bfloat16")}
+    assert {name for name, row in rows.items() if row["architecture"] == "sm_90"} == {
+        name for name, found in budgets.items() if "sm_90" in found and name.endswith("/D32/bfloat16")
+    }
+    of_cuda = {name for name, row in rows.items() if row["architecture"] == "sm_90a"}
+    assert {"cuda.pixel_decoder.forward_kernel/D32/bfloat16", "cuda.gradient_sums.sum_kernel"} <= of_cuda
+    assert not any("D16" in name or "float16" in name.split("/") for name in of_cuda)
     forward = rows["pixel_decoder.forward_kernel/D32/bfloat16"]
     slots = budgets["pixel_decoder.forward_kernel/D32/bfloat16"]["sm_90"]["issue_slots_per_16_px"]
     assert forward["measured_ms"] == 0.5
     assert forward["modelled_ms"] == pytest.approx(1e3 * slots * 32 * 256**2 / 16 / (132 * 4 * 1.98e9))
-    assert sum(row["measured_ms"] is None for row in rows.values()) == len(rows) - 1
+    assert [row["status"] for row in rows.values()] == ["ok"] + ["unavailable"] * (len(rows) - 1)
+
+
+def test_kernels_of_an_op_that_fails_are_failed_rows(nvml, monkeypatch):
+    def measure_op(op, width, dtype, architecture):
+        raise RuntimeError(f"{op} broke\nmore")
+
+    monkeypatch.setattr(kernels, "measure_op", measure_op)
+    rows = kernels.measure_kernels(full=False)
+    assert {row["status"] for row in rows} == {"failed"}
+    assert "pixel_decoder, D 32, bfloat16 failed: RuntimeError: pixel_decoder broke;" in rows[0]["reason"]
+
+
+def test_an_architecture_without_budgets_is_refused(device, monkeypatch):
+    properties = types.SimpleNamespace(major=7, minor=5, multi_processor_count=40)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    with pytest.raises(ValueError, match="no kernel has a budget on sm_75"):
+        kernels.measure_kernels(full=False)
+
+
+def test_profiled_launches_are_told_apart_by_their_order():
+    def event(name, milliseconds):
+        return f"void deco::cuda::(anonymous namespace)::{name}<deco::BFloat16, 32>(Params)", milliseconds
+
+    events = [event("forward_kernel", 1.0), ("void at::native::elementwise_kernel<4>()", 9.0)]
+    events += [event("replay_kernel", 2.0)]
+    events += [event("backward_kernel", milliseconds) for milliseconds in (3.0, 4.0, 5.0)]
+    events += [event("sum_kernel", 0.1), event("sum_kernel", 0.2)]
+    backward = "block_backward.backward_kernel+mlp+tiled"
+    assert cuda_kernels.by_variant("pixel_decoder", events) == {
+        "pixel_decoder.forward_kernel": [1.0],
+        "decoder_replay.replay_kernel": [2.0],
+        f"{backward}+first": [3.0],
+        backward: [4.0],
+        f"{backward}+last": [5.0],
+        "gradient_sums.sum_kernel": [0.1, 0.2],
+    }
+    alone = cuda_kernels.by_variant("adaln_block", [event("backward_kernel", 6.0)])
+    assert alone == {"block_backward.backward_kernel+mlp+first+last": [6.0]}
+
+
+def test_launches_of_the_triton_backend_are_timed_one_by_one(monkeypatch):
+    """The recorded launches of the real backend, with a stand-in for running them."""
+    pytest.importorskip("triton")
+    ran = []
+    monkeypatch.setattr(kernels, "_run", lambda launch: ran.append(launch))
+    monkeypatch.setattr(kernels, "milliseconds", lambda call, device: (call(), 2.0)[1])
+    inputs = testing.random_inputs("pixel_decoder", dtype=torch.bfloat16, other_dtype=torch.bfloat16)
+    found = kernels.triton_kernels(inputs, "sm_90")
+    budgets = static.recorded_budgets("triton")
+    assert all(f"{name}/D32/bfloat16" in budgets for name in found)
+    assert found["pixel_decoder.forward_kernel"]["measured_ms"] == 2.0
+    assert len(ran) == sum(entry["launches"] for entry in found.values()) * (1 + kernels._REPEATS)
