@@ -1,5 +1,7 @@
 """The ops of backend "cuda", their kernels run by the emulator: accuracy, layouts, determinism, bad input."""
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 
@@ -197,17 +199,54 @@ def test_cpu_tensors_are_refused_by_name():
         testing.run(small_inputs("pixel_decoder", BF16), "cuda")
 
 
-def _native_forward_arguments(emulated, workspace_bytes, shape):
-    workspace = torch.empty(max(workspace_bytes, 1), dtype=torch.uint8)
-    nothing = (0,) * 24
-    return (0, 0, workspace.data_ptr(), workspace_bytes), shape, (0,) * 6, (0, 1, 0, 0), nothing, (0,) * 6, 1e-6
+ROWS, IMAGE, ROW_WEIGHTS, DECODER_WEIGHTS, EPS = (0, 1, 0), (0,) * 6, (0,) * 16, (0,) * 24, 1e-6
+SMALL_SHAPE, LARGE_SHAPE = (2, 3, 16, 32, 16, 32, 3), (1, 3, 1 << 16, 1 << 15, 16, 32, 3)
 
 
-def test_failures_name_the_op_and_its_sizes(emulated):
-    shape = (2, 3, 16, 32, 16, 32, 3)
-    needed = emulated.pixel_decoder_forward_workspace(shape)
-    with pytest.raises(RuntimeError, match=r"pixel_decoder on image \[2, 3, 16, 32\].*D 32, N 3.*workspace"):
-        emulated.pixel_decoder_forward(*_native_forward_arguments(emulated, needed - 1, shape))
-    too_many = (1, 3, 1 << 16, 1 << 15, 16, 32, 3)
-    with pytest.raises(ValueError, match="2\\^31 or more pixels"):
-        emulated.pixel_decoder_forward(*_native_forward_arguments(emulated, needed, too_many))
+def _native_calls(module):
+    """Name -> (workspace it needs for 64 rows or a small image, its sizes in words, arguments for small and for 2^31
+    pixels): everything but the context, nothing of which is read before sizes are checked."""
+    decoder = (IMAGE, (0, 1, 0, 0), DECODER_WEIGHTS)
+
+    def rows_of(*others):
+        return [(rows, 32, *others, EPS) for rows in (64, 1 << 31)]
+
+    def shapes_of(*others):
+        return [(shape, *others) for shape in (SMALL_SHAPE, LARGE_SHAPE)]
+
+    rows, image = r"\[64, 32\]", r"image \[2, 3, 16, 32\].*D 32, N 3"
+    return {
+        "adaln_block_forward": (module.adaln_block_forward_workspace(32), rows, rows_of(ROWS, ROWS, ROW_WEIGHTS, 0)),
+        "adaln_block_backward": (
+            module.adaln_block_backward_workspace(0, 64, 32),
+            rows,
+            rows_of(ROWS, ROWS, ROWS, ROW_WEIGHTS, 0, 0, ROW_WEIGHTS),
+        ),
+        "modulate_forward": (module.modulate_forward_workspace(32), rows, rows_of(ROWS, ROWS, (0,) * 8, 0, 0)),
+        "modulate_backward": (
+            module.modulate_backward_workspace(0, 64, 32),
+            rows,
+            rows_of(ROWS, ROWS, ROWS, ROWS, (0,) * 8, 0, 0, (0,) * 8),
+        ),
+        "pixel_decoder_forward": (
+            module.pixel_decoder_forward_workspace(SMALL_SHAPE),
+            image,
+            shapes_of(*decoder, IMAGE, EPS),
+        ),
+        "pixel_decoder_backward": (
+            module.pixel_decoder_backward_workspace(0, SMALL_SHAPE, 512),
+            image,
+            shapes_of(IMAGE, *decoder, IMAGE, 0, DECODER_WEIGHTS, EPS, 512),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", _native_calls(MagicMock()))
+def test_failures_name_the_op_and_its_sizes(emulated, name):
+    needed, sizes, (small, large) = _native_calls(emulated)[name]
+    op = name.removesuffix("_forward").replace("modulate", "upsample_modulate")
+    assert needed > 0
+    with pytest.raises(RuntimeError, match=f"{op} on {sizes}.*the workspace is smaller"):
+        getattr(emulated, name)((0, 0, 0, needed - 1), *small)
+    with pytest.raises(ValueError, match=f"{op} on .*2\\^31 or more pixels in one call; split the batch"):
+        getattr(emulated, name)((0, 0, 0, 1 << 60), *large)
