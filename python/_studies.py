@@ -1,0 +1,164 @@
+"""The studies of `ablate.py`: what is compared, what the small form shows, and the figures that go with each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _study_run import Recipe, Variant
+from matplotlib.axes import Axes
+
+from benchmarks.measure import Options, measure
+from benchmarks.names import DEVICE_BACKENDS, PUBLISHED, TRAINING
+from benchmarks.problem import problem_of
+from benchmarks.sizes import Size
+from deco_kernels import ops
+
+Results = list[dict[str, Any]]  # what every run wrote, see `_study_run.Run.finish`
+Costs = dict[str, dict[str, float]]  # variant → column → value
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A comparison of variants.
+
+    steps, seeds: of the small form. native: crops have the aspect ratios of `_crops.native_shapes`, not 1.
+    cost: measures what a variant costs, or None. draw: fills further axes; panels: their number.
+    """
+
+    title: str
+    variants: tuple[Variant, ...]
+    steps: int
+    seeds: int
+    shows: str
+    cannot: str
+    native: bool = False
+    cost: Callable[[Variant, Recipe], dict[str, float]] | None = None
+    draw: Callable[[list[Axes], Study, Results, Costs], None] | None = None
+    panels: int = 0
+
+
+CANNOT = (
+    "The model has a few million parameters, sees crops of a few photographs and takes some hundred steps: it has not "
+    "converged, and the ranking may turn with more steps, data or width. The held-out crops come from another part of "
+    "the same photographs. Nothing here is an FID, and nothing is a measurement of the published models."
+)
+
+
+def decoder_cost(variant: Variant, recipe: Recipe) -> dict[str, float]:
+    """Time and arithmetic of the decoder alone in a training step of the recipe's batch, float32, on this CPU."""
+    sizes = {"decoder_width": variant.model["decoder_width"], "depth": variant.model["decoder_depth"]}
+    side = recipe.image_size
+    size = Size(batch=recipe.batch_size, height=side, width=side, **sizes)
+    options = Options("cpu", DEVICE_BACKENDS["cpu"], compiled=(), budget_s=1.0, min_rounds=3)
+    rows = measure(problem_of("pixel_decoder"), size, torch.float32, TRAINING, options)
+    ms = {row["contender"]: row["ms"] for row in rows if row["status"] == "ok" and row["pass"] == TRAINING}
+    fused = min(ms[name] for name in DEVICE_BACKENDS["cpu"] if name in ms)
+    return {
+        "decoder, ms": fused,
+        "in published eager, ms": ms[PUBLISHED],
+        "kFLOP per pixel": rows[0]["flops"] / size.pixels / 1e3,
+    }
+
+
+def mean_error(results: Results, variant: str, images: str = "squares", metric: str = "pixel") -> float:
+    values = [result["errors"][images][metric] for result in results if result["variant"] == variant]
+    return sum(values) / len(values)
+
+
+def draw_capacity(axes: list[Axes], study: Study, results: Results, costs: Costs) -> None:
+    """Error and time over D x N, and one against the other."""
+    widths, depths = (sorted({v.model[key] for v in study.variants}) for key in ("decoder_width", "decoder_depth"))
+    at = {(v.model["decoder_depth"], v.model["decoder_width"]): v.name for v in study.variants}
+    surfaces = (
+        ("held-out velocity error", lambda name: mean_error(results, name)),
+        ("decoder in a training step [ms]", lambda name: costs[name]["decoder, ms"]),
+    )
+    for axis, (title, value) in zip(axes, surfaces, strict=False):
+        grid = torch.tensor([[value(at[depth, width]) for width in widths] for depth in depths])
+        axis.imshow(grid.numpy(), cmap="viridis", origin="lower", aspect="auto")
+        for row, values in enumerate(grid.tolist()):
+            for column, each in enumerate(values):
+                axis.text(column, row, f"{each:.4g}", ha="center", va="center", color="white", fontsize=9)
+        axis.set(title=title, xlabel="D", ylabel="N")
+        axis.set_xticks(range(len(widths)), widths)
+        axis.set_yticks(range(len(depths)), depths)
+    for variant in study.variants:
+        point = costs[variant.name]["decoder, ms"], mean_error(results, variant.name)
+        axes[2].plot(*point, "o", color="tab:blue")
+        axes[2].annotate(variant.name, point, fontsize=7)
+    axes[2].set(title="error against cost", xlabel="ms", xscale="log")
+
+
+def draw_weights(axes: list[Axes], study: Study, results: Results, costs: Costs) -> None:
+    """Luminance weights of JPEG quality 85 and of what was learned, on one logarithmic scale."""
+    shown = [("JPEG 85", ops.jpeg_frequency_weight(85)[0])]
+    for variant in study.variants:
+        if variant.learned:
+            weights = [torch.tensor(r["frequency_weight"]) for r in results if r["variant"] == variant.name]
+            shown.append((variant.name, torch.stack(weights).mean(0)[0]))
+    for axis, (name, weight) in zip(axes, shown, strict=True):
+        picture = axis.imshow(weight.clamp_min(1e-3).log10().numpy(), cmap="RdBu_r", vmin=-1.5, vmax=1.5)
+        axis.set(title=f"log10 weight of Y: {name}", xlabel="horizontal frequency", ylabel="vertical frequency")
+    axes[0].figure.colorbar(picture, ax=axes, shrink=0.8)
+
+
+STUDIES = {
+    "interaction": Study(
+        "AdaLN against addition in the pixel decoder",
+        (Variant("adaln"), Variant("add", {"interaction": "add"})),
+        steps=500,
+        seeds=3,
+        shows="Whether modulation by the tokens learns faster than adding them to the pixels' features, at the same "
+        "data, times and noise; the points are seeds, so that their spread can be compared with the difference.",
+        cannot=CANNOT,
+    ),
+    "capacity": Study(
+        "Width D and depth N of the pixel decoder",
+        tuple(
+            Variant(f"D{width} N{depth}", {"decoder_width": width, "decoder_depth": depth})
+            for width in (16, 32, 64)
+            for depth in (1, 3, 6)
+        ),
+        steps=300,
+        seeds=1,
+        shows="How the error early in training and the decoder's cost on this machine change over D x N. With more "
+        "than one seed (--seeds) also the spread.",
+        cannot=CANNOT + " Differences between neighbouring sizes at one seed may be chance. The upsample grows with D: "
+        "the models differ in parameters too.",
+        cost=decoder_cost,
+        draw=draw_capacity,
+        panels=3,
+    ),
+    "frequency": Study(
+        "JPEG quality behind the frequency weights, and weights that are learned",
+        (
+            *(Variant(f"JPEG {quality}", quality=quality) for quality in (50, 85, 100)),
+            Variant("learned by loss", learned="loss"),
+            Variant("learned by likelihood", learned="likelihood"),
+        ),
+        steps=400,
+        seeds=2,
+        shows="Where the weights move the error between low and high frequencies, and what weights become that may be "
+        "chosen by training: descending on the loss they leave what is hard for what is easy; under the likelihood "
+        "they approach the inverse of the error.",
+        cannot=CANNOT + " Which weights look best to people is not asked: every column is an error of the velocity, "
+        "and a run tends to win in the column that its own weights resemble.",
+        draw=draw_weights,
+        panels=3,
+    ),
+    "aspect": Study(
+        "Native aspect ratio against the square center crop",
+        (Variant("square"), Variant("native", native=True)),
+        steps=500,
+        seeds=3,
+        native=True,
+        shows="Whether training on rectangles of about the same number of pixels costs anything on squares, and what "
+        "training on squares alone costs on rectangles.",
+        cannot=CANNOT
+        + " Aspect ratios reach 2:1 only, and all images have about the same number of pixels: larger sizes "
+        "are not tried.",
+    ),
+}

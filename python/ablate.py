@@ -1,0 +1,178 @@
+"""Small studies of DeCo's design on the CPU: two versions or more are trained alike and judged on held-out crops.
+
+    python python/ablate.py interaction     AdaLN against addition in the pixel decoder
+    python python/ablate.py capacity        width D and depth N of the decoder: error and cost
+    python python/ablate.py frequency       JPEG quality of the frequency weights, and learned weights
+    python python/ablate.py aspect          native aspect ratio against square crops
+
+Writes into out/ablate/STUDY: table.csv (one line per run), table.md (means over seeds, what the study can and cannot
+show), study.png, and runs/ with the averaged weights and figures of every run. The same command with --resume
+continues a study that was stopped or killed.
+
+Exit status: 0; 2 if photographs, options or the folder cannot be used (one line says why).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from _photos import shipped_photographs  # noqa: E402
+
+from benchmarks.names import KEPT_HEAP  # noqa: E402
+
+CROPS, HELD_OUT_CROPS = 300, 48  # of every photograph
+STUDY_NAMES = ("interaction", "capacity", "frequency", "aspect")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    expected = (ValueError, TypeError, OSError)
+    try:
+        from deco_kernels.training.checkpoints import CheckpointError  # seconds of imports, which --help is spared
+
+        expected += (CheckpointError,)
+        run(options)
+    except expected as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+        return int(text)
+
+    parser = argparse.ArgumentParser(
+        prog="python/ablate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", choices=STUDY_NAMES)
+    parser.add_argument("--image", type=Path, action="append", help="a photograph (repeatable); default: two")
+    parser.add_argument("--steps", type=count, help="of every run (300 to 500, by study)")
+    parser.add_argument("--seeds", type=count, help="runs of every variant (1 to 3, by study)")
+    parser.add_argument("--batch-size", type=count, default=8)
+    parser.add_argument("--image-size", type=count, default=64, help="a multiple of 16 (64)")
+    parser.add_argument("--preset", default="deco-demo", help="model that the variants change (deco-demo)")
+    parser.add_argument("--out", type=Path, help="folder of the study (out/ablate/STUDY)")
+    parser.add_argument("--resume", action="store_true", help="continue what is in the folder")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """The whole study. Raises ValueError and OSError where options, photographs or the folder cannot be used."""
+    import _crops
+    from _studies import STUDIES
+    from _study_report import plot, summary, write_csv
+    from _study_run import Recipe
+
+    from deco_kernels.model import PRESETS, DeCo
+
+    study = STUDIES[options.study]
+    recipe = Recipe(options.steps or study.steps, options.batch_size, options.image_size, preset=options.preset)
+    if recipe.preset not in PRESETS or PRESETS[recipe.preset][0] is not DeCo:
+        known = [name for name, (kind, _) in PRESETS.items() if kind is DeCo]
+        raise ValueError(f"--preset: expected one of {known}, got {recipe.preset!r}")
+    if recipe.image_size % 16:
+        raise ValueError(f"--image-size: expected a multiple of the patch size 16, got {recipe.image_size}")
+    paths = options.image or shipped_photographs()
+    photographs = _crops.load(paths)
+    if not photographs:
+        named = f" among {', '.join(map(str, paths))}" if paths else ""
+        raise ValueError(f"no readable photograph{named}; name one with --image FILE, or install scikit-learn's")
+    shapes = _crops.native_shapes(recipe.image_size, 16) if study.native else [(recipe.image_size,) * 2]
+    held_out = held_out_images(study, recipe, photographs, shapes)
+    out = options.out or ROOT / "out" / "ablate" / options.study
+    settings = {"study": options.study, "images": [str(path) for path in paths], **dataclasses.asdict(recipe)}
+    claim(out, settings, options.resume)
+    results = run_all(study, recipe, options.seeds or study.seeds, photographs, shapes, held_out, out)
+    costs = measured_costs(study, recipe, out)
+    write_csv(results, costs, out / "table.csv")
+    text = summary(study, recipe, results, costs)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    plot(study, results, costs).savefig(out / "study.png", dpi=110)
+    print(text)
+    print(f"wrote {out / 'table.csv'}, table.md and study.png")
+
+
+def run_all(study, recipe, seeds: int, photographs: list, shapes: list, held_out: dict, out: Path) -> list[dict]:
+    """What every run of the study found, those read back that were finished before."""
+    import _crops
+    from _study_run import Run
+    from tqdm import tqdm
+
+    results = []
+    with tqdm(total=seeds * len(study.variants) * recipe.steps, unit="step") as bar:
+        for seed in range(seeds):
+            for variant in study.variants:
+                bar.set_description(f"{variant.name}, seed {seed}")
+                folder = out / "runs" / f"{variant.name.replace(' ', '-')}-seed{seed}"
+                if (folder / "result.json").exists():
+                    bar.update(recipe.steps)
+                    results.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
+                    continue
+                folder.mkdir(parents=True, exist_ok=True)
+                crops = _crops.cut(photographs, shapes, CROPS, seed, held_out=False)
+                training = _crops.at_own_shape(crops) if variant.native else _crops.at_square(crops, recipe.image_size)
+                one = Run(variant, recipe, seed, training, len(photographs), folder)
+                one.train(bar.update)
+                results.append(one.finish(held_out))
+    return results
+
+
+def held_out_images(study, recipe, photographs: list, shapes: list[tuple[int, int]]) -> dict[str, dict]:
+    """What every run is judged on: squares, and rectangles where the study is about them."""
+    import _crops
+
+    crops = _crops.cut(photographs, shapes, HELD_OUT_CROPS, 0, held_out=True)
+    images = {"squares": _crops.at_square(crops, recipe.image_size)}
+    if study.native:
+        groups = _crops.at_own_shape(crops)
+        images["rectangles"] = {shape: group for shape, group in groups.items() if shape[0] != shape[1]}
+    return images
+
+
+def claim(out: Path, settings: dict, resume: bool) -> None:
+    """Take the folder for a study of these settings.
+
+    Raises ValueError where it holds something else, another study, or this one and `resume` is not asked for.
+    """
+    from _study_run import write_json
+
+    path = out / "settings.json"
+    if out.exists() and any(out.iterdir()):
+        if not resume:
+            raise ValueError(f"--out: {out} is not empty; continue it with --resume or choose another folder")
+        if not path.is_file():
+            raise ValueError(f"--out: {out} holds no study; choose another folder")
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"{key} {before.get(key)} -> {new}" for key, new in settings.items() if before.get(key) != new]
+        if changed:
+            raise ValueError(f"--out: {out} holds another study ({', '.join(changed)}); choose another folder")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(settings, path)
+
+
+def measured_costs(study, recipe, out: Path) -> dict[str, dict[str, float]]:
+    """What every variant costs, measured once per study; empty for studies that do not ask."""
+    from _study_run import write_json
+
+    if study.cost is None:
+        return {}
+    path = out / "costs.json"
+    if not path.exists():
+        write_json({variant.name: study.cost(variant, recipe) for variant in study.variants}, path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    if not KEPT_HEAP.items() <= os.environ.items():  # the C library reads these when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT_HEAP})
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""The studies: crops, learned weights, runs that resume, and every study in its smallest form."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deco_kernels import flow, model
+from deco_kernels.backends.reference.flow_matching_loss import block_dct_ycbcr
+from deco_kernels.training.images import to_signed
+
+PROGRAMS = Path(__file__).resolve().parents[2] / "python"
+sys.path.insert(0, str(PROGRAMS))
+
+import _crops  # noqa: E402
+import _studies  # noqa: E402
+import _study_run  # noqa: E402
+import ablate  # noqa: E402
+from _learned_weight import LearnedWeightObjective  # noqa: E402
+
+SMALLEST = ["--preset", "deco-tiny", "--image-size", "48", "--batch-size", "2", "--steps", "2", "--seeds", "1"]
+
+
+# --- crops -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_and_half():
+    """A photograph, black where training crops come from and white where held-out ones do."""
+    pixels = np.zeros((200, 400, 3), dtype=np.uint8)
+    pixels[:, 300:] = 255
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(("held_out", "value"), [(False, 0), (True, 255)])
+def test_held_out_crops_share_no_pixel_with_training_crops(half_and_half, held_out, value):
+    shapes = _crops.native_shapes(48, 16)
+    assert len(shapes) > 2
+    crops = _crops.cut([half_and_half, half_and_half], shapes, 20, seed=3, held_out=held_out)
+    groups = _crops.at_own_shape(crops)
+    assert sorted(groups) == sorted(shapes) and sum(len(images.labels) for images in groups.values()) == 40
+    for shape, images in groups.items():
+        assert images.pixels.shape[2:] == shape and set(images.labels.tolist()) == {0, 1}
+        assert (images.pixels == value).all()
+    square = _crops.at_square(crops, 48)[48, 48]
+    assert square.pixels.shape == (40, 3, 48, 48)
+
+
+def test_crops_follow_the_seed(half_and_half):
+    noisy = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 400, 3), dtype=np.uint8))
+    first, again, other = (
+        _crops.at_square(_crops.cut([noisy], [(48, 48)], 3, seed, held_out=False), 48)[48, 48].pixels
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+# --- learned frequency weights ---------------------------------------------------------------------------------------
+
+
+def losses_at_fixed_error(objective, error):
+    """The objective's losses for a model that misses the velocity by `error` [1, 3, 8, 8]."""
+    x, noise = torch.zeros_like(error), torch.ones_like(error)
+    return objective.losses(lambda x_t, t, y: (x - noise) + error, x, torch.zeros(1), torch.full((1,), 0.5), noise)
+
+
+@pytest.fixture(scope="module")
+def fixed_error():
+    return torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("rule", ["loss", "likelihood"])
+def test_learned_weights_stay_positive_with_mean_one_in_each_plane(rule, fixed_error):
+    objective = LearnedWeightObjective(rule)
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        losses_at_fixed_error(objective, fixed_error)["total"].backward()
+        optimizer.step()
+    weight = objective.weight().detach()
+    assert weight.min() > 0 and weight.std() > 0.1
+    torch.testing.assert_close(weight.mean((1, 2)), torch.ones(3))
+
+
+def test_likelihood_weights_become_the_inverse_error(fixed_error):
+    """At the constrained minimum 1/weight - error is one constant per plane."""
+    objective = LearnedWeightObjective("likelihood")
+    optimizer = torch.optim.LBFGS(objective.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        total = losses_at_fixed_error(objective, fixed_error)["total"]
+        total.backward()
+        return total
+
+    optimizer.step(closure)
+    energy = block_dct_ycbcr(fixed_error)[0, :, 0, 0].square()
+    constant = (1 / objective.weight().detach() - energy).flatten(1)
+    assert (constant.std(1) < 1e-2 * energy.flatten(1).std(1)).all()
+
+
+def test_weights_that_descend_on_the_loss_leave_the_largest_error(fixed_error):
+    objective = LearnedWeightObjective("loss")
+    losses_at_fixed_error(objective, fixed_error)["total"].backward()
+    energy = block_dct_ycbcr(fixed_error)[0, :, 0, 0].square().flatten(1)
+    steepest = objective.logits.grad.flatten(1).argmax(1)
+    assert torch.equal(steepest, energy.argmax(1))
+
+
+def test_unknown_rule():
+    with pytest.raises(ValueError, match="rule: expected one of"):
+        LearnedWeightObjective("other")
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def test_velocity_errors_are_means_over_all_images():
+    pixels = torch.randint(0, 256, (3, 3, 32, 48), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    groups = {(32, 48): _crops.Images(pixels, torch.tensor([0, 1, 1]))}
+    seen = []
+
+    def network(x_t, t, y):
+        seen.append((x_t, t))
+        return x_t
+
+    errors = _study_run.velocity_errors(network, groups)
+    x_t, t = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert sorted(t.tolist()) == pytest.approx([1 / 6, 3 / 6, 5 / 6])
+    x = to_signed(pixels)
+    noise = (x_t - t[:, None, None, None] * x) / (1 - t)[:, None, None, None]
+    error = x_t - (x - noise)
+    assert errors["pixel"] == pytest.approx(error.square().mean().item(), rel=1e-4)
+    luminance = torch.einsum("c,bchw->bhw", torch.tensor([0.299, 0.587, 0.114]), error).square().mean().item()
+    assert (10 * errors["low"] + 54 * errors["high"]) / 64 == pytest.approx(luminance, rel=1e-4)
+
+
+def tiny_run(folder, variant, **recipe):
+    recipe = _study_run.Recipe(**{"steps": 6, "batch_size": 2, "image_size": 32, "preset": "deco-tiny"} | recipe)
+    pixels = torch.randint(0, 256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    training = {(32, 32): _crops.Images(pixels, torch.arange(5) % 2)}
+    folder.mkdir(exist_ok=True)
+    return _study_run.Run(variant, recipe, 0, training, 2, folder)
+
+
+@pytest.mark.parametrize("learned", [None, "likelihood"])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(learned, tmp_path):
+    variant = _study_run.Variant("plain", learned=learned)
+    straight = tiny_run(tmp_path / "straight", variant)
+    straight.train(lambda count: None)
+
+    def interrupt(count):
+        if len(broken.losses) == 5:
+            raise KeyboardInterrupt
+
+    broken = tiny_run(tmp_path / "broken", variant, save_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train(interrupt)
+    told = []
+    resumed = tiny_run(tmp_path / "broken", variant, save_every=2)
+    resumed.train(told.append)
+    assert told == [4, 1, 1] and resumed.losses == straight.losses
+    for name, average in straight.average.averages.items():
+        assert torch.equal(resumed.average.averages[name], average)
+    weights = [each.objective.frequency_weight.detach() for each in (resumed, straight)]
+    assert torch.equal(*weights)
+
+
+def test_variants_of_a_seed_see_the_same_noise_and_images(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(flow.Objective, "losses", lambda self, m, x, y, t, noise: seen.append((x, y, t, noise)) or {
+        "total": sum(p.sum() for p in m.parameters()), "pixel": torch.zeros(())})  # fmt: skip
+    for name, options in (("adaln", {}), ("add", {"interaction": "add"})):
+        tiny_run(tmp_path / name, _study_run.Variant(name, options), steps=2).train(lambda count: None)
+    assert len(seen) == 4
+    for one, other in zip(seen[:2], seen[2:], strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    assert not torch.equal(seen[0][3], seen[1][3])
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        ablate.main(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in _studies.STUDIES) and "--resume" in said
+
+
+def test_names_of_the_studies():
+    assert ablate.STUDY_NAMES == tuple(_studies.STUDIES)
+
+
+@pytest.mark.parametrize("name", ablate.STUDY_NAMES)
+def test_smallest_run_of_every_study(name, tmp_path, monkeypatch, capsys):
+    """Of the capacity study only two sizes, since the cost of each is measured for a second."""
+    monkeypatch.setattr(ablate, "CROPS", 12)
+    monkeypatch.setattr(ablate, "HELD_OUT_CROPS", 10)
+    study = _studies.STUDIES[name]
+    if name == "capacity":
+        study = dataclasses.replace(study, variants=study.variants[:2])
+        monkeypatch.setitem(_studies.STUDIES, name, study)
+    out = tmp_path / "out"
+    assert ablate.main([name, *SMALLEST, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "Shows: " in said and "Cannot show: " in said
+    assert (out / "table.md").read_text() in said
+    with open(out / "table.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["variant"] for line in lines] == [variant.name for variant in study.variants]
+    assert all(0 < float(line["pixel, squares"]) < 3 for line in lines)
+    if name == "capacity":
+        assert 0 < float(lines[0]["kFLOP per pixel"]) < float(lines[1]["kFLOP per pixel"])
+        assert all(float(line["decoder, ms"]) > 0 for line in lines)
+    if name == "aspect":
+        assert all(float(line["pixel, rectangles"]) > 0 for line in lines)
+    with Image.open(out / "study.png") as picture:
+        assert picture.width > 800
+    folder = out / "runs" / f"{study.variants[0].name.replace(' ', '-')}-seed0"
+    assert isinstance(model.load_model(folder / "model.safetensors"), model.DeCo)
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "result.json"]
+
+
+def test_a_killed_study_resumes_and_grows(tmp_path, monkeypatch, capsys):
+    """Killed by signal 9 after a saved state; then resumed; then continued with another seed, and nothing run twice."""
+    out = tmp_path / "out"
+    arguments = ["interaction", *SMALLEST, "--image-size", "32", "--steps", "120", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, str(PROGRAMS / "ablate.py"), *arguments]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        state = out / "runs" / "adaln-seed0" / "state.pt"
+        while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert state.exists() and not (out / "table.md").exists()
+    saved = torch.load(state, weights_only=True)["losses"]
+    assert len(saved) == 100
+
+    assert ablate.main(arguments) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert ablate.main([*arguments, "--resume"]) == 0
+    result = json.loads((out / "runs" / "adaln-seed0" / "result.json").read_text())
+    assert result["pixel_losses"][:100] == saved and len(result["pixel_losses"]) == 120
+
+    monkeypatch.setattr(_study_run.Run, "train", lambda *_: pytest.fail("a finished run was started again"))
+    assert ablate.main([*arguments, "--resume"]) == 0
+    assert ablate.main([*arguments, "--resume", "--steps", "121"]) == 2
+    assert "steps 120 -> 121" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image-size", "40"], "multiple of the patch size 16"),
+        (["--image", "missing.jpg"], "missing.jpg"),
+        (["--preset", "unknown"], "unknown"),
+        (["--out", "{foreign}"], "not empty"),
+        (["--out", "{foreign}", "--resume"], "holds no study"),
+    ],
+)
+def test_bad_input_is_named(arguments, message, tmp_path, capsys):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    arguments = [argument.format(foreign=foreign) for argument in arguments]
+    options = ["interaction", *SMALLEST, "--out", str(tmp_path / "out"), *arguments]
+    assert ablate.main(options) == 2
+    said = capsys.readouterr().err
+    assert "error: " in said and message in said
+    assert [path.name for path in foreign.iterdir()] == ["notes.txt"] and not (tmp_path / "out").exists()
+
+
+def test_too_small_a_photograph_is_named(tmp_path, capsys):
+    Image.new("RGB", (100, 100)).save(tmp_path / "small.png")
+    options = ["aspect", *SMALLEST, "--out", str(tmp_path / "out"), "--image", str(tmp_path / "small.png")]
+    assert ablate.main(options) == 2
+    assert "100x100 pixels are too few" in capsys.readouterr().err
