@@ -34,9 +34,19 @@ def header(device: str) -> dict:
         "torch": torch.__version__,
         "deco_kernels": deco_kernels.__version__,
         "commit": commit(),
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "command": command(sys.argv[1:]),
     }
     return found | (_gpu() if device == "cuda" else {})
+
+
+def command(arguments: list[str]) -> str:
+    """What repeats the measurement: the command line without the files that it read and wrote."""
+    kept = list(arguments)
+    for option in ("--output", "--compare"):
+        while option in kept:
+            index = kept.index(option)
+            del kept[index : index + 2]
+    return " ".join(["python -m benchmarks", *kept])
 
 
 def load() -> float | None:

@@ -1,10 +1,10 @@
 """Markdown of the parts beyond single ops: scaling, end to end, kernels."""
 
 from benchmarks.markdown import ratio, section, table, title_of
-from benchmarks.names import BACKWARD_ALONE, LIMIT, PUBLISHED, SAMPLING
+from benchmarks.names import BACKWARD_ALONE, BEST_EAGER, COMPILE_MODES, COMPILED, LIMIT, PUBLISHED, SAMPLING
 
 FLAT_FROM = {"cpu": 65_536, "cuda": 2_097_152}  # pixels from which on time per pixel is expected to be flat
-FLAT = 1.15
+EAGER = (PUBLISHED, BEST_EAGER, *COMPILE_MODES)
 
 
 def pixels_of(row: dict) -> int:
@@ -28,8 +28,27 @@ def flatness(points: list[tuple[int, float]], device: str) -> float | None:
     return max(times) / min(times) if len(times) > 1 else None
 
 
+def scaling_summary(result: dict) -> str:
+    """A line per op, dtype, pass and backend of ours: time per pixel where it should be flat, and how flat it is."""
+    device, lines = result["header"]["device"], []
+    for (op, dtype, pass_), group in curves(result).items():
+        published = dict(group.get(PUBLISHED, ()))
+        for name, points in group.items():
+            spread = flatness(points, device)
+            if name in EAGER or spread is None:
+                continue
+            large = [(pixels, time) for pixels, time in points if pixels >= FLAT_FROM[device]]
+            (first, _), (last, time) = large[0], large[-1]
+            beside = [f"{published[pixels]:.3g}" if pixels in published else "–" for pixels in (first, last)]
+            cells = [f"{large[0][1]:.3g}", f"{time:.3g}", f"{spread:.2f}", *beside]
+            lines.append([f"{op} {dtype}, {title_of(pass_)}: {name}, {first:,} to {last:,} px", *cells])
+    heads = ["what", "ns per pixel, smallest", "largest image", "largest / smallest time", "eager, smallest", "largest"]
+    return section("## Time per pixel, large images", table(heads, lines), []) if lines else ""
+
+
 def scaling(result: dict) -> str:
-    device, parts = result["header"]["device"], []
+    """The summary, then a table per op, dtype and pass."""
+    device, parts = result["header"]["device"], [scaling_summary(result)]
     for (op, dtype, pass_), group in curves(result).items():
         sizes = sorted({pixels for points in group.values() for pixels, _ in points})
         lines = []
@@ -49,15 +68,39 @@ def scaling(result: dict) -> str:
         parts.append(
             section(f"## Time per pixel against size: {op}, {dtype}, {title_of(pass_)}", table(heads, lines), notes)
         )
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
+
+
+def end_to_end_summary(rows: list[dict]) -> str:
+    """A line per case and backend of ours, in milliseconds."""
+    lines = []
+    for (preset, pass_, batch, image_size, dtype, steps), group in end_to_end_groups(rows).items():
+        medians = {row["contender"]: row["ms"] for row in group if row["status"] == "ok"}
+        what = f"{pass_} of {steps} steps" if pass_ == SAMPLING else pass_
+        for name, milliseconds in medians.items():
+            if name in EAGER or name == LIMIT:
+                continue
+            others = [f"{medians[other]:.3g}" if other in medians else "–" for other in (PUBLISHED, COMPILED, LIMIT)]
+            text = f"{preset}, {what}, batch {batch}, {image_size} x {image_size}, {dtype}: {name}"
+            lines.append([text, f"{milliseconds:.3g}", *others, ratio(medians.get(PUBLISHED), milliseconds)])
+    heads = ["what", "ms", "published eager", "published, torch.compile", "limit", "× published"]
+    return section("## End to end", table(heads, lines), []) if lines else ""
 
 
 def end_to_end(rows: list[dict]) -> str:
+    """The summary, then a table per case."""
+    parts = [end_to_end_summary(rows)]
+    parts += [_end_to_end_group(*key, group) for key, group in end_to_end_groups(rows).items()]
+    return "\n\n".join(part for part in parts if part)
+
+
+def end_to_end_groups(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Rows by (preset, pass, batch, image size, dtype, steps)."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         key = (row["preset"], row["pass"], row["batch"], row["image_size"], row["dtype"], row.get("steps"))
         groups.setdefault(key, []).append(row)
-    return "\n\n".join(_end_to_end_group(*key, group) for key, group in groups.items())
+    return groups
 
 
 def _end_to_end_group(preset, pass_, batch, image_size, dtype, steps, rows: list[dict]) -> str:

@@ -20,7 +20,7 @@ from benchmarks.names import (  # noqa: E402
     SAMPLING,
     TRAINING,
 )
-from benchmarks.parts_report import FLAT_FROM, curves  # noqa: E402
+from benchmarks.parts_report import EAGER, FLAT_FROM, curves  # noqa: E402
 from benchmarks.report import eager_medians, groups  # noqa: E402
 
 _COLOURS = {
@@ -34,7 +34,6 @@ _COLOURS = {
     LIMIT: "black",
     **dict(zip(COMPILE_MODES, ("tab:orange", "gold"), strict=True)),
 }
-_EAGER = (PUBLISHED, BEST_EAGER, *COMPILE_MODES)
 _SHORT_PASS = {TRAINING: "forward + backward"}
 
 
@@ -171,7 +170,7 @@ def scaling(result: dict):
         axes.set(xscale="log", yscale="log", xlabel="pixels", ylabel="ns per pixel")
         axes.set_ylim(bottom=min(time for points in group.values() for _, time in points) / 2)
         for name, points in group.items():
-            if name not in _EAGER:
+            if name not in EAGER:
                 _mark_call(axes, points, _colour(name), FLAT_FROM[device])
         axes.axvline(FLAT_FROM[device], color="black", linewidth=0.5)
         axes.set_title(f"{op}, {dtype}, {_SHORT_PASS.get(pass_, pass_)}", fontsize=9)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, results
+from benchmarks import parts_report, report, results
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "results"
@@ -30,6 +30,30 @@ def test_a_committed_result_is_complete(path):
     for row in rows:
         too_large = row in result["scaling"] and row["status"] == "unavailable" and "GiB" in row["reason"]
         assert row["status"] == "ok" or too_large, row
+
+
+@pytest.mark.parametrize("kind", ("scaling", "end_to_end"))
+def test_the_tables_of_the_page_are_those_of_the_results(kind):
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    result = results.load(str(FOLDER / MEASURED.replace(".json", f"_{kind}.json")))
+    summary = {
+        "scaling": lambda: parts_report.scaling_summary(result),
+        "end_to_end": lambda: parts_report.end_to_end_summary(result["end_to_end"]),
+    }[kind]()
+    lines = [line for line in summary.splitlines() if line.startswith("|")]
+    assert len(lines) > 3
+    for line in lines:
+        assert line in page, line
+
+
+def test_time_per_pixel_of_the_decoder_is_flat():
+    result = results.load(str(FOLDER / MEASURED.replace(".json", "_scaling.json")))
+    found = {
+        key: parts_report.flatness(group["cpu"], "cpu")
+        for key, group in parts_report.curves(result).items()
+        if key[0] == "pixel_decoder"
+    }
+    assert len(found) == 3 and max(found.values()) <= 1.15
 
 
 def test_the_table_in_the_readme_is_the_one_of_the_result():

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from benchmarks import comparison, report, results
+from benchmarks import comparison, machine, report, results
 
 STORED = pathlib.Path(__file__).with_name("result.json")
 
@@ -49,6 +49,11 @@ def test_runs_are_put_together(stored):
     assert merged["import_time"] == stored["import_time"]
     assert merged["ceilings"]["bytes_per_s"] == 2 * stored["ceilings"]["bytes_per_s"]
     assert merged["header"]["command"] == "python -m benchmarks; python -m benchmarks scaling"
+
+
+def test_the_header_tells_how_to_repeat_the_run():
+    arguments = ["adaln_block", "--threads", "2", "--output", "folder/result.json", "--compare", "old.json", "--quick"]
+    assert machine.command(arguments) == "python -m benchmarks adaln_block --threads 2 --quick"
 
 
 def test_nothing_moved(stored):
