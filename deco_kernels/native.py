@@ -13,6 +13,23 @@ if TYPE_CHECKING:
 
 ISA_VARIABLE = "DECO_KERNELS_CPU_ISA"
 
+_CPU_FUNCTIONS = (
+    "usable_isas",
+    "current_isa",
+    "select_isa",
+    "vector_lanes",
+    "adaln_block_forward",
+    "adaln_block_backward",
+    "pixel_decoder_forward",
+    "pixel_decoder_backward",
+    "pixel_decoder_from_tokens_forward",
+    "upsample_modulate_forward",
+    "upsample_modulate_backward",
+    "flow_matching_loss_forward",
+    "flow_matching_loss_backward",
+)
+"""What the package calls in the native CPU module; one that was built from older sources may lack some of it."""
+
 
 @lru_cache(maxsize=1)
 def _load_cpu() -> tuple[ModuleType | None, str | None]:
@@ -25,6 +42,12 @@ def _load_cpu() -> tuple[ModuleType | None, str | None]:
         return None, (
             f"the native CPU module deco_kernels._native_cpu cannot be imported ({error}). Build it with a C++17 "
             "compiler: `DECO_KERNELS_BUILD=cpu pip install .`, or `python setup.py build_ext --inplace` in a checkout"
+        )
+    missing = [name for name in _CPU_FUNCTIONS if not hasattr(module, name)]
+    if missing:
+        return None, (
+            f"the native CPU module {module.__file__} is older than the package: it lacks {', '.join(missing)}. "
+            "Rebuild it: `DECO_KERNELS_BUILD=cpu pip install .`, or `python setup.py build_ext --inplace` in a checkout"
         )
     isa = os.environ.get(ISA_VARIABLE, "").strip()
     if isa:

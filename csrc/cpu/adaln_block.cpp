@@ -2,10 +2,11 @@
 //   out = h + gate (W_2 SiLU(W_1 m + b_1) + b_2),  m = LayerNorm(h) (1 + scale) + shift,
 //   (shift, scale, gate) = W_mod SiLU(cond) + b_mod.
 //
-// Each part (thread) owns a contiguous share of the tiles of T rows. Per row the forward reads 2 D and writes D values
-// and spends 5 D^2 multiply-adds and 2 D SiLUs; the backward reads 3 D, writes 2 D and spends 15 D^2 (5 of them the
-// recomputed forward). The backward adds the weights' gradients of a part's tiles in order, then the parts in order:
-// the same number of threads gives the same bits.
+// The parts (threads) of the forward take tiles of T rows as they come; those of the backward own contiguous shares.
+// Per row the forward reads 2 D and writes D values and spends 5 D^2 multiply-adds and 2 D SiLUs; the backward reads
+// 3 D, writes 2 D and spends 15 D^2 (5 of them the recomputed forward). Every row of the forward is computed by one
+// thread in a fixed order; the backward adds the weights' gradients of a part's tiles in order, then the parts in
+// order: the same number of threads gives the same bits.
 #include "deco/adaln_block.h"
 
 #include "cpu/decoder_tile_backward.h"
@@ -15,7 +16,7 @@
 namespace deco::cpu::DECO_CPU_ISA {
 namespace {
 
-constexpr int tile_size(int width) { return width < 64 ? 64 : 32; }
+constexpr int kTile = 32;  // with the weights it fits in the first cache level at D = 32 in bfloat16
 
 template <class Operand, int D, int T>
 struct alignas(64) ForwardScratch {
@@ -26,7 +27,7 @@ struct alignas(64) ForwardScratch {
 
 template <class Operand, int D>
 void forward(const AdalnBlockForward& call) {
-  constexpr int T = tile_size(D);
+  constexpr int T = kTile;
   const int64_t tiles = (call.rows + T - 1) / T;
   const int parts = part_count(tiles, call.threads);
   const DType activation = call.cond.dtype;
@@ -42,25 +43,28 @@ void forward(const AdalnBlockForward& call) {
   Arena arena(thread_scratch(counter.used()));
   lay_out(arena);
 
+  SharedWork work(tiles, parts);
+  const RowWrites writes = row_writes<D>(call.out, call.rows);
   parallel_for(parts, [&](int part) {
     ForwardScratch<Operand, D, T>& tile = scratch[part];
-    const Range share = share_of(tiles, parts, part);
-    for (int64_t t = share.begin; t < share.end; ++t) {
-      const int64_t first = t * T;
-      const int count = static_cast<int>(call.rows - first < T ? call.rows - first : T);
-      const int pixels = whole_strips(count);
-      prefetch_rows<D, T>(call.cond, first + T, call.rows);
-      prefetch_rows<D, T>(call.h, first + T, call.rows);
-      const char* sources[T];
-      row_addresses<T, const char*>(call.cond, first, count, kZeroRow, sources);
-      load_silu_cond<Operand, D, T>(activation, sources, pixels, tile.silu_cond);
-      row_addresses<T, const char*>(call.h, first, count, kZeroRow, sources);
-      load_rows<D, T>(call.h.dtype, sources, pixels, tile.h);
-      forward_block<Operand, D, T>(weights, call.eps, tile.silu_cond, pixels, tile.h, tile.block);
-      char* targets[T];
-      row_addresses<T, char*>(call.out, first, count, nullptr, targets);
-      store_rows<FloatOperand, D, T>(call.out.dtype, tile.h, count, targets);
-    }
+    work.for_each_share([&](Range share) {
+      for (int64_t t = share.begin; t < share.end; ++t) {
+        const int64_t first = t * T;
+        const int count = static_cast<int>(call.rows - first < T ? call.rows - first : T);
+        const int pixels = whole_strips(count);
+        prefetch_rows<D, T>(call.cond, first + T, call.rows);
+        prefetch_rows<D, T>(call.h, first + T, call.rows);
+        const char* sources[T];
+        row_addresses<T, const char*>(call.cond, first, count, kZeroRow, sources);
+        load_silu_cond<Operand, D, T>(activation, sources, pixels, tile.silu_cond);
+        row_addresses<T, const char*>(call.h, first, count, kZeroRow, sources);
+        load_rows<D, T>(call.h.dtype, sources, pixels, tile.h);
+        forward_block<Operand, D, T>(weights, call.eps, tile.silu_cond, pixels, tile.h, tile.block);
+        char* targets[T];
+        row_addresses<T, char*>(call.out, first, count, nullptr, targets);
+        store_rows<FloatOperand, D, T>(call.out.dtype, tile.h, count, targets, writes);
+      }
+    });
   });
 }
 
@@ -74,7 +78,7 @@ struct alignas(64) BackwardScratch {
 
 template <class Operand, int D>
 void backward(const AdalnBlockBackward& call) {
-  constexpr int T = tile_size(D);
+  constexpr int T = kTile;
   const int64_t tiles = (call.rows + T - 1) / T;
   const int parts = part_count(tiles, call.threads);
   const DType activation = call.cond.dtype;
@@ -121,12 +125,14 @@ void backward(const AdalnBlockBackward& call) {
       char* targets[T];
       if (call.grad_h.data != nullptr) {
         row_addresses<T, char*>(call.grad_h, first, count, nullptr, targets);
-        store_rows<FloatOperand, D, T>(call.grad_h.dtype, tile.block.grad_h, count, targets);
+        store_rows<FloatOperand, D, T>(call.grad_h.dtype, tile.block.grad_h, count, targets,
+                                       row_writes<D>(call.grad_h, call.rows));
       }
       if (wanted.cond) {
         finish_grad_cond(pixels, tile.block);
         row_addresses<T, char*>(call.grad_cond, first, count, nullptr, targets);
-        store_rows<FloatOperand, D, T>(call.grad_cond.dtype, tile.block.grad_silu_cond, count, targets);
+        store_rows<FloatOperand, D, T>(call.grad_cond.dtype, tile.block.grad_silu_cond, count, targets,
+                                       row_writes<D>(call.grad_cond, call.rows));
       }
     }
   });

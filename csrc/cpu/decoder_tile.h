@@ -14,6 +14,7 @@
 
 #include "cpu/decoder_weights.h"
 #include "cpu/pixels.h"
+#include "cpu/rows.h"
 
 namespace deco::cpu::DECO_CPU_ISA {
 
@@ -36,23 +37,45 @@ struct alignas(64) SavedBlockTile : BlockTile<Operand, D, T> {
   float update[D][T];             // W_2 hidden + b_2
 };
 
-// SiLU(cond) as a factor of the modulation; rows are addresses of D values each.
+// SiLU(y) of channels `channel` (even) and channel + 1 as a factor of the modulation and, where asked for, SiLU'(y).
+template <class Operand, int T>
+DECO_INLINE void put_silu(VecF y0, VecF y1, int channel, int pixel, typename Operand::Element (*silu_cond)[T],
+                          float (*derivative)[T]) {
+  const VecF s0 = sigmoid<Operand::kAccuracy>(y0), s1 = sigmoid<Operand::kAccuracy>(y1);
+  const VecF a0 = y0 * s0, a1 = y1 * s1;
+  Operand::put(silu_cond, channel, pixel, a0, a1);
+  if (derivative != nullptr) {
+    store(&derivative[channel][pixel], silu_derivative(a0, s0));
+    store(&derivative[channel + 1][pixel], silu_derivative(a1, s1));
+  }
+}
+
+// SiLU(cond) as put_silu leaves it; rows are addresses of D values each.
 template <class Operand, int D, int T>
 void load_silu_cond(DType dtype, const char* const (&rows)[T], int pixels, typename Operand::Element (*silu_cond)[T],
                     float (*derivative)[T] = nullptr) {
+#if DECO_CPU_ISA_avx512bf16
+  if constexpr (D % (2 * kLanes) == 0)
+    if (dtype == DType::kBFloat16) {
+      for (int pixel = 0; pixel < pixels; pixel += kLanes)
+        for (int d = 0; d < D; d += 2 * kLanes) {
+          VecPair y[kLanes];
+          load_bf16_square(rows, pixel, d, y);
+          unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA {
+            put_silu<Operand, T>(first_of_pairs(y[i]), second_of_pairs(y[i]), d + 2 * i, pixel, silu_cond, derivative);
+          });
+        }
+      return;
+    }
+#endif
   with_dtype(dtype, [&](auto storage) {
     for (int pixel = 0; pixel < pixels; pixel += kLanes)
       for (int d = 0; d < D; d += kLanes) {
         VecF y[kLanes];
         unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA { y[i] = load_as<storage.value>(rows[pixel + i], d); });
         transpose(y);
-        unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA {
-          const VecF s = sigmoid<Operand::kAccuracy>(y[i]);
-          y[i] = y[i] * s;
-          if (derivative != nullptr) store(&derivative[d + i][pixel], silu_derivative(y[i], s));
-        });
         unroll<kLanes / 2>([&](auto i) DECO_INLINE_LAMBDA {
-          Operand::put(silu_cond, d + 2 * i, pixel, y[2 * i], y[2 * i + 1]);
+          put_silu<Operand, T>(y[2 * i], y[2 * i + 1], d + 2 * i, pixel, silu_cond, derivative);
         });
       }
   });

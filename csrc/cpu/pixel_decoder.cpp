@@ -1,9 +1,9 @@
 // Forward of pixel_decoder: the whole per-pixel decoder, one tile of T consecutive rows of cond at a time.
 //
-// Each part (thread) owns a contiguous share of the tiles and writes their pixels. Per pixel it reads D values of cond
-// and C of the image, writes C of the velocity, and spends N (5 D^2) + 2 C D multiply-adds and (N + 1) D SiLUs: at
-// D = 32, N = 3, C = 3 in bfloat16 with a float image 82 bytes and 31 kFLOP. Every output is computed by one thread in
-// a fixed order, so the result does not depend on the number of threads.
+// The parts (threads) take tiles as they come. Per pixel they read D values of cond and C of the image, write C of the
+// velocity, and spend N (5 D^2) + 2 C D multiply-adds and (N + 1) D SiLUs: at D = 32, N = 3, C = 3 in bfloat16 with a
+// float image 82 bytes and 31 kFLOP. Every output is computed by one thread in a fixed order, so the result depends
+// neither on the number of threads nor on who takes which tile.
 #include "cpu/decoder_tile.h"
 #include "cpu/kernel_table.h"
 
@@ -29,21 +29,24 @@ void forward(const PixelDecoderForward& call) {
   Arena arena(thread_scratch(counter.used()));
   lay_out(arena);
 
+  SharedWork work(tiles, parts);
   parallel_for(parts, [&](int part) {
     DecoderTile<Operand, D, T>& tile = scratch[part];
-    const Range share = share_of(tiles, parts, part);
-    for (int64_t t = share.begin; t < share.end; ++t) {
-      const int64_t first = t * T;
-      const int count = static_cast<int>(rows - first < T ? rows - first : T);
-      const int pixels = whole_strips(count);
-      const char* addresses[T];
-      row_addresses<T, const char*>(call.shape, call.cond, first, count, kZeroRow, addresses);
-      load_silu_cond<Operand, D, T>(call.cond.dtype, addresses, pixels, tile.silu_cond);
-      gather_pixels<T>(call.shape, call.image, first, count, tile.rgb);
-      const auto* panel = reinterpret_cast<const float(*)[T]>(weights.table + t % weights.panels * D * T);
-      forward_tile<Operand, D, T>(weights, panel, pixels, tile);
-      scatter_pixels<T>(call.shape, call.velocity, first, count, tile.velocity);
-    }
+    work.for_each_share([&](Range share) {
+      for (int64_t t = share.begin; t < share.end; ++t) {
+        const int64_t first = t * T;
+        const int count = static_cast<int>(rows - first < T ? rows - first : T);
+        const int pixels = whole_strips(count);
+        prefetch_rows<D, T>(call.shape, call.cond, first + T);
+        const char* addresses[T];
+        row_addresses<T, const char*>(call.shape, call.cond, first, count, kZeroRow, addresses);
+        load_silu_cond<Operand, D, T>(call.cond.dtype, addresses, pixels, tile.silu_cond);
+        gather_pixels<T>(call.shape, call.image, first, count, tile.rgb);
+        const auto* panel = reinterpret_cast<const float(*)[T]>(weights.table + t % weights.panels * D * T);
+        forward_tile<Operand, D, T>(weights, panel, pixels, tile);
+        scatter_pixels<T>(call.shape, call.velocity, first, count, tile.velocity);
+      }
+    });
   });
 }
 

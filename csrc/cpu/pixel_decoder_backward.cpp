@@ -112,7 +112,8 @@ class Backward {
       finish_grad_cond(pixels, scratch.block);
       char* rows[T];
       row_addresses<T, char*>(call_.shape, call_.grad_cond, first, count, nullptr, rows);
-      store_rows<FloatOperand, D, T>(call_.grad_cond.dtype, scratch.block.grad_silu_cond, count, rows);
+      store_rows<FloatOperand, D, T>(call_.grad_cond.dtype, scratch.block.grad_silu_cond, count, rows,
+                                     row_writes<D>(call_.grad_cond, rows_));
     }
   }
 

@@ -2,7 +2,7 @@
 // pixel k = ky*p + kx of token (b, ty, tx) is image pixel (b, ty*p + ky, tx*p + kx).
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/rows.h"
 #include "deco/pixel_decoder.h"
 
 namespace deco::cpu::DECO_CPU_ISA {
@@ -147,6 +147,15 @@ inline void row_addresses(const Rows& rows, int64_t first_row, int count, Pointe
   const int64_t bytes = rows.stride * size_of(rows.dtype);
   char* first = static_cast<char*>(rows.data) + first_row * bytes;
   for (int i = 0; i < T; ++i) addresses[i] = i < count ? first + i * bytes : padding;
+}
+
+// Starts to fetch rows first_row .. first_row + T - 1 of D values, as far as there are so many.
+template <int D, int T>
+inline void prefetch_rows(const DecoderShape& shape, const PixelRows& rows, int64_t first_row) {
+  const int64_t left = shape.pixels() - first_row;
+  const char* addresses[T];
+  row_addresses<T, const char*>(shape, rows, first_row, static_cast<int>(left < T ? left : T), kZeroRow, addresses);
+  prefetch_rows<D>(rows.dtype, addresses, 0, 1);
 }
 
 }  // namespace deco::cpu::DECO_CPU_ISA

@@ -1,9 +1,9 @@
 // The upsample matmul inside the fused ops: y = W_up[k] token + b_up[k] for pixel k of a token, W_up[k] [D][Z].
 //
 // A tile holds pixel k of kTokenTile consecutive tokens, channel-major, [D][kTokenTile]: the tokens lie in the vector
-// lanes. Tokens are taken in chunks of kTokenChunk, whose transpose [strips][elements][kStrip] all threads make once and
-// share. Each part (thread) owns a contiguous share of the chunk's tiles, pixel after pixel, and transposes the weights
-// of one pixel at a time into a panel of its own, [groups][elements][kGroup]: both factors of a product are then read
+// lanes. Tokens are taken in chunks of kTokenChunk, whose transpose [strips][elements][kStrip] all threads make once
+// and share. Each part (thread) takes contiguous shares of the chunk's tiles, pixel after pixel, and transposes the
+// weights of one pixel at a time into a panel of its own, [groups][elements][kGroup]: both factors of a product are then read
 // linearly, the panel (147 KB at D = 32, Z = 1152 in float) from the second cache level.
 //
 // Per tile D * kTokenTile * Z multiply-adds. Memory: the weights once per chunk, the tokens once, and y never.
@@ -12,7 +12,7 @@
 #pragma once
 
 #include "cpu/arena.h"
-#include "cpu/decoder_weights.h"
+#include "cpu/decoder_tile.h"
 #include "deco/upsample.h"
 
 namespace deco::cpu::DECO_CPU_ISA {
@@ -64,6 +64,8 @@ struct UpsampleTile {
   const Element* weights;  // the panel of the pixel, [groups][elements][kGroup]
   const float* bias;       // [D]
   const Element* tokens;   // [strips][elements][kStrip]
+  // The weights in memory that the next panel will be made from, or nothing: fetched into the cache meanwhile.
+  const char *ahead, *ahead_end;
 
   int pixels() const { return whole_strips(count); }
 };
@@ -98,43 +100,52 @@ class Upsample {
     bias_ = take_floats(arena, arrays_.bias, int64_t{arrays_.pixels_per_token} * D, DType::kFloat32);
   }
 
-  // Calls body(part, tile) for every tile, parts in parallel.
+  // Calls body(part, tile) for every tile, parts in parallel; which part gets which tile depends on their number alone.
   template <class Body>
   void for_each_tile(Body&& body) const {
-    for (int64_t begin = 0; begin < arrays_.tokens; begin += kTokenChunk) {
-      const int64_t left = arrays_.tokens - begin, count = left < kTokenChunk ? left : kTokenChunk;
-      parallel_for(parts_, [&](int part) {
-        const Range strips = share_of(round_up(count, kStrip) / kStrip, parts_, part);
-        for (int64_t strip = strips.begin; strip < strips.end; ++strip)
-          pack_strip(begin + strip * kStrip, begin + count - 1, tokens_ + strip * strip_size());
-      });
-      parallel_for(parts_, [&](int part) { run_share(begin, count, part, body); });
-    }
+    for_each_chunk([&](int64_t begin, int64_t count) {
+      const int64_t items = arrays_.pixels_per_token * tiles(count);
+      parallel_for(parts_, [&](int part) { run_share(begin, count, part, share_of(items, parts_, part), body); });
+    });
   }
 
-  // SiLU(y) of a tile as a factor of the modulation and, where asked for, SiLU'(y).
+  // The same, but a part takes tiles whenever it is done: where it does not matter who computes a tile.
+  template <class Body>
+  void for_each_tile_by_anyone(Body&& body) const {
+    for_each_chunk([&](int64_t begin, int64_t count) {
+      SharedWork work(arrays_.pixels_per_token * tiles(count), parts_);
+      parallel_for(parts_, [&](int part) {
+        work.for_each_share([&](Range share) { run_share(begin, count, part, share, body); });
+      });
+    });
+  }
+
+  // SiLU(y) of a tile as a factor of the modulation and, where asked for, SiLU'(y). prefetch(step, steps) is called
+  // from time to time, to fetch what the caller will need next.
+  template <class Prefetch>
   void load_silu_cond(const UpsampleTile<Operand>& tile, Element (*silu_cond)[kTokenTile],
-                      float (*derivative)[kTokenTile] = nullptr) const {
+                      float (*derivative)[kTokenTile], Prefetch&& prefetch) const {
+    const int steps = tile.pixels() / kStrip * (D / kGroup);
+    const int64_t lines = (tile.ahead_end - tile.ahead) / (steps * (elements_ / kLanes)) / kCacheLine + 1;
+    const char* ahead = tile.ahead;
+    int step = 0;
     for (int pixel = 0; pixel < tile.pixels(); pixel += kStrip)
       for (int first = 0; first < D; first += kGroup) {
+        prefetch(step++, steps);
         GroupSums sums;
         set_sums(sums, tile.bias + first, tile.bias + first + kGroup / 2);
         const Element* weights = tile.weights + first * elements_;
         const auto* tokens = reinterpret_cast<const Element(*)[kStrip]>(tile.tokens + pixel / kStrip * strip_size());
-        for (int64_t element = 0; element < elements_; element += kLanes)
+        for (int64_t element = 0; element < elements_; element += kLanes) {
+          for (int64_t line = 0; line < lines && ahead < tile.ahead_end; ++line, ahead += kCacheLine)
+            __builtin_prefetch(ahead);
           multiply_add<Operand, kLanes, 1, kGroup, kStrip>(sums, weights + element * kGroup,
                                                            weights + element * kGroup + kGroup / 2, tokens + element);
+        }
         unroll<kGroup>([&](auto i) DECO_INLINE_LAMBDA {
           constexpr int kOutput = i / 2 * 2, kVector = i % 2;
-          const int d = first + kOutput, p = pixel + kVector * kLanes;
-          const VecF y0 = sums[2 * kOutput + kVector], y1 = sums[2 * kOutput + 2 + kVector];
-          const VecF s0 = sigmoid<Operand::kAccuracy>(y0), s1 = sigmoid<Operand::kAccuracy>(y1);
-          const VecF a0 = y0 * s0, a1 = y1 * s1;
-          Operand::put(silu_cond, d, p, a0, a1);
-          if (derivative != nullptr) {
-            store(&derivative[d][p], silu_derivative(a0, s0));
-            store(&derivative[d + 1][p], silu_derivative(a1, s1));
-          }
+          put_silu<Operand, kTokenTile>(sums[2 * kOutput + kVector], sums[2 * kOutput + 2 + kVector], first + kOutput,
+                                        pixel + kVector * kLanes, silu_cond, derivative);
         });
       }
   }
@@ -145,10 +156,28 @@ class Upsample {
   int64_t strip_size() const { return elements_ * kStrip; }
   int64_t panel_size() const { return elements_ * D; }
 
+  const char* weight_row(int64_t row) const {
+    return static_cast<const char*>(arrays_.weight.data) + row * arrays_.token_width * size_of(arrays_.weight.dtype);
+  }
+
+  // Calls body(first token, number of tokens) for every chunk when its tokens are packed.
   template <class Body>
-  void run_share(int64_t begin, int64_t count, int part, Body&& body) const {
+  void for_each_chunk(Body&& body) const {
+    for (int64_t begin = 0; begin < arrays_.tokens; begin += kTokenChunk) {
+      const int64_t left = arrays_.tokens - begin, count = left < kTokenChunk ? left : kTokenChunk;
+      parallel_for(parts_, [&](int part) {
+        const Range strips = share_of(round_up(count, kStrip) / kStrip, parts_, part);
+        for (int64_t strip = strips.begin; strip < strips.end; ++strip)
+          pack_strip(begin + strip * kStrip, begin + count - 1, tokens_ + strip * strip_size());
+      });
+      body(begin, count);
+    }
+  }
+
+  // Tiles `share` of a chunk, pixel after pixel.
+  template <class Body>
+  void run_share(int64_t begin, int64_t count, int part, Range share, Body&& body) const {
     const int64_t columns = tiles(count);
-    const Range share = share_of(arrays_.pixels_per_token * columns, parts_, part);
     Element* panel = panels_ + part * panel_size();
     int64_t packed = -1;
     for (int64_t item = share.begin; item < share.end; ++item) {
@@ -156,9 +185,12 @@ class Upsample {
       if (pixel != packed) pack_panel(pixel, panel);
       packed = pixel;
       const int64_t left = count - first;
+      const bool panel_ends = left <= kTokenTile && item + 1 < share.end;
+      const char* ahead = weight_row((pixel + 1) * D);
       body(part, UpsampleTile<Operand>{static_cast<int>(pixel), static_cast<int>(left < kTokenTile ? left : kTokenTile),
                                        begin + first, panel, bias_ + pixel * D,
-                                       tokens_ + first / kStrip * strip_size()});
+                                       tokens_ + first / kStrip * strip_size(), ahead,
+                                       panel_ends ? weight_row((pixel + 2) * D) : ahead});
     }
   }
 
@@ -187,17 +219,14 @@ class Upsample {
 
   // Transposes the weights of one pixel, rounded to the activation dtype.
   void pack_panel(int64_t pixel, Element* panel) const {
-    const int64_t row_values = arrays_.token_width;
     with_dtype(arrays_.weight.dtype, [&](auto storage) {
       for (int d = 0; d < D; d += kLanes) {
         const char* rows[kLanes];
-        for (int i = 0; i < kLanes; ++i)
-          rows[i] = static_cast<const char*>(arrays_.weight.data) +
-                    (pixel * D + d + i) * row_values * size_of(storage.value);
+        for (int i = 0; i < kLanes; ++i) rows[i] = weight_row(pixel * D + d + i);
         for (int64_t element = 0; element < elements_; element += kLanes) {
           Vector square[kLanes];
-          load_transposed<Operand, storage.value>(rows, element * Operand::kPack, row_values, arrays_.rows.dtype,
-                                                  square);
+          load_transposed<Operand, storage.value>(rows, element * Operand::kPack, arrays_.token_width,
+                                                  arrays_.rows.dtype, square);
           Element column[kLanes];
           unroll<kLanes>([&](auto e) DECO_INLINE_LAMBDA {
             Operand::store_vector(column, square[e]);

@@ -59,22 +59,27 @@ void forward(const UpsampleModulateForward& call) {
   Arena arena(thread_scratch(counter.used()));
   lay_out(arena);
 
-  upsample.for_each_tile([&](int part, const UpsampleTile<Operand>& place) {
+  const int64_t pixels = call.upsample.tokens * call.upsample.pixels_per_token;
+  const RowWrites modulated_writes = row_writes<D>(call.modulated, pixels);
+  const RowWrites gate_writes = row_writes<D>(call.gate, pixels);
+  upsample.for_each_tile_by_anyone([&](int part, const UpsampleTile<Operand>& place) {
     ModulationTile<Operand, D>& tile = scratch[part];
     const char* sources[T];
     tile_addresses(call.h, place, sources);
-    load_rows<D, T>(call.h.dtype, sources, place.pixels(), tile.h);
-    upsample.load_silu_cond(place, tile.silu_cond);
+    upsample.load_silu_cond(place, tile.silu_cond, nullptr, [&](int step, int steps) {
+      prefetch_rows<D>(activation, sources, step, steps);
+    });
+    load_rows<D, T>(activation, sources, place.pixels(), tile.h);
     layer_norm_statistics<D, T>(tile.h, call.eps, place.pixels(), tile.mean, tile.rstd);
     for (int pixel = 0; pixel < place.pixels(); pixel += kStrip) {
       modulate_strip<false, Operand, D, T>(weights, tile.silu_cond, tile.h, pixel, tile);
       gate_strip<Operand, D>(weights, pixel, tile);
     }
-    char* rows[T];
-    tile_addresses(call.modulated, place, rows);
-    store_rows<Operand, D, T>(call.modulated.dtype, tile.modulated, place.count, rows);
-    tile_addresses(call.gate, place, rows);
-    store_rows<Operand, D, T>(call.gate.dtype, tile.gate, place.count, rows);
+    char* targets[T];
+    tile_addresses(call.modulated, place, targets);
+    store_rows<Operand, D, T>(activation, tile.modulated, place.count, targets, modulated_writes);
+    tile_addresses(call.gate, place, targets);
+    store_rows<Operand, D, T>(activation, tile.gate, place.count, targets, gate_writes);
   });
 }
 

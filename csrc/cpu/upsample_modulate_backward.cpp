@@ -40,7 +40,7 @@ template <class Operand, int D>
 void store_gradient(const PixelRows& rows, const UpsampleTile<Operand>& place, const float (*tile)[T]) {
   char* addresses[T];
   tile_addresses(rows, place, addresses);
-  store_rows<FloatOperand, D, T>(rows.dtype, tile, place.count, addresses);
+  store_rows<FloatOperand, D, T>(rows.dtype, tile, place.count, addresses, RowWrites::kCached);
 }
 
 // From dm and dgate to the gradients of the modulation, of normalized, and of the biases and norm weights.
@@ -96,8 +96,9 @@ class Backward {
   void forward(const UpsampleTile<Operand>& place, Scratch<Operand, D>& tile) {
     const char* rows[T];
     tile_addresses(call_.h, place, rows);
+    upsample_.load_silu_cond(place, tile.block.silu_cond, tile.block.silu_cond_derivative,
+                             [&](int step, int steps) { prefetch_rows<D>(call_.h.dtype, rows, step, steps); });
     load_rows<D, T>(call_.h.dtype, rows, place.pixels(), tile.h);
-    upsample_.load_silu_cond(place, tile.block.silu_cond, tile.block.silu_cond_derivative);
     layer_norm_statistics<D, T>(tile.h, call_.eps, place.pixels(), tile.saved.mean, tile.saved.rstd);
     for (int pixel = 0; pixel < place.pixels(); pixel += kStrip)
       modulate_strip<true, Operand, D, T>(weights_, tile.block.silu_cond, tile.h, pixel, tile.saved);

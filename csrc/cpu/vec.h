@@ -4,6 +4,7 @@
 // function templates of the standard library.
 //
 //   broadcast load store            floats, no alignment needed
+//   store_streaming                 past the caches, to aligned memory
 //   load_as store_as                from and to float32, bfloat16 or float16 memory (round to nearest even)
 //   fma(a, b, c) = a*b + c          fnma(a, b, c) = c - a*b
 //   clamp_range                     lets NaN through
@@ -11,7 +12,7 @@
 //   sigmoid<Accuracy>               relative error 3e-7 (kFloat) or 1e-4 (kBFloat16)
 //   transpose                       a square of kLanes vectors
 //   sum                             over the lanes, in a fixed order
-//   dot_pairs and friends           products of bfloat16 pairs, where kHasPairDot
+//   dot_pairs and friends           products of bfloat16 pairs, for avx512bf16 only
 #pragma once
 
 #include <cstdint>
@@ -138,6 +139,10 @@ DECO_INLINE void with_dtype(DType dtype, Body&& body) {
     case DType::kFloat16: return body(std::integral_constant<DType, DType::kFloat16>{});
   }
 }
+
+// Results from this size on are written with streaming stores, past the caches, which could not hold them until
+// somebody reads them; and memory is spared the read of lines that are overwritten whole.
+constexpr int64_t kStreamingBytes = int64_t{4} << 20;
 
 // Adds a vector to memory.
 DECO_INLINE void accumulate(float* data, VecF value) { store(data, load(data) + value); }

@@ -7,7 +7,6 @@ namespace deco::cpu::DECO_CPU_ISA {
 
 using VecF = __m256;
 constexpr int kLanes = 8;
-constexpr bool kHasPairDot = false;
 
 DECO_INLINE VecF broadcast(float x) { return _mm256_set1_ps(x); }
 DECO_INLINE VecF load(const float* p) { return _mm256_loadu_ps(p); }

@@ -99,13 +99,14 @@ DECO_INLINE void transpose(VecF (&r)[16]) {
 }
 
 #if DECO_CPU_ISA_avx512bf16
-constexpr bool kHasPairDot = true;
-
 // A vector of 16 pairs of bfloat16; the first of a pair lies in the low half of its 32 bits.
 using VecPair = __m512i;
 
 DECO_INLINE VecPair load_pairs(const uint32_t* p) { return _mm512_loadu_si512(p); }
 DECO_INLINE void store_pairs(uint32_t* p, VecPair x) { _mm512_storeu_si512(p, x); }
+DECO_INLINE void store_pairs_streaming(uint32_t* p, VecPair x) {  // p aligned to 64 bytes
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), x);
+}
 DECO_INLINE VecPair broadcast_pair(uint32_t pair) { return _mm512_set1_epi32(static_cast<int>(pair)); }
 
 // acc + a.first * b.first + a.second * b.second, accumulated in float.
@@ -144,8 +145,6 @@ DECO_INLINE void transpose_pairs(VecPair (&r)[16]) {
   transpose(t);
   unroll<16>([&](auto i) DECO_INLINE_LAMBDA { r[i] = _mm512_castps_si512(t[i]); });
 }
-#else
-constexpr bool kHasPairDot = false;
 #endif
 
 }  // namespace deco::cpu::DECO_CPU_ISA

@@ -8,7 +8,6 @@ namespace deco::cpu::DECO_CPU_ISA {
 typedef float VecF __attribute__((vector_size(16)));
 typedef int32_t VecI __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
-constexpr bool kHasPairDot = false;
 
 DECO_INLINE VecF broadcast(float x) { return VecF{x, x, x, x}; }
 DECO_INLINE VecF load(const float* p) {

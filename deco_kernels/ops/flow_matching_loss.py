@@ -158,6 +158,10 @@ def _request(pred, target, *_):
     return Request("flow_matching_loss", pred.device.type, (pred.dtype, target.dtype))
 
 
+def _frequency_request(*arguments):
+    return _request(*arguments)._replace(called_as="frequency_loss")
+
+
 def _fake_losses(pred, *_):
     return tuple(pred.new_empty((), dtype=_loss_dtype(pred)) for _ in range(3))
 
@@ -185,7 +189,7 @@ _frequency_loss = define_op(
     _SCHEMA_TENSORS,
     "",
     ("frequency",),
-    _request,
+    _frequency_request,
     _fake_frequency_loss,
     functions=("frequency_loss_forward", "frequency_loss_backward"),
 )

@@ -41,6 +41,11 @@ class Request(NamedTuple):
     depth: int = 1  # N
     patch_size: int = 0  # p
     channels: int = 3  # C
+    called_as: str = ""  # the public function, where it is another than `op`
+
+    @property
+    def public_name(self) -> str:
+        return self.called_as or self.op
 
 
 # --- choice of backend -----------------------------------------------------------------------------------------------
@@ -130,14 +135,14 @@ def _serving_module(backend: str, request: Request, device: torch.device) -> Mod
     if backend != AUTO:
         reason = refusal(backend, request, device)
         if reason is not None:
-            raise BackendUnavailable(f"backend {backend!r} cannot serve {request.op}: {reason}")
+            raise BackendUnavailable(f"backend {backend!r} cannot serve {request.public_name}: {reason}")
         return importlib.import_module(f"{_packages[backend]}.{request.op}")
     candidates = automatic_candidates(request)
     for name, following in zip(candidates, (*candidates[1:], None), strict=True):
         reason = refusal(name, request, device)
         if reason is None:
             return importlib.import_module(f"{_packages[name]}.{request.op}")
-        _log_fallback(request.op, name, following, reason)
+        _log_fallback(request.public_name, name, following, reason)
     raise AssertionError("the reference backend serves every call")
 
 

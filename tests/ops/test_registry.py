@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import deco_kernels
-from deco_kernels import native
+from deco_kernels import native, ops
 from deco_kernels.ops import registry
 from deco_kernels.ops.registry import Request
 from tests.ops.cases import F32
@@ -118,3 +119,37 @@ def test_a_native_module_that_was_built_loads():
     if not list(Path(deco_kernels.__file__).parent.glob("_native_cpu*")):
         pytest.skip("the native CPU module is not built")
     assert native.cpu_unavailable_reason() is None
+
+
+def test_a_native_module_of_older_sources_says_rebuild(monkeypatch):
+    class Old:
+        __file__ = "_native_cpu.so"
+
+        def select_isa(self, name):
+            pass
+
+    monkeypatch.setattr(native.importlib, "import_module", lambda name: Old())
+    native._load_cpu.cache_clear()
+    try:
+        reason = native.cpu_unavailable_reason()
+        assert "Rebuild" in reason and "_native_cpu.so" in reason and "pixel_decoder_forward" in reason
+        assert "select_isa" not in reason
+        with pytest.raises(ImportError, match="Rebuild"):
+            native.cpu()
+    finally:
+        monkeypatch.undo()
+        native._load_cpu.cache_clear()
+
+
+def test_every_function_that_the_backend_calls_is_asked_for():
+    called = set()
+    for path in (Path(deco_kernels.__file__).parent / "backends" / "cpu").glob("*.py"):
+        called |= set(re.findall(r"native\.cpu\(\)\.(\w+)", path.read_text()))
+    assert called and called <= set(native._CPU_FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", ["flow_matching_loss", "frequency_loss"])
+def test_a_refused_loss_is_named_as_it_was_called(name):
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+    with pytest.raises(deco_kernels.BackendUnavailable, match=f"cannot serve {name}: "):
+        getattr(ops, name)(images, images, torch.ones(3, 8, 8, dtype=torch.float64), backend="cpu")
