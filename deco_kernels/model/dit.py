@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deco_kernels.model.arguments import require_tensors
 from deco_kernels.model.patches import from_patches, to_patches
 from deco_kernels.model.position import rotary_angles, rotate_pairs
 
@@ -165,6 +166,7 @@ class PatchTransformer(nn.Module):
 
     def check_image(self, x: torch.Tensor, t: torch.Tensor) -> None:
         """Raise TypeError or ValueError unless x [B, C, H, W] and t [B] fit the model and each other."""
+        require_tensors(x=x, t=t)
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x: expected an image [B, {self.channels}, H, W], got shape {tuple(x.shape)}")
         if x.shape[2] % self.patch_size or x.shape[3] % self.patch_size or not x.shape[2] or not x.shape[3]:
@@ -259,6 +261,7 @@ class Trunk(PatchTransformer):
     def check_inputs(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
         """Raise TypeError or ValueError unless x [B, C, H, W], t [B] and labels y [B] fit the model and each other."""
         self.check_image(x, t)
+        require_tensors(y=y)
         if y.shape != x.shape[:1]:
             raise ValueError(f"y: expected shape ({x.shape[0]},) like the batch of x, got {tuple(y.shape)}")
         if y.dtype not in (torch.int64, torch.int32):

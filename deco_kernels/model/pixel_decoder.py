@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deco_kernels import ops
+from deco_kernels.model.arguments import require_tensors
 from deco_kernels.model.patches import from_patches, to_patches
 from deco_kernels.model.position import NUM_POSITION_FEATURES, pixel_position_features
 
@@ -204,7 +205,7 @@ class PixelDecoder(nn.Module):
             Velocity [B, C, H, W] in the activation dtype: that of tokens, or autocast's.
 
         Raises:
-            ValueError: shapes that do not fit the decoder or each other.
+            TypeError: not tensors. ValueError: shapes that do not fit the decoder or each other.
         """
         self._check_inputs(image, tokens)
         if self.decoder_patch > 1:
@@ -235,6 +236,7 @@ class PixelDecoder(nn.Module):
         return F.pixel_shuffle(velocity, self.decoder_patch) if self.decoder_patch > 1 else velocity
 
     def _check_inputs(self, image: torch.Tensor, tokens: torch.Tensor) -> None:
+        require_tensors(image=image, tokens=tokens)
         p = self.patch_size
         if image.dim() != 4 or image.shape[1] != self.channels or image.shape[2] % p or image.shape[3] % p:
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deco_kernels.model.arguments import require_tensors
 from deco_kernels.model.deco import PixelDiffusion
 from deco_kernels.model.dit import Attention, Block, PatchTransformer, RMSNorm, Rotation, reset_by_default
 from deco_kernels.model.pixel_decoder import PixelDecoder
@@ -106,6 +107,7 @@ class TextTrunk(PatchTransformer):
     def check_inputs(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
         """Raise TypeError or ValueError unless x [B, C, H, W], t [B] and y [B, text_length, text_width] fit."""
         self.check_image(x, t)
+        require_tensors(y=y)
         expected = (x.shape[0], self.text_length, self.text_width)
         if y.shape != expected:
             raise ValueError(

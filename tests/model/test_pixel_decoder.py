@@ -220,3 +220,12 @@ def test_the_meta_device_gives_the_shape():
     image, tokens = (tensor.to("meta") for tensor in random_input(32, 48, batch=2))
     velocity = decoder(image, tokens)
     assert velocity.is_meta and velocity.shape == image.shape
+
+
+@pytest.mark.parametrize("name", ["image", "tokens"])
+def test_what_is_not_a_tensor_is_refused(name):
+    decoder = model.PixelDecoder(8, width=16, depth=1, patch_size=2)
+    arguments = dict(image=torch.zeros(1, 3, 4, 4), tokens=torch.zeros(1, 4, 8))
+    assert decoder(**arguments).shape == (1, 3, 4, 4)
+    with pytest.raises(TypeError, match=f"{name}: expected a torch.Tensor, got list"):
+        decoder(**(arguments | {name: [0.0]}))

@@ -126,6 +126,7 @@ def test_features_after_a_block():
         (dict(x=torch.zeros(2, 3, 32, 40)), ValueError, "x: expected height and width to be positive multiples"),
         (dict(x=torch.zeros(2, 3, 0, 32)), ValueError, "x: expected height and width to be positive multiples"),
         (dict(t=torch.zeros(3)), ValueError, "t: expected shape"),
+        (dict(y="a cat"), TypeError, "y: expected a torch.Tensor, got str"),
         (dict(y=torch.zeros(2, 8, WIDTH)), ValueError, r"y: expected text features \[2, 7, 20\].*\[2, 8, 20\]"),
         (dict(y=torch.zeros(2, 0, WIDTH)), ValueError, "y: expected text features"),
         (dict(y=torch.zeros(2, LENGTH, WIDTH - 1)), ValueError, "y: expected text features"),
