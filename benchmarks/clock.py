@@ -4,13 +4,15 @@ import time
 
 import torch
 
+Marks = list[tuple[str, object]]
+
 
 class Clock:
-    """`start()`, then `mark(name)` after every part; marks of the same name add up."""
+    """`start()`, then `mark(name)` after every part, `take()` at the end. Marking does not wait for the GPU."""
 
     def __init__(self, device: str):
         self.device = device
-        self._marks: list[tuple[str, object]] = []
+        self._marks: Marks = []
 
     def start(self) -> None:
         self._marks = [("", self._now())]
@@ -19,12 +21,16 @@ class Clock:
         """Ends the part `name`, which began at the mark before."""
         self._marks.append((name, self._now()))
 
-    def parts(self) -> dict[str, float]:
-        """Milliseconds by part, in the order of first appearance. Waits for the GPU."""
+    def take(self) -> Marks:
+        """The marks since `start()`, for `parts`."""
+        return self._marks
+
+    def parts(self, marks: Marks) -> dict[str, float]:
+        """Milliseconds by part, in the order of first appearance; marks of the same name add up. Waits for the GPU."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         found: dict[str, float] = {}
-        for (_, before), (name, after) in zip(self._marks, self._marks[1:], strict=False):
+        for (_, before), (name, after) in zip(marks, marks[1:], strict=False):
             elapsed = before.elapsed_time(after) if self.device == "cuda" else 1e3 * (after - before)
             found[name] = found.get(name, 0.0) + elapsed
         return found

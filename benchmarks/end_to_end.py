@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from benchmarks.clock import Clock
+from benchmarks.clock import Clock, Marks
 from benchmarks.eager_decoder import backend_view, eager_view, with_parts
 from benchmarks.flow_matching_loss import PROBLEM as LOSS
 from benchmarks.measure import Options, statistics_of
@@ -206,19 +206,19 @@ def measure_end_to_end(case: Case, dtype: torch.dtype, options: Options) -> list
 
 def _timed(workload: Workload, contenders: list[Contender], options: Options) -> list[dict]:
     run = workload.training_step if workload.case.pass_ == TRAINING_STEP else workload.sample
-    parts: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in contenders}
+    marks: dict[str, list[Marks]] = {contender.name: [] for contender in contenders}
 
     def call(contender):
         run(contender)
-        parts[contender.name].append(workload.clock.parts())
+        marks[contender.name].append(workload.clock.take())
 
     calls = [lambda count, contender=contender: call(contender) for contender in contenders]
     times = interleaved(calls, options.device, options.budget_s, options.min_rounds)
-    return [
-        {"contender": contender.name, "status": "ok", "reason": None, "parts": _medians(parts[contender.name][2:])}
-        | statistics_of(ms)
-        for contender, ms in zip(contenders, times, strict=True)
-    ]
+    rows = []
+    for contender, ms in zip(contenders, times, strict=True):
+        parts = _medians([workload.clock.parts(each) for each in marks[contender.name][2:]])
+        rows.append({"contender": contender.name, "status": "ok", "reason": None, "parts": parts} | statistics_of(ms))
+    return rows
 
 
 def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         print(comparison.markdown(old, result))
     if options.output:
         results.save(result, options.output)
-    return _status(result)
+    return status_of(result)
 
 
 def _parts(options: argparse.Namespace, backends: tuple[str, ...]) -> Iterator[Part]:
@@ -162,8 +162,8 @@ def _progress(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
-def _status(result: dict) -> int:
-    """Says on stderr what went wrong, a line each."""
+def status_of(result: dict) -> int:
+    """The exit status; says on stderr what went wrong, a line each."""
     entries = [entry for part in results.LISTS for entry in result[part] if part != "left_out"]
     bad = [entry for entry in entries if entry["status"] in ("wrong", "failed")]
     for entry in bad:

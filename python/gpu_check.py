@@ -217,6 +217,12 @@ def main(arguments: list[str]) -> int:
         return 1
     out = Path(os.environ.get("OUT") or ROOT / "out" / "gpu-check")
     out.mkdir(parents=True, exist_ok=True)
+    for name, what in (
+        ("nvcc", "the CUDA module is not built"),
+        ("compute-sanitizer", "memory accesses are not checked"),
+    ):
+        if tool(name) is None:
+            print(f"gpu-check: no {name} on PATH or in $CUDA_HOME/bin: {what}", flush=True)
     deadline = began + (FULL_SECONDS if options.full else TOTAL_SECONDS)
     about = machine()
     with tempfile.TemporaryDirectory() as name:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import cuda_kernels, cuda_timing, gpu_state, kernels, modulated_rms_norm, static
+from benchmarks import cuda_kernels, cuda_timing, gpu_state, kernels, modulated_rms_norm, results, run, static
 from benchmarks.measure import Options, measure
 from benchmarks.names import FORWARD, LIGER, PUBLISHED, TRAINING
 from benchmarks.sizes import Size
@@ -70,6 +70,13 @@ def test_throttling_is_seen(nvml, monkeypatch):
     with gpu_state.Watch("cuda") as watch:
         time.sleep(0.1)
         assert watch.take() == {"throttled": ["power limit", "temperature (driver)"], "sm_clock_mhz": [1500, 1500]}
+
+
+def test_throttled_rows_are_one_line(capsys):
+    row = {"op": "adaln_block", "contender": "triton", "status": "ok", "throttled": ["power limit"]}
+    result = {name: [] for name in results.LISTS} | {"rows": [row, row], "import_time": None}
+    assert run.status_of(result) == 0
+    assert capsys.readouterr().err == "benchmarks: the GPU lowered its clocks while rows were timed: power limit\n"
 
 
 def test_nothing_is_watched_on_a_cpu():

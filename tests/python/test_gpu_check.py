@@ -84,6 +84,22 @@ def test_one_failing_step_fails_the_check_and_the_others_still_run(pretended_gpu
     assert f"| {broken} | 3 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+def test_a_missing_toolkit_is_said(pretended_gpu, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_check, "tool", lambda name: None)
+    monkeypatch.setattr(gpu_check, "steps", lambda folder, capability, full: [])
+    assert gpu_check.main([]) == 0
+    output = capsys.readouterr().out
+    assert "no nvcc on PATH or in $CUDA_HOME/bin: the CUDA module is not built" in output
+    assert "no compute-sanitizer" in output
+    assert "No benchmark wrote a result." in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        gpu_check.main(["--help"])
+    assert "--full" in capsys.readouterr().out
+
+
 def test_full_adds_steps_and_time(tmp_path):
     short = {step.name: step for step in gpu_check.steps(tmp_path, "9.0", full=False)}
     full = {step.name: step for step in gpu_check.steps(tmp_path, "9.0", full=True)}
