@@ -43,13 +43,18 @@ def image_size(text: str) -> tuple[int, int]:
     return positive(height), positive(width or height)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options for what is sampled and how. Those of the solver are None where the model's defaults shall hold."""
+def add_options(parser: argparse.ArgumentParser, batch: str, count: int | None = None) -> None:
+    """Options for what is sampled and how. Those of the solver are None where the model's defaults shall hold.
+
+    batch: what the program does without --batch. count: the default number of images; None for one of each class,
+    prompt or row.
+    """
     what = parser.add_argument_group("what is sampled (by default every class in turn)")
     what.add_argument("--classes", metavar="LIST", help="such as 0,7,20-29; images take them in turn")
     what.add_argument("--prompt", action="append", help="for a text-to-image model (repeatable)")
     what.add_argument("--csv", type=Path, help="a table with a column label or prompt, one row per image")
-    what.add_argument("--count", type=positive, help="images; default: one of each class, prompt or row")
+    default = count or "one of each class, prompt or row"
+    what.add_argument("--count", type=positive, default=count, help=f"images; default: {default}")
     what.add_argument("--seed", type=natural, default=0, help="of all noise; every image has a stream of its own (0)")
     what.add_argument("--size", type=image_size, default=(256, 256), metavar="S|HxW", help="of an image (256)")
     how = parser.add_argument_group("how (by default as the paper samples models of the kind)")
@@ -58,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--guidance", type=float, help="1 is none")
     how.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"))
     how.add_argument("--shift", type=float, help="of the times")
-    how.add_argument("--batch", type=positive, help="images computed together; default: 1 on the CPU, else up to 16")
+    how.add_argument("--batch", type=positive, help=f"images computed together; default: {batch}")
     how.add_argument("--dtype", choices=sorted(DTYPES), help="default: float32 on the CPU, else bfloat16")
     how.add_argument("--device", help="default: cuda where there is one, else cpu")
     how.add_argument("--threads", type=positive, help="of the CPU; bits may depend on it")

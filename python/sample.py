@@ -64,7 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("checkpoint", type=Path, help="this package's or a published file, see docs/checkpoints.md")
     parser.add_argument("--out", type=Path, required=True, help="folder to make, or to continue")
-    add_options(parser)
+    add_options(parser, batch="1 on the CPU, else up to 16")
     made = parser.add_argument_group("what is made beside the single files")
     made.add_argument("--grid", type=natural, default=16, metavar="N", help="one picture of the first N images (16)")
     made.add_argument("--npz", action="store_true", help="all images in one array, as the ADM evaluation suite reads")

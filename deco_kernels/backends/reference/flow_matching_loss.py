@@ -29,14 +29,18 @@ def dct_matrix(like: torch.Tensor) -> torch.Tensor:
     return like.new_tensor(rows)
 
 
-def block_dct_ycbcr(image: torch.Tensor) -> torch.Tensor:
-    """RGB [B, 3, H, W] -> DCT coefficients of YCbCr [B, 3, ceil(H/8), ceil(W/8), 8, 8], row = vertical frequency."""
-    height, width = image.shape[-2:]
-    ycbcr = torch.einsum("kc,bchw->bkhw", image.new_tensor(RGB_TO_YCBCR), image)
-    padded = F.pad(ycbcr, (0, -width % BLOCK, 0, -height % BLOCK), mode="reflect")
+def block_dct(planes: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] -> DCT coefficients [B, C, ceil(H/8), ceil(W/8), 8, 8] of every plane, row = vertical frequency."""
+    height, width = planes.shape[-2:]
+    padded = F.pad(planes, (0, -width % BLOCK, 0, -height % BLOCK), mode="reflect")
     blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK)).transpose(-2, -3)
-    dct = dct_matrix(image)
+    dct = dct_matrix(planes)
     return dct @ blocks @ dct.T
+
+
+def block_dct_ycbcr(image: torch.Tensor) -> torch.Tensor:
+    """RGB [B, 3, H, W] -> DCT coefficients of YCbCr [B, 3, ceil(H/8), ceil(W/8), 8, 8], see `block_dct`."""
+    return block_dct(torch.einsum("kc,bchw->bkhw", image.new_tensor(RGB_TO_YCBCR), image))
 
 
 def frequency_formula(pred, target, frequency_weight, sample_weight):

@@ -1,0 +1,98 @@
+"""DCT energy spectra of what a model computes while it samples: of the DiT's output and of the pixel velocity.
+
+Source: DeCo (arXiv 2511.19365), section 4, its analysis of 8x8 DCT energies.
+"""
+
+import torch
+from torch import nn
+
+from deco_kernels import flow, model
+from deco_kernels.backends.reference.flow_matching_loss import BLOCK, block_dct
+from deco_kernels.model.patches import from_patches
+from deco_kernels.model.pixel_decoder import upsample
+
+SIGNALS = ("dit_output", "velocity")
+
+
+def zigzag() -> list[tuple[int, int]]:
+    """(vertical, horizontal) frequency of the 64 coefficients of a block in JPEG's order, low to high."""
+
+    def place(frequency: tuple[int, int]) -> tuple[int, int]:
+        row, column = frequency
+        return row + column, row if (row + column) % 2 else column
+
+    return sorted(((row, column) for row in range(BLOCK) for column in range(BLOCK)), key=place)
+
+
+def energies(signal: torch.Tensor) -> torch.Tensor:
+    """Mean squared DCT coefficients, over images, channels and 8x8 blocks, of [B, C, H, W] in zig-zag order, [64].
+
+    The DCT is orthonormal: their mean is the mean square of the signal (where no side had to be padded to 8).
+    """
+    mean = block_dct(signal.float()).square().mean((0, 1, 2, 3))
+    rows, columns = zip(*zigzag(), strict=True)
+    return mean[list(rows), list(columns)].cpu()
+
+
+class SpectrumRecorder:
+    """A velocity for `flow.sample` that records the spectra of every call by its time.
+
+    The DiT's output is taken where it reaches full resolution: for DeCo the upsampled conditions of the pixels, D
+    channels; for the plain DiT, which has no decoder, it is the velocity.
+
+    Args:
+        network: DeCo, DeCoTextToImage or DiT.
+        dtype: to run under autocast with; None for none.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype | None = None):
+        self.network, self.dtype = network, dtype
+        self.images = 0  # of the present batch; guided calls hold them twice, the conditional half last
+        self.sums: dict[float, dict[str, torch.Tensor]] = {}
+        self.counts: dict[float, int] = {}
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            velocity, dit_output = velocity_and_dit_output(self.network, x, t, cond)
+        time, kept = t[0].item(), self.images
+        sums = self.sums.setdefault(time, {name: torch.zeros(BLOCK**2, dtype=torch.float64) for name in SIGNALS})
+        for name, signal in zip(SIGNALS, (dit_output, velocity), strict=True):
+            sums[name] += kept * energies(signal[-kept:])
+        self.counts[time] = self.counts.get(time, 0) + kept
+        return velocity
+
+    def sample(self, noise: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor, **settings) -> None:
+        """Sample a batch as `flow.sample` does, and record."""
+        self.images = len(noise)
+        flow.sample(self, noise, cond, uncond, **settings)
+
+    def spectra(self) -> dict[str, dict[float, torch.Tensor]]:
+        """Signal → time → energies [64] in zig-zag order, the mean over all images."""
+        return {name: {time: sums[name] / self.counts[time] for time, sums in self.sums.items()} for name in SIGNALS}
+
+
+def velocity_and_dit_output(network: nn.Module, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor):
+    """(velocity [B, 3, H, W], what the DiT hands over at full resolution [B, channels, H, W])."""
+    if isinstance(network, model.DiT):
+        velocity = network(x, t, cond)
+        return velocity, velocity
+    decoder, given = network.decoder, []
+    handle = decoder.register_forward_pre_hook(lambda _, arguments: given.append(arguments[1]))
+    try:
+        velocity = network(x, t, cond)
+    finally:
+        handle.remove()
+    pixels = upsample(given[0], decoder.up_weight, decoder.up_bias, decoder.width)
+    sides = [side // decoder.decoder_patch for side in x.shape[-2:]]
+    return velocity, from_patches(pixels.transpose(-1, -2), decoder.grid, *sides)
+
+
+def shares(spectra: dict[float, torch.Tensor]) -> torch.Tensor:
+    """Each coefficient's share of the energy at a time, averaged over times, [64]."""
+    return torch.stack([energy / energy.sum() for energy in spectra.values()]).mean(0)
+
+
+def high_share(energy: torch.Tensor) -> float:
+    """The share of the upper half of the coefficients, 32 to 63 in zig-zag order."""
+    return (energy[BLOCK**2 // 2 :].sum() / energy.sum()).item()

@@ -1,0 +1,143 @@
+"""Compares what the DiT and the pixel decoder of one or two models do by frequency, while they sample.
+
+    python python/spectrum.py deco.ckpt dit.ckpt --out out/spectrum
+
+At every step of sampling, the 8x8 DCT energies of the DiT's output (brought to full resolution) and of the conditional
+pixel velocity are averaged over the images. FOLDER/spectrum.csv holds them. FOLDER/spectrum.png shows the share of each
+coefficient in the energy, in zig-zag order, averaged over steps, and that of the upper half over time.
+
+Source: DeCo (arXiv 2511.19365), section 4. Exit status: 0; 2 with a line that begins with "error:".
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+from _sampling import (  # noqa: E402
+    DTYPES,
+    Conditioner,
+    add_options,
+    device_of,
+    dtype_of,
+    load_network,
+    noise_of,
+    read_conditions,
+    solver_settings,
+)
+from _spectra import SIGNALS, SpectrumRecorder, high_share, shares, zigzag  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from deco_kernels.model.checkpoint_file import complete_or_absent  # noqa: E402
+
+TITLES = {"dit_output": "output of the DiT", "velocity": "pixel velocity"}
+BATCH = 16  # images at a time
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        run(options)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python/spectrum.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, nargs="+", help="one or two, see docs/checkpoints.md")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--name", action="append", help="of a model in table and picture (repeatable); default: path")
+    add_options(parser, batch=f"{BATCH}", count=16)
+    parser.add_argument("--debug", action="store_true", help="show where an error was raised")
+    options = parser.parse_args(arguments)
+    if len(options.checkpoint) > 2:
+        parser.error(f"expected one or two checkpoints, got {len(options.checkpoint)}")
+    options.name = options.name or [str(path) for path in options.checkpoint]
+    if len(set(options.name)) != len(options.checkpoint):
+        parser.error(f"--name: expected a name of its own for each checkpoint, got {options.name}")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    table, picture = options.out / "spectrum.csv", options.out / "spectrum.png"
+    for path in (table, picture):
+        if path.exists():
+            raise ValueError(f"--out: {path} exists; choose another folder")
+    device = device_of(options)
+    spectra = {
+        name: measure(path, name, options, device) for path, name in zip(options.checkpoint, options.name, strict=True)
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    with complete_or_absent(table, overwrite=False) as temporary:
+        write_table(spectra, temporary)
+    with complete_or_absent(picture, overwrite=False) as temporary:
+        write_picture(spectra, temporary)
+    for name, signals in spectra.items():
+        upper = ", ".join(f"{TITLES[s]} {shares(signals[s])[32:].sum():.2%}" for s in SIGNALS)
+        print(f"{name}: energy in the upper half of the coefficients: {upper}")
+    print(f"wrote {table} and {picture}")
+
+
+def measure(path: Path, name: str, options: argparse.Namespace, device: torch.device) -> dict:
+    """Signal → time → energies [64], see `SpectrumRecorder.spectra`."""
+    network = load_network(path, options, device)
+    conditions, settings = read_conditions(options, network), solver_settings(options, network)
+    conditioner = Conditioner.of(network, device, options.text_encoder)
+    recorder = SpectrumRecorder(network, DTYPES[dtype_of(options, device)])
+    batch = options.batch or min(BATCH, options.count)
+    with tqdm(total=options.count, desc=name, unit="image") as bar:
+        for first in range(0, options.count, batch):
+            indices = range(first, min(first + batch, options.count))
+            noise = torch.stack([noise_of(index, options.seed, options.size) for index in indices])
+            cond, uncond = conditioner([conditions[index % len(conditions)] for index in indices])
+            recorder.sample(noise.to(device), cond, uncond, **settings)
+            bar.update(len(indices))
+    return recorder.spectra()
+
+
+def write_table(spectra: dict, path: Path) -> None:
+    """A row per model, signal, time and coefficient: its mean square and its share of the energy at that time."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["model", "signal", "time", "zigzag", "vertical", "horizontal", "energy", "share"])
+        for name, signals in spectra.items():
+            for signal, times in signals.items():
+                for time, energy in times.items():
+                    values = torch.stack((energy, energy / energy.sum()), dim=1).tolist()
+                    for order, (place, (value, share)) in enumerate(zip(zigzag(), values, strict=True)):
+                        rows.writerow([name, signal, f"{time:.6g}", order, *place, f"{value:.6g}", f"{share:.6g}"])
+
+
+def write_picture(spectra: dict, path: Path) -> None:
+    """Above the shares in zig-zag order, below that of the upper half over time; left the DiT, right the velocity."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharey="row")
+    for column, signal in enumerate(SIGNALS):
+        above, below = axes[:, column]
+        for name, signals in spectra.items():
+            above.plot(shares(signals[signal]), label=name, marker=".", markersize=3, linewidth=1)
+            times = sorted(signals[signal])
+            below.plot(times, [high_share(signals[signal][time]) for time in times], label=name)
+        above.set(title=TITLES[signal], yscale="log", xlabel="DCT coefficient in zig-zag order")
+        below.set(yscale="log", xlabel="time, 0 noise to 1 image")
+    axes[0, 0].set_ylabel("share of the energy")
+    axes[1, 0].set_ylabel("share of coefficients 32 to 63")
+    axes[0, 1].legend(fontsize=8)
+    figure.savefig(path, dpi=100, format="png")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
