@@ -3,6 +3,7 @@
 from benchmarks.markdown import table, title_of
 
 _KEYS = ("op", "dtype", "pass", "contender", "forced_instruction_set")
+AGREEMENT = 0.05  # of the median, that two runs of one commit are to keep
 _MACHINE = ("processor", "gpu", "threads", "instruction_set", "kept_heap", "torch", "triton", "driver")
 
 
@@ -12,6 +13,18 @@ def moved(old: dict, new: dict) -> tuple[list[tuple[dict, dict]], int]:
     before = {_key(row): row for row in _timed(old)}
     pairs = [(before[_key(row)], row) for row in _timed(new) if _key(row) in before]
     return [pair for pair in pairs if _apart(*pair)], len(pairs)
+
+
+def mark_unstable(old: dict, new: dict) -> None:
+    """Marks rows of `new` whose median is not that of `old` within AGREEMENT, where both are runs of one commit."""
+    commit = new["header"].get("commit")
+    if commit is None or commit.endswith("-dirty") or commit != old["header"].get("commit"):
+        return
+    before = {_key(row): row for row in _timed(old)}
+    for row in _timed(new):
+        was = before.get(_key(row))
+        if was and abs(row["ms"] / was["ms"] - 1) > AGREEMENT:
+            row["unstable"] = True
 
 
 def markdown(old: dict, new: dict) -> str:

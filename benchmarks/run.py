@@ -68,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
     result["ceilings"] = results.best_of(result["ceilings"], measure_ceilings(options.device, dtypes))
     result["header"]["load_at_end"] = load()
 
+    if old:
+        comparison.mark_unstable(old, result)
     print(report.markdown(result))
     if old:
         print(comparison.markdown(old, result))

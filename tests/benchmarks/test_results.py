@@ -72,6 +72,28 @@ def test_what_moved_beyond_the_spread_is_listed(stored):
     assert "not the same" not in text
 
 
+def test_rows_that_two_runs_of_one_commit_do_not_share_are_unstable(stored):
+    new = slowed(stored, 1.06)
+    comparison.mark_unstable(stored, new)
+    marked = [row["unstable"] for row in new["rows"] if row["contender"] == "cpu" and row["status"] == "ok"]
+    assert marked and all(marked)
+    others = [row for row in new["rows"] if row["contender"] != "cpu"]
+    assert others == [row for row in stored["rows"] if row["contender"] != "cpu"]
+
+
+@pytest.mark.parametrize(
+    "commit, factor", (("fedcba987654", 1.06), ("0123456789ab", 1.04), ("0123456789ab-dirty", 1.06))
+)
+def test_other_commits_and_close_medians_mark_nothing(stored, commit, factor):
+    new = slowed(stored, factor)
+    new["header"]["commit"] = commit
+    before = copy.deepcopy(new)
+    comparison.mark_unstable(
+        stored | {"header": stored["header"] | {"commit": commit.replace("fedcba", "012345")}}, new
+    )
+    assert new == before
+
+
 def test_another_machine_is_named(stored):
     new = copy.deepcopy(stored)
     new["header"]["processor"] = "Other CPU"
