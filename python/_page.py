@@ -1,0 +1,96 @@
+"""What the page of app.py shows for one sample: the image, states on the way to it, and their DCT spectra."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from _photos import energy_spectrum
+from _sampling import Conditioner, noise_of, reads_text
+from matplotlib.figure import Figure
+from torch import nn
+
+from deco_kernels import flow
+from deco_kernels.training.images import to_pixels
+
+FRAMES = 8  # states of the trajectory that are shown, noise and sample included
+
+
+@dataclass
+class Shown:
+    """image: uint8 [H, W, 3]. frames: [(image, caption)] from noise to sample. spectrum: of the frames."""
+
+    image: np.ndarray
+    frames: list[tuple[np.ndarray, str]]
+    spectrum: Figure
+
+
+@dataclass
+class Painter:
+    """Samples one image at a time from a model.
+
+    steps, guidance: what the page begins with. settings: the other ones of `flow.sample`. size: (height, width).
+    """
+
+    network: nn.Module
+    conditioner: Conditioner
+    steps: int
+    guidance: float
+    settings: dict
+    size: tuple[int, int]
+
+    def __call__(self, condition: float | str, steps: float, guidance: float, seed: float) -> Shown:
+        """Sample. Numbers may be floats, as a page's fields give them.
+
+        Raises:
+            ValueError: a condition the model does not take; numbers that are not what they must be.
+        """
+        condition = self._condition(condition)
+        steps, seed = _integer("steps", steps, 1), _integer("seed", seed, 0)
+        cond, uncond = self.conditioner([condition])
+        noise = noise_of(0, seed, self.size).to(cond.device)[None]
+        with torch.no_grad():
+            _, states = flow.sample(
+                self.network,
+                noise,
+                cond,
+                uncond,
+                steps=steps,
+                guidance=float(guidance),
+                trajectory=True,
+                progress=True,
+                **self.settings,
+            )
+        shown = sorted({round(i * steps / (FRAMES - 1)) for i in range(FRAMES)})
+        times = [*flow.timesteps(steps, self.settings["shift"]).tolist()[:-1], 1.0]
+        captions = [f"step {step}, t = {times[step]:.2f}" for step in shown]
+        frames = [(to_pixels(states[step])[0], caption) for step, caption in zip(shown, captions, strict=True)]
+        return Shown(frames[-1][0], frames, spectrum([states[step] for step in shown], captions))
+
+    def _condition(self, given: float | str) -> int | str:
+        if reads_text(self.network):
+            if not str(given or "").strip():
+                raise ValueError("prompt: expected a text, got none")
+            return str(given)
+        label, classes = _integer("class", given, 0), self.network.trunk.num_classes
+        if label >= classes:
+            raise ValueError(f"class: expected 0 to {classes - 1}, got {label}")
+        return label
+
+
+def spectrum(states: list[torch.Tensor], captions: list[str]) -> Figure:
+    """Mean energy of the 8x8 DCT of luminance on each diagonal, of every state [1, 3, H, W]."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for number, (state, caption) in enumerate(zip(states, captions, strict=True)):
+        shade = number / max(1, len(states) - 1)
+        axis.plot(range(15), energy_spectrum(state.float().cpu()), color=(shade, 0.2, 1 - shade), label=caption)
+    axis.set(xlabel="vertical + horizontal frequency", ylabel="energy of luminance", yscale="log")
+    axis.set_title("8x8 DCT of the trajectory's states")
+    axis.legend(fontsize=7)
+    return figure
+
+
+def _integer(name: str, value: float | None, least: int) -> int:
+    if value is None or int(value) != value or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
+    return int(value)

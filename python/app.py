@@ -1,0 +1,118 @@
+"""A page to sample from a checkpoint: class or prompt, steps, guidance and seed; the image, its trajectory and spectra.
+
+    python python/app.py CHECKPOINT [--size 256] [--port 7860]
+
+Needs gradio (`pip install 'deco_kernels[app]'`). The page is served on this machine only, unless --host says otherwise.
+
+Exit status: 0; 2 if gradio is missing or checkpoint, size, device or port cannot be used (one line says why).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+SAMPLER_OPTIONS = ("solver", "steps", "guidance", "guidance_interval", "shift")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        page = build(painter_of(options))
+        page.launch(server_name=options.host, server_port=options.port)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    import _sampling  # its imports take seconds
+
+    parser = argparse.ArgumentParser(
+        prog="python/app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="any that model.load_model reads")
+    parser.add_argument(
+        "--size", type=_sampling.image_size, default=(256, 256), metavar="S|HxW", help="of images (256)"
+    )
+    parser.add_argument("--weights", choices=["ema", "raw"], help="default: averaged ones where there are both")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--threads", type=_sampling.positive, help="of the CPU")
+    parser.add_argument(
+        "--text-encoder", default="Qwen/Qwen3-1.7B", metavar="FOLDER|ID", help="of a text-to-image model (%(default)s)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on (%(default)s)")
+    parser.add_argument("--port", type=_sampling.positive, help="default: the first free one from 7860 on")
+    parser.set_defaults(**dict.fromkeys(SAMPLER_OPTIONS))
+    return parser.parse_args(arguments)
+
+
+def painter_of(options: argparse.Namespace):
+    """The `_page.Painter` of a checkpoint. Raises ImportError without gradio, otherwise as `_sampling.load_network`."""
+    require_gradio()
+    import _sampling
+    from _page import Painter
+
+    device = _sampling.device_of(options)
+    network = _sampling.load_network(options.checkpoint, options, device)
+    conditioner = _sampling.Conditioner.of(network, device, options.text_encoder)
+    settings = _sampling.solver_settings(options, network)
+    begin = settings.pop("steps"), settings.pop("guidance")
+    return Painter(network, conditioner, *begin, settings, options.size)
+
+
+def require_gradio():
+    """The module gradio, or ImportError that says how to install it."""
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError(
+            f"the page needs gradio, which cannot be imported ({error}); install it: pip install 'deco_kernels[app]'"
+        ) from error
+    return gradio
+
+
+def build(painter):
+    """The page, a `gradio.Blocks`, for a `_page.Painter`."""
+    gradio = require_gradio()
+    from _sampling import reads_text
+
+    def sample(condition, steps, guidance, seed, progress=gradio.Progress(track_tqdm=True)):  # noqa: B008
+        try:
+            shown = painter(condition, steps, guidance, seed)
+        except (ValueError, TypeError) as error:
+            raise gradio.Error(str(error)) from error
+        return shown.image, shown.frames, shown.spectrum
+
+    with gradio.Blocks(title="DeCo", analytics_enabled=False) as page:
+        height, width = painter.size
+        gradio.Markdown(
+            f"# DeCo\n{type(painter.network).__name__}, {height}×{width}, {painter.settings['solver']} solver"
+        )
+        with gradio.Row():
+            with gradio.Column():
+                if reads_text(painter.network):
+                    condition = gradio.Textbox(label="Prompt")
+                else:
+                    last = painter.network.trunk.num_classes - 1
+                    condition = gradio.Number(label=f"Class, 0 to {last}", value=0, precision=0)
+                inputs = [
+                    condition,
+                    gradio.Slider(1, 250, value=painter.steps, step=1, label="Steps"),
+                    gradio.Slider(1, 10, value=painter.guidance, step=0.1, label="Guidance"),
+                    gradio.Number(label="Seed", value=0, precision=0),
+                ]
+                button = gradio.Button("Sample", variant="primary")
+            image = gradio.Image(label="Sample", format="png", buttons=["download", "fullscreen"], elem_id="sample")
+            plot = gradio.Plot(label="DCT spectrum", elem_id="spectrum")
+        frames = gradio.Gallery(
+            label="Trajectory, from noise to sample", columns=8, height="auto", elem_id="trajectory"
+        )
+        button.click(sample, inputs, [image, frames, plot], api_name="sample")
+    return page
+
+
+if __name__ == "__main__":
+    sys.exit(main())

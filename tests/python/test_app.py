@@ -1,0 +1,137 @@
+"""The page: what it shows for a sample, errors, and itself in a headless browser."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deco_kernels import flow, model
+from tests.random_models import random_model
+
+PROGRAMS = Path(__file__).resolve().parents[2] / "python"
+sys.path.insert(0, str(PROGRAMS))
+
+import _sampling  # noqa: E402
+import app  # noqa: E402
+from _page import Painter  # noqa: E402
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("app") / "tiny.safetensors"
+    model.save_model(random_model(num_classes=3), path)
+    return path
+
+
+@pytest.fixture
+def painter(checkpoint):
+    pytest.importorskip("gradio")
+    return app.painter_of(app.parse([str(checkpoint), "--size", "32x48", "--device", "cpu"]))
+
+
+def test_a_sample_is_that_of_the_solver(painter):
+    shown = painter(2, 9, 1.5, 4)
+    noise = _sampling.noise_of(0, 4, (32, 48))[None]
+    label, null = torch.tensor([2]), torch.tensor([3])
+    expected = flow.sample(painter.network, noise, label, null, steps=9, guidance=1.5, **painter.settings)[0]
+    pixels = ((expected.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    assert (shown.image == pixels).all() and shown.image.std() > 5
+    assert len(shown.frames) == 8 and (shown.frames[-1][0] == pixels).all()
+    captions = [caption for _, caption in shown.frames]
+    assert captions[0] == "step 0, t = 0.00" and captions[-1] == "step 9, t = 1.00"
+    assert [line.get_label() for line in shown.spectrum.axes[0].lines] == captions
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((3, 2, 1.0, 0), "class: expected 0 to 2, got 3"),
+        ((-1, 2, 1.0, 0), "class: expected an integer of at least 0"),
+        ((0, 0, 1.0, 0), "steps: expected an integer of at least 1"),
+        ((0, 2, 1.0, 0.5), "seed: expected an integer of at least 0"),
+        ((None, 2, 1.0, 0), "class: expected an integer"),
+    ],
+)
+def test_wrong_fields_are_named(painter, values, message):
+    with pytest.raises(ValueError, match=message):
+        painter(*values)
+
+
+class LengthEncoder(torch.nn.Module):
+    """Features that depend on the prompt's length alone."""
+
+    empty_prompt = torch.zeros(7, 20)
+
+    def forward(self, prompts):
+        return torch.stack([torch.full((7, 20), len(prompt) / 10) for prompt in prompts])
+
+
+def test_prompts_for_a_text_model():
+    pytest.importorskip("gradio")
+    network = random_model("deco-text-tiny").eval().requires_grad_(False)
+    conditioner = _sampling.Conditioner(network, torch.device("cpu"), LengthEncoder())
+    settings = dict(solver="adams2", guidance_interval=(0.0, 1.0), shift=3.0)
+    painter = Painter(network, conditioner, 25, 4.0, settings, (32, 32))
+    short, long = (painter(prompt, 3, 2.0, 0) for prompt in ("a hill", "a hill behind a lake"))
+    assert (short.image != long.image).any() and len(short.frames) == 4
+    with pytest.raises(ValueError, match="prompt: expected a text"):
+        painter(" ", 3, 2.0, 0)
+    labels = [block.label for block in app.build(painter).blocks.values() if hasattr(block, "label")]
+    assert "Prompt" in labels and "Seed" in labels
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        app.main(["--help"])
+    assert stopped.value.code == 0 and "CHECKPOINT" in capsys.readouterr().out
+
+
+def test_without_gradio(checkpoint, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert app.main([str(checkpoint)]) == 2
+    assert "error: the page needs gradio" in capsys.readouterr().err
+
+
+def test_missing_checkpoint(tmp_path, capsys):
+    pytest.importorskip("gradio")
+    assert app.main([str(tmp_path / "missing.ckpt")]) == 2
+    assert "missing.ckpt" in capsys.readouterr().err
+
+
+@pytest.fixture
+def served(painter):
+    page = app.build(painter)
+    _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    yield address
+    page.close()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+def test_page_in_a_browser(served):
+    """Fields are filled in and the button pressed: image, trajectory and spectrum appear; a wrong class is named."""
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
+        page.goto(served, wait_until="domcontentloaded")
+        page.get_by_label("Class, 0 to 2").fill("2")
+        page.get_by_label("number input for Steps").fill("9")
+        page.get_by_label("Seed").fill("4")
+        page.get_by_role("button", name="Sample").click()
+        page.wait_for_selector("#sample img")
+        page.wait_for_selector("#spectrum img")
+        page.wait_for_function("document.querySelectorAll('#trajectory button img').length == 8")
+        size = page.eval_on_selector(
+            "#sample img", "async image => { await image.decode(); return [image.naturalWidth, image.naturalHeight]; }"
+        )
+        assert size == [48, 32]
+        assert "step 9, t = 1.00" in page.inner_text("#trajectory")
+        page.get_by_label("Class, 0 to 2").fill("7")
+        page.get_by_role("button", name="Sample").click()
+        page.get_by_text("class: expected 0 to 2, got 7").wait_for()
+        browser.close()
