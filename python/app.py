@@ -108,7 +108,7 @@ def build(painter):
             image = gradio.Image(label="Sample", format="png", buttons=["download", "fullscreen"], elem_id="sample")
             plot = gradio.Plot(label="DCT spectrum", elem_id="spectrum")
         frames = gradio.Gallery(
-            label="Trajectory, from noise to sample", columns=8, height="auto", elem_id="trajectory"
+            label="Trajectory, from noise to sample", columns=8, height=220, elem_id="trajectory"
         )
         button.click(sample, inputs, [image, frames, plot], api_name="sample")
     return page
