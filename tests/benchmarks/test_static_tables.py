@@ -42,3 +42,11 @@ def test_the_command_prints_the_tables(capsys):
     output = capsys.readouterr().out
     budgets = json.loads(static.BUDGETS.read_text())
     assert all(table in output for backend in static.BACKENDS for table in static_tables.tables(budgets, backend))
+
+
+def test_the_slots_of_the_cuda_backward_are_those_of_its_kernels():
+    budgets = static.recorded_budgets("cuda")
+    kernels = [f"block_backward.backward_kernel+mlp+tiled{step}" for step in ("+first", "", "+last")]
+    kernels += ["decoder_replay.replay_kernel", "decoder_embedding.embedding_kernel"]
+    slots = sum(budgets[f"cuda.{kernel}/D32/bfloat16"]["sm_90a"]["issue_slots_per_16_px"] for kernel in kernels)
+    assert f"The decoder's backward at N 3 takes {slots:,.0f} slots in all" in page("cuda")
