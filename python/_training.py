@@ -144,7 +144,8 @@ def train(contender: Contender, seed: int) -> tuple[list[tuple[int, list[float]]
             if done % recipe.psnr_every == 0 or done >= recipe.steps:
                 samples = contender.sample(seed)
                 curve.append((done, psnr(samples, contender.photographs)))
-                bar.set_postfix(psnr=f"{min(curve[-1][1]):.1f} dB", loss=f"{contender.losses[-1]:.3f}")
+                loss = f"{contender.losses[-1]:.3f}" if contender.losses else "none yet"
+                bar.set_postfix(psnr=f"{min(curve[-1][1]):.1f} dB", loss=loss)
             if done >= recipe.steps:
                 return curve, samples
             contender.step()

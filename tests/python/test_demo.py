@@ -188,6 +188,15 @@ def test_bad_arguments(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
+def test_training_from_the_first_step():
+    recipe = dataclasses.replace(_training.SHORT, steps=2, psnr_every=1)
+    _, photographs = _photos.load_photographs(_photos.shipped_photographs(), recipe.image_size)
+    contender = _training.Contender(recipe, photographs, 0, eager=False)
+    curve, samples = _training.train(contender, 0)
+    assert [step for step, _ in curve] == [0, 1, 2] and len(contender.losses) == 2
+    assert samples.shape == photographs.shape and samples.isfinite().all()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("recipe", [_training.SHORT, _training.FULL], ids=["short", "full"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
