@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import deco_kernels
@@ -186,6 +187,19 @@ def test_jit_trace_records_the_operator():
     h, *others = inputs.tensors.values()
     traced = torch.jit.trace(lambda h: ops.adaln_block(h, *others), h)
     assert testing.relative_error(traced(2 * h), ops.adaln_block(2 * h, *others)) == 0
+
+
+@each_op
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_make_fx_records_the_operators(op, pre_dispatch):
+    inputs = small_inputs(op)
+
+    def outputs(*tensors):
+        return getattr(ops, op)(**dict(zip(inputs.tensors, tensors, strict=True)), **inputs.options)
+
+    traced = make_fx(outputs, pre_dispatch=pre_dispatch)(*inputs.tensors.values())
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert getattr(torch.ops.deco_kernels, op).default in called
 
 
 @each_op
