@@ -25,7 +25,7 @@ from tqdm import tqdm
 from deco_kernels.model.checkpoint_file import complete_or_absent
 from deco_kernels.training.images import as_grid
 
-FRAME_MS, LAST_FRAME_MS = 60, 1500
+FRAME_MS, LAST_FRAME_MS = 80, 1500
 ANIMATIONS = {"gif": "GIF", "png": "PNG"}  # ending → Pillow's name; an animated PNG is a PNG
 
 

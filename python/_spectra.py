@@ -1,6 +1,6 @@
 """DCT energy spectra of what a model computes while it samples: of the DiT's output and of the pixel velocity.
 
-Source: DeCo (arXiv 2511.19365), section 4, its analysis of 8x8 DCT energies.
+Source: DeCo (arXiv 2511.19365), figure 4.
 """
 
 import torch

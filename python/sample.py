@@ -39,7 +39,7 @@ from tqdm import tqdm  # noqa: E402
 from deco_kernels import flow  # noqa: E402
 from deco_kernels.training.images import to_pixels  # noqa: E402
 
-FRAMES = 50  # of an animation, at most
+FRAMES = 25  # of an animation, at most
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 

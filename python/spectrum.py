@@ -6,7 +6,7 @@ At every step of sampling, the 8x8 DCT energies of the DiT's output (brought to 
 pixel velocity are averaged over the images. FOLDER/spectrum.csv holds them. FOLDER/spectrum.png shows the share of each
 coefficient in the energy, in zig-zag order, averaged over steps, and that of the upper half over time.
 
-Source: DeCo (arXiv 2511.19365), section 4. Exit status: 0; 2 with a line that begins with "error:".
+Source: DeCo (arXiv 2511.19365), figure 4. Exit status: 0; 2 with a line that begins with "error:".
 """
 
 import argparse
