@@ -252,7 +252,8 @@ class _Operator(NamedTuple):
 
 def _watched(tensors: tuple) -> bool:
     """Whether something may act on, replace or record calls of operators: a mode, a functional transform, the profiler,
-    a tracer, or what stands for a tensor (a subclass, the meta device)."""
+    a tracer, or what stands for a tensor (a subclass, the meta device) or for its values (a pending negation, zeros
+    without memory), which the dispatcher resolves."""
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
@@ -261,6 +262,7 @@ def _watched(tensors: tuple) -> bool:
         or torch._C._get_tracing_state() is not None
         or tensors[0].is_meta
         or not _PLAIN_TENSORS.issuperset(map(type, tensors))
+        or [tensor for tensor in tensors if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor())]
     )
 
 

@@ -111,6 +111,42 @@ def test_export(op):
         assert torch.equal(*pair)
 
 
+@each_backend
+@each_op
+def test_pending_negations_are_resolved(implementation, op):
+    """Views such as z.conj().imag hold the negated values: as arguments and as gradients of the outputs."""
+
+    def pending(tensor):
+        return torch._neg_view(tensor.neg())
+
+    inputs = small_inputs(op)
+    expected = gradients_of(loss_of, inputs, backend=implementation)
+    negated = inputs._replace(tensors={name: pending(tensor) for name, tensor in inputs.tensors.items()})
+    assert all(tensor.is_neg() for tensor in negated.tensors.values())
+    assert_same(gradients_of(loss_of, negated, backend=implementation), expected, 1e-6)
+
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors.values()]
+    outputs = getattr(ops, op)(
+        **dict(zip(inputs.tensors, leaves, strict=True)), **inputs.options, backend=implementation
+    )
+    gradients = torch.autograd.grad(outputs, leaves, [pending(gradient) for gradient in inputs.grad_outputs])
+    for gradient, other in zip(gradients, expected[1], strict=True):
+        assert testing.relative_error(gradient, other) <= 1e-6
+
+
+@each_backend
+@each_op
+def test_zeros_without_memory(implementation, op):
+    """PyTorch's formulas of derivatives pass zeros that have no storage."""
+    inputs = small_inputs(op)
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors.values()]
+    outputs = getattr(ops, op)(
+        **dict(zip(inputs.tensors, leaves, strict=True)), **inputs.options, backend=implementation
+    )
+    zeros = [torch._efficientzerotensor(gradient.shape) for gradient in inputs.grad_outputs]
+    assert not any(gradient.any() for gradient in torch.autograd.grad(outputs, leaves, zeros))
+
+
 @each_op
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(op, use_reentrant):
