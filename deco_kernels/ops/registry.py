@@ -232,6 +232,7 @@ def _register(name: str, schema: str, implementation: Callable, fake: Callable) 
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+_BATCHED_GRADIENTS = torch._C._parse_dispatch_key("VmapMode")
 _PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -252,12 +253,13 @@ class _Operator(NamedTuple):
 
 def _watched(tensors: tuple) -> bool:
     """Whether something may act on, replace or record calls of operators: a mode, a functional transform, the profiler,
-    a tracer, or what stands for a tensor (a subclass, the meta device) or for its values (a pending negation, zeros
-    without memory), which the dispatcher resolves."""
+    a tracer, or what stands for a tensor (a subclass, the meta device) or for its values (the batch of a gradient with
+    `is_grads_batched`, a pending negation, zeros without memory), which the dispatcher resolves."""
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADIENTS)
         or torch.autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         or tensors[0].is_meta

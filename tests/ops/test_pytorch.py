@@ -147,6 +147,36 @@ def test_zeros_without_memory(implementation, op):
     assert not any(gradient.any() for gradient in torch.autograd.grad(outputs, leaves, zeros))
 
 
+@each_backend
+@each_op
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients(implementation, op):
+    inputs = small_inputs(op)
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors.values()]
+    outputs = getattr(ops, op)(
+        **dict(zip(inputs.tensors, leaves, strict=True)), **inputs.options, backend=implementation
+    )
+    grad_outputs = [torch.stack((gradient, 2 * gradient)) for gradient in inputs.grad_outputs]
+    batched = torch.autograd.grad(outputs, leaves, grad_outputs, is_grads_batched=True, retain_graph=True)
+    expected = torch.autograd.grad(outputs, leaves, inputs.grad_outputs)
+    for gradients, gradient in zip(batched, expected, strict=True):
+        assert testing.relative_error(gradients, torch.stack((gradient, 2 * gradient))) <= 1e-6
+
+
+@each_op
+@pytest.mark.parametrize("default", [BF16, torch.float64])
+def test_the_default_dtype_changes_nothing(op, default):
+    inputs = small_inputs(op)
+    expected = gradients_of(loss_of, inputs)
+    torch.set_default_dtype(default)
+    try:
+        actual = gradients_of(loss_of, inputs)
+    finally:
+        torch.set_default_dtype(F32)
+    assert [gradient.dtype for gradient in actual[1]] == [gradient.dtype for gradient in expected[1]]
+    assert_same(actual, expected)
+
+
 @each_op
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(op, use_reentrant):

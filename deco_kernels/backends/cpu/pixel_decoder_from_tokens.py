@@ -41,7 +41,10 @@ def backward(grad_velocity: torch.Tensor, image: torch.Tensor, tokens: torch.Ten
     pixels, width = decoder[1].shape
     grad_image = torch.empty(image.shape, dtype=image.dtype) if needs[0] else None
     upsample = UpsampleGradients(tokens, *up, needs[1:4])
-    totals = [torch.zeros(weight.shape) if need else None for weight, need in zip(decoder, needs[4:], strict=True)]
+    totals = [
+        torch.zeros(weight.shape, dtype=torch.float32) if need else None
+        for weight, need in zip(decoder, needs[4:], strict=True)
+    ]
     first = 0
     for images, lines in image_chunks(image.shape, patch_size, chunk_tokens(up[0])):
         image_chunk = image[images, :, lines]

@@ -38,7 +38,10 @@ def backward(grad_modulated: torch.Tensor, grad_gate: torch.Tensor, h: torch.Ten
     grad_h = torch.empty(h_rows.shape, dtype=h.dtype) if needs[0] else None
     upsample = UpsampleGradients(tokens, *up, needs[1:4])
     rows = arguments.readable_rows(upsample.rows)
-    totals = [torch.zeros(weight.shape) if need else None for weight, need in zip(modulation, needs[4:], strict=True)]
+    totals = [
+        torch.zeros(weight.shape, dtype=torch.float32) if need else None
+        for weight, need in zip(modulation, needs[4:], strict=True)
+    ]
     size = chunk_tokens(up[0])
     for first in range(0, len(rows), size):
         chunk = slice(first, first + size)

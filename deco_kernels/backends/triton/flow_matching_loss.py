@@ -504,7 +504,7 @@ def forward(pred, target, frequency_weight, sample_weight, frequency_scale):
     """(total, pixel, frequency), float32 scalars."""
     with device_guard(pred):
         if pred.shape[0] == 0:
-            return tuple(torch.zeros((), device=pred.device) for _ in range(3))
+            return tuple(torch.zeros((), dtype=torch.float32, device=pred.device) for _ in range(3))
         losses = _Loss(pred, target, frequency_weight, sample_weight).losses(frequency_scale)
         return tuple(loss.clone() for loss in losses.unbind())
 
