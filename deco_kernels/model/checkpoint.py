@@ -322,10 +322,11 @@ def from_config(name: str, config: Mapping[str, Any], tensors: Mapping[str, torc
     if cls is None:
         known = ", ".join(layout.model.__name__ for layout in _LAYOUTS)
         raise ValueError(f"model: expected one of {known}, got {name!r}; was it written by a newer version?")
+    _require_tensors(tensors)
     with torch.device("meta"):
         try:
             model = cls(**config)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: sizes that overflow
             raise ValueError(f"config: {name} cannot be built from {dict(config)}: {error}") from None
     compare_shapes(name, {key: tuple(t.shape) for key, t in model.state_dict().items()}, _shapes(tensors))
     return fill(model, tensors)
@@ -362,6 +363,16 @@ def select(state_dict: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]:
         state_dict = state_dict["state_dict"]
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected a mapping of names to tensors, got {type(state_dict).__name__}")
+    _require_tensors(state_dict)
+    present = [prefix for prefix in (RAW, EMA) if any(name.startswith(prefix) for name in state_dict)]
+    if not present:
+        return dict(state_dict)
+    chosen = EMA if (ema and EMA in present) or RAW not in present else RAW
+    skipped = tuple(prefix for prefix in (RAW, EMA, ALIGNMENT_HEAD) if prefix != chosen)
+    return {name.removeprefix(chosen): value for name, value in state_dict.items() if not name.startswith(skipped)}
+
+
+def _require_tensors(state_dict: Mapping[Any, Any]) -> None:
     wrong = [
         f"{name!r} ({type(value).__name__ if not isinstance(value, torch.Tensor) else value.dtype})"
         for name, value in state_dict.items()
@@ -369,12 +380,6 @@ def select(state_dict: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]:
     ]
     if wrong:
         raise TypeError(f"state_dict: expected floating-point tensors, got {', '.join(wrong)}")
-    present = [prefix for prefix in (RAW, EMA) if any(name.startswith(prefix) for name in state_dict)]
-    if not present:
-        return dict(state_dict)
-    chosen = EMA if (ema and EMA in present) or RAW not in present else RAW
-    skipped = tuple(prefix for prefix in (RAW, EMA, ALIGNMENT_HEAD) if prefix != chosen)
-    return {name.removeprefix(chosen): value for name, value in state_dict.items() if not name.startswith(skipped)}
 
 
 def _recognise(tensors: Mapping[str, torch.Tensor]) -> _Layout:

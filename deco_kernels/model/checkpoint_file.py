@@ -64,7 +64,7 @@ class Checkpoint:
         """The models' weights in it, "raw" and "ema" or what `weights` says ("" where it does not), and their tensors;
         names as in the file."""
         found = {
-            kind: {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+            kind: {name: tensor for name, tensor in self.tensors.items() if str(name).startswith(prefix)}
             for kind, prefix in WEIGHTS.items()
         }
         found = {kind: tensors for kind, tensors in found.items() if tensors}
@@ -135,8 +135,9 @@ def _model_described(model: nn.Module) -> str:
     return f"{type(model).__name__}({config})"
 
 
-def _on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.to("meta") for name, tensor in tensors.items()}
+def _on_meta(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What is no tensor stays, for the model to refuse."""
+    return {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in tensors.items()}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

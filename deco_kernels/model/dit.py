@@ -249,9 +249,7 @@ class Trunk(PatchTransformer):
         super().__init__(width=width, depth=depth, heads=heads, num_classes=num_classes, **image)
         self.num_classes = num_classes
         self.label_table = nn.Embedding(num_classes + 1, width)
-        self.blocks = nn.ModuleList(
-            Block(width, Attention(width, heads), SwiGLU(width, hidden)) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(width, Attention(width, heads), SwiGLU(width, hidden)) for _ in range(depth))
         self.reset_parameters()
 
     def reset_condition(self) -> None:

@@ -255,6 +255,11 @@ def test_a_global_is_admitted_by_name(tmp_path):
         {"names": "deco_kernels", "model": "DeCo", "config": "{"},
         {"names": "deco_kernels", "model": "DeCo", "config": "[]"},
         {"names": "deco_kernels", "model": "Linear", "config": "{}"},
+        {
+            "names": "deco_kernels",
+            "model": "DeCo",
+            "config": json.dumps({"width": 10**9, "depth": 1, "heads": 2, "num_classes": 3}),
+        },
         {"names": "deco_kernels", "model": "DeCo", "config": json.dumps({"width": 24, "colour": "red"})},
         {"names": "published", "weights": "best"},
     ],
@@ -264,6 +269,19 @@ def test_a_description_that_is_wrong(tmp_path, said):
     checkpoint_file.write_tensors(random_model().state_dict(), path, said)
     with pytest.raises(ValueError, match="model.safetensors: .*(description|expected one of DeCo|cannot be built)"):
         model.load_model(path)
+
+
+@pytest.mark.parametrize("names", checkpoint_file.NAMES)
+@pytest.mark.parametrize("entry", [{3: torch.zeros(1)}, {"denoiser.x": 3}])
+def test_entries_that_are_no_named_tensors(tmp_path, names, entry):
+    path = tmp_path / "model.pt"
+    model.save_model(random_model(), path, names=names)
+    content = torch.load(path)
+    content["state_dict"] |= entry
+    torch.save(content, path)
+    for read in (model.load_model, lambda path: model.read_checkpoint(path).summary()):
+        with pytest.raises(TypeError, match=r"model.pt: state_dict: expected floating-point tensors, got"):
+            read(path)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
