@@ -317,7 +317,8 @@ def published_model_on_meta(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
 
 def from_config(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """The model of class `name` and constructor arguments `config` with copies of the tensors, named as in its
-    `state_dict`. Raises ValueError for a class or arguments that are not known, and for names or shapes that differ."""
+    `state_dict`. Raises ValueError for a class or arguments that are not known, and for names or shapes that differ;
+    TypeError for entries that are no floating-point tensors."""
     cls = {layout.model.__name__: layout.model for layout in _LAYOUTS}.get(name)
     if cls is None:
         known = ", ".join(layout.model.__name__ for layout in _LAYOUTS)
