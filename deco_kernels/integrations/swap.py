@@ -40,11 +40,13 @@ class Swap:
 class FusedForward:
     """What `x_embedder` and `dec_net` compute after the swap.
 
-    Holds modules, not tensors, so that it sees whatever `.to()`, `load_state_dict`, FSDP or a deep copy make of them.
+    Holds modules, not tensors, so that it sees whatever `.to()`, `load_state_dict`, FSDP or a deep copy make of them. A
+    module that is replaced afterwards, as adapters do, would go unseen: every call makes sure that all are in place.
     """
 
     def __init__(self, parts: DecoderParts, save_memory: bool, backend: str | None):
         self.parts, self.save_memory, self.backend = parts, save_memory, backend
+        self.places = [*_places("x_embedder", parts.x_embedder), *_places("dec_net", parts.dec_net)]
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """Instead of `x_embedder`: pixels [T, P, C] as they are."""
@@ -53,9 +55,16 @@ class FusedForward:
     def decode(self, pixels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Instead of `dec_net`: pixels [T, P, C] and tokens [T, Z] → velocity [T, P, C].
 
-        Raises TypeError for sharded weights, ValueError for pixels of another number per patch; the ops check the rest.
+        Raises TypeError for sharded weights, ValueError for pixels of another number per patch and for a module that
+        was replaced after the swap; the ops check the rest.
         """
         parts = self.parts
+        for path, owner, name, child in self.places:
+            if getattr(owner, name, None) is not child:
+                raise ValueError(
+                    f"{path}: expected the module that was there when the decoder was swapped, got another one; undo "
+                    "the swap before modules of the decoder are replaced"
+                )
         if any(is_sharded(module.weight) for module in parts.with_parameters()):
             raise TypeError(
                 "dec_net: expected whole weights, got DTensors; with fully_shard make dec_net one unit and leave "
@@ -139,6 +148,13 @@ def undo_swap(model: nn.Module) -> None:
     if not is_swapped(model):
         raise ValueError("model: expected one that swap_decoder has swapped, got one that runs its own decoder")
     del model.x_embedder.forward, model.dec_net.forward, model.x_embedder.fused_positions
+
+
+def _places(root: str, top: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """Of each module below `top`: its path, the module that holds it, its name there, and itself."""
+    for path, owner in top.named_modules(prefix=root):
+        for name, child in owner.named_children():
+            yield f"{path}.{name}", owner, name, child
 
 
 def _warn_of_hooks(parts: DecoderParts) -> None:

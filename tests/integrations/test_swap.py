@@ -385,6 +385,21 @@ def test_changed_pixels_are_refused():
         net.dec_net(torch.zeros(2, 255, 3), torch.zeros(2, 24))
 
 
+@pytest.mark.parametrize("place", ["x_embedder.embedder", "dec_net.cond_embed", "dec_net.res_blocks.0.mlp.2"])
+def test_modules_replaced_after_the_swap_are_named(place):
+    net, batch = published_model(), random_batch()
+    before = net(*batch)
+    swap = swap_decoder(net)
+    owner, name = net.get_submodule(place.rpartition(".")[0]), place.rpartition(".")[2]
+    original = getattr(owner, name)
+    setattr(owner, name, torch.nn.Sequential(original, torch.nn.Identity()))
+    with pytest.raises(ValueError, match=f"{place}: expected the module that was there .* undo the swap"):
+        net(*batch)
+    swap.undo()
+    setattr(owner, name, original)
+    assert torch.equal(net(*batch), before)
+
+
 # --- hooks -----------------------------------------------------------------------------------------------------------
 
 
