@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 from _photos import shipped_photographs  # noqa: E402
+from _program import exit_status  # noqa: E402
 
 from benchmarks.names import KEPT_HEAP  # noqa: E402
 
@@ -32,16 +33,7 @@ STUDY_NAMES = ("interaction", "capacity", "frequency", "aspect")
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    expected = (ValueError, TypeError, OSError)
-    try:
-        from deco_kernels.training.checkpoints import CheckpointError  # seconds of imports, which --help is spared
-
-        expected += (CheckpointError,)
-        run(options)
-    except expected as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(options))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -13,18 +13,18 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from _program import exit_status  # noqa: E402
+
 SAMPLER_OPTIONS = ("solver", "steps", "guidance", "guidance_interval", "shift")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        page = build(painter_of(options))
-        page.launch(server_name=options.host, server_port=options.port)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def run() -> None:
+        build(painter_of(options)).launch(server_name=options.host, server_port=options.port)
+
+    return exit_status(run)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

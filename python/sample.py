@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
+from _program import exit_status  # noqa: E402
 from _sample_folder import ANIMATIONS, SampleFolder  # noqa: E402
 from _sampling import (  # noqa: E402
     DTYPES,
@@ -46,16 +47,10 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        run(options)
+        return exit_status(lambda: run(options), options.debug)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
-    except (OSError, ValueError, TypeError, ImportError, MemoryError) as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

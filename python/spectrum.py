@@ -21,6 +21,7 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+from _program import exit_status  # noqa: E402
 from _sampling import (  # noqa: E402
     DTYPES,
     Conditioner,
@@ -43,14 +44,7 @@ BATCH = 16  # images at a time
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        run(options)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(options), options.debug)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

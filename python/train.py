@@ -16,25 +16,22 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from _program import exit_status  # noqa: E402
+
 from deco_kernels.training import config as configuration  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     overrides = options.override + ([] if options.backend is None else [f"backend={options.backend}"])
-    expected = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
-    try:
-        config = configuration.load(options.config, overrides)
-        from deco_kernels.training import checkpoints, loop  # seconds of imports, which --help and mistakes are spared
 
-        expected += (checkpoints.CheckpointError,)
+    def run() -> None:
+        config = configuration.load(options.config, overrides)
+        from deco_kernels.training import loop  # seconds of imports, which --help and mistakes are spared
+
         loop.train(config, options.resume)
-    except expected as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(run, options.debug)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -26,6 +26,15 @@ def two_threads():
     torch.set_num_threads(previous)
 
 
+@pytest.fixture
+def one_thread():
+    """PyTorch with one thread: small tensors do not wait for threads, and bits are those of any other process."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(previous)
+
+
 @contextlib.contextmanager
 def instruction_set(name: str | None):
     """Runs the native CPU kernels compiled for one instruction set; None leaves the choice as it is."""

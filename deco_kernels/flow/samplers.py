@@ -120,7 +120,7 @@ def sample(
         from tqdm import tqdm
 
         states = tqdm(states, total=steps, desc=f"sampling ({solver})", unit="step")
-    visited = [noise]
+    visited = [noise.clone()] if trajectory else []
     for state in states:
         if trajectory:
             visited.append(state.to(noise.dtype))

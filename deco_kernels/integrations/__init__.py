@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from deco_kernels.lazy import lazy_names
 
 _MODULE_OF = {
     "Swap": "swap",
@@ -13,12 +13,4 @@ _MODULE_OF = {
 
 __all__ = list(_MODULE_OF)
 
-
-def __getattr__(name: str):
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _MODULE_OF)

@@ -37,7 +37,7 @@ _PROJECTOR = "objective.repa.projector."
 _PATTERN = re.compile(r"step_(\d+)\.ckpt")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """A checkpoint could not be written, read, or does not belong to the configuration."""
 
 

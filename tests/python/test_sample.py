@@ -25,21 +25,15 @@ import sample  # noqa: E402
 
 SHORT = ["--size", "32", "--steps", "3"]
 
+# Bits depend on the number of threads, and this process's shall be those of others.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def class_checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("sample") / "tiny.ckpt"
     model.save_model(random_model(), path, names="published")
     return path
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bits depend on the number of threads, and this one's shall be those of other processes."""
-    previous = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(previous)
 
 
 def draw(checkpoint: Path, out: Path, *options: str) -> int:
