@@ -68,6 +68,11 @@ def mean_error(results: Results, variant: str, images: str = "squares", metric: 
     return sum(values) / len(values)
 
 
+def mean_weight(results: Results, variant: str) -> torch.Tensor:
+    """Frequency weights of a variant, the mean over its runs, [3, 8, 8]."""
+    return torch.tensor([result["frequency_weight"] for result in results if result["variant"] == variant]).mean(0)
+
+
 def draw_capacity(axes: list[Axes], study: Study, results: Results, costs: Costs) -> None:
     """Error and time over D x N, and one against the other."""
     widths, depths = (sorted({v.model[key] for v in study.variants}) for key in ("decoder_width", "decoder_depth"))
@@ -79,9 +84,11 @@ def draw_capacity(axes: list[Axes], study: Study, results: Results, costs: Costs
     for axis, (title, value) in zip(axes, surfaces, strict=False):
         grid = torch.tensor([[value(at[depth, width]) for width in widths] for depth in depths])
         axis.imshow(grid.numpy(), cmap="viridis", origin="lower", aspect="auto")
+        middle = (grid.min() + grid.max()) / 2
         for row, values in enumerate(grid.tolist()):
             for column, each in enumerate(values):
-                axis.text(column, row, f"{each:.4g}", ha="center", va="center", color="white", fontsize=9)
+                color = "black" if each > middle else "white"  # viridis is bright where values are high
+                axis.text(column, row, f"{each:.4g}", ha="center", va="center", color=color, fontsize=9)
         axis.set(title=title, xlabel="D", ylabel="N")
         axis.set_xticks(range(len(widths)), widths)
         axis.set_yticks(range(len(depths)), depths)
@@ -95,10 +102,7 @@ def draw_capacity(axes: list[Axes], study: Study, results: Results, costs: Costs
 def draw_weights(axes: list[Axes], study: Study, results: Results, costs: Costs) -> None:
     """Luminance weights of JPEG quality 85 and of what was learned, on one logarithmic scale."""
     shown = [("JPEG 85", ops.jpeg_frequency_weight(85)[0])]
-    for variant in study.variants:
-        if variant.learned:
-            weights = [torch.tensor(r["frequency_weight"]) for r in results if r["variant"] == variant.name]
-            shown.append((variant.name, torch.stack(weights).mean(0)[0]))
+    shown += [(variant.name, mean_weight(results, variant.name)[0]) for variant in study.variants if variant.learned]
     for axis, (name, weight) in zip(axes, shown, strict=True):
         picture = axis.imshow(weight.clamp_min(1e-3).log10().numpy(), cmap="RdBu_r", vmin=-1.5, vmax=1.5)
         axis.set(title=f"log10 weight of Y: {name}", xlabel="horizontal frequency", ylabel="vertical frequency")

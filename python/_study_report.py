@@ -1,12 +1,12 @@
-"""What a finished study leaves: table.csv, table.md and study.png."""
+"""What a finished study leaves: table.csv, table.md, study.png, and weights.json where weights were learned."""
 
 import csv
 import statistics
 from pathlib import Path
 
 import torch
-from _studies import Costs, Results, Study
-from _study_run import Recipe
+from _studies import Costs, Results, Study, mean_weight
+from _study_run import Recipe, write_json
 from matplotlib.figure import Figure
 
 from benchmarks.markdown import section, table
@@ -26,6 +26,13 @@ def write_csv(results: Results, costs: Costs, path: Path) -> None:
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
+
+
+def write_weights(study: Study, results: Results, path: Path) -> None:
+    """Variant → frequency weights [3][8][8] for Y, Cb, Cr, the mean over seeds; no file where none were learned."""
+    learned = {v.name: mean_weight(results, v.name).tolist() for v in study.variants if v.learned}
+    if learned:
+        write_json(learned, path)
 
 
 def summary(study: Study, recipe: Recipe, results: Results, costs: Costs) -> str:
@@ -63,9 +70,7 @@ def weight_notes(study: Study, results: Results) -> list[str]:
     for variant in study.variants:
         if not variant.learned:
             continue
-        weight = torch.stack(
-            [torch.tensor(result["frequency_weight"]) for result in results if result["variant"] == variant.name]
-        ).mean(0)
+        weight = mean_weight(results, variant.name)
         for plane, name in enumerate(("Y", "Cb", "Cr")):
             pair = torch.stack((weight[plane].flatten().log(), jpeg[plane].flatten().log()))
             u, v = divmod(int(weight[plane].argmax()), 8)
@@ -98,6 +103,7 @@ def plot(study: Study, results: Results, costs: Costs) -> Figure:
     for axis, name in zip(points, images, strict=False):
         axis.set_title(f"velocity error, {name}")
         axis.set_xticks(range(len(study.variants)), [v.name for v in study.variants], rotation=30, ha="right")
+        axis.set_xlim(-0.5, len(study.variants) - 0.5)
     if study.draw:
         study.draw(points[len(images) :], study, results, costs)
     figure.suptitle(study.title)

@@ -6,8 +6,8 @@
     python python/ablate.py aspect          native aspect ratio against square crops
 
 Writes into out/ablate/STUDY: table.csv (one line per run), table.md (means over seeds, what the study can and cannot
-show), study.png, and runs/ with the averaged weights and figures of every run. The same command with --resume
-continues a study that was stopped or killed.
+show), study.png, weights.json where frequency weights were learned, and runs/ with the averaged weights and figures
+of every run. The same command with --resume continues a study that was stopped or killed.
 
 Exit status: 0; 2 if photographs, options or the folder cannot be used (one line says why).
 """
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     """The whole study. Raises ValueError and OSError where options, photographs or the folder cannot be used."""
     import _crops
     from _studies import STUDIES
-    from _study_report import plot, summary, write_csv
+    from _study_report import plot, summary, write_csv, write_weights
     from _study_run import Recipe
 
     from deco_kernels.model import PRESETS, DeCo
@@ -86,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
     results = run_all(study, recipe, options.seeds or study.seeds, photographs, shapes, held_out, out)
     costs = measured_costs(study, recipe, out)
     write_csv(results, costs, out / "table.csv")
+    write_weights(study, results, out / "weights.json")
     text = summary(study, recipe, results, costs)
     (out / "table.md").write_text(text, encoding="utf-8")
     plot(study, results, costs).savefig(out / "study.png", dpi=110)

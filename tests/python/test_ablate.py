@@ -226,6 +226,11 @@ def test_smallest_run_of_every_study(name, tmp_path, monkeypatch, capsys):
         assert all(float(line["decoder, ms"]) > 0 for line in lines)
     if name == "aspect":
         assert all(float(line["pixel, rectangles"]) > 0 for line in lines)
+    assert (out / "weights.json").exists() == (name == "frequency")
+    if name == "frequency":
+        weights = json.loads((out / "weights.json").read_text())
+        assert sorted(weights) == ["learned by likelihood", "learned by loss"]
+        np.testing.assert_allclose(np.mean(list(weights.values()), axis=(2, 3)), 1, rtol=1e-5)
     with Image.open(out / "study.png") as picture:
         assert picture.width > 800
     folder = out / "runs" / f"{study.variants[0].name.replace(' ', '-')}-seed0"

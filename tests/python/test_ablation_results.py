@@ -2,29 +2,63 @@
 
 import csv
 import json
+import statistics
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "python"))
+
+from _studies import STUDIES  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results" / "ablations"
 PAGE = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
-NAMES = {"adaln": "AdaLN", "add": "addition", "JPEG 100": "JPEG 100 (all weights 1)"}  # on the page, where they differ
+SQUARES = [f"{metric}, squares" for metric in ("pixel", "jpeg85", "low", "high")]
+ERRORS = {  # study → columns of held-out errors on the page
+    "interaction": SQUARES,
+    "capacity": ["pixel, squares", "high, squares"],
+    "frequency": SQUARES,
+    "aspect": [f"{metric}, {images}" for images in ("squares", "rectangles") for metric in ("pixel", "high")],
+}
+COSTS = {"capacity": ["decoder, ms", "in published eager, ms", "kFLOP per pixel"]}
 
 
-@pytest.mark.parametrize("study", ["interaction", "frequency"])
-def test_held_out_errors_are_those_of_the_study(study):
+def runs(study: str) -> list[dict[str, str]]:
     with open(RESULTS / f"{study}.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) >= 2 and {row["seed"] for row in rows} == {"0"}
-    for row in rows:
-        errors = [f"{float(row[f'{kind}, squares']):.4f}" for kind in ("pixel", "jpeg85", "low", "high")]
-        line = f"| {NAMES.get(row['variant'], row['variant'])} | {' | '.join(errors)} |"
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_committed_study_is_whole(name):
+    study = STUDIES[name]
+    expected = {(variant.name, str(seed)) for variant in study.variants for seed in range(3)}
+    assert {(run["variant"], run["seed"]) for run in runs(name)} == expected
+    assert {run["steps"] for run in runs(name)} == {str(study.steps)}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_figures_are_those_of_the_study(name):
+    for variant in STUDIES[name].variants:
+        own = [run for run in runs(name) if run["variant"] == variant.name]
+        cells = [f"{float(own[0][column]):.3g}" for column in COSTS.get(name, [])]
+        for column in ERRORS[name]:
+            errors = [float(run[column]) for run in own]
+            cells.append(f"{statistics.fmean(errors):.4f} ({min(errors):.4f} to {max(errors):.4f})")
+        line = f"| {variant.name} | {' | '.join(cells)} |"
         assert line in PAGE.splitlines(), line
 
 
 @pytest.mark.parametrize("rule", ["loss", "likelihood"])
 def test_range_of_learned_luminance_weights(rule):
-    luminance = json.loads((RESULTS / f"learned_by_{rule}.json").read_text(encoding="utf-8"))["frequency_weight"][0]
-    weights = [weight for row in luminance for weight in row]
-    assert f"between {min(weights):.2f} and {max(weights):.2f}" in PAGE.replace("\n", " ")
+    weights = json.loads((RESULTS / "weights.json").read_text(encoding="utf-8"))[f"learned by {rule}"]
+    luminance = [weight for row in weights[0] for weight in row]
+    assert f"between {min(luminance):.2f} and {max(luminance):.2f}" in PAGE.replace("\n", " ")
+
+
+def test_times_are_those_measured():
+    times = json.loads((RESULTS / "times.json").read_text(encoding="utf-8"))["seconds"]
+    assert set(times) == set(STUDIES)
+    rows = {line.split("`")[1]: line for line in PAGE.splitlines() if line.startswith("| `")}
+    assert all(rows[study].endswith(f"| {seconds} s |") for study, seconds in times.items())
