@@ -105,7 +105,9 @@ def build(painter):
                     gradio.Number(label="Seed", value=0, precision=0),
                 ]
                 button = gradio.Button("Sample", variant="primary")
-            image = gradio.Image(label="Sample", format="png", buttons=["download", "fullscreen"], elem_id="sample")
+            image = gradio.Image(
+                label="Sample", format="png", height=320, buttons=["download", "fullscreen"], elem_id="sample"
+            )
             plot = gradio.Plot(label="DCT spectrum", elem_id="spectrum")
         frames = gradio.Gallery(
             label="Trajectory, from noise to sample", columns=8, height=220, elem_id="trajectory"
