@@ -59,7 +59,10 @@ class PixelDiffusion(nn.Module):
 
 
 class DeCo(PixelDiffusion):
-    """Class-to-image pixel diffusion model; the condition y is labels [B], int64 or int32.
+    """Class-to-image pixel diffusion model; the condition y is labels [B], int64 or int32, from 0 to num_classes.
+
+    Label num_classes is the null class. Labels out of range raise ValueError on the CPU; on a GPU and inside
+    torch.compile PyTorch's own assertion fails, since a check would wait for the device.
 
     Args:
         width, depth, heads, num_classes, patch_size, channels, mlp_width: of the trunk, see `Trunk`.

@@ -268,7 +268,10 @@ class Trunk(PatchTransformer):
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, features_after: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Run the trunk on x [B, C, H, W], t [B], labels y [B].
+        """Run the trunk on x [B, C, H, W], t [B], labels y [B] from 0 to num_classes, the null class.
+
+        Raises TypeError or ValueError for arguments that do not fit. Labels out of range are noticed on the CPU; on a
+        GPU, where looking at them would wait for the device, and inside torch.compile, PyTorch's own assertion fails.
 
         Returns:
             (tokens [B, L, Z] in row-major patch order, time embedding [B, Z], condition c = SiLU(time + label) [B, Z],
@@ -276,9 +279,18 @@ class Trunk(PatchTransformer):
         """
         self.check_inputs(x, t, y)
         time = self.time_embed(t)
-        c = F.silu(time + self.label_table(y))
+        c = F.silu(time + self._embed_labels(y))
         tokens, features = self.transform(x, c, features_after=features_after)
         return tokens, time, c, features
+
+    def _embed_labels(self, y: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.label_table(y)
+        except IndexError:  # the CPU's lookup checks every label
+            raise ValueError(
+                f"y: expected labels from 0 to {self.num_classes} (the null class), got labels from {y.min().item()} "
+                f"to {y.max().item()}; the model has {self.num_classes} classes"
+            ) from None
 
 
 class DiT(nn.Module):
@@ -335,6 +347,7 @@ class DiT(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Velocity [B, C, H, W] for a noised image x [B, C, H, W], times t [B] in [0, 1] and labels y [B].
 
+        Labels run from 0 to num_classes, the null class; `Trunk.forward` says where others are noticed.
         With `features_after` the pair (velocity, tokens [B, L, Z] after that trunk block, counted from 1).
         """
         tokens, _, c, features = self.trunk(x, t, y, features_after)

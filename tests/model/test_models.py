@@ -192,6 +192,8 @@ def test_features_after_a_block():
         (dict(t=torch.zeros(())), ValueError, "t: expected shape"),
         (dict(y=torch.zeros(3, dtype=torch.int64)), ValueError, "y: expected shape"),
         (dict(y=torch.zeros(2)), TypeError, "y: expected int64 or int32 labels"),
+        (dict(y=torch.tensor([3, 11])), ValueError, "y: expected labels from 0 to 10 .*, got .* 3 to 11"),
+        (dict(y=torch.tensor([-1, 3], dtype=torch.int32)), ValueError, "y: expected labels from 0 to 10 .* -1 to 3"),
     ],
 )
 def test_bad_inputs(name, change, error, message):
