@@ -98,7 +98,8 @@ class OptimizerConfig:
 class SampleConfig:
     """Grids of samples from the averaged weights, every so many steps; 0 for none.
 
-    labels: classes shown in turn. prompts: captions shown in turn, for text models.
+    labels: classes shown in turn; null spreads `count` evenly over the model's classes. prompts: captions shown in
+        turn, for text models.
     """
 
     every: int = 10_000
@@ -108,7 +109,7 @@ class SampleConfig:
     guidance_interval: list[float] = field(default_factory=lambda: [0.1, 1.0])
     shift: float = 1.0
     solver: str = "euler"
-    labels: list[int] = field(default_factory=lambda: [207, 360, 387, 974, 88, 979, 417, 279])
+    labels: list[int] | None = None
     prompts: list[str] = field(default_factory=lambda: ["a photograph of a mountain lake at dawn"])
 
 

@@ -188,10 +188,8 @@ class _Run:
     def _sample(self) -> None:
         """A grid from the averaged weights. Every process computes it, as sharded weights require."""
         given, size, encoder = self.config.sample, self.config.image_size, self.parts.encoder
-        network = self.progress.module.model
-        shown = given.labels if encoder is None else given.prompts
-        targets = [shown[i % len(shown)] for i in range(given.count)]
-        cond = self._conditions(torch.tensor(targets) % network.trunk.num_classes if encoder is None else targets)
+        network, targets = self.progress.module.model, self.parts.shown
+        cond = self._conditions(torch.tensor(targets) if encoder is None else targets)
         uncond = torch.full_like(cond, network.null_label) if encoder is None else encoder.empty_prompt.expand_as(cond)
         noise = torch.randn(given.count, 3, size, size, generator=torch.Generator().manual_seed(self.config.seed))
         with self.progress.average.swapped():

@@ -17,7 +17,7 @@ from torch import nn
 from deco_kernels import flow, model, ops
 from deco_kernels.training import checkpoints
 from deco_kernels.training.batches import BatchPlan
-from deco_kernels.training.config import TrainConfig, to_dict
+from deco_kernels.training.config import SampleConfig, TrainConfig, to_dict
 from deco_kernels.training.ema import MovingAverage
 from deco_kernels.training.loading import plan_batches
 from deco_kernels.training.module import TrainingModule, shard
@@ -30,12 +30,16 @@ Encoder = Callable[[list[str]], torch.Tensor]
 
 @dataclass
 class Parts:
-    """What the loop works with. `forward` and `optimizer` are Fabric's wrappers of what `progress` holds bare."""
+    """What the loop works with. `forward` and `optimizer` are Fabric's wrappers of what `progress` holds bare.
+
+    shown: the label or prompt of every sample in a grid.
+    """
 
     source: Source
     plan: BatchPlan
     objective: flow.Objective
     encoder: Encoder | None
+    shown: list[int] | list[str]
     forward: nn.Module
     optimizer: torch.optim.Optimizer
     progress: checkpoints.Progress
@@ -96,6 +100,7 @@ def prepare(
     network = model.build(config.model.name, **config.model.options)
     reads_text = isinstance(network, model.DeCoTextToImage)
     wanted = ("caption",) if reads_text else ("label", network.trunk.num_classes)
+    shown = shown_conditions(config.sample, None if reads_text else network.trunk.num_classes)
     with fabric.rank_zero_first():  # the first process converts tables and shards, the others find them converted
         source = open_source(config.data, *wanted)
     sizes = None
@@ -122,7 +127,27 @@ def prepare(
     average = MovingAverage(network, config.ema_decay)
     progress = checkpoints.Progress(module, optimizer, average, step=0, skipped={})
     optimizer = fabric.setup_optimizers(optimizer)
-    return Parts(source, plan, objective, encoder if reads_text else None, forward, optimizer, progress)
+    return Parts(source, plan, objective, encoder if reads_text else None, shown, forward, optimizer, progress)
+
+
+def shown_conditions(config: SampleConfig, num_classes: int | None) -> list[int] | list[str]:
+    """The label, or with num_classes None the prompt, of each of the `count` samples; none where `every` is 0.
+
+    Raises ValueError where there is nothing to show, and for labels that are no classes of the model.
+    """
+    if not config.every:
+        return []
+    if config.count < 1:
+        raise ValueError(f"sample.count: expected at least 1, got {config.count}; sample.every=0 draws no samples")
+    name, shown = ("prompts", config.prompts) if num_classes is None else ("labels", config.labels)
+    if shown is None:
+        return [i * num_classes // config.count for i in range(config.count)]
+    if not shown:
+        raise ValueError(f"sample.{name}: expected at least one, got none; sample.every=0 draws no samples")
+    wrong = [label for label in shown if num_classes is not None and not 0 <= label < num_classes]
+    if wrong:
+        raise ValueError(f"sample.labels: expected classes of the model, from 0 to {num_classes - 1}, got {wrong}")
+    return [shown[i % len(shown)] for i in range(config.count)]
 
 
 def make_objective(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deco_kernels import model
-from deco_kernels.training import config
+from deco_kernels.training import config, setup
 
 CONFIGS = Path(__file__).resolve().parents[2] / "python" / "configs"
 
@@ -87,3 +87,30 @@ def test_published_recipes(name):
 def test_every_recipe_loads():
     for path in CONFIGS.glob("*.yaml"):
         config.load(path, ["data.path=images", "out=run"])
+
+
+def test_conditions_of_the_samples():
+    """In turn as configured; classes spread evenly by default."""
+
+    def shown(num_classes=None, **sample):
+        return setup.shown_conditions(config.SampleConfig(**sample), num_classes)
+
+    assert shown(1000, count=4) == [0, 250, 500, 750] and shown(2, count=3) == [0, 0, 1]
+    assert shown(10, count=5, labels=[9, 0]) == [9, 0, 9, 0, 9]
+    assert shown(count=3, prompts=["sea", "sky"]) == ["sea", "sky", "sea"]
+    assert shown(2, every=0, labels=[9]) == []
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "sample", "said"),
+    [
+        (10, dict(labels=[0, 10]), r"sample.labels: expected classes of the model, from 0 to 9, got \[10\]"),
+        (10, dict(labels=[-1, 3]), r"sample.labels: expected classes of the model, from 0 to 9, got \[-1\]"),
+        (10, dict(labels=[]), "sample.labels: expected at least one, got none"),
+        (None, dict(prompts=[]), "sample.prompts: expected at least one, got none"),
+        (10, dict(count=0), "sample.count: expected at least 1, got 0"),
+    ],
+)
+def test_samples_that_cannot_be_drawn(num_classes, sample, said):
+    with pytest.raises(ValueError, match=said):
+        setup.shown_conditions(config.SampleConfig(**sample), num_classes)

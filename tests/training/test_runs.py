@@ -105,6 +105,7 @@ def test_backend_reference_gives_the_same_run(trainer, class_folders, tmp_path):
         (["repa.weight=0.5"], "repa.block: expected a block from 1 to 2, got 8"),
         (["repa.weight=0.5", "repa.block=1", "repa.teacher=/nowhere"], "no DINOv2 at '/nowhere'"),
         (["init_from=/nowhere.ckpt"], "init_from: expected a checkpoint"),
+        (["sample.every=10", "sample.labels=[1,2]"], "sample.labels: expected classes of the model, from 0"),
         (["optimizer.lr=1e30", "steps=3"], "the loss of step"),
         (["data.min_side=1000"], "cannot be used"),
         (["--backend", "abacus"], "abacus"),
