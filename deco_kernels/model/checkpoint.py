@@ -21,6 +21,9 @@ from deco_kernels.model.dit import DiT
 from deco_kernels.model.position import NUM_POSITION_FEATURES
 from deco_kernels.model.text_to_image import DeCoTextToImage
 
+# What parameters may be: dense tensors of these dtypes.
+_KINDS = ("float64", "float32", "bfloat16", "float16")
+
 # A published file holds one model twice, raw and averaged, beside the head of the alignment loss.
 RAW, EMA, ALIGNMENT_HEAD = "denoiser.", "ema_denoiser.", "diffusion_trainer.proj."
 
@@ -292,7 +295,7 @@ def from_published(state_dict: Mapping[str, Any], *, ema: bool = True) -> nn.Mod
         A DeCo, DeCoTextToImage or DiT with copies of the tensors, in their dtypes and on their devices.
 
     Raises:
-        TypeError: not a mapping of names to floating-point tensors.
+        TypeError: not a mapping of names to dense tensors of 16, 32 or 64 floating-point bits.
         ValueError: not a model known here, or keys missing, extra or misshapen; one message lists them all.
     """
     tensors = select(state_dict, ema)
@@ -318,19 +321,41 @@ def published_model_on_meta(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
 def from_config(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """The model of class `name` and constructor arguments `config` with copies of the tensors, named as in its
     `state_dict`. Raises ValueError for a class or arguments that are not known, and for names or shapes that differ;
-    TypeError for entries that are no floating-point tensors."""
+    TypeError for entries that are no dense floating-point tensors."""
+    return fill(config_model_on_meta(name, config, tensors), tensors)
+
+
+def config_model_on_meta(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The model that `from_config` fills, on the meta device. Raises as it does."""
     cls = {layout.model.__name__: layout.model for layout in _LAYOUTS}.get(name)
     if cls is None:
         known = ", ".join(layout.model.__name__ for layout in _LAYOUTS)
         raise ValueError(f"model: expected one of {known}, got {name!r}; was it written by a newer version?")
     _require_tensors(tensors)
+    _require_blocks(config, tensors)
     with torch.device("meta"):
         try:
             model = cls(**config)
         except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: sizes that overflow
             raise ValueError(f"config: {name} cannot be built from {dict(config)}: {error}") from None
-    compare_shapes(name, {key: tuple(t.shape) for key, t in model.state_dict().items()}, _shapes(tensors))
-    return fill(model, tensors)
+    compare_shapes(name, _shapes(model.state_dict()), _shapes(tensors))
+    return model
+
+
+def _require_blocks(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError where `config` asks for more blocks than `tensors` hold: building takes time for each."""
+    numbered = (re.match(r"trunk\.(blocks|text_blocks)\.(\d+)\.", name) for name in tensors)
+    numbers = {match.groups() for match in numbered if match}
+    held = Counter(kind for kind, _ in numbers)
+    stacks = (tensors[name].shape[:1].numel() for name in _DECODER_BLOCK.values() if name in tensors)
+    found = {"depth": held["blocks"], "text_depth": held["text_blocks"], "decoder_depth": max(stacks, default=0)}
+    for name, blocks in found.items():
+        depth = config.get(name)
+        if isinstance(depth, int) and depth > blocks:
+            raise ValueError(
+                f"config: {name}: expected the number of blocks whose tensors are there, {blocks}, got {depth}; the "
+                "config was changed, or tensors are missing"
+            )
 
 
 def fill(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -375,12 +400,23 @@ def select(state_dict: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]:
 
 def _require_tensors(state_dict: Mapping[Any, Any]) -> None:
     wrong = [
-        f"{name!r} ({type(value).__name__ if not isinstance(value, torch.Tensor) else value.dtype})"
+        f"{name!r} ({_kind(value)})"
         for name, value in state_dict.items()
-        if not (isinstance(name, str) and isinstance(value, torch.Tensor) and value.is_floating_point())
+        if not (isinstance(name, str) and isinstance(value, torch.Tensor) and _kind(value) in _KINDS)
     ]
     if wrong:
-        raise TypeError(f"state_dict: expected floating-point tensors, got {', '.join(wrong)}")
+        raise TypeError(
+            f"state_dict: expected dense tensors of {', '.join(_KINDS)} under their names, got {', '.join(wrong)}; "
+            "convert or remove them"
+        )
+
+
+def _kind(value: Any) -> str:
+    """What an entry is: a dtype, where it is a sparse tensor with its layout, or another type."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    dtype, layout = (str(each).removeprefix("torch.") for each in (value.dtype, value.layout))
+    return dtype if value.layout is torch.strided else f"{layout} {dtype}"
 
 
 def _recognise(tensors: Mapping[str, torch.Tensor]) -> _Layout:

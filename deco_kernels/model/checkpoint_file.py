@@ -24,6 +24,7 @@ from deco_kernels.model.checkpoint import (
     ALIGNMENT_HEAD,
     EMA,
     RAW,
+    config_model_on_meta,
     from_config,
     from_published,
     published_model_on_meta,
@@ -95,10 +96,8 @@ class Checkpoint:
         """For each of `sets` the model that it fits, on the meta device. Raises as `model` does."""
         with self._named():
             if self.names == OURS:
-                return {self.weights or "": from_config(self.model_class, self.config, _on_meta(self.tensors))}
-            return {
-                kind: published_model_on_meta(_on_meta(select(self.tensors, ema=kind != "raw"))) for kind in self.sets
-            }
+                return {self.weights or "": config_model_on_meta(self.model_class, self.config, self.tensors)}
+            return {kind: published_model_on_meta(select(self.tensors, ema=kind != "raw")) for kind in self.sets}
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -133,11 +132,6 @@ def _described(tensors: Mapping[str, torch.Tensor]) -> str:
 def _model_described(model: nn.Module) -> str:
     config = ", ".join(f"{name}={value!r}" for name, value in model.config.items())
     return f"{type(model).__name__}({config})"
-
-
-def _on_meta(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What is no tensor stays, for the model to refuse."""
-    return {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in tensors.items()}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -182,10 +176,17 @@ def _read_torch(path: Path, allow_globals: Sequence[str]) -> Checkpoint:
         raise ValueError(f"{path}: expected a dictionary with a state_dict, got {type(content).__name__}")
     if not isinstance(content.get("state_dict"), Mapping):
         content = {"state_dict": content}
+    state = dict(content["state_dict"])
+    empty = [str(name) for name, value in state.items() if isinstance(value, torch.Tensor) and value.is_meta]
+    if empty:
+        raise ValueError(
+            f"{path}: expected tensors with values, got some of the meta device, which have none: {', '.join(empty)}; "
+            "write it again from a model that is initialised or loaded"
+        )
     own = content.get(OURS)
     left_out = {str(k): type(v).__name__ for k, v in content.items() if k not in ("state_dict", OURS)}
     said = _said(path, own) if own is not None else {}
-    return Checkpoint(path, "torch", dict(content["state_dict"]), left_out=left_out, **said)
+    return Checkpoint(path, "torch", state, left_out=left_out, **said)
 
 
 def _unpickle(path: Path, allow_globals: Sequence[str]):
@@ -290,8 +291,9 @@ def save_model(
         weights: "ema" or "raw", what the model's weights are; written down.
         overwrite: replace an existing file.
 
-    The file appears under its name when it is complete, or not at all. Raises FileExistsError, OSError when it cannot
-    be written, TypeError for another model, ValueError for another ending, `names` or `weights`.
+    The file appears under its name when it is complete, or not at all. Where the name is a symbolic link, the file that
+    it leads to is written, and the link stays. Raises FileExistsError, OSError when it cannot be written, TypeError for
+    another model, ValueError for another ending, `names` or `weights`.
     """
     if names not in NAMES:
         raise ValueError(f"names: expected one of {list(NAMES)}, got {names!r}")
@@ -339,15 +341,21 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def complete_or_absent(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary name beside `path`: renamed to it at the end, removed after an error."""
+    """A temporary name beside `path`: renamed to it at the end, removed after an error.
+
+    Where `path` is a symbolic link, all of this happens beside the file that it leads to, and the link stays.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(f"{path}: cannot be written (its symbolic links lead in a circle)")
     _refuse_existing(path, overwrite)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         _refuse_existing(path, overwrite)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except FileExistsError:
         raise
     except Exception as error:

@@ -16,6 +16,7 @@ from deco_kernels import ops
 from deco_kernels.model.arguments import require_tensors
 from deco_kernels.model.patches import from_patches, to_patches
 from deco_kernels.model.position import NUM_POSITION_FEATURES, pixel_position_features
+from deco_kernels.ops.registry import check_backend_name
 
 INTERACTIONS = ("adaln", "add")
 
@@ -108,6 +109,9 @@ class PixelDecoder(nn.Module):
         eps: of both layer norms.
         backend: passed to the ops; None leaves the choice to deco_kernels.
 
+    Raises ValueError or TypeError for arguments that no decoder can have; whether the backend serves it is for the call
+    to say.
+
     Parameters are float32 and stacked over blocks: norm_weight/norm_bias [N, D], mod_weight [N, 3D, D] (shift, scale,
     gate), mod_bias [N, 3D], fc1/fc2 weights [N, D, D] and biases [N, D], head_weight [C, D], up_weight [P·D, Z] (row
     k·D + d), embed_weight [D, C + 64], input_weight [D, D].
@@ -137,6 +141,10 @@ class PixelDecoder(nn.Module):
             raise ValueError(f"decoder_patch: expected a divisor of patch_size {patch_size}, got {decoder_patch}")
         if interaction not in INTERACTIONS:
             raise ValueError(f"interaction: expected one of {list(INTERACTIONS)}, got {interaction!r}")
+        if not isinstance(save_memory, bool):
+            raise TypeError(f"save_memory: expected True or False, got {save_memory!r}")
+        if backend is not None:
+            check_backend_name(backend)
         self.token_width, self.width, self.depth = token_width, width, depth
         self.patch_size, self.channels, self.decoder_patch = patch_size, channels, decoder_patch
         self.interaction, self.position_kind = interaction, position_features

@@ -65,7 +65,7 @@ def write_atomically(content: Mapping[str, Any], path: Path) -> None:
     try:
         with complete_or_absent(path, overwrite=True) as temporary:
             torch.save(content, temporary)
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(path.resolve().parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the new name is on the disk too
         finally:

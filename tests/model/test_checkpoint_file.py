@@ -161,7 +161,7 @@ def test_other_models_and_contents(tmp_path):
     with pytest.raises(ValueError, match=r"other.ckpt: state_dict: expected a published DeCo .* got layer1.weight"):
         model.load_model(path)
     torch.save({"state_dict": {"step": 3}}, path)
-    with pytest.raises(TypeError, match="other.ckpt: .*expected floating-point tensors, got 'step'"):
+    with pytest.raises(TypeError, match="other.ckpt: .*expected dense tensors of .*, got 'step'"):
         model.load_model(path)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="expected a dictionary with a state_dict, got list"):
@@ -280,7 +280,79 @@ def test_entries_that_are_no_named_tensors(tmp_path, names, entry):
     content["state_dict"] |= entry
     torch.save(content, path)
     for read in (model.load_model, lambda path: model.read_checkpoint(path).summary()):
-        with pytest.raises(TypeError, match=r"model.pt: state_dict: expected floating-point tensors, got"):
+        with pytest.raises(TypeError, match=r"model.pt: state_dict: expected dense tensors of .*, got"):
+            read(path)
+
+
+def quantized(tensor):
+    return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+
+
+UNUSABLE = {
+    "sparse_coo float32": torch.Tensor.to_sparse,
+    "sparse_csr float32": torch.Tensor.to_sparse_csr,
+    "float8_e4m3fn": lambda tensor: tensor.to(torch.float8_e4m3fn),
+    "complex64": lambda tensor: tensor.to(torch.complex64),
+    "qint8": quantized,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("names", checkpoint_file.NAMES)
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_tensors_that_no_model_takes_are_named(tmp_path, names, kind):
+    path = tmp_path / "model.pt"
+    model.save_model(random_model(), path, names=names)
+    content = torch.load(path)
+    name = next(name for name in content["state_dict"] if name.endswith("blocks.1.attn.proj.weight"))
+    content["state_dict"][name] = UNUSABLE[kind](content["state_dict"][name].clone())
+    torch.save(content, path)
+    for read in (model.load_model, lambda path: model.read_checkpoint(path).summary()):
+        with pytest.raises(TypeError, match=rf"model.pt: .*, got '{name}' \({kind}\); convert or remove"):
+            read(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.complex64, torch.int64])
+def test_safetensors_that_no_model_takes_are_named(tmp_path, dtype):
+    path, net = tmp_path / "model.safetensors", random_model()
+    state = net.state_dict() | {"trunk.patch_embed.bias": net.trunk.patch_embed.bias.detach().to(dtype)}
+    said = {"names": "deco_kernels", "model": "DeCo", "config": json.dumps(net.config)}
+    checkpoint_file.write_tensors(state, path, said)
+    with pytest.raises(TypeError, match=rf"model.safetensors: .*'trunk.patch_embed.bias' \({str(dtype)[6:]}\)"):
+        model.load_model(path)
+
+
+@pytest.mark.parametrize("names", checkpoint_file.NAMES)
+def test_tensors_without_values_are_named(tmp_path, names):
+    path = tmp_path / "model.pt"
+    with torch.device("meta"):
+        net = model.build("deco-tiny")
+    model.save_model(net, path, names=names)
+    with pytest.raises(ValueError, match="model.pt: expected tensors with values, got .* meta .*blocks.1.norm1.weight"):
+        model.read_checkpoint(path)
+
+
+@pytest.mark.parametrize("ending", ["ckpt", "safetensors"])
+@pytest.mark.parametrize(
+    ("name", "argument", "said"),
+    [
+        ("deco-tiny", {"save_memory": "no"}, "save_memory: expected True or False, got 'no'"),
+        ("deco-tiny", {"backend": "abacus"}, "backend: unknown name 'abacus'"),
+        ("deco-text-tiny", {"backend": 3}, "backend: expected a name or None, got int"),
+        ("deco-tiny", {"depth": 10**7}, "depth: expected the number of blocks .*, 2, got 10000000"),
+        ("dit-tiny", {"depth": 3}, "depth: expected the number of blocks whose tensors are there, 2, got 3"),
+        ("deco-tiny", {"decoder_depth": 10**7}, "decoder_depth: expected the number of blocks .*, 3, got 10000000"),
+        ("deco-text-tiny", {"text_depth": 10**7}, "text_depth: expected the number of blocks .*, 1, got 10000000"),
+        ("deco-tiny", {"width": 10**30}, "cannot be built"),
+        ("deco-tiny", {"patch_size": 10**9}, "cannot be built|does not fit"),
+    ],
+)
+def test_arguments_that_no_model_takes_are_named_at_once(tmp_path, ending, name, argument, said):
+    path, net = tmp_path / f"model.{ending}", random_model(name)
+    net.config = {**net.config, **argument}
+    model.save_model(net, path)
+    for read in (model.load_model, lambda path: model.read_checkpoint(path).summary()):
+        with pytest.raises(ValueError, match=rf"model.{ending}: .*({said})"):
             read(path)
 
 
@@ -306,6 +378,33 @@ def test_a_file_is_replaced_while_it_is_read(tmp_path):
     checkpoint = model.read_checkpoint(path)
     model.save_model(random_model(seed=2), path, overwrite=True)
     same_bits(checkpoint.model().state_dict(), random_model(seed=1).state_dict())
+
+
+@pytest.mark.parametrize("ending", ["ckpt", "safetensors"])
+def test_symbolic_links_stay_and_their_target_is_written(tmp_path, ending):
+    store, shown = tmp_path / "store", tmp_path / "shown"
+    store.mkdir(), shown.mkdir()
+    target, link, chain = store / f"v1.{ending}", shown / f"latest.{ending}", shown / f"best.{ending}"
+    link.symlink_to(os.path.relpath(target, shown))
+    chain.symlink_to(link.name)
+    for seed, path in ((1, link), (2, chain)):  # the first write makes the file that the link leads to
+        model.save_model(random_model(seed=seed), path, overwrite=seed == 2)
+        assert link.is_symlink() and chain.is_symlink() and not target.is_symlink()
+        same_bits(model.load_model(target).state_dict(), random_model(seed=seed).state_dict())
+        with pytest.raises(FileExistsError, match=f"{path.name}: exists"):
+            model.save_model(random_model(), path)
+    assert os.listdir(store) == [target.name] and sorted(os.listdir(shown)) == sorted([link.name, chain.name])
+
+
+def test_links_that_lead_nowhere(tmp_path):
+    circle, lost = tmp_path / "circle.pt", tmp_path / "lost.pt"
+    circle.symlink_to(circle.name)
+    lost.symlink_to("absent/model.pt")
+    for path, said in ((circle, "symbolic links lead in a circle"), (lost, "lost.pt: cannot be written")):
+        with pytest.raises(OSError, match=said):
+            model.save_model(random_model(), path, overwrite=True)
+        assert path.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == [circle.name, lost.name]
 
 
 FULL = """
