@@ -193,11 +193,19 @@ def _sequence(module: nn.Module, path: str, kinds: Sequence[type[nn.Module]]) ->
 
 
 def _require_plain(path: str, module: nn.Module, kind: type[nn.Module]) -> None:
-    """A module of the kind that computes what the kind computes, a linear one with its bias."""
+    """A module of the kind that computes what the kind computes, a linear one with its bias.
+
+    Its weights are parameters, or parametrized ones, which are computed whenever they are read. What a hook computes
+    before the module's forward, as the older `nn.utils.weight_norm` does, would go stale when that no longer runs.
+    """
     if not isinstance(module, kind) or type(module).forward is not kind.forward or "forward" in vars(module):
         _differs(path, kind.__name__, type(module).__name__)
     if kind is nn.Linear and module.bias is None:
         _differs(path, "Linear with bias", "Linear without bias")
+    for name in ("weight", "bias"):
+        if isinstance(vars(module).get(name), torch.Tensor):
+            own = ", ".join(each for each, _ in module.named_parameters() if each.startswith(f"{name}_"))
+            _differs(f"{path}.{name}", "a parameter", f"a tensor that a hook computes from {own}")
 
 
 def _require_sizes(path: str, linear: nn.Linear, inputs: int, outputs: int) -> None:
@@ -246,10 +254,11 @@ def position_features(parts: DecoderParts) -> torch.Tensor:
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)
 def require_same_function(parts: DecoderParts, fused_forward: Callable[[DecoderParts], object]) -> None:
-    """Raise ValueError unless the modules' own forward and the fused one agree on random weights and inputs.
+    """Raise ValueError unless the modules' own forward, in training and in evaluation mode, and the fused one agree on
+    random weights and inputs.
 
-    Both run on one copy on the CPU in float32. At the model's own weights, which may be fresh, most of the decoder
-    could be multiplied by zero.
+    All run on one copy on the CPU in float32. At the model's own weights, which may be fresh, most of the decoder could
+    be multiplied by zero.
     """
     copied = _copy(parts)
     generator = torch.Generator("cpu").manual_seed(0)
@@ -261,12 +270,18 @@ def require_same_function(parts: DecoderParts, fused_forward: Callable[[DecoderP
     pixels = torch.randn(2, parts.patch_size**2, parts.channels, generator=generator, **_ON_CPU)
     tokens = torch.randn(2, parts.up.in_features, generator=generator, **_ON_CPU)
     fused = fused_forward(copied).decode(pixels, tokens)
-    own = _run("dec_net", copied.dec_net, _run("x_embedder", copied.x_embedder, pixels), tokens)
-    if not isinstance(own, torch.Tensor) or own.shape != fused.shape:
-        _differs("dec_net", f"to return {list(fused.shape)}", str(list(getattr(own, "shape", [type(own).__name__]))))
-    difference = ((own.double() - fused.double()).norm() / fused.double().norm()).item()
-    if not difference <= _SAME:
-        _differs("dec_net", "the published formula", f"a relative difference of {difference:.2g} on random weights")
+    for mode in ("training", "evaluation"):
+        for module in (copied.x_embedder, copied.dec_net):
+            module.train(mode == "training")
+        with torch.random.fork_rng(devices=()):  # of dropout, say
+            own = _run("dec_net", copied.dec_net, _run("x_embedder", copied.x_embedder, pixels), tokens)
+        if not isinstance(own, torch.Tensor) or own.shape != fused.shape:
+            found = str(list(getattr(own, "shape", [type(own).__name__])))
+            _differs("dec_net", f"to return {list(fused.shape)}", found)
+        difference = ((own.double() - fused.double()).norm() / fused.double().norm()).item()
+        if not difference <= _SAME:
+            found = f"a relative difference of {difference:.2g} on random weights in {mode} mode"
+            _differs("dec_net", "the published formula", found)
 
 
 def _run(name: str, module: nn.Module, *inputs: torch.Tensor):

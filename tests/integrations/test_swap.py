@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import warnings
 
 import pytest
@@ -330,6 +331,62 @@ def test_another_formula_in_the_same_structure_is_found(formula, monkeypatch):
     with pytest.raises(ValueError, match="dec_net differs .* expected the published formula, got a relative diff"):
         swap_decoder(net)
     assert not is_swapped(net) and not list(net.buffers())
+
+
+class BlockWithModes(nn.Module):
+    """A block of the published formula that passes its result through `training` or `evaluation`, as the mode is."""
+
+    def __init__(self, block: nn.Module, training: nn.Module, evaluation: nn.Module):
+        super().__init__()
+        self.in_ln, self.mlp, self.adaLN_modulation = block.in_ln, block.mlp, block.adaLN_modulation
+        self.when_training, self.when_evaluating = training, evaluation
+
+    def forward(self, h, cond):
+        shift, scale, gate = self.adaLN_modulation(cond).chunk(3, dim=-1)
+        h = h + gate * self.mlp(self.in_ln(h) * (1 + scale) + shift)
+        return self.when_training(h) if self.training else self.when_evaluating(h)
+
+
+@pytest.mark.parametrize("present", [True, False])
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+def test_another_formula_in_one_mode_is_found_in_both(mode, present):
+    modes = {"training": nn.Identity(), "evaluation": nn.Identity(), mode: nn.SiLU()}
+    net = replaced("dec_net.res_blocks.1", lambda block: BlockWithModes(block, **modes)).train(present)
+    with pytest.raises(ValueError, match=f"dec_net .* the published formula, got .* random weights in {mode} mode"):
+        swap_decoder(net)
+    assert not is_swapped(net) and all(module.training is present for module in net.modules())
+
+
+def test_dropout_is_found_and_the_random_state_left_alone():
+    net = replaced("dec_net.res_blocks.1", lambda block: BlockWithModes(block, nn.Dropout(0.5), nn.Identity())).eval()
+    state = torch.random.get_rng_state()
+    with pytest.raises(ValueError, match="in training mode"):
+        swap_decoder(net)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("place", ["x_embedder.embedder.0", "dec_net.cond_embed", "dec_net.res_blocks.2.mlp.0"])
+def test_weights_that_a_hook_computes_are_refused(place):
+    net = published_model()
+    nn.utils.weight_norm(net.get_submodule(place))
+    named = re.sub(r"\.(\d+)", r"[\1]", place)
+    with pytest.raises(ValueError) as caught:
+        swap_decoder(net)
+    assert str(caught.value).startswith(f"model: {named}.weight differs")
+    assert "expected a parameter, got a tensor that a hook computes from weight_g, weight_v" in str(caught.value)
+
+
+def test_parametrized_weights_are_followed():
+    """Those of nn.utils.parametrizations are computed whenever they are read."""
+    net, batch = published_model(), random_batch()
+    nn.utils.parametrizations.weight_norm(net.dec_net.res_blocks[2].mlp[0])
+    grad_output = torch.randn(batch[0].shape, generator=torch.Generator().manual_seed(2))
+    before, expected = gradients_of(net, batch, grad_output)
+    swap_decoder(net)
+    after, gradients = gradients_of(net, batch, grad_output)
+    assert relative_error(after, before) < 1e-5
+    assert max(relative_error(gradients[name], expected[name]) for name in expected) < GRADIENT_TOLERANCE
 
 
 def test_a_fresh_model_can_be_swapped():
