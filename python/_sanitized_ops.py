@@ -1,7 +1,8 @@
 """Forward and backward of every op and GPU backend on small tensors, for compute-sanitizer.
 
-Every tensor gets an allocation of its own, so that an access outside of a tensor is one outside of an allocation. One
-image is not square, the others leave tiles unfilled. What a backend does not serve here is said and passed over.
+Every tensor gets an allocation of its own, so that an access outside of a tensor is one outside of an allocation. The
+first image is not square, the others leave tiles unfilled, and the loss pads the last one. What a backend does not
+serve here is said and passed over.
 """
 
 import os
@@ -19,6 +20,7 @@ from deco_kernels import BackendUnavailable, testing  # noqa: E402
 CASES = (
     dict(image_size=(1, 16, 48), patch_size=16, width=32, depth=3),
     dict(image_size=(3, 8, 16), patch_size=8, width=16, depth=1),
+    dict(image_size=(1, 20, 20), patch_size=4, width=64, depth=2),
 )
 
 

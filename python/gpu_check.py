@@ -108,10 +108,11 @@ def steps(folder: Path, capability: str, full: bool) -> list[Step]:
         Step("tests", tests, 150),
     ]
     sanitizer = tool("compute-sanitizer")
-    for check in ("memcheck", "racecheck") if full else ("memcheck",):
-        if sanitizer:
-            command = [sanitizer, "--tool", check, "--error-exitcode", "9", python, "python/_sanitized_ops.py"]
-            found.append(Step(check, command, 60))
+    memcheck, racecheck = (
+        Step(check, [sanitizer, "--tool", check, "--error-exitcode", "9", python, "python/_sanitized_ops.py"], 90)
+        for check in ("memcheck", "racecheck")
+    )
+    found += [memcheck] if sanitizer else []
     others = ("pixel_decoder_from_tokens", "adaln_block", "upsample_modulate", "memory", "overhead")
     found += [
         benchmark("end_to_end", "end_to_end", "--dtype", "bfloat16", "--no-compile", seconds=70, extra=True),
@@ -119,6 +120,7 @@ def steps(folder: Path, capability: str, full: bool) -> list[Step]:
         benchmark("scaling", "scaling", "--dtype", "bfloat16", seconds=60, extra=True),
         benchmark("sampling", "pixel_decoder", "--size", "sample-256", "--quick", seconds=30, extra=True),
     ]
+    found += [racecheck._replace(extra=not full)] if sanitizer else []
     return [step._replace(seconds=10 * step.seconds) for step in found] if full else found
 
 

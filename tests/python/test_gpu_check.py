@@ -25,7 +25,7 @@ def test_one_line_without_gpu():
 
 
 NAMES = ["build", "selftest", "pixel_decoder", "loss", "kernels", "tests", "memcheck"]
-NAMES += ["end_to_end", "other_ops", "scaling", "sampling"]
+NAMES += ["end_to_end", "other_ops", "scaling", "sampling", "racecheck"]
 
 
 @pytest.fixture
