@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import sass
+from benchmarks import emulation, sass
 from benchmarks.static import SHARED_LIMIT, Figures, modelled_milliseconds
 from benchmarks.static_tables import CUDA_PREFIX
 from deco_kernels import testing
@@ -93,8 +93,6 @@ _FLAGS = {"backward_kernel": ("mlp", "tiled")}  # boolean template parameters by
 
 def unavailable_reason() -> str | None:
     """Why no CUDA kernel can be examined here, or None."""
-    from tests import emulation
-
     if nvcc() is None:
         return "no nvcc on PATH, in $CUDA_HOME/bin or in /usr/local/cuda/bin"
     return emulation.unavailable_reason()
@@ -244,8 +242,6 @@ class Launch(NamedTuple):
 def launches(width: int, shared_limit: int) -> dict[tuple[str, str], Launch]:
     """(op, name) -> launch, for forward and backward of the ops with N 3 on an image of 256x256; where only images that
     need padding launch a kernel, on one of those."""
-    from tests import emulation
-
     module = emulation.emulated_module()
     module.set_device_limits(_MANY_MULTIPROCESSORS, shared_limit)
     calls = {(_LOSS, _PADDED_IMAGE): None} | {(kernel.op, _IMAGE): None for kernel in KERNELS.values()}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import emulation
+from benchmarks import emulation
 
 
 @pytest.fixture(scope="session")

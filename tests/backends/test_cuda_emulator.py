@@ -1,6 +1,7 @@
 """The emulator of csrc/emulation itself: collective operations do what they are defined to do, faults are noticed."""
 
 import importlib.util
+import os
 import subprocess
 import sysconfig
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import emulation
+from benchmarks import emulation
 
 pytestmark = [
     pytest.mark.emulate,
@@ -98,3 +99,57 @@ def test_products(kernels, dtype, k):
     result = kernels.multiply(str(dtype).removeprefix("torch."), k, packed).view(np.float32).reshape(16, 8)
     expected = a.to(dtype).double() @ b.to(dtype).double() + c.double()
     assert torch.allclose(torch.from_numpy(result).double(), expected, atol=1e-5)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A small csrc folder."""
+    sources = tmp_path / "csrc"
+    (sources / "cuda").mkdir(parents=True)
+    (sources / "cuda" / "tile.h").write_text("int a;")
+    (sources / "bindings.cpp").write_text("int b;")
+    return sources
+
+
+def test_the_module_is_compiled_again_where_contents_have_changed(tree, tmp_path, monkeypatch):
+    """Not where files are only newer, as those of every checkout are."""
+    folder, compiled = tmp_path / "build", []
+
+    def compile_tree(sources, folder):
+        compiled.append(sources)
+        folder.mkdir(exist_ok=True)
+        (folder / "_native_cuda_emulated.so").touch()
+
+    monkeypatch.setattr(emulation, "compile_tree", compile_tree)
+    monkeypatch.setattr(emulation, "load", lambda library: library.name)
+
+    def builds():
+        compiled.clear()
+        assert emulation.build(tree, folder) == "_native_cuda_emulated.so"
+        return len(compiled)
+
+    assert builds() == 1 and builds() == 0
+    for path in tree.rglob("*"):
+        os.utime(path, (1, 1))
+    assert builds() == 0
+    (tree / "cuda" / "tile.h").write_text("int c;")
+    assert builds() == 1 and builds() == 0
+    (tree / "cuda" / "tile.h").rename(tree / "cuda" / "rows.h")
+    assert builds() == 1
+    monkeypatch.setenv("CXXFLAGS", "-O0")
+    assert builds() == 1 and builds() == 0
+
+
+def test_after_a_failure_the_module_is_compiled_again(tree, tmp_path, monkeypatch):
+    folder = tmp_path / "build"
+    folder.mkdir()
+    (folder / "_native_cuda_emulated.so").touch()
+    (folder / "contents.sha256").write_text("of another tree")
+
+    def fail(sources, folder):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(emulation, "compile_tree", fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            emulation.build(tree, folder)

@@ -1,12 +1,47 @@
 """Faults planted in the real kernels are noticed: by the emulator, by the order of warps, or by the rule of error."""
 
+import subprocess
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
 
+from benchmarks import emulation
 from deco_kernels import native, ops, testing
-from tests import emulation
 
 pytestmark = pytest.mark.emulate
+
+CSRC = emulation.ROOT / "csrc"
+ONLY_D16 = (
+    "decoder_geometry.h",
+    "  return operand == DType::kBFloat16 ? with_type(BFloat16{}) : with_type(Float16{});",
+    "  return run(BFloat16{}, std::integral_constant<int, 16>{});",
+)
+
+
+def build_with_fault(source: str, file: str, text: str, replacement: str, folder: Path):
+    """The emulated module of this tree with csrc/cuda/SOURCE.cu compiled again after replacing `text`, which occurs
+    once in csrc/cuda/FILE. That source then serves D 16 in bfloat16 alone: the others would only cost time."""
+    # The compiler looks for headers here before it looks in the tree.
+    changed = folder / "cuda"
+    changed.mkdir()
+    contents = {f: (CSRC / "cuda" / f).read_text() for f in (f"{source}.cu", file, ONLY_D16[0])}
+    for name, old, new in ((file, text, replacement), ONLY_D16):
+        assert contents[name].count(old) == 1, f"{name} holds {contents[name].count(old)} times: {old}"
+        contents[name] = contents[name].replace(old, new)
+    for name, content in contents.items():
+        (changed / name).write_text(content)
+    compiled = folder / f"{source}.o"
+    good = [path for path in emulation.BUILD.rglob("*.o") if path.name != f"{source}.cu.o"]
+    library = folder / f"_native_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    flags = "-std=c++17 -O1 -march=native -fPIC -fvisibility=hidden -Wno-unknown-pragmas -DDECO_EMULATION".split()
+    includes = [f"-I{path}" for path in (folder, CSRC, CSRC / "include")]
+    subprocess.run(["g++", *flags, *includes, "-xc++", "-c", changed / f"{source}.cu", "-o", compiled], check=True)
+    subprocess.run(["g++", "-shared", compiled, *good, "-o", library], check=True)
+    module = emulation.load(library)
+    module.set_device_limits(emulation.MULTIPROCESSORS, emulation.LARGE_SHARED)
+    return module
 
 
 @pytest.fixture
@@ -14,7 +49,7 @@ def plant(emulated, tmp_path):
     """A function that changes one text of csrc/cuda and makes the module so built serve CPU tensors."""
 
     def build(source, file, text, replacement):
-        module = emulation.build_with_fault(source, file, text, replacement, tmp_path)
+        module = build_with_fault(source, file, text, replacement, tmp_path)
         native.emulate_cuda(module)
         return module
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import static_cuda
-from tests.emulation import ROOT
+from benchmarks.emulation import ROOT
 
 pytestmark = [
     pytest.mark.aot,

@@ -1,18 +1,20 @@
 """Builds the CUDA kernels for the host (csrc/emulation) and registers them as backend "cuda_emulated"."""
 
 import functools
+import hashlib
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from deco_kernels import native
 from deco_kernels.ops import registry
 
 ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "emulation"
 BACKEND = "cuda_emulated"
 MULTIPROCESSORS = 2
 LARGE_SHARED, SMALL_SHARED = 227 << 10, 99 << 10  # bytes one block may use on sm_90, and on small devices
@@ -30,7 +32,33 @@ def unavailable_reason() -> str | None:
 
 
 def build(sources: Path, folder: Path):
-    """The emulated module, built in `folder` from the tree of `sources` (a csrc folder)."""
+    """The emulated module of the tree `sources` (a csrc folder), in `folder`; compiled unless it lies there already,
+    from files of the same contents, whenever these were written."""
+    written, contents = folder / "contents.sha256", contents_of(sources)
+    if not written.exists() or written.read_text() != contents:
+        written.unlink(missing_ok=True)
+        compile_tree(sources, folder)
+        written.write_text(contents)
+    (library,) = folder.glob("_native_cuda_emulated*.so")
+    return load(library)
+
+
+def contents_of(sources: Path) -> str:
+    """SHA-256 of what a build depends on: names and contents of the files, compiler, processor, Python, pybind11."""
+    import pybind11
+
+    compiler = os.environ.get("CXX", "g++")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    flags = [os.environ.get(name) for name in ("CXXFLAGS", "LDFLAGS")]
+    processor = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    digest = hashlib.sha256(repr((compiler, version, flags, processor, sys.version, pybind11.__version__)).encode())
+    for path in sorted(path for path in sources.rglob("*") if path.is_file()):
+        digest.update(repr((str(path.relative_to(sources)), path.read_bytes())).encode())
+    return digest.hexdigest()
+
+
+def compile_tree(sources: Path, folder: Path) -> None:
+    """Compile csrc/emulation of the tree `sources` in `folder`, what is older than its sources alone."""
     import pybind11
 
     beside = Path(sys.executable).parent
@@ -44,43 +72,10 @@ def build(sources: Path, folder: Path):
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode != 0:
             raise RuntimeError(f"building the emulator failed:\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}")
-    (library,) = folder.glob("_native_cuda_emulated*.so")
-    return _load(library)
 
 
-ONLY_D16 = (
-    "decoder_geometry.h",
-    "  return operand == DType::kBFloat16 ? with_type(BFloat16{}) : with_type(Float16{});",
-    "  return run(BFloat16{}, std::integral_constant<int, 16>{});",
-)
-
-
-def build_with_fault(source: str, file: str, text: str, replacement: str, folder: Path):
-    """The emulated module of this tree with csrc/cuda/SOURCE.cu compiled again after replacing `text`, which occurs
-    once in csrc/cuda/FILE. That source then serves D 16 in bfloat16 alone: the others would only cost time."""
-    emulated_module()
-    # The compiler looks for headers here before it looks in the tree.
-    changed = folder / "cuda"
-    changed.mkdir()
-    contents = {f: (ROOT / "csrc" / "cuda" / f).read_text() for f in (f"{source}.cu", file, ONLY_D16[0])}
-    for name, old, new in ((file, text, replacement), ONLY_D16):
-        assert contents[name].count(old) == 1, f"{name} holds {contents[name].count(old)} times: {old}"
-        contents[name] = contents[name].replace(old, new)
-    for name, content in contents.items():
-        (changed / name).write_text(content)
-    compiled = folder / f"{source}.o"
-    good = [path for path in (ROOT / "build" / "emulation").rglob("*.o") if path.name != f"{source}.cu.o"]
-    library = folder / f"_native_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    flags = "-std=c++17 -O1 -march=native -fPIC -fvisibility=hidden -Wno-unknown-pragmas -DDECO_EMULATION".split()
-    includes = [f"-I{path}" for path in (folder, ROOT / "csrc", ROOT / "csrc" / "include")]
-    subprocess.run(["g++", *flags, *includes, "-xc++", "-c", changed / f"{source}.cu", "-o", compiled], check=True)
-    subprocess.run(["g++", "-shared", compiled, *good, "-o", library], check=True)
-    module = _load(library)
-    module.set_device_limits(MULTIPROCESSORS, LARGE_SHARED)
-    return module
-
-
-def _load(library: Path):
+def load(library: Path):
+    """The module in a library."""
     # Python would hand out the module of the same name again, wherever it lies.
     name = f"emulation_{abs(hash(library.parent))}._native_cuda_emulated"
     spec = importlib.util.spec_from_file_location(name, library)
@@ -92,8 +87,8 @@ def _load(library: Path):
 @functools.lru_cache(maxsize=1)
 def emulated_module():
     """The emulated module of this tree, built when its sources have changed, and the backend that uses it."""
-    module = build(ROOT / "csrc", ROOT / "build" / "emulation")
+    module = build(ROOT / "csrc", BUILD)
     module.set_device_limits(MULTIPROCESSORS, LARGE_SHARED)
     native.emulate_cuda(module)
-    registry.register_backend(BACKEND, "tests.emulated_cuda")
+    registry.register_backend(BACKEND, "benchmarks.emulated_cuda")
     return module
