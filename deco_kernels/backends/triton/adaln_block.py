@@ -57,6 +57,83 @@ def block_forward(
     return h + gate * u
 
 
+@triton.jit
+def block_backward(
+    h, s, grad, shift_matrix, scale_matrix, gate_matrix, fc1_matrix, fc2_matrix, biases_ptr,
+    D: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block, recomputed from h [BLOCK, D] float32 and s in the operand dtype, for the gradient of h'.
+
+    Returns the gradient of h, float32, and in the operand dtype what the other gradients are products of: those of
+    shift, scale, gate, t and u, and the inputs m and a of the two linears.
+    """
+    normalized, rstd = normalize(h, D, EPS)
+    shift = affine(s, shift_matrix, biases_ptr, SHIFT, D, PRECISION)
+    scale = affine(s, scale_matrix, biases_ptr, SCALE, D, PRECISION)
+    m = (normalized * scale + shift).to(s.dtype)
+    t = affine(m, fc1_matrix, biases_ptr, FC1, D, PRECISION)
+    w = twice_sigmoid(t, FAST_TANH)
+    a = (t * w).to(s.dtype)
+    gate = affine(s, gate_matrix, biases_ptr, GATE, D, PRECISION)
+    u = affine(a, fc2_matrix, biases_ptr, FC2, D, PRECISION)
+
+    gate_grad = (grad * u).to(s.dtype)
+    u_grad = (grad * gate).to(s.dtype)
+    a_grad = tl.dot(u_grad, tl.trans(fc2_matrix), input_precision=PRECISION)
+    t_grad = (a_grad * silu_of_double_grad(t, w)).to(s.dtype)
+    m_grad = tl.dot(t_grad, tl.trans(fc1_matrix), input_precision=PRECISION)
+    shift_grad = m_grad.to(s.dtype)
+    scale_grad = (m_grad * normalized).to(s.dtype)
+    h_grad = grad + normalize_grad(m_grad * scale, normalized, rstd, D)
+    return h_grad, shift_grad, scale_grad, gate_grad, t_grad, u_grad, m, a
+
+
+@triton.jit
+def modulation_backward(
+    s_grad, shift_grad, scale_grad, gate_grad, shift_matrix, scale_matrix, gate_matrix, PRECISION: tl.constexpr
+):  # fmt: skip
+    """s_grad [BLOCK, D] float32 with what comes to s through shift, scale and gate added."""
+    s_grad = tl.dot(shift_grad, tl.trans(shift_matrix), s_grad, input_precision=PRECISION)
+    s_grad = tl.dot(scale_grad, tl.trans(scale_matrix), s_grad, input_precision=PRECISION)
+    return tl.dot(gate_grad, tl.trans(gate_matrix), s_grad, input_precision=PRECISION)
+
+
+@triton.jit
+def partial_sums(matrix_grad_ptr, bias_grad_ptr, grad_program_stride, bias_program_stride, D: tl.constexpr):
+    """Where this program's sums lie: (first of its matrices [D, D], its biases [16, D], which of their rows exist)."""
+    d = tl.arange(0, D)
+    program = tl.program_id(0).to(tl.int64)
+    square = matrix_grad_ptr + program * grad_program_stride + d[:, None] * D + d[None, :]
+    part = tl.arange(0, 16)[:, None]
+    line = bias_grad_ptr + program * bias_program_stride + part * D + d[None, :]
+    return square, line, part < 5
+
+
+@triton.jit
+def load_sums(square, line, exists, D: tl.constexpr):
+    """A program's sums so far: weights [D, D] of shift, scale, gate, fc1 and fc2, and their biases [16, D]."""
+    shift_weight = tl.load(square + SHIFT * D * D)
+    scale_weight = tl.load(square + SCALE * D * D)
+    gate_weight = tl.load(square + GATE * D * D)
+    fc1_weight = tl.load(square + FC1 * D * D)
+    fc2_weight = tl.load(square + FC2 * D * D)
+    biases = tl.load(line, mask=exists, other=0.0)
+    return shift_weight, scale_weight, gate_weight, fc1_weight, fc2_weight, biases
+
+
+@triton.jit
+def store_sums(
+    square, line, exists, shift_weight, scale_weight, gate_weight, fc1_weight, fc2_weight, biases, D: tl.constexpr
+):  # fmt: skip
+    """Write back what `load_sums` read."""
+    tl.store(square + SHIFT * D * D, shift_weight)
+    tl.store(square + SCALE * D * D, scale_weight)
+    tl.store(square + GATE * D * D, gate_weight)
+    tl.store(square + FC1 * D * D, fc1_weight)
+    tl.store(square + FC2 * D * D, fc2_weight)
+    tl.store(line, biases, mask=exists)
+
+
 # ----------------------------------------------------------------------------------------------------------- kernels
 
 
@@ -102,19 +179,9 @@ def backward_kernel(
     A stored gradient depends on the whole loaded row, so h_grad may overwrite grad. The order of the weight gradients
     was chosen for the registers: the operands that nothing else needs go first.
     """
-    d = tl.arange(0, D)
-    operand: tl.constexpr = matrices_ptr.dtype.element_ty
     if WEIGHT_GRAD:
-        program = tl.program_id(0).to(tl.int64)
-        square = matrix_grad_ptr + program * grad_program_stride + d[:, None] * D + d[None, :]
-        part = tl.arange(0, 16)[:, None]
-        line = bias_grad_ptr + program * bias_program_stride + part * D + d[None, :]
-        shift_weight = tl.load(square + SHIFT * D * D)
-        scale_weight = tl.load(square + SCALE * D * D)
-        gate_weight = tl.load(square + GATE * D * D)
-        fc1_weight = tl.load(square + FC1 * D * D)
-        fc2_weight = tl.load(square + FC2 * D * D)
-        biases = tl.load(line, mask=part < 5, other=0.0)
+        square, line, exists = partial_sums(matrix_grad_ptr, bias_grad_ptr, grad_program_stride, bias_program_stride, D)
+        shift_weight, scale_weight, gate_weight, fc1_weight, fc2_weight, biases = load_sums(square, line, exists, D)
     for tile in range(tl.program_id(0), tl.cdiv(n_tokens * PIXELS, BLOCK), tl.num_programs(0)):
         token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
         mask = valid[:, None]
@@ -125,7 +192,7 @@ def backward_kernel(
             grad_rows = row_offsets(token, pixel, PIXELS * grad_stride, grad_stride, D)
             cond_rows = row_offsets(token, pixel, cond_token_stride, cond_pixel_stride, D)
         t = 0.5 * tl.load(cond_ptr + cond_rows, mask=mask, other=0.0).to(tl.float32)
-        s = (t * twice_sigmoid(t, FAST_TANH)).to(operand)
+        s = (t * twice_sigmoid(t, FAST_TANH)).to(matrices_ptr.dtype.element_ty)
         h = load_states(h_ptr, h_rows, mask, D)
         grad = tl.load(grad_ptr + grad_rows, mask=mask, other=0.0).to(tl.float32)
 
@@ -134,24 +201,10 @@ def backward_kernel(
         gate_matrix = packed_matrix(matrices_ptr, GATE, D)
         fc1_matrix = packed_matrix(matrices_ptr, FC1, D)
         fc2_matrix = packed_matrix(matrices_ptr, FC2, D)
-        normalized, rstd = normalize(h, D, EPS)
-        shift = affine(s, shift_matrix, biases_ptr, SHIFT, D, PRECISION)
-        scale = affine(s, scale_matrix, biases_ptr, SCALE, D, PRECISION)
-        m = (normalized * scale + shift).to(operand)
-        t = affine(m, fc1_matrix, biases_ptr, FC1, D, PRECISION)
-        w = twice_sigmoid(t, FAST_TANH)
-        a = (t * w).to(operand)
-        gate = affine(s, gate_matrix, biases_ptr, GATE, D, PRECISION)
-        u = affine(a, fc2_matrix, biases_ptr, FC2, D, PRECISION)
-
-        gate_grad = (grad * u).to(operand)
-        u_grad = (grad * gate).to(operand)
-        a_grad = tl.dot(u_grad, tl.trans(fc2_matrix), input_precision=PRECISION)
-        t_grad = (a_grad * silu_of_double_grad(t, w)).to(operand)
-        m_grad = tl.dot(t_grad, tl.trans(fc1_matrix), input_precision=PRECISION)
-        shift_grad = m_grad.to(operand)
-        scale_grad = (m_grad * normalized).to(operand)
-        h_grad = grad + normalize_grad(m_grad * scale, normalized, rstd, D)
+        h_grad, shift_grad, scale_grad, gate_grad, t_grad, u_grad, m, a = block_backward(
+            h, s, grad, shift_matrix, scale_matrix, gate_matrix, fc1_matrix, fc2_matrix, biases_ptr,
+            D, EPS, PRECISION, FAST_TANH,
+        )  # fmt: skip
         tl.store(h_grad_ptr + rows, h_grad, mask=mask)
 
         if COND_GRAD:
@@ -159,9 +212,9 @@ def backward_kernel(
                 s_grad = tl.zeros([BLOCK, D], tl.float32)
             else:
                 s_grad = tl.load(cond_grad_ptr + rows, mask=mask, other=0.0).to(tl.float32)
-            s_grad = tl.dot(shift_grad, tl.trans(shift_matrix), s_grad, input_precision=PRECISION)
-            s_grad = tl.dot(scale_grad, tl.trans(scale_matrix), s_grad, input_precision=PRECISION)
-            s_grad = tl.dot(gate_grad, tl.trans(gate_matrix), s_grad, input_precision=PRECISION)
+            s_grad = modulation_backward(
+                s_grad, shift_grad, scale_grad, gate_grad, shift_matrix, scale_matrix, gate_matrix, PRECISION
+            )
             if LAST:
                 # cond is read again rather than kept: its registers are needed in between.
                 t = 0.5 * tl.load(cond_ptr + cond_rows, mask=mask, other=0.0).to(tl.float32)
@@ -174,12 +227,7 @@ def backward_kernel(
             scale_weight, biases = add_linear_grad(scale_weight, biases, scale_grad, s, SCALE, BLOCK, PRECISION)
             shift_weight, biases = add_linear_grad(shift_weight, biases, shift_grad, s, SHIFT, BLOCK, PRECISION)
     if WEIGHT_GRAD:
-        tl.store(square + SHIFT * D * D, shift_weight)
-        tl.store(square + SCALE * D * D, scale_weight)
-        tl.store(square + GATE * D * D, gate_weight)
-        tl.store(square + FC1 * D * D, fc1_weight)
-        tl.store(square + FC2 * D * D, fc2_weight)
-        tl.store(line, biases, mask=part < 5)
+        store_sums(square, line, exists, shift_weight, scale_weight, gate_weight, fc1_weight, fc2_weight, biases, D)
 
 
 # -------------------------------------------------------------------------------------------------------------- host
