@@ -1,15 +1,13 @@
 """Crops of photographs in memory for the small studies: training crops, and held-out ones from another region."""
 
 import random
-import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from deco_kernels.training.batches import crop_shapes
-from deco_kernels.training.images import center_crop, to_uint8, upright_rgb
+from deco_kernels.training.images import center_crop, to_uint8
 
 TRAINING_PART = 0.75  # of a photograph's width, from the left; the rest is held out
 LARGEST_SIDE = 256  # of a crop before it is scaled down
@@ -24,18 +22,6 @@ class Images(NamedTuple):
 
 
 Crop = tuple[Image.Image, int, tuple[int, int]]  # region cut out, label, the (height, width) it is to have
-
-
-def load(paths: list[Path]) -> list[Image.Image]:
-    """Decoded RGB photographs; files that cannot be read are named in a warning and left out."""
-    found = []
-    for path in paths:
-        try:
-            with Image.open(path) as opened:
-                found.append(upright_rgb(opened))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            warnings.warn(f"{path} is left out: it cannot be read as an image ({error})", stacklevel=2)
-    return found
 
 
 def cut(photographs: list[Image.Image], shapes: list[tuple[int, int]], count: int, seed: int, *, held_out: bool):

@@ -1,5 +1,6 @@
 """What the page of app.py shows for one sample: the image, states on the way to it, and their DCT spectra."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,10 +43,11 @@ class Painter:
         """Sample. Numbers may be floats, as a page's fields give them.
 
         Raises:
-            ValueError: a condition the model does not take; numbers that are not what they must be.
+            ValueError: a condition the model does not take; numbers that are not what they must be; a sample that is
+                not finite.
         """
         condition = self._condition(condition)
-        steps, seed = _integer("steps", steps, 1), _integer("seed", seed, 0)
+        steps, seed, guidance = _integer("steps", steps, 1), _integer("seed", seed, 0), _number("guidance", guidance)
         cond, uncond = self.conditioner([condition])
         noise = noise_of(0, seed, self.size).to(cond.device)[None]
         with torch.no_grad():
@@ -55,11 +57,13 @@ class Painter:
                 cond,
                 uncond,
                 steps=steps,
-                guidance=float(guidance),
+                guidance=guidance,
                 trajectory=True,
                 progress=True,
                 **self.settings,
             )
+        if not states[-1].isfinite().all():
+            raise ValueError("the sample is not finite; take a smaller guidance, else the checkpoint is spoilt")
         shown = sorted({round(i * steps / (FRAMES - 1)) for i in range(FRAMES)})
         times = [*flow.timesteps(steps, self.settings["shift"]).tolist()[:-1], 1.0]
         captions = [f"step {step}, t = {times[step]:.2f}" for step in shown]
@@ -70,6 +74,7 @@ class Painter:
         if reads_text(self.network):
             if not str(given or "").strip():
                 raise ValueError("prompt: expected a text, got none")
+            self.conditioner.check([str(given)])
             return str(given)
         label, classes = _integer("class", given, 0), self.network.trunk.num_classes
         if label >= classes:
@@ -90,7 +95,15 @@ def spectrum(states: list[torch.Tensor], captions: list[str]) -> Figure:
     return figure
 
 
+def _number(name: str, value: float | None, expected: str = "a number") -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return float(value)
+
+
 def _integer(name: str, value: float | None, least: int) -> int:
-    if value is None or int(value) != value or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
+    expected = f"an integer of at least {least}"
+    _number(name, value, expected)
+    if int(value) != value or value < least:
+        raise ValueError(f"{name}: expected {expected}, got {value}")
     return int(value)

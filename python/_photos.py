@@ -2,10 +2,11 @@
 
 import importlib.util
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from deco_kernels.backends.reference.flow_matching_loss import block_dct_ycbcr
 from deco_kernels.training.images import center_crop, to_signed, to_uint8, upright_rgb
@@ -20,21 +21,26 @@ def shipped_photographs() -> list[Path]:
     return [folder / "china.jpg", folder / "flower.jpg"]
 
 
+def readable(paths: Iterable[Path]) -> Iterator[tuple[Path, Image.Image]]:
+    """Every readable file with its photograph, RGB and upright; the others are named in a warning and left out."""
+    for path in paths:
+        try:
+            with Image.open(path) as opened:
+                photograph = upright_rgb(opened)
+        except Exception as error:  # Pillow raises many unrelated types for damaged files
+            warnings.warn(f"{path} is left out: it cannot be read as an image ({error})", stacklevel=2)
+        else:
+            yield path, photograph
+
+
 def load_photographs(paths: list[Path], size: int) -> tuple[list[str], torch.Tensor]:
-    """Decodes and crops every readable file; the others are named in a warning and left out.
+    """Decodes and crops every readable file.
 
     Returns:
         (file names, images [n, 3, size, size] float32 RGB in [-1, 1]), both empty if no file was readable.
     """
-    names, images = [], []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(to_tensor(center_crop(upright_rgb(image), size, size)))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            warnings.warn(f"{path} is left out: it cannot be read as an image ({error})", stacklevel=2)
-        else:
-            names.append(path.name)
+    found = [(path.name, to_tensor(center_crop(photograph, size, size))) for path, photograph in readable(paths)]
+    names, images = [name for name, _ in found], [image for _, image in found]
     return names, torch.stack(images) if images else torch.empty(0, 3, size, size)
 
 

@@ -34,7 +34,7 @@ class SampleFolder:
 
     Args:
         folder: made if it does not exist; otherwise empty, or one whose run.json has the same settings.
-        settings: what the images depend on, as JSON has it.
+        settings: what the images depend on, as JSON has it; "size" is (height, width).
         count: images in all.
         animated: images from the first that have an animation. ending: of animations, "gif" or "png".
 
@@ -44,11 +44,20 @@ class SampleFolder:
     def __init__(self, folder: Path, settings: Mapping[str, Any], count: int, animated: int, ending: str):
         self.folder, self.count, self.animated, self.ending = folder, count, animated, ending
         self.run, self.images, self.animations = folder / "run.json", folder / "images", folder / "animations"
-        if folder.exists() and not self.run.exists() and any(not name.startswith(".") for name in os.listdir(folder)):
+        self.shape = (*settings["size"], 3)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out: expected a folder, {folder} is a file; choose another name")
+        # Processes that begin together write run.json first; so it is looked for after the folder was listed.
+        names = os.listdir(folder) if folder.exists() else []
+        if any(not name.startswith(".") for name in names) and not self.run.exists():
             raise ValueError(f"--out: {folder} holds other files and no run.json; choose another folder")
-        for each in (self.images, self.animations) if animated else (self.images,):
-            each.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"--out: {folder} cannot be made ({error.strerror}); choose another folder") from error
         self._claim(settings)
+        for each in (self.images, self.animations) if animated else (self.images,):
+            each.mkdir(exist_ok=True)
 
     def _claim(self, settings: Mapping[str, Any]) -> None:
         """Write run.json, or compare with what another process or an earlier run wrote."""
@@ -56,6 +65,8 @@ class SampleFolder:
         _write_once(self.run, lambda temporary: temporary.write_text(content, encoding="utf-8"))
         try:
             found = json.loads(self.run.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError
         except ValueError:
             raise ValueError(f"--out: {self.run} is damaged; choose another folder") from None
         wanted = json.loads(json.dumps(settings))
@@ -96,11 +107,11 @@ class SampleFolder:
         grid, made = min(grid, self.count), []
         path = self.folder / f"grid_{grid}.png"
         if grid:
-            pixels = np.stack([_read(self.image(index)) for index in range(grid)])
+            pixels = np.stack([self._read(index) for index in range(grid)])
             picture = Image.fromarray(as_grid(pixels))
             made += _write_once(path, lambda temporary: picture.save(temporary, format="PNG"))
         if npz:
-            shape = (self.count, *_read(self.image(0)).shape)
+            shape = (self.count, *self.shape)
             path = self.folder / f"samples_{'x'.join(map(str, shape))}.npz"
             made += _write_once(path, lambda temporary: self._write_npz(temporary, shape))
         return made
@@ -111,12 +122,22 @@ class SampleFolder:
         with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, header)
             for index in tqdm(range(self.count), desc="writing the archive", unit="image"):
-                array.write(_read(self.image(index)).tobytes())
+                array.write(self._read(index).tobytes())
 
-
-def _read(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
+    def _read(self, index: int) -> np.ndarray:
+        """An image, uint8 [H, W, 3]. Raises ValueError for one that another program damaged or replaced."""
+        path = self.image(index)
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image)
+        except Exception as error:  # Pillow raises many unrelated types
+            raise ValueError(f"--out: {path} cannot be read ({error}); remove it and give the command again") from error
+        if pixels.shape != self.shape or pixels.dtype != np.uint8:
+            raise ValueError(
+                f"--out: {path} was not written by this program: expected uint8 {self.shape}, got {pixels.dtype} "
+                f"{pixels.shape}; remove it and give the command again"
+            )
+        return pixels
 
 
 def _write_once(path: Path, write: Callable[[Path], Any]) -> list[Path]:

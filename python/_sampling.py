@@ -3,6 +3,7 @@
 import argparse
 import csv
 import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from deco_kernels import flow, model
 CLASS_SETTINGS = dict(solver="euler", steps=100, guidance=3.2, guidance_interval=(0.1, 1.0), shift=1.0)
 TEXT_SETTINGS = dict(solver="adams2", steps=25, guidance=4.0, guidance_interval=(0.0, 1.0), shift=3.0)
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+MOST_THREADS = 1024  # tens of thousands end the process without a word
 
 Condition = int | str
 """A class or a prompt."""
@@ -34,6 +37,12 @@ def natural(text: str) -> int:
 def positive(text: str) -> int:
     if natural(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def thread_count(text: str) -> int:
+    if positive(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS} threads, got {text!r}")
     return int(text)
 
 
@@ -66,7 +75,7 @@ def add_options(parser: argparse.ArgumentParser, batch: str, count: int | None =
     how.add_argument("--batch", type=positive, help=f"images computed together; default: {batch}")
     how.add_argument("--dtype", choices=sorted(DTYPES), help="default: float32 on the CPU, else bfloat16")
     how.add_argument("--device", help="default: cuda where there is one, else cpu")
-    how.add_argument("--threads", type=positive, help="of the CPU; bits may depend on it")
+    how.add_argument("--threads", type=thread_count, help="of the CPU; bits may depend on it")
     how.add_argument("--weights", choices=["ema", "raw"], help="default: averaged ones where there are both")
     how.add_argument(
         "--text-encoder", default="Qwen/Qwen3-1.7B", metavar="FOLDER|ID", help="of a text-to-image model (%(default)s)"
@@ -74,11 +83,16 @@ def add_options(parser: argparse.ArgumentParser, batch: str, count: int | None =
 
 
 def solver_settings(options: argparse.Namespace, network: nn.Module) -> dict:
-    """Settings of `flow.Sampler`: the options, and where they are None what the paper uses for such a model."""
+    """Settings of `flow.Sampler`: the options, and where they are None what the paper uses for such a model.
+
+    Raises ValueError for those that no sampler takes.
+    """
     defaults = TEXT_SETTINGS if reads_text(network) else CLASS_SETTINGS
     given = {name: getattr(options, name) for name in defaults}
     settings = {name: defaults[name] if value is None else value for name, value in given.items()}
-    return settings | {"guidance_interval": tuple(settings["guidance_interval"])}
+    settings["guidance_interval"] = tuple(settings["guidance_interval"])
+    flow.Sampler(network, **settings)  # checks them
+    return settings
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
@@ -90,9 +104,11 @@ def device_of(options: argparse.Namespace) -> torch.device:
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
         name = f"cuda:{local % torch.cuda.device_count()}"
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.cpu()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return probe.device
 
 
 def dtype_of(options: argparse.Namespace, device: torch.device) -> str:
@@ -127,9 +143,8 @@ def read_conditions(options: argparse.Namespace, network: nn.Module) -> list[Con
     text = reads_text(network)
     foreign = options.classes if text else options.prompt
     if foreign is not None:
-        wanted, given = ("prompts", "--classes") if text else ("classes", "--prompt")
-        raise ValueError(f"{given}: the model is conditioned on {wanted}, use --{wanted.removesuffix('s')}"
-                         f"{'' if text else 'es'} or --csv")  # fmt: skip
+        wanted, given, use = ("prompts", "--classes", "--prompt") if text else ("classes", "--prompt", "--classes")
+        raise ValueError(f"{given}: the model is conditioned on {wanted}, use {use} or --csv")
     if sum(each is not None for each in (options.classes, options.prompt, options.csv)) > 1:
         raise ValueError("--csv: expected either a table or a list, got both")
     if options.csv is not None:
@@ -144,22 +159,31 @@ def read_conditions(options: argparse.Namespace, network: nn.Module) -> list[Con
 
 
 def _read_table(path: Path, column: str, network: nn.Module) -> list[Condition]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        table = csv.DictReader(file)
-        if column not in (table.fieldnames or []):
-            raise ValueError(f"--csv: expected a column {column} in {path}, found {table.fieldnames}")
-        rows = [(f"--csv: line {table.line_num} of {path}", row[column]) for row in table]
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file)
+            if column not in (table.fieldnames or []):
+                raise ValueError(f"--csv: expected a column {column} in {path}, found {table.fieldnames}")
+            rows = [(f"--csv: line {table.line_num} of {path}", row[column]) for row in table]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"--csv: expected commas between fields and UTF-8 in {path}, got {error}") from None
     if not rows:
         raise ValueError(f"--csv: expected rows in {path}, found none")
     if column == "prompt":
         return [_filled(text, place) for place, text in rows]
-    return [label for place, text in rows for label in _classes(text or "", network.trunk.num_classes, place)[:1]]
+    return [_class(text or "", network.trunk.num_classes, place) for place, text in rows]
 
 
 def _filled(prompt: str | None, place: str) -> str:
     if not (prompt or "").strip():
         raise ValueError(f"{place}: expected a prompt, got {prompt!r}")
     return prompt
+
+
+def _class(field: str, count: int, place: str) -> int:
+    if not (field.strip().isdecimal() and int(field) < count):
+        raise ValueError(f"{place}: expected a class from 0 to {count - 1}, got {field!r}")
+    return int(field)
 
 
 def _classes(field: str, count: int, place: str) -> range:
@@ -186,11 +210,28 @@ class Conditioner:
 
     @classmethod
     def of(cls, network: nn.Module, device: torch.device, text_encoder: str) -> "Conditioner":
-        """With the text encoder that a text model needs, loaded from a folder or the hub."""
+        """With the text encoder that a text model needs, loaded from a folder or the hub. Raises ImportError without
+        transformers, OSError and ValueError for an encoder that cannot be used."""
         if not reads_text(network):
             return cls(network, device)
         sizes = dict(max_length=network.trunk.text_length, width=network.trunk.text_width)
-        return cls(network, device, model.Qwen3TextEncoder(text_encoder, **sizes).to(device))
+        try:
+            encoder = model.Qwen3TextEncoder(text_encoder, **sizes)
+        except (OSError, ValueError) as error:
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"--text-encoder: {str(error).removeprefix('path_or_id: ')}") from error
+        return cls(network, device, encoder.to(device))
+
+    def check(self, conditions: Sequence[Condition]) -> None:
+        """Raise ValueError for a prompt that the model does not take whole."""
+        if self.encoder is None:
+            return
+        longest = self.encoder.max_length
+        for prompt, tokens in zip(conditions, self.encoder.tokenizer(list(conditions))["input_ids"], strict=True):
+            if len(tokens) > longest:
+                raise ValueError(
+                    f"prompt {reprlib.repr(prompt)}: expected at most {longest} tokens, got {len(tokens)}; shorten it"
+                )
 
     def __call__(self, conditions: Sequence[Condition]) -> tuple[torch.Tensor, torch.Tensor]:
         """(conditions, null conditions) [B, ...] on the device."""

@@ -11,6 +11,22 @@ from matplotlib.figure import Figure
 
 from benchmarks.markdown import section, table
 from deco_kernels import ops
+from deco_kernels.model.checkpoint_file import complete_or_absent
+
+
+def write_report(study: Study, recipe: Recipe, results: Results, costs: Costs, out: Path) -> str:
+    """Write what a study leaves, each file whole or as it was before; returns the text of table.md."""
+    text = summary(study, recipe, results, costs)
+    writers = {
+        "table.csv": lambda path: write_csv(results, costs, path),
+        "table.md": lambda path: path.write_text(text, encoding="utf-8"),
+        "study.png": lambda path: plot(study, results, costs).savefig(path, dpi=110, format="png"),
+    }
+    for name, write in writers.items():
+        with complete_or_absent(out / name, overwrite=True) as temporary:
+            write(temporary)
+    write_weights(study, results, out / "weights.json")
+    return text
 
 
 def write_csv(results: Results, costs: Costs, path: Path) -> None:

@@ -149,18 +149,24 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "losses": self.losses,
         }
-        write_atomically(state, self._state)
+        write_atomically(state, self._state, resume="--resume")
 
     def _restore(self) -> None:
+        """Take over the saved state, if there is one. Raises ValueError for one that another program damaged."""
         if not self._state.exists():
             return
-        state = torch.load(self._state, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name, average in self.average.averages.items():
-            average.copy_(state["average"][name])
-        self.losses = state["losses"]
+        try:
+            state = torch.load(self._state, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.objective.load_state_dict(state["objective"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for name, average in self.average.averages.items():
+                average.copy_(state["average"][name])
+            self.losses = state["losses"]
+        except Exception as error:  # a damaged archive makes torch.load raise nearly anything
+            raise ValueError(
+                f"--resume: {self._state} is damaged ({type(error).__name__}); remove it, and the run starts anew"
+            ) from error
 
 
 def make_objective(variant: Variant) -> flow.Objective:
@@ -201,6 +207,17 @@ def velocity_errors(network: torch.nn.Module, groups: Groups) -> dict[str, float
                 sums[name] += len(part) * value.item()
         count += n
     return {name: value / count for name, value in sums.items()}
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a file of a study. Raises ValueError with the remedy for one that another program damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"--resume: {path} is damaged; {remedy}")
+    return content
 
 
 def write_json(content: Any, path: Path) -> None:

@@ -9,20 +9,22 @@ Writes into out/ablate/STUDY: table.csv (one line per run), table.md (means over
 show), study.png, weights.json where frequency weights were learned, and runs/ with the averaged weights and figures
 of every run. The same command with --resume continues a study that was stopped or killed.
 
-Exit status: 0; 2 if photographs, options or the folder cannot be used (one line says why).
+Exit status: 0; 2 if photographs, options or the folder cannot be used (one line says why); 130 when interrupted.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import json
+import fcntl
 import os
+import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from _photos import shipped_photographs  # noqa: E402
+from _photos import readable, shipped_photographs  # noqa: E402
 from _program import exit_status  # noqa: E402
 
 from benchmarks.names import KEPT_HEAP  # noqa: E402
@@ -33,7 +35,7 @@ STUDY_NAMES = ("interaction", "capacity", "frequency", "aspect")
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    return exit_status(lambda: run(options))
+    return exit_status(lambda: run(options), interrupted="interrupted; the same command with --resume continues")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -61,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     """The whole study. Raises ValueError and OSError where options, photographs or the folder cannot be used."""
     import _crops
     from _studies import STUDIES
-    from _study_report import plot, summary, write_csv, write_weights
+    from _study_report import write_report
     from _study_run import Recipe
 
     from deco_kernels.model import PRESETS, DeCo
@@ -74,22 +76,20 @@ def run(options: argparse.Namespace) -> None:
     if recipe.image_size % 16:
         raise ValueError(f"--image-size: expected a multiple of the patch size 16, got {recipe.image_size}")
     paths = options.image or shipped_photographs()
-    photographs = _crops.load(paths)
+    found = dict(readable(paths))
+    photographs = list(found.values())
     if not photographs:
         named = f" among {', '.join(map(str, paths))}" if paths else ""
         raise ValueError(f"no readable photograph{named}; name one with --image FILE, or install scikit-learn's")
     shapes = _crops.native_shapes(recipe.image_size, 16) if study.native else [(recipe.image_size,) * 2]
     held_out = held_out_images(study, recipe, photographs, shapes)
     out = options.out or ROOT / "out" / "ablate" / options.study
-    settings = {"study": options.study, "images": [str(path) for path in paths], **dataclasses.asdict(recipe)}
-    claim(out, settings, options.resume)
-    results = run_all(study, recipe, options.seeds or study.seeds, photographs, shapes, held_out, out)
-    costs = measured_costs(study, recipe, out)
-    write_csv(results, costs, out / "table.csv")
-    write_weights(study, results, out / "weights.json")
-    text = summary(study, recipe, results, costs)
-    (out / "table.md").write_text(text, encoding="utf-8")
-    plot(study, results, costs).savefig(out / "study.png", dpi=110)
+    settings = {"study": options.study, "images": [str(path) for path in found], **dataclasses.asdict(recipe)}
+    with alone_in(out):
+        claim(out, settings, options.resume)
+        seeds = number_of_seeds(options.seeds, study, out)
+        results = run_all(study, recipe, seeds, photographs, shapes, held_out, out)
+        text = write_report(study, recipe, results, measured_costs(study, recipe, out), out)
     print(text)
     print(f"wrote {out / 'table.csv'}, table.md and study.png")
 
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
 def run_all(study, recipe, seeds: int, photographs: list, shapes: list, held_out: dict, out: Path) -> list[dict]:
     """What every run of the study found, those read back that were finished before."""
     import _crops
-    from _study_run import Run
+    from _study_run import Run, read_json
     from tqdm import tqdm
 
     results = []
@@ -108,7 +108,7 @@ def run_all(study, recipe, seeds: int, photographs: list, shapes: list, held_out
                 folder = out / "runs" / f"{variant.name.replace(' ', '-')}-seed{seed}"
                 if (folder / "result.json").exists():
                     bar.update(recipe.steps)
-                    results.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
+                    results.append(read_json(folder / "result.json", "remove it, and the run is repeated"))
                     continue
                 folder.mkdir(parents=True, exist_ok=True)
                 crops = _crops.cut(photographs, shapes, CROPS, seed, held_out=False)
@@ -131,38 +131,71 @@ def held_out_images(study, recipe, photographs: list, shapes: list[tuple[int, in
     return images
 
 
+@contextlib.contextmanager
+def alone_in(out: Path):
+    """Keep a folder to this process, as long as it lives. Made if it does not exist.
+
+    Raises ValueError for a file, and where another process works on the study.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, {out} is a file; choose another name")
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out: another process works in {out}; wait for it, or choose another folder") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def claim(out: Path, settings: dict, resume: bool) -> None:
-    """Take the folder for a study of these settings.
+    """Take the folder for a study of these settings, and clear what a killed process left half written.
 
     Raises ValueError where it holds something else, another study, or this one and `resume` is not asked for.
     """
-    from _study_run import write_json
+    from _study_run import read_json, write_json
 
     path = out / "settings.json"
-    if out.exists() and any(out.iterdir()):
+    if any(not each.name.startswith(".") for each in out.iterdir()):
         if not resume:
             raise ValueError(f"--out: {out} is not empty; continue it with --resume or choose another folder")
         if not path.is_file():
             raise ValueError(f"--out: {out} holds no study; choose another folder")
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, "choose another folder")
         changed = [f"{key} {before.get(key)} -> {new}" for key, new in settings.items() if before.get(key) != new]
         if changed:
             raise ValueError(f"--out: {out} holds another study ({', '.join(changed)}); choose another folder")
+        for unfinished in out.rglob(".*.part"):
+            unfinished.unlink()
         return
-    out.mkdir(parents=True, exist_ok=True)
     write_json(settings, path)
+
+
+def number_of_seeds(asked: int | None, study, out: Path) -> int:
+    """As many as asked for, else the study's; what the folder holds is never left out of its tables.
+
+    Raises ValueError where fewer are asked for than there are.
+    """
+    found = [re.fullmatch(r".*-seed(\d+)", path.parent.name) for path in out.glob("runs/*/result.json")]
+    present = max((int(match[1]) + 1 for match in found if match), default=0)
+    if asked is not None and asked < present:
+        raise ValueError(f"--seeds: {out} holds runs of {present} seeds, expected at least as many, got {asked}")
+    return asked or max(study.seeds, present)
 
 
 def measured_costs(study, recipe, out: Path) -> dict[str, dict[str, float]]:
     """What every variant costs, measured once per study; empty for studies that do not ask."""
-    from _study_run import write_json
+    from _study_run import read_json, write_json
 
     if study.cost is None:
         return {}
     path = out / "costs.json"
     if not path.exists():
         write_json({variant.name: study.cost(variant, recipe) for variant in study.variants}, path)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, "remove it, and costs are measured again")
 
 
 if __name__ == "__main__":

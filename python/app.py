@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from _program import exit_status  # noqa: E402
+from _program import exit_status, out_of_memory  # noqa: E402
 
 SAMPLER_OPTIONS = ("solver", "steps", "guidance", "guidance_interval", "shift")
 
@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--weights", choices=["ema", "raw"], help="default: averaged ones where there are both")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--threads", type=_sampling.positive, help="of the CPU")
+    parser.add_argument("--threads", type=_sampling.thread_count, help="of the CPU")
     parser.add_argument(
         "--text-encoder", default="Qwen/Qwen3-1.7B", metavar="FOLDER|ID", help="of a text-to-image model (%(default)s)"
     )
@@ -84,6 +84,10 @@ def build(painter):
             shown = painter(condition, steps, guidance, seed)
         except (ValueError, TypeError) as error:
             raise gradio.Error(str(error)) from error
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise gradio.Error("an image of this size does not fit into memory; serve with a smaller --size") from error
         return shown.image, shown.frames, shown.spectrum
 
     with gradio.Blocks(title="DeCo", analytics_enabled=False) as page:
@@ -109,9 +113,7 @@ def build(painter):
                 label="Sample", format="png", height=320, buttons=["download", "fullscreen"], elem_id="sample"
             )
             plot = gradio.Plot(label="DCT spectrum", elem_id="spectrum")
-        frames = gradio.Gallery(
-            label="Trajectory, from noise to sample", columns=8, height=220, elem_id="trajectory"
-        )
+        frames = gradio.Gallery(label="Trajectory, from noise to sample", columns=8, height=220, elem_id="trajectory")
         button.click(sample, inputs, [image, frames, plot], api_name="sample")
     return page
 

@@ -2,46 +2,81 @@
 
     python python/photo_crops.py data/photographs
 
-By default from the two photographs that ship inside scikit-learn's wheel.
+By default from the two photographs that ship inside scikit-learn's wheel. A photograph that cannot be read, or is
+smaller than a crop, is named and left out. Exit status: 0; 2 with a line that begins with "error:".
 """
 
 import argparse
 import random
+import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from _photos import shipped_photographs  # noqa: E402
+from _photos import readable, shipped_photographs  # noqa: E402
+from _program import exit_status  # noqa: E402
+
+SIDES = (96, 256)  # of a crop, least and most
 
 
-def cut(photograph: Path, folder: Path, count: int, sides: tuple[int, int], seed: int) -> None:
-    """Write `count` square crops of `photograph`, their sides between those given, as JPEG files into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = random.Random(seed)
-    with Image.open(photograph) as opened:
-        image = opened.convert("RGB")
-    for number in range(count):
-        side = min(drawn.randint(*sides), *image.size)
-        left, top = drawn.randint(0, image.width - side), drawn.randint(0, image.height - side)
-        image.crop((left, top, left + side, top + side)).save(folder / f"{number:05d}.jpg", quality=95)
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    return exit_status(lambda: run(options))
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+        return int(text)
+
     parser = argparse.ArgumentParser(prog="python/photo_crops.py", description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("out", type=Path, help="folder to make, or to add to")
     parser.add_argument("--image", type=Path, action="append", help="cut from this one instead (repeatable)")
-    parser.add_argument("--count", type=int, default=500, help="crops per photograph (500)")
+    parser.add_argument("--count", type=positive, default=500, help="crops per photograph (500)")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    photographs = options.image or shipped_photographs()
-    if not photographs:
-        parser.error("no photograph; name one with --image FILE, or install scikit-learn")
-    for photograph in photographs:
-        cut(photograph, options.out / photograph.stem, options.count, (96, 256), options.seed)
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """A class folder for each photograph. Raises ValueError where two would share one, one exists, or none is made."""
+    paths = options.image or shipped_photographs()
+    shared = [stem for stem, count in Counter(path.stem for path in paths).items() if count > 1]
+    if shared:
+        raise ValueError(f"--image: expected a name of its own for each class, got {shared[0]} more than once")
+    for path in paths:
+        if (options.out / path.stem).exists():
+            raise ValueError(f"out: {options.out / path.stem} exists; remove it, or choose another folder")
+    made = 0
+    for path, photograph in readable(paths):
+        if min(photograph.size) < SIDES[0]:
+            size = f"{photograph.width}x{photograph.height}"
+            print(f"warning: {path} is left out: {size} pixels, expected sides of {SIDES[0]} at least", file=sys.stderr)
+            continue
+        cut(photograph, options.out / path.stem, options.count, SIDES, options.seed)
+        made += 1
+    if not made:
+        raise ValueError("--image: no photograph to cut from; name one with --image FILE, or install scikit-learn")
+    print(f"{made} classes of {options.count} crops in {options.out}")
+
+
+def cut(photograph: Image.Image, folder: Path, count: int, sides: tuple[int, int], seed: int) -> None:
+    """Make `folder`, whole or not at all, with `count` square crops as JPEG files, their sides between those given."""
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    drawn = random.Random(seed)
+    for number in range(count):
+        side = min(drawn.randint(*sides), *photograph.size)
+        left, top = drawn.randint(0, photograph.width - side), drawn.randint(0, photograph.height - side)
+        crop = photograph.crop((left, top, left + side, top + side))
+        crop.save(unfinished / f"{number:05d}.jpg", quality=95)
+    unfinished.rename(folder)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-from _program import exit_status  # noqa: E402
+from _program import exit_status, out_of_memory  # noqa: E402
 from _sample_folder import ANIMATIONS, SampleFolder  # noqa: E402
 from _sampling import (  # noqa: E402
     DTYPES,
@@ -33,6 +33,7 @@ from _sampling import (  # noqa: E402
     natural,
     noise_of,
     read_conditions,
+    reads_text,
     solver_settings,
 )
 from tqdm import tqdm  # noqa: E402
@@ -41,16 +42,12 @@ from deco_kernels import flow  # noqa: E402
 from deco_kernels.training.images import to_pixels  # noqa: E402
 
 FRAMES = 25  # of an animation, at most
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+BATCH = 16  # images at a time on a GPU
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        return exit_status(lambda: run(options), options.debug)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+    return exit_status(lambda: run(options), options.debug, "interrupted; the same command continues")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -59,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("checkpoint", type=Path, help="this package's or a published file, see docs/checkpoints.md")
     parser.add_argument("--out", type=Path, required=True, help="folder to make, or to continue")
-    add_options(parser, batch="1 on the CPU, else up to 16")
+    add_options(parser, batch=f"1 on the CPU, else {BATCH}")
     made = parser.add_argument_group("what is made beside the single files")
     made.add_argument("--grid", type=natural, default=16, metavar="N", help="one picture of the first N images (16)")
     made.add_argument("--npz", action="store_true", help="all images in one array, as the ADM evaluation suite reads")
@@ -79,14 +76,33 @@ def shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def share(options: argparse.Namespace) -> tuple[int, int]:
+    """(part, parts): what this process does, by --shard, else by RANK and WORLD_SIZE, else all."""
+    rank, processes = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if options.shard or rank is processes is None:
+        return options.shard or (0, 1)
+    try:
+        return shard(f"{rank}/{processes}")
+    except argparse.ArgumentTypeError:
+        raise ValueError(
+            "RANK and WORLD_SIZE: expected both in the environment, with 0 <= RANK < WORLD_SIZE, or neither; got "
+            f"{rank} and {processes}; unset them, or give --shard I/N"
+        ) from None
+
+
+def batch_of(options: argparse.Namespace, device: torch.device) -> int:
+    """Images computed together: whatever the count, so that a larger one continues."""
+    return options.batch or (1 if device.type == "cpu" else BATCH)
+
+
 def run(options: argparse.Namespace) -> None:
     """Samples this process's share; the process that finds all images done assembles them."""
-    part, parts = options.shard or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    part, parts = share(options)
     device = device_of(options)
     network = load_network(options.checkpoint, options, device)
     conditions = read_conditions(options, network)
     count = options.count or len(conditions)
-    batch = options.batch or (1 if device.type == "cpu" else min(16, count))
+    batch = batch_of(options, device)
     solver, dtype = solver_settings(options, network), dtype_of(options, device)
     sampler = flow.Sampler(network, **solver, dtype=DTYPES[dtype])
     settings = {
@@ -100,11 +116,14 @@ def run(options: argparse.Namespace) -> None:
         "dtype": dtype,
         "device": device.type,
     }
+    if reads_text(network):
+        settings["text_encoder"] = options.text_encoder
+    conditioner = Conditioner.of(network, device, options.text_encoder)
+    conditioner.check(conditions)
     folder = SampleFolder(options.out, settings, count, options.animate, options.animation)
     groups = [range(first, first + batch) for first in range(0, count, batch)][part::parts]
     open_groups = [group for group in groups if folder.missing(group)]
     if open_groups:
-        conditioner = Conditioner.of(network, device, options.text_encoder)
         draw = GroupSampler(sampler, conditioner, conditions, options.seed, options.size, batch)
         sample_groups(draw, folder, groups, open_groups)
     left = len(folder.missing(range(count)))
@@ -155,13 +174,13 @@ class GroupSampler:
     def __call__(self, group: range, trajectory: bool):
         """(images uint8 [n, H, W, 3], frames uint8 [n, up to FRAMES, H, W, 3] or None) of a group.
 
-        Raises MemoryError where one image does not fit.
+        Raises MemoryError where one image does not fit, FloatingPointError where one is not finite.
         """
         while True:
             try:
                 return self._draw(group, trajectory)
             except (RuntimeError, MemoryError) as error:
-                if not isinstance(error, MemoryError) and not any(said in str(error) for said in OUT_OF_MEMORY):
+                if not out_of_memory(error):
                     raise
                 if self.at_once == 1:
                     raise MemoryError(
@@ -175,7 +194,13 @@ class GroupSampler:
     def _draw(self, group: range, trajectory: bool):
         parts = [group[first : first + self.at_once] for first in range(0, len(group), self.at_once)]
         images, states = zip(*(self._draw_together(part, trajectory) for part in parts), strict=True)
-        pixels = to_pixels(torch.cat(images))
+        images = torch.cat(images)
+        if not images.isfinite().all():
+            raise FloatingPointError(
+                f"images {group[0]} to {group[-1]}: expected finite values, got infinity or NaN; try --dtype float32 "
+                "or a smaller --guidance, else the checkpoint is spoilt"
+            )
+        pixels = to_pixels(images)
         if not trajectory:
             return pixels, None
         states = torch.cat(states)

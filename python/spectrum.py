@@ -6,7 +6,9 @@ At every step of sampling, the 8x8 DCT energies of the DiT's output (brought to 
 pixel velocity are averaged over the images. FOLDER/spectrum.csv holds them. FOLDER/spectrum.png shows the share of each
 coefficient in the energy, in zig-zag order, averaged over steps, and that of the upper half over time.
 
-Source: DeCo (arXiv 2511.19365), figure 4. Exit status: 0; 2 with a line that begins with "error:".
+Source: DeCo (arXiv 2511.19365), figure 4.
+
+Exit status: 0; 2 with a line that begins with "error:"; 130 when interrupted.
 """
 
 import argparse
@@ -44,7 +46,7 @@ BATCH = 16  # images at a time
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    return exit_status(lambda: run(options), options.debug)
+    return exit_status(lambda: run(options), options.debug, "interrupted; nothing was written")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -60,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if len(options.checkpoint) > 2:
         parser.error(f"expected one or two checkpoints, got {len(options.checkpoint)}")
     options.name = options.name or [str(path) for path in options.checkpoint]
-    if len(set(options.name)) != len(options.checkpoint):
+    if not len(set(options.name)) == len(options.name) == len(options.checkpoint):
         parser.error(f"--name: expected a name of its own for each checkpoint, got {options.name}")
     return options
 
@@ -70,11 +72,14 @@ def run(options: argparse.Namespace) -> None:
     for path in (table, picture):
         if path.exists():
             raise ValueError(f"--out: {path} exists; choose another folder")
-    device = device_of(options)
-    spectra = {
-        name: measure(path, name, options, device) for path, name in zip(options.checkpoint, options.name, strict=True)
-    }
+    device, host = device_of(options), torch.device("cpu")
+    networks = {}
+    for name, path in zip(options.name, options.checkpoint, strict=True):
+        networks[name] = load_network(path, options, host)
+        read_conditions(options, networks[name])  # so that a mistake is named before the first of what may be hours
+        solver_settings(options, networks[name])
     options.out.mkdir(parents=True, exist_ok=True)
+    spectra = {name: measure(networks.pop(name).to(device), name, options, device) for name in options.name}
     with complete_or_absent(table, overwrite=False) as temporary:
         write_table(spectra, temporary)
     with complete_or_absent(picture, overwrite=False) as temporary:
@@ -85,11 +90,11 @@ def run(options: argparse.Namespace) -> None:
     print(f"wrote {table} and {picture}")
 
 
-def measure(path: Path, name: str, options: argparse.Namespace, device: torch.device) -> dict:
+def measure(network: torch.nn.Module, name: str, options: argparse.Namespace, device: torch.device) -> dict:
     """Signal → time → energies [64], see `SpectrumRecorder.spectra`."""
-    network = load_network(path, options, device)
     conditions, settings = read_conditions(options, network), solver_settings(options, network)
     conditioner = Conditioner.of(network, device, options.text_encoder)
+    conditioner.check(conditions)
     recorder = SpectrumRecorder(network, DTYPES[dtype_of(options, device)])
     batch = options.batch or min(BATCH, options.count)
     with tqdm(total=options.count, desc=name, unit="image") as bar:

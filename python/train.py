@@ -7,7 +7,7 @@ Every key of the configuration can be given as KEY=VALUE, nested ones with dots.
 continues with the same command and --resume auto.
 
 Exit status: 0; 2 if configuration, data or checkpoint cannot be used, a checkpoint cannot be written or the loss is not
-finite (one line says why).
+finite (one line says why); 130 when interrupted.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         loop.train(config, options.resume)
 
-    return exit_status(run, options.debug)
+    return exit_status(run, options.debug, "interrupted; the same command with --resume auto continues")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -57,10 +57,10 @@ def found(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step_*.ckpt") if _PATTERN.fullmatch(path.name)), reverse=True)
 
 
-def write_atomically(content: Mapping[str, Any], path: Path) -> None:
+def write_atomically(content: Mapping[str, Any], path: Path, resume: str = "--resume auto") -> None:
     """torch.save to `path`, which holds either what it did before or all of the new content.
 
-    Raises CheckpointError, naming the free space where that is what is missing.
+    Raises CheckpointError, naming the free space where that is what is missing, and the option that resumes.
     """
     try:
         with complete_or_absent(path, overwrite=True) as temporary:
@@ -74,7 +74,7 @@ def write_atomically(content: Mapping[str, Any], path: Path) -> None:
         place = next(each for each in path.parents if each.exists())
         raise CheckpointError(
             f"{error}; {shutil.disk_usage(place).free / 2**30:.2f} GiB are free in {place}. Earlier checkpoints are "
-            "kept: make room and start again with --resume auto"
+            f"kept: make room and start again with {resume}"
         ) from error
 
 

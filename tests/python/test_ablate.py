@@ -24,6 +24,7 @@ sys.path.insert(0, str(PROGRAMS))
 
 import _crops  # noqa: E402
 import _studies  # noqa: E402
+import _study_report  # noqa: E402
 import _study_run  # noqa: E402
 import ablate  # noqa: E402
 from _learned_weight import LearnedWeightObjective  # noqa: E402
@@ -289,6 +290,65 @@ def test_bad_input_is_named(arguments, message, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "error: " in said and message in said
     assert [path.name for path in foreign.iterdir()] == ["notes.txt"] and not (tmp_path / "out").exists()
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    with ablate.alone_in(tmp_path / "out"):
+        with pytest.raises(ValueError, match="another process works in"), ablate.alone_in(tmp_path / "out"):
+            pass
+    with ablate.alone_in(tmp_path / "out"):
+        pass
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="--out: expected a folder"), ablate.alone_in(tmp_path / "file"):
+        pass
+
+
+def test_tables_never_leave_out_seeds_that_the_folder_holds(tmp_path):
+    study = _studies.STUDIES["interaction"]
+    assert ablate.number_of_seeds(None, study, tmp_path) == 3 and ablate.number_of_seeds(1, study, tmp_path) == 1
+    for folder in ("adaln-seed4", "add-seed0", "notes"):
+        (tmp_path / "runs" / folder).mkdir(parents=True)
+        (tmp_path / "runs" / folder / "result.json").write_text("{}")
+    assert ablate.number_of_seeds(None, study, tmp_path) == 5 and ablate.number_of_seeds(7, study, tmp_path) == 7
+    with pytest.raises(ValueError, match="--seeds: .* holds runs of 5 seeds, expected at least as many, got 2"):
+        ablate.number_of_seeds(2, study, tmp_path)
+
+
+def test_files_that_other_programs_spoilt_are_named(tmp_path):
+    for content in ("", "{", "[]", "\x00"):
+        (tmp_path / "settings.json").write_text(content)
+        with pytest.raises(ValueError, match="settings.json is damaged; choose another folder"):
+            ablate.claim(tmp_path, {"study": "interaction"}, resume=True)
+    variant = _study_run.Variant("plain")
+    tiny_run(tmp_path / "run", variant, steps=2, save_every=2).train(lambda count: None)
+    state = tmp_path / "run" / "state.pt"
+    state.write_bytes(state.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="state.pt is damaged .* remove it, and the run starts anew"):
+        tiny_run(tmp_path / "run", variant).train(lambda count: None)
+
+
+def test_a_claimed_folder_is_cleared_of_what_was_half_written(tmp_path):
+    """A kill may come while settings.json, the first file, is written; then the folder is as good as empty."""
+    (tmp_path / ".settings.json.1.part").write_text("{")
+    ablate.claim(tmp_path, {"study": "interaction"}, resume=False)
+    (tmp_path / "runs" / "adaln-seed0").mkdir(parents=True)
+    (tmp_path / "runs" / "adaln-seed0" / ".state.pt.1.part").write_text("half")
+    ablate.claim(tmp_path, {"study": "interaction"}, resume=True)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["settings.json"]
+
+
+def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    def fail(results, costs, path):
+        path.write_text("half")
+        raise OSError("no space left")
+
+    (tmp_path / "table.csv").write_text("before")
+    monkeypatch.setattr(_study_report, "write_csv", fail)
+    monkeypatch.setattr(_study_report, "summary", lambda *_: "text")
+    with pytest.raises(OSError, match="no space left"):
+        _study_report.write_report(_studies.STUDIES["interaction"], None, [], {}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+    assert (tmp_path / "table.csv").read_text() == "before"
 
 
 def test_too_small_a_photograph_is_named(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The page: what it shows for a sample, errors, and itself in a headless browser."""
 
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -54,6 +55,11 @@ def test_a_sample_is_that_of_the_solver(painter):
         ((0, 0, 1.0, 0), "steps: expected an integer of at least 1"),
         ((0, 2, 1.0, 0.5), "seed: expected an integer of at least 0"),
         ((None, 2, 1.0, 0), "class: expected an integer"),
+        ((0, 2, 1.0, math.inf), "seed: expected an integer of at least 0, got inf"),
+        ((0, "2", 1.0, 0), "steps: expected an integer of at least 1, got '2'"),
+        ((0, 2, None, 0), "guidance: expected a number, got None"),
+        ((0, 2, math.nan, 0), "guidance: expected a number, got nan"),
+        ((0, 2, 1e39, 0), "the sample is not finite"),
     ],
 )
 def test_wrong_fields_are_named(painter, values, message):
@@ -62,9 +68,12 @@ def test_wrong_fields_are_named(painter, values, message):
 
 
 class LengthEncoder(torch.nn.Module):
-    """Features that depend on the prompt's length alone."""
+    """Features that depend on the prompt's length alone; a token is a word."""
 
-    empty_prompt = torch.zeros(7, 20)
+    empty_prompt, max_length = torch.zeros(7, 20), 7
+
+    def tokenizer(self, prompts):
+        return {"input_ids": [prompt.split() for prompt in prompts]}
 
     def forward(self, prompts):
         return torch.stack([torch.full((7, 20), len(prompt) / 10) for prompt in prompts])
@@ -80,8 +89,22 @@ def test_prompts_for_a_text_model():
     assert (short.image != long.image).any() and len(short.frames) == 4
     with pytest.raises(ValueError, match="prompt: expected a text"):
         painter(" ", 3, 2.0, 0)
+    with pytest.raises(ValueError, match="prompt 'a a a a a a a a': expected at most 7 tokens, got 8; shorten it"):
+        painter("a a a a a a a a", 3, 2.0, 0)
     labels = [block.label for block in app.build(painter).blocks.values() if hasattr(block, "label")]
     assert "Prompt" in labels and "Seed" in labels
+
+
+def test_too_little_memory_is_said_on_the_page(painter, monkeypatch):
+    gradio = pytest.importorskip("gradio")
+
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(flow, "sample", fail)
+    sample = next(function for function in app.build(painter).fns.values() if function.api_name == "sample").fn
+    with pytest.raises(gradio.Error, match="does not fit into memory; serve with a smaller --size"):
+        sample(0, 2, 1.0, 0)
 
 
 def test_help(capsys):

@@ -1,6 +1,7 @@
 """sample.py: bits under sharding, batches, interruption and shortage of memory; conditions; what is refused."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from tests.tiny_qwen3 import save_tiny_qwen3
 PROGRAMS = Path(__file__).resolve().parents[2] / "python"
 sys.path.insert(0, str(PROGRAMS))
 
+import _sample_folder  # noqa: E402
 import _sampling  # noqa: E402
 import sample  # noqa: E402
 
@@ -189,6 +191,107 @@ def test_other_runtime_errors_are_not_hidden(class_checkpoint, tmp_path, monkeyp
         draw(class_checkpoint, tmp_path, "--batch", "2")
 
 
+def test_other_batches_change_few_last_places(class_checkpoint, tmp_path):
+    """Matrix products of other numbers of rows round differently; images of one seed stay the same to the eye."""
+    options = ["--size", "64", "--steps", "25", "--count", "4"]
+    for batch in ("1", "4"):
+        assert draw(class_checkpoint, tmp_path / batch, *options, "--batch", batch) == 0
+    alone, together = pixels(tmp_path / "1").astype(int), pixels(tmp_path / "4").astype(int)
+    assert np.abs(alone - together).max() <= 1
+    assert np.mean(alone != together) < 1e-3
+
+
+def test_default_batch_does_not_depend_on_the_count():
+    for count in ("3", "100"):
+        options = sample.parse(["a.ckpt", "--out", "out", "--count", count])
+        assert sample.batch_of(options, torch.device("cuda")) == 16
+        assert sample.batch_of(options, torch.device("cpu")) == 1
+
+
+def test_processes_that_begin_together_share_a_new_folder(tmp_path, monkeypatch):
+    """Another process opens the folder as soon as this one has made a folder in it."""
+    settings, make_folder, made = {"size": (32, 32), "seed": 3}, Path.mkdir, []
+
+    def make_folder_and_be_interrupted(path, *arguments, **options):
+        make_folder(path, *arguments, **options)
+        if path.name == "images" and not made:
+            made.append(path)
+            _sample_folder.SampleFolder(tmp_path / "out", settings, 4, 0, "gif")
+
+    monkeypatch.setattr(Path, "mkdir", make_folder_and_be_interrupted)
+    _sample_folder.SampleFolder(tmp_path / "out", settings, 4, 0, "gif")
+    assert made and json.loads((tmp_path / "out" / "run.json").read_text()) == {"size": [32, 32], "seed": 3}
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut_short, "cannot be read"),
+        (lambda path: path.write_text("no image"), "cannot be read"),
+        (lambda path: Image.new("RGB", (64, 64)).save(path), "was not written by this program"),
+        (lambda path: Image.new("L", (32, 32)).save(path), "was not written by this program"),
+    ],
+)
+def test_images_that_other_programs_spoilt_do_not_reach_the_archive(class_checkpoint, tmp_path, capsys, damage, said):
+    assert draw(class_checkpoint, tmp_path / "out", "--count", "3") == 0
+    assert draw(class_checkpoint, tmp_path / "whole", "--count", "3", "--npz") == 0
+    spoilt = tmp_path / "out" / "images" / "000001.png"
+    damage(spoilt)
+    assert draw(class_checkpoint, tmp_path / "out", "--count", "3", "--npz") == 2
+    message = capsys.readouterr().err
+    assert f"error: --out: {spoilt} {said}" in message and "remove it and give the command again" in message
+    spoilt.unlink()
+    assert draw(class_checkpoint, tmp_path / "out", "--count", "3", "--npz") == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", [{"RANK": "1"}, {"WORLD_SIZE": "4"}, {"RANK": "4", "WORLD_SIZE": "4"}])
+def test_half_a_place_among_processes_is_refused(class_checkpoint, tmp_path, monkeypatch, capsys, place):
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    assert draw(class_checkpoint, tmp_path / "out") == 2
+    assert "error: RANK and WORLD_SIZE: expected both" in capsys.readouterr().err
+    assert draw(class_checkpoint, tmp_path / "out", "--count", "1", "--shard", "0/1") == 0
+
+
+def test_samples_that_are_not_finite_are_refused(tmp_path, capsys):
+    network = random_model()
+    with torch.no_grad():
+        network.decoder.head_bias[0] = math.nan
+    model.save_model(network, tmp_path / "spoilt.safetensors")
+    assert draw(tmp_path / "spoilt.safetensors", tmp_path / "out", "--count", "1") == 2
+    assert "error: images 0 to 0: expected finite values" in capsys.readouterr().err
+    assert not list((tmp_path / "out" / "images").iterdir())
+
+
+def test_tables_as_other_programs_write_them(class_checkpoint, tmp_path):
+    """A byte order mark, CRLF, quotes, empty rows, spaces, more fields than columns."""
+    table = tmp_path / "labels.csv"
+    table.write_bytes(b'\xef\xbb\xbf"name","label"\r\n"a, b","4"\r\n\r\n"c ""d""", 2 ,9\r\n')
+    assert draw(class_checkpoint, tmp_path / "out", "--csv", str(table)) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["conditions"] == [4, 2]
+    assert len(pixels(tmp_path / "out")) == 2
+
+
+def test_text_encoders_and_prompts_are_looked_at_first(tmp_path, capsys):
+    """Nothing is made for a prompt that is too long; another encoder gives other images, so it is refused."""
+    model.save_model(random_model("deco-text-tiny"), tmp_path / "text.safetensors")
+    for name in ("qwen", "other"):
+        save_tiny_qwen3(tmp_path / name)
+    encoder = ["--text-encoder", str(tmp_path / "qwen")]
+    prompts = ["--prompt", "a cat", "--prompt", "a cat " * 50]
+    assert draw(tmp_path / "text.safetensors", tmp_path / "out", *prompts, *encoder) == 2
+    assert "expected at most 7 tokens" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert draw(tmp_path / "text.safetensors", tmp_path / "out", *prompts[:2], *encoder) == 0
+    encoder = ["--text-encoder", str(tmp_path / "other")]
+    assert draw(tmp_path / "text.safetensors", tmp_path / "out", *prompts[:2], *encoder) == 2
+    assert "holds samples with text_encoder" in capsys.readouterr().err
+
+
 def test_prompts_and_tables(class_checkpoint, tmp_path):
     save_tiny_qwen3(tmp_path / "qwen")
     model.save_model(random_model("deco-text-tiny"), tmp_path / "text.safetensors")
@@ -212,6 +315,11 @@ def test_what_cannot_be_used_is_refused(class_checkpoint, tmp_path, capsys):
     torch.save({"state_dict": {"encoder.weight": torch.zeros(3)}}, tmp_path / "foreign.ckpt")
     (tmp_path / "captions.csv").write_text("caption\na cat\n")
     (tmp_path / "text.csv").write_text("label\nred\n")
+    (tmp_path / "range.csv").write_text("label\n1-3\n")
+    (tmp_path / "latin1.csv").write_bytes("label,name\n3,caf\xe9\n".encode("latin-1"))
+    (tmp_path / "huge.csv").write_text("label\n" + "9" * 200_000)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "run.json").write_text("[]")
     assert draw(class_checkpoint, tmp_path / "other", "--count", "1") == 0
     before = files(tmp_path)
     capsys.readouterr()
@@ -219,26 +327,42 @@ def test_what_cannot_be_used_is_refused(class_checkpoint, tmp_path, capsys):
         (tmp_path / "absent.ckpt", "new", [], "No such file"),
         (tmp_path / "foreign.ckpt", "new", [], "expected a published DeCo"),
         (class_checkpoint, "full", [], "holds other files"),
+        (class_checkpoint, "text.csv", [], "--out: expected a folder"),
+        (class_checkpoint, "text.csv/below", [], "--out: "),
+        (class_checkpoint, "damaged", [], "run.json is damaged"),
         (class_checkpoint, "other", ["--seed", "1"], "holds samples with seed 0, not 1"),
-        (class_checkpoint, "other", ["--steps", "4"], "holds samples with steps 3, not 4"),
+        (class_checkpoint, "other", ["--steps", "4", "--animate", "1"], "holds samples with steps 3, not 4"),
         (class_checkpoint, "new", ["--size", "40"], "--size: expected multiples of 16"),
         (class_checkpoint, "new", ["--classes", "8-10"], "--classes: expected classes from 0 to 9"),
-        (class_checkpoint, "new", ["--prompt", "a cat"], "--prompt: the model is conditioned on classes"),
+        (class_checkpoint, "new", ["--prompt", "a cat"], "is conditioned on classes, use --classes or --csv"),
         (class_checkpoint, "new", ["--csv", str(tmp_path / "captions.csv")], "expected a column label"),
         (class_checkpoint, "new", ["--csv", str(tmp_path / "text.csv")], "--csv: line 2 of"),
+        (class_checkpoint, "new", ["--csv", str(tmp_path / "range.csv")], "expected a class from 0 to 9, got '1-3'"),
+        (class_checkpoint, "new", ["--csv", str(tmp_path / "latin1.csv")], "--csv: expected commas"),
+        (class_checkpoint, "new", ["--csv", str(tmp_path / "huge.csv")], "--csv: expected commas"),
         (class_checkpoint, "new", ["--csv", str(tmp_path / "text.csv"), "--classes", "1"], "either a table or a list"),
         (class_checkpoint, "new", ["--guidance-interval", "0.5", "0.2"], "guidance_interval: expected (lo, hi)"),
         (class_checkpoint, "new", ["--device", "nonsense"], "--device: nonsense cannot be used"),
+        (class_checkpoint, "new", ["--device", "meta"], "--device: meta cannot be used"),
     ]
     for checkpoint, out, options, said in cases:
         assert draw(checkpoint, tmp_path / out, *options) == 2, options
         message = capsys.readouterr().err
         assert message.startswith("error: ") and said in message, message
     assert files(tmp_path) == before
+    assert not (tmp_path / "other" / "animations").exists() and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
-    "options", [["--shard", "2/2"], ["--count", "0"], ["--size", "0x16"], ["--seed", "-1"], ["--solver", "best"]]
+    "options",
+    [
+        ["--threads", "100000"],
+        ["--shard", "2/2"],
+        ["--count", "0"],
+        ["--size", "0x16"],
+        ["--seed", "-1"],
+        ["--solver", "best"],
+    ],
 )
 def test_bad_options(options, capsys):
     with pytest.raises(SystemExit) as stopped:

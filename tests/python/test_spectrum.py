@@ -134,12 +134,37 @@ def test_table_and_picture(two_checkpoints, tmp_path, capsys):
     assert (out / "spectrum.csv").read_bytes() == before
 
 
+def test_mistakes_are_named_before_anything_is_measured(two_checkpoints, tmp_path, monkeypatch, capsys):
+    """Of the folder, of settings, and of the second model, which has fewer classes than the first."""
+    monkeypatch.setattr(spectrum, "measure", lambda *_: pytest.fail("a model was measured"))
+    model.save_model(random_model("dit-tiny", num_classes=2), tmp_path / "few.safetensors")
+    (tmp_path / "file").write_text("mine")
+    few, out = str(tmp_path / "few.safetensors"), str(tmp_path / "out")
+    for arguments, said in (
+        ([two_checkpoints[0], few, "--classes", "5", "--out", out], "--classes: expected classes from 0 to 1"),
+        ([two_checkpoints[0], "--shift", "0", "--out", out], "shift: expected a positive"),
+        ([two_checkpoints[0], "--out", str(tmp_path / "file")], "file"),
+    ):
+        assert spectrum.main([*arguments, "--size", "32"]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_checkpoint_is_an_error(tmp_path, capsys):
     assert spectrum.main([str(tmp_path / "absent.ckpt"), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("checkpoints", [[], ["a", "b", "c"], ["a", "a"], ["a", "--name", "x", "--name", "y"]])
+@pytest.mark.parametrize(
+    "checkpoints",
+    [
+        [],
+        ["a", "b", "c"],
+        ["a", "a"],
+        ["a", "--name", "x", "--name", "y"],
+        ["a", "b", *["--name", "x"] * 2, "--name", "y"],
+    ],
+)
 def test_bad_options(checkpoints):
     with pytest.raises(SystemExit) as stopped:
         spectrum.main([*checkpoints, "--out", "out"])
