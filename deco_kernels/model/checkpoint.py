@@ -336,7 +336,7 @@ def config_model_on_meta(name: str, config: Mapping[str, Any], tensors: Mapping[
     with torch.device("meta"):
         try:
             model = cls(**config)
-        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: sizes that overflow
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the latter two: sizes that overflow
             raise ValueError(f"config: {name} cannot be built from {dict(config)}: {error}") from None
     compare_shapes(name, _shapes(model.state_dict()), _shapes(tensors))
     return model

@@ -344,6 +344,7 @@ def test_tensors_without_values_are_named(tmp_path, names):
         ("deco-tiny", {"decoder_depth": 10**7}, "decoder_depth: expected the number of blocks .*, 3, got 10000000"),
         ("deco-text-tiny", {"text_depth": 10**7}, "text_depth: expected the number of blocks .*, 1, got 10000000"),
         ("deco-tiny", {"width": 10**30}, "cannot be built"),
+        ("dit-tiny", {"width": float("inf")}, "cannot be built"),
         ("deco-tiny", {"patch_size": 10**9}, "cannot be built|does not fit"),
     ],
 )
