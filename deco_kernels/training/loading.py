@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,6 +126,15 @@ def loader(
         prefetch_factor=config.data.prefetch if workers else None,
         pin_memory=pin,
     )
+
+
+@contextlib.contextmanager
+def without_worker_traceback() -> Iterator[None]:
+    """A ValueError of a loader process holds that process's traceback in its message; what it says is raised on."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from error
 
 
 def _collate(items: list[tuple[torch.Tensor, int | str, int, dict[str, str]]]) -> Batch:

@@ -16,7 +16,7 @@ from deco_kernels import flow
 from deco_kernels.training import checkpoints, setup
 from deco_kernels.training.config import TrainConfig, to_dict, to_yaml
 from deco_kernels.training.images import to_signed
-from deco_kernels.training.loading import Batch, loader
+from deco_kernels.training.loading import Batch, loader, without_worker_traceback
 from deco_kernels.training.module import draw_per_image
 from deco_kernels.training.report import Report
 
@@ -75,7 +75,7 @@ class _Run:
         config, progress = self.config, self.progress
         batches, clock = iter(self._loader()), _Clock()
         while progress.step < config.steps:
-            with clock.waiting():
+            with clock.waiting(), without_worker_traceback():
                 batch = [next(batches) for _ in range(config.accumulate)]
             losses, norm = self._step(batch)
             progress.step += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 from deco_kernels.training.config import DataConfig
 from deco_kernels.training.images import open_image, upright_size
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_COLUMNS = ("image", "img", *(suffix[1:] for suffix in IMAGE_SUFFIXES))
 TABLE_FORMATS = {".csv": "csv", ".parquet": "parquet"}
 SCAN_PROCESSES_FROM = 10_000  # images; below, starting processes costs more than they save
@@ -117,17 +118,32 @@ def _open_folder(config: DataConfig, target: str) -> Source:
     if not root.is_dir():
         raise FileNotFoundError(f"data.path: expected a folder with one folder per class, found none at {root}")
     classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files = [
-        sorted(str(file.relative_to(root)) for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        for folder in classes
-    ]
+    left_out: dict[str, str] = {}
+    files = [_images_in(folder, root, left_out) for folder in classes]
     empty = [folder.name for folder, found in zip(classes, files, strict=True) if not found]
     if empty or not classes:
         what = f"class folders without an image: {', '.join(empty)}" if empty else "no class folder"
         raise ValueError(f"data.path: {what} in {root}; expected {root}/CLASS/IMAGE with suffixes {IMAGE_SUFFIXES}")
     rows = datasets.Dataset.from_dict({"image": [file for found in files for file in found]})
     labels = np.repeat(np.arange(len(classes)), [len(found) for found in files])
-    return Source(rows, "image", root, labels)
+    return Source(rows, "image", root, labels, left_out=left_out)
+
+
+def _images_in(folder: Path, root: Path, left_out: dict[str, str]) -> list[str]:
+    """Paths below a class folder, relative to the root, in the order of their names; hidden ones are none. Names that
+    Arrow cannot hold go to `left_out`."""
+    found = []
+    for file in folder.rglob("*"):
+        path = file.relative_to(root)
+        if file.suffix.lower() not in IMAGE_SUFFIXES or any(part.startswith(".") for part in path.parts):
+            continue
+        try:
+            str(path).encode()
+            found.append(str(path))
+        except UnicodeEncodeError:
+            name = os.fsencode(file).decode("utf-8", "backslashreplace")
+            left_out[name] = "its name is not UTF-8; rename it"
+    return sorted(found)
 
 
 def _open_files(config: DataConfig, target: str) -> Source:

@@ -107,7 +107,7 @@ def test_backend_reference_gives_the_same_run(trainer, class_folders, tmp_path):
         (["init_from=/nowhere.ckpt"], "init_from: expected a checkpoint"),
         (["sample.every=10", "sample.labels=[1,2]"], "sample.labels: expected classes of the model, from 0"),
         (["optimizer.lr=1e30", "steps=3"], "the loss of step"),
-        (["data.min_side=1000"], "cannot be used"),
+        (["data.min_side=1000"], "error: data.path: 100 images in a row cannot be used, such as "),
         (["--backend", "abacus"], "abacus"),
         (["--resume", "/nowhere.ckpt"], "/nowhere.ckpt cannot be read"),
     ],
@@ -115,7 +115,7 @@ def test_backend_reference_gives_the_same_run(trainer, class_folders, tmp_path):
 def test_errors_say_what_to_do(arguments, said, trainer, class_folders, tmp_path):
     out = tmp_path / "run"
     assert trainer.run(out, f"data.path={class_folders}", *arguments) == 2, log(out)
-    assert "error: " in log(out) and said in log(out) and "Traceback" not in log(out).split("error: ")[0]
+    assert "error: " in log(out) and said in log(out) and "Traceback" not in log(out)
 
 
 def test_help_and_missing_configuration():

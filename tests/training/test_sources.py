@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -57,6 +58,13 @@ def test_class_folders(tmp_path):
     source = open_source(configure(tmp_path, "folder", tmp_path), "label", num_classes=2)
     assert [target for _, target in read(source)] == [0, 0, 0, 1, 1]
     assert [Path(stored).parent.name for stored, _ in read(source)] == ["ant"] * 3 + ["wasp"] * 2
+    (tmp_path / "ant" / ".trash").mkdir()
+    for hidden in (".trash/0.png", "._0.png"):
+        (tmp_path / "ant" / hidden).write_bytes(flat_image(0))
+    (tmp_path / "ant" / os.fsdecode(b"caf\xe9.png")).write_bytes(flat_image(0))
+    source = open_source(configure(tmp_path, "folder", tmp_path), "label", num_classes=2)
+    assert [target for _, target in read(source)] == [0, 0, 0, 1, 1]
+    assert source.left_out == {f"{tmp_path}/ant/caf\\xe9.png": "its name is not UTF-8; rename it"}
     with pytest.raises(ValueError, match="labels from 0 to 1, the model has 1 classes"):
         open_source(configure(tmp_path, "folder", tmp_path), "label", num_classes=1)
     (tmp_path / "bee").mkdir()
