@@ -8,6 +8,7 @@ Exit status: 0; 2 if gradio is missing or checkpoint, size, device or port canno
 """
 
 import argparse
+import socket
 import sys
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
 
     def run() -> None:
-        build(painter_of(options)).launch(server_name=options.host, server_port=options.port)
+        check_address(options.host, options.port)
+        build(painter_of(options)).launch(server_name=options.host, server_port=options.port, show_error=True)
 
     return exit_status(run)
 
@@ -47,6 +49,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=_sampling.positive, help="default: the first free one from 7860 on")
     parser.set_defaults(**dict.fromkeys(SAMPLER_OPTIONS))
     return parser.parse_args(arguments)
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Raise ValueError where nothing can be served at a host and port; None is any port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port or 0), family=family).close()
+    except (OSError, OverflowError) as error:
+        where = host if port is None else f"{host}, port {port}"
+        raise ValueError(f"--host, --port: cannot serve at {where} ({error}); choose another") from error
 
 
 def painter_of(options: argparse.Namespace):

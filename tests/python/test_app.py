@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -117,6 +118,16 @@ def test_without_gradio(checkpoint, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert app.main([str(checkpoint)]) == 2
     assert "error: the page needs gradio" in capsys.readouterr().err
+
+
+def test_addresses_that_cannot_be_served(checkpoint, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments in (["--port", str(port)], ["--port", "65536"], ["--host", "203.0.113.7"]):
+            assert app.main([str(checkpoint), *arguments]) == 2
+            said = capsys.readouterr().err
+            assert said.startswith("error: --host, --port: cannot serve at ") and said.count("\n") == 1
+            assert arguments[1] in said
 
 
 def test_missing_checkpoint(tmp_path, capsys):
