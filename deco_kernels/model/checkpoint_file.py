@@ -341,7 +341,8 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def complete_or_absent(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary name beside `path`: renamed to it at the end, removed after an error.
+    """A temporary file beside `path`, empty: renamed to it at the end, removed after an error. Who may read it follows
+    from the umask, whatever its writer asks for (safetensors: the owner alone).
 
     Where `path` is a symbolic link, all of this happens beside the file that it leads to, and the link stays.
     """
@@ -351,7 +352,11 @@ def complete_or_absent(path: Path, overwrite: bool) -> Iterator[Path]:
     _refuse_existing(path, overwrite)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         _refuse_existing(path, overwrite)
@@ -363,7 +368,8 @@ def complete_or_absent(path: Path, overwrite: bool) -> Iterator[Path]:
             raise OSError(f"{path}: cannot be written ({_first_line(error)}); nothing was left behind") from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a read-only file system, which the writer has met already
+            temporary.unlink(missing_ok=True)
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:

@@ -373,6 +373,16 @@ def test_existing_files_are_kept_unless_told(tmp_path, ending):
     assert os.listdir(tmp_path) == [path.name]
 
 
+def test_who_may_read_a_file_follows_from_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        for ending in ("ckpt", "safetensors"):
+            model.save_model(random_model(), tmp_path / f"shared.{ending}")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+
 def test_a_file_is_replaced_while_it_is_read(tmp_path):
     path = tmp_path / "model.ckpt"
     model.save_model(random_model(seed=1), path)
