@@ -21,7 +21,10 @@ def exit_status(run: Callable[[], None], debug: bool = False, interrupted: str =
     except (*EXPECTED, RuntimeError) as error:
         if debug or not (isinstance(error, EXPECTED) or out_of_memory(error)):
             raise
-        print(f"error: {_in_one_line(error)}", file=sys.stderr)
+        said = _in_one_line(error)
+        if isinstance(error, RuntimeError):
+            said = f"out of memory ({said}); take smaller images or a smaller batch"
+        print(f"error: {said}", file=sys.stderr)
         return 2
     return 0
 

@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure(network: torch.nn.Module, name: str, options: argparse.Namespace, device: torch.device) -> dict:
-    """Signal → time → energies [64], see `SpectrumRecorder.spectra`."""
+    """Signal → time → energies [64], see `SpectrumRecorder.spectra`. FloatingPointError where one is not finite."""
     conditions, settings = read_conditions(options, network), solver_settings(options, network)
     conditioner = Conditioner.of(network, device, options.text_encoder)
     conditioner.check(conditions)
@@ -104,7 +104,13 @@ def measure(network: torch.nn.Module, name: str, options: argparse.Namespace, de
             cond, uncond = conditioner([conditions[index % len(conditions)] for index in indices])
             recorder.sample(noise.to(device), cond, uncond, **settings)
             bar.update(len(indices))
-    return recorder.spectra()
+    spectra = recorder.spectra()
+    if not all(energy.isfinite().all() for times in spectra.values() for energy in times.values()):
+        raise FloatingPointError(
+            f"{name}: expected finite energies, got infinity or NaN; try --dtype float32 or a smaller --guidance, else "
+            "the checkpoint is spoilt"
+        )
+    return spectra
 
 
 def write_table(spectra: dict, path: Path) -> None:

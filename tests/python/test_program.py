@@ -24,7 +24,7 @@ def raising(error):
         (ValueError("--out: expected a folder"), "error: --out: expected a folder"),
         (OSError("first line\n  second line\n"), "error: first line second line"),
         (MemoryError(), "error: MemoryError"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "error: [enforce fail]"),
+        (RuntimeError("can't allocate memory: 9 bytes"), "error: out of memory (can't allocate memory: 9 bytes); take"),
     ],
 )
 def test_what_a_user_can_mend_takes_one_line(error, line, capsys):

@@ -150,6 +150,17 @@ def test_mistakes_are_named_before_anything_is_measured(two_checkpoints, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_energies_that_are_not_finite_are_refused(tmp_path, capsys):
+    network = random_model()
+    with torch.no_grad():
+        network.decoder.head_bias[0] = math.nan
+    model.save_model(network, tmp_path / "spoilt.safetensors")
+    options = ["--name", "DeCo", "--out", str(tmp_path / "out"), "--size", "32", "--steps", "1", "--count", "1"]
+    assert spectrum.main([str(tmp_path / "spoilt.safetensors"), *options]) == 2
+    assert "error: DeCo: expected finite energies, got infinity or NaN" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_missing_checkpoint_is_an_error(tmp_path, capsys):
     assert spectrum.main([str(tmp_path / "absent.ckpt"), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "out").exists()
