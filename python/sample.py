@@ -38,7 +38,7 @@ from _sampling import (  # noqa: E402
 )
 from tqdm import tqdm  # noqa: E402
 
-from deco_kernels import flow  # noqa: E402
+from deco_kernels import flow, model  # noqa: E402
 from deco_kernels.training.images import to_pixels  # noqa: E402
 
 FRAMES = 25  # of an animation, at most
@@ -79,7 +79,7 @@ def shard(text: str) -> tuple[int, int]:
 def share(options: argparse.Namespace) -> tuple[int, int]:
     """(part, parts): what this process does, by --shard, else by RANK and WORLD_SIZE, else all."""
     rank, processes = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if options.shard or rank is processes is None:
+    if options.shard or (rank is None and processes is None):
         return options.shard or (0, 1)
     try:
         return shard(f"{rank}/{processes}")
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     sampler = flow.Sampler(network, **solver, dtype=DTYPES[dtype])
     settings = {
         "checkpoint_sha256": sha256(options.checkpoint),
-        "weights": options.weights,
+        "weights": model.read_checkpoint(options.checkpoint).choose(options.weights),
         "conditions": conditions,
         "seed": options.seed,
         "size": options.size,

@@ -201,6 +201,12 @@ def test_other_batches_change_few_last_places(class_checkpoint, tmp_path):
     assert np.mean(alone != together) < 1e-3
 
 
+def test_averaged_weights_are_recorded_and_may_be_named(class_checkpoint, tmp_path):
+    assert draw(class_checkpoint, tmp_path / "out", "--count", "1") == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["weights"] == "ema"
+    assert draw(class_checkpoint, tmp_path / "out", "--count", "2", "--weights", "ema") == 0
+
+
 def test_default_batch_does_not_depend_on_the_count():
     for count in ("3", "100"):
         options = sample.parse(["a.ckpt", "--out", "out", "--count", count])
