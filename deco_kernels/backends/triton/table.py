@@ -51,7 +51,7 @@ _TABLE: dict[tuple[str, int, int], Launch] = {
     ("adaln_block_backward", 64, 2): Launch(128, 8, 1, 1),
     ("adaln_block_backward", 16, 4): Launch(64, 4, 1, 2),
     ("adaln_block_backward", 32, 4): Launch(32, 4, 1, 2),
-    ("adaln_block_backward", 64, 4): Launch(64, 8, 1, 1),
+    ("adaln_block_backward", 64, 4): Launch(32, 4, 1, 2),
     ("upsample_modulate", 16, 2): Launch(128, 4, 2, 4),
     ("upsample_modulate", 32, 2): Launch(128, 4, 2, 4),
     ("upsample_modulate", 64, 2): Launch(128, 8, 1, 2),
