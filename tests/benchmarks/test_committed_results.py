@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import parts_report, report, results
+from benchmarks import parts_report, report, results, static
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "results"
@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_results_that_a_page_names_are_committed(page):
-    for name in re.findall(r"benchmarks/results/([\w.-]+\.json)", page.read_text(encoding="utf-8")):
+    for name in re.findall(r"benchmarks/results/([\w./-]+\.json)", page.read_text(encoding="utf-8")):
         assert (FOLDER / name).is_file(), name
 
 
@@ -63,3 +63,17 @@ def test_the_table_in_the_readme_is_the_one_of_the_result():
     for line in table.splitlines():
         if line.startswith("|"):
             assert line in readme, line
+
+
+def test_kernels_fit_and_keep_their_budgets_under_triton_3_6():
+    found = json.loads((FOLDER / "static" / "triton_3.6.0_sm_90.json").read_text(encoding="utf-8"))
+    budgets = static.recorded_budgets("triton")
+    assert {name for name in budgets if "sm_90" in budgets[name]} <= set(found)
+    sizes = {f"D{width}/{dtype}" for width in static.WIDTHS for dtype in static.DTYPES}
+    assert {name.split("/", 1)[1] for name in found} == sizes
+    for name, by_architecture in found.items():
+        figures = static.Figures(**by_architecture["sm_90"])
+        assert figures.toolchain.startswith("triton 3.6.0,")
+        assert figures.shared_bytes <= static.SHARED_LIMIT["sm_90"], name
+        if name in budgets:
+            assert not list(static.exceeded(figures, budgets[name]["sm_90"])), name
