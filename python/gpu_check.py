@@ -85,6 +85,11 @@ def tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.path.join(home, "bin"))
 
 
+def gpu_tests() -> list[Path]:
+    """The files that hold tests marked gpu. Others may need packages that this program does without."""
+    return sorted(ROOT.glob("tests/*/test_*_gpu.py"))
+
+
 def steps(folder: Path, capability: str, full: bool) -> list[Step]:
     """All steps, the most valuable first. Benchmark steps write NAME.json into the folder, the tests tests.xml."""
     python = sys.executable
@@ -100,7 +105,7 @@ def steps(folder: Path, capability: str, full: bool) -> list[Step]:
         command += ["--full"] if full else ["--stop-after", str(seconds // 2)]
         return Step(name, command, seconds, extra=extra)
 
-    tests = [python, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={folder / 'tests.xml'}"]
+    tests = [python, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={folder / 'tests.xml'}", *map(str, gpu_tests())]
     found += [
         benchmark("pixel_decoder", "pixel_decoder", *_TRAINING, seconds=60),
         benchmark("loss", "flow_matching_loss", *_TRAINING, seconds=45),

@@ -1,6 +1,7 @@
 """make gpu-check: the line it prints without a GPU, and that every failing step fails it."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -22,6 +23,40 @@ def test_one_line_without_gpu():
     assert result.returncode == 1 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert "nothing was checked" in line and "no GPU" in line
+
+
+# What the machine of a GPU may lack: everything but PyTorch with Triton, NumPy and pytest.
+OTHER_PACKAGES = (
+    "safetensors transformers lightning lightning_fabric jsonargparse datasets omegaconf tensorboard matplotlib PIL "
+    "tqdm sklearn scipy gradio playwright pytest_benchmark"
+).split()
+
+
+def without_other_packages(program: str, *arguments: str) -> subprocess.CompletedProcess:
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({OTHER_PACKAGES}))\n"
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-c", hidden + program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=gpu_check.ROOT)
+
+
+def test_gpu_tests_need_no_other_packages():
+    """All tests marked gpu are in the files that are run, and these are collected."""
+    files = [str(path) for path in gpu_check.gpu_tests()]
+    marked = [str(path) for path in gpu_check.ROOT.glob("tests/**/test_*.py") if "pytest.mark.gpu" in path.read_text()]
+    assert sorted({*marked} - {__file__}) == files
+    program = "import pytest; raise SystemExit(pytest.main(sys.argv[1:]))"
+    result = without_other_packages(program, "-q", "-m", "gpu", "--collect-only", *files)
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert all(f"{Path(file).name}::" in result.stdout for file in files)
+
+
+def test_benchmarks_need_no_other_packages(tmp_path):
+    """Those of a whole step use most of the package."""
+    arguments = ["end_to_end", "--device", "cpu", "--quick", "--no-compile", "--stop-after", "1"]
+    program = "import runpy; runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)"
+    result = without_other_packages(program, *arguments, "--output", str(tmp_path / "result.json"))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads((tmp_path / "result.json").read_text())["end_to_end"]
 
 
 NAMES = ["build", "selftest", "pixel_decoder", "loss", "kernels", "tests", "memcheck"]
