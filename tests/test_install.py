@@ -154,7 +154,7 @@ def test_wheel_holds_the_package_alone(source_tree, tmp_path):
         metadata = archive.read(metadata_name).decode()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"deco_kernels"}
     assert "deco_kernels/py.typed" in names and any(name.endswith("/LICENSE") for name in names)
-    assert "Requires-Dist: torch>=2.7" in metadata and "Requires-Python: >=3.10" in metadata
+    assert "Requires-Dist: torch>=2.9" in metadata and "Requires-Python: >=3.10" in metadata
     assert "License-Expression: BSD-3-Clause" in metadata
 
 

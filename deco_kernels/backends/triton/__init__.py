@@ -16,7 +16,7 @@ _MAX_DEPTH = 8
 _PATCH_SIZES = (1, 2, 4, 8, 16)
 _CHANNELS = (1, 3, 4)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OLDEST = (3, 3)  # the Triton of PyTorch 2.7
+_OLDEST = (3, 3)  # the oldest that kernels were compiled with
 
 
 @functools.cache
