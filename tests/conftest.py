@@ -17,22 +17,28 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(previous[0], warn_only=previous[1])
 
 
+@contextlib.contextmanager
+def threads(count: int):
+    """PyTorch with so many threads, whatever the machine."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)
+
+
 @pytest.fixture
 def two_threads():
-    """PyTorch with two threads, whatever the machine."""
-    previous = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(previous)
+    with threads(2):
+        yield
 
 
 @pytest.fixture
 def one_thread():
-    """PyTorch with one thread: small tensors do not wait for threads, and bits are those of any other process."""
-    previous = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(previous)
+    """Small tensors do not wait for threads, and bits are those of any other process."""
+    with threads(1):
+        yield
 
 
 @contextlib.contextmanager
