@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
 
     dtypes = tuple(getattr(torch, name) for name in options.dtype)
     result = results.empty(header(options.device), measure_ceilings(options.device, dtypes))
-    for text, section, work in _parts(options, backends):
-        if options.stop_after and time.perf_counter() - began > options.stop_after:
+    for number, (text, section, work) in enumerate(_parts(options, backends)):
+        if number > 0 and options.stop_after and time.perf_counter() - began > options.stop_after:
             result["left_out"].append(text)
             continue
         _progress(text)

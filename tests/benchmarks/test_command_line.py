@@ -67,11 +67,13 @@ def test_no_gpu_is_one_line():
 
 def test_what_no_time_is_left_for_is_said(tmp_path):
     path = tmp_path / "result.json"
-    answer = benchmarks("adaln_block", "--quick", "--dtype", "float32", "--stop-after", "0.01", "--output", str(path))
-    assert answer.returncode == 1  # nothing was measured
-    (line,) = answer.stderr.splitlines()
-    assert line.startswith("benchmarks: left out, for lack of time: adaln_block")
-    assert len(json.loads(path.read_text())["left_out"]) == 2 and "## Left out, for lack of time" in answer.stdout
+    small = ["--quick", "--size", "H=32,W=32", "--backend", "reference", "--dtype", "float32", "--threads", "1"]
+    answer = benchmarks("adaln_block", *small, "--stop-after", "0.01", "--output", str(path))
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stderr.splitlines()[-1].startswith("benchmarks: left out, for lack of time: adaln_block")
+    result = json.loads(path.read_text())
+    assert {row["pass"] for row in result["rows"]} == {"forward"}  # the first part is measured whatever the time
+    assert len(result["left_out"]) == 1 and "## Left out, for lack of time" in answer.stdout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="needs pytest-benchmark")
