@@ -45,6 +45,8 @@ bench: env
 
 lint: env
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	git ls-files '*.c' '*.cpp' '*.cu' '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 gpu-check:
 	@$(GPU_PYTHON) python/gpu_check.py $(ARGS)

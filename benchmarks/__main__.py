@@ -79,7 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         "--full", action="store_true", help="all parts of the device, and on a GPU torch.compile max-autotune"
     )
     parser.add_argument(
-        "--stop-after", type=float, metavar="SECONDS", help="leave out parts after the first that have not begun by then"
+        "--stop-after",
+        type=float,
+        metavar="SECONDS",
+        help="leave out parts after the first that have not begun by then",
     )
     parser.add_argument(
         "--compare", metavar="OLD.json", help="say which rows moved beyond the spread since that result"

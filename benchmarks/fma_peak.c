@@ -11,10 +11,9 @@ enum { CHAINS = 12 };
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 
-#define EACH(step) \
-  step(0) step(1) step(2) step(3) step(4) step(5) step(6) step(7) step(8) step(9) step(10) step(11)
+#define EACH(step) step(0) step(1) step(2) step(3) step(4) step(5) step(6) step(7) step(8) step(9) step(10) step(11)
 
-double fma_float32(long rounds, float *sink) {
+double fma_float32(long rounds, float* sink) {
 #define DECLARE(i) Vector a##i = {(float)i + 1.0f};
   EACH(DECLARE)
 #undef DECLARE
@@ -25,7 +24,7 @@ double fma_float32(long rounds, float *sink) {
 #undef STEP
     __asm__ volatile("" ::: "memory");
   }
-#define ADD(i) + a##i
+#define ADD(i) +a##i
   Vector sum = term EACH(ADD);
 #undef ADD
   *sink = sum[0];
@@ -36,7 +35,7 @@ double fma_float32(long rounds, float *sink) {
 #include <immintrin.h>
 
 /* One instruction multiplies 32 pairs and adds them into 16 sums. */
-double fma_bfloat16(long rounds, float *sink) {
+double fma_bfloat16(long rounds, float* sink) {
 #define DECLARE(i) __m512 a##i = _mm512_set1_ps((float)i);
   EACH(DECLARE)
 #undef DECLARE
@@ -47,7 +46,7 @@ double fma_bfloat16(long rounds, float *sink) {
 #undef STEP
     __asm__ volatile("" ::: "memory");
   }
-#define ADD(i) + a##i
+#define ADD(i) +a##i
   __m512 sum = _mm512_setzero_ps() EACH(ADD);
 #undef ADD
   *sink = sum[0];

@@ -247,9 +247,7 @@ def _losses_table(result: dict) -> str:
         [name.replace(" 1 threads", " 1 thread"), f"{values[0]:.4f}", f"{values[-1]:.4f}"]
         for name, values in losses.items()
     ]
-    differ = [
-        [f"largest relative difference over {steps} steps", f"{found['swapped']:.1e}", f"{found['threads']:.1e}"]
-    ]
+    differ = [[f"largest relative difference over {steps} steps", f"{found['swapped']:.1e}", f"{found['threads']:.1e}"]]
     return "\n\n".join(
         (
             table(["loss", "first step", "last step"], lines),

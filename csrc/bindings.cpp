@@ -213,7 +213,8 @@ void flow_matching_loss_backward(const py::tuple& shape, const py::tuple& pred, 
 
 PYBIND11_MODULE(_native_cpu, m) {
   m.doc() = "CPU kernels of deco_kernels";
-  m.def("usable_isas", &deco::cpu::usable_isas, "Instruction sets of this build that this processor runs, fastest first");
+  m.def("usable_isas", &deco::cpu::usable_isas,
+        "Instruction sets of this build that this processor runs, fastest first");
   m.def("current_isa", &deco::cpu::current_isa, "The instruction set in use");
   m.def("select_isa", &deco::cpu::select_isa, py::arg("name"),
         "Run every later call on this instruction set; ValueError if it is unknown or cannot run here");
@@ -225,9 +226,10 @@ PYBIND11_MODULE(_native_cpu, m) {
         "gradients of weights; eps, threads");
   m.def("pixel_decoder_forward", &pixel_decoder_forward,
         "(B, C, H, W, p, D, N), image, cond rows, twelve weights, velocity (written), eps, threads");
-  m.def("pixel_decoder_backward", &pixel_decoder_backward,
-        "(B, C, H, W, p, D, N), grad_velocity, image, cond rows, twelve weights, then written where the address is not 0: "
-        "grad_image, grad_cond rows, twelve gradients of weights; eps, threads");
+  m.def(
+      "pixel_decoder_backward", &pixel_decoder_backward,
+      "(B, C, H, W, p, D, N), grad_velocity, image, cond rows, twelve weights, then written where the address is not 0: "
+      "grad_image, grad_cond rows, twelve gradients of weights; eps, threads");
   m.def("pixel_decoder_from_tokens_forward", &pixel_decoder_from_tokens_forward,
         "(B, C, H, W, p, D, N), image, (T, Z, P, D), token rows, up_weight and up_bias, twelve weights, velocity "
         "(written), eps, threads");
@@ -242,8 +244,9 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("flow_matching_loss_forward", &flow_matching_loss_forward,
         "(B, H, W), pred, target, frequency weight, sample weight or 0, frequency_scale, addresses of total, pixel and "
         "frequency (written; 0: not wanted), threads");
-  m.def("flow_matching_loss_backward", &flow_matching_loss_backward,
-        "(B, H, W), pred, target, frequency weight, sample weight or 0, the gradients of the pixel and the frequency "
-        "loss, arrays of the gradients of pred and target, those of the frequency and the sample weight (written; 0: not "
-        "wanted), threads");
+  m.def(
+      "flow_matching_loss_backward", &flow_matching_loss_backward,
+      "(B, H, W), pred, target, frequency weight, sample weight or 0, the gradients of the pixel and the frequency "
+      "loss, arrays of the gradients of pred and target, those of the frequency and the sample weight (written; 0: not "
+      "wanted), threads");
 }

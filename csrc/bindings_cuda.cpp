@@ -90,7 +90,8 @@ void adaln_block_forward(const py::tuple& context, int64_t rows, int width, cons
   op.weights = read_block_weights(arrays);
   op.out = reinterpret_cast<void*>(out);
   op.eps = eps;
-  run(context, "adaln_block", [&] { return sizes_of(rows, width); },
+  run(
+      context, "adaln_block", [&] { return sizes_of(rows, width); },
       [&](const cuda::Call& call) { return cuda::adaln_block_forward(call, op); });
 }
 
@@ -113,7 +114,8 @@ void adaln_block_backward(const py::tuple& context, int64_t rows, int width, con
   op.grad_cond = reinterpret_cast<void*>(grad_cond);
   op.grad_weights = read_block_weights(grad_arrays);
   op.eps = eps;
-  run(context, "adaln_block_backward", [&] { return sizes_of(rows, width); },
+  run(
+      context, "adaln_block_backward", [&] { return sizes_of(rows, width); },
       [&](const cuda::Call& call) { return cuda::adaln_block_backward(call, op); });
 }
 
@@ -130,7 +132,8 @@ void pixel_decoder_forward(const py::tuple& context, const py::tuple& shape, con
   op.weights = read_decoder_weights(weights);
   op.velocity = read_image(velocity);
   op.eps = eps;
-  run(context, "pixel_decoder", [&] { return sizes_of(op.shape); },
+  run(
+      context, "pixel_decoder", [&] { return sizes_of(op.shape); },
       [&](const cuda::Call& call) { return cuda::pixel_decoder_forward(call, op); });
 }
 
@@ -153,7 +156,8 @@ void pixel_decoder_backward(const py::tuple& context, const py::tuple& shape, co
   op.grad_weights = read_decoder_weights(grad_weights);
   op.eps = eps;
   op.chunk_pixels = chunk_pixels;
-  run(context, "pixel_decoder_backward", [&] { return sizes_of(op.shape); },
+  run(
+      context, "pixel_decoder_backward", [&] { return sizes_of(op.shape); },
       [&](const cuda::Call& call) { return cuda::pixel_decoder_backward(call, op); });
 }
 
@@ -168,7 +172,8 @@ void modulate_forward(const py::tuple& context, int64_t rows, int width, const p
   op.modulated = reinterpret_cast<void*>(modulated);
   op.gate = reinterpret_cast<void*>(gate);
   op.eps = eps;
-  run(context, "upsample_modulate", [&] { return sizes_of(rows, width); },
+  run(
+      context, "upsample_modulate", [&] { return sizes_of(rows, width); },
       [&](const cuda::Call& call) { return cuda::modulate_forward(call, op); });
 }
 
@@ -191,7 +196,8 @@ void modulate_backward(const py::tuple& context, int64_t rows, int width, const 
   op.grad_cond = reinterpret_cast<void*>(grad_cond);
   op.grad_weights = read_modulation(grad_weights);
   op.eps = eps;
-  run(context, "upsample_modulate_backward", [&] { return sizes_of(rows, width); },
+  run(
+      context, "upsample_modulate_backward", [&] { return sizes_of(rows, width); },
       [&](const cuda::Call& call) { return cuda::modulate_backward(call, op); });
 }
 
@@ -237,7 +243,8 @@ void flow_matching_loss_forward(const py::tuple& context, const py::tuple& shape
                                 const py::tuple& target, const py::tuple& weights, float frequency_scale,
                                 const py::tuple& losses) {
   const auto op = read_loss_forward(shape, pred, target, weights, frequency_scale, losses);
-  run(context, "flow_matching_loss", [&] { return sizes_of(op.inputs); },
+  run(
+      context, "flow_matching_loss", [&] { return sizes_of(op.inputs); },
       [&](const cuda::Call& call) { return cuda::flow_matching_loss_forward(call, op); });
 }
 
@@ -267,7 +274,8 @@ void flow_matching_loss_backward(const py::tuple& context, const py::tuple& shap
                                  const py::tuple& target, const py::tuple& weights, float frequency_scale,
                                  const py::tuple& grad_losses, const py::tuple& gradients) {
   const auto op = read_loss_backward(shape, pred, target, weights, frequency_scale, grad_losses, gradients);
-  run(context, "flow_matching_loss_backward", [&] { return sizes_of(op.inputs); },
+  run(
+      context, "flow_matching_loss_backward", [&] { return sizes_of(op.inputs); },
       [&](const cuda::Call& call) { return cuda::flow_matching_loss_backward(call, op); });
 }
 
@@ -275,42 +283,50 @@ void flow_matching_loss_backward(const py::tuple& context, const py::tuple& shap
 
 void bind_cuda(py::module_& m) {
   m.def("problem", &problem, py::arg("device"), "Why no kernel of this build runs on the device, or None");
-  m.def("device_limits", [](int device) {
-    const cuda::DeviceLimits limits = limits_of(device);
-    return py::make_tuple(limits.multiprocessors, limits.shared_bytes);
-  }, py::arg("device"), "(multiprocessors, largest shared memory of a block in bytes)");
+  m.def(
+      "device_limits",
+      [](int device) {
+        const cuda::DeviceLimits limits = limits_of(device);
+        return py::make_tuple(limits.multiprocessors, limits.shared_bytes);
+      },
+      py::arg("device"), "(multiprocessors, largest shared memory of a block in bytes)");
   m.def("adaln_block_forward_workspace", &cuda::adaln_block_forward_workspace,
         "Bytes of workspace that adaln_block_forward needs for D");
   m.def("adaln_block_forward", &adaln_block_forward,
         "context, rows, D, h, cond, eight weights, out (address, written), eps");
   m.def("adaln_block_backward_workspace", &adaln_block_backward_workspace,
         "Bytes of workspace that adaln_block_backward needs for device, rows, D");
-  m.def("adaln_block_backward", &adaln_block_backward,
-        "context, rows, D, grad_out, h, cond, eight weights, then written: grad_h (address) and, where the address is not "
-        "0, grad_cond (address), eight gradients of weights; eps");
+  m.def(
+      "adaln_block_backward", &adaln_block_backward,
+      "context, rows, D, grad_out, h, cond, eight weights, then written: grad_h (address) and, where the address is not "
+      "0, grad_cond (address), eight gradients of weights; eps");
   m.def("pixel_decoder_forward_workspace", &pixel_decoder_forward_workspace,
         "Bytes of workspace that pixel_decoder_forward needs for (B, C, H, W, p, D, N)");
-  m.def("pixel_decoder_forward", &pixel_decoder_forward,
-        "context, (B, C, H, W, p, D, N), image, cond rows, twelve weights, velocity (written; unit stride along a row), eps");
+  m.def(
+      "pixel_decoder_forward", &pixel_decoder_forward,
+      "context, (B, C, H, W, p, D, N), image, cond rows, twelve weights, velocity (written; unit stride along a row), eps");
   m.def("pixel_decoder_backward_workspace", &pixel_decoder_backward_workspace,
         "Bytes of workspace that pixel_decoder_backward needs for device, (B, C, H, W, p, D, N), chunk_pixels");
-  m.def("pixel_decoder_backward", &pixel_decoder_backward,
-        "context, (B, C, H, W, p, D, N), grad_velocity, image, cond rows, twelve weights, then written where the address "
-        "is not 0: grad_image, grad_cond (address), twelve gradients of weights; eps, chunk_pixels");
+  m.def(
+      "pixel_decoder_backward", &pixel_decoder_backward,
+      "context, (B, C, H, W, p, D, N), grad_velocity, image, cond rows, twelve weights, then written where the address "
+      "is not 0: grad_image, grad_cond (address), twelve gradients of weights; eps, chunk_pixels");
   m.def("modulate_forward_workspace", &cuda::modulate_forward_workspace,
         "Bytes of workspace that modulate_forward needs for D");
   m.def("modulate_forward", &modulate_forward,
         "context, rows, D, h, cond, norm and mod weights, modulated and gate (addresses, written), eps");
   m.def("modulate_backward_workspace", &modulate_backward_workspace,
         "Bytes of workspace that modulate_backward needs for device, rows, D");
-  m.def("modulate_backward", &modulate_backward,
-        "context, rows, D, grad_modulated, grad_gate, h, cond, norm and mod weights, then written: grad_h (address) and, "
-        "where the address is not 0, grad_cond (address), four gradients of weights; eps");
+  m.def(
+      "modulate_backward", &modulate_backward,
+      "context, rows, D, grad_modulated, grad_gate, h, cond, norm and mod weights, then written: grad_h (address) and, "
+      "where the address is not 0, grad_cond (address), four gradients of weights; eps");
   m.def("flow_matching_loss_forward_workspace", &flow_matching_loss_forward_workspace,
         "Bytes of workspace that flow_matching_loss_forward needs for device and what follows its context");
-  m.def("flow_matching_loss_forward", &flow_matching_loss_forward,
-        "context, (B, H, W), pred, target, (frequency_weight, sample_weight), frequency_scale, (total, pixel, frequency: "
-        "addresses, written where not 0)");
+  m.def(
+      "flow_matching_loss_forward", &flow_matching_loss_forward,
+      "context, (B, H, W), pred, target, (frequency_weight, sample_weight), frequency_scale, (total, pixel, frequency: "
+      "addresses, written where not 0)");
   m.def("flow_matching_loss_backward_workspace", &flow_matching_loss_backward_workspace,
         "Bytes of workspace that flow_matching_loss_backward needs for device and what follows its context");
   m.def("flow_matching_loss_backward", &flow_matching_loss_backward,

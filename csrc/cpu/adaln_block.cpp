@@ -143,15 +143,13 @@ void backward(const AdalnBlockBackward& call) {
 
 void adaln_block_forward(const AdalnBlockForward& call) {
   if (call.rows == 0) return;
-  with_operand_and_width(call.cond.dtype, call.width, [&](auto operand, auto width) {
-    forward<decltype(operand), width.value>(call);
-  });
+  with_operand_and_width(call.cond.dtype, call.width,
+                         [&](auto operand, auto width) { forward<decltype(operand), width.value>(call); });
 }
 
 void adaln_block_backward(const AdalnBlockBackward& call) {
-  with_operand_and_width(call.cond.dtype, call.width, [&](auto operand, auto width) {
-    backward<decltype(operand), width.value>(call);
-  });
+  with_operand_and_width(call.cond.dtype, call.width,
+                         [&](auto operand, auto width) { backward<decltype(operand), width.value>(call); });
 }
 
 }  // namespace deco::cpu::DECO_CPU_ISA

@@ -195,9 +195,8 @@ DECO_INLINE void residual_strip(const BlockWeights<Operand>& w, const typename O
   for (int first = 0; first < D; first += kGroup) {
     GroupSums sums;
     linear<Operand, D, T>(sums, w.mod + 2 * D * kElements, w.mod_bias + 2 * D, first, strip_of(silu_cond, pixel));
-    unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
-      store(&tile.gate[first + i / 2][pixel + i % 2 * kLanes], sums[i]);
-    });
+    unroll<2 * kGroup>([&](auto i)
+                           DECO_INLINE_LAMBDA { store(&tile.gate[first + i / 2][pixel + i % 2 * kLanes], sums[i]); });
     linear<Operand, D, T>(sums, w.fc2, w.fc2_bias, first, strip_of(tile.hidden, pixel));
     unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
       const int d = first + i / 2, p = pixel + i % 2 * kLanes;
@@ -213,9 +212,11 @@ void forward_block(const BlockWeights<Operand>& w, float eps, const typename Ope
                    int pixels, float (*h)[T], Tile& tile) {
   constexpr bool kKeep = std::is_same_v<Tile, SavedBlockTile<Operand, D, T>>;
   layer_norm_statistics<D, T>(h, eps, pixels, tile.mean, tile.rstd);
-  for (int pixel = 0; pixel < pixels; pixel += kStrip) modulate_strip<kKeep, Operand, D, T>(w, silu_cond, h, pixel, tile);
+  for (int pixel = 0; pixel < pixels; pixel += kStrip)
+    modulate_strip<kKeep, Operand, D, T>(w, silu_cond, h, pixel, tile);
   for (int pixel = 0; pixel < pixels; pixel += kStrip) hidden_strip<kKeep, Operand, D, T>(w, pixel, tile);
-  for (int pixel = 0; pixel < pixels; pixel += kStrip) residual_strip<kKeep, Operand, D, T>(w, silu_cond, h, pixel, tile);
+  for (int pixel = 0; pixel < pixels; pixel += kStrip)
+    residual_strip<kKeep, Operand, D, T>(w, silu_cond, h, pixel, tile);
 }
 
 // velocity = W_head LayerNorm(h) + b_head, with W_head [C][D].
@@ -257,8 +258,8 @@ void forward_tile(const DecoderWeights<Operand, T>& weights, const float (*panel
   query<D, T>(weights.channels, weights.pixel_weight, panel, tile.rgb, pixels, tile.h);
   for (int n = 0; n < weights.depth; ++n)
     forward_block<Operand, D, T>(weights.blocks[n], weights.eps, tile.silu_cond, pixels, tile.h, tile.block);
-  head<D, T>(weights.channels, weights.head_weight, weights.head_bias, weights.eps, tile.h, pixels,
-             tile.block.mean, tile.block.rstd, tile.velocity);
+  head<D, T>(weights.channels, weights.head_weight, weights.head_bias, weights.eps, tile.h, pixels, tile.block.mean,
+             tile.block.rstd, tile.velocity);
 }
 
 // Calls body(Operand{}, integral_constant<int, D>): pairs for bfloat16 where the processor multiplies them, else float.

@@ -23,8 +23,8 @@ struct alignas(64) BlockBackwardTile {
   using Element = typename Operand::Element;
   float grad_h[D][T];
   float grad_normalized[D][T];
-  float grad_silu_cond[D][T];         // summed over the blocks
-  float silu_cond_derivative[D][T];   // SiLU'(y)
+  float grad_silu_cond[D][T];        // summed over the blocks
+  float silu_cond_derivative[D][T];  // SiLU'(y)
   Element silu_cond[D / Operand::kPack][T];
   GradientTile<Operand, D, T> grad_update, grad_z;
   GradientTile<Operand, 3 * D, T> grad_modulation;  // rows shift, scale, gate
@@ -86,9 +86,8 @@ void hidden_backward(const TransposedBlockWeights<Operand>& w, const SavedBlockT
           grad_z[i][v] = sums[4 * pair + j] * load(&saved.hidden_derivative[d + i][pixel + v * kLanes]);
         });
         tile.grad_z.put_strip(d, pixel, grad_z[0], grad_z[1]);
-        unroll<2>([&](auto i) DECO_INLINE_LAMBDA {
-          accumulate(gradients.fc1_bias[d + i], grad_z[i][0] + grad_z[i][1]);
-        });
+        unroll<2>([&](auto i)
+                      DECO_INLINE_LAMBDA { accumulate(gradients.fc1_bias[d + i], grad_z[i][0] + grad_z[i][1]); });
       });
     }
 }
@@ -259,8 +258,8 @@ void head_backward(int channels, const float* weight, const float (*grad_velocit
 
 // From grad_h to the gradients of pixel_weight, of the table's panel (added) and of the pixels themselves.
 template <int D, int T>
-void query_backward(int channels, const float* pixel_weight, const float (*rgb)[T], const float (*grad_h)[T], int pixels,
-                    float (*grad_panel)[T], float (*grad_rgb)[T], QueryHeadGradients<D>& gradients) {
+void query_backward(int channels, const float* pixel_weight, const float (*rgb)[T], const float (*grad_h)[T],
+                    int pixels, float (*grad_panel)[T], float (*grad_rgb)[T], QueryHeadGradients<D>& gradients) {
   with_channels(channels, [&](auto count) {
     constexpr int C = count;
     for (int pixel = 0; pixel < pixels; pixel += kLanes) {
@@ -269,9 +268,8 @@ void query_backward(int channels, const float* pixel_weight, const float (*rgb)[
       for (int d = 0; d < D; ++d) {
         const VecF gradient = load(&grad_h[d][pixel]);
         accumulate(&grad_panel[d][pixel], gradient);
-        unroll<C>([&](auto c) DECO_INLINE_LAMBDA {
-          sums[c] = fma(broadcast(pixel_weight[d * C + c]), gradient, sums[c]);
-        });
+        unroll<C>([&](auto c)
+                      DECO_INLINE_LAMBDA { sums[c] = fma(broadcast(pixel_weight[d * C + c]), gradient, sums[c]); });
       }
       unroll<C>([&](auto c) DECO_INLINE_LAMBDA { store(&grad_rgb[c][pixel], sums[c]); });
     }
@@ -279,9 +277,8 @@ void query_backward(int channels, const float* pixel_weight, const float (*rgb)[
       VecF sums[C];
       unroll<C>([&](auto c) DECO_INLINE_LAMBDA { sums[c] = broadcast(0.0f); });
       for (int pixel = 0; pixel < pixels; pixel += kLanes)
-        unroll<C>([&](auto c) DECO_INLINE_LAMBDA {
-          sums[c] = fma(load(&grad_h[d][pixel]), load(&rgb[c][pixel]), sums[c]);
-        });
+        unroll<C>([&](auto c)
+                      DECO_INLINE_LAMBDA { sums[c] = fma(load(&grad_h[d][pixel]), load(&rgb[c][pixel]), sums[c]); });
       unroll<C>([&](auto c) DECO_INLINE_LAMBDA { accumulate(gradients.pixel_weight[c][d], sums[c]); });
     }
   });

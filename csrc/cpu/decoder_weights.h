@@ -14,9 +14,9 @@ constexpr int kMaxDepth = 8, kMaxChannels = 4;
 template <class Operand>
 struct BlockWeights {
   using Element = typename Operand::Element;
-  const Element* mod;  // [3D][D], rows shift, scale, gate
-  const Element* fc1;  // [D][D]
-  const Element* fc2;  // [D][D]
+  const Element* mod;                           // [3D][D], rows shift, scale, gate
+  const Element* fc1;                           // [D][D]
+  const Element* fc2;                           // [D][D]
   const float *mod_bias, *fc1_bias, *fc2_bias;  // [3D] with 1 added to the scale rows, [D], [D]
   const float *norm_weight, *norm_bias;         // [D]
 };
@@ -36,7 +36,7 @@ struct DecoderWeights {
   const float* pixel_weight;  // [D][C]
   const float* head_weight;   // [C][D]
   const float* head_bias;     // [C]
-  const float* table;         // [panels][D][T]: pixel_table, channel-major, repeated where a token has fewer than T pixels
+  const float* table;  // [panels][D][T]: pixel_table, channel-major, repeated where a token has fewer than T pixels
   int panels;
 };
 
@@ -57,8 +57,7 @@ DECO_INLINE VecF round_vector(DType dtype, VecF x) {
 inline void convert(float* to, const Array& from, int64_t count, DType rounding) {
   with_dtype(from.dtype, [&](auto dtype) {
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes)
-      store(to + i, round_vector(rounding, load_as<dtype.value>(from.data, i)));
+    for (; i + kLanes <= count; i += kLanes) store(to + i, round_vector(rounding, load_as<dtype.value>(from.data, i)));
     for (; i < count; ++i) to[i] = round_to(rounding, load_scalar(from.data, dtype, i));
   });
 }
@@ -97,8 +96,8 @@ const typename Operand::Element* take_transposed(Arena& arena, const Array& from
       with_dtype(from.dtype, [&](auto dtype) {
         for (int64_t row = 0; row < rows; row += 2)
           for (int64_t i = row * D; i < (row + 1) * D; i += kLanes)
-            store_pairs(to + row / 2 * D + (i - row * D), make_pairs(load_as<dtype.value>(from.data, i),
-                                                                     load_as<dtype.value>(from.data, i + D)));
+            store_pairs(to + row / 2 * D + (i - row * D),
+                        make_pairs(load_as<dtype.value>(from.data, i), load_as<dtype.value>(from.data, i + D)));
       });
     return to;
   }

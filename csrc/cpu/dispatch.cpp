@@ -11,8 +11,8 @@
 
 namespace deco::cpu {
 
-#define DECO_DECLARE_TABLE(isa) \
-  namespace isa {               \
+#define DECO_DECLARE_TABLE(isa)    \
+  namespace isa {                  \
   extern const KernelTable kTable; \
   }
 DECO_DECLARE_TABLE(portable)
@@ -132,7 +132,8 @@ void select_isa(const std::string& name) {
       current_entry() = &entry;
       return;
     }
-    const char* reason = entry.table == nullptr ? "was not built (the compiler lacks it)" : "is not supported by this processor";
+    const char* reason =
+        entry.table == nullptr ? "was not built (the compiler lacks it)" : "is not supported by this processor";
     throw std::invalid_argument("instruction set '" + name + "' " + reason + "; usable here: " + join(usable_isas()));
   }
   throw std::invalid_argument("unknown instruction set '" + name + "'; usable here: " + join(usable_isas()));

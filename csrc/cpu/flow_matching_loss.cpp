@@ -35,7 +35,8 @@ template <DType kDType, bool kNegative, bool kStreaming>
 void write_row(const Planes& rgb, const Planes& ycbcr, int r, int columns, float pixel_factor, void* const (&to)[3]) {
   const VecF a = broadcast(pixel_factor);
   for (int x = 0; x < columns; x += kLanes) {
-    const VecF y = load(&ycbcr.channel[0][r][x]), cb = load(&ycbcr.channel[1][r][x]), cr = load(&ycbcr.channel[2][r][x]);
+    const VecF y = load(&ycbcr.channel[0][r][x]), cb = load(&ycbcr.channel[1][r][x]),
+               cr = load(&ycbcr.channel[2][r][x]);
     const VecF color[3] = {fma(y, broadcast(kLumaR), fma(cb, broadcast(kCbR), cr)),
                            fma(cb, broadcast(kCbG), fma(cr, broadcast(kCrG), y)),
                            fma(y, broadcast(kLumaB), fma(cr, broadcast(kCrB), cb))};

@@ -43,7 +43,8 @@ inline void add_parts(const PartSums& from, const Array& to, int64_t offset, int
 }
 
 // to[offset + i * step] = sum over parts and lanes of sums[i * kLanes + lane].
-inline void add_parts_and_lanes(const PartSums& from, const Array& to, int64_t offset, int64_t count, int64_t step = 1) {
+inline void add_parts_and_lanes(const PartSums& from, const Array& to, int64_t offset, int64_t count,
+                                int64_t step = 1) {
   if (to.data == nullptr) return;
   for (int64_t i = 0; i < count; ++i) {
     VecF total = load(from.sums + i * kLanes);

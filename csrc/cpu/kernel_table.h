@@ -3,15 +3,15 @@
 
 // Every op of the CPU backend: X(function, type of its argument). A line here declares the function for the caller
 // (deco::cpu::function), in each instruction set's namespace, and in the table.
-#define DECO_CPU_OPS(X) \
-  X(adaln_block_forward, AdalnBlockForward) \
-  X(adaln_block_backward, AdalnBlockBackward) \
-  X(pixel_decoder_forward, PixelDecoderForward) \
-  X(pixel_decoder_backward, PixelDecoderBackward) \
+#define DECO_CPU_OPS(X)                                               \
+  X(adaln_block_forward, AdalnBlockForward)                           \
+  X(adaln_block_backward, AdalnBlockBackward)                         \
+  X(pixel_decoder_forward, PixelDecoderForward)                       \
+  X(pixel_decoder_backward, PixelDecoderBackward)                     \
   X(pixel_decoder_from_tokens_forward, PixelDecoderFromTokensForward) \
-  X(upsample_modulate_forward, UpsampleModulateForward) \
-  X(upsample_modulate_backward, UpsampleModulateBackward) \
-  X(flow_matching_loss_forward, FlowMatchingLossForward) \
+  X(upsample_modulate_forward, UpsampleModulateForward)               \
+  X(upsample_modulate_backward, UpsampleModulateBackward)             \
+  X(flow_matching_loss_forward, FlowMatchingLossForward)              \
   X(flow_matching_loss_backward, FlowMatchingLossBackward)
 
 namespace deco::cpu {

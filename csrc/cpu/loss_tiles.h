@@ -12,9 +12,9 @@ constexpr int kPitch = kTileWidth + 2 * kBlock;  // values per row of a plane
 
 // M is color_scale times these rows; a row without a factor 1 would cost one multiplication more.
 constexpr float kColorScale[3] = {0.587f, 0.5f, 0.5f};
-constexpr float kLumaR = 0.299 / 0.587, kLumaB = 0.114 / 0.587;     // Y  = kLumaR R + G + kLumaB B
-constexpr float kCbR = -0.168736 / 0.5, kCbG = -0.331264 / 0.5;     // Cb = kCbR R + kCbG G + B
-constexpr float kCrG = -0.418688 / 0.5, kCrB = -0.081312 / 0.5;     // Cr = R + kCrG G + kCrB B
+constexpr float kLumaR = 0.299 / 0.587, kLumaB = 0.114 / 0.587;  // Y  = kLumaR R + G + kLumaB B
+constexpr float kCbR = -0.168736 / 0.5, kCbG = -0.331264 / 0.5;  // Cb = kCbR R + kCbG G + B
+constexpr float kCrG = -0.418688 / 0.5, kCrB = -0.081312 / 0.5;  // Cr = R + kCrG G + kCrB B
 
 // Three channels of a tile.
 struct Planes {
@@ -26,9 +26,9 @@ inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1)
 // ---- tiles --------------------------------------------------------------------------------------------------------
 
 struct Tile {
-  int64_t sample, y, x;   // its first row and column
-  int rows, columns;      // those inside the image
-  int padded_columns;     // with the reflected ones: a multiple of 8
+  int64_t sample, y, x;  // its first row and column
+  int rows, columns;     // those inside the image
+  int padded_columns;    // with the reflected ones: a multiple of 8
   int vector_columns() const { return (padded_columns + kRowPixels - 1) / kRowPixels * kRowPixels; }
 };
 

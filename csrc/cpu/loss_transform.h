@@ -67,9 +67,8 @@ inline float weighted_energy(const CoefficientTable& weights, const Tile& tile, 
   const auto add_block = [&](int c, int x) DECO_INLINE_LAMBDA {
     BlockRow block[kBlock];
     load_coefficients(ycbcr.channel[c], x, block);
-    unroll<kBlock>([&](auto i) DECO_INLINE_LAMBDA {
-      energy = fma(block[i] * load_row(weights.value[c][i]), block[i], energy);
-    });
+    unroll<kBlock>(
+        [&](auto i) DECO_INLINE_LAMBDA { energy = fma(block[i] * load_row(weights.value[c][i]), block[i], energy); });
   };
   for_each_block(tile, add_block);
   return sum(energy);

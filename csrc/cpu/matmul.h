@@ -110,7 +110,7 @@ DECO_INLINE void linear(GroupSums& sums, const typename Operand::Element* weight
 
 // The strip of a tile that starts at pixel `pixel`, to be indexed by channel.
 template <class Element, int T>
-DECO_INLINE const Element (*strip_of(const Element (*tile)[T], int pixel))[T] {
+DECO_INLINE auto strip_of(const Element (*tile)[T], int pixel) -> const Element (*)[T] {
   return reinterpret_cast<const Element(*)[T]>(&tile[0][pixel]);
 }
 
@@ -190,8 +190,8 @@ void make_pixel_major(PairOperand, const uint32_t (*tile)[T], int pixels, uint32
 
 // grad_weight [R][D] += d x over the first `pixels` pixels.
 template <class Operand, int R, int D, int T>
-void add_weight_gradient(const typename Operand::Element (*d)[T / Operand::kPack], const typename Operand::Element (*x)[D],
-                         int pixels, float (*grad_weight)[D]) {
+void add_weight_gradient(const typename Operand::Element (*d)[T / Operand::kPack],
+                         const typename Operand::Element (*x)[D], int pixels, float (*grad_weight)[D]) {
   constexpr int kVectors = D / kLanes < 2 ? 1 : 2;
   for (int o = 0; o < R; o += kGroup)
     for (int k = 0; k < D; k += kVectors * kLanes) {

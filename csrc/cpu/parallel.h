@@ -53,9 +53,7 @@ struct Range {
 };
 
 // The share of part `part` when `count` items are cut into `parts` contiguous shares.
-inline Range share_of(int64_t count, int parts, int part) {
-  return {count * part / parts, count * (part + 1) / parts};
-}
+inline Range share_of(int64_t count, int parts, int part) { return {count * part / parts, count * (part + 1) / parts}; }
 
 // Hands out items 0 .. count - 1 in order to whichever part asks next, a good share of what is left each time: for work
 // whose results do not depend on who does it. A thread that is slow or was held up then leaves its work to the others.

@@ -42,7 +42,7 @@ void forward(const PixelDecoderForward& call) {
         row_addresses<T, const char*>(call.shape, call.cond, first, count, kZeroRow, addresses);
         load_silu_cond<Operand, D, T>(call.cond.dtype, addresses, pixels, tile.silu_cond);
         gather_pixels<T>(call.shape, call.image, first, count, tile.rgb);
-        const auto* panel = reinterpret_cast<const float(*)[T]>(weights.table + t % weights.panels * D * T);
+        const auto* panel = reinterpret_cast<const float (*)[T]>(weights.table + t % weights.panels * D * T);
         forward_tile<Operand, D, T>(weights, panel, pixels, tile);
         scatter_pixels<T>(call.shape, call.velocity, first, count, tile.velocity);
       }
@@ -54,9 +54,8 @@ void forward(const PixelDecoderForward& call) {
 
 void pixel_decoder_forward(const PixelDecoderForward& call) {
   if (call.shape.pixels() == 0) return;
-  with_operand_and_width(call.cond.dtype, call.shape.decoder_width, [&](auto operand, auto width) {
-    forward<decltype(operand), width.value>(call);
-  });
+  with_operand_and_width(call.cond.dtype, call.shape.decoder_width,
+                         [&](auto operand, auto width) { forward<decltype(operand), width.value>(call); });
 }
 
 }  // namespace deco::cpu::DECO_CPU_ISA

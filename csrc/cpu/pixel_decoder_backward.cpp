@@ -70,8 +70,8 @@ class Backward {
       const int64_t first = t * T;
       const int count = static_cast<int>(rows_ - first < T ? rows_ - first : T);
       const int64_t panel = t % weights_.panels * D * T;
-      forward(part, first, count, reinterpret_cast<const float(*)[T]>(weights_.table + panel));
-      backward(part, first, count, reinterpret_cast<float(*)[T]>(grad_table_ + part * table_size() + panel));
+      forward(part, first, count, reinterpret_cast<const float (*)[T]>(weights_.table + panel));
+      backward(part, first, count, reinterpret_cast<float (*)[T]>(grad_table_ + part * table_size() + panel));
     }
   }
 
@@ -104,8 +104,8 @@ class Backward {
     for (int n = depth_ - 1; n >= 0; --n)
       backward_block(weights_.blocks[n], transposed_[n], saved_[part * depth_ + n], pixels, wanted_, scratch.block,
                      block_gradients_[part * depth_ + n]);
-    query_backward<D, T>(weights_.channels, weights_.pixel_weight, scratch.rgb, scratch.block.grad_h, pixels, grad_panel,
-                         scratch.grad_rgb, query_head_gradients_[part]);
+    query_backward<D, T>(weights_.channels, weights_.pixel_weight, scratch.rgb, scratch.block.grad_h, pixels,
+                         grad_panel, scratch.grad_rgb, query_head_gradients_[part]);
     if (call_.grad_image.data != nullptr)
       scatter_pixels<T>(call_.shape, call_.grad_image, first, count, scratch.grad_rgb);
     if (wanted_.cond) {

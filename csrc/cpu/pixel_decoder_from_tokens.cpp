@@ -57,9 +57,8 @@ void forward(const PixelDecoderFromTokensForward& call) {
 
 void pixel_decoder_from_tokens_forward(const PixelDecoderFromTokensForward& call) {
   if (call.shape.pixels() == 0) return;
-  with_operand_and_width(call.upsample.rows.dtype, call.shape.decoder_width, [&](auto operand, auto width) {
-    forward<decltype(operand), width.value>(call);
-  });
+  with_operand_and_width(call.upsample.rows.dtype, call.shape.decoder_width,
+                         [&](auto operand, auto width) { forward<decltype(operand), width.value>(call); });
 }
 
 }  // namespace deco::cpu::DECO_CPU_ISA

@@ -108,9 +108,8 @@ void store_rows_as(DType dtype, const typename Operand::Element (*tile)[T], int 
     for (int pixel = 0; pixel < count; pixel += kLanes)
       for (int d = 0; d < D; d += kLanes) {
         VecF square[kLanes];
-        unroll<kLanes / 2>([&](auto i) DECO_INLINE_LAMBDA {
-          Operand::get(tile, d + 2 * i, pixel, square[2 * i], square[2 * i + 1]);
-        });
+        unroll<kLanes / 2>(
+            [&](auto i) DECO_INLINE_LAMBDA { Operand::get(tile, d + 2 * i, pixel, square[2 * i], square[2 * i + 1]); });
         transpose(square);
         unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA {
           if (pixel + i >= count) return;

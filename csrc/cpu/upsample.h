@@ -42,15 +42,13 @@ DECO_INLINE void load_transposed(const char* const (&rows)[kLanes], int64_t firs
   constexpr int kValues = kLanes * Operand::kPack;
   constexpr int64_t kBytes = size_of(kStorage);
   if (first + kValues <= width) {
-    unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA {
-      square[i] = load_elements<Operand, kStorage>(rows[i], first, rounding);
-    });
+    unroll<kLanes>([&](auto i)
+                       DECO_INLINE_LAMBDA { square[i] = load_elements<Operand, kStorage>(rows[i], first, rounding); });
   } else {
     alignas(64) char ends[kLanes][kValues * kBytes] = {};
     for (int i = 0; i < kLanes; ++i) std::memcpy(ends[i], rows[i] + first * kBytes, (width - first) * kBytes);
-    unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA {
-      square[i] = load_elements<Operand, kStorage>(ends[i], 0, rounding);
-    });
+    unroll<kLanes>([&](auto i)
+                       DECO_INLINE_LAMBDA { square[i] = load_elements<Operand, kStorage>(ends[i], 0, rounding); });
   }
   transpose_square(square);
 }
@@ -188,9 +186,8 @@ class Upsample {
       const bool panel_ends = left <= kTokenTile && item + 1 < share.end;
       const char* ahead = weight_row((pixel + 1) * D);
       body(part, UpsampleTile<Operand>{static_cast<int>(pixel), static_cast<int>(left < kTokenTile ? left : kTokenTile),
-                                       begin + first, panel, bias_ + pixel * D,
-                                       tokens_ + first / kStrip * strip_size(), ahead,
-                                       panel_ends ? weight_row((pixel + 2) * D) : ahead});
+                                       begin + first, panel, bias_ + pixel * D, tokens_ + first / kStrip * strip_size(),
+                                       ahead, panel_ends ? weight_row((pixel + 2) * D) : ahead});
     }
   }
 
@@ -207,8 +204,8 @@ class Upsample {
         }
         for (int64_t element = 0; element < elements_; element += kLanes) {
           Vector square[kLanes];
-          load_transposed<Operand, storage.value>(rows, element * Operand::kPack, arrays_.token_width,
-                                                  DType::kFloat32, square);
+          load_transposed<Operand, storage.value>(rows, element * Operand::kPack, arrays_.token_width, DType::kFloat32,
+                                                  square);
           unroll<kLanes>([&](auto e) DECO_INLINE_LAMBDA {
             Operand::store_vector(to + (element + e) * kStrip + half * kLanes, square[e]);
           });
@@ -242,8 +239,8 @@ class Upsample {
   const UpsampleArrays& arrays_;
   int64_t elements_;  // per row
   int parts_;
-  Element* tokens_ = nullptr;  // [strips][elements][kStrip]
-  Element* panels_ = nullptr;  // [parts][groups][elements][kGroup]
+  Element* tokens_ = nullptr;    // [strips][elements][kStrip]
+  Element* panels_ = nullptr;    // [parts][groups][elements][kGroup]
   const float* bias_ = nullptr;  // [P][D]
 };
 

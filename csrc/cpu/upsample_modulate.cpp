@@ -66,9 +66,8 @@ void forward(const UpsampleModulateForward& call) {
     ModulationTile<Operand, D>& tile = scratch[part];
     const char* sources[T];
     tile_addresses(call.h, place, sources);
-    upsample.load_silu_cond(place, tile.silu_cond, nullptr, [&](int step, int steps) {
-      prefetch_rows<D>(activation, sources, step, steps);
-    });
+    upsample.load_silu_cond(place, tile.silu_cond, nullptr,
+                            [&](int step, int steps) { prefetch_rows<D>(activation, sources, step, steps); });
     load_rows<D, T>(activation, sources, place.pixels(), tile.h);
     layer_norm_statistics<D, T>(tile.h, call.eps, place.pixels(), tile.mean, tile.rstd);
     for (int pixel = 0; pixel < place.pixels(); pixel += kStrip) {
@@ -87,9 +86,8 @@ void forward(const UpsampleModulateForward& call) {
 
 void upsample_modulate_forward(const UpsampleModulateForward& call) {
   if (call.upsample.tokens == 0) return;
-  with_operand_and_width(call.upsample.rows.dtype, call.upsample.width, [&](auto operand, auto width) {
-    forward<decltype(operand), width.value>(call);
-  });
+  with_operand_and_width(call.upsample.rows.dtype, call.upsample.width,
+                         [&](auto operand, auto width) { forward<decltype(operand), width.value>(call); });
 }
 
 }  // namespace deco::cpu::DECO_CPU_ISA

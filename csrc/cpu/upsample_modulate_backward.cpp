@@ -46,7 +46,7 @@ void store_gradient(const PixelRows& rows, const UpsampleTile<Operand>& place, c
 // From dm and dgate to the gradients of the modulation, of normalized, and of the biases and norm weights.
 template <class Operand, int D>
 void modulation_factors_backward(const BlockWeights<Operand>& w, int pixels, Scratch<Operand, D>& tile) {
-  const auto load_pair = [](const float(*from)[T], int d, int pixel, VecF(&to)[2][2]) DECO_INLINE_LAMBDA {
+  const auto load_pair = [](const float (*from)[T], int d, int pixel, VecF(&to)[2][2]) DECO_INLINE_LAMBDA {
     unroll<4>([&](auto j) DECO_INLINE_LAMBDA { to[j / 2][j % 2] = load(&from[d + j / 2][pixel + j % 2 * kLanes]); });
   };
   for (int d = 0; d < D; d += 2)
@@ -136,9 +136,8 @@ class Backward {
 }  // namespace
 
 void upsample_modulate_backward(const UpsampleModulateBackward& call) {
-  with_operand_and_width(call.upsample.rows.dtype, call.upsample.width, [&](auto operand, auto width) {
-    Backward<decltype(operand), width.value>(call).run();
-  });
+  with_operand_and_width(call.upsample.rows.dtype, call.upsample.width,
+                         [&](auto operand, auto width) { Backward<decltype(operand), width.value>(call).run(); });
 }
 
 }  // namespace deco::cpu::DECO_CPU_ISA

@@ -150,7 +150,8 @@ DECO_INLINE void accumulate(float* data, VecF value) { store(data, load(data) + 
 // 2^f for f in [-1/2, 1/2]: least-squares fits of degree 5 (relative error 8e-8) and 3 (8e-5).
 template <Accuracy kAccuracy>
 DECO_INLINE VecF exp2_fraction(VecF f) {
-  const auto horner = [f](VecF sum, float coefficient) DECO_INLINE_LAMBDA { return fma(sum, f, broadcast(coefficient)); };
+  const auto horner = [f](VecF sum, float coefficient)
+                          DECO_INLINE_LAMBDA { return fma(sum, f, broadcast(coefficient)); };
   if constexpr (kAccuracy == Accuracy::kFloat) {
     VecF sum = horner(broadcast(0.0013276472f), 0.00967554148f);
     sum = horner(sum, 0.0555071327f);

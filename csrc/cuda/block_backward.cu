@@ -77,7 +77,7 @@ struct Chain {
   const BlockWeights<T, D> w;
   T* tiles;         // the warp's part of tile 0
   int tile_stride;  // elements from tile to tile
-  uint32_t tile;      // the warp's number among operand tiles; the last one if there is none
+  uint32_t tile;    // the warp's number among operand tiles; the last one if there is none
   bool tile_exists;
   uint32_t pixel[2];  // the lane's rows; the last pixel for those that do not exist
   bool valid[2];      // whether they exist
@@ -374,8 +374,8 @@ Status run(const Call& call, BackwardParams p) {
   p.chain_warps = chain_warps<D, Mlp>(call.limits);
   p.parts = parts_of<D, Mlp>(call.limits, p.pixels);
   const int warps = P::kSpecialised ? p.chain_warps + P::kGradientWarps : P::kGradientWarps;
-  return launch("block_backward", backward_kernel<T, D, Mlp, Tiled>, {p.parts, 32 * warps, P::shared_bytes(p.chain_warps)},
-                call.stream, p);
+  return launch("block_backward", backward_kernel<T, D, Mlp, Tiled>,
+                {p.parts, 32 * warps, P::shared_bytes(p.chain_warps)}, call.stream, p);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ struct DecoderReplay {
   PackedWeights packed;
   DecoderShape shape;  // of the whole batch
   Image image, grad_velocity;
-  PatchRows cond;              // of the chunk, as all rows here
+  PatchRows cond;  // of the chunk, as all rows here
   int64_t first_pixel = 0, pixels = 0;
   float eps = 0;
 
@@ -19,8 +19,8 @@ struct DecoderReplay {
   void* h_tiles = nullptr;       // [N], the inputs of the blocks
   void* s_tiles = nullptr;       // SiLU(cond)
   void* h_grad_tiles = nullptr;  // the gradient of h_N
-  float* partials = nullptr;  // [decoder_replay_parts][D + 1][kChannelSlots], or null
-  bool accumulate = false;   // add to the partials rather than overwrite them
+  float* partials = nullptr;     // [decoder_replay_parts][D + 1][kChannelSlots], or null
+  bool accumulate = false;       // add to the partials rather than overwrite them
 };
 int decoder_replay_parts(const DeviceLimits& limits, int width, int64_t pixels);
 Status decoder_replay(const Call& call, DType operand, const DecoderReplay& op);
@@ -32,7 +32,7 @@ struct DecoderEmbedding {
   DecoderShape shape;
   Image image;
   const void* h_grad_tiles = nullptr;  // operand tiles
-  Image grad_image;  // written, or null
+  Image grad_image;                    // written, or null
   int64_t first_pixel = 0, pixels = 0;
 
   float* partials = nullptr;        // [decoder_embedding_parts][D + 1][kChannelSlots], or null like table_partials

@@ -61,7 +61,8 @@ DECO_DEVICE void write_table(const Tile<D>& sum, float* rows, int table_rows, bo
 }
 
 template <class T, int D>
-DECO_KERNEL(kThreads, kBlocksPerMultiprocessor) embedding_kernel(const EmbeddingParams p) {
+DECO_KERNEL(kThreads, kBlocksPerMultiprocessor)
+embedding_kernel(const EmbeddingParams p) {
   const DecoderEmbedding& op = p.op;
   const DecoderEnds<T, D> ends{shared_memory()};
   ends.fill(op.packed);

@@ -29,7 +29,8 @@ inline PatchRows rows_of(const PixelRows& rows, const DecoderShape& shape) {
 }
 
 // How many blocks a persistent grid of tiles needs: all tiles, or what the device holds at once.
-inline int grid_blocks(int64_t pixels, int pixels_per_block, const DeviceLimits& limits, int blocks_per_multiprocessor) {
+inline int grid_blocks(int64_t pixels, int pixels_per_block, const DeviceLimits& limits,
+                       int blocks_per_multiprocessor) {
   const int64_t tiles = (pixels + pixels_per_block - 1) / pixels_per_block;
   return static_cast<int>(std::min<int64_t>(tiles, int64_t{limits.multiprocessors} * blocks_per_multiprocessor));
 }

@@ -66,7 +66,8 @@ DECO_DEVICE Tile<D> head_backward(const uint32_t (&x)[2], const Tile<D>& normali
 }
 
 template <class T, int D>
-DECO_KERNEL(kThreads, 1) replay_kernel(const ReplayParams p) {
+DECO_KERNEL(kThreads, 1)
+replay_kernel(const ReplayParams p) {
   constexpr int M = kTiles<D>;
   const DecoderReplay& op = p.op;
   const DecoderEnds<T, D> ends{shared_memory()};

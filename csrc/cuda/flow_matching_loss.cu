@@ -77,7 +77,8 @@ DECO_DEVICE LaneSums lane_sums(const Images& images, const FrequencyForms& forms
 }
 
 template <class Images>
-DECO_KERNEL(kLossThreads, 1) sums_kernel(const SumsParams<Images> p) {
+DECO_KERNEL(kLossThreads, 1)
+sums_kernel(const SumsParams<Images> p) {
   const FrequencyForms forms(shared_memory());
   const uint32_t stride = block_count() * kLossWarps;
   uint32_t group = block() * kLossWarps + warp();

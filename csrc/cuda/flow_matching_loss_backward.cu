@@ -105,7 +105,8 @@ DECO_DEVICE LanePixels gradient(const LanePixels& d, const FrequencyForms& forms
 }
 
 template <class Images>
-DECO_KERNEL(kLossThreads, 1) gradient_kernel(const GradientParams<Images> p) {
+DECO_KERNEL(kLossThreads, 1)
+gradient_kernel(const GradientParams<Images> p) {
   const FrequencyForms forms(shared_memory());
   const uint32_t stride = block_count() * kLossWarps;
   uint32_t group = block() * kLossWarps + warp();
@@ -208,7 +209,7 @@ struct FrequencyWeightParams {
   }
 };
 
-DECO_KERNEL(kColors * kSlots, 1) frequency_weight_kernel(const FrequencyWeightParams p) {
+DECO_KERNEL(kColors* kSlots, 1) frequency_weight_kernel(const FrequencyWeightParams p) {
   store_float(p.gradient, thread(), p.gradients.sum_factors().frequency * load(p.sums + thread()));
 }
 

@@ -18,7 +18,9 @@ struct PackParams {
   void visit(V& buffers) const {
     packed.visit(buffers, true, depth, width, matrices, pixels);
     const int64_t rows = int64_t{depth} * width, square = rows * width;
-    const auto read = [&](const Array& array, int64_t count) { buffers.read(array.data, count * size_of(array.dtype)); };
+    const auto read = [&](const Array& array, int64_t count) {
+      buffers.read(array.data, count * size_of(array.dtype));
+    };
     read(blocks.norm_weight, rows);
     read(blocks.norm_bias, rows);
     read(blocks.mod_weight, 3 * square);
@@ -102,7 +104,8 @@ DECO_DEVICE void pack_ends(const PackParams& p) {
 }
 
 template <class T>
-DECO_KERNEL(kThreads, 1) pack_kernel(const PackParams p) {
+DECO_KERNEL(kThreads, 1)
+pack_kernel(const PackParams p) {
   if (block() < p.depth)
     pack_one_block<T>(p, block());
   else
@@ -143,8 +146,8 @@ Status pack_decoder(const Call& call, DType operand, const PackedWeights& packed
   return launch_pack(call, operand, p, shape.depth + 1);
 }
 
-Status pack_block(const Call& call, DType operand, const PackedWeights& packed, const BlockWeightArrays& weights, int width,
-                  int matrices) {
+Status pack_block(const Call& call, DType operand, const PackedWeights& packed, const BlockWeightArrays& weights,
+                  int width, int matrices) {
   PackParams p;
   p.packed = packed;
   p.blocks = weights;

@@ -33,7 +33,9 @@ struct PackedWeights {
   template <class V>
   void visit(V& buffers, bool write, int depth, int width, int matrices_per_block, int pixels) const {
     const int64_t rows = int64_t{depth} * matrices_per_block * width;
-    const auto declare = [&](void* data, int64_t bytes) { write ? buffers.write(data, bytes) : buffers.read(data, bytes); };
+    const auto declare = [&](void* data, int64_t bytes) {
+      write ? buffers.write(data, bytes) : buffers.read(data, bytes);
+    };
     declare(matrices, 2 * rows * (width + kBiasSlots));
     declare(pixel, 2 * kChannelSlots * width);
     declare(head, 2 * kChannelSlots * (width + kBiasSlots));
@@ -44,8 +46,8 @@ struct PackedWeights {
 // Enqueue the packing: of a decoder, or of one block with `matrices` matrices.
 Status pack_decoder(const Call& call, DType operand, const PackedWeights& packed, const DecoderWeightArrays& weights,
                     const DecoderShape& shape);
-Status pack_block(const Call& call, DType operand, const PackedWeights& packed, const BlockWeightArrays& weights, int width,
-                  int matrices);
+Status pack_block(const Call& call, DType operand, const PackedWeights& packed, const BlockWeightArrays& weights,
+                  int width, int matrices);
 
 // ---- in shared memory -----------------------------------------------------------------------------------------------
 

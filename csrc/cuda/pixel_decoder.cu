@@ -45,7 +45,8 @@ int shared_bytes(int slots) {
 }
 
 template <class T, int D>
-DECO_KERNEL(kThreads, 1) forward_kernel(const ForwardParams p) {
+DECO_KERNEL(kThreads, 1)
+forward_kernel(const ForwardParams p) {
   constexpr int M = kTiles<D>;
   const DecoderEnds<T, D> ends{shared_memory()};
   const BlockSlots<T, D> slots{shared_memory() + DecoderEnds<T, D>::kBytes};
@@ -124,7 +125,8 @@ int64_t pixel_decoder_forward_workspace(const DecoderShape& shape) {
 
 Status pixel_decoder_forward(const Call& call, const PixelDecoderForward& op) {
   const DecoderShape& shape = op.shape;
-  if (call.workspace_bytes < pixel_decoder_forward_workspace(shape)) return {kWorkspaceTooSmall, "pixel_decoder_forward"};
+  if (call.workspace_bytes < pixel_decoder_forward_workspace(shape))
+    return {kWorkspaceTooSmall, "pixel_decoder_forward"};
   if (shape.pixels() >= kPixelLimit) return {kTooManyPixels, "pixel_decoder_forward"};
   if (shape.pixels() == 0) return {};
   ForwardParams p;

@@ -175,8 +175,7 @@ DECO_DEVICE PixelPlace locate(const PatchGrid& grid, uint32_t pixel) {
   const uint32_t image = grid.tokens_per_image.quotient(token);
   const uint32_t in_image = token - image * grid.tokens_per_image.divisor;
   const uint32_t row = grid.columns.quotient(in_image), column = in_image - row * grid.columns.divisor;
-  return {image, (row << log2_patch) + (k >> log2_patch),
-          (column << log2_patch) + (k & ((1u << log2_patch) - 1))};
+  return {image, (row << log2_patch) + (k >> log2_patch), (column << log2_patch) + (k & ((1u << log2_patch) - 1))};
 }
 
 // An image whose strides are in bytes.

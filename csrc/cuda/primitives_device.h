@@ -148,14 +148,15 @@ DECO_DEVICE uint32_t transpose(uint32_t word) {
   return result;
 }
 
-#define DECO_MMA_16(TYPE)                                                                                       \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                                    \
-      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                                \
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                          \
+#define DECO_MMA_16(TYPE)                                                        \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                     \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" \
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                           \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]))
-#define DECO_MMA_8(TYPE)                                                                                      \
-  asm("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};" \
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                        \
+#define DECO_MMA_8(TYPE)                                          \
+  asm("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE       \
+      ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};" \
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])            \
       : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]))
 
 template <class T>
@@ -166,8 +167,7 @@ DECO_DEVICE void multiply<BFloat16>(float (&d)[4], const uint32_t (&a)[4], const
   DECO_MMA_16("bf16");
 }
 template <>
-DECO_DEVICE void multiply<Float16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                   const float (&c)[4]) {
+DECO_DEVICE void multiply<Float16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   DECO_MMA_16("f16");
 }
 template <class T>

@@ -67,8 +67,8 @@ Status run_rows_forward(const Call& call, const char* name, const Op& op, int ma
 // Runs a backward call `op`; `block` holds the incoming gradients and says whether there is an MLP.
 template <class Op>
 Status run_rows_backward(const Call& call, const char* name, const Op& op, BlockBackward block) {
-  const Status checked = check_rows(call, name, op.rows,
-                                    single_block_backward_workspace(call.limits, op.width, block.mlp, op.rows));
+  const Status checked =
+      check_rows(call, name, op.rows, single_block_backward_workspace(call.limits, op.width, block.mlp, op.rows));
   if (!checked.ok() || op.rows == 0) return checked;
   block.width = op.width;
   block.operand = op.h.dtype;

@@ -30,11 +30,15 @@ PYBIND11_MODULE(_native_cuda_emulated, m) {
   m.doc() = "CUDA kernels of deco_kernels, emulated on the host for tests";
   py::register_exception<deco::emulation::Fault>(m, "Fault", PyExc_RuntimeError);
   deco::python::bind_cuda(m);
-  m.def("set_seed", [](uint32_t seed) { deco::emulation::Machine::instance().set_seed(seed); }, py::arg("seed"),
-        "Seeds the order in which warps run");
+  m.def(
+      "set_seed", [](uint32_t seed) { deco::emulation::Machine::instance().set_seed(seed); }, py::arg("seed"),
+      "Seeds the order in which warps run");
   m.def("launches_of", &launches_of, py::arg("call"),
         "The launches [(name, blocks, threads, bytes of shared memory)] of call(), none of which is run");
-  m.def("set_device_limits", [](int multiprocessors, int shared_bytes) {
-    deco::emulation::set_device_limits({multiprocessors, shared_bytes});
-  }, py::arg("multiprocessors"), py::arg("shared_bytes"), "Chooses what the emulated device has");
+  m.def(
+      "set_device_limits",
+      [](int multiprocessors, int shared_bytes) {
+        deco::emulation::set_device_limits({multiprocessors, shared_bytes});
+      },
+      py::arg("multiprocessors"), py::arg("shared_bytes"), "Chooses what the emulated device has");
 }

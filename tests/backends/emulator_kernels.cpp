@@ -86,7 +86,8 @@ DECO_KERNEL(32, 1) collective_kernel(const Params p) {
 
 // out [16][8] = a [16][K]·b [K][8] + c [16][8], K = 16 or 8, values rounded to T.
 template <class T, int K>
-DECO_KERNEL(32, 1) multiply_kernel(const Params p) {
+DECO_KERNEL(32, 1)
+multiply_kernel(const Params p) {
   const int g = lane() / 4, t = 2 * (lane() % 4);
   const auto a = [&](int row, int k) { return load(p.in + row * K + k); };
   const auto b = [&](int k, int n) { return load(p.in + 16 * K + k * 8 + n); };
@@ -119,10 +120,9 @@ py::array_t<uint32_t> run(void (*kernel)(Params), int threads, const std::string
 
 PYBIND11_MODULE(emulator_kernels, m) {
   py::register_exception<deco::emulation::Fault>(m, "Fault", PyExc_RuntimeError);
-  m.def("neighbour", [](const std::string& f, uint32_t seed) { return run(neighbour_kernel, 32 * kWarps, f, seed, {}); });
-  m.def("fault", [](const std::string& f) {
-    return run(fault_kernel, 32 * kWarps, f, 1, py::array_t<float>(32));
-  });
+  m.def("neighbour",
+        [](const std::string& f, uint32_t seed) { return run(neighbour_kernel, 32 * kWarps, f, seed, {}); });
+  m.def("fault", [](const std::string& f) { return run(fault_kernel, 32 * kWarps, f, 1, py::array_t<float>(32)); });
   m.def("collective", [](const std::string& op) { return run(collective_kernel, 32, op, 1, {}); });
   m.def("multiply", [](const std::string& type, int k, const py::array_t<float>& in) {
     const bool bf16 = type == "bfloat16";

@@ -22,10 +22,10 @@ namespace cpu {
 
 struct AdalnBlockForward {
   int64_t rows = 0;
-  int width = 0;  // D: 16, 32 or 64
-  Rows h, cond;   // [rows, D], of one dtype, the activation dtype
+  int width = 0;              // D: 16, 32 or 64
+  Rows h, cond;               // [rows, D], of one dtype, the activation dtype
   BlockWeightArrays weights;  // N = 1
-  Rows out;  // written, [rows, D]
+  Rows out;                   // written, [rows, D]
   float eps = 0;
   int threads = 1;
 };

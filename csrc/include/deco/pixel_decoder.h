@@ -7,10 +7,10 @@ namespace deco {
 
 struct DecoderShape {
   int64_t batch = 0, height = 0, width = 0;
-  int channels = 0;     // C: 1 to 4
-  int patch_size = 0;   // p: 1, 2, 4, 8 or 16; divides height and width
+  int channels = 0;       // C: 1 to 4
+  int patch_size = 0;     // p: 1, 2, 4, 8 or 16; divides height and width
   int decoder_width = 0;  // D: 16, 32 or 64
-  int depth = 0;        // N: 1 to 8
+  int depth = 0;          // N: 1 to 8
 
   int64_t tokens() const { return batch * (height / patch_size) * (width / patch_size); }
   int pixels_per_token() const { return patch_size * patch_size; }

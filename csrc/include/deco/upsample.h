@@ -6,13 +6,13 @@
 namespace deco {
 
 struct UpsampleArrays {
-  int64_t tokens = 0;       // T
-  int64_t token_width = 0;  // Z, any
+  int64_t tokens = 0;        // T
+  int64_t token_width = 0;   // Z, any
   int pixels_per_token = 0;  // P
-  int width = 0;            // D: 16, 32 or 64
-  Rows rows;                // [T, Z]; its dtype is the activation dtype
-  Array weight;             // [P*D, Z], row k*D + d for channel d of pixel k
-  Array bias;               // [P*D]
+  int width = 0;             // D: 16, 32 or 64
+  Rows rows;                 // [T, Z]; its dtype is the activation dtype
+  Array weight;              // [P*D, Z], row k*D + d for channel d of pixel k
+  Array bias;                // [P*D]
 };
 
 }  // namespace deco

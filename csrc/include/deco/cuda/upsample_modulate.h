@@ -10,9 +10,9 @@ namespace deco::cuda {
 // h and cond are of one dtype, bfloat16 or float16, the operand type; their rows start at multiples of 16 bytes.
 struct ModulateForward {
   int64_t rows = 0;
-  int width = 0;  // D: 16, 32 or 64
-  Rows h, cond;   // [rows, D]
-  BlockWeightArrays weights;  // N = 1, norm and mod alone
+  int width = 0;                               // D: 16, 32 or 64
+  Rows h, cond;                                // [rows, D]
+  BlockWeightArrays weights;                   // N = 1, norm and mod alone
   void *modulated = nullptr, *gate = nullptr;  // written: [rows, D] contiguous, of h's dtype
   float eps = 0;
 };
@@ -22,8 +22,8 @@ struct ModulateBackward {
   int width = 0;
   Rows grad_modulated, grad_gate, h, cond;
   BlockWeightArrays weights;
-  void* grad_h = nullptr;     // written: [rows, D] contiguous
-  void* grad_cond = nullptr;  // written unless null
+  void* grad_h = nullptr;          // written: [rows, D] contiguous
+  void* grad_cond = nullptr;       // written unless null
   BlockWeightArrays grad_weights;  // written where not null
   float eps = 0;
 };
