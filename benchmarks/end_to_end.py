@@ -6,6 +6,7 @@ sampling takes the image for the velocity. A step ends after the update of the a
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -16,14 +17,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.clock import Clock, Marks
-from benchmarks.eager_decoder import backend_view, eager_view, with_parts
-from benchmarks.flow_matching_loss import PROBLEM as LOSS
 from benchmarks.measure import Options, statistics_of
 from benchmarks.names import COMPILED, LIMIT, PUBLISHED, SAMPLING, TRAINING_STEP
 from benchmarks.timing import interleaved
 from benchmarks.verification import SEED
 from deco_kernels import BackendUnavailable, flow, model, ops
-from deco_kernels.testing import relative_error
+from deco_kernels.testing import published, relative_error
 
 GUIDANCE = 3.2
 _EMA_DECAY = 0.9999
@@ -112,10 +111,10 @@ class Workload:
         def network(decoder, **parts):
             return with_parts(self.model, decoder=_Marked(decoder, self.clock), **parts)
 
-        published = eager_view(self.model.decoder)
-        found = [Contender(PUBLISHED, network(published), self._published_loss)]
+        eager = published.eager_view(self.model.decoder)
+        found = [Contender(PUBLISHED, network(eager), self._published_loss)]
         if compiled:
-            parts = (self.model.trunk, published, LOSS.published)
+            parts = (self.model.trunk, eager, published.losses)
             trunk, decoder, loss = (torch.compile(part, dynamic=False) for part in parts)
             loss_of = functools.partial(self._published_loss, function=loss)
             found.append(Contender(COMPILED, network(decoder, trunk=trunk), loss_of))
@@ -125,9 +124,8 @@ class Workload:
         found.append(Contender(LIMIT, network(_NoDecoder()), None))
         return found
 
-    def _published_loss(self, pred, target, function=LOSS.published) -> torch.Tensor:
-        tensors = {"pred": pred, "target": target, "frequency_weight": self.objective.frequency_weight}
-        return function(tensors, None)[0]
+    def _published_loss(self, pred, target, function=published.losses) -> torch.Tensor:
+        return function(pred, target, self.objective.frequency_weight)[0]
 
     def _fused_loss(self, backend: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         weight = self.objective.frequency_weight
@@ -175,6 +173,20 @@ class Workload:
         samples = flow.sample(velocity, self.images, self.labels, null, **steps)
         self.clock.mark("solver")
         return samples
+
+
+def backend_view(decoder: model.PixelDecoder, backend: str) -> model.PixelDecoder:
+    """The decoder's own parameters behind a chosen backend."""
+    view = copy.copy(decoder)
+    view.backend = backend
+    return view
+
+
+def with_parts(network: nn.Module, **parts: nn.Module) -> nn.Module:
+    """The network's own parameters, with other submodules of the given names; the network stays as it is."""
+    view = copy.copy(network)
+    view._modules = {**network._modules, **parts}
+    return view
 
 
 @torch.no_grad()

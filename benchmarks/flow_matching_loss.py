@@ -3,12 +3,11 @@
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.problem import Operands, Outputs, Problem, Shapes, Tensors
 from benchmarks.sizes import Size
 from deco_kernels import ops
-from deco_kernels.backends.reference import flow_matching_loss as reference
+from deco_kernels.testing import published
 
 BLOCK = 8
 FREQUENCY_SCALE = 1.0
@@ -51,12 +50,9 @@ class FlowMatchingLoss(Problem):
         return dataclasses.replace(size, batch=2, height=60, width=52, patch_size=4)
 
     def published(self, tensors: Tensors, size: Size) -> Outputs:
-        """Colour transform, padding and DCT of prediction and target separately."""
-        pred, target = tensors["pred"].to(tensors["target"].dtype), tensors["target"]
-        pixel = ((pred - target) ** 2).mean()
-        difference = _published_dct(pred) - _published_dct(target)
-        frequency = (tensors["frequency_weight"][:, None, None] * difference**2).mean()
-        return pixel + FREQUENCY_SCALE * frequency, pixel, frequency
+        return published.losses(
+            tensors["pred"], tensors["target"], tensors["frequency_weight"], frequency_scale=FREQUENCY_SCALE
+        )
 
     def row_width(self, size: Size) -> int:
         return size.channels
@@ -84,20 +80,6 @@ class FlowMatchingLoss(Problem):
 
 def _padded(side: int) -> int:
     return -(-side // BLOCK) * BLOCK
-
-
-def _published_dct(image: torch.Tensor) -> torch.Tensor:
-    """DCT coefficients of YCbCr, [B, 3, H/8, W/8, 8, 8]: channel by channel, padded, cut into blocks."""
-    red, green, blue = image.unbind(1)
-    ycbcr = torch.stack(
-        [weights[0] * red + weights[1] * green + weights[2] * blue for weights in reference.RGB_TO_YCBCR], dim=1
-    )
-    height, width = image.shape[-2:]
-    ycbcr = F.pad(ycbcr, (0, _padded(width) - width, 0, _padded(height) - height), mode="reflect")
-    batch, channels, height, width = ycbcr.shape
-    blocks = ycbcr.reshape(batch, channels, height // BLOCK, BLOCK, width // BLOCK, BLOCK).permute(0, 1, 2, 4, 3, 5)
-    dct = reference.dct_matrix(image)
-    return dct @ blocks @ dct.T
 
 
 PROBLEM = FlowMatchingLoss()

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.names import LIGER
-from benchmarks.problem import EPS, Outputs, Problem, Shapes, Tensors
+from benchmarks.problem import Outputs, Problem, Shapes, Tensors
 from benchmarks.sizes import Size
+from deco_kernels.testing.published import EPS
 
 
 class ModulatedRmsNorm(Problem):

@@ -3,12 +3,10 @@
 import math
 
 import torch
-import torch.nn.functional as F
 
-from benchmarks.problem import EPS, Outputs, Problem, Shapes, Tensors
+from benchmarks.problem import Outputs, Problem, Shapes, Tensors
 from benchmarks.sizes import Size
-
-POSITION_FEATURES = 64
+from deco_kernels.testing import published
 
 
 def block_shapes(size: Size) -> Shapes:
@@ -73,19 +71,19 @@ class PixelDecoder(Problem):
         return with_published_query(super().make_weights(size, generator), size, generator)
 
     def published(self, tensors: Tensors, size: Size) -> Outputs:
-        return (published_decoder(tensors, tensors["cond"], size),)
+        return (published.decoder(tensors, tensors["cond"], size.patch_size),)
 
 
 def with_published_query(weights: Tensors, size: Size, generator: torch.Generator) -> Tensors:
     """Adds the published query, W_in(W_emb [rgb; position] + b_emb) + b_in, and its fold: pixel_weight, pixel_table."""
-    width, features = size.decoder_width, size.channels + POSITION_FEATURES
+    width, features = size.decoder_width, size.channels + published.POSITION_FEATURES
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, device=generator.device)
 
     emb_weight, emb_bias = normal(width, features) / math.sqrt(features), 0.2 * normal(width)
     in_weight, in_bias = normal(width, width) / math.sqrt(width), 0.2 * normal(width)
-    positions = position_features(size.patch_size).to(generator.device)
+    positions = published.position_features(size.patch_size).to(generator.device)
     folded = in_weight @ emb_weight
     return {
         **weights,
@@ -97,42 +95,6 @@ def with_published_query(weights: Tensors, size: Size, generator: torch.Generato
         "in_bias": in_bias,
         "positions": positions,
     }
-
-
-def position_features(patch_size: int) -> torch.Tensor:
-    """The class-conditional model's features of a patch's pixels, [P, 64]: cos(pi u f_i) cos(pi v f_j) / (1 + f_i f_j)
-    at index 8 i + j, i over the frequencies in x."""
-    frequencies = torch.linspace(0, 8, 8)
-    waves = torch.cos(math.pi * torch.linspace(0, 1, patch_size)[:, None] * frequencies)
-    decay = 1 / (1 + frequencies[:, None] * frequencies)
-    grid = waves[None, :, :, None] * waves[:, None, None, :] * decay  # [ky, kx, i, j]
-    return grid.reshape(patch_size**2, POSITION_FEATURES)
-
-
-def published_decoder(tensors: Tensors, cond: torch.Tensor, size: Size) -> torch.Tensor:
-    """The decoder as published: unfold, concatenation with the positions, two linears, SiLU(cond) in every block. The
-    fold is written with reshape and permute, because torch.compile fails on F.fold on the CPU."""
-    channels, patch_size, pixels = size.channels, size.patch_size, size.patch_pixels
-    patches = F.unfold(tensors["image"], kernel_size=patch_size, stride=patch_size).transpose(1, 2)
-    patches = patches.reshape(size.tokens, channels, pixels).transpose(1, 2)
-    positions = tensors["positions"].expand(size.tokens, -1, -1).to(patches.dtype)
-    h = F.linear(torch.cat((patches, positions), dim=-1), tensors["emb_weight"], tensors["emb_bias"])
-    h = F.linear(h, tensors["in_weight"], tensors["in_bias"])
-    cond = cond.reshape(h.shape)
-    for weights in zip(*(tensors[name] for name in block_shapes(size)), strict=True):
-        h = published_block(h, cond, *weights)
-    velocity = F.linear(F.layer_norm(h, h.shape[-1:], eps=EPS), tensors["head_weight"], tensors["head_bias"])
-    rows, columns = size.height // patch_size, size.width // patch_size
-    grid = velocity.reshape(size.batch, rows, columns, patch_size, patch_size, channels)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(size.batch, channels, size.height, size.width)
-
-
-def published_block(h, cond, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-    """One decoder block as published."""
-    shift, scale, gate = F.linear(F.silu(cond), mod_weight, mod_bias).chunk(3, dim=-1)
-    normed = F.layer_norm(h, h.shape[-1:], norm_weight, norm_bias, EPS)
-    modulated = normed * (1 + scale) + shift
-    return h + gate * F.linear(F.silu(F.linear(modulated, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
 
 
 PROBLEM = PixelDecoder()

@@ -3,9 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.pixel_decoder import decoder_multiply_adds, decoder_shapes, published_decoder, with_published_query
+from benchmarks.pixel_decoder import decoder_multiply_adds, decoder_shapes, with_published_query
 from benchmarks.problem import Outputs, Problem, Shapes, Tensors
 from benchmarks.sizes import Size
+from deco_kernels.testing import published
 
 
 def upsample_shapes(size: Size) -> Shapes:
@@ -44,7 +45,7 @@ class PixelDecoderFromTokens(Problem):
 
     def published(self, tensors: Tensors, size: Size) -> Outputs:
         cond = F.linear(tensors["tokens"], tensors["up_weight"], tensors["up_bias"])
-        return (published_decoder(tensors, cond, size),)
+        return (published.decoder(tensors, cond, size.patch_size),)
 
 
 PROBLEM = PixelDecoderFromTokens()

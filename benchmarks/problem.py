@@ -9,8 +9,6 @@ import torch
 from benchmarks.sizes import Size
 from deco_kernels import ops, testing
 
-EPS = 1e-6  # of LayerNorm, as published and as the ops default to
-
 Tensors = dict[str, torch.Tensor]
 Shapes = dict[str, tuple[int, ...]]
 Outputs = tuple[torch.Tensor, ...]

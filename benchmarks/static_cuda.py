@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import emulation, sass
+from benchmarks import sass
 from benchmarks.static import SHARED_LIMIT, Figures, modelled_milliseconds
 from benchmarks.static_tables import CUDA_PREFIX
 from deco_kernels import testing
+from deco_kernels.testing import emulation
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 CSRC = Path(__file__).resolve().parents[1] / "csrc"

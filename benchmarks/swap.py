@@ -16,16 +16,16 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from benchmarks.flow_matching_loss import PROBLEM as LOSS
 from benchmarks.machine import header
 from benchmarks.markdown import table
 from benchmarks.measure import statistics_of
 from benchmarks.memory import peak_bytes, reset_peak
 from benchmarks.names import KEPT_HEAP
-from benchmarks.published_model import PublishedDeCo
 from benchmarks.timing import interleaved
 from deco_kernels import flow, ops
 from deco_kernels.integrations import swap_decoder
+from deco_kernels.testing.published import losses as published_losses
+from deco_kernels.testing.published_model import PublishedDeCo
 
 PARTS = ("times", "memory", "losses")
 EAGER, FUSED = "published", "swapped"
@@ -82,7 +82,7 @@ class Training:
     def loss(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if self.fused:
             return ops.flow_matching_loss(pred, target, self.frequency_weight)[0]
-        return LOSS.published({"pred": pred, "target": target, "frequency_weight": self.frequency_weight}, None)[0]
+        return published_losses(pred, target, self.frequency_weight)[0]
 
     @torch.no_grad()
     def sampling_step(self) -> torch.Tensor:

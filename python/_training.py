@@ -5,12 +5,12 @@ import statistics
 import time
 
 import torch
-from _eager import EagerObjective, eager_twin
 from _photos import psnr
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from deco_kernels import flow, model, ops
+from deco_kernels.testing.published import EagerObjective, eager_twin
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import emulation
+from deco_kernels.testing import emulation
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import emulation
+from deco_kernels.testing import emulation
 
 pytestmark = [
     pytest.mark.emulate,

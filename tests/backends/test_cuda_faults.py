@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import emulation
 from deco_kernels import native, ops, testing
+from deco_kernels.testing import emulation
 
 pytestmark = pytest.mark.emulate
 

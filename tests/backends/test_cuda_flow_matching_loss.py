@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks import emulation
 from deco_kernels import BackendUnavailable, ops, testing
 from deco_kernels.ops import registry
+from deco_kernels.testing import emulation
 from tests.golden_files import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, golden_cases, load_golden
 from tests.ops.cases import BF16, CASES, F16, F32, Case, small_inputs
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks import emulation
 from deco_kernels import ops, testing
 from deco_kernels.backends import cuda
+from deco_kernels.testing import emulation
 from tests.ops.cases import BF16, CASES, F16, F32
 
 pytestmark = pytest.mark.gpu

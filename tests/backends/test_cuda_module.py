@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import static_cuda
-from benchmarks.emulation import ROOT
+from deco_kernels.testing.emulation import ROOT
 
 pytestmark = [
     pytest.mark.aot,

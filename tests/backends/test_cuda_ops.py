@@ -5,10 +5,10 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from benchmarks import emulation
 from deco_kernels import BackendUnavailable, ops, testing
 from deco_kernels.backends.cuda import pixel_decoder, upsample_modulate
 from deco_kernels.ops import registry
+from deco_kernels.testing import emulation
 from tests.ops.cases import BF16, CASES, F16, F32, small_inputs
 
 pytestmark = pytest.mark.emulate

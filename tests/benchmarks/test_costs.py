@@ -51,7 +51,7 @@ def test_the_published_decoder_is_counted_after_the_fold():
 
 
 def test_position_features():
-    from benchmarks.pixel_decoder import position_features
+    from deco_kernels.testing.published import position_features
 
     features = position_features(16).reshape(16, 16, 8, 8)
     frequencies = torch.linspace(0, 8, 8)

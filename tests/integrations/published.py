@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from benchmarks.published_model import PublishedDeCo
+from deco_kernels.testing.published_model import PublishedDeCo
 from tests.random_models import randomise
 
 SMALL = dict(width=24, depth=2, heads=2, num_classes=10)

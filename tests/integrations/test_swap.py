@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import published_model as published_structure
-from benchmarks.published_model import PublishedDeCo
 from deco_kernels import BackendUnavailable, model, ops, testing
 from deco_kernels.integrations import is_swapped, swap_decoder, undo_swap
+from deco_kernels.testing import published_model as published_structure
+from deco_kernels.testing.published_model import PublishedDeCo
 from tests.golden_files import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, golden_cases, load_golden, relative_error
 from tests.integrations.published import gradients_of, published_model
 from tests.random_models import random_batch

@@ -1,4 +1,7 @@
-"""Builds the CUDA kernels for the host (csrc/emulation) and registers them as backend "cuda_emulated"."""
+"""Builds the CUDA kernels for the host and registers them as backend "cuda_emulated".
+
+The sources, csrc/emulation among them, are those of the tree that this file lies in: an installed wheel has none.
+"""
 
 import functools
 import hashlib
@@ -13,7 +16,7 @@ from pathlib import Path
 from deco_kernels import native
 from deco_kernels.ops import registry
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulation"
 BACKEND = "cuda_emulated"
 MULTIPROCESSORS = 2
@@ -21,7 +24,12 @@ LARGE_SHARED, SMALL_SHARED = 227 << 10, 99 << 10  # bytes one block may use on s
 
 
 def unavailable_reason() -> str | None:
-    """Why the kernels cannot be emulated on this machine, or None."""
+    """Why the kernels cannot be emulated here, with the remedy, or None."""
+    if not (ROOT / "csrc" / "emulation").is_dir():
+        return (
+            f"the emulator is built from csrc/emulation, which {ROOT} does not hold; run in a checkout, or install the "
+            "package from one with `pip install -e .`"
+        )
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
         return f"the emulator runs on x86-64 Linux, this is {platform.machine()} {sys.platform}"
     if "f16c" not in Path("/proc/cpuinfo").read_text():
@@ -86,9 +94,15 @@ def load(library: Path):
 
 @functools.lru_cache(maxsize=1)
 def emulated_module():
-    """The emulated module of this tree, built when its sources have changed, and the backend that uses it."""
+    """The emulated module of this tree, built when its sources have changed; registers the backend that uses it.
+
+    Raises RuntimeError where `unavailable_reason` gives a reason, or if the build fails.
+    """
+    reason = unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(reason)
     module = build(ROOT / "csrc", BUILD)
     module.set_device_limits(MULTIPROCESSORS, LARGE_SHARED)
     native.emulate_cuda(module)
-    registry.register_backend(BACKEND, "benchmarks.emulated_cuda")
+    registry.register_backend(BACKEND, "deco_kernels.testing.emulated_cuda")
     return module

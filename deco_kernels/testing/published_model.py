@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.pixel_decoder import POSITION_FEATURES, position_features
 from deco_kernels.model.dit import TIME_FEATURES, Attention, RMSNorm, SwiGLU
 from deco_kernels.model.position import rotary_angles
+from deco_kernels.testing.published import POSITION_FEATURES, fold, position_features
 
 
 class PixelEmbedder(nn.Module):
@@ -162,10 +162,9 @@ class PublishedDeCo(nn.Module):
             nn.init.normal_(weight, std=0.02)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        batch, channels, height, width = x.shape
+        channels, height, width = x.shape[1:]
         p = self.patch_size
-        rows, columns = height // p, width // p
-        angles = rotary_angles(rows, columns, self.head_dim, x.device)
+        angles = rotary_angles(height // p, width // p, self.head_dim, x.device)
         patches = F.unfold(x, kernel_size=p, stride=p).transpose(1, 2)  # [B, L, C·p²]
         time = self.t_embedder(t)[:, None]
         c = F.silu(time + self.y_embedder(y)[:, None])
@@ -175,6 +174,4 @@ class PublishedDeCo(nn.Module):
         tokens = F.silu(time + tokens).flatten(0, 1)
         pixels = patches.reshape(-1, channels, p * p).transpose(1, 2)  # [T, P, C]
         velocity = self.dec_net(self.x_embedder(pixels), tokens)
-        # What F.fold does; torch.compile fails on F.fold on the CPU.
-        velocity = velocity.reshape(batch, rows, columns, p, p, channels).permute(0, 5, 1, 3, 2, 4)
-        return velocity.reshape(batch, channels, height, width)
+        return fold(velocity, x.shape, p)

@@ -1,0 +1,44 @@
+"""Checks a backend against the float64 formula: random inputs, the rule of error, and a comparison of an op's results.
+
+The rule of error, for every output and gradient, with relative error |actual - exact| / |exact| (L2) against float64:
+
+    float32:            at most max(2 x eager's, 2e-6 for outputs, 5e-6 for gradients)
+    bfloat16, float16:  at most 1.2 x (outputs) and 1.5 x (gradients) eager's
+
+where eager is plain PyTorch on the same device, in float32 or under autocast with float32 weights. For tensors of at
+least 1,000 elements the mean signed error is at most 0.25 x that bound x RMS(exact). Inputs are N(0, 1), weights
+N(0, 1/fan-in); the rule is meant for at least 4,096 pixels.
+"""
+
+from deco_kernels.testing.accuracy import (
+    Comparison,
+    Results,
+    compare,
+    compare_tensors,
+    eager,
+    eager_results,
+    error_bound,
+    exact_results,
+    relative_bias,
+    relative_error,
+    run,
+)
+from deco_kernels.testing.inputs import OPS, Inputs, in_float64, random_inputs
+
+__all__ = [
+    "OPS",
+    "Comparison",
+    "Inputs",
+    "Results",
+    "compare",
+    "compare_tensors",
+    "eager",
+    "eager_results",
+    "error_bound",
+    "exact_results",
+    "in_float64",
+    "random_inputs",
+    "relative_bias",
+    "relative_error",
+    "run",
+]

@@ -1,0 +1,149 @@
+"""The rule of error, and an op's results held against it; `deco_kernels.testing` states the rule."""
+
+import importlib
+import math
+from typing import NamedTuple
+
+import torch
+
+from deco_kernels import ops
+from deco_kernels.testing.inputs import LOSSES, Inputs, in_float64
+
+
+class Results(NamedTuple):
+    """Outputs in order and gradients by argument name."""
+
+    outputs: tuple[torch.Tensor, ...]
+    gradients: dict[str, torch.Tensor]
+
+
+class Comparison(NamedTuple):
+    """One output or gradient held against the rule of error; `bias` is the mean signed error over RMS(exact)."""
+
+    name: str
+    error: float
+    bound: float
+    bias: float
+    bias_bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound and self.bias <= self.bias_bound
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: relative error {self.error:.3g} (bound {self.bound:.3g}), "
+            f"bias {self.bias:.3g} (bound {self.bias_bound:.3g})"
+        )
+
+
+def run(inputs: Inputs, backend: str | None = None) -> Results:
+    """The op through its public function, with every gradient."""
+    return _differentiate(inputs, lambda tensors: getattr(ops, inputs.op)(**tensors, **inputs.options, backend=backend))
+
+
+def exact_results(inputs: Inputs) -> Results:
+    """The float64 formula on the same values."""
+    return run(in_float64(inputs), "reference")
+
+
+def eager_results(inputs: Inputs) -> Results:
+    """Plain PyTorch: in float32, or under autocast to the activation's dtype with the weights as they are."""
+    return _differentiate(inputs, lambda tensors: eager(inputs.op, tensors, inputs.options))
+
+
+def eager(op: str, tensors: dict[str, torch.Tensor | None], options: dict[str, int | float]):
+    """The op's formula in plain PyTorch operations, as a training script under autocast computes it."""
+    module = "flow_matching_loss" if op in LOSSES else op
+    reference = importlib.import_module(f"deco_kernels.backends.reference.{module}")
+    formula = reference.frequency_formula if op == "frequency_loss" else reference.formula
+    options = dict(options) if op in LOSSES else {**options, "eps": options.get("eps", 1e-6)}
+    if op in LOSSES:
+        tensors = {name: None if t is None else t.to(_loss_dtype(t)) for name, t in tensors.items()}
+        return formula(*tensors.values(), *options.values())
+    activation = next(tensors[name] for name in ("cond", "tokens", "h") if name in tensors)
+    if activation.dtype in (torch.float32, torch.float64):
+        return formula(*(tensor.to(activation.dtype) for tensor in tensors.values()), *options.values())
+    if "pixel_table" in tensors:
+        tensors = {**tensors, "pixel_table": tensors["pixel_table"].to(activation.dtype)}
+    with torch.autocast(activation.device.type, activation.dtype):
+        return formula(*tensors.values(), *options.values())
+
+
+def _loss_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+
+
+def _differentiate(inputs: Inputs, function) -> Results:
+    leaves = {
+        name: None if tensor is None else tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()
+    }
+    outputs = function(leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    given = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    grad_outputs = [g.to(output.dtype) for g, output in zip(inputs.grad_outputs, outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, list(given.values()), grad_outputs, materialize_grads=True)
+    detached = tuple(output.detach() for output in outputs)
+    return Results(detached, dict(zip(given, gradients, strict=True)))
+
+
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """|actual - exact| / |exact| in L2 over all elements, in float64; infinite where a value is not finite."""
+    difference = torch.linalg.vector_norm(actual.double() - exact.double()).item()
+    norm = torch.linalg.vector_norm(exact.double()).item()
+    if difference == 0:
+        return 0.0
+    return difference / norm if norm > 0 and math.isfinite(difference) else math.inf
+
+
+def relative_bias(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """|mean(actual - exact)| / RMS(exact), in float64; 0 for fewer than 1,000 elements."""
+    if exact.numel() < 1000:
+        return 0.0
+    mean = (actual.double() - exact.double()).mean().abs().item()
+    rms = exact.double().square().mean().sqrt().item()
+    if mean == 0:
+        return 0.0
+    return mean / rms if rms > 0 and math.isfinite(mean) else math.inf
+
+
+def error_bound(dtype: torch.dtype, eager_error: float, *, gradient: bool) -> float:
+    """The rule of error for a result computed in `dtype`, given eager's relative error."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return (1.5 if gradient else 1.2) * eager_error
+    return max(2 * eager_error, 5e-6 if gradient else 2e-6)
+
+
+def compare(
+    inputs: Inputs, actual: Results, exact: Results | None = None, eager_: Results | None = None
+) -> list[Comparison]:
+    """Every output and gradient of `actual` against the rule of error.
+
+    `exact` and `eager_` are computed unless given: `exact_results(inputs)` and `eager_results(inputs)`.
+    """
+    exact = exact_results(inputs) if exact is None else exact
+    eager_ = eager_results(inputs) if eager_ is None else eager_
+    activation = inputs.grad_outputs[0].dtype
+    rows = []
+    for index, output in enumerate(exact.outputs):
+        tensors = actual.outputs[index], eager_.outputs[index], output
+        rows.append(compare_tensors(f"output {index}", *tensors, dtype=activation, gradient=False))
+    for name, gradient in exact.gradients.items():
+        dtype = inputs.tensors[name].dtype if inputs.op in LOSSES else activation
+        tensors = actual.gradients[name], eager_.gradients[name], gradient
+        rows.append(compare_tensors(f"grad {name}", *tensors, dtype=dtype, gradient=True))
+    return rows
+
+
+def compare_tensors(
+    name: str,
+    actual: torch.Tensor,
+    eager_: torch.Tensor,
+    exact: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+    gradient: bool,
+) -> Comparison:
+    """One output or gradient, computed in `dtype`, against the rule of error."""
+    bound = error_bound(dtype, relative_error(eager_, exact), gradient=gradient)
+    return Comparison(name, relative_error(actual, exact), bound, relative_bias(actual, exact), 0.25 * bound)

@@ -1,0 +1,130 @@
+"""Random arguments of every op: inputs N(0, 1), weights N(0, 1/fan-in)."""
+
+from typing import NamedTuple
+
+import torch
+
+from deco_kernels.signatures import TENSORS
+
+OPS = ("adaln_block", "pixel_decoder", "upsample_modulate", "pixel_decoder_from_tokens", "flow_matching_loss")
+LOSSES = ("flow_matching_loss", "frequency_loss")
+
+
+class Inputs(NamedTuple):
+    """One call of an op: its tensors by argument name, its options, and the gradients of its outputs."""
+
+    op: str
+    tensors: dict[str, torch.Tensor | None]
+    options: dict[str, int | float]
+    grad_outputs: tuple[torch.Tensor, ...]
+
+
+def random_inputs(
+    op: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    other_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype = torch.float32,
+    width: int = 32,
+    depth: int = 3,
+    patch_size: int = 16,
+    channels: int = 3,
+    image_size: tuple[int, int, int] = (1, 64, 64),
+    token_width: int = 48,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Inputs:
+    """Random arguments of an op.
+
+    Args:
+        op: its name in `deco_kernels.ops`.
+        dtype: of the activation (cond, tokens, h; pred for the losses).
+        other_dtype: of the image (target for the losses); by default float32 (`dtype` for the losses).
+        weight_dtype: of the weights (float32 for norm weights, frequency and sample weights under half precision).
+        width, depth, patch_size, channels: D, N, p, C.
+        image_size: (B, H, W); ops on rows work on its B*H*W pixels.
+        token_width: Z.
+    """
+    draw = _Draw(dtype, dtype if dtype is torch.float64 else weight_dtype, device, seed)
+    pixels = patch_size**2
+    batch, rows, columns = image_size
+    token_count = batch * (rows // patch_size) * (columns // patch_size)
+    image_shape, row_shape = (batch, channels, rows, columns), (token_count, pixels, width)
+    up = {
+        "up_weight": draw.weight(pixels * width, token_width),
+        "up_bias": draw.bias(pixels * width),
+    }
+    if op in LOSSES:
+        tensors = {
+            "pred": draw.normal(*image_shape),
+            "target": draw.normal(*image_shape, dtype=other_dtype),
+            "frequency_weight": draw.normal(3, 8, 8, dtype=draw.exact).abs() + 0.1,
+            "sample_weight": draw.normal(batch, dtype=draw.exact).abs() + 0.1,
+        }
+        count, options = (3, {"frequency_scale": 0.7}) if op == "flow_matching_loss" else (1, {})
+        grad_outputs = tuple(draw.normal(dtype=draw.exact) for _ in range(count))
+    elif op == "adaln_block":
+        tensors = {"h": draw.normal(*row_shape), "cond": draw.normal(*row_shape), **draw.block(width)}
+        options, grad_outputs = {}, (draw.normal(*row_shape),)
+    elif op == "upsample_modulate":
+        block = draw.block(width)
+        tensors = {"h": draw.normal(*row_shape), "tokens": draw.normal(token_count, token_width), **up}
+        tensors |= {name: block[name] for name in TENSORS[op] if name in block}
+        options, grad_outputs = {}, (draw.normal(*row_shape), draw.normal(*row_shape))
+    else:
+        tensors = {"image": draw.normal(*image_shape, dtype=other_dtype or draw.exact)}
+        if op == "pixel_decoder":
+            tensors |= {"cond": draw.normal(*row_shape)}
+        else:
+            tensors |= {"tokens": draw.normal(token_count, token_width), **up}
+        tensors |= draw.decoder(width, depth, pixels, channels)
+        options, grad_outputs = {"patch_size": patch_size}, (draw.normal(*image_shape),)
+    return Inputs(op, tensors, options, grad_outputs)
+
+
+class _Draw:
+    """Random tensors from one generator: activations N(0, 1), weights N(0, 1/fan-in)."""
+
+    def __init__(self, dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device | str, seed: int):
+        self.dtype, self.weight_dtype, self.device = dtype, weight_dtype, device
+        self.exact = torch.float64 if dtype is torch.float64 else torch.float32
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> torch.Tensor:
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
+        return values.to(device=self.device, dtype=dtype or self.dtype)
+
+    def weight(self, *shape: int) -> torch.Tensor:
+        return self.normal(*shape, dtype=self.weight_dtype, scale=shape[-1] ** -0.5)
+
+    def bias(self, *shape: int) -> torch.Tensor:
+        return self.normal(*shape, dtype=self.weight_dtype, scale=0.5)
+
+    def block(self, width: int, *stack: int) -> dict[str, torch.Tensor]:
+        return {
+            "norm_weight": 1 + self.normal(*stack, width, dtype=self.exact, scale=0.3),
+            "norm_bias": self.normal(*stack, width, dtype=self.exact, scale=0.3),
+            "mod_weight": self.weight(*stack, 3 * width, width),
+            "mod_bias": self.bias(*stack, 3 * width),
+            "fc1_weight": self.weight(*stack, width, width),
+            "fc1_bias": self.bias(*stack, width),
+            "fc2_weight": self.weight(*stack, width, width),
+            "fc2_bias": self.bias(*stack, width),
+        }
+
+    def decoder(self, width: int, depth: int, pixels: int, channels: int) -> dict[str, torch.Tensor]:
+        return {
+            "pixel_weight": self.weight(width, channels),
+            "pixel_table": self.normal(pixels, width, dtype=self.weight_dtype),
+            **self.block(width, depth),
+            "head_weight": self.weight(channels, width),
+            "head_bias": self.bias(channels),
+        }
+
+
+def in_float64(inputs: Inputs) -> Inputs:
+    """The same values in float64."""
+    return inputs._replace(
+        tensors={name: None if t is None else t.double() for name, t in inputs.tensors.items()},
+        grad_outputs=tuple(gradient.double() for gradient in inputs.grad_outputs),
+    )
