@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from deco_kernels.backends.reference.flow_matching_loss import block_dct_ycbcr
-from deco_kernels.training.images import center_crop, to_signed, to_uint8, upright_rgb
+from deco_kernels.training.images import center_crop, open_image, to_signed, to_uint8, upright_rgb
 
 
 def shipped_photographs() -> list[Path]:
@@ -25,7 +25,7 @@ def readable(paths: Iterable[Path]) -> Iterator[tuple[Path, Image.Image]]:
     """Every readable file with its photograph, RGB and upright; the others are named in a warning and left out."""
     for path in paths:
         try:
-            with Image.open(path) as opened:
+            with open_image(path) as opened:
                 photograph = upright_rgb(opened)
         except Exception as error:  # Pillow raises many unrelated types for damaged files
             warnings.warn(f"{path} is left out: it cannot be read as an image ({error})", stacklevel=2)

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from deco_kernels.model.checkpoint_file import complete_or_absent
-from deco_kernels.training.images import as_grid
+from deco_kernels.training.images import as_grid, open_image
 
 FRAME_MS, LAST_FRAME_MS = 80, 1500
 ANIMATIONS = {"gif": "GIF", "png": "PNG"}  # ending → Pillow's name; an animated PNG is a PNG
@@ -64,7 +64,7 @@ class SampleFolder:
         content = json.dumps(settings, indent=1) + "\n"
         _write_once(self.run, lambda temporary: temporary.write_text(content, encoding="utf-8"))
         try:
-            found = json.loads(self.run.read_text(encoding="utf-8"))
+            found = json.loads(self.run.read_text(encoding="utf-8")) if self.run.is_file() else None
             if not isinstance(found, dict):
                 raise ValueError
         except ValueError:
@@ -128,7 +128,7 @@ class SampleFolder:
         """An image, uint8 [H, W, 3]. Raises ValueError for one that another program damaged or replaced."""
         path = self.image(index)
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 pixels = np.asarray(image)
         except Exception as error:  # Pillow raises many unrelated types
             raise ValueError(f"--out: {path} cannot be read ({error}); remove it and give the command again") from error

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from deco_kernels import flow, model
+from deco_kernels.files import kind_at
 
 # What the published checkpoints are sampled with (DeCo, arXiv 2511.19365, section 4).
 CLASS_SETTINGS = dict(solver="euler", steps=100, guidance=3.2, guidance_interval=(0.1, 1.0), shift=1.0)
@@ -159,6 +160,8 @@ def read_conditions(options: argparse.Namespace, network: nn.Module) -> list[Con
 
 
 def _read_table(path: Path, column: str, network: nn.Module) -> list[Condition]:
+    if (found := kind_at(path)) not in ("a file", "a FIFO"):  # a FIFO is what a shell's <(command) gives
+        raise ValueError(f"--csv: expected a table at {path}, found {found}; check the path")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)

@@ -1,6 +1,8 @@
 """Fixtures shared by all tests."""
 
 import contextlib
+import os
+import signal
 
 import pytest
 import torch
@@ -15,6 +17,20 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(previous[0], warn_only=previous[1])
+
+
+@pytest.fixture
+def make_fifo():
+    """Makes a FIFO at a path. No test waits longer than two minutes for a writer that will not come."""
+
+    def give_up(*_):
+        raise TimeoutError("something was opened that is not a file")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(120)
+    yield os.mkfifo
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @contextlib.contextmanager

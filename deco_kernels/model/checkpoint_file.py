@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deco_kernels.files import kind_at
 from deco_kernels.model.checkpoint import (
     ALIGNMENT_HEAD,
     EMA,
@@ -147,9 +148,13 @@ def read_checkpoint(path: str | os.PathLike[str], *, allow_globals: Sequence[str
     Raises:
         ValueError: neither container, truncated or damaged, a torch archive whose pickle refers to other globals (the
             message lists them), or one without a state_dict.
-        FileNotFoundError, ImportError (a global that cannot be imported, safetensors missing).
+        FileNotFoundError, IsADirectoryError, OSError: no file at the path.
+        ImportError: a global that cannot be imported, safetensors missing.
     """
     path = Path(path)
+    if (found := kind_at(path)) != "a file":
+        kind = {"nothing": FileNotFoundError, "a folder": IsADirectoryError}.get(found, OSError)
+        raise kind(f"{path}: expected a checkpoint file, found {found}; check the path")
     with open(path, "rb") as file:
         start = file.read(9)
     if start.startswith(b"PK\x03\x04"):

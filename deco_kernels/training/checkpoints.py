@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from deco_kernels import model as models
+from deco_kernels.files import kind_at
 from deco_kernels.model.checkpoint_file import complete_or_absent
 from deco_kernels.training.ema import MovingAverage
 from deco_kernels.training.module import TrainingModule
@@ -111,11 +112,15 @@ def save(progress: Progress, config: dict[str, Any], folder: Path, keep: int, wr
 
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint's content, its tensors mapped from the file. Raises CheckpointError."""
+    if (kind := kind_at(path)) != "a file":
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: expected a file, found {kind}; check the path")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch.load raises many unrelated types for damaged files
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
-    missing = {"state_dict", "optimizer", "step", "config", "skipped"} - set(content)
+    missing = {"state_dict", "optimizer", "step", "config", "skipped"} - set(
+        content if isinstance(content, dict) else ()
+    )
     if missing:
         raise CheckpointError(f"{path} is not a checkpoint of a training run: it has no {sorted(missing)}")
     return content

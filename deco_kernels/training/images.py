@@ -6,20 +6,30 @@ Source of the crop: Dhariwal and Nichol (arXiv 2105.05233), as used for DeCo (ar
 from __future__ import annotations
 
 import io
+import os
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from deco_kernels.files import kind_at
+
 ORIENTATION_TAG = 274
 QUARTER_TURNS = (5, 6, 7, 8)  # values of the orientation tag that swap width and height
 
 
-def open_image(stored: str | bytes | None) -> Image.Image:
-    """Open an image file, given by its path or its bytes; only its header is read."""
+def open_image(stored: str | os.PathLike[str] | bytes | None) -> Image.Image:
+    """Open an image file, given by its path or its bytes; only its header is read.
+
+    Raises ValueError where there is no file, and what Pillow raises for one that is no image.
+    """
     if stored is None:
         raise ValueError("no image is stored")
-    return Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+    if isinstance(stored, bytes):
+        return Image.open(io.BytesIO(stored))
+    if (found := kind_at(stored)) != "a file":
+        raise ValueError(f"expected an image file, found {found}")
+    return Image.open(stored)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

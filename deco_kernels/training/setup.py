@@ -15,6 +15,7 @@ from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from deco_kernels import flow, model, ops
+from deco_kernels.files import kind_at
 from deco_kernels.training import checkpoints
 from deco_kernels.training.batches import BatchPlan
 from deco_kernels.training.config import SampleConfig, TrainConfig, to_dict
@@ -182,8 +183,8 @@ def make_objective(
 
 def initialise(network: nn.Module, path: Path) -> None:
     """Copy the averaged weights of a checkpoint, ours or a published one, into a model of the same kind and size."""
-    if not path.is_file():
-        raise FileNotFoundError(f"init_from: expected a checkpoint, found none at {path}")
+    if (kind := kind_at(path)) != "a file":
+        raise FileNotFoundError(f"init_from: expected a checkpoint file at {path}, found {kind}; check the path")
     found = model.load_model(path)
     if type(found) is not type(network):
         raise ValueError(f"init_from: {path} holds a {type(found).__name__}, expected a {type(network).__name__}")

@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
+from deco_kernels.files import kind_at
 from deco_kernels.training.config import DataConfig
 from deco_kernels.training.images import open_image, upright_size
 
@@ -151,6 +152,11 @@ def _open_files(config: DataConfig, target: str) -> Source:
     files = sorted(glob.glob(config.path, recursive=True))
     if not files:
         raise FileNotFoundError(f"data.path: expected a file, found none at {config.path}")
+    for file in files:
+        if (found := kind_at(file)) != "a file":
+            raise ValueError(
+                f"data.path: expected files, found {found} at {file}; name the files, by wildcards if many"
+            )
     if config.kind == "webdataset":
         builder = "webdataset"
     else:

@@ -182,8 +182,18 @@ def test_truncated_files(tmp_path, ending):
         with pytest.raises(ValueError, match=expected) as caught:
             model.load_model(path)
         assert str(path) in str(caught.value)
-    with pytest.raises(FileNotFoundError):
-        model.load_model(tmp_path / "absent.ckpt")
+
+
+def test_paths_without_a_file(tmp_path, make_fifo):
+    make_fifo(tmp_path / "pipe.ckpt")
+    for name, error, kind in (
+        ("absent.ckpt", FileNotFoundError, "nothing"),
+        ("pipe.ckpt/below.ckpt", FileNotFoundError, "nothing"),
+        ("", IsADirectoryError, "a folder"),
+        ("pipe.ckpt", OSError, "a FIFO"),
+    ):
+        with pytest.raises(error, match=f"{tmp_path / name}: expected a checkpoint file, found {kind}; check the path"):
+            model.load_model(tmp_path / name)
 
 
 def test_damaged_archives(tmp_path):

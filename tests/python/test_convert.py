@@ -62,7 +62,7 @@ def failing(tmp_path):
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:5000])
     torch.save({"state_dict": {"encoder.weight": torch.zeros(3)}}, tmp_path / "vae.ckpt")
     return [
-        (["absent.ckpt", "out.ckpt"], "No such file"),
+        (["absent.ckpt", "out.ckpt"], "absent.ckpt: expected a checkpoint file, found nothing; check the path"),
         (["cut.ckpt", "out.ckpt"], "truncated or damaged"),
         (["vae.ckpt", "out.ckpt"], "expected a published DeCo"),
         (["a.ckpt", "out.bin"], "expected a name that ends with"),

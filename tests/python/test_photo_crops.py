@@ -59,14 +59,15 @@ def test_grey_of_16_bits_keeps_its_range(tmp_path):
     assert pixels.std() > 30 and np.mean(pixels == 255) < 0.1
 
 
-def test_what_cannot_be_cut_is_named_and_left_out(red_over_blue, tmp_path, capsys):
+def test_what_cannot_be_cut_is_named_and_left_out(red_over_blue, tmp_path, capsys, make_fifo):
     red_over_blue.save(tmp_path / "good.png")
     content = (tmp_path / "good.png").read_bytes()
     place = content.index(b"IDAT")
     (tmp_path / "broken.png").write_bytes(content[: place - 4] + struct.pack(">I", 5) + content[place:])
     (tmp_path / "text.jpg").write_text("no image")
     Image.new("RGB", (95, 500)).save(tmp_path / "narrow.png")
-    names = ["broken.png", "text.jpg", "narrow.png", "missing.png"]
+    make_fifo(tmp_path / "pipe.png")
+    names = ["broken.png", "text.jpg", "narrow.png", "missing.png", "pipe.png"]
     assert crop(tmp_path / "out", *(tmp_path / name for name in [*names, "good.png"])) == 0
     said = capsys.readouterr().err.splitlines()
     assert sorted(line.split(" is left out: ")[0] for line in said) == sorted(

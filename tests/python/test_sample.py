@@ -315,7 +315,7 @@ def test_prompts_and_tables(class_checkpoint, tmp_path):
     assert np.array_equal(pixels(tmp_path / "labels"), pixels(tmp_path / "classes"))
 
 
-def test_what_cannot_be_used_is_refused(class_checkpoint, tmp_path, capsys):
+def test_what_cannot_be_used_is_refused(class_checkpoint, tmp_path, capsys, make_fifo):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("kept")
     torch.save({"state_dict": {"encoder.weight": torch.zeros(3)}}, tmp_path / "foreign.ckpt")
@@ -328,14 +328,21 @@ def test_what_cannot_be_used_is_refused(class_checkpoint, tmp_path, capsys):
     (tmp_path / "damaged" / "run.json").write_text("[]")
     assert draw(class_checkpoint, tmp_path / "other", "--count", "1") == 0
     before = files(tmp_path)
+    make_fifo(tmp_path / "pipe.ckpt")
+    (tmp_path / "piped").mkdir()
+    make_fifo(tmp_path / "piped" / "run.json")
     capsys.readouterr()
     cases = [
-        (tmp_path / "absent.ckpt", "new", [], "No such file"),
+        (tmp_path / "absent.ckpt", "new", [], "absent.ckpt: expected a checkpoint file, found nothing; check the path"),
+        (tmp_path, "new", [], "expected a checkpoint file, found a folder; check the path"),
+        (class_checkpoint, "new", ["--csv", str(tmp_path)], "--csv: expected a table"),
         (tmp_path / "foreign.ckpt", "new", [], "expected a published DeCo"),
         (class_checkpoint, "full", [], "holds other files"),
         (class_checkpoint, "text.csv", [], "--out: expected a folder"),
         (class_checkpoint, "text.csv/below", [], "--out: "),
         (class_checkpoint, "damaged", [], "run.json is damaged"),
+        (class_checkpoint, "piped", [], "run.json is damaged"),
+        (tmp_path / "pipe.ckpt", "new", [], "expected a checkpoint file, found a FIFO"),
         (class_checkpoint, "other", ["--seed", "1"], "holds samples with seed 0, not 1"),
         (class_checkpoint, "other", ["--steps", "4", "--animate", "1"], "holds samples with steps 3, not 4"),
         (class_checkpoint, "new", ["--size", "40"], "--size: expected multiples of 16"),

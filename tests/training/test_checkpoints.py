@@ -38,6 +38,22 @@ def test_another_file_is_no_checkpoint(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "published.ckpt")
     with pytest.raises(checkpoints.CheckpointError, match="has no"):
         checkpoints.read(tmp_path / "published.ckpt")
+    torch.save(3, tmp_path / "number.ckpt")
+    with pytest.raises(checkpoints.CheckpointError, match="number.ckpt is not a checkpoint of a training run"):
+        checkpoints.read(tmp_path / "number.ckpt")
+
+
+def test_what_is_no_file_is_no_checkpoint(tmp_path, make_fifo):
+    make_fifo(tmp_path / "step_000000001.ckpt")
+    for path, kind in (
+        (tmp_path, "a folder"),
+        (tmp_path / "absent", "nothing"),
+        (tmp_path / "step_000000001.ckpt", "a FIFO"),
+    ):
+        with pytest.raises(checkpoints.CheckpointError, match=f"{path} cannot be read .* found {kind}; check the path"):
+            checkpoints.read(path)
+    with pytest.warns(UserWarning, match="a FIFO"), pytest.raises(checkpoints.CheckpointError, match="none of the 1"):
+        checkpoints.read_latest(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -171,3 +171,27 @@ def test_unusable_images_are_named_and_replaced(tmp_path):
     assert "8x80 pixels, below data.min_side=16" in given[0, 43, 3][3].values()
     with pytest.raises(ValueError, match="100 images in a row cannot be used"):
         Images(source, plan, min_side=1000)[0, 0, 0]
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, make_fifo):
+    """Opening a FIFO that nobody writes would never return."""
+    folder = write_images(tmp_path / "ant", 2, size=(50, 30))
+    make_fifo(folder / "pipe.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    (folder / "absent.png").symlink_to(tmp_path / "nowhere.png")
+    source = open_source(configure(tmp_path, "folder", tmp_path), "label")
+    reasons = {"pipe": "a FIFO", "zero": "a device", "absent": "nothing"}
+    expected = {str(folder / f"{name}.png"): f"expected an image file, found {kind}" for name, kind in reasons.items()}
+    images = Images(source, BatchPlan({(32, 32): np.arange(5)}, batch_size=5, seed=0), min_side=16)
+    skipped = {}
+    for number in range(5):
+        pixels, _, _, met = images[0, number, number]
+        assert pixels.shape == (3, 32, 32)
+        skipped |= met
+    assert skipped == expected
+    assert source.sizes(processes=1).tolist() == [[30, 50]] * 2 + [[0, 0]] * 3 and source.left_out == expected
+    make_fifo(tmp_path / "table.csv")
+    with pytest.raises(ValueError, match="data.path: expected files, found a FIFO at .*table.csv"):
+        open_source(configure(tmp_path, "table", tmp_path / "*.csv"), "label")
+    with pytest.raises(ValueError, match="data.path: expected files, found a folder at .*ant; name the files"):
+        open_source(configure(tmp_path, "webdataset", tmp_path / "ant"), "label")
