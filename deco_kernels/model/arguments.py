@@ -1,5 +1,6 @@
-"""The check that all models make of their arguments before any other."""
+"""The checks that all models make of their arguments before any other."""
 
+import operator
 from typing import Any
 
 import torch
@@ -10,3 +11,16 @@ def require_tensors(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}; pass a tensor")
+
+
+def require_sizes(**arguments: Any) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless all are integers of at least 1."""
+    for name, value in arguments.items():
+        try:
+            size = None if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            size = None
+        if size is None:
+            raise TypeError(f"{name}: expected an int, got {value!r} ({type(value).__name__}); pass a whole number")
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")

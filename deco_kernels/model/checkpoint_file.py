@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import operator
 import os
 import pickle
 from collections import Counter
@@ -307,7 +308,7 @@ def save_model(
     said = {"names": names, "weights": weights}
     published = to_published(model, WEIGHTS[weights] if container_of(path) == "torch" else "")
     if names == OURS:
-        said |= {"model": type(model).__name__, "config": json.dumps(model.config)}
+        said |= {"model": type(model).__name__, "config": json.dumps(model.config, default=operator.index)}
     write_tensors(published if names == PUBLISHED else model.state_dict(), path, said, overwrite=overwrite)
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deco_kernels.model.arguments import require_sizes
 from deco_kernels.model.dit import PatchTransformer, Trunk
 from deco_kernels.model.pixel_decoder import PixelDecoder
 
@@ -89,6 +90,7 @@ class DeCo(PixelDiffusion):
         save_memory: bool = False,
         backend: str | None = None,
     ):
+        require_sizes(decoder_width=decoder_width, decoder_depth=decoder_depth)
         image = dict(patch_size=patch_size, channels=channels)
         trunk = dict(width=width, depth=depth, heads=heads, num_classes=num_classes, mlp_width=mlp_width)
         shared = dict(decoder_patch=decoder_patch, interaction=interaction, save_memory=save_memory, backend=backend)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deco_kernels.model.arguments import require_tensors
+from deco_kernels.model.arguments import require_sizes, require_tensors
 from deco_kernels.model.patches import from_patches, to_patches
 from deco_kernels.model.position import rotary_angles, rotate_pairs
 
@@ -130,12 +130,13 @@ class PatchTransformer(nn.Module):
 
     blocks: nn.ModuleList
 
-    def __init__(self, *, width: int, depth: int, heads: int, patch_size: int, channels: int, **sizes: int):
+    def __init__(
+        self, *, width: int, depth: int, heads: int, patch_size: int, channels: int, mlp_width: int | None, **sizes: int
+    ):
         super().__init__()
-        sizes = dict(width=width, depth=depth, heads=heads, patch_size=patch_size, channels=channels, **sizes)
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
+        require_sizes(width=width, depth=depth, heads=heads, patch_size=patch_size, channels=channels, **sizes)
+        if mlp_width is not None:
+            require_sizes(mlp_width=mlp_width)
         if width % heads or (width // heads) % 4:
             raise ValueError(
                 f"heads: expected width / heads to be a multiple of 4, got width {width} and heads {heads}"
@@ -244,9 +245,9 @@ class Trunk(PatchTransformer):
         channels: int = 3,
         mlp_width: int | None = None,
     ):
-        hidden = int(2 * 4 * width / 3) if mlp_width is None else mlp_width
         image = dict(patch_size=patch_size, channels=channels)
-        super().__init__(width=width, depth=depth, heads=heads, num_classes=num_classes, **image)
+        super().__init__(width=width, depth=depth, heads=heads, mlp_width=mlp_width, num_classes=num_classes, **image)
+        hidden = int(2 * 4 * width / 3) if mlp_width is None else mlp_width
         self.num_classes = num_classes
         self.label_table = nn.Embedding(num_classes + 1, width)
         self.blocks = nn.ModuleList(Block(width, Attention(width, heads), SwiGLU(width, hidden)) for _ in range(depth))

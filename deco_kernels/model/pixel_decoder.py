@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deco_kernels import ops
-from deco_kernels.model.arguments import require_tensors
+from deco_kernels.model.arguments import require_sizes, require_tensors
 from deco_kernels.model.patches import from_patches, to_patches
 from deco_kernels.model.position import NUM_POSITION_FEATURES, pixel_position_features
 from deco_kernels.ops.registry import check_backend_name
@@ -134,9 +134,7 @@ class PixelDecoder(nn.Module):
     ):
         super().__init__()
         sizes = dict(token_width=token_width, width=width, depth=depth, patch_size=patch_size, channels=channels)
-        for name, size in {**sizes, "decoder_patch": decoder_patch}.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
+        require_sizes(**sizes, decoder_patch=decoder_patch)
         if patch_size % decoder_patch:
             raise ValueError(f"decoder_patch: expected a divisor of patch_size {patch_size}, got {decoder_patch}")
         if interaction not in INTERACTIONS:

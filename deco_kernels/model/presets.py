@@ -40,7 +40,7 @@ def build(name: str, **overrides: Any) -> nn.Module:
 
     Raises:
         ValueError: unknown name, or a size the model cannot have.
-        TypeError: an argument the class does not take; the message lists those it takes.
+        TypeError: an argument the class does not take (the message lists those it takes), or a size that is no integer.
     """
     if name not in PRESETS:
         raise ValueError(f"name: expected one of {list(PRESETS)}, got {name!r}")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deco_kernels.model.arguments import require_tensors
+from deco_kernels.model.arguments import require_sizes, require_tensors
 from deco_kernels.model.deco import PixelDiffusion
 from deco_kernels.model.dit import Attention, Block, PatchTransformer, RMSNorm, Rotation, reset_by_default
 from deco_kernels.model.pixel_decoder import PixelDecoder
@@ -79,7 +79,7 @@ class TextTrunk(PatchTransformer):
             raise ValueError(f"rotary: expected one of {list(ROTARY_MODES)}, got {rotary!r}")
         image = dict(patch_size=patch_size, channels=channels)
         text = dict(text_depth=text_depth, text_width=text_width, text_length=text_length)
-        super().__init__(width=width, depth=depth, heads=heads, **image, **text)
+        super().__init__(width=width, depth=depth, heads=heads, mlp_width=mlp_width, **image, **text)
         self.rotary, self.text_width, self.text_length = rotary, text_width, text_length
         hidden = 4 * width if mlp_width is None else mlp_width
         self.text_embed = nn.Linear(text_width, width)
@@ -165,6 +165,7 @@ class DeCoTextToImage(PixelDiffusion):
         save_memory: bool = False,
         backend: str | None = None,
     ):
+        require_sizes(decoder_width=decoder_width, decoder_depth=decoder_depth)
         image = dict(patch_size=patch_size, channels=channels)
         text = dict(text_depth=text_depth, text_width=text_width, text_length=text_length)
         trunk = dict(width=width, depth=depth, heads=heads, mlp_width=mlp_width, rotary=rotary, **text)

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,29 @@ def test_build_errors():
         model.build("deco-tiny", heads=5)
     with pytest.raises(ValueError, match="depth: expected at least 1, got 0"):
         model.build("deco-tiny", depth=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("deco-tiny", size) for size in ("width", "depth", "heads", "num_classes", "patch_size", "channels")),
+        *(("deco-tiny", size) for size in ("mlp_width", "decoder_width", "decoder_depth", "decoder_patch")),
+        *(("deco-text-tiny", size) for size in ("width", "text_depth", "text_length", "mlp_width", "decoder_width")),
+        *(("dit-tiny", size) for size in ("width", "mlp_width")),
+    ],
+)
+def test_sizes_are_integers(name, size, tmp_path):
+    for wrong, said in (("a", r"'a' \(str\)"), (1.5, r"1.5 \(float\)"), (True, r"True \(bool\)")):
+        with pytest.raises(TypeError, match=f"^{size}: expected an int, got {said}; pass a whole number"):
+            model.build(name, **{size: wrong})
+    with pytest.raises(ValueError, match=f"^{size}: expected at least 1, got 0"):
+        model.build(name, **{size: 0})
+
+
+def test_sizes_may_be_integers_of_numpy(tmp_path):
+    net = model.build("deco-tiny", depth=np.int64(3), decoder_width=np.int32(16))
+    model.save_model(net, tmp_path / "model.ckpt")
+    assert model.load_model(tmp_path / "model.ckpt").config == net.config
 
 
 @pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])
