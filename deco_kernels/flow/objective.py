@@ -12,6 +12,7 @@ from torch import nn
 
 from deco_kernels import ops
 from deco_kernels.flow.path import interpolate, sample_time
+from deco_kernels.model.arguments import require_tensors
 
 
 def drop_labels(
@@ -65,6 +66,7 @@ class Objective(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
+        require_tensors(frequency_weight=frequency_weight)
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout: expected a number from 0 to 1, got {label_dropout}")
         if label_dropout and null_label is None:
@@ -90,6 +92,8 @@ class Objective(nn.Module):
         Returns:
             (conditions with some dropped [B, ...], times [B], noise like x), drawn from the generator in this order.
         """
+        _check_images(x)
+        require_tensors(y=y)
         if self.label_dropout:
             y = drop_labels(y, self.null_label, self.label_dropout, generator)
         t = sample_time(len(x), distribution=self.distribution, shift=self.shift, generator=generator, device=x.device)
@@ -98,34 +102,56 @@ class Objective(nn.Module):
 
     def losses(
         self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
-    ) -> dict[str, torch.Tensor | None]:
+    ) -> dict[str, torch.Tensor]:
         """Losses at given conditions y [B, ...], times t [B] and noise like x; otherwise as `forward`."""
+        _check_images(x)
+        require_tensors(y=y, t=t, noise=noise)
         x_t, v = interpolate(x, noise, t)
-        repa = None
         if self.repa is None:
-            velocity = model(x_t, t, y)
+            velocity, alignment = model(x_t, t, y), {}
         else:
             velocity, features = model(x_t, t, y, features_after=self.repa.block)
-            repa = self.repa(features, x)
+            alignment = {"repa": self.repa(features, x)}
         total, pixel, frequency = ops.flow_matching_loss(
             velocity, v, self.frequency_weight, frequency_scale=self.frequency_scale, backend=self.backend
         )
-        if repa is not None:
-            total = total + self.repa.weight * repa
-        return {"total": total, "pixel": pixel, "frequency": frequency, "repa": repa, "t": t}
+        if alignment:
+            total = total + self.repa.weight * alignment["repa"]
+        return {"total": total, "pixel": pixel, "frequency": frequency, **alignment, "t": t}
 
     def forward(
         self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator | None = None
-    ) -> dict[str, torch.Tensor | None]:
+    ) -> dict[str, torch.Tensor]:
         """Losses of `model` on clean images, at random times and noise.
 
         Args:
             model: (x_t, t, y) → velocity; with repa also taking `features_after` and returning (velocity, features).
             x: images [B, 3, H, W] in [-1, 1], float32.
-            y: labels [B], or text features [B, S, F].
+            y: labels [B], or text features [B, S, F]. A model with a method `check_labels`, such as DeCo and DiT, sees
+                them before any are dropped, so that a label out of range never passes.
             generator: source of what `draw` draws.
 
         Returns:
-            float32 scalars "total", "pixel", "frequency" and "repa" (None without repa), and "t", the times [B].
+            float32 scalars "total", "pixel", "frequency" and, with repa, "repa"; and "t", the times [B].
+
+        Raises:
+            TypeError, ValueError: images that are not floating, labels out of range, or what model or loss refuse.
         """
+        require_tensors(y=y)
+        check_labels = _method(model, "check_labels")
+        if self.label_dropout and check_labels is not None:
+            check_labels(y)
         return self.losses(model, x, *self.draw(x, y, generator))
+
+
+def _check_images(x: torch.Tensor) -> None:
+    require_tensors(x=x)
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x: expected floating-point images in [-1, 1], got {x.dtype}; convert 8-bit ones by x.float() / 127.5 - 1"
+        )
+
+
+def _method(model: nn.Module, name: str) -> Callable | None:
+    """A method of the model, or of the one that a wrapper such as DDP holds as `module`; None where there is none."""
+    return getattr(model, name, None) or getattr(getattr(model, "module", None), name, None)

@@ -104,3 +104,7 @@ class DeCo(PixelDiffusion):
     def null_label(self) -> int:
         """Label of the null class."""
         return self.trunk.num_classes
+
+    def check_labels(self, y: torch.Tensor) -> None:
+        """Raise ValueError for labels out of range, see `Trunk.check_labels`."""
+        self.trunk.check_labels(y)

@@ -284,14 +284,22 @@ class Trunk(PatchTransformer):
         tokens, features = self.transform(x, c, features_after=features_after)
         return tokens, time, c, features
 
+    def check_labels(self, y: torch.Tensor) -> None:
+        """Raise ValueError unless all labels y [B] are from 0 to num_classes; noticed as `forward` notices it."""
+        if y.is_cpu and y.numel() and not torch.compiler.is_compiling() and (y.min() < 0 or y.max() > self.num_classes):
+            raise self._out_of_range(y)
+
     def _embed_labels(self, y: torch.Tensor) -> torch.Tensor:
         try:
             return self.label_table(y)
         except IndexError:  # the CPU's lookup checks every label
-            raise ValueError(
-                f"y: expected labels from 0 to {self.num_classes} (the null class), got labels from {y.min().item()} "
-                f"to {y.max().item()}; the model has {self.num_classes} classes"
-            ) from None
+            raise self._out_of_range(y) from None
+
+    def _out_of_range(self, y: torch.Tensor) -> ValueError:
+        return ValueError(
+            f"y: expected labels from 0 to {self.num_classes} (the null class), got labels from {y.min().item()} "
+            f"to {y.max().item()}; the model has {self.num_classes} classes"
+        )
 
 
 class DiT(nn.Module):
@@ -338,6 +346,10 @@ class DiT(nn.Module):
         for linear in (self.modulation, self.head):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
+
+    def check_labels(self, y: torch.Tensor) -> None:
+        """Raise ValueError for labels out of range, see `Trunk.check_labels`."""
+        self.trunk.check_labels(y)
 
     def compile_trunk(self, **options: Any) -> None:
         """Leave the trunk's blocks to torch.compile, see `PatchTransformer.compile_blocks`."""

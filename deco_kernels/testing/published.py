@@ -143,4 +143,4 @@ class EagerObjective(flow.Objective):
         x_t, target = (tensor.to(dtype) for tensor in flow.interpolate(x, noise, drawn))
         pred = model(x_t, drawn, y)
         total, pixel, frequency = losses(pred, target, self.frequency_weight.to(dtype))
-        return {"total": total, "pixel": pixel, "frequency": frequency, "repa": None, "t": drawn}
+        return {"total": total, "pixel": pixel, "frequency": frequency, "t": drawn}

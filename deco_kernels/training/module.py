@@ -21,7 +21,7 @@ class TrainingModule(nn.Module):
 
     def forward(
         self, x: torch.Tensor, y: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> torch.Tensor | dict[str, torch.Tensor | None]:
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         """With noise: `Objective.losses` at clean images x. Without: the model's velocity at noised images x."""
         if noise is None:
             return self.model(x, t, y)

@@ -32,7 +32,9 @@ def test_losses_by_formula():
     model, objective = Recorder(), flow.Objective(weight, 0.5)
     losses = objective(model, x, y, torch.Generator().manual_seed(5))
     t = losses["t"]
-    assert torch.equal(model.t, t) and torch.equal(model.y, y) and losses["repa"] is None
+    assert torch.equal(model.t, t) and torch.equal(model.y, y)
+    assert list(losses) == ["total", "pixel", "frequency", "t"]
+    assert all(losses[name].shape == () for name in ("total", "pixel", "frequency"))
     factor = t.reshape(-1, 1, 1, 1)
     noise = (model.x - factor * x) / (1 - factor)
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
@@ -71,6 +73,7 @@ def test_alignment_loss_is_added():
     objective, model = flow.Objective(ops.jpeg_frequency_weight(85), repa=Alignment()), Recorder()
     losses = objective(model, images(), torch.arange(4), torch.Generator().manual_seed(5))
     assert model.block == 8 and len(list(objective.parameters())) == 1
+    assert list(losses) == ["total", "pixel", "frequency", "repa", "t"]
     torch.testing.assert_close(losses["total"], losses["pixel"] + losses["frequency"] + 0.5 * losses["repa"])
     losses["total"].backward()
     assert objective.repa.gain.grad is not None
@@ -126,6 +129,39 @@ def test_bad_options():
         flow.drop_labels(torch.zeros(2, 3, 5), torch.zeros(5), 0.1)
     with pytest.raises(ValueError, match="probability"):
         flow.drop_labels(torch.arange(3), 10, -0.1)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_labels_out_of_range_never_pass(name, dropout, wrapped):
+    """Whatever is dropped: with all labels dropped the model would not see them."""
+    net = random_model(name)
+    wrapper = nn.Module()
+    wrapper.module, wrapper.forward = net, net.forward
+    objective = flow.Objective(ops.jpeg_frequency_weight(85), label_dropout=dropout, null_label=net.null_label)
+    for wrong in ([0, 1, 2, 11], [0, -1, 2, 3]):
+        with pytest.raises(ValueError, match=r"y: expected labels from 0 to 10 \(the null class\), got labels from"):
+            objective(wrapper if wrapped else net, images(size=32), torch.tensor(wrong))
+    assert objective(wrapper if wrapped else net, images(size=32), torch.tensor([0, 1, 9, 10]))["total"].isfinite()
+    assert objective(net, images(size=32)[:0], torch.empty(0, dtype=torch.int64))["t"].shape == (0,)
+
+
+def test_images_and_conditions_that_are_none():
+    objective = flow.Objective(ops.jpeg_frequency_weight(85), label_dropout=0.5, null_label=10)
+    model, x, y = Recorder(), images(), torch.arange(4)
+    said = r"x: expected floating-point images in \[-1, 1\], got torch.uint8; convert 8-bit ones by x.float\(\) / 127.5"
+    pixels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=said):
+        objective(model, pixels, y)
+    with pytest.raises(TypeError, match=said):
+        objective.losses(model, pixels, y, torch.rand(4), x)
+    with pytest.raises(TypeError, match="x: expected a torch.Tensor, got ndarray"):
+        objective(model, x.numpy(), y)
+    with pytest.raises(TypeError, match="y: expected a torch.Tensor, got list; pass a tensor"):
+        objective(model, x, [0, 1, 2, 3])
+    with pytest.raises(TypeError, match="frequency_weight: expected a torch.Tensor, got int"):
+        flow.Objective(85)
 
 
 def test_draws_per_image_make_a_batch():
