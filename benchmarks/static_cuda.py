@@ -19,7 +19,7 @@ from benchmarks import sass
 from benchmarks.static import SHARED_LIMIT, Figures, modelled_milliseconds
 from benchmarks.static_tables import CUDA_PREFIX
 from deco_kernels import testing
-from deco_kernels.testing import emulation
+from deco_kernels.testing import emulation, source_regions
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
@@ -30,7 +30,6 @@ _LOSS, _PADDED_IMAGE = "flow_matching_loss", (1, 252, 252)
 _MANY_MULTIPROCESSORS = 1 << 16  # so that every grid has as many blocks as there are tiles
 _DTYPES = {"BFloat16": "bfloat16", "Float16": "float16"}
 _COLOR_CHANNELS = 3
-_WITHOUT_REFILL = ("if (!p.resident) {",)
 
 
 class Kernel(NamedTuple):
@@ -41,29 +40,31 @@ class Kernel(NamedTuple):
     counted: bool = True  # whether its outermost loop walks over pixels and computes products
     # Trips of a loop with products inside that loop; where None, one for each tile of 16 pixels of a turn.
     inner_trips: int | None = None
-    skipped: tuple[str, ...] = ()  # lines of its source: conditions of blocks that this kind of call does not enter
+    skipped: tuple[str, ...] = ()  # regions of its source that this kind of call does not enter
 
 
 KERNELS = {
     "pixel_decoder.forward_kernel": Kernel(
-        "pixel_decoder", "pixel_decoder_forward", inner_trips=_DEPTH, skipped=_WITHOUT_REFILL
+        "pixel_decoder", "pixel_decoder_forward", inner_trips=_DEPTH, skipped=("refill_of_forward",)
     ),
     "adaln_block.forward_kernel": Kernel("adaln_block", "adaln_block_forward"),
     "upsample_modulate.modulate_kernel": Kernel("upsample_modulate", "upsample_modulate_forward"),
     "decoder_replay.replay_kernel": Kernel(
-        "pixel_decoder", "pixel_decoder_replay", inner_trips=_DEPTH, skipped=_WITHOUT_REFILL
+        "pixel_decoder", "pixel_decoder_replay", inner_trips=_DEPTH, skipped=("refill_of_replay",)
     ),
     # The template's flags, then which step of the chain it is: of a decoder's blocks the last one comes first.
     "block_backward.backward_kernel+mlp+tiled+first": Kernel(
-        "pixel_decoder", "block_backward", skipped=("if (!p.first) {", "if (p.last) {")
+        "pixel_decoder", "block_backward", skipped=("gradient_of_later_blocks", "gradient_of_cond")
     ),
-    "block_backward.backward_kernel+mlp+tiled": Kernel("pixel_decoder", "block_backward", skipped=("if (p.last) {",)),
+    "block_backward.backward_kernel+mlp+tiled": Kernel(
+        "pixel_decoder", "block_backward", skipped=("gradient_of_cond",)
+    ),
     "block_backward.backward_kernel+mlp+tiled+last": Kernel("pixel_decoder", "block_backward"),
     "block_backward.backward_kernel+mlp+first+last": Kernel(
-        "adaln_block", "block_backward", skipped=("if (!p.first) {",)
+        "adaln_block", "block_backward", skipped=("gradient_of_later_blocks",)
     ),
     "block_backward.backward_kernel+first+last": Kernel(
-        "upsample_modulate", "block_backward", skipped=("if (!p.first) {",)
+        "upsample_modulate", "block_backward", skipped=("gradient_of_later_blocks",)
     ),
     "decoder_embedding.embedding_kernel": Kernel("pixel_decoder", "pixel_decoder_embedding"),
     "decoder_embedding.table_kernel": Kernel("pixel_decoder", "pixel_table_gradient", counted=False),
@@ -176,7 +177,7 @@ def _figures(code: sass.Code, lines, kernel: Kernel, source: str, width: int, ar
     launch = launches(width or 32, SHARED_LIMIT[architecture.removesuffix("a")])[kernel.op, kernel.launch]
     slots, pipes, milliseconds = None, {}, None
     if kernel.counted:
-        skipped = _blocks_of(source, kernel.skipped)
+        skipped = _lines_of(kernel.skipped)
         counted = _per_16_pixels(code, launch, kernel.inner_trips, lambda a: bool(lines[a] & skipped))
         if counted is not None:
             pipes, tensor_cycles = counted
@@ -185,17 +186,10 @@ def _figures(code: sass.Code, lines, kernel: Kernel, source: str, width: int, ar
     return Figures(toolchain(), code.registers, code.spill_bytes, launch.shared_bytes, slots, pipes, milliseconds)
 
 
-def _blocks_of(source: str, conditions: tuple[str, ...]) -> set[tuple[str, int]]:
-    """(file, line) of every line inside the blocks that start with these lines of a source."""
-    path = CSRC / "cuda" / f"{source}.cu"
-    text = path.read_text().splitlines()
-    inside = set()
-    for condition in conditions:
-        (first,) = (number for number, line in enumerate(text) if line.strip() == condition)
-        end = text[first][: text[first].index(condition)] + "}"
-        last = next(number for number in range(first + 1, len(text)) if text[number].startswith(end))
-        inside |= {(str(path), number + 1) for number in range(first + 1, last)}
-    return inside
+def _lines_of(names: tuple[str, ...]) -> set[tuple[str, int]]:
+    """(file, line) of every line inside these regions of csrc/cuda."""
+    regions = source_regions.all_regions()
+    return {(str(regions[name].path), line) for name in names for line in regions[name].lines}
 
 
 def _per_16_pixels(code: sass.Code, launch: "Launch", inner_trips: int | None, is_skipped) -> tuple[dict, float] | None:

@@ -256,18 +256,22 @@ struct Chain {
   // Adds what later blocks found and, in the last step of the chain, turns δs into δcond.
   DECO_DEVICE void finish_cond(Tile<D>& grad) const {
     if (!p.first) {
+      // region: gradient_of_later_blocks
       const Tile<D> before = tile_of<T>(load_row<T, D>(p.cond_grad, pixel[0]), load_row<T, D>(p.cond_grad, pixel[1]));
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) grad.v[j][i] += before.v[j][i];
+      // end region
     }
     if (p.last) {
+      // region: gradient_of_cond
       const Tile<D> cond = tile_of<T>(load_row<T, D>(p.cond, pixel[0]), load_row<T, D>(p.cond, pixel[1]));
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) grad.v[j][i] *= 0.5f * silu_of_double_gradient(0.5f * cond.v[j][i]).slope;
+      // end region
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r)
@@ -345,7 +349,9 @@ backward_kernel(const BackwardParams p) {
     for (uint32_t begin = block() * block_pixels; begin < p.pixels; begin += step) {
       run_chain(begin);
       if (sums) {
+        // region: barrier_before_weight_gradients
         block_barrier();
+        // end region
         add_tiles();
         block_barrier();
       }

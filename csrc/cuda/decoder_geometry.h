@@ -45,12 +45,17 @@ template <class Run>
 Status with_kernel(DType operand, int width, Run&& run) {
   const auto with_type = [&](auto type) {
     switch (width) {
-      case 16: return run(type, std::integral_constant<int, 16>{});
+      // region: kernels_of_wide_decoders
       case 32: return run(type, std::integral_constant<int, 32>{});
-      default: return run(type, std::integral_constant<int, 64>{});
+      case 64: return run(type, std::integral_constant<int, 64>{});
+      // end region
+      default: return run(type, std::integral_constant<int, 16>{});
     }
   };
-  return operand == DType::kBFloat16 ? with_type(BFloat16{}) : with_type(Float16{});
+  // region: kernels_of_float16
+  if (operand == DType::kFloat16) return with_type(Float16{});
+  // end region
+  return with_type(BFloat16{});
 }
 
 }  // namespace deco::cuda

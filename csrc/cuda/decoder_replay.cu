@@ -115,9 +115,11 @@ replay_kernel(const ReplayParams p) {
 #pragma unroll 1
     for (int l = 0; l < depth; ++l) {
       if (!p.resident) {
+        // region: refill_of_replay
         block_barrier();
         slots.fill(0, op.packed, l);
         block_barrier();
+        // end region
       }
       void* h_tiles = static_cast<T*>(op.h_tiles) + l * (p.rows * D);
 #pragma unroll

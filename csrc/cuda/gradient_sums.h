@@ -117,8 +117,16 @@ struct ChannelGradient {
     const uint32_t right[2] = {transpose(x[0]), transpose(x[1])};
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
-      const uint32_t left[4] = {transpose(h.k_step[k][0]), transpose(h.k_step[k][2]), transpose(h.k_step[k][1]),
-                                transpose(h.k_step[k][3])};
+      const uint32_t left[4] = {
+          transpose(h.k_step[k][0]),
+          // region: bottom_left_quadrant
+          transpose(h.k_step[k][2]),
+          // end region
+          // region: top_right_quadrant
+          transpose(h.k_step[k][1]),
+          // end region
+          transpose(h.k_step[k][3]),
+      };
       multiply<T>(outer[k], left, right, outer[k]);
     }
     sum += (low<T>(right[0]) + high<T>(right[0])) + (low<T>(right[1]) + high<T>(right[1]));

@@ -70,7 +70,10 @@ forward_kernel(const ForwardParams p) {
       RowWords<D> cond[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint32_t pixel = min(first + 16 * m + 8 * r, p.pixels - 1);
+        uint32_t pixel = first + 16 * m + 8 * r;
+        // region: last_pixel_for_missing_ones
+        pixel = min(pixel, p.pixels - 1);
+        // end region
         const PixelPlace place = locate(p.grid, pixel);
         pixel_address[r] = p.image.at(place);
         out[m][r] = p.velocity.offset(place);
@@ -84,9 +87,11 @@ forward_kernel(const ForwardParams p) {
 #pragma unroll 1
     for (int l = 0; l < depth; ++l) {
       if (!p.resident) {
+        // region: refill_of_forward
         block_barrier();
         slots.fill(0, p.packed, l);
         block_barrier();
+        // end region
       }
       block_forward<T, D, M>(h, s, slots.block(p.resident ? l : 0, selector), p.eps);
     }

@@ -169,7 +169,9 @@ struct RowPair {
 
 // The sum over the four lanes that share a row.
 DECO_DEVICE float quad_sum(float x) {
+  // region: first_shuffle_of_quad_sum
   x += shuffle_xor(x, 1);
+  // end region
   return x + shuffle_xor(x, 2);
 }
 

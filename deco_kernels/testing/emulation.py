@@ -6,8 +6,10 @@ The sources, csrc/emulation among them, are those of the tree that this file lie
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -80,6 +82,12 @@ def compile_tree(sources: Path, folder: Path) -> None:
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode != 0:
             raise RuntimeError(f"building the emulator failed:\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}")
+
+
+def compile_command(*arguments: str | Path) -> list[str]:
+    """A command that runs the compiler as for the emulated module of this tree, which must be built, but with -O1."""
+    command = shlex.split(json.loads((BUILD / "compile_commands.json").read_text())[0]["command"])
+    return [*command[: command.index("-o")], "-O1", "-xc++", *map(str, arguments)]
 
 
 def load(library: Path):

@@ -18,16 +18,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    import pybind11
-
+def kernels(emulated_session, tmp_path_factory):
     library = tmp_path_factory.mktemp("emulator") / f"emulator_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
     csrc, here = emulation.ROOT / "csrc", emulation.ROOT / "tests" / "backends"
-    includes = [csrc, csrc / "include", pybind11.get_include(), sysconfig.get_path("include")]
-    command = ["g++", "-std=c++17", "-O1", "-march=native", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
-    command += [f"-I{path}" for path in includes]
-    command += [str(here / "emulator_kernels.cpp"), str(csrc / "emulation" / "machine.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True)
+    sources = (here / "emulator_kernels.cpp", csrc / "emulation" / "machine.cpp")
+    subprocess.run(emulation.compile_command("-shared", *sources, "-o", library), check=True)
     spec = importlib.util.spec_from_file_location("emulator_kernels", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

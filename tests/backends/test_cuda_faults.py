@@ -1,5 +1,6 @@
 """Faults planted in the real kernels are noticed: by the emulator, by the order of warps, or by the rule of error."""
 
+import string
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -8,36 +9,40 @@ import pytest
 import torch
 
 from deco_kernels import native, ops, testing
-from deco_kernels.testing import emulation
+from deco_kernels.testing import emulation, source_regions
 
 pytestmark = pytest.mark.emulate
 
-CSRC = emulation.ROOT / "csrc"
-ONLY_D16 = (
-    "decoder_geometry.h",
-    "  return operand == DType::kBFloat16 ? with_type(BFloat16{}) : with_type(Float16{});",
-    "  return run(BFloat16{}, std::integral_constant<int, 16>{});",
-)
+# A source that is compiled again serves D 16 in bfloat16 alone: the others would only cost time.
+ONLY_D16 = {"kernels_of_wide_decoders": "", "kernels_of_float16": ""}
 
 
-def build_with_fault(source: str, file: str, text: str, replacement: str, folder: Path):
-    """The emulated module of this tree with csrc/cuda/SOURCE.cu compiled again after replacing `text`, which occurs
-    once in csrc/cuda/FILE. That source then serves D 16 in bfloat16 alone: the others would only cost time."""
-    # The compiler looks for headers here before it looks in the tree.
+def changed_files(changes: dict[str, str]) -> dict[str, str]:
+    """Contents by name of the files of csrc/cuda whose regions `changes` replaces: a new text for each, in which $name
+    stands for what the region of that name holds."""
+    regions = source_regions.all_regions()
+    files = {region.path: region.path.read_text().splitlines(keepends=True) for region in regions.values()}
+    contents = {name: "".join(files[path][lines.start - 1 : lines.stop - 1]) for name, (path, lines) in regions.items()}
+    changed = {name: string.Template(text).substitute(contents) for name, text in changes.items()}
+    for name in sorted(changed, key=lambda name: regions[name].lines.start, reverse=True):
+        path, lines = regions[name]
+        files[path][lines.start - 1 : lines.stop - 1] = [changed[name]]
+    return {path.name: "".join(files[path]) for path in {regions[name].path for name in changes}}
+
+
+def build_with_fault(source: str, changes: dict[str, str], folder: Path):
+    """The emulated module of this tree with csrc/cuda/SOURCE.cu compiled again after `changes` in that folder."""
     changed = folder / "cuda"
     changed.mkdir()
-    contents = {f: (CSRC / "cuda" / f).read_text() for f in (f"{source}.cu", file, ONLY_D16[0])}
-    for name, old, new in ((file, text, replacement), ONLY_D16):
-        assert contents[name].count(old) == 1, f"{name} holds {contents[name].count(old)} times: {old}"
-        contents[name] = contents[name].replace(old, new)
-    for name, content in contents.items():
+    unchanged = {f"{source}.cu": (source_regions.CUDA_SOURCES / f"{source}.cu").read_text()}
+    for name, content in (unchanged | changed_files(changes | ONLY_D16)).items():
         (changed / name).write_text(content)
     compiled = folder / f"{source}.o"
     good = [path for path in emulation.BUILD.rglob("*.o") if path.name != f"{source}.cu.o"]
     library = folder / f"_native_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    flags = "-std=c++17 -O1 -march=native -fPIC -fvisibility=hidden -Wno-unknown-pragmas -DDECO_EMULATION".split()
-    includes = [f"-I{path}" for path in (folder, CSRC, CSRC / "include")]
-    subprocess.run(["g++", *flags, *includes, "-xc++", "-c", changed / f"{source}.cu", "-o", compiled], check=True)
+    # -iquote: the compiler looks for headers there before it looks in the tree.
+    command = emulation.compile_command("-iquote", folder, "-c", changed / f"{source}.cu", "-o", compiled)
+    subprocess.run(command, check=True)
     subprocess.run(["g++", "-shared", compiled, *good, "-o", library], check=True)
     module = emulation.load(library)
     module.set_device_limits(emulation.MULTIPROCESSORS, emulation.LARGE_SHARED)
@@ -46,10 +51,10 @@ def build_with_fault(source: str, file: str, text: str, replacement: str, folder
 
 @pytest.fixture
 def plant(emulated, tmp_path):
-    """A function that changes one text of csrc/cuda and makes the module so built serve CPU tensors."""
+    """A function that changes regions of csrc/cuda and makes the module so built serve CPU tensors."""
 
-    def build(source, file, text, replacement):
-        module = build_with_fault(source, file, text, replacement, tmp_path)
+    def build(source, **changes):
+        module = build_with_fault(source, changes, tmp_path)
         native.emulate_cuda(module)
         return module
 
@@ -67,9 +72,6 @@ def run_forward(inputs):
         return ops.pixel_decoder(**inputs.tensors, **inputs.options, backend=emulation.BACKEND)
 
 
-BARRIER = "        block_barrier();\n        add_tiles();"
-
-
 def gradients_of_two_seeds(module):
     for seed in (1, 2):
         module.set_seed(seed)
@@ -78,13 +80,13 @@ def gradients_of_two_seeds(module):
 
 def test_without_a_fault_the_results_are_right(plant, emulated):
     expected = testing.run(decoder_inputs(), emulation.BACKEND).gradients["fc1_weight"]
-    module = plant("block_backward", "block_backward.cu", BARRIER, BARRIER)
+    module = plant("block_backward", barrier_before_weight_gradients="$barrier_before_weight_gradients")
     assert module is not emulated
     assert all(torch.equal(gradient, expected) for gradient in gradients_of_two_seeds(module))
 
 
 def test_a_missing_barrier_before_the_weight_gradients(plant):
-    module = plant("block_backward", "block_backward.cu", BARRIER, "        add_tiles();")
+    module = plant("block_backward", barrier_before_weight_gradients="")
     first, second = gradients_of_two_seeds(module)
     assert not torch.isfinite(first).all() or not torch.equal(first, second)
 
@@ -93,9 +95,8 @@ def test_swapped_fragments(plant):
     """Two quadrants of the left operand of the gradient of pixel_weight change places."""
     plant(
         "decoder_embedding",
-        "gradient_sums.h",
-        "transpose(h.k_step[k][2]), transpose(h.k_step[k][1]),",
-        "transpose(h.k_step[k][1]), transpose(h.k_step[k][2]),",
+        bottom_left_quadrant="$top_right_quadrant",
+        top_right_quadrant="$bottom_left_quadrant",
     )
     inputs = decoder_inputs(image_size=(1, 64, 64))
     failed = {row.name for row in testing.compare(inputs, testing.run(inputs, emulation.BACKEND)) if not row.passed}
@@ -103,22 +104,13 @@ def test_swapped_fragments(plant):
 
 
 def test_rows_read_one_pixel_outside(plant):
-    module = plant(
-        "pixel_decoder",
-        "pixel_decoder.cu",
-        "const uint32_t pixel = min(first + 16 * m + 8 * r, p.pixels - 1);",
-        "const uint32_t pixel = min(first + 16 * m + 8 * r, p.pixels);",
-    )
+    """255 pixels: the last row of the last tile alone has no pixel."""
+    module = plant("pixel_decoder", last_pixel_for_missing_ones="")
     with pytest.raises(module.Fault, match="pixel_decoder_forward: read outside"):
-        run_forward(decoder_inputs(patch_size=1, image_size=(1, 5, 5)))
+        run_forward(decoder_inputs(patch_size=1, image_size=(1, 15, 17)))
 
 
 def test_a_shuffle_under_divergence(plant):
-    module = plant(
-        "pixel_decoder",
-        "tile.h",
-        "  x += shuffle_xor(x, 1);\n  return x + shuffle_xor(x, 2);",
-        "  if (lane() < 16) x += shuffle_xor(x, 1);\n  return x + shuffle_xor(x, 2);",
-    )
+    module = plant("pixel_decoder", first_shuffle_of_quad_sum="if (lane() < 16) $first_shuffle_of_quad_sum")
     with pytest.raises(module.Fault, match="diverge|deadlock"):
         run_forward(decoder_inputs())

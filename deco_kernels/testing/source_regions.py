@@ -1,0 +1,36 @@
+"""Named regions of the CUDA sources: the lines between a line `// region: NAME` and the next line `// end region`.
+
+Static analysis and the tests of planted faults address code by these names, never by its text. No two regions of
+csrc/cuda have the same name, and none lies in another.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+CUDA_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+_MARKER = re.compile(r"// (?:region: (\w+)|end region)$")
+
+
+class Region(NamedTuple):
+    path: Path
+    lines: range  # their numbers, the file's first line being 1
+
+
+def all_regions() -> dict[str, Region]:
+    """Every region of csrc/cuda by its name; ValueError for an unpaired marker or a name that occurs twice."""
+    regions = {}
+    for path in sorted(CUDA_SOURCES.iterdir()):
+        start = None  # name of the open region, number of its first line
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if (marker := _MARKER.search(line)) is None:
+                continue
+            name = marker[1]
+            if (name is None) == (start is None) or name in regions:
+                raise ValueError(f"{path}:{number}: unpaired marker or a second region of this name: {line.strip()}")
+            if name is None:
+                regions[start[0]] = Region(path, range(start[1], number))
+            start = None if name is None else (name, number + 1)
+        if start is not None:
+            raise ValueError(f"{path}: region {start[0]} has no end")
+    return regions
