@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 NAMESPACE = "deco_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -194,12 +193,11 @@ def define_op(
         return serve(functions[0], request(*inputs), inputs[0].device, backend, *inputs)
 
     def backward(*arguments):
+        """A gradient that is not asked for is an empty placeholder, as an operator cannot return None."""
         gradients, (*inputs, backend, needs) = arguments[: len(outputs)], arguments[len(outputs) :]
-        return serve(functions[1], request(*inputs), inputs[0].device, backend, *gradients, *inputs, needs)
-
-    def backward_of_tensors(*arguments):
-        like = arguments[len(outputs)]
-        return tuple(like.new_empty(0) if result is None else result for result in backward(*arguments))
+        first = inputs[0]
+        results = serve(functions[1], request(*inputs), first.device, backend, *gradients, *inputs, needs)
+        return tuple(first.new_empty(0) if result is None else result for result in results)
 
     def fake_forward(*arguments):
         return fake(*arguments[:-1])
@@ -219,10 +217,10 @@ def define_op(
     backward_op = _register(
         f"{name}_backward",
         f"({gradient_schema}, {schema}, bool[] needs) -> {returns(count)}",
-        backward_of_tensors,
+        backward,
         fake_backward,
     )
-    return _differentiable(name, _Operator(forward_op, forward), _Operator(backward_op, backward), count)
+    return _differentiable(name, forward_op, backward_op, count)
 
 
 def _register(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
@@ -232,53 +230,17 @@ def _register(name: str, schema: str, implementation: Callable, fake: Callable) 
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-_BATCHED_GRADIENTS = torch._C._parse_dispatch_key("VmapMode")
-_PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
-
-
-class _Operator(NamedTuple):
-    """An operator registered with PyTorch and the function that it calls, which takes the same arguments and may return
-    None where the operator returns an empty placeholder."""
-
-    registered: Callable
-    function: Callable
-
-    def run(self, tensors: tuple, *others):
-        """The function at once where nobody can tell the difference, else the operator: passing a dozen tensors through
-        the dispatcher and back to Python takes longer than all else that a small call does."""
-        if torch.compiler.is_compiling() or _watched(tensors):
-            return self.registered(*tensors, *others)
-        return self.function(*tensors, *others)
-
-
-def _watched(tensors: tuple) -> bool:
-    """Whether something may act on, replace or record calls of operators: a mode, a functional transform, the profiler,
-    a tracer, or what stands for a tensor (a subclass, the meta device) or for its values (the batch of a gradient with
-    `is_grads_batched`, a pending negation, zeros without memory), which the dispatcher resolves."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADIENTS)
-        or torch.autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
-        or tensors[0].is_meta
-        or not _PLAIN_TENSORS.issuperset(map(type, tensors))
-        or [tensor for tensor in tensors if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor())]
-    )
-
-
-def _differentiable(name: str, forward_op: _Operator, backward_op: _Operator, tensor_count: int) -> Callable:
-    """The autograd function around the two operators. Only the inputs are saved between forward and backward. Inside
-    functional transforms it is always applied: there `requires_grad` does not say whether a gradient will be asked for.
-    """
+def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tensor_count: int) -> Callable:
+    """The autograd function around the two operators. Only the inputs are saved between forward and backward. It is
+    applied to every call: inside functional transforms `requires_grad` does not say whether a derivative will be asked
+    for."""
 
     class Backward(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
         def forward(*arguments):
-            return backward_op.registered(*arguments)
+            return backward_op(*arguments)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -296,7 +258,7 @@ def _differentiable(name: str, forward_op: _Operator, backward_op: _Operator, te
 
         @staticmethod
         def forward(*arguments):
-            return forward_op.run(arguments[:tensor_count], *arguments[tensor_count:])
+            return forward_op(*arguments)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -307,28 +269,22 @@ def _differentiable(name: str, forward_op: _Operator, backward_op: _Operator, te
         def backward(ctx, *gradients):
             needs = list(ctx.needs_input_grad[:tensor_count])
             tensors = (*gradients, *ctx.saved_tensors)
-            if torch.is_grad_enabled():
-                results = Backward.apply(*tensors, *ctx.scalars, needs)
-            else:
-                results = backward_op.run(tensors, *ctx.scalars, needs)
+            differentiate = Backward.apply if torch.is_grad_enabled() else backward_op
+            results = differentiate(*tensors, *ctx.scalars, needs)
             wanted = [result if need else None for result, need in zip(results, needs, strict=True)]
             return (*wanted, *[None] * len(ctx.scalars))
 
+    class ForwardWithJvp(Forward):
+        """Used outside torch.compile, which refuses any autograd function that defines jvp."""
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            raise NotImplementedError(
+                f"{name}: forward-mode derivatives (jvp) are not implemented; use reverse mode, such as backward() or "
+                "torch.func.vjp, or build the computation from plain PyTorch operations"
+            )
+
     def apply(*arguments):
-        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-            return Forward.apply(*arguments)
-        if torch.is_grad_enabled():
-            for tensor in arguments[:tensor_count]:
-                if tensor is not None and tensor.requires_grad:
-                    return _apply(Forward, arguments)
-        return forward_op.run(arguments[:tensor_count], *arguments[tensor_count:])
+        return (Forward if torch.compiler.is_compiling() else ForwardWithJvp).apply(*arguments)
 
     return apply
-
-
-def _apply(function: type[torch.autograd.Function], arguments: tuple):
-    """`function.apply(*arguments)` outside functional transforms. Unless it is compiled it skips the binding of default
-    arguments by inspection, which takes about as long as the rest of `apply`."""
-    if torch.compiler.is_compiling():
-        return function.apply(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import deco_kernels
 from deco_kernels import ops
@@ -159,8 +160,13 @@ def test_forward_mode_is_refused_not_dropped(op):
     def function(value):
         return getattr(ops, op)(**{**inputs.tensors, name: value}, **inputs.options)
 
-    with pytest.raises((NotImplementedError, RuntimeError), match="jvp|forward"):
-        torch.func.jvp(function, (tensor,), (torch.ones_like(tensor),))
+    tangent = torch.ones_like(tensor)
+    with pytest.raises(NotImplementedError, match=rf"{op}: forward-mode derivatives \(jvp\).*use reverse mode"):
+        torch.func.jvp(function, (tensor,), (tangent,))
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(tensor, tangent)
+        with pytest.raises(NotImplementedError, match=rf"{op}: forward-mode derivatives \(jvp\).*use reverse mode"):
+            function(dual)
 
 
 def test_dtensor():

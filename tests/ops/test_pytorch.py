@@ -237,7 +237,7 @@ def operators_in_a_profile(call):
     "observe", [operators_in_a_dispatch_mode, operators_in_a_function_mode, operators_in_a_profile]
 )
 def test_observers_see_the_operators(op, observe):
-    """Plain calls pass the dispatcher by; under a mode or the profiler they give the same and can be seen."""
+    """Under a mode or the profiler, calls give the same results and the operators can be seen."""
     inputs = small_inputs(op)
     results = []
     seen = observe(lambda: results.append(gradients_of(loss_of, inputs)))

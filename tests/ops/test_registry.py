@@ -17,6 +17,14 @@ from deco_kernels.ops.registry import Request
 from tests.ops.cases import F32
 
 
+def test_no_private_name_of_pytorch():
+    """A rename inside PyTorch must not break the ops, whose lowest version alone is fixed."""
+    for path in Path(ops.__file__).parent.glob("*.py"):
+        names = set(re.findall(r"\b\w+\._[a-zA-Z]\w*", path.read_text()))
+        assert all(name.endswith("._replace") for name in names), (path, names)
+        assert not re.search(r"torch\._|from torch.* import .*\b_", path.read_text()), path
+
+
 def test_order_of_choice():
     assert registry.chosen_backend(None) == "auto"
     with deco_kernels.use_backend("reference"):
