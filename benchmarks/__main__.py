@@ -5,8 +5,9 @@ import importlib
 import os
 import sys
 
-from benchmarks.names import DEVICE_BACKENDS, DTYPES, EXTRAS, FORWARD, KEPT_HEAP, ON_REQUEST, OPS, TRAINING
+from benchmarks.names import DEVICE_BACKENDS, DTYPES, EXTRAS, FORWARD, ON_REQUEST, OPS, TRAINING
 from benchmarks.sizes import PRESETS, STANDARD, size_of
+from deco_kernels.machine import keep_heap
 
 COMMANDS = ("report", "static", "swap", "training", "trunk")  # modules with a `main(arguments)` of their own
 PASSES = {"forward": (FORWARD,), "backward": (TRAINING,), "both": (FORWARD, TRAINING)}
@@ -21,13 +22,8 @@ def main(arguments: list[str]) -> int:
         _check(options)
     except ValueError as error:
         return _refuse(str(error))
-    if (
-        options.device == "cpu"
-        and not options.default_heap
-        and any(os.environ.get(n) != v for n, v in KEPT_HEAP.items())
-    ):
-        command = [sys.executable, "-m", "benchmarks", *arguments]
-        os.execve(sys.executable, command, {**os.environ, **KEPT_HEAP})
+    if options.device == "cpu" and not options.default_heap:
+        keep_heap("-m", "benchmarks", *arguments)
 
     from benchmarks import run
 

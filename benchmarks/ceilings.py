@@ -10,7 +10,8 @@ import time
 
 import torch
 
-from benchmarks.timing import last_level_cache, milliseconds
+from benchmarks.timing import milliseconds
+from deco_kernels.machine import last_level_cache
 
 _REPEATS = 7
 _FMA_ROUNDS = 5_000_000

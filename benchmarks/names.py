@@ -19,10 +19,3 @@ AUTOTUNED = "compiled_max_autotune"
 COMPILE_MODES = {COMPILED: "default", AUTOTUNED: "max-autotune-no-cudagraphs"}
 LIGER = "liger"
 LIMIT = "limit"  # end to end: decoder and loss left out
-
-# glibc settings with which freed memory stays in the process, so that no contender's time goes into page faults
-KEPT_HEAP = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
-    "MALLOC_TOP_PAD_": "268435456",
-}

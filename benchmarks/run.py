@@ -15,13 +15,14 @@ import torch
 
 from benchmarks import comparison, end_to_end, kernels, modulated_rms_norm, report, results, scaling
 from benchmarks.ceilings import measure_ceilings
-from benchmarks.machine import header, load
+from benchmarks.machine import header
 from benchmarks.measure import Options, check_memory, measure
 from benchmarks.memory import measure_memory
 from benchmarks.names import AUTOTUNED, COMPILED, DEVICE_BACKENDS, OPS
 from benchmarks.overhead import measure_import, measure_overhead
 from benchmarks.problem import problem_of
 from benchmarks.sizes import STANDARD, size_of
+from deco_kernels.machine import load
 from deco_kernels.ops.registry import backend_names
 
 _ISA_VARIABLE = "DECO_KERNELS_CPU_ISA"

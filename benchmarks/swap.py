@@ -19,11 +19,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from benchmarks.machine import header
 from benchmarks.markdown import table
 from benchmarks.measure import statistics_of
-from benchmarks.memory import peak_bytes, reset_peak
-from benchmarks.names import KEPT_HEAP
 from benchmarks.timing import interleaved
 from deco_kernels import flow, ops
 from deco_kernels.integrations import swap_decoder
+from deco_kernels.machine import default_heap, keep_heap, peak_bytes, reset_peak
 from deco_kernels.testing.published import losses as published_losses
 from deco_kernels.testing.published_model import PublishedDeCo
 
@@ -148,13 +147,11 @@ def measure_times(recipe: Recipe, budget_s: float, min_rounds: int) -> list[dict
 
 
 def measure_memory(threads: int) -> list[dict]:
-    """Growth of the peak memory over two training steps, gradients and optimiser included; in a process of its own with
-    glibc's default heap, which gives large blocks back."""
-    environment = {name: value for name, value in os.environ.items() if name not in KEPT_HEAP}
+    """Growth of the peak memory over two training steps, gradients and optimiser included; in a process of its own."""
     found = []
     for name in (EAGER, FUSED):
         command = [sys.executable, "-m", "benchmarks.swap", name, str(threads)]
-        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        answer = subprocess.run(command, env=default_heap(), capture_output=True, text=True, check=False)
         if answer.returncode:
             raise OSError(f"measuring the memory of {name} failed:\n{answer.stderr}")
         found.append({"contender": name, "growth_bytes": int(answer.stdout)})
@@ -294,9 +291,7 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
-    if not KEPT_HEAP.items() <= os.environ.items():  # the C library reads these when a process starts
-        command = [sys.executable, "-m", "benchmarks", "swap", *arguments]
-        os.execve(sys.executable, command, {**os.environ, **KEPT_HEAP})
+    keep_heap("-m", "benchmarks", "swap", *arguments)
     torch.set_num_threads(options.threads)
     for part in options.parts or PARTS:
         result[part] = {"header": header("cpu")} | _measure(part, options)

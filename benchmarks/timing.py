@@ -1,28 +1,15 @@
 """Interleaved timing on cold buffers."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from deco_kernels.machine import last_level_cache
+
 COLD_FACTOR = 3  # rotating buffers hold at least this many times the last-level cache
 _SHORTEST_MS = 1.0  # shorter calls are repeated within one measurement
-
-
-def last_level_cache(device: str) -> int:
-    """Bytes of the device's last cache; 32 MiB where the system does not tell."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(0).L2_cache_size
-    sizes = []
-    folder = "/sys/devices/system/cpu/cpu0/cache"
-    for index in os.listdir(folder) if os.path.isdir(folder) else ():
-        path = os.path.join(folder, index, "size")
-        if os.path.isfile(path):
-            with open(path) as file:
-                sizes.append(int(file.read().strip().rstrip("K")) * 1024)
-    return max(sizes, default=32 << 20)
 
 
 def buffer_count(bytes_each: int, device: str) -> int:

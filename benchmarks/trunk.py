@@ -9,15 +9,15 @@ import copy
 import json
 import os
 import statistics
-import sys
 import time
 
 import torch
 from torch import nn
 
 from benchmarks import machine
-from benchmarks.names import DTYPES, FORWARD, KEPT_HEAP, TRAINING
+from benchmarks.names import DTYPES, FORWARD, TRAINING
 from deco_kernels import model
+from deco_kernels.machine import keep_heap
 
 # (image edge, batch, width, heads), each with 4 blocks and 16x16 patches.
 SIZES = {"128x128, batch 8, width 128": (128, 8, 128, 4), "256x256, batch 2, width 768": (256, 2, 768, 12)}
@@ -32,10 +32,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed rounds per row (default: 15)")
     parser.add_argument("--output", metavar="FILE.json", help="write the result there")
     options = parser.parse_args(arguments)
-    environment = {**KEPT_HEAP, **DISABLE_CACHES}
-    if any(os.environ.get(name) != value for name, value in environment.items()):
-        command = [sys.executable, "-m", "benchmarks", "trunk", *arguments]
-        os.execve(sys.executable, command, {**os.environ, **environment})
+    keep_heap("-m", "benchmarks", "trunk", *arguments, **DISABLE_CACHES)
     torch.set_num_threads(1)
     result = {
         "header": machine.header("cpu"),

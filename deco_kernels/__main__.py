@@ -14,6 +14,7 @@ import time
 import torch
 
 from deco_kernels import __version__, native, testing
+from deco_kernels.machine import processor_name
 from deco_kernels.ops import registry
 
 OPS = (*testing.OPS, "frequency_loss")
@@ -28,15 +29,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name} (compute capability {properties.major}.{properties.minor})"
-    return f"{cpu_model()}, {torch.get_num_threads()} threads of {os.cpu_count()} processors"
-
-
-def cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return f"{processor_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} processors"
 
 
 def package_version(name: str) -> str:

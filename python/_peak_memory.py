@@ -5,7 +5,6 @@ resident memory during two steps (gradients and optimiser state included) less w
 """
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +12,16 @@ from pathlib import Path
 import torch
 from _training import FULL, Contender, Recipe
 
-from benchmarks.memory import peak_bytes, reset_peak
-from benchmarks.names import KEPT_HEAP
+from deco_kernels.machine import default_heap, peak_bytes, reset_peak
 
 STEPS = 2
 
 
 def measure(name: str, recipe: Recipe, photographs: int) -> float:
     """Growth in MB (10^6 bytes), in a fresh process with glibc's default heap, which gives large blocks back."""
-    environment = {key: value for key, value in os.environ.items() if key not in KEPT_HEAP}
     sizes = (photographs, recipe.image_size, recipe.batch_size, torch.get_num_threads())
     command = [sys.executable, str(Path(__file__).resolve()), name, *map(str, sizes)]
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    answer = subprocess.run(command, env=default_heap(), capture_output=True, text=True, check=False)
     if answer.returncode:
         raise RuntimeError(f"measuring the peak memory of {name} failed:\n{answer.stderr}")
     return int(answer.stdout) / 1e6

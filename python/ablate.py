@@ -27,7 +27,7 @@ sys.path.append(str(ROOT))
 from _photos import readable, shipped_photographs  # noqa: E402
 from _program import exit_status  # noqa: E402
 
-from benchmarks.names import KEPT_HEAP  # noqa: E402
+from deco_kernels.machine import keep_heap  # noqa: E402
 
 CROPS, HELD_OUT_CROPS = 300, 48  # of every photograph
 STUDY_NAMES = ("interaction", "capacity", "frequency", "aspect")
@@ -199,6 +199,5 @@ def measured_costs(study, recipe, out: Path) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    if not KEPT_HEAP.items() <= os.environ.items():  # the C library reads these when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT_HEAP})
+    keep_heap(*sys.argv)
     sys.exit(main())

@@ -10,7 +10,6 @@ Exit status: 0; 1 if a promise is broken (PSNR, agreement of losses or gradients
 """
 
 import argparse
-import os
 import sys
 import time
 import warnings
@@ -25,8 +24,7 @@ from _photos import energy_spectrum, load_photographs, psnr, shipped_photographs
 from _report import write_json, write_picture  # noqa: E402
 from _training import FULL, SHORT, Contender, Recipe, compare_steps, gradient_errors, loss_difference, train  # noqa: E402
 
-from benchmarks.machine import header  # noqa: E402
-from benchmarks.names import KEPT_HEAP  # noqa: E402
+from deco_kernels import machine  # noqa: E402
 from deco_kernels.ops import registry  # noqa: E402
 
 # What losses and gradients in float32 may differ by: between two orders of summation, after the steps compared.
@@ -107,7 +105,7 @@ def run(recipe: Recipe, names: list[str], photographs: torch.Tensor, seed: int) 
         "steps": recipe.steps,
         "recipe": recipe.as_dict(),
         "backends": serving_backends(),
-        "machine": header("cpu") | {"command": " ".join(["python", *sys.argv])},
+        "machine": machine.description("cpu", ROOT) | {"command": " ".join(["python", *sys.argv])},
         "psnr_curve": curve,
         "energy_spectra": {
             "photographs": energy_spectrum(photographs),
@@ -152,6 +150,5 @@ def print_summary(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    if not KEPT_HEAP.items() <= os.environ.items():  # the C library reads these when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT_HEAP})
+    machine.keep_heap(*sys.argv)
     sys.exit(main())

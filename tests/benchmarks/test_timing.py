@@ -7,7 +7,8 @@ import pytest
 from benchmarks.names import OPS
 from benchmarks.results import best_of
 from benchmarks.sizes import PRESETS, STANDARD, Size, size_of
-from benchmarks.timing import COLD_FACTOR, buffer_count, interleaved, last_level_cache
+from benchmarks.timing import COLD_FACTOR, buffer_count, interleaved
+from deco_kernels.machine import last_level_cache
 
 
 def test_contenders_take_turns_and_buffers_rotate(monkeypatch):
