@@ -49,7 +49,7 @@ lint: env
 	git ls-files '*.c' '*.cpp' '*.cu' '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 gpu-check:
-	@$(GPU_PYTHON) python/gpu_check.py $(ARGS)
+	@$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 env: $(VENV)/.native
 

@@ -6,17 +6,25 @@ import os
 import sys
 
 from benchmarks.names import DEVICE_BACKENDS, DTYPES, EXTRAS, FORWARD, ON_REQUEST, OPS, TRAINING
-from benchmarks.sizes import PRESETS, STANDARD, size_of
+from benchmarks.ops.sizes import PRESETS, STANDARD, size_of
 from deco_kernels.machine import keep_heap
 
-COMMANDS = ("report", "static", "swap", "training", "trunk")  # modules with a `main(arguments)` of their own
+# Modules with a `main(arguments)` of their own.
+COMMANDS = {
+    "host_time": "benchmarks.models.host_time",
+    "report": "benchmarks.report.__main__",
+    "static": "benchmarks.static.__main__",
+    "swap": "benchmarks.models.swap",
+    "training": "benchmarks.models.training",
+    "trunk": "benchmarks.models.trunk",
+}
 PASSES = {"forward": (FORWARD,), "backward": (TRAINING,), "both": (FORWARD, TRAINING)}
 _BY_HAND = "B=4,H=256,W=256,D=32,N=3,p=16,Z=1152"
 
 
 def main(arguments: list[str]) -> int:
     if arguments and arguments[0] in COMMANDS:
-        return importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
+        return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
         _check(options)

@@ -13,15 +13,19 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import comparison, end_to_end, kernels, modulated_rms_norm, report, results, scaling
-from benchmarks.ceilings import measure_ceilings
-from benchmarks.machine import header
-from benchmarks.measure import Options, check_memory, measure
-from benchmarks.memory import measure_memory
+from benchmarks.harness import results, scaling
+from benchmarks.harness.ceilings import measure_ceilings
+from benchmarks.harness.machine import header
+from benchmarks.harness.measure import Options, check_memory, measure
+from benchmarks.harness.memory import measure_memory
+from benchmarks.harness.overhead import measure_import, measure_overhead
+from benchmarks.models import end_to_end
 from benchmarks.names import AUTOTUNED, COMPILED, DEVICE_BACKENDS, OPS
-from benchmarks.overhead import measure_import, measure_overhead
-from benchmarks.problem import problem_of
-from benchmarks.sizes import STANDARD, size_of
+from benchmarks.ops import modulated_rms_norm
+from benchmarks.ops.problem import problem_of
+from benchmarks.ops.sizes import STANDARD, size_of
+from benchmarks.report import comparison, tables
+from benchmarks.static import timed_kernels
 from deco_kernels.machine import load
 from deco_kernels.ops.registry import backend_names
 
@@ -71,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
     if old:
         comparison.mark_unstable(old, result)
-    print(report.markdown(result))
+    print(tables.markdown(result))
     if old:
         print(comparison.markdown(old, result))
     if options.output:
@@ -117,7 +121,7 @@ def _parts_on_request(options: argparse.Namespace, backends: tuple[str, ...]) ->
             text = f"{case.pass_} of {case.preset}, batch {case.batch}, {dtype}"
             yield text, "end_to_end", functools.partial(end_to_end.measure_end_to_end, case, dtype, timing)
     if "kernels" in options.parts:
-        yield "kernels against their budgets", "kernels", functools.partial(kernels.measure_kernels, options.full)
+        yield "kernels against their budgets", "kernels", functools.partial(timed_kernels.measure_kernels, options.full)
 
 
 def _timing(options: argparse.Namespace, backends: tuple[str, ...]) -> Options:

@@ -10,12 +10,12 @@ import functools
 import pytest
 import torch
 
-from benchmarks.measure import rotating, rotating_buffers
+from benchmarks.harness.measure import rotating, rotating_buffers
+from benchmarks.harness.steps import Step, contenders_of
+from benchmarks.harness.verification import Verification, verify
 from benchmarks.names import DEVICE_BACKENDS, FORWARD, OPS, PUBLISHED, TRAINING
-from benchmarks.problem import problem_of
-from benchmarks.sizes import STANDARD, size_of
-from benchmarks.steps import Step, contenders_of
-from benchmarks.verification import Verification, verify
+from benchmarks.ops.problem import problem_of
+from benchmarks.ops.sizes import STANDARD, size_of
 
 pytest.importorskip("pytest_benchmark")
 

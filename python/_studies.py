@@ -10,10 +10,10 @@ import torch
 from _study_run import Recipe, Variant
 from matplotlib.axes import Axes
 
-from benchmarks.measure import Options, measure
+from benchmarks.harness.measure import Options, measure
 from benchmarks.names import DEVICE_BACKENDS, PUBLISHED, TRAINING
-from benchmarks.problem import problem_of
-from benchmarks.sizes import Size
+from benchmarks.ops.problem import problem_of
+from benchmarks.ops.sizes import Size
 from deco_kernels import ops
 
 Results = list[dict[str, Any]]  # what every run wrote, see `_study_run.Run.finish`

@@ -9,7 +9,7 @@ from _studies import Costs, Results, Study, mean_weight
 from _study_run import Recipe, write_json
 from matplotlib.figure import Figure
 
-from benchmarks.markdown import section, table
+from benchmarks.report.markdown import section, table
 from deco_kernels import ops
 from deco_kernels.model.checkpoint_file import complete_or_absent
 

@@ -5,61 +5,60 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks import sass, static, static_cuda, static_tables
+from benchmarks.static import cuda_kernels, sass, triton_kernels
+from benchmarks.static.figures import CUDA_PREFIX, SHARED_LIMIT, exceeded, recorded_budgets
 
 pytestmark = [
     pytest.mark.aot,
-    pytest.mark.skipif(static_cuda.nvcc() is None, reason="no nvcc on PATH, in $CUDA_HOME/bin or /usr/local/cuda/bin"),
+    pytest.mark.skipif(cuda_kernels.nvcc() is None, reason="no nvcc on PATH, in $CUDA_HOME/bin or /usr/local/cuda/bin"),
 ]
 
-BUDGETS = static.recorded_budgets("cuda")
+BUDGETS = recorded_budgets("cuda")
 
 
 @pytest.fixture(scope="module")
 def compiled():
     """architecture -> figures of all kernels; two sources are compiled at a time, ahead of the tests."""
-    reason = static_cuda.unavailable_reason()
+    reason = cuda_kernels.unavailable_reason()
     if reason is not None:
         pytest.skip(reason)
     pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with Triton")
-    for architecture in static_cuda.ARCHITECTURES:
-        for width in static.WIDTHS:
-            static_cuda.launches(width, static.SHARED_LIMIT[architecture.removesuffix("a")])
+    for architecture in cuda_kernels.ARCHITECTURES:
+        for width in triton_kernels.WIDTHS:
+            cuda_kernels.launches(width, SHARED_LIMIT[architecture.removesuffix("a")])
     with ThreadPoolExecutor(2) as pool:
         jobs = {
-            architecture: [pool.submit(static_cuda.source_figures, s, architecture) for s in static_cuda.sources()]
-            for architecture in static_cuda.ARCHITECTURES
+            architecture: [pool.submit(cuda_kernels.source_figures, s, architecture) for s in cuda_kernels.sources()]
+            for architecture in cuda_kernels.ARCHITECTURES
         }
         yield lambda architecture: {k: v for job in jobs[architecture] for k, v in job.result().items()}
 
 
-@pytest.mark.parametrize("architecture", static_cuda.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", cuda_kernels.ARCHITECTURES)
 def test_every_kernel_compiles_for_every_width_and_dtype(compiled, architecture):
     found = compiled(architecture)
-    assert {name.split("/")[0] for name in found} == {static_tables.CUDA_PREFIX + name for name in static_cuda.KERNELS}
-    for width in static.WIDTHS:
+    assert {name.split("/")[0] for name in found} == {CUDA_PREFIX + name for name in cuda_kernels.KERNELS}
+    for width in triton_kernels.WIDTHS:
         for dtype in ("bfloat16", "float16"):
             assert len([name for name in found if name.endswith(f"/D{width}/{dtype}")]) == 10
     for name, figures in found.items():
-        assert (
-            figures.registers <= 255 and figures.shared_bytes <= static.SHARED_LIMIT[architecture.removesuffix("a")]
-        ), name
+        assert figures.registers <= 255 and figures.shared_bytes <= SHARED_LIMIT[architecture.removesuffix("a")], name
 
 
-@pytest.mark.parametrize("architecture", static_cuda.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", cuda_kernels.ARCHITECTURES)
 def test_budgets_hold(compiled, architecture):
     budgets = {name: entry[architecture] for name, entry in BUDGETS.items() if architecture in entry}
     toolchains = {budget["toolchain"] for budget in budgets.values()}
     assert len(toolchains) == 1
-    if static_cuda.toolchain() not in toolchains:
-        pytest.skip(f"the budgets were recorded with {toolchains.pop()}, this is {static_cuda.toolchain()}")
-    widths = static.WIDTHS if architecture == "sm_90a" else (32,)
+    if cuda_kernels.toolchain() not in toolchains:
+        pytest.skip(f"the budgets were recorded with {toolchains.pop()}, this is {cuda_kernels.toolchain()}")
+    widths = triton_kernels.WIDTHS if architecture == "sm_90a" else (32,)
     dtypes = ("bfloat16", "float16") if architecture == "sm_90a" else ("bfloat16",)
     wanted = {(width, dtype) for width in widths for dtype in dtypes}
-    found = {name: f for name, f in compiled(architecture).items() if static_cuda.is_among(name, wanted)}
+    found = {name: f for name, f in compiled(architecture).items() if cuda_kernels.is_among(name, wanted)}
     assert found.keys() == budgets.keys()
     for name, figures in found.items():
-        assert not list(static.exceeded(figures, budgets[name])), name
+        assert not list(exceeded(figures, budgets[name])), name
 
 
 def test_the_record_reaches_its_goals():
@@ -67,7 +66,7 @@ def test_the_record_reaches_its_goals():
     either pass of the loss."""
 
     def record(kernel, case="D32/bfloat16"):
-        return BUDGETS[f"{static_tables.CUDA_PREFIX}{kernel}/{case}"]["sm_90a"]
+        return BUDGETS[f"{CUDA_PREFIX}{kernel}/{case}"]["sm_90a"]
 
     forward = record("pixel_decoder.forward_kernel")
     assert forward["issue_slots_per_16_px"] <= 1320 and forward["spill_bytes"] == 0
@@ -90,8 +89,8 @@ def code_of(*opcodes: str) -> sass.Code:
 def test_slots_of_a_loop_inside_the_steady_loop():
     """Two warps of 32 pixels each: six instructions once a turn, two of them three times, and one that is skipped."""
     code = code_of("MOV", "FADD", "HMMA.16816", "BRA 2", "MOV", "FMUL", "BRA 1", "EXIT")
-    launch = static_cuda.Launch(warps=2, shared_bytes=0, turn_pixels=64)
-    pipes, tensor_cycles = static_cuda._per_16_pixels(code, launch, 3, lambda address: address == 16 * 4)
+    launch = cuda_kernels.Launch(warps=2, shared_bytes=0, turn_pixels=64)
+    pipes, tensor_cycles = cuda_kernels.per_16_pixels(code, launch, 3, lambda address: address == 16 * 4)
     assert pipes["issue"] == (3 + 2 * 3) / 2 and pipes["tensor"] == 3 / 2 and tensor_cycles == 4 * 3 / 2
 
 
@@ -99,8 +98,8 @@ def test_slots_of_warps_with_two_roles():
     """Seven warps run the larger loop on a tile each, five the other one, which turns seven times inside."""
     chain = ["FADD"] * 9 + ["HMMA.16816", "BRA 0"]
     sums = ["BAR", "HMMA.16816", "BRA 12", "BRA 11"]
-    launch = static_cuda.Launch(warps=12, shared_bytes=0, turn_pixels=7 * 16)
-    pipes, _ = static_cuda._per_16_pixels(code_of(*chain, *sums, "EXIT"), launch, None, lambda address: False)
+    launch = cuda_kernels.Launch(warps=12, shared_bytes=0, turn_pixels=7 * 16)
+    pipes, _ = cuda_kernels.per_16_pixels(code_of(*chain, *sums, "EXIT"), launch, None, lambda address: False)
     assert pipes["issue"] == pytest.approx(11 + (2 + 2 * 7) * 5 / 7)
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import static_cuda
+from benchmarks.static import cuda_kernels
 from deco_kernels.testing.emulation import ROOT
 
 pytestmark = [
     pytest.mark.aot,
     pytest.mark.long,
-    pytest.mark.skipif(static_cuda.nvcc() is None, reason="no nvcc on PATH, in $CUDA_HOME/bin or /usr/local/cuda/bin"),
+    pytest.mark.skipif(cuda_kernels.nvcc() is None, reason="no nvcc on PATH, in $CUDA_HOME/bin or /usr/local/cuda/bin"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver"),
 ]
 
@@ -30,7 +30,7 @@ def module(tmp_path_factory):
     cmake, ninja = (shutil.which(name) or str(beside / name) for name in ("cmake", "ninja"))
     configure = [cmake, f"-S{ROOT}", f"-B{folder}", "-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    configure += ["-DDECO_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={static_cuda.nvcc()}", "-DDECO_CUDA_ARCHS=80"]
+    configure += ["-DDECO_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={cuda_kernels.nvcc()}", "-DDECO_CUDA_ARCHS=80"]
     for command in (configure, [cmake, "--build", str(folder), "--target", "_native_cuda"]):
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]

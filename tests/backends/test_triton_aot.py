@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import static
+from benchmarks.static import triton_kernels
+from benchmarks.static.figures import SHARED_LIMIT, SMALL_SHARED, Figures, exceeded, recorded_budgets
 from deco_kernels import testing
 
 pytestmark = [
@@ -16,16 +17,16 @@ pytestmark = [
     pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter compiles nothing"),
 ]
 
-BUDGETS = static.recorded_budgets("triton")
+BUDGETS = recorded_budgets("triton")
 # What is compiled for the other widths and dtypes; `make aot-all` compiles everything.
 CORE = ("pixel_decoder.forward_kernel", "adaln_block.backward_kernel/", "flow_matching_loss.gradient_kernel")
-RECORDED = [(architecture, 32, "bfloat16", ("",)) for architecture in static.ARCHITECTURES]
+RECORDED = [(architecture, 32, "bfloat16", ("",)) for architecture in triton_kernels.ARCHITECTURES]
 OTHERS = [
     ("sm_90", width, dtype, CORE if width == 32 else CORE[:2])
-    for dtype in reversed(static.DTYPES)
-    for width in reversed(static.WIDTHS)
+    for dtype in reversed(triton_kernels.DTYPES)
+    for width in reversed(triton_kernels.WIDTHS)
     if (width, dtype) != (32, "bfloat16")
-] + [("gfx942", 32, "float32", CORE[:1]), (static.SMALL_SHARED, 64, "bfloat16", CORE[1:2])]
+] + [("gfx942", 32, "float32", CORE[:1]), (SMALL_SHARED, 64, "bfloat16", CORE[1:2])]
 
 
 def label(case):
@@ -39,7 +40,8 @@ def compiled(request):
     items = [item for item in request.session.items if item.path == Path(__file__) and "compiled" in item.fixturenames]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield {
-            case: pool.submit(static.case_figures, *case) for case in (item.callspec.params["case"] for item in items)
+            case: pool.submit(triton_kernels.case_figures, *case)
+            for case in (item.callspec.params["case"] for item in items)
         }
 
 
@@ -47,8 +49,8 @@ def compiled(request):
 def test_budgets_hold(compiled, case):
     architecture, found = case[0], compiled[case].result()
     for name, figures in found.items():
-        assert not list(static.exceeded(figures, BUDGETS[name][architecture])), name
-        assert figures.shared_bytes <= static.SHARED_LIMIT[architecture], name
+        assert not list(exceeded(figures, BUDGETS[name][architecture])), name
+        assert figures.shared_bytes <= SHARED_LIMIT[architecture], name
     assert set(found) == {name for name in BUDGETS if name.endswith("/D32/bfloat16") and architecture in BUDGETS[name]}
 
 
@@ -57,9 +59,9 @@ def test_other_widths_and_dtypes_compile(compiled, case):
     found = compiled[case].result()
     assert len(found) == len(case[3])
     for name, figures in found.items():
-        assert figures.shared_bytes <= static.SHARED_LIMIT[case[0]], name
+        assert figures.shared_bytes <= SHARED_LIMIT[case[0]], name
         if case[0] in BUDGETS.get(name, {}):
-            assert not list(static.exceeded(figures, BUDGETS[name][case[0]])), name
+            assert not list(exceeded(figures, BUDGETS[name][case[0]])), name
 
 
 ONES = {"depth": 1, "width": 16, "channels": 1, "patch_size": 1, "image_size": (1, 1, 1)}
@@ -71,8 +73,8 @@ ONE_TOKEN = {"depth": 1, "width": 16, "image_size": (1, 16, 16)}
 def test_sizes_of_one_compile(op, sizes):
     """Triton turns an argument of 1 into a compile-time constant, which is another type inside the kernel."""
     pytest.importorskip("triton")
-    for launch in static.launches_of(testing.random_inputs(op, dtype=torch.bfloat16, **sizes), "sm_90"):
-        static.compile_launch(launch, "sm_90")
+    for launch in triton_kernels.launches_of(testing.random_inputs(op, dtype=torch.bfloat16, **sizes), "sm_90"):
+        triton_kernels.compile_launch(launch, "sm_90")
 
 
 @pytest.mark.parametrize("op", testing.OPS)
@@ -82,8 +84,8 @@ def test_channels_last_and_padded_images_compile(op):
     for name in ("image", "pred", "target"):
         if name in inputs.tensors:
             inputs.tensors[name] = inputs.tensors[name].to(memory_format=torch.channels_last)
-    for launch in static.launches_of(inputs, "sm_90"):
-        static.compile_launch(launch, "sm_90")
+    for launch in triton_kernels.launches_of(inputs, "sm_90"):
+        triton_kernels.compile_launch(launch, "sm_90")
 
 
 def test_the_record_reaches_its_goals():
@@ -105,9 +107,9 @@ def test_the_record_reaches_its_goals():
 
 
 def test_a_figure_above_the_record_is_noticed():
-    figures = static.Figures("triton 1", 100, 0, 1000, 200.0, {}, None)
-    assert not list(static.exceeded(figures, figures.record()))
+    figures = Figures("triton 1", 100, 0, 1000, 200.0, {}, None)
+    assert not list(exceeded(figures, figures.record()))
     for name, value in (("registers", 104), ("spill_bytes", 8), ("shared_bytes", 1031), ("issue_slots_per_16_px", 207)):
-        assert list(static.exceeded(figures._replace(**{name: value}), figures.record())), name
+        assert list(exceeded(figures._replace(**{name: value}), figures.record())), name
     worse = figures._replace(registers=255)
-    assert not list(static.exceeded(worse, figures.record() | {"toolchain": "triton 2"}))
+    assert not list(exceeded(worse, figures.record() | {"toolchain": "triton 2"}))

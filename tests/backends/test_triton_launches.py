@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from benchmarks import static
+from benchmarks.static import triton_kernels
 from deco_kernels import testing
 
 pytestmark = pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="about compiled kernels")
@@ -43,10 +43,10 @@ def test_recording_launches_runs_nothing():
 @pytest.mark.parametrize("op", testing.OPS)
 def test_every_kernel_has_launch_parameters(op):
     """Every width and dtype, forward and backward, on the architectures of the table and on others."""
-    for width, dtype in itertools.product(static.WIDTHS, static.DTYPES.values()):
+    for width, dtype in itertools.product(triton_kernels.WIDTHS, triton_kernels.DTYPES.values()):
         inputs = testing.random_inputs(op, dtype=dtype, width=width, patch_size=4, image_size=(1, 8, 8))
-        for architecture in (*static.ARCHITECTURES, "sm_86", "sm_120", "gfx950"):
-            for launch in static.launches_of(inputs, architecture):
+        for architecture in (*triton_kernels.ARCHITECTURES, "sm_86", "sm_120", "gfx950"):
+            for launch in triton_kernels.launches_of(inputs, architecture):
                 block = launch.args.get("BLOCK", 16)
                 assert block >= 16 and block & (block - 1) == 0, (width, dtype, architecture)
                 assert launch.options["num_warps"] in (1, 2, 4, 8) and launch.options["num_stages"] >= 1
@@ -59,7 +59,7 @@ def test_the_workspace_does_not_grow_with_the_batch(op, images):
     inputs = testing.random_inputs(op, dtype=torch.bfloat16, token_width=8, image_size=(1, 256, 256))
     replays = [
         launch.args
-        for launch in static.launches_of(many_images(inputs, images), "sm_90")
+        for launch in triton_kernels.launches_of(many_images(inputs, images), "sm_90")
         if launch.kernel.fn.__name__ == "replay_kernel"
     ]
     workspaces = [args["states_ptr"].untyped_storage().nbytes() for args in replays]
@@ -77,5 +77,5 @@ def test_grids_of_many_images_can_be_launched(op):
     """Only the first size of a grid may exceed 65,535."""
     size = 12 if "loss" in op else 4
     inputs = testing.random_inputs(op, dtype=torch.bfloat16, width=16, patch_size=4, image_size=(1, size, size))
-    for launch in static.launches_of(many_images(inputs, 70_000), "sm_90"):
+    for launch in triton_kernels.launches_of(many_images(inputs, 70_000), "sm_90"):
         assert launch.grid[0] < 2**31 and all(0 < size < 2**16 for size in launch.grid[1:]), names([launch])

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import parts_report, report, results, static
+from benchmarks.harness import results
+from benchmarks.report import parts, rows, tables
+from benchmarks.static import triton_kernels
+from benchmarks.static.figures import SHARED_LIMIT, Figures, exceeded, recorded_budgets
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "results"
@@ -37,8 +40,8 @@ def test_the_tables_of_the_page_are_those_of_the_results(kind):
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     result = results.load(str(FOLDER / MEASURED.replace(".json", f"_{kind}.json")))
     summary = {
-        "scaling": lambda: parts_report.scaling_summary(result),
-        "end_to_end": lambda: parts_report.end_to_end_summary(result["end_to_end"]),
+        "scaling": lambda: parts.scaling_summary(result),
+        "end_to_end": lambda: parts.end_to_end_summary(result["end_to_end"]),
     }[kind]()
     lines = [line for line in summary.splitlines() if line.startswith("|")]
     assert len(lines) > 3
@@ -49,8 +52,8 @@ def test_the_tables_of_the_page_are_those_of_the_results(kind):
 def test_time_per_pixel_of_the_decoder_is_flat():
     result = results.load(str(FOLDER / MEASURED.replace(".json", "_scaling.json")))
     found = {
-        key: parts_report.flatness(group["cpu"], "cpu")
-        for key, group in parts_report.curves(result).items()
+        key: rows.flatness(group["cpu"], "cpu")
+        for key, group in rows.curves(result).items()
         if key[0] == "pixel_decoder"
     }
     assert len(found) == 3 and max(found.values()) <= 1.15
@@ -59,7 +62,7 @@ def test_time_per_pixel_of_the_decoder_is_flat():
 def test_the_table_in_the_readme_is_the_one_of_the_result():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"benchmarks/results/{MEASURED}" in readme
-    table = report.targets_table(results.load(str(FOLDER / MEASURED)))
+    table = tables.targets_table(results.load(str(FOLDER / MEASURED)))
     for line in table.splitlines():
         if line.startswith("|"):
             assert line in readme, line
@@ -67,13 +70,13 @@ def test_the_table_in_the_readme_is_the_one_of_the_result():
 
 def test_kernels_fit_and_keep_their_budgets_under_triton_3_6():
     found = json.loads((FOLDER / "static" / "triton_3.6.0_sm_90.json").read_text(encoding="utf-8"))
-    budgets = static.recorded_budgets("triton")
+    budgets = recorded_budgets("triton")
     assert {name for name in budgets if "sm_90" in budgets[name]} <= set(found)
-    sizes = {f"D{width}/{dtype}" for width in static.WIDTHS for dtype in static.DTYPES}
+    sizes = {f"D{width}/{dtype}" for width in triton_kernels.WIDTHS for dtype in triton_kernels.DTYPES}
     assert {name.split("/", 1)[1] for name in found} == sizes
     for name, by_architecture in found.items():
-        figures = static.Figures(**by_architecture["sm_90"])
+        figures = Figures(**by_architecture["sm_90"])
         assert figures.toolchain.startswith("triton 3.6.0,")
-        assert figures.shared_bytes <= static.SHARED_LIMIT["sm_90"], name
+        assert figures.shared_bytes <= SHARED_LIMIT["sm_90"], name
         if name in budgets:
-            assert not list(static.exceeded(figures, budgets[name]["sm_90"])), name
+            assert not list(exceeded(figures, budgets[name]["sm_90"])), name

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.harness.steps import require_gradients
 from benchmarks.names import OPS
-from benchmarks.problem import problem_of
-from benchmarks.sizes import Size
-from benchmarks.steps import require_gradients
+from benchmarks.ops.problem import problem_of
+from benchmarks.ops.sizes import Size
 
 SIZES = (
     Size(batch=2, height=8, width=12, patch_size=4, decoder_width=16, depth=2, token_width=24),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks import end_to_end
-from benchmarks.end_to_end import Case, Workload, measure_end_to_end
-from benchmarks.measure import Options
+from benchmarks.harness.measure import Options
+from benchmarks.models import end_to_end
+from benchmarks.models.end_to_end import Case, Workload, measure_end_to_end
 from benchmarks.names import LIMIT, PUBLISHED, SAMPLING, TRAINING_STEP
 
 OPTIONS = Options("cpu", ("reference",), compiled=(), budget_s=0.0, min_rounds=2)

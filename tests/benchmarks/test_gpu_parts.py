@@ -10,10 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import cuda_kernels, cuda_timing, gpu_state, kernels, modulated_rms_norm, results, run, static
-from benchmarks.measure import Options, measure
+from benchmarks import run
+from benchmarks.harness import cuda_timing, gpu_state, results
+from benchmarks.harness.measure import Options, measure
 from benchmarks.names import FORWARD, LIGER, PUBLISHED, TRAINING
-from benchmarks.sizes import Size
+from benchmarks.ops import modulated_rms_norm
+from benchmarks.ops.sizes import Size
+from benchmarks.static import profiled_kernels, timed_kernels
+from benchmarks.static.figures import BUDGETS, recorded_budgets
 from deco_kernels import testing
 
 
@@ -95,7 +99,7 @@ def test_graph_times_are_per_call_and_a_failed_capture_is_said(monkeypatch, devi
         return Graph()
 
     monkeypatch.setattr(cuda_timing, "capture", capture)
-    monkeypatch.setattr("benchmarks.timing.milliseconds", lambda call, device: (call(), 6.0)[1])
+    monkeypatch.setattr("benchmarks.harness.timing.milliseconds", lambda call, device: (call(), 6.0)[1])
     columns = cuda_timing.graph_columns(["good", "bad"], buffers=[1, 2, 3], budget_s=0.0, min_rounds=2)
     assert columns == [
         {"graph_ms": 2.0},
@@ -159,9 +163,9 @@ def test_budgeted_kernels_are_rows_measured_or_not(nvml, monkeypatch):
             found = {"measured_ms": 0.5, "launches": 1, "registers": 200, "spill_bytes": 0}
             yield "pixel_decoder.forward_kernel/D32/bfloat16", found
 
-    monkeypatch.setattr(kernels, "measure_op", measure_op)
-    rows = {row["kernel"]: row for row in kernels.measure_kernels(full=False)}
-    budgets = json.loads(static.BUDGETS.read_text())
+    monkeypatch.setattr(timed_kernels, "measure_op", measure_op)
+    rows = {row["kernel"]: row for row in timed_kernels.measure_kernels(full=False)}
+    budgets = json.loads(BUDGETS.read_text())
     assert {name for name, row in rows.items() if row["architecture"] == "sm_90"} == {
         name for name, found in budgets.items() if "sm_90" in found and name.endswith("/D32/bfloat16")
     }
@@ -179,8 +183,8 @@ def test_kernels_of_an_op_that_fails_are_failed_rows(nvml, monkeypatch):
     def measure_op(op, width, dtype, architecture):
         raise RuntimeError(f"{op} broke\nmore")
 
-    monkeypatch.setattr(kernels, "measure_op", measure_op)
-    rows = kernels.measure_kernels(full=False)
+    monkeypatch.setattr(timed_kernels, "measure_op", measure_op)
+    rows = timed_kernels.measure_kernels(full=False)
     assert {row["status"] for row in rows} == {"failed"}
     assert "pixel_decoder, D 32, bfloat16 failed: RuntimeError: pixel_decoder broke;" in rows[0]["reason"]
 
@@ -189,7 +193,7 @@ def test_an_architecture_without_budgets_is_refused(device, monkeypatch):
     properties = types.SimpleNamespace(major=7, minor=5, multi_processor_count=40)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     with pytest.raises(ValueError, match="no kernel has a budget on sm_75"):
-        kernels.measure_kernels(full=False)
+        timed_kernels.measure_kernels(full=False)
 
 
 def test_profiled_launches_are_told_apart_by_their_order():
@@ -201,7 +205,7 @@ def test_profiled_launches_are_told_apart_by_their_order():
     events += [event("backward_kernel", milliseconds) for milliseconds in (3.0, 4.0, 5.0)]
     events += [event("sum_kernel", 0.1), event("sum_kernel", 0.2)]
     backward = "block_backward.backward_kernel+mlp+tiled"
-    assert cuda_kernels.by_variant("pixel_decoder", events) == {
+    assert profiled_kernels.by_variant("pixel_decoder", events) == {
         "pixel_decoder.forward_kernel": [1.0],
         "decoder_replay.replay_kernel": [2.0],
         f"{backward}+first": [3.0],
@@ -209,7 +213,7 @@ def test_profiled_launches_are_told_apart_by_their_order():
         f"{backward}+last": [5.0],
         "gradient_sums.sum_kernel": [0.1, 0.2],
     }
-    alone = cuda_kernels.by_variant("adaln_block", [event("backward_kernel", 6.0)])
+    alone = profiled_kernels.by_variant("adaln_block", [event("backward_kernel", 6.0)])
     assert alone == {"block_backward.backward_kernel+mlp+first+last": [6.0]}
 
 
@@ -217,11 +221,11 @@ def test_launches_of_the_triton_backend_are_timed_one_by_one(monkeypatch):
     """The recorded launches of the real backend, with a stand-in for running them."""
     pytest.importorskip("triton")
     ran = []
-    monkeypatch.setattr(kernels, "_run", lambda launch: ran.append(launch))
-    monkeypatch.setattr(kernels, "milliseconds", lambda call, device: (call(), 2.0)[1])
+    monkeypatch.setattr(timed_kernels, "run_launch", lambda launch: ran.append(launch))
+    monkeypatch.setattr(timed_kernels, "milliseconds", lambda call, device: (call(), 2.0)[1])
     inputs = testing.random_inputs("pixel_decoder", dtype=torch.bfloat16, other_dtype=torch.bfloat16)
-    found = kernels.triton_kernels(inputs, "sm_90")
-    budgets = static.recorded_budgets("triton")
+    found = timed_kernels.triton_times(inputs, "sm_90")
+    budgets = recorded_budgets("triton")
     assert all(f"{name}/D32/bfloat16" in budgets for name in found)
     assert found["pixel_decoder.forward_kernel"]["measured_ms"] == 2.0
-    assert len(ran) == sum(entry["launches"] for entry in found.values()) * (1 + kernels._REPEATS)
+    assert len(ran) == sum(entry["launches"] for entry in found.values()) * (1 + timed_kernels.REPEATS)

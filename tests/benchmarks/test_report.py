@@ -5,16 +5,18 @@ import pathlib
 
 import pytest
 
-from benchmarks import report
-from benchmarks.results import LISTS
-from benchmarks.targets import targets_in
+from benchmarks.harness import results
+from benchmarks.harness.results import LISTS
+from benchmarks.report import __main__ as report_program
+from benchmarks.report import rows, tables
+from benchmarks.report.targets import targets_in
 
 STORED = pathlib.Path(__file__).with_name("result.json")
 
 
 @pytest.fixture
 def text():
-    return report.markdown(report.load(STORED))
+    return tables.markdown(results.load(STORED))
 
 
 @pytest.mark.parametrize(
@@ -60,11 +62,11 @@ def test_lines(text, line):
 
 
 def test_rows_stand_with_what_they_were_timed_with():
-    assert [len(group) for group in report.groups(report.load(STORED)["rows"])] == [4, 2, 2, 3]
+    assert [len(group) for group in rows.groups(results.load(STORED)["rows"])] == [4, 2, 2, 3]
 
 
 def test_every_target_is_looked_up():
-    reached = {target.text: target for target in targets_in(report.load(STORED))}
+    reached = {target.text: target for target in targets_in(results.load(STORED))}
     assert len(reached) == 18
     loss = [target for text, target in reached.items() if text.startswith("flow_matching_loss")]
     assert [(target.reached, target.met) for target in loss] == [(12.5, False), (20.0, False)]
@@ -72,9 +74,9 @@ def test_every_target_is_looked_up():
 
 
 def test_parts_that_were_not_run_are_left_out():
-    result = report.load(STORED)
+    result = results.load(STORED)
     result |= {name: [] for name in LISTS if name != "rows"} | {"import_time": None}
-    text = report.markdown(result)
+    text = tables.markdown(result)
     assert "Peak memory" not in text and "Host time" not in text and "## Import" not in text
     assert "Time per pixel" not in text and "training step" not in text and "Kernels" not in text
 
@@ -84,10 +86,10 @@ def test_only_results_are_read(tmp_path):
     for content in ([], {"format": 0}):
         other.write_text(json.dumps(content))
         with pytest.raises(ValueError, match="not a result"):
-            report.load(other)
+            results.load(other)
 
 
 def test_written_to_a_file(tmp_path, text):
     target = tmp_path / "report.md"
-    assert report.main([str(STORED), "--output", str(target)]) == 0
+    assert report_program.main([str(STORED), "--output", str(target)]) == 0
     assert target.read_text(encoding="utf-8") == text

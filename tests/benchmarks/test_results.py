@@ -6,7 +6,9 @@ import pathlib
 
 import pytest
 
-from benchmarks import comparison, machine, report, results
+from benchmarks.harness import machine, results
+from benchmarks.report import __main__ as report_program
+from benchmarks.report import comparison
 
 STORED = pathlib.Path(__file__).with_name("result.json")
 
@@ -103,6 +105,6 @@ def test_another_machine_is_named(stored):
 def test_report_compares_and_merges(stored, tmp_path, capsys):
     old, both = tmp_path / "old.json", tmp_path / "both.json"
     results.save(slowed(stored, 2.0), str(old))
-    assert report.main([str(STORED), str(old), "--compare", str(old), "--merged", str(both)]) == 0
+    assert report_program.main([str(STORED), str(old), "--compare", str(old), "--merged", str(both)]) == 0
     assert "rows moved beyond the spread" in capsys.readouterr().out
     assert len(results.load(both)["rows"]) == 2 * len(stored["rows"])

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from benchmarks import scaling
-from benchmarks.measure import Options
+from benchmarks.harness import scaling
+from benchmarks.harness.measure import Options
+from benchmarks.harness.steps import contenders_of
 from benchmarks.names import BEST_EAGER, FORWARD, PUBLISHED, TRAINING
-from benchmarks.parts_report import flatness
-from benchmarks.problem import problem_of
-from benchmarks.sizes import Size
-from benchmarks.steps import contenders_of
+from benchmarks.ops.problem import problem_of
+from benchmarks.ops.sizes import Size
+from benchmarks.report.rows import flatness
 
 OPTIONS = Options("cpu", ("reference",), compiled=(), budget_s=0.0, min_rounds=2)
 SIDES = ((16, 16), (16, 32))

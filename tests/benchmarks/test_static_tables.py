@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import static, static_tables
+from benchmarks.static import __main__ as static_program
+from benchmarks.static import tables
+from benchmarks.static.figures import BUDGETS, recorded_budgets
 
 DOCS = Path(__file__).parents[2] / "docs"
-each_backend = pytest.mark.parametrize("backend", static.BACKENDS)
+each_backend = pytest.mark.parametrize("backend", static_program.BACKENDS)
 LAST_BLOCK = {
     "triton": ("adaln_block.backward_kernel+last", "sm_90"),
     "cuda": ("cuda.block_backward.backward_kernel+mlp+tiled+last", "sm_90a"),
@@ -22,30 +24,30 @@ def page(backend):
 
 @each_backend
 def test_the_page_shows_the_record(backend):
-    for table in static_tables.tables(json.loads(static.BUDGETS.read_text()), backend):
+    for table in tables.tables(json.loads(BUDGETS.read_text()), backend):
         assert table in page(backend), "`python -m benchmarks static --tables` prints the tables of the page"
 
 
 @each_backend
 @pytest.mark.parametrize(("table", "case"), [(0, "D32/bfloat16"), (1, "D64/bfloat16")])
 def test_another_record_gives_another_table(backend, table, case):
-    budgets = json.loads(static.BUDGETS.read_text())
+    budgets = json.loads(BUDGETS.read_text())
     kernel, architecture = LAST_BLOCK[backend]
     for figure, change in (("registers", 1), ("spill_bytes", 8), ("issue_slots_per_16_px", 1)):
         changed = copy.deepcopy(budgets)
         changed[f"{kernel}/{case}"][architecture][figure] += change
-        assert static_tables.tables(changed, backend)[table] not in page(backend), figure
+        assert tables.tables(changed, backend)[table] not in page(backend), figure
 
 
 def test_the_command_prints_the_tables(capsys):
-    assert static.main(["--tables"]) == 0
+    assert static_program.main(["--tables"]) == 0
     output = capsys.readouterr().out
-    budgets = json.loads(static.BUDGETS.read_text())
-    assert all(table in output for backend in static.BACKENDS for table in static_tables.tables(budgets, backend))
+    budgets = json.loads(BUDGETS.read_text())
+    assert all(table in output for backend in static_program.BACKENDS for table in tables.tables(budgets, backend))
 
 
 def test_the_slots_of_the_cuda_backward_are_those_of_its_kernels():
-    budgets = static.recorded_budgets("cuda")
+    budgets = recorded_budgets("cuda")
     kernels = [f"block_backward.backward_kernel+mlp+tiled{step}" for step in ("+first", "", "+last")]
     kernels += ["decoder_replay.replay_kernel", "decoder_embedding.embedding_kernel"]
     slots = sum(budgets[f"cuda.{kernel}/D32/bfloat16"]["sm_90a"]["issue_slots_per_16_px"] for kernel in kernels)

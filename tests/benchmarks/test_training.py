@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import training
+from benchmarks.models import training
 
 ROOT = Path(__file__).parents[2]
 RESULT = "benchmarks/results/training/cpu_epyc_zen4_2_threads.json"

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import trunk
+from benchmarks.models import trunk
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.measure import Options, check_memory, measure
+from benchmarks.harness.measure import Options, check_memory, measure
+from benchmarks.harness.steps import contenders_of
+from benchmarks.harness.verification import verify
 from benchmarks.names import BACKWARD_ALONE, BEST_EAGER, FORWARD, OPS, PUBLISHED, TRAINING
-from benchmarks.problem import problem_of
-from benchmarks.sizes import Size
-from benchmarks.steps import contenders_of
-from benchmarks.verification import verify
+from benchmarks.ops.problem import problem_of
+from benchmarks.ops.sizes import Size
 
 SIZE = Size(batch=1, height=64, width=80, depth=2, token_width=48)
 

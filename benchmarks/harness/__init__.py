@@ -1,0 +1,1 @@
+"""Measuring: what is run, checked and timed, on which machine, and how results are stored."""

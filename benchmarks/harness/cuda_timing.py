@@ -1,0 +1,67 @@
+"""What rows of a GPU have beside the time between events: host time per call, and the time per call of a CUDA graph."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from benchmarks.harness.timing import interleaved
+from benchmarks.ops.problem import Operands
+
+_CALLS = 10  # few enough that the queue of launches does not fill up
+_REPEATS = 5
+
+
+def host_microseconds(call: Callable[[int], object]) -> float:
+    """Median host time per call, from an empty queue and without waiting for the GPU."""
+    samples = []
+    for _ in range(_REPEATS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for count in range(_CALLS):
+            call(count)
+        samples.append(1e6 * (time.perf_counter() - start) / _CALLS)
+    torch.cuda.synchronize()
+    return sorted(samples)[_REPEATS // 2]
+
+
+def graph_columns(
+    steps: Sequence[Callable[[Operands], object]], buffers: list[Operands], budget_s: float, min_rounds: int
+) -> list[dict]:
+    """`graph_ms`, the time per call of every step when captured in a CUDA graph and replayed, in turns with the others;
+    `graph_reason` instead where it cannot be captured. One graph holds a call on every buffer, so that they stay cold.
+    """
+    graphs: list[torch.cuda.CUDAGraph | None] = []
+    columns: list[dict] = []
+    for step in steps:
+        try:
+            graphs.append(capture(step, buffers))
+            columns.append({})
+        except RuntimeError as error:  # CUDA's own errors are RuntimeErrors too
+            torch.cuda.synchronize()
+            graphs.append(None)
+            columns.append({"graph_ms": None, "graph_reason": str(error).strip().splitlines()[0]})
+    replays = [lambda count, graph=graph: graph.replay() for graph in graphs if graph is not None]
+    times = iter(interleaved(replays, "cuda", budget_s, min_rounds) if replays else ())
+    for graph, column in zip(graphs, columns, strict=True):
+        if graph is not None:
+            column["graph_ms"] = torch.tensor(next(times)).median().item() / len(buffers)
+    return columns
+
+
+def capture(step: Callable[[Operands], object], buffers: list[Operands]) -> torch.cuda.CUDAGraph:
+    """A graph of one call per buffer, after a warm-up on a stream of its own, as capture asks for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for operands in buffers[:3]:
+            step(operands)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for operands in buffers:
+            step(operands)
+    for operands in buffers:
+        for tensor in operands.tensors().values():
+            tensor.grad = None
+    return graph

@@ -1,0 +1,47 @@
+"""The header of a result: where, when and with what it was measured."""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import gpu_state
+from deco_kernels import machine
+
+
+def header(device: str) -> dict:
+    """Machine, software and settings of this process."""
+    found = machine.description(device, Path(__file__).parent) | {"command": command(sys.argv[1:])}
+    return found | (_gpu() if device == "cuda" else {})
+
+
+def command(arguments: list[str]) -> str:
+    """What repeats the measurement: the command line without the files that it read and wrote."""
+    kept = list(arguments)
+    for option in ("--output", "--compare"):
+        while option in kept:
+            index = kept.index(option)
+            del kept[index : index + 2]
+    return " ".join(["python -m benchmarks", *kept])
+
+
+def _gpu() -> dict:
+    properties = torch.cuda.get_device_properties(0)
+    found = {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "liger_kernel": _version("liger-kernel"),
+    }
+    return found | gpu_state.header()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,52 @@
+"""Time per pixel against the number of pixels: one image, from a single token to 2048 x 2048 or the memory's end."""
+
+import torch
+
+from benchmarks.harness.measure import Options, available_memory, eager_bytes, row_of, time_contenders
+from benchmarks.harness.steps import Contender, contenders_of
+from benchmarks.harness.verification import verify
+from benchmarks.names import FORWARD, TRAINING
+from benchmarks.ops.problem import Problem, problem_of
+from benchmarks.ops.sizes import Size
+
+OPS = ("pixel_decoder", "flow_matching_loss")
+SIDES = {
+    "cpu": ((16, 16), (64, 64), (256, 256), (512, 512), (1024, 1024), (2048, 2048)),
+    "cuda": ((16, 16), (64, 64), (256, 256), (1024, 1024), (1024, 2048), (2048, 2048), (4096, 4096)),
+}
+_CHECKED = Size()  # contenders are held against float64 and against float32 at this size before any is timed
+
+
+def measure_scaling(
+    op: str, dtype: torch.dtype, pass_: str, options: Options, sides: tuple[tuple[int, int], ...] | None = None
+) -> list[dict]:
+    """Rows as of `measure`, for images of the given sides (by default those of the device)."""
+    problem = problem_of(op)
+    checked = contenders_of(problem, _CHECKED, options.backends)
+    refused = verify(problem, _CHECKED, dtype, options.device, pass_ == TRAINING, checked).refused
+    rows = [
+        row_of(problem, _CHECKED, dtype, pass_) | {"contender": name, "status": status, "reason": reason}
+        for name, (status, reason) in refused.items()
+    ]
+    for height, width in sides or SIDES[options.device]:
+        size = Size(height=height, width=width)
+        fitting = []
+        for contender in contenders_of(problem, size, options.backends):
+            if contender.name in refused:
+                continue
+            needed, available = bytes_needed(problem, size, pass_, contender), available_memory(options.device)
+            if needed <= available:
+                fitting.append(contender)
+                continue
+            reason = f"needs about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
+            row = {"contender": contender.name, "status": "unavailable", "reason": reason}
+            rows.append(row_of(problem, size, dtype, pass_) | row)
+        rows += time_contenders(problem, size, dtype, pass_, options, fitting)
+    return rows
+
+
+def bytes_needed(problem: Problem, size: Size, pass_: str, contender: Contender) -> int:
+    """Roughly, in float32: eager PyTorch keeps activations, ours arguments, outputs and gradients."""
+    if contender.eager:
+        return eager_bytes(problem, size, pass_)
+    return problem.bytes_moved(size, torch.float32, training=pass_ != FORWARD)

@@ -1,0 +1,154 @@
+"""Checks before timing: no contender is timed that does not compute the op."""
+
+import dataclasses
+
+import torch
+
+from benchmarks.harness.steps import Contender, Step, contenders_of, kind_of, require_gradients
+from benchmarks.names import BEST_EAGER, COMPILE_MODES, PUBLISHED
+from benchmarks.ops.problem import Operands, Problem, Tensors
+from benchmarks.ops.sizes import Size
+from deco_kernels import BackendUnavailable
+from deco_kernels.testing import error_bound, relative_bias, relative_error
+
+SEED = 20
+_BIAS_FRACTION = 0.25  # of the bound of the relative error
+
+
+@dataclasses.dataclass
+class Verification:
+    """What became of the contenders.
+
+    Attributes:
+        refused: (status, reason) by name: "unavailable" (its backend cannot serve it), "failed" (it raised), "wrong".
+        worst: largest relative errors against float64 by name, of the "output"s and the "gradient"s.
+        limits: what the rule of error allows, by result.
+    """
+
+    refused: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    worst: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    limits: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def attempt(self, name: str, step: Step, operands: Operands) -> Tensors | None:
+        """The step's results; None, and a refusal, where it raises."""
+        try:
+            return step.results(operands)
+        except BackendUnavailable as error:
+            self.refused[name] = ("unavailable", str(error))
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            self.refused[name] = ("failed", f"{type(error).__name__}: {lines[0] if lines else ''}")
+        return None
+
+
+def verify(
+    problem: Problem, size: Size, dtype: torch.dtype, device: str, training: bool, contenders: list[Contender]
+) -> Verification:
+    """Holds every contender against float64 at a small size, and against float32 at the timed size."""
+    found = Verification()
+    _check_against_float64(found, problem, problem.check_size(size), dtype, device, training, contenders)
+    _check_agreement(found, problem, size, dtype, device, training, contenders)
+    return found
+
+
+def _check_against_float64(found, problem, size, dtype, device, training, contenders) -> None:
+    """The rule of error, with best eager as its eager PyTorch. The published twin is run on float64: it must be the
+    same function, and may be less accurate. The compiled twin waits for the timed size, to be compiled once."""
+    operands = problem.make_operands(size, dtype, torch.Generator(device).manual_seed(SEED))
+    doubles = _converted(operands, torch.float64)
+    for each in (operands, doubles):
+        require_gradients(problem, each, training)
+
+    formula = Contender(BEST_EAGER, lambda tensors: problem.best_eager(tensors, size), eager=True)
+    exact = Step(problem, formula, torch.float64, device, training).results(doubles)
+    eager = Step(problem, formula, dtype, device, training).results(operands)
+    for result, values in exact.items():
+        rule_dtype = problem.output_dtype(dtype) if kind_of(result) == "output" else dtype
+        gradient = kind_of(result) == "gradient"
+        found.limits[result] = error_bound(rule_dtype, relative_error(eager[result], values), gradient=gradient)
+
+    backends = tuple(contender.name for contender in contenders if not contender.eager)
+    for contender in contenders_of(problem, size, backends):
+        results = found.attempt(contender.name, Step(problem, contender, dtype, device, training), operands)
+        if results is None:
+            continue
+        shared = {result: values for result, values in results.items() if result in exact}
+        distances = {result: relative_error(values, exact[result]) for result, values in shared.items()}
+        found.worst[contender.name] = _worst(distances)
+        if contender.name == PUBLISHED:
+            same = Step(problem, contender, torch.float64, device, training).results(doubles)
+            broken = [
+                f"{result}: {distance:.2e} from the folded formula in float64"
+                for result in shared
+                if not (distance := relative_error(same[result], exact[result]))
+                <= error_bound(torch.float32, 0.0, gradient=kind_of(result) == "gradient")
+            ]
+        else:
+            broken = [text for result in shared for text in _violations(result, shared, exact, distances, found.limits)]
+        if broken:
+            found.refused[contender.name] = ("wrong", "; ".join(broken))
+
+
+def _check_agreement(found, problem, size, dtype, device, training, contenders) -> None:
+    """At the timed size, against the formula in float32 on the same values, which stands for the exact result. Backends
+    keep within what the rule of error gave at the small size. The compiled twin is held against the published one by
+    the same rule: where eager PyTorch adds in 16 bits its errors grow with the size."""
+    operands = problem.make_operands(size, dtype, torch.Generator(device).manual_seed(SEED))
+    require_gradients(problem, operands, training)
+    formula = Contender(BEST_EAGER, lambda tensors: problem.best_eager(tensors, size), eager=True)
+    exact_operands = _converted(operands, torch.float32)
+    require_gradients(problem, exact_operands, training)
+    exact = Step(problem, formula, torch.float32, device, training).results(exact_operands)
+    published: dict[str, float] = {}
+    for contender in contenders:
+        if contender.name in found.refused or contender.name == BEST_EAGER:
+            continue
+        results = found.attempt(contender.name, Step(problem, contender, dtype, device, training), operands)
+        if results is None:
+            continue
+        distances = {
+            result: relative_error(values, exact[result]) for result, values in results.items() if result in exact
+        }
+        if contender.name == PUBLISHED:
+            published = distances
+            continue
+        if contender.name in COMPILE_MODES:
+            found.worst[contender.name] = _worst(distances)
+        broken = []
+        for result, distance in distances.items():
+            gradient = kind_of(result) == "gradient"
+            limit = found.limits[result]
+            if contender.eager and result in published:
+                limit = max(limit, error_bound(dtype, published[result], gradient=gradient))
+            limit += error_bound(torch.float32, 0.0, gradient=gradient)  # what the float32 formula itself may be off
+            if not distance <= limit:
+                broken.append(f"{result}: {distance:.2e} from float32 at the timed size, allowed {limit:.2e}")
+        if broken:
+            found.refused[contender.name] = ("wrong", "; ".join(broken))
+
+
+def _violations(result, actual, exact, distances, limits) -> list[str]:
+    found = []
+    limit = limits[result]
+    if not distances[result] <= limit:
+        found.append(f"{result}: relative error {distances[result]:.2e}, allowed {limit:.2e}")
+    bias = relative_bias(actual[result], exact[result])
+    if not bias <= _BIAS_FRACTION * limit:
+        found.append(f"{result}: bias {bias:.2e} of the RMS, allowed {_BIAS_FRACTION * limit:.2e}")
+    return found
+
+
+def _worst(distances: dict[str, float]) -> dict[str, float]:
+    worst: dict[str, float] = {}
+    for result, distance in distances.items():
+        worst[kind_of(result)] = max(worst.get(kind_of(result), 0.0), distance)
+    return worst
+
+
+def _converted(operands: Operands, dtype: torch.dtype) -> Operands:
+    """The same values in another dtype, as tensors of their own."""
+    return Operands(
+        {name: tensor.detach().to(dtype, copy=True) for name, tensor in operands.activations.items()},
+        {name: tensor.detach().to(dtype, copy=True) for name, tensor in operands.weights.items()},
+        tuple(tensor.to(dtype, copy=True) for tensor in operands.incoming),
+    )

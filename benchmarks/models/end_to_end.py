@@ -1,0 +1,283 @@
+"""A whole training step and a whole sampling of DeCo, against the published formulation and against the limit.
+
+The contenders share one model's parameters, one optimiser and one average, and differ in decoder and loss alone. The
+limit leaves decoder and loss out: its training step differentiates the trunk from a given gradient of the tokens, its
+sampling takes the image for the velocity. A step ends after the update of the averaged weights.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from benchmarks.harness.clock import Clock, Marks
+from benchmarks.harness.measure import Options, statistics_of
+from benchmarks.harness.timing import interleaved
+from benchmarks.harness.verification import SEED
+from benchmarks.names import COMPILED, LIMIT, PUBLISHED, SAMPLING, TRAINING_STEP
+from deco_kernels import BackendUnavailable, flow, model, ops
+from deco_kernels.testing import published, relative_error
+
+GUIDANCE = 3.2
+_EMA_DECAY = 0.9999
+_LEARNING_RATE = 1e-4
+_TOLERANCE = 1e-4  # relative error that float32 may have beside 1.5 times that of the published formulation
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One step to time. `steps` of the sampler, all but the first of them guided."""
+
+    preset: str
+    pass_: str
+    batch: int
+    image_size: int = 256
+    steps: int = 10
+
+
+CASES = {
+    "cpu": (
+        Case("deco-demo", TRAINING_STEP, 8, 128),
+        Case("deco-demo", SAMPLING, 1, 256, steps=4),
+    ),
+    "cuda": tuple(
+        Case(preset, pass_, batch)
+        for preset in ("deco-l/16", "deco-xl/16")
+        for pass_ in (TRAINING_STEP, SAMPLING)
+        for batch in (32, 1)
+    ),
+}
+
+
+@dataclasses.dataclass
+class Contender:
+    """`network` is the model with this contender's decoder, `loss` its (pred, target) → total; None for the limit."""
+
+    name: str
+    network: nn.Module
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
+
+
+class _Marked(nn.Module):
+    """A decoder between marks of the clock: before and after it, and where its backward has the tokens' gradient."""
+
+    def __init__(self, decoder: nn.Module, clock: Clock):
+        super().__init__()
+        self.decoder, self.clock = decoder, clock
+
+    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        self.clock.mark("trunk")
+        if tokens.requires_grad:
+            tokens.register_hook(lambda gradient: self.clock.mark("backward of decoder and loss"))
+        velocity = self.decoder(image, tokens)
+        self.clock.mark("decoder")
+        return velocity
+
+
+class _NoDecoder(nn.Module):
+    """In training the tokens themselves, in sampling the image."""
+
+    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens if torch.is_grad_enabled() else image
+
+
+class Workload:
+    """Model, optimiser, averaged weights and batch of one case."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: str):
+        self.case, self.device = case, device
+        self.autocast_dtype = None if dtype is torch.float32 else dtype
+        torch.manual_seed(SEED)
+        with torch.device(device):
+            self.model = model.build(case.preset)
+            _fill_zeros(self.model.decoder)
+            self.images = torch.rand(case.batch, 3, case.image_size, case.image_size) * 2 - 1
+            self.labels = torch.arange(case.batch) % self.model.null_label
+            weight = ops.jpeg_frequency_weight().to(device)
+        self.objective = flow.Objective(weight)
+        self.clock = Clock(device)
+        if case.pass_ == TRAINING_STEP:
+            options = dict(lr=_LEARNING_RATE, weight_decay=0.0, fused=True)
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), **options)
+            self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(_EMA_DECAY))
+
+    def contenders(self, backends: tuple[str, ...], compiled: bool) -> list[Contender]:
+        def network(decoder, **parts):
+            return with_parts(self.model, decoder=_Marked(decoder, self.clock), **parts)
+
+        eager = published.eager_view(self.model.decoder)
+        found = [Contender(PUBLISHED, network(eager), self._published_loss)]
+        if compiled:
+            parts = (self.model.trunk, eager, published.losses)
+            trunk, decoder, loss = (torch.compile(part, dynamic=False) for part in parts)
+            loss_of = functools.partial(self._published_loss, function=loss)
+            found.append(Contender(COMPILED, network(decoder, trunk=trunk), loss_of))
+        for backend in backends:
+            fused = backend_view(self.model.decoder, backend)
+            found.append(Contender(backend, network(fused), self._fused_loss(backend)))
+        found.append(Contender(LIMIT, network(_NoDecoder()), None))
+        return found
+
+    def _published_loss(self, pred, target, function=published.losses) -> torch.Tensor:
+        return function(pred, target, self.objective.frequency_weight)[0]
+
+    def _fused_loss(self, backend: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        weight = self.objective.frequency_weight
+        return lambda pred, target: ops.flow_matching_loss(pred, target, weight, backend=backend)[0]
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, self.autocast_dtype)
+
+    def gradients(self, contender: Contender) -> torch.Tensor:
+        """Forward, loss and backward; returns the velocity."""
+        labels, times, noise = self.objective.draw(self.images, self.labels)
+        x_t, target = flow.interpolate(self.images, noise, times)
+        self.clock.mark("draw")
+        with self.precision():
+            output = contender.network(x_t, times, labels)
+        if contender.loss is None:
+            output.backward(torch.ones_like(output))
+        else:
+            loss = contender.loss(output, target)
+            self.clock.mark("loss")
+            loss.backward()
+        self.clock.mark("backward of trunk")
+        return output
+
+    def training_step(self, contender: Contender) -> None:
+        self.clock.start()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.gradients(contender)
+        self.optimizer.step()
+        self.clock.mark("optimizer")
+        self.averaged.update_parameters(self.model)
+        self.clock.mark("average")
+
+    def sample(self, contender: Contender) -> torch.Tensor:
+        def velocity(x, t, y):
+            self.clock.mark("solver")
+            with self.precision():
+                return contender.network(x, t, y)
+
+        self.clock.start()
+        null = torch.full_like(self.labels, self.model.null_label)
+        steps = dict(steps=self.case.steps, guidance=GUIDANCE)
+        samples = flow.sample(velocity, self.images, self.labels, null, **steps)
+        self.clock.mark("solver")
+        return samples
+
+
+def backend_view(decoder: model.PixelDecoder, backend: str) -> model.PixelDecoder:
+    """The decoder's own parameters behind a chosen backend."""
+    view = copy.copy(decoder)
+    view.backend = backend
+    return view
+
+
+def with_parts(network: nn.Module, **parts: nn.Module) -> nn.Module:
+    """The network's own parameters, with other submodules of the given names; the network stays as it is."""
+    view = copy.copy(network)
+    view._modules = {**network._modules, **parts}
+    return view
+
+
+@torch.no_grad()
+def _fill_zeros(decoder: nn.Module) -> None:
+    """Random values where a fresh decoder has zeros: its output and most gradients would be 0, and prove nothing."""
+    for parameter in decoder.parameters():
+        if not parameter.any():
+            parameter.normal_(std=1 / math.sqrt(parameter.shape[-1]))
+
+
+def measure_end_to_end(case: Case, dtype: torch.dtype, options: Options) -> list[dict]:
+    """A row per contender: times of the whole, and of its parts."""
+    try:
+        workload = Workload(case, dtype, options.device)
+        contenders = workload.contenders(options.backends, bool(options.compiled))
+        refused = _refusals(workload, contenders, case)
+        admitted = [contender for contender in contenders if contender.name not in refused]
+        rows = _timed(workload, admitted, options)
+    except torch.OutOfMemoryError as error:
+        reason = f"does not fit the GPU's memory: {str(error).splitlines()[0]}"
+        refused, rows = dict.fromkeys((PUBLISHED, *options.backends), ("unavailable", reason)), []
+    what = {"preset": case.preset, "pass": case.pass_, "batch": case.batch, "image_size": case.image_size}
+    what["dtype"] = str(dtype).removeprefix("torch.")
+    if case.pass_ == SAMPLING:
+        what["steps"] = case.steps
+    rows += [{"contender": name, "status": status, "reason": reason} for name, (status, reason) in refused.items()]
+    return [what | row for row in rows]
+
+
+def _timed(workload: Workload, contenders: list[Contender], options: Options) -> list[dict]:
+    run = workload.training_step if workload.case.pass_ == TRAINING_STEP else workload.sample
+    marks: dict[str, list[Marks]] = {contender.name: [] for contender in contenders}
+
+    def call(contender):
+        run(contender)
+        marks[contender.name].append(workload.clock.take())
+
+    calls = [lambda count, contender=contender: call(contender) for contender in contenders]
+    times = interleaved(calls, options.device, options.budget_s, options.min_rounds)
+    rows = []
+    for contender, ms in zip(contenders, times, strict=True):
+        parts = _medians([workload.clock.parts(each) for each in marks[contender.name][2:]])
+        rows.append({"contender": contender.name, "status": "ok", "reason": None, "parts": parts} | statistics_of(ms))
+    return rows
+
+
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Milliseconds of every part, median over the rounds."""
+    return {name: torch.tensor([each[name] for each in rounds]).median().item() for name in rounds[0]}
+
+
+def _refusals(workload: Workload, contenders: list[Contender], case: Case) -> dict[str, tuple[str, str]]:
+    """Contenders that raise, or whose velocity or gradients differ from the published formulation's in float32 by more
+    than its own do at the timed precision (times 1.5, and a rounding in float32)."""
+    autocast, workload.autocast_dtype = workload.autocast_dtype, None
+    exact = _results(workload, contenders[0], case)
+    workload.autocast_dtype = autocast
+    refused, limits = {}, {}
+    for contender in contenders:
+        if contender.name == LIMIT:
+            continue
+        try:
+            found = _results(workload, contender, case)
+        except BackendUnavailable as error:
+            refused[contender.name] = ("unavailable", str(error))
+            continue
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            refused[contender.name] = ("failed", f"{type(error).__name__}: {lines[0] if lines else ''}")
+            continue
+        errors = {name: relative_error(found[name], values) for name, values in exact.items()}
+        limits = limits or {name: 1.5 * error + _TOLERANCE for name, error in errors.items()}
+        broken = [
+            f"{name}: {error:.2e} from float32, allowed {limits[name]:.2e}"
+            for name, error in errors.items()
+            if not error <= limits[name]
+        ]
+        if broken:
+            refused[contender.name] = ("wrong", "; ".join(broken))
+    return refused
+
+
+def _results(workload: Workload, contender: Contender, case: Case) -> dict[str, torch.Tensor]:
+    """The velocity, and in training the gradients of all parameters in one vector; always from the same noise."""
+    torch.manual_seed(SEED)
+    workload.clock.start()
+    if case.pass_ == SAMPLING:
+        return {"samples": workload.sample(contender).float()}
+    workload.model.zero_grad(set_to_none=True)
+    velocity = workload.gradients(contender).detach().float()
+    gradients = [p.grad.flatten() for p in workload.model.parameters() if p.grad is not None]
+    return {"velocity": velocity, "gradients": torch.cat(gradients)}

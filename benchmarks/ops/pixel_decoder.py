@@ -1,0 +1,100 @@
+"""pixel_decoder: the whole decoder on a noised image and the conditions of its pixels."""
+
+import math
+
+import torch
+
+from benchmarks.ops.problem import Outputs, Problem, Shapes, Tensors
+from benchmarks.ops.sizes import Size
+from deco_kernels.testing import published
+
+
+def block_shapes(size: Size) -> Shapes:
+    """The stacked weights of the decoder's blocks."""
+    depth, width = size.depth, size.decoder_width
+    return {
+        "norm_weight": (depth, width),
+        "norm_bias": (depth, width),
+        "mod_weight": (depth, 3 * width, width),
+        "mod_bias": (depth, 3 * width),
+        "fc1_weight": (depth, width, width),
+        "fc1_bias": (depth, width),
+        "fc2_weight": (depth, width, width),
+        "fc2_bias": (depth, width),
+    }
+
+
+def decoder_shapes(size: Size) -> Shapes:
+    """All weights of the decoder after the upsample."""
+    return {
+        "pixel_weight": (size.decoder_width, size.channels),
+        "pixel_table": (size.patch_pixels, size.decoder_width),
+        **block_shapes(size),
+        "head_weight": (size.channels, size.decoder_width),
+        "head_bias": (size.channels,),
+    }
+
+
+def decoder_multiply_adds(size: Size, training: bool) -> int:
+    """Query, N blocks (modulation 3D², two linears of D²) and head. Gradients cost as much again for the weights and
+    for the activations, but none is taken with respect to the image."""
+    query = head = size.channels * size.decoder_width
+    blocks = size.depth * 5 * size.decoder_width**2
+    per_pixel = query + blocks + head
+    return size.pixels * (3 * per_pixel - query if training else per_pixel)
+
+
+class PixelDecoder(Problem):
+    op = "pixel_decoder"
+    activations = ("image", "cond")
+    full_precision = ("image",)
+    trained = ("cond",)
+    constants = ("positions",)
+
+    def arguments(self, size: Size) -> Shapes:
+        return {
+            "image": (size.batch, size.channels, size.height, size.width),
+            "cond": (size.tokens, size.patch_pixels, size.decoder_width),
+            **decoder_shapes(size),
+        }
+
+    def outputs(self, size: Size) -> Shapes:
+        return {"velocity": (size.batch, size.channels, size.height, size.width)}
+
+    def options(self, size: Size) -> dict[str, int | float]:
+        return {"patch_size": size.patch_size}
+
+    def multiply_adds(self, size: Size, training: bool) -> int:
+        return decoder_multiply_adds(size, training)
+
+    def make_weights(self, size: Size, generator: torch.Generator) -> Tensors:
+        return with_published_query(super().make_weights(size, generator), size, generator)
+
+    def published(self, tensors: Tensors, size: Size) -> Outputs:
+        return (published.decoder(tensors, tensors["cond"], size.patch_size),)
+
+
+def with_published_query(weights: Tensors, size: Size, generator: torch.Generator) -> Tensors:
+    """Adds the published query, W_in(W_emb [rgb; position] + b_emb) + b_in, and its fold: pixel_weight, pixel_table."""
+    width, features = size.decoder_width, size.channels + published.POSITION_FEATURES
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=generator.device)
+
+    emb_weight, emb_bias = normal(width, features) / math.sqrt(features), 0.2 * normal(width)
+    in_weight, in_bias = normal(width, width) / math.sqrt(width), 0.2 * normal(width)
+    positions = published.position_features(size.patch_size).to(generator.device)
+    folded = in_weight @ emb_weight
+    return {
+        **weights,
+        "pixel_weight": folded[:, : size.channels].contiguous(),
+        "pixel_table": positions @ folded[:, size.channels :].T + in_weight @ emb_bias + in_bias,
+        "emb_weight": emb_weight,
+        "emb_bias": emb_bias,
+        "in_weight": in_weight,
+        "in_bias": in_bias,
+        "positions": positions,
+    }
+
+
+PROBLEM = PixelDecoder()

@@ -1,0 +1,169 @@
+"""What the benchmark of an op consists of: its tensors, its eager twins, its bytes and FLOPs."""
+
+import dataclasses
+import importlib
+import math
+
+import torch
+
+from benchmarks.ops.sizes import Size
+from deco_kernels import ops, testing
+
+Tensors = dict[str, torch.Tensor]
+Shapes = dict[str, tuple[int, ...]]
+Outputs = tuple[torch.Tensor, ...]
+
+
+def problem_of(op: str) -> "Problem":
+    return importlib.import_module(f"benchmarks.ops.{op}").PROBLEM
+
+
+@dataclasses.dataclass
+class Operands:
+    """Tensors of one problem, by name.
+
+    Attributes:
+        activations: what differs from call to call.
+        weights: the op's weights, and what the published formulation has in place of some of them.
+        incoming: gradients of the leading outputs; outputs beyond them are not differentiated.
+    """
+
+    activations: Tensors
+    weights: Tensors
+    incoming: Outputs
+
+    def tensors(self) -> Tensors:
+        return {**self.activations, **self.weights}
+
+
+class Problem:
+    """An op to measure; one subclass per op. Methods that compute take tensors by name and return all outputs."""
+
+    op: str
+    activations: tuple[str, ...]  # arguments that are cold in a training step: they rotate through several buffers
+    full_precision: tuple[str, ...] = ()  # activations that are float32 for every activation dtype
+    trained: tuple[str, ...]  # activations that a training step differentiates, beside the trained weights
+    constants: tuple[str, ...] = ()  # weights that are not trained
+    autocast = True  # whether a training step runs this part in eager PyTorch under autocast
+    has_best_eager = True  # False where the published formulation is the best one
+    has_backward_alone = False  # whether the backward operator by itself is worth a row
+
+    def arguments(self, size: Size) -> Shapes:
+        """Shapes of the op's tensor arguments, in its order."""
+        raise NotImplementedError
+
+    def outputs(self, size: Size) -> Shapes:
+        raise NotImplementedError
+
+    def multiply_adds(self, size: Size, training: bool) -> int:
+        """Of the matrix products of one call, counted for the best formulation: the forward pass; in training also the
+        gradients of what is trained, without any recomputation."""
+        raise NotImplementedError
+
+    def published(self, tensors: Tensors, size: Size) -> Outputs:
+        """The published formulation."""
+        raise NotImplementedError
+
+    def best_eager(self, tensors: Tensors, size: Size) -> Outputs:
+        """The op's formula in plain PyTorch: input folded, SiLU(cond) once; under autocast where that is called for. On
+        float64 tensors it is what the checks compare with."""
+        return _as_tuple(testing.eager(self.op, self.given(tensors, size), self.options(size)))
+
+    def fused(self, tensors: Tensors, size: Size, backend: str) -> Outputs:
+        """The public op."""
+        function = getattr(ops, self.op)
+        return _as_tuple(function(**self.given(tensors, size), **self.options(size), backend=backend))
+
+    def given(self, tensors: Tensors, size: Size) -> dict[str, torch.Tensor | None]:
+        """The op's own arguments among `tensors`, in its order."""
+        return {name: tensors[name] for name in self.arguments(size)}
+
+    def row_width(self, size: Size) -> int:
+        """Channels of the activations between the steps of the op."""
+        return size.decoder_width
+
+    def options(self, size: Size) -> dict[str, int | float]:
+        """The op's arguments that are not tensors."""
+        return {}
+
+    def backward_alone(self, operands: Operands, size: Size, backend: str) -> Outputs:
+        """The backward operator by itself: the gradients of `trained`."""
+        raise NotImplementedError
+
+    def check_size(self, size: Size) -> Size:
+        """A size of at least 4,096 pixels with the same widths, small enough for float64."""
+        return dataclasses.replace(size, batch=1, height=64, width=64)
+
+    # --- tensors -----------------------------------------------------------------------------------------------------
+
+    def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of an argument for an activation dtype; weights are float32."""
+        return dtype if name in self.activations and name not in self.full_precision else torch.float32
+
+    def make_activations(self, size: Size, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+        """N(0, 1)."""
+        return {
+            name: _normal(shape, generator).to(self.dtype_of(name, dtype))
+            for name, shape in self.arguments(size).items()
+            if name in self.activations
+        }
+
+    def make_weights(self, size: Size, generator: torch.Generator) -> Tensors:
+        """Random everywhere, matrices scaled by 1/sqrt(fan-in)."""
+        return {
+            name: _random_weight(name, shape, generator)
+            for name, shape in self.arguments(size).items()
+            if name not in self.activations
+        }
+
+    def make_incoming(self, size: Size, dtype: torch.dtype, generator: torch.Generator) -> Outputs:
+        return tuple(_normal(shape, generator).to(self.output_dtype(dtype)) for shape in self.outputs(size).values())
+
+    def make_operands(self, size: Size, dtype: torch.dtype, generator: torch.Generator) -> Operands:
+        return Operands(
+            self.make_activations(size, dtype, generator),
+            self.make_weights(size, generator),
+            self.make_incoming(size, dtype, generator),
+        )
+
+    # --- cost --------------------------------------------------------------------------------------------------------
+
+    def flops(self, size: Size, training: bool) -> int:
+        return 2 * self.multiply_adds(size, training)
+
+    def bytes_moved(self, size: Size, dtype: torch.dtype, training: bool) -> int:
+        """What a fully fused implementation must move: the forward pass reads every argument and writes every output;
+        the backward pass reads the arguments and incoming gradients and writes the gradients."""
+        arguments = {
+            name: math.prod(shape) * self.dtype_of(name, dtype).itemsize for name, shape in self.arguments(size).items()
+        }
+        outputs = sum(math.prod(shape) for shape in self.outputs(size).values()) * self.output_dtype(dtype).itemsize
+        forward = sum(arguments.values()) + outputs
+        if not training:
+            return forward
+        gradients = sum(
+            count
+            for name, count in arguments.items()
+            if name in self.trained or (name not in self.activations and name not in self.constants)
+        )
+        return 2 * forward + gradients
+
+
+def _as_tuple(outputs: torch.Tensor | Outputs) -> Outputs:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    values = _normal(shape, generator)
+    if name == "norm_weight":
+        return 1 + 0.2 * values
+    if name.endswith("_weight"):
+        return values / math.sqrt(shape[-1])
+    return 0.2 * values if name.endswith("_bias") else values

@@ -1,0 +1,38 @@
+"""upsample_modulate: upsample, modulation linear, LayerNorm and modulation of one block."""
+
+from benchmarks.ops.pixel_decoder_from_tokens import upsample_shapes
+from benchmarks.ops.problem import Outputs, Problem, Shapes, Tensors
+from benchmarks.ops.sizes import Size
+
+
+class UpsampleModulate(Problem):
+    op = "upsample_modulate"
+    activations = trained = ("h", "tokens")
+    has_best_eager = False
+
+    def arguments(self, size: Size) -> Shapes:
+        width = size.decoder_width
+        return {
+            "h": (size.tokens, size.patch_pixels, width),
+            "tokens": (size.tokens, size.token_width),
+            **upsample_shapes(size),
+            "norm_weight": (width,),
+            "norm_bias": (width,),
+            "mod_weight": (3 * width, width),
+            "mod_bias": (3 * width,),
+        }
+
+    def outputs(self, size: Size) -> Shapes:
+        shape = (size.tokens, size.patch_pixels, size.decoder_width)
+        return {"modulated": shape, "gate": shape}
+
+    def multiply_adds(self, size: Size, training: bool) -> int:
+        """The upsample and the modulation linear; in training as much again for the weights and for the activations."""
+        per_pixel = size.decoder_width * size.token_width + 3 * size.decoder_width**2
+        return size.pixels * per_pixel * (3 if training else 1)
+
+    def published(self, tensors: Tensors, size: Size) -> Outputs:
+        return self.best_eager(tensors, size)
+
+
+PROBLEM = UpsampleModulate()

@@ -1,0 +1,1 @@
+"""Markdown and plots from results alone; needs no PyTorch."""

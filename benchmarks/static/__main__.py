@@ -1,0 +1,106 @@
+"""`python -m benchmarks static`: what the compilers made of the Triton and CUDA kernels, for every architecture,
+without a GPU.
+
+Per kernel and architecture: registers, spilled bytes, shared memory, executed warp instructions of the steady loop per
+16 pixels by pipe, and the modelled time of the busiest pipe. All of it follows from the compiled code: no figure here
+has been measured on a GPU. `--record` writes benchmarks/budgets.json; without it the figures are compared with it.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.static import cuda_kernels, tables, triton_kernels
+from benchmarks.static.figures import BUDGETS, SHARED_LIMIT, SMALL_SHARED, Figures, exceeded
+from benchmarks.static.triton_kernels import ARCHITECTURES, DTYPES, WIDTHS
+
+BACKENDS = ("triton", "cuda")
+
+
+def selected(architectures: list[str], widths: list[int], dtypes: list[str]) -> Iterator[tuple[str, int, str]]:
+    """(architecture, width, dtype): the given widths and dtypes on sm_90, D 32 in bfloat16 on the others too."""
+    for architecture in architectures:
+        for width in widths:
+            for dtype in dtypes:
+                if architecture == "sm_90" or (width, dtype) == (32, "bfloat16"):
+                    yield architecture, width, dtype
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks static", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--record", action="store_true", help="write benchmarks/budgets.json")
+    parser.add_argument("--backend", choices=BACKENDS, help="(default: both)")
+    parser.add_argument(
+        "--architecture", action="append", choices=tuple(SHARED_LIMIT), help=f"repeatable (default: not {SMALL_SHARED})"
+    )
+    parser.add_argument("--width", action="append", type=int, choices=WIDTHS, help="repeatable (default: 32)")
+    parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="repeatable (default: bfloat16)")
+    parser.add_argument("--everywhere", action="store_true", help="every width and dtype on every architecture")
+    parser.add_argument("--tables", action="store_true", help="print the record as the tables of a page in docs")
+    parser.add_argument("--output", metavar="FILE.json", help="write all figures there")
+    options = parser.parse_args(arguments)
+    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    if options.tables:
+        for backend in [options.backend] if options.backend else BACKENDS:
+            print(*tables.tables(budgets, backend), sep="\n\n", end="\n\n")
+        return 0
+    if os.environ.get("TRITON_INTERPRET"):
+        print("benchmarks static: unset TRITON_INTERPRET; the interpreter compiles nothing", file=sys.stderr)
+        return 2
+
+    default = SHARED_LIMIT if options.everywhere else ARCHITECTURES
+    architectures, widths = options.architecture or list(default), options.width or [32]
+    dtypes = options.dtype or ["bfloat16"]
+    if options.everywhere:
+        cases = [(a, w, d) for a in architectures for w in WIDTHS for d in DTYPES]
+    else:
+        cases = list(selected(architectures, widths, dtypes))
+    everything: dict[str, dict[str, Any]] = {}
+    failures = []
+    print("Modelled from the compiled code, not measured on a GPU; slots per 16 pixels; ms for 32 images of 256x256.")
+    print(_row("kernel", "architecture", "registers", "spills", "shared", "slots", "ms", "pipes"), flush=True)
+    for name, architecture, found in _examined(options.backend, cases):
+        everything.setdefault(name, {})[architecture] = found._asdict()
+        print(_row(name, architecture, *_cells(found)), flush=True)
+        if found.shared_bytes > SHARED_LIMIT[architecture.removesuffix("a")]:
+            failures.append(f"{name}: {found.shared_bytes} bytes of shared memory do not fit {architecture}")
+        if options.record:
+            budgets.setdefault(name, {})[architecture] = found.record()
+        elif architecture in budgets.get(name, {}):
+            failures += [f"{name} on {architecture}: {what}" for what in exceeded(found, budgets[name][architecture])]
+    if options.record:
+        BUDGETS.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
+    if options.output:
+        Path(options.output).write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n")
+    for failure in failures:
+        print(f"too much: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _examined(backend: str | None, cases: list[tuple[str, int, str]]) -> Iterator[tuple[str, str, Figures]]:
+    """What the command was asked for; without a choice of backend, what this machine can compile."""
+    if backend != "cuda":
+        yield from triton_kernels.all_figures(cases)
+    if backend != "triton":
+        reason = cuda_kernels.unavailable_reason()
+        if reason is None:
+            yield from cuda_kernels.all_figures(cases)
+        elif backend == "cuda":
+            raise SystemExit(f"benchmarks static: the CUDA kernels cannot be examined: {reason}")
+        else:
+            print(f"The CUDA kernels are left out: {reason}", file=sys.stderr)
+
+
+def _cells(found: Figures) -> tuple[str, ...]:
+    slots = "-" if found.issue_slots_per_16_px is None else f"{found.issue_slots_per_16_px:.0f}"
+    time = "-" if found.modelled_ms is None else f"{found.modelled_ms:.3f}"
+    pipes = " ".join(f"{pipe} {count:.0f}" for pipe, count in sorted(found.pipes_per_16_px.items()) if pipe != "issue")
+    return str(found.registers), str(found.spill_bytes), str(found.shared_bytes), slots, time, pipes
+
+
+def _row(name: str, architecture: str, registers: str, spills: str, shared: str, slots: str, time: str, pipes: str):
+    return f"{name:58} {architecture:12} {registers:>9} {spills:>6} {shared:>7} {slots:>6} {time:>6}  {pipes}"

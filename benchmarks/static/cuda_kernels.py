@@ -1,0 +1,266 @@
+"""What nvcc makes of the kernels in csrc/cuda, for `python -m benchmarks static`.
+
+Registers, spills and instructions come from the compiled code, shared memory and the pixels of a turn from what the ops
+launch: the emulator lists those launches without running them.
+"""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.static import sass
+from benchmarks.static.figures import CUDA_PREFIX, SHARED_LIMIT, Figures, modelled_milliseconds
+from deco_kernels import testing
+from deco_kernels.testing import emulation, source_regions
+
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+_WIDTHS, _DEPTH, _IMAGE = (16, 32, 64), 3, (1, 256, 256)
+_PIXELS = _IMAGE[1] * _IMAGE[2]
+_LOSS, _PADDED_IMAGE = "flow_matching_loss", (1, 252, 252)
+_MANY_MULTIPROCESSORS = 1 << 16  # so that every grid has as many blocks as there are tiles
+_DTYPES = {"BFloat16": "bfloat16", "Float16": "float16"}
+_COLOR_CHANNELS = 3
+
+
+class Kernel(NamedTuple):
+    """A kernel, or the part of one that a kind of call executes."""
+
+    op: str  # whose call launches it
+    launch: str  # under this name
+    counted: bool = True  # whether its outermost loop walks over pixels and computes products
+    # Trips of a loop with products inside that loop; where None, one for each tile of 16 pixels of a turn.
+    inner_trips: int | None = None
+    skipped: tuple[str, ...] = ()  # regions of its source that this kind of call does not enter
+
+
+KERNELS = {
+    "pixel_decoder.forward_kernel": Kernel(
+        "pixel_decoder", "pixel_decoder_forward", inner_trips=_DEPTH, skipped=("refill_of_forward",)
+    ),
+    "adaln_block.forward_kernel": Kernel("adaln_block", "adaln_block_forward"),
+    "upsample_modulate.modulate_kernel": Kernel("upsample_modulate", "upsample_modulate_forward"),
+    "decoder_replay.replay_kernel": Kernel(
+        "pixel_decoder", "pixel_decoder_replay", inner_trips=_DEPTH, skipped=("refill_of_replay",)
+    ),
+    # The template's flags, then which step of the chain it is: of a decoder's blocks the last one comes first.
+    "block_backward.backward_kernel+mlp+tiled+first": Kernel(
+        "pixel_decoder", "block_backward", skipped=("gradient_of_later_blocks", "gradient_of_cond")
+    ),
+    "block_backward.backward_kernel+mlp+tiled": Kernel(
+        "pixel_decoder", "block_backward", skipped=("gradient_of_cond",)
+    ),
+    "block_backward.backward_kernel+mlp+tiled+last": Kernel("pixel_decoder", "block_backward"),
+    "block_backward.backward_kernel+mlp+first+last": Kernel(
+        "adaln_block", "block_backward", skipped=("gradient_of_later_blocks",)
+    ),
+    "block_backward.backward_kernel+first+last": Kernel(
+        "upsample_modulate", "block_backward", skipped=("gradient_of_later_blocks",)
+    ),
+    "decoder_embedding.embedding_kernel": Kernel("pixel_decoder", "pixel_decoder_embedding"),
+    "decoder_embedding.table_kernel": Kernel("pixel_decoder", "pixel_table_gradient", counted=False),
+    "pack_weights.pack_kernel": Kernel("pixel_decoder", "pack_weights", counted=False),
+    "gradient_sums.sum_kernel": Kernel("pixel_decoder", "sum_partials", counted=False),
+    "gradient_sums.unpack_kernel": Kernel("pixel_decoder", "unpack_gradients", counted=False),
+    **{
+        f"flow_matching_loss{source}_kernel{images}": Kernel(_LOSS, launch, inner_trips=_COLOR_CHANNELS)
+        for source, launch in (
+            (".sums", "flow_matching_loss_sums"),
+            ("_backward.gradient", "flow_matching_loss_gradient"),
+        )
+        for images in ("", "+float32_target", "+padded")
+    },
+    "flow_matching_loss.losses_kernel": Kernel(_LOSS, "flow_matching_loss", counted=False),
+    "flow_matching_loss_backward.spectrum_kernel": Kernel(_LOSS, "flow_matching_loss_spectrum", counted=False),
+    "flow_matching_loss_backward.frequency_weight_kernel": Kernel(
+        _LOSS, "flow_matching_loss_frequency_weight", counted=False
+    ),
+    "flow_matching_loss_backward.sample_weight_kernel": Kernel(
+        _LOSS, "flow_matching_loss_sample_weight", counted=False
+    ),
+    "loss_padding.difference_kernel": Kernel(_LOSS, "flow_matching_loss_difference", counted=False),
+    "loss_padding.fold_kernel": Kernel(_LOSS, "flow_matching_loss_fold", counted=False),
+}
+_FLAGS = {"backward_kernel": ("mlp", "tiled")}  # boolean template parameters by kernel
+
+
+def unavailable_reason() -> str | None:
+    """Why no CUDA kernel can be examined here, or None."""
+    if nvcc() is None:
+        return "no nvcc on PATH, in $CUDA_HOME/bin or in /usr/local/cuda/bin"
+    return emulation.unavailable_reason()
+
+
+@functools.cache
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+
+
+@functools.cache
+def toolchain() -> str:
+    version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    return "nvcc " + re.search(r"V([\d.]+)", version)[1]
+
+
+def sources() -> list[str]:
+    """The CUDA sources that hold kernels, the slowest to compile first."""
+    found = (path for path in (CSRC / "cuda").glob("*.cu") if "DECO_KERNEL(" in path.read_text())
+    return [path.stem for path in sorted(found, key=lambda path: (path.stem != "block_backward", path.stem))]
+
+
+def compile_source(source: str, architecture: str, cubin: Path) -> None:
+    """Compile csrc/cuda/SOURCE.cu as the module is built, with the lines that instructions come from."""
+    number = architecture.removeprefix("sm_")
+    command = [nvcc(), "-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+    command += [f"-gencode=arch=compute_{number},code=sm_{number}", "-cubin", "-o", str(cubin)]
+    command += [str(CSRC / "cuda" / f"{source}.cu")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0 or "warning" in result.stderr:
+        raise RuntimeError(f"{source}.cu does not compile cleanly for {architecture}:\n{result.stderr[-4000:]}")
+
+
+def source_figures(source: str, architecture: str) -> dict[str, Figures]:
+    """Figures of every kernel of a source, by "cuda.source.kernel+flags/D32/bfloat16"."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / f"{source}.cubin"
+        compile_source(source, architecture, cubin)
+        codes, lines = sass.read_all(cubin), sass.read_lines(cubin)
+    figures = {}
+    for mangled, code in codes.items():
+        name, width, dtype = _describe(source, mangled)
+        variants = {variant: kernel for variant, kernel in KERNELS.items() if _is_variant(variant, name)}
+        if not variants:
+            raise LookupError(f"{name} of {source}.cu is missing in benchmarks.static.cuda_kernels.KERNELS")
+        for variant, kernel in variants.items():
+            label = "/".join([CUDA_PREFIX + variant] + [f"D{width}"] * bool(width) + [dtype] * bool(dtype))
+            figures[label] = _figures(code, lines[mangled], kernel, source, width, architecture)
+    return figures
+
+
+def all_figures(cases: list[tuple[str, int, str]]) -> Iterator[tuple[str, str, Figures]]:
+    """(name, architecture, figures) of every CUDA kernel in the (architecture, width, dtype) of `cases`; one
+    compilation of a source gives all widths and dtypes."""
+    for architecture in ARCHITECTURES:
+        wanted = {(w, d) for a, w, d in cases if a == architecture.removesuffix("a")}
+        for source in sources() if wanted else ():
+            for name, found in source_figures(source, architecture).items():
+                if is_among(name, wanted):
+                    yield name, architecture, found
+
+
+def is_among(name: str, wanted: set[tuple[int, str]]) -> bool:
+    """Whether a label of `source_figures` names one of the (width, dtype), as labels without either always do."""
+    _, *parts = name.split("/")
+    return any(all(part in (f"D{width}", dtype) for part in parts) for width, dtype in wanted)
+
+
+def _describe(source: str, mangled: str) -> tuple[str, int, str]:
+    """("source.kernel+flags", D or 0, dtype or "") of a mangled kernel name."""
+    function, parameters = re.search(r"\d([a-z][a-z_]*_kernel)(?:I(\w+?)EEv|E)", mangled).groups(default="")
+    dtype = re.search(r"\d(BFloat16|Float16)E", parameters)
+    width = re.search(r"Li(\d+)E?", parameters)
+    values = re.findall(r"Lb([01])", parameters)
+    flags = [flag for flag, value in zip(_FLAGS.get(function, ()), values, strict=True) if value == "1"]
+    if "PaddedDifference" in parameters:
+        flags.append("padded")
+    elif re.search(r"ImagePairINS0_\d+\w+16EfE", parameters):
+        flags.append("float32_target")
+    name = "+".join([f"{source}.{function}", *flags])
+    return name, int(width[1]) if width else 0, _DTYPES[dtype[1]] if dtype else ""
+
+
+def _is_variant(variant: str, name: str) -> bool:
+    """Whether a name of KERNELS is that of a compiled kernel, or a step of a chain in it."""
+    return variant in (name, f"{name}+first", f"{name}+last", f"{name}+first+last")
+
+
+def _figures(code: sass.Code, lines, kernel: Kernel, source: str, width: int, architecture: str) -> Figures:
+    launch = launches(width or 32, SHARED_LIMIT[architecture.removesuffix("a")])[kernel.op, kernel.launch]
+    slots, pipes, milliseconds = None, {}, None
+    if kernel.counted:
+        skipped = _lines_of(kernel.skipped)
+        counted = per_16_pixels(code, launch, kernel.inner_trips, lambda a: bool(lines[a] & skipped))
+        if counted is not None:
+            pipes, tensor_cycles = counted
+            slots = round(pipes["issue"], 1)
+            milliseconds = modelled_milliseconds(pipes, tensor_cycles) if architecture == "sm_90a" else None
+    return Figures(toolchain(), code.registers, code.spill_bytes, launch.shared_bytes, slots, pipes, milliseconds)
+
+
+def _lines_of(names: tuple[str, ...]) -> set[tuple[str, int]]:
+    """(file, line) of every line inside these regions of csrc/cuda."""
+    regions = source_regions.all_regions()
+    return {(str(regions[name].path), line) for name in names for line in regions[name].lines}
+
+
+def per_16_pixels(code: sass.Code, launch: "Launch", inner_trips: int | None, is_skipped) -> tuple[dict, float] | None:
+    """Executed warp instructions of the steady loop per 16 pixels by pipe, and tensor-pipe cycles.
+
+    All warps run the outermost loop. Where there are two, a warp for each tile of 16 pixels runs the larger one and the
+    others run the second. Loops without products inside them count once. None where the compiler has interleaved loops.
+    """
+    tiles = launch.turn_pixels // 16
+    inner_trips = inner_trips or tiles
+    with_products = [loop for loop in sass.loops(code) if _has_products(code, loop)]
+    outermost = [loop for loop in with_products if not any(sass.is_inside(loop, other) for other in with_products)]
+    if len(outermost) > 2:
+        return None
+    warps = [launch.warps] if len(outermost) == 1 else [tiles, launch.warps - tiles]
+    weights = {loop: count / tiles for loop, count in zip(outermost, warps, strict=True)}
+    inner = [loop for loop in with_products if loop not in weights]
+
+    def executions(address: int) -> float:
+        weight = sum(weight for (first, last), weight in weights.items() if first <= address <= last)
+        if weight == 0 or is_skipped(address):
+            return 0
+        return weight * inner_trips if any(first <= address <= last for first, last in inner) else weight
+
+    return sass.counts(code, executions)
+
+
+def _has_products(code: sass.Code, loop: tuple[int, int]) -> bool:
+    return any(
+        sass.pipe_of(instruction.opcode) == "tensor" and loop[0] <= instruction.address <= loop[1]
+        for instruction in code.instructions
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- launches
+
+
+class Launch(NamedTuple):
+    warps: int  # of a block
+    shared_bytes: int
+    turn_pixels: int  # that a block takes at a time, a multiple of 16; meaningless for kernels that walk over nothing
+
+
+@functools.cache
+def launches(width: int, shared_limit: int) -> dict[tuple[str, str], Launch]:
+    """(op, name) -> launch, for forward and backward of the ops with N 3 on an image of 256x256; where only images that
+    need padding launch a kernel, on one of those."""
+    module = emulation.emulated_module()
+    module.set_device_limits(_MANY_MULTIPROCESSORS, shared_limit)
+    calls = {(_LOSS, _PADDED_IMAGE): None} | {(kernel.op, _IMAGE): None for kernel in KERNELS.values()}
+    found = {}
+    try:
+        for op, image_size in calls:
+            inputs = testing.random_inputs(
+                op, dtype=torch.bfloat16, width=width, depth=_DEPTH, image_size=image_size, token_width=8
+            )
+            for name, blocks, threads, shared_bytes in module.launches_of(
+                lambda inputs=inputs: testing.run(inputs, emulation.BACKEND)
+            ):
+                found[op, name] = Launch(threads // 32, shared_bytes, 16 * round(_PIXELS / blocks / 16))
+    finally:
+        module.set_device_limits(emulation.MULTIPROCESSORS, emulation.LARGE_SHARED)
+    return found

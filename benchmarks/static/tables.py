@@ -1,0 +1,81 @@
+"""The tables of docs/triton.md and docs/cuda.md, made from benchmarks/budgets.json.
+
+`python -m benchmarks static --tables` prints them.
+"""
+
+from typing import Any, NamedTuple
+
+from benchmarks.static.figures import milliseconds
+
+_TRITON_KERNELS = {
+    "pixel_decoder.forward_kernel": "decoder forward",
+    "pixel_decoder.replay_kernel": "decoder replay (forward again, head backwards)",
+    "adaln_block.backward_kernel+first": "block backward, launched first",
+    "adaln_block.backward_kernel": "block backward, between",
+    "adaln_block.backward_kernel+last": "block backward, launched last",
+    "pixel_decoder.embedding_kernel": "embedding backward",
+    "adaln_block.forward_kernel": "adaln_block forward",
+    "adaln_block.backward_kernel+first+last": "adaln_block backward",
+    "upsample_modulate.forward_kernel": "upsample_modulate forward",
+    "upsample_modulate.backward_kernel": "upsample_modulate backward",
+    "flow_matching_loss.sums_kernel": "loss sums",
+    "flow_matching_loss.gradient_kernel": "loss gradient",
+}
+_CUDA_KERNELS = {
+    "cuda.pixel_decoder.forward_kernel": "decoder forward",
+    "cuda.decoder_replay.replay_kernel": "decoder replay (forward again, head backwards)",
+    "cuda.block_backward.backward_kernel+mlp+tiled+first": "block backward, launched first",
+    "cuda.block_backward.backward_kernel+mlp+tiled": "block backward, between",
+    "cuda.block_backward.backward_kernel+mlp+tiled+last": "block backward, launched last",
+    "cuda.decoder_embedding.embedding_kernel": "embedding backward",
+    "cuda.adaln_block.forward_kernel": "adaln_block forward",
+    "cuda.block_backward.backward_kernel+mlp+first+last": "adaln_block backward",
+    "cuda.upsample_modulate.modulate_kernel": "upsample_modulate forward",
+    "cuda.block_backward.backward_kernel+first+last": "upsample_modulate backward",
+    "cuda.flow_matching_loss.sums_kernel": "loss sums",
+    "cuda.flow_matching_loss_backward.gradient_kernel": "loss gradient",
+}
+
+
+class _Page(NamedTuple):
+    kernels: dict[str, str]  # name in the record -> its title
+    architecture: str
+    other_cases: tuple[tuple[int, str], ...]  # (width, dtype) besides D 32 in bfloat16
+
+
+_PAGES = {
+    "triton": _Page(_TRITON_KERNELS, "sm_90", ((16, "bfloat16"), (64, "bfloat16"), (32, "float32"))),
+    "cuda": _Page(_CUDA_KERNELS, "sm_90a", ((16, "bfloat16"), (64, "bfloat16"), (32, "float16"))),
+}
+
+
+def tables(budgets: dict[str, Any], backend: str) -> tuple[str, str]:
+    """The tables of docs/BACKEND.md."""
+    page = _PAGES[backend]
+    return _main_table(budgets, page), _other_cases_table(budgets, page)
+
+
+def _main_table(budgets: dict[str, Any], page: _Page) -> str:
+    """Every kernel at D 32 in bfloat16 on the page's architecture; the time is that of issuing its instructions."""
+    lines = ["| kernel | registers | spilled | shared | slots per 16 px | modelled ms |", "|---|---|---|---|---|---|"]
+    for kernel, title in page.kernels.items():
+        # The CUDA kernels of the loss know no width.
+        record = (budgets.get(f"{kernel}/D32/bfloat16") or budgets[f"{kernel}/bfloat16"])[page.architecture]
+        slots = record["issue_slots_per_16_px"]
+        lines.append(
+            f"| {title} | {record['registers']} | {record['spill_bytes']} | {record['shared_bytes'] / 1000:.0f} kB "
+            f"| {slots:,.0f} | {milliseconds(slots):.{3 if slots < 100 else 2}f} |"
+        )
+    return "\n".join(lines)
+
+
+def _other_cases_table(budgets: dict[str, Any], page: _Page) -> str:
+    """Registers, spilled bytes and slots per 16 pixels of the other recorded widths and dtypes."""
+    heads = [f"D {width}, {dtype}" for width, dtype in page.other_cases]
+    lines = [f"| kernel | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for kernel, title in page.kernels.items():
+        if "flow_matching_loss" not in kernel:
+            records = [budgets[f"{kernel}/D{width}/{dtype}"][page.architecture] for width, dtype in page.other_cases]
+            cells = [f"{r['registers']}, {r['spill_bytes']}, {r['issue_slots_per_16_px']:,.0f}" for r in records]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""Every kernel that has a budget, timed on a GPU, beside what its recorded issue slots allow.
+
+The model's figure is the time in which the device's schedulers can issue the recorded instructions of a training batch,
+at the highest clock: a bound, which memory, shared memory or latency may keep out of reach. A row: `kernel` (the name
+in benchmarks/budgets.json), `architecture`, `modelled_ms` (None for kernels that do not walk over pixels), `status`,
+`measured_ms` (None with a `reason`), `launches` of one forward and backward, their registers and spilled bytes and the
+recorded ones.
+"""
+
+import re
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.harness import gpu_state
+from benchmarks.harness.timing import milliseconds
+from benchmarks.static import profiled_kernels, triton_kernels
+from benchmarks.static.figures import CLOCK, PIXELS, recorded_budgets
+from deco_kernels import testing
+
+IMAGE = (32, 256, 256)  # a training batch: as many pixels as the recorded model's
+_TOKEN_WIDTH = 1152
+REPEATS = 7
+_SCHEDULERS_PER_MULTIPROCESSOR = 4
+
+
+def measure_kernels(full: bool) -> list[dict]:
+    """The kernels of width 32 in bfloat16, or all that have a budget on this architecture, slowest first.
+
+    Raises:
+        ValueError: no budget is recorded for the architecture.
+    """
+    properties = torch.cuda.get_device_properties(0)
+    architecture = f"sm_{properties.major}{properties.minor}"
+    names = {"triton": architecture, "cuda": {"sm_90": "sm_90a"}.get(architecture, architecture)}
+    budgets = {
+        (backend, name): figures[names[backend]]
+        for backend in names
+        for name, figures in recorded_budgets(backend).items()
+        if names[backend] in figures and (full or not {_width(name), _dtype(name)} - {None, 32, "bfloat16"})
+    }
+    if not budgets:
+        raise ValueError(f"no kernel has a budget on {architecture}; leave the part kernels out")
+    cases = {(_width(name), _dtype(name)) for _, name in budgets if _width(name) and _dtype(name)}
+    measured: dict[str, dict] = {}
+    failures = []
+    for width, dtype in sorted(cases, key=lambda case: case != (32, "bfloat16")):
+        for op in testing.OPS:
+            try:
+                for name, found in measure_op(op, width, dtype, architecture):
+                    measured.setdefault(name, found)
+            except Exception as error:  # what one op's kernels do wrong does not hide the others'
+                failures.append(f"{op}, D {width}, {dtype} failed: {type(error).__name__}: {error}".splitlines()[0])
+    rate = properties.multi_processor_count * _SCHEDULERS_PER_MULTIPROCESSOR * _clock_hz()
+    missing = {"status": "unavailable", "measured_ms": None, "reason": "not launched by any op here"}
+    if failures:
+        missing |= {"status": "failed", "reason": "; ".join(failures)}
+    rows = [
+        _row(name, names[backend], budget, rate) | measured.get(name, missing)
+        for (backend, name), budget in budgets.items()
+    ]
+    return sorted(rows, key=lambda row: -(row["measured_ms"] or 0))
+
+
+def measure_op(op: str, width: int, dtype: str, architecture: str) -> Iterator[tuple[str, dict]]:
+    """(budget's name, figures) of the kernels that forward and backward of an op launch in both backends."""
+    storage = triton_kernels.DTYPES[dtype]
+    sizes = dict(width=width, image_size=IMAGE, token_width=_TOKEN_WIDTH)
+    inputs = testing.random_inputs(op, dtype=storage, other_dtype=storage, device="cuda", **sizes)
+    for name, found in triton_times(inputs, architecture).items():
+        yield f"{name}/D{width}/{dtype}", found
+    yield from profiled_kernels.of_op(inputs, width, dtype)
+
+
+def triton_times(inputs: testing.Inputs, architecture: str) -> dict[str, dict]:
+    """Figures of the Triton kernels by name, each launch timed alone with the arguments that the op gives it. Launches
+    of one name are added up: chunks of one call."""
+    found: dict[str, dict] = {}
+    for launch in triton_kernels.launches_of(inputs, architecture):
+        entry = found.setdefault(triton_kernels.kernel_name(launch), {"measured_ms": 0.0, "launches": 0})
+        compiled = run_launch(launch)
+        times = [milliseconds(lambda launch=launch: run_launch(launch), "cuda") for _ in range(REPEATS)]
+        entry["measured_ms"] += min(times)
+        entry["launches"] += 1
+        entry["registers"] = getattr(compiled, "n_regs", None)
+        entry["spill_bytes"] = getattr(compiled, "n_spills", None)
+    return found
+
+
+def run_launch(launch):
+    return launch.kernel[launch.grid](**launch.args, **launch.options)
+
+
+def _width(name: str) -> int | None:
+    """D of a budget's name, "module.kernel+flags/D32/bfloat16"; None where the kernel does not depend on it."""
+    found = re.search(r"/D(\d+)", name)
+    return int(found[1]) if found else None
+
+
+def _dtype(name: str) -> str | None:
+    found = re.search(r"/([a-z]\w+)$", name)
+    return found[1] if found else None
+
+
+def _clock_hz() -> float:
+    """The highest clock of the multiprocessors; without NVML that of the recorded model's machine."""
+    megahertz = gpu_state.header().get("sm_clock_max_mhz")
+    return 1e6 * megahertz if megahertz else CLOCK
+
+
+def _row(name: str, architecture: str, budget: dict, rate: float) -> dict:
+    """What a row says before anything is measured; `rate` is in warp instructions per second of the device."""
+    slots = budget["issue_slots_per_16_px"]
+    return {
+        "kernel": name,
+        "status": "ok",
+        "architecture": architecture,
+        "modelled_ms": None if slots is None else 1e3 * slots * PIXELS / 16 / rate,
+        "recorded_registers": budget["registers"],
+        "recorded_spill_bytes": budget["spill_bytes"],
+    }

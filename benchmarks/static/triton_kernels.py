@@ -1,0 +1,150 @@
+"""What Triton's compiler makes of the kernels that the ops launch, for `python -m benchmarks static`."""
+
+import importlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.static import sass
+from benchmarks.static.figures import Figures, modelled_milliseconds
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = (*NVIDIA, "gfx942")
+"""Of the Triton kernels; the CUDA kernels for Hopper are built for sm_90a."""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WIDTHS = (16, 32, 64)
+_COLOUR_CHANNELS = 3  # the only loops inside a tile's loop run over Y, Cb and Cr
+_TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+# ------------------------------------------------------------------------------------------------------ what to compile
+
+
+def recorded_launches(architecture: str, width: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Every kernel variant that the five ops launch in forward and backward, by name: N 3, p 16, two 256x256 images."""
+    from deco_kernels import testing
+
+    launches: dict[str, Any] = {}
+    for op in testing.OPS:
+        inputs = testing.random_inputs(
+            op, dtype=dtype, other_dtype=dtype, width=width, image_size=(1, 256, 256), token_width=1152
+        )
+        for launch in launches_of(inputs, architecture):
+            launches.setdefault(f"{kernel_name(launch)}/D{width}/{str(dtype).removeprefix('torch.')}", launch)
+    return launches
+
+
+def launches_of(inputs, architecture: str) -> list:
+    """What the Triton backend launches in forward and backward of these `testing.Inputs`; nothing runs."""
+    from deco_kernels.backends.triton import common
+
+    module = importlib.import_module(f"deco_kernels.backends.triton.{inputs.op}")
+    tensors, options = list(inputs.tensors.values()), list(inputs.options.values())
+    if inputs.op != "flow_matching_loss":
+        options.append(1e-6)
+    with common.record_launches(architecture) as recorded:
+        module.forward(*tensors, *options)
+        module.backward(*inputs.grad_outputs, *tensors, *options, [True] * len(tensors))
+    return recorded
+
+
+def kernel_name(launch) -> str:
+    """ "module.kernel", with the flags that distinguish its variants."""
+    module = launch.kernel.fn.__module__.rpartition(".")[2]
+    flags = [name for name, value in launch.args.items() if value is True and name in ("FIRST", "LAST", "PADDED")]
+    return f"{module}.{launch.kernel.fn.__name__}" + "".join(f"+{flag.lower()}" for flag in flags)
+
+
+def compile_launch(launch, architecture: str):
+    """Compile a recorded launch ahead of time, specialised on its arguments as a call on the device would be."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, hints = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.args[parameter.name]
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + _TRITON_TYPES[value.dtype]
+            hints[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if specialised and value % 16 == 0:
+                hints[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
+    if architecture.startswith("gfx"):
+        target = GPUTarget("hip", architecture, 64)
+    else:
+        target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def figures(launch, architecture: str) -> Figures:
+    compiled = compile_launch(launch, architecture)
+    if architecture.startswith("gfx"):
+        return _amd_figures(compiled)
+    code = sass.read(compiled.asm["cubin"])
+    pixels = _pixels_per_tile(launch)
+    pipes, slots, milliseconds = {}, None, None
+    if pixels:
+        warps_per_16_px = 16 * launch.options["num_warps"] / pixels
+        counts, tensor_cycles = sass.steady_counts(code, _COLOUR_CHANNELS)
+        pipes = {pipe: count * warps_per_16_px for pipe, count in counts.items()}
+        slots = round(pipes["issue"], 1)
+        if architecture == "sm_90":
+            milliseconds = modelled_milliseconds(pipes, tensor_cycles * warps_per_16_px)
+    return Figures(
+        toolchain(architecture), code.registers, code.spill_bytes, compiled.metadata.shared, slots, pipes, milliseconds
+    )
+
+
+def case_figures(architecture: str, width: int, dtype: str, parts: tuple[str, ...] = ("",)) -> dict[str, Figures]:
+    """Figures of every kernel whose name starts with one of `parts`; can run in a process of its own."""
+    launches = recorded_launches(architecture, width, DTYPES[dtype])
+    return {name: figures(launch, architecture) for name, launch in launches.items() if name.startswith(parts)}
+
+
+def _amd_figures(compiled) -> Figures:
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"])[1])
+
+    spilled = 4 * 64 * field("vgpr_spill_count") + 4 * field("sgpr_spill_count")
+    return Figures(toolchain("gfx942"), field("vgpr_count"), spilled, compiled.metadata.shared, None, {}, None)
+
+
+def _pixels_per_tile(launch) -> int | None:
+    """Pixels a turn of the steady loop covers; None for kernels that do not walk over pixels."""
+    block = launch.args.get("BLOCK")
+    if block is None or launch.kernel.fn.__name__ == "losses_kernel":
+        return None
+    walks_over_blocks = launch.kernel.fn.__module__.endswith("flow_matching_loss") and "fold" not in kernel_name(launch)
+    return block * 64 if walks_over_blocks else block
+
+
+def toolchain(architecture: str) -> str:
+    import triton
+
+    if architecture.startswith("gfx"):
+        return f"triton {triton.__version__}, its LLVM"
+    from triton import knobs
+
+    assembler = knobs.nvidia.ptxas_blackwell if architecture == "sm_100" else knobs.nvidia.ptxas
+    return f"triton {triton.__version__}, ptxas {assembler.version}"
+
+
+def all_figures(cases: list[tuple[str, int, str]]) -> Iterator[tuple[str, str, Figures]]:
+    """(name, architecture, figures) of every Triton kernel in the (architecture, width, dtype) of `cases`."""
+    seen = set()
+    for architecture, width, dtype in cases:
+        for name, launch in recorded_launches(architecture, width, DTYPES[dtype]).items():
+            if (name, architecture) not in seen:
+                seen.add((name, architecture))
+                yield name, architecture, figures(launch, architecture)

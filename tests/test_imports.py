@@ -1,0 +1,94 @@
+"""The order of the packages: nothing imports upward, in a circle, or a private name of another module."""
+
+import ast
+import functools
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# From the bottom up; packages on one line do not import each other. What lies in none of them, as native.py of
+# deco_kernels, stands below them all.
+ORDER = (
+    ("deco_kernels.backends",),
+    ("deco_kernels.ops",),
+    ("deco_kernels.model",),
+    ("deco_kernels.flow",),
+    ("deco_kernels.testing", "deco_kernels.integrations"),
+    ("deco_kernels.training", "deco_kernels.__main__"),
+    ("benchmarks.names",),
+    ("benchmarks.ops",),
+    ("benchmarks.harness",),
+    ("benchmarks.report",),
+    ("benchmarks.models", "benchmarks.static"),
+    ("benchmarks.run",),
+    ("benchmarks",),
+    ("python",),
+)
+
+
+# Programs in python/ import a module there, "python.NAME", as NAME.
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("deco_kernels", "benchmarks", "python")
+    for path in sorted(ROOT.glob(f"{folder}/**/*.py"))
+}
+
+
+@functools.cache
+def imports_of(importer: str) -> list[tuple[str, str]]:
+    """(module of ours, name taken from it or "") of every import of a module, also inside its functions."""
+    found = []
+    for node in ast.walk(ast.parse(MODULES[importer].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.append((full, "") if own(importer, full) in MODULES else (node.module, alias.name))
+    return [(own(importer, module), name) for module, name in found if own(importer, module) in MODULES]
+
+
+def own(importer: str, module: str) -> str:
+    """A module's name in MODULES."""
+    return f"python.{module}" if importer.startswith("python.") and f"python.{module}" in MODULES else module
+
+
+def place_of(module: str) -> tuple[int, str]:
+    """Index in ORDER and name of the smallest package there that holds the module; (-1, "") below them all."""
+    places = [(index, package) for index, packages in enumerate(ORDER) for package in packages]
+    holding = [place for place in places if f"{module}.".startswith(f"{place[1]}.")]
+    return max(holding, key=lambda place: len(place[1]), default=(-1, ""))
+
+
+def test_nothing_imports_upward():
+    upward = []
+    for importer in MODULES:
+        for module, _ in imports_of(importer):
+            (from_level, from_package), (level, package) = place_of(importer), place_of(module)
+            if from_package != package and from_level <= level:
+                upward.append(f"{importer} imports {module}")
+    assert not upward
+
+
+def test_no_circle():
+    """Modules are removed as soon as all that they import is removed; what stays is in a circle or above one."""
+    left = {name: {module for module, _ in imports_of(name)} - {name} for name in MODULES}
+    while removable := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in removable:
+            del left[name]
+    assert not left
+
+
+def test_no_private_name_of_another_module():
+    found = [
+        f"{importer} imports {name} of {module}"
+        for importer in MODULES
+        for module, name in imports_of(importer)
+        if name.startswith("_") and not name.startswith("__")
+    ]
+    assert not found
+
+
+def test_the_order_is_that_of_the_tree():
+    assert place_of("deco_kernels.native")[0] < place_of("deco_kernels.backends.cuda.calls")[0]
+    assert place_of("benchmarks.harness.timing")[0] < place_of("benchmarks.__main__")[0] < place_of("python.demo")[0]
