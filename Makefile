@@ -1,8 +1,9 @@
-# make test        the test suite (all but the tests marked gpu and long), no GPU needed: once, and again with the Triton
-#                  kernels in Triton's interpreter
+# make test        the test suite, no GPU needed: first all tests that a CPU can run, then the Triton kernels in Triton's
+#                  interpreter. The second part runs even if the first fails; a failure of either is the exit status
 # make demo        trains a small model on a photograph, fused and eager side by side -> out/demo/report.png, report.json
 # make bench       the CPU benchmark table
 # make test-long   the tests marked long
+# make test-timing the tests that assert times; they need a machine without other work
 # make aot-all     compiles every Triton and CUDA kernel for every width, dtype and architecture
 # make gpu-check   what only a GPU can show, with this machine's own Python and no network -> out/gpu-check
 # make lint        style
@@ -22,17 +23,28 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 # Like PYTHON, for gpu-check: the interpreter that already has PyTorch.
 GPU_PYTHON ?= python3
 
+# Two test processes share the tests; each, and what it starts, computes with one thread where a test asks for no other.
+PYTEST    := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal --durations=25
+# The exit status of pytest when ARGS selects no test.
+NO_TESTS  := 5
+LEFT_OUT  := not gpu and not long and not timing and not aot_all
+
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: test test-long aot-all demo bench gpu-check lint env clean
+.PHONY: test test-long test-timing aot-all demo bench gpu-check lint env clean
 .DELETE_ON_ERROR:
 
 test: env
-	$(RUN) -m pytest -q -m "not gpu and not long" $(ARGS)
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q -m "interpret and not long" $(ARGS) || test $$? -eq 5
+	@status=0; \
+	$(PYTEST) -m "$(LEFT_OUT)" $(ARGS) || status=$$?; \
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpret and $(LEFT_OUT)" $(ARGS) || test $$? -eq $(NO_TESTS) || status=1; \
+	exit $$status
 
 test-long: env
 	$(RUN) -m pytest -q -m "long and not gpu" $(ARGS)
+
+test-timing: env
+	$(RUN) -m pytest -q -m timing $(ARGS)
 
 aot-all: env
 	$(RUN) -m benchmarks static --everywhere $(ARGS)

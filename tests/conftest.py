@@ -2,12 +2,22 @@
 
 import contextlib
 import os
+import random
 import signal
 
+import numpy as np
 import pytest
 import torch
 
 from deco_kernels import native
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers in whatever order and process the tests run."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

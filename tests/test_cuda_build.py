@@ -44,7 +44,7 @@ else:
         path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DECO_KERNELS_BUILD": "cuda"}
         (tmp_path / "lib" / "deco_kernels").mkdir(parents=True, exist_ok=True)
         result = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **path, **environment}, capture_output=True, text=True, timeout=120
+            command, cwd=ROOT, env={**os.environ, **path, **environment}, capture_output=True, text=True, timeout=600
         )
         assert result.returncode == 0, result.stdout + result.stderr
         return (tmp_path / "arguments").read_text().split("\n")

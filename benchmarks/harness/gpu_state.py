@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-_PERIOD_S = 0.25
+PERIOD_S = 0.25
 _REASONS = {  # bits of NVML's reasons for lowered clocks
     0x04: "power limit",
     0x08: "hardware slowdown",
@@ -90,7 +90,7 @@ class Watch:
 
     def _run(self) -> None:
         nvml, handle = self._nvml, self._handle
-        while not self._stop.wait(_PERIOD_S):
+        while not self._stop.wait(PERIOD_S):
             try:
                 busy = nvml.nvmlDeviceGetUtilizationRates(handle).gpu > 0
                 reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)

@@ -3,6 +3,7 @@
 The sources, csrc/emulation among them, are those of the tree that this file lies in: an installed wheel has none.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -45,12 +46,24 @@ def build(sources: Path, folder: Path):
     """The emulated module of the tree `sources` (a csrc folder), in `folder`; compiled unless it lies there already,
     from files of the same contents, whenever these were written."""
     written, contents = folder / "contents.sha256", contents_of(sources)
-    if not written.exists() or written.read_text() != contents:
-        written.unlink(missing_ok=True)
-        compile_tree(sources, folder)
-        written.write_text(contents)
+    with alone_in(folder):
+        if not written.exists() or written.read_text() != contents:
+            written.unlink(missing_ok=True)
+            compile_tree(sources, folder)
+            written.write_text(contents)
     (library,) = folder.glob("_native_cuda_emulated*.so")
     return load(library)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path):
+    """Of the processes that build in a folder, one at a time; the others wait."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def contents_of(sources: Path) -> str:

@@ -1,9 +1,10 @@
 """What only a GPU machine has, with stand-ins for NVML, Liger-Kernel, CUDA graphs and the device."""
 
 import importlib.machinery
+import itertools
 import json
 import sys
-import time
+import threading
 import types
 
 import pytest
@@ -70,9 +71,17 @@ def test_the_header_says_that_nvml_is_missing(monkeypatch, device):
 
 
 def test_throttling_is_seen(nvml, monkeypatch):
-    monkeypatch.setattr(gpu_state, "_PERIOD_S", 0.001)
+    monkeypatch.setattr(gpu_state, "PERIOD_S", 0.001)
+    looks, looked = itertools.count(), threading.Event()
+
+    def gpu_load(handle):
+        if next(looks) == 1:
+            looked.set()  # in its second look; what the first one saw is recorded
+        return types.SimpleNamespace(gpu=100)
+
+    nvml.nvmlDeviceGetUtilizationRates = gpu_load
     with gpu_state.Watch("cuda") as watch:
-        time.sleep(0.1)
+        assert looked.wait(600)
         assert watch.take() == {"throttled": ["power limit", "temperature (driver)"], "sm_clock_mhz": [1500, 1500]}
 
 
@@ -107,8 +116,15 @@ def test_graph_times_are_per_call_and_a_failed_capture_is_said(monkeypatch, devi
     ]
 
 
-def test_host_time_is_per_call(device):
-    assert 900 < cuda_timing.host_microseconds(lambda count: time.sleep(0.001)) < 100_000
+def test_host_time_is_per_call(device, monkeypatch):
+    """On a clock that each call moves on by a millisecond."""
+    now = [0.0]
+
+    def call(count):
+        now[0] += 0.001
+
+    monkeypatch.setattr(cuda_timing.time, "perf_counter", lambda: now[0])
+    assert cuda_timing.host_microseconds(call) == pytest.approx(1000)
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def refused(wrapped: nn.Module, wrapper: str) -> None:
 
 def work(rank: int, port: int) -> None:
     torch.set_num_threads(1)
-    address, patience = f"tcp://127.0.0.1:{port}", timedelta(seconds=100)
+    address, patience = f"tcp://127.0.0.1:{port}", timedelta(seconds=600)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=PROCESSES, timeout=patience)
     ddp(rank)
     fsdp(rank)

@@ -36,7 +36,7 @@ def test_a_forked_child_computes_the_same_bits(op):
     if len(IMPLEMENTATIONS) == 1:
         pytest.skip("the native CPU module is not built")
     code = FORK.format(op=op, backend="cpu")
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
 
 
@@ -60,7 +60,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_a_forked_child_that_gets_no_threads_computes_alone():
     if len(IMPLEMENTATIONS) == 1:
         pytest.skip("the native CPU module is not built")
-    finished = subprocess.run([sys.executable, "-c", NO_MORE_THREADS], capture_output=True, text=True, timeout=60)
+    finished = subprocess.run([sys.executable, "-c", NO_MORE_THREADS], capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
 
 

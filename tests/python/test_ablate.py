@@ -247,7 +247,7 @@ def test_a_killed_study_resumes_and_grows(tmp_path, monkeypatch, capsys):
     command = [sys.executable, str(PROGRAMS / "ablate.py"), *arguments]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         state = out / "runs" / "adaln-seed0" / "state.pt"
         while not state.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -140,7 +140,7 @@ def test_demo_writes_the_report(tmp_path):
     image, out = write_image(tmp_path / "own.png", 200, 100), tmp_path / "out"
     images = ["--image", str(tmp_path / "missing.jpg"), "--image", str(image)]
     command = [sys.executable, str(PROGRAMS / "demo.py"), "--steps", "3", "--out", str(out), *images]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "missing.jpg is left out" in result.stderr and "training" in result.stderr
     report = json.loads((out / "report.json").read_text())

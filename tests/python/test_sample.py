@@ -109,7 +109,7 @@ def test_sharded_equals_unsharded(class_checkpoint, tmp_path, capsys):
     third = start(["sample.py"], class_checkpoint, tmp_path / "sharded", *options, RANK="2", WORLD_SIZE="3")
     assert draw(class_checkpoint, tmp_path / "sharded", *options, "--shard", "1/3") == 0
     assert "are left to other shards" in capsys.readouterr().out
-    assert third.wait(timeout=300) == 0, third.stderr.read()
+    assert third.wait(timeout=600) == 0, third.stderr.read()
     assert not list((tmp_path / "sharded").glob("*.npz"))
     assert draw(class_checkpoint, tmp_path / "sharded", *options, "--shard", "0/3") == 0
     assert draw(class_checkpoint, tmp_path / "whole", *options) == 0
@@ -136,7 +136,7 @@ def test_killed_run_continues(class_checkpoint, tmp_path):
     """Killed while it writes the second of a group of three: the group is drawn again, what was there stays."""
     options = ["--count", "7", "--batch", "3"]
     killed = start(["-c", KILLED_IN_ITS_FIFTH_IMAGE], class_checkpoint, tmp_path / "killed", *options)
-    assert killed.wait(timeout=300) == -signal.SIGKILL, killed.stderr.read()
+    assert killed.wait(timeout=600) == -signal.SIGKILL, killed.stderr.read()
     done = sorted((tmp_path / "killed" / "images").glob("[0-9]*.png"))
     assert len(done) == 4
     before = {path: path.stat().st_mtime_ns for path in done}
