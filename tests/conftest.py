@@ -31,13 +31,13 @@ def poisoned_memory():
 
 @pytest.fixture
 def make_fifo():
-    """Makes a FIFO at a path. No test waits longer than two minutes for a writer that will not come."""
+    """Makes a FIFO at a path. No test waits longer than ten minutes for a writer that will not come."""
 
     def give_up(*_):
         raise TimeoutError("something was opened that is not a file")
 
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(120)
+    signal.alarm(600)
     yield os.mkfifo
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
