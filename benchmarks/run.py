@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.harness import results, scaling
 from benchmarks.harness.ceilings import measure_ceilings
-from benchmarks.harness.machine import header
+from benchmarks.harness.header import header
 from benchmarks.harness.measure import Options, check_memory, measure
 from benchmarks.harness.memory import measure_memory
 from benchmarks.harness.overhead import measure_import, measure_overhead
@@ -27,9 +27,9 @@ from benchmarks.ops.sizes import STANDARD, size_of
 from benchmarks.report import comparison, tables
 from benchmarks.static import timed_kernels
 from deco_kernels.machine import load
+from deco_kernels.native import ISA_VARIABLE
 from deco_kernels.ops.registry import backend_names
 
-_ISA_VARIABLE = "DECO_KERNELS_CPU_ISA"
 Part = tuple[str, str, Callable[[], object]]  # what it is, the result's part it adds to, what measures it
 
 
@@ -157,7 +157,7 @@ def _rows_with_instruction_set(name: str, options: argparse.Namespace) -> list[d
         command += ["--threads", str(torch.get_num_threads())]
         command += [word for dtype in options.dtype for word in ("--dtype", dtype)]
         answer = subprocess.run(
-            command, env={**os.environ, _ISA_VARIABLE: name}, capture_output=True, text=True, check=False
+            command, env={**os.environ, ISA_VARIABLE: name}, capture_output=True, text=True, check=False
         )
         if not os.path.isfile(path):
             raise OSError(f"the process held to {name} failed: {answer.stderr.strip()}")

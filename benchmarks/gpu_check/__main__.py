@@ -17,7 +17,6 @@ Exit status: 0 if every step passed or was rightly left out, 1 if one failed, or
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,8 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import NamedTuple
+
+from benchmarks.harness.toolkit import cuda_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,12 +80,6 @@ def first_line(command: list[str]) -> str | None:
     return output.splitlines()[0].strip() if output.strip() else None
 
 
-def tool(name: str) -> str | None:
-    """Path of a program of the CUDA toolkit, on PATH or under CUDA_HOME."""
-    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    return shutil.which(name) or shutil.which(name, path=os.path.join(home, "bin"))
-
-
 def gpu_tests() -> list[Path]:
     """The files that hold tests marked gpu. Others may need packages that this program does without."""
     return sorted(ROOT.glob("tests/*/test_*_gpu.py"))
@@ -94,7 +89,7 @@ def steps(folder: Path, capability: str, full: bool) -> list[Step]:
     """All steps, the most valuable first. Benchmark steps write NAME.json into the folder, the tests tests.xml."""
     python = sys.executable
     found = []
-    if tool("nvcc"):
+    if cuda_tool("nvcc"):
         number = capability.replace(".", "")
         environment = {"DECO_KERNELS_BUILD": "cuda", "DECO_KERNELS_CUDA_ARCHS": {"90": "90a"}.get(number, number)}
         found.append(Step("build", [python, "setup.py", "build_ext", "--inplace"], 150, environment))
@@ -112,7 +107,7 @@ def steps(folder: Path, capability: str, full: bool) -> list[Step]:
         benchmark("kernels", "kernels", "--dtype", "bfloat16", seconds=60),
         Step("tests", tests, 150),
     ]
-    sanitizer = tool("compute-sanitizer")
+    sanitizer = cuda_tool("compute-sanitizer")
     sanitized = [python, "-m", "benchmarks.gpu_check.sanitized_ops"]
     memcheck, racecheck = (
         Step(check, [sanitizer, "--tool", check, "--error-exitcode", "9", *sanitized], 90, _SEPARATE_ALLOCATIONS)
@@ -230,7 +225,7 @@ def main(arguments: list[str]) -> int:
         ("nvcc", "the CUDA module is not built"),
         ("compute-sanitizer", "memory accesses are not checked"),
     ):
-        if tool(name) is None:
+        if cuda_tool(name) is None:
             print(f"gpu-check: no {name} on PATH or in $CUDA_HOME/bin: {what}", flush=True)
     deadline = began + (FULL_SECONDS if options.full else TOTAL_SECONDS)
     about = machine()

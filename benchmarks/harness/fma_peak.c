@@ -1,5 +1,5 @@
 /* Peak rate of multiply-adds of one core: twelve independent chains of vector accumulators that stay in registers.
-   Each function returns the FLOPs done in `rounds` rounds; `sink` receives a value, so that nothing is optimised away. */
+   Each function returns the FLOPs done in `rounds` rounds; `sink` receives a value, so that nothing is optimized away. */
 #if defined(__AVX512F__)
 enum { LANES = 16 };
 #elif defined(__AVX__)

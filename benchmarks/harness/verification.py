@@ -33,12 +33,17 @@ class Verification:
         """The step's results; None, and a refusal, where it raises."""
         try:
             return step.results(operands)
-        except BackendUnavailable as error:
-            self.refused[name] = ("unavailable", str(error))
         except Exception as error:
-            lines = str(error).strip().splitlines()
-            self.refused[name] = ("failed", f"{type(error).__name__}: {lines[0] if lines else ''}")
+            self.refused[name] = refusal(error)
         return None
+
+
+def refusal(error: Exception) -> tuple[str, str]:
+    """(status, reason) of a contender that raised."""
+    if isinstance(error, BackendUnavailable):
+        return "unavailable", str(error)
+    lines = str(error).strip().splitlines()
+    return "failed", f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def verify(

@@ -1,6 +1,6 @@
 """A whole training step and a whole sampling of DeCo, against the published formulation and against the limit.
 
-The contenders share one model's parameters, one optimiser and one average, and differ in decoder and loss alone. The
+The contenders share one model's parameters, one optimizer and one average, and differ in decoder and loss alone. The
 limit leaves decoder and loss out: its training step differentiates the trunk from a given gradient of the tokens, its
 sampling takes the image for the velocity. A step ends after the update of the averaged weights.
 """
@@ -19,9 +19,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from benchmarks.harness.clock import Clock, Marks
 from benchmarks.harness.measure import Options, statistics_of
 from benchmarks.harness.timing import interleaved
-from benchmarks.harness.verification import SEED
+from benchmarks.harness.verification import SEED, refusal
 from benchmarks.names import COMPILED, LIMIT, PUBLISHED, SAMPLING, TRAINING_STEP
-from deco_kernels import BackendUnavailable, flow, model, ops
+from deco_kernels import flow, model, ops
 from deco_kernels.testing import published, relative_error
 
 GUIDANCE = 3.2
@@ -88,7 +88,7 @@ class _NoDecoder(nn.Module):
 
 
 class Workload:
-    """Model, optimiser, averaged weights and batch of one case."""
+    """Model, optimizer, averaged weights and batch of one case."""
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str):
         self.case, self.device = case, device
@@ -250,14 +250,10 @@ def _refusals(workload: Workload, contenders: list[Contender], case: Case) -> di
             continue
         try:
             found = _results(workload, contender, case)
-        except BackendUnavailable as error:
-            refused[contender.name] = ("unavailable", str(error))
-            continue
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            lines = str(error).strip().splitlines()
-            refused[contender.name] = ("failed", f"{type(error).__name__}: {lines[0] if lines else ''}")
+            refused[contender.name] = refusal(error)
             continue
         errors = {name: relative_error(found[name], values) for name, values in exact.items()}
         limits = limits or {name: 1.5 * error + _TOLERANCE for name, error in errors.items()}

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from benchmarks.harness.machine import header
+from benchmarks.harness.header import header
 from benchmarks.harness.measure import statistics_of
 from benchmarks.harness.timing import interleaved
 from benchmarks.report.markdown import table
@@ -147,7 +147,7 @@ def measure_times(recipe: Recipe, budget_s: float, min_rounds: int) -> list[dict
 
 
 def measure_memory(threads: int) -> list[dict]:
-    """Growth of the peak memory over two training steps, gradients and optimiser included; in a process of its own."""
+    """Growth of the peak memory over two training steps, gradients and optimizer included; in a process of its own."""
     found = []
     for name in (EAGER, FUSED):
         command = [sys.executable, "-m", "benchmarks.models.swap", name, str(threads)]

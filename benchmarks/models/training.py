@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import machine
+from benchmarks.harness.header import header
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = 10  # steps between two records; the first one holds the start of the loader and is left out
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     if options.steps < 2 * EVERY:
         parser.error(f"--steps: expected at least {2 * EVERY}, got {options.steps}")
     torch.set_num_threads(options.threads)
-    result = {"header": machine.header("cpu"), "rows": [_measure(options.steps)]}
+    result = {"header": header("cpu"), "rows": [_measure(options.steps)]}
     print(table(result))
     if options.output:
         Path(options.output).write_text(json.dumps(result, indent=1), encoding="utf-8")

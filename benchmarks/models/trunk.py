@@ -14,7 +14,7 @@ import time
 import torch
 from torch import nn
 
-from benchmarks.harness import machine
+from benchmarks.harness.header import header
 from benchmarks.names import DTYPES, FORWARD, TRAINING
 from deco_kernels import model
 from deco_kernels.machine import keep_heap
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     keep_heap("-m", "benchmarks", "trunk", *arguments, **DISABLE_CACHES)
     torch.set_num_threads(1)
     result = {
-        "header": machine.header("cpu"),
+        "header": header("cpu"),
         "rows": [
             _row(size, pass_, dtype, options.rounds)
             for size in SIZES

@@ -33,7 +33,7 @@ class FlowMatchingLoss(Problem):
         return torch.float32
 
     def multiply_adds(self, size: Size, training: bool) -> int:
-        """Per pixel of the difference: the colour matrix 3x3, then two 8-point DCTs per channel as dense products
+        """Per pixel of the difference: the color matrix 3x3, then two 8-point DCTs per channel as dense products
         on the padded size; the gradient runs the transposes of both."""
         padded = size.batch * _padded(size.height) * _padded(size.width)
         return (9 * size.pixels + 3 * 2 * BLOCK * padded) * (2 if training else 1)

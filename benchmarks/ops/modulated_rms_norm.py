@@ -1,7 +1,7 @@
-"""The part of a decoder block that Liger-Kernel has a kernel for: RMS normalisation and modulation.
+"""The part of a decoder block that Liger-Kernel has a kernel for: RMS normalization and modulation.
 
-Not an op of this package: the decoder normalises with LayerNorm, and its ops compute shift and scale themselves and go
-on to the MLP. The rows say what a fused normalisation alone gains over eager PyTorch on rows of this width.
+Not an op of this package: the decoder normalizes with LayerNorm, and its ops compute shift and scale themselves and go
+on to the MLP. The rows say what a fused normalization alone gains over eager PyTorch on rows of this width.
 """
 
 import importlib.util
@@ -20,7 +20,6 @@ class ModulatedRmsNorm(Problem):
 
     op = "modulated_rms_norm"
     activations = trained = ("h", "scale", "shift")
-    has_best_eager = False
 
     def arguments(self, size: Size) -> Shapes:
         rows = (size.tokens, size.patch_pixels, size.decoder_width)
@@ -32,9 +31,6 @@ class ModulatedRmsNorm(Problem):
     def multiply_adds(self, size: Size, training: bool) -> int:
         """There is no matrix product."""
         return 0
-
-    def published(self, tensors: Tensors, size: Size) -> Outputs:
-        return self.best_eager(tensors, size)
 
     def best_eager(self, tensors: Tensors, size: Size) -> Outputs:
         h, weight = tensors["h"], tensors["norm_weight"]

@@ -45,7 +45,6 @@ class Problem:
     trained: tuple[str, ...]  # activations that a training step differentiates, beside the trained weights
     constants: tuple[str, ...] = ()  # weights that are not trained
     autocast = True  # whether a training step runs this part in eager PyTorch under autocast
-    has_best_eager = True  # False where the published formulation is the best one
     has_backward_alone = False  # whether the backward operator by itself is worth a row
 
     def arguments(self, size: Size) -> Shapes:
@@ -61,8 +60,13 @@ class Problem:
         raise NotImplementedError
 
     def published(self, tensors: Tensors, size: Size) -> Outputs:
-        """The published formulation."""
-        raise NotImplementedError
+        """The published formulation; the best one unless a subclass says otherwise."""
+        return self.best_eager(tensors, size)
+
+    @property
+    def has_best_eager(self) -> bool:
+        """Whether the best eager formulation is another one than the published."""
+        return type(self).published is not Problem.published
 
     def best_eager(self, tensors: Tensors, size: Size) -> Outputs:
         """The op's formula in plain PyTorch: input folded, SiLU(cond) once; under autocast where that is called for. On

@@ -1,14 +1,13 @@
 """upsample_modulate: upsample, modulation linear, LayerNorm and modulation of one block."""
 
 from benchmarks.ops.pixel_decoder_from_tokens import upsample_shapes
-from benchmarks.ops.problem import Outputs, Problem, Shapes, Tensors
+from benchmarks.ops.problem import Problem, Shapes
 from benchmarks.ops.sizes import Size
 
 
 class UpsampleModulate(Problem):
     op = "upsample_modulate"
     activations = trained = ("h", "tokens")
-    has_best_eager = False
 
     def arguments(self, size: Size) -> Shapes:
         width = size.decoder_width
@@ -30,9 +29,6 @@ class UpsampleModulate(Problem):
         """The upsample and the modulation linear; in training as much again for the weights and for the activations."""
         per_pixel = size.decoder_width * size.token_width + 3 * size.decoder_width**2
         return size.pixels * per_pixel * (3 if training else 1)
-
-    def published(self, tensors: Tensors, size: Size) -> Outputs:
-        return self.best_eager(tensors, size)
 
 
 PROBLEM = UpsampleModulate()

@@ -22,7 +22,7 @@ from benchmarks.names import (  # noqa: E402
 from benchmarks.report.markdown import title_of  # noqa: E402
 from benchmarks.report.rows import EAGER, FLAT_FROM, curves, eager_medians, groups  # noqa: E402
 
-_COLOURS = {
+_COLORS = {
     PUBLISHED: "tab:gray",
     BEST_EAGER: "silver",
     "reference": "tab:brown",
@@ -60,8 +60,8 @@ def draw(result: dict, folder: str) -> list[str]:
     return written
 
 
-def _colour(name: str) -> str:
-    return _COLOURS.get(name, "tab:cyan")
+def _color(name: str) -> str:
+    return _COLORS.get(name, "tab:cyan")
 
 
 def _timed(rows: list[dict]) -> list[dict]:
@@ -89,7 +89,7 @@ def speedups(result: dict):
         one.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         one.xaxis.set_minor_locator(NullLocator())
     names = dict.fromkeys(row["contender"] for panel in panels.values() for rows, _ in panel for row in rows)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=_colour(name), label=title_of(name)) for name in names]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=_color(name), label=title_of(name)) for name in names]
     figure.legend(handles=handles, fontsize=7, loc="outside lower center", ncols=len(handles))
     figure.suptitle("Speed against the best eager formulation")
     return figure
@@ -101,7 +101,7 @@ def _speedup_bars(axes, panel: list[tuple[list[dict], float]]) -> None:
         ticks.append((position + (len(rows) - 1) / 2, _group_label(rows[0])))
         for row in rows:
             ratio, low, high = (best / row[name] for name in ("ms", "ms_p80", "ms_p20"))
-            axes.barh(position, ratio - 1, 0.85, left=1, color=_colour(row["contender"]))
+            axes.barh(position, ratio - 1, 0.85, left=1, color=_color(row["contender"]))
             axes.plot([low, high], [position, position], "k-", linewidth=0.8)
             axes.text(max(1, high), position, f" {ratio:.2f}", va="center", fontsize=7)
             position += 1
@@ -138,14 +138,14 @@ def roofline(result: dict):
         axes.text(ends[1], peak / 1e9, f"{peak / 1e9:.0f} GFLOP/s ", fontsize=7, va="bottom", ha="right")
         for row, intensity in zip(own, intensities, strict=True):
             filled = row["pass"] == TRAINING
-            colour = _colour(row["contender"])
-            style = {"color": colour, "markerfacecolor": colour if filled else "white", "markersize": 6}
+            color = _color(row["contender"])
+            style = {"color": color, "markerfacecolor": color if filled else "white", "markersize": 6}
             rate = row["flops"] / row["ms"] / 1e6
             axes.plot(intensity, rate, marker=markers[row["op"]], linestyle="none", **style)
         axes.set(xscale="log", yscale="log", title=kind, xlabel="FLOPs per byte, both by formula", ylabel="GFLOP/s")
         axes.grid(True, which="major", linewidth=0.3)
     names = dict.fromkeys(row["contender"] for row in rows)
-    handles = [plt.Line2D([], [], color=_colour(n), marker="o", linestyle="none", label=title_of(n)) for n in names]
+    handles = [plt.Line2D([], [], color=_color(n), marker="o", linestyle="none", label=title_of(n)) for n in names]
     handles += [plt.Line2D([], [], color="black", marker=m, linestyle="none", label=op) for op, m in markers.items()]
     figure.legend(handles=handles, fontsize=7, loc="outside right center")
     figure.suptitle("Roofline; hollow: forward, filled: forward and backward")
@@ -165,12 +165,12 @@ def scaling(result: dict):
     device = result["header"]["device"]
     for axes, ((op, dtype, pass_), group) in zip(grid.flat, panels.items(), strict=False):
         for name, points in group.items():
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=_colour(name), label=title_of(name))
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=_color(name), label=title_of(name))
         axes.set(xscale="log", yscale="log", xlabel="pixels", ylabel="ns per pixel")
         axes.set_ylim(bottom=min(time for points in group.values() for _, time in points) / 2)
         for name, points in group.items():
             if name not in EAGER:
-                _mark_call(axes, points, _colour(name), FLAT_FROM[device])
+                _mark_call(axes, points, _color(name), FLAT_FROM[device])
         axes.axvline(FLAT_FROM[device], color="black", linewidth=0.5)
         axes.set_title(f"{op}, {dtype}, {_SHORT_PASS.get(pass_, pass_)}", fontsize=9)
         axes.grid(True, which="major", linewidth=0.3)
@@ -179,10 +179,10 @@ def scaling(result: dict):
     return figure
 
 
-def _mark_call(axes, points: list[tuple[int, float]], colour: str, until: int) -> None:
+def _mark_call(axes, points: list[tuple[int, float]], color: str, until: int) -> None:
     """The smallest call's time in figures, and spread over more pixels."""
     call = points[0][0] * points[0][1]
-    axes.plot([points[0][0], until], [points[0][1], call / until], ":", color=colour, linewidth=1)
+    axes.plot([points[0][0], until], [points[0][1], call / until], ":", color=color, linewidth=1)
     axes.annotate(f"{call / 1e3:.0f} µs per call", points[0], (3, -12), textcoords="offset points", fontsize=7)
 
 
@@ -194,7 +194,7 @@ def memory(result: dict):
     figure, axes = plt.subplots(figsize=(8, 1.5 + 0.35 * len(rows)), layout="constrained")
     for position, row in enumerate(rows):
         megabytes = row["growth_bytes"] / 1e6
-        axes.barh(position, megabytes, color=_colour(row["contender"]))
+        axes.barh(position, megabytes, color=_color(row["contender"]))
         axes.text(megabytes, position, f" {megabytes:,.0f}", va="center", fontsize=8)
     labels = [f"{title_of(row['contender'])}, {row['dtype']}" for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
@@ -214,20 +214,20 @@ def end_to_end(result: dict):
     cases = list(dict.fromkeys(_case_of(row) for row in rows))
     figure, grid = plt.subplots(len(cases), 1, figsize=(9, 0.8 + 1.9 * len(cases)), squeeze=False, layout="constrained")
     parts = list(dict.fromkeys(name for row in rows for name in row["parts"]))
-    colours = dict(zip(parts, plt.get_cmap("tab10").colors, strict=False))
+    colors = dict(zip(parts, plt.get_cmap("tab10").colors, strict=False))
     for axes, case in zip(grid.flat, cases, strict=True):
         own = [row for row in rows if _case_of(row) == case]
         for position, row in enumerate(own):
             left = 0.0
             for name, milliseconds in row["parts"].items():
-                axes.barh(position, milliseconds, 0.8, left=left, color=colours[name])
+                axes.barh(position, milliseconds, 0.8, left=left, color=colors[name])
                 left += milliseconds
             axes.text(left, position, f" {row['ms']:.3g} ms", va="center", fontsize=7)
         axes.set_yticks(range(len(own)), [title_of(row["contender"]) for row in own], fontsize=7)
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_title(", ".join(case), fontsize=9)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in colours.items()]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in colors.items()]
     figure.legend(handles=handles, fontsize=7, loc="outside right center")
     figure.suptitle("End to end, milliseconds by part")
     return figure

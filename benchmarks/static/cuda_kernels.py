@@ -5,9 +5,7 @@ launch: the emulator lists those launches without running them.
 """
 
 import functools
-import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -16,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.harness.toolkit import cuda_tool
 from benchmarks.static import sass
-from benchmarks.static.figures import CUDA_PREFIX, SHARED_LIMIT, Figures, modelled_milliseconds
+from benchmarks.static.figures import COLOR_CHANNELS, CUDA_PREFIX, SHARED_LIMIT, Figures, modelled_milliseconds
 from deco_kernels import testing
 from deco_kernels.testing import emulation, source_regions
 
@@ -29,7 +28,6 @@ _PIXELS = _IMAGE[1] * _IMAGE[2]
 _LOSS, _PADDED_IMAGE = "flow_matching_loss", (1, 252, 252)
 _MANY_MULTIPROCESSORS = 1 << 16  # so that every grid has as many blocks as there are tiles
 _DTYPES = {"BFloat16": "bfloat16", "Float16": "float16"}
-_COLOR_CHANNELS = 3
 
 
 class Kernel(NamedTuple):
@@ -72,7 +70,7 @@ KERNELS = {
     "gradient_sums.sum_kernel": Kernel("pixel_decoder", "sum_partials", counted=False),
     "gradient_sums.unpack_kernel": Kernel("pixel_decoder", "unpack_gradients", counted=False),
     **{
-        f"flow_matching_loss{source}_kernel{images}": Kernel(_LOSS, launch, inner_trips=_COLOR_CHANNELS)
+        f"flow_matching_loss{source}_kernel{images}": Kernel(_LOSS, launch, inner_trips=COLOR_CHANNELS)
         for source, launch in (
             (".sums", "flow_matching_loss_sums"),
             ("_backward.gradient", "flow_matching_loss_gradient"),
@@ -100,10 +98,8 @@ def unavailable_reason() -> str | None:
     return emulation.unavailable_reason()
 
 
-@functools.cache
 def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+    return cuda_tool("nvcc")
 
 
 @functools.cache

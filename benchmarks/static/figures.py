@@ -12,6 +12,7 @@ SMALL_SHARED = "sm_86"  # stands for GPUs with 99 kB of shared memory; only what
 # What one program may use, without which a kernel cannot be launched.
 SHARED_LIMIT = {"sm_80": 166_912, SMALL_SHARED: 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 TOLERANCE = 1.03
+COLOR_CHANNELS = 3  # Y, Cb and Cr: trips of the loops inside a tile's loop of the loss
 # The model's machine: an H200 at 1.755 GHz, and its work: 32 images of 256x256.
 SCHEDULERS, CLOCK, PIXELS = 132 * 4, 1.755e9, 32 * 256 * 256
 

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from benchmarks.static import sass
-from benchmarks.static.figures import Figures, modelled_milliseconds
+from benchmarks.static.figures import COLOR_CHANNELS, Figures, modelled_milliseconds
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 ARCHITECTURES = (*NVIDIA, "gfx942")
 """Of the Triton kernels; the CUDA kernels for Hopper are built for sm_90a."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WIDTHS = (16, 32, 64)
-_COLOUR_CHANNELS = 3  # the only loops inside a tile's loop run over Y, Cb and Cr
 _TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -58,7 +57,7 @@ def kernel_name(launch) -> str:
 
 
 def compile_launch(launch, architecture: str):
-    """Compile a recorded launch ahead of time, specialised on its arguments as a call on the device would be."""
+    """Compile a recorded launch ahead of time, specialized on its arguments as a call on the device would be."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -66,15 +65,15 @@ def compile_launch(launch, architecture: str):
     signature, constants, hints = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.args[parameter.name]
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
+        specialized = not parameter.do_not_specialize
+        if parameter.is_constexpr or (specialized and isinstance(value, int) and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + _TRITON_TYPES[value.dtype]
             hints[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if specialised and value % 16 == 0:
+            if specialized and value % 16 == 0:
                 hints[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
     if architecture.startswith("gfx"):
@@ -96,7 +95,7 @@ def figures(launch, architecture: str) -> Figures:
     pipes, slots, milliseconds = {}, None, None
     if pixels:
         warps_per_16_px = 16 * launch.options["num_warps"] / pixels
-        counts, tensor_cycles = sass.steady_counts(code, _COLOUR_CHANNELS)
+        counts, tensor_cycles = sass.steady_counts(code, COLOR_CHANNELS)
         pipes = {pipe: count * warps_per_16_px for pipe, count in counts.items()}
         slots = round(pipes["issue"], 1)
         if architecture == "sm_90":

@@ -146,10 +146,10 @@ class PublishedDeCo(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, width)
         self.blocks = nn.ModuleList(TrunkBlock(width, heads) for _ in range(depth))
         self.dec_net = DecoderNet(channels, width, decoder_width, decoder_depth, patch_size)
-        self._initialise()
+        self._initialize()
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Decoder linears and patch embedding Xavier-uniform without bias, modulation and head of the decoder zero."""
         for part in (self.x_embedder, self.dec_net, self.s_embedder):
             for module in part.modules():

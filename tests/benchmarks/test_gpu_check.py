@@ -80,7 +80,7 @@ def pretended_gpu(monkeypatch, tmp_path):
     about = {"device": "pretended", "compute_capability": "9.0"}
     monkeypatch.setattr(gpu_check, "missing_gpu", lambda: None)
     monkeypatch.setattr(gpu_check, "machine", lambda: about)
-    monkeypatch.setattr(gpu_check, "tool", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu_check, "cuda_tool", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(gpu_check, "run_step", run_step)
     monkeypatch.setenv("OUT", str(tmp_path))
     return statuses
@@ -117,7 +117,7 @@ def test_one_failing_step_fails_the_check_and_the_others_still_run(pretended_gpu
 
 
 def test_a_missing_toolkit_is_said(pretended_gpu, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gpu_check, "tool", lambda name: None)
+    monkeypatch.setattr(gpu_check, "cuda_tool", lambda name: None)
     monkeypatch.setattr(gpu_check, "steps", lambda folder, capability, full: [])
     assert gpu_check.main([]) == 0
     output = capsys.readouterr().out
@@ -140,7 +140,7 @@ def test_full_adds_steps_and_time(tmp_path):
 
 
 def test_the_cuda_module_is_built_for_the_present_architecture(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_check, "tool", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu_check, "cuda_tool", lambda name: f"/usr/bin/{name}")
     for capability, architecture in {"9.0": "90a", "8.0": "80", "10.0": "100"}.items():
         build = gpu_check.steps(tmp_path, capability, full=False)[0]
         assert build.environment["DECO_KERNELS_CUDA_ARCHS"] == architecture

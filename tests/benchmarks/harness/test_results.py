@@ -6,11 +6,12 @@ import pathlib
 
 import pytest
 
-from benchmarks.harness import machine, results
+from benchmarks.harness import results
+from benchmarks.harness.header import command
 from benchmarks.report import __main__ as report_program
 from benchmarks.report import comparison
 
-STORED = pathlib.Path(__file__).with_name("result.json")
+STORED = pathlib.Path(__file__).parents[1] / "result.json"
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_runs_are_put_together(stored):
 
 def test_the_header_tells_how_to_repeat_the_run():
     arguments = ["adaln_block", "--threads", "2", "--output", "folder/result.json", "--compare", "old.json", "--quick"]
-    assert machine.command(arguments) == "python -m benchmarks adaln_block --threads 2 --quick"
+    assert command(arguments) == "python -m benchmarks adaln_block --threads 2 --quick"
 
 
 def test_nothing_moved(stored):

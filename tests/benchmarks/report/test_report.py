@@ -11,7 +11,7 @@ from benchmarks.report import __main__ as report_program
 from benchmarks.report import rows, tables
 from benchmarks.report.targets import targets_in
 
-STORED = pathlib.Path(__file__).with_name("result.json")
+STORED = pathlib.Path(__file__).parents[1] / "result.json"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.models import swap
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COMMITTED = ROOT / "benchmarks" / "results" / "swap_epyc_zen4_2_threads.json"
 TINY = swap.Recipe(image_size=32, batch=2, width=24, depth=1, heads=2)
 

@@ -12,7 +12,7 @@ from benchmarks.harness import results  # noqa: E402
 from benchmarks.report import __main__ as report_program  # noqa: E402
 from benchmarks.report import plots  # noqa: E402
 
-STORED = pathlib.Path(__file__).with_name("result.json")
+STORED = pathlib.Path(__file__).parents[1] / "result.json"
 
 
 def test_every_part_is_drawn(tmp_path, capsys):

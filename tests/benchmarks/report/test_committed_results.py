@@ -11,7 +11,7 @@ from benchmarks.report import parts, rows, tables
 from benchmarks.static import triton_kernels
 from benchmarks.static.figures import SHARED_LIMIT, Figures, exceeded, recorded_budgets
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "benchmarks" / "results"
 MEASURED = "cpu_epyc_zen4_2_threads.json"  # what the README's table of targets shows
 RESULTS = [path for path in sorted(FOLDER.glob("*.json")) if json.loads(path.read_text()).get("format")]

@@ -48,14 +48,3 @@ def test_bytes_are_those_of_the_tensors(op, size, dtype):
 def test_the_published_decoder_is_counted_after_the_fold():
     problem, size = problem_of("pixel_decoder"), Size(height=16, width=16)
     assert problem.flops(size, training=False) == 2 * 15_552 * size.pixels
-
-
-def test_position_features():
-    from deco_kernels.testing.published import position_features
-
-    features = position_features(16).reshape(16, 16, 8, 8)
-    frequencies = torch.linspace(0, 8, 8)
-    ky, kx, i, j = 3, 11, 5, 2
-    in_x = torch.cos(torch.pi * frequencies[i] * kx / 15)
-    in_y = torch.cos(torch.pi * frequencies[j] * ky / 15)
-    torch.testing.assert_close(features[ky, kx, i, j], in_x * in_y / (1 + frequencies[i] * frequencies[j]))

@@ -10,7 +10,7 @@ from benchmarks.static import __main__ as static_program
 from benchmarks.static import tables
 from benchmarks.static.figures import BUDGETS, recorded_budgets
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 each_backend = pytest.mark.parametrize("backend", static_program.BACKENDS)
 LAST_BLOCK = {
     "triton": ("adaln_block.backward_kernel+last", "sm_90"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.models import trunk
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_table_in_the_page_is_the_one_of_the_result():

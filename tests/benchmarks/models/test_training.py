@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.models import training
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RESULT = "benchmarks/results/training/cpu_epyc_zen4_2_threads.json"
 
 
