@@ -74,6 +74,7 @@ class Objective(nn.Module):
                 "null_label: expected the label of the null class or the features of the empty prompt when "
                 "label_dropout > 0, got None"
             )
+        sample_time(0, distribution=distribution, shift=shift, device="cpu")  # raises for what it does not take
         self.register_buffer("frequency_weight", frequency_weight, persistent=False)
         self.frequency_scale, self.repa = frequency_scale, repa
         self.distribution, self.shift = distribution, shift

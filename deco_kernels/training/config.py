@@ -6,6 +6,8 @@ Source of the published values: DeCo (arXiv 2511.19365), section 4.
 from __future__ import annotations
 
 import difflib
+import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -16,6 +18,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
 DATA_KINDS = ("folder", "table", "webdataset")
+LEAST = {
+    **dict.fromkeys(("image_size", "batch_size", "accumulate", "steps", "devices", "num_nodes"), 1),
+    **dict.fromkeys(("log_every", "save_every", "keep"), 1),
+    **dict.fromkeys(("data.max_aspect", "data.prefetch"), 1),
+    **dict.fromkeys(("seed", "data.min_side", "data.workers", "objective.frequency_scale", "repa.weight"), 0),
+    **dict.fromkeys(("optimizer.lr", "optimizer.weight_decay", "optimizer.warmup_steps", "optimizer.clip_norm"), 0),
+    "sample.every": 0,
+}
+"""The least value of a key. Values are finite, or null where the default is."""
 
 
 @dataclass
@@ -212,9 +223,13 @@ def _refuse_unknown(given: dict[Any, Any], schema: type, source: str, prefix: st
 
 def _check(config: TrainConfig) -> None:
     """Raise ValueError for values that no run can have."""
-    for name in ("image_size", "batch_size", "accumulate", "steps", "log_every", "save_every", "keep", "num_nodes"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {getattr(config, name)}")
+    for name, least in LEAST.items():
+        value = functools.reduce(getattr, name.split("."), config)
+        if value is not None and not least <= value < math.inf:
+            kind = "a finite number of at least" if isinstance(value, float) else "at least"
+            raise ValueError(f"{name}: expected {kind} {least}, got {value}")
+    if config.seed >= 2**63:
+        raise ValueError(f"seed: expected less than 2**63, got {config.seed}")
     for name, value, choices in (
         ("strategy", config.strategy, STRATEGIES),
         ("data.kind", config.data.kind, DATA_KINDS),
@@ -223,7 +238,10 @@ def _check(config: TrainConfig) -> None:
             raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
     if not 0 <= config.ema_decay < 1:
         raise ValueError(f"ema_decay: expected a number from 0 to below 1, got {config.ema_decay}")
-    if len(config.optimizer.betas) != 2:
-        raise ValueError(f"optimizer.betas: expected two numbers, got {config.optimizer.betas}")
-    if config.data.max_aspect < 1:
-        raise ValueError(f"data.max_aspect: expected at least 1, got {config.data.max_aspect}")
+    if not 0 <= config.objective.label_dropout <= 1:
+        raise ValueError(
+            f"objective.label_dropout: expected a number from 0 to 1, got {config.objective.label_dropout}"
+        )
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"optimizer.betas: expected two numbers from 0 to below 1, got {betas}")

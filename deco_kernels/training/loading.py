@@ -85,6 +85,17 @@ class Parts(Sampler):
                 yield [(group, int(samples[i]), int(numbers[i])) for i in mine]
 
 
+def check_batches(config: TrainConfig, patch_size: int, world_size: int) -> None:
+    """Raise ValueError where batch_size cannot be divided among processes and parts, or image_size into patches."""
+    if config.batch_size % (world_size * config.accumulate):
+        raise ValueError(
+            f"batch_size: expected a multiple of processes x accumulate = {world_size} x {config.accumulate}, got "
+            f"{config.batch_size}"
+        )
+    if config.image_size % patch_size:
+        raise ValueError(f"image_size: expected a multiple of the patch size {patch_size}, got {config.image_size}")
+
+
 def plan_batches(
     config: TrainConfig, count: int, sizes: np.ndarray | None, patch_size: int, world_size: int
 ) -> BatchPlan:
@@ -93,16 +104,10 @@ def plan_batches(
     Args:
         sizes: (height, width) of every image [count, 2] for rectangular crops, None for square ones.
 
-    Raises ValueError where batch_size cannot be divided among processes and parts, or image_size into patches.
+    Raises ValueError as `check_batches` does, and where no image can be read.
     """
-    if config.batch_size % (world_size * config.accumulate):
-        raise ValueError(
-            f"batch_size: expected a multiple of processes x accumulate = {world_size} x {config.accumulate}, got "
-            f"{config.batch_size}"
-        )
+    check_batches(config, patch_size, world_size)
     size = config.image_size
-    if size % patch_size:
-        raise ValueError(f"image_size: expected a multiple of the patch size {patch_size}, got {size}")
     if sizes is None:
         groups = {(size, size): np.arange(count)}
     else:

@@ -12,8 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 import deco_kernels
-from deco_kernels import flow
-from deco_kernels.training import checkpoints, setup
+from deco_kernels.training import checkpoints, checks, setup
 from deco_kernels.training.config import TrainConfig, to_dict, to_yaml
 from deco_kernels.training.images import to_signed
 from deco_kernels.training.loading import Batch, loader, without_worker_traceback
@@ -43,6 +42,7 @@ def train(
     with deco_kernels.use_backend(config.backend) if config.backend else contextlib.nullcontext():
         try:
             content = setup.find_checkpoint(config, resume)
+            checks.check(config, resumed=content is not None)
             fabric = setup.launch(config)
             parts = setup.prepare(config, fabric, teacher, encoder, resumed=content is not None)
             if content is not None:
@@ -73,6 +73,8 @@ class _Run:
     def loop(self) -> None:
         """Train to the last step."""
         config, progress = self.config, self.progress
+        if self.report:
+            self.report.line(self._described())
         batches, clock = iter(self._loader()), _Clock()
         while progress.step < config.steps:
             with clock.waiting(), without_worker_traceback():
@@ -88,7 +90,16 @@ class _Run:
             if config.sample.every and self._due(config.sample.every):
                 self._sample()
         if self.report:
+            self.report.line(f"finished {config.steps} steps; the model is in {setup.checkpoint_folder(config)}")
             self.report.close()
+
+    def _described(self) -> str:
+        """The run in one line: device, data, steps, folder."""
+        config, fabric, first = self.config, self.fabric, self.progress.step
+        on = f"{fabric.world_size} x {fabric.device.type}" if fabric.world_size > 1 else str(fabric.device)
+        data = f"{len(self.parts.source):,} images of {config.data.path} at {config.image_size} pixels"
+        steps = f"steps {first + 1} to {config.steps} of {config.batch_size} images"
+        return f"training {config.model.name} on {on} with {data}, {steps}, into {self.folder}"
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
@@ -193,17 +204,8 @@ class _Run:
         uncond = torch.full_like(cond, network.null_label) if encoder is None else encoder.empty_prompt.expand_as(cond)
         noise = torch.randn(given.count, 3, size, size, generator=torch.Generator().manual_seed(self.config.seed))
         with self.progress.average.swapped():
-            images = flow.sample(
-                lambda x, t, y: self.parts.forward(x, y, t),
-                noise.to(cond.device),
-                cond,
-                uncond,
-                solver=given.solver,
-                steps=given.steps,
-                guidance=given.guidance,
-                guidance_interval=tuple(given.guidance_interval),
-                shift=given.shift,
-            )
+            sampler = setup.make_sampler(given, lambda x, t, y: self.parts.forward(x, y, t))
+            images = sampler(noise.to(cond.device), cond, uncond)
         if self.report:
             self.report.samples(self.progress.step, images)
 

@@ -16,7 +16,7 @@ from deco_kernels.training.images import as_grid, to_pixels
 
 
 class Report:
-    """Writes into the run's folder; made by one process only.
+    """Writes into the run's folder, and shows a progress bar on a terminal, lines elsewhere; made by one process only.
 
     Args:
         folder: of the run. first_step: where it starts or resumes; what was written for later steps is dropped.
@@ -24,7 +24,7 @@ class Report:
     """
 
     def __init__(self, folder: Path, first_step: int, steps: int):
-        self.folder, self.last_logged = folder, first_step
+        self.folder, self.last_logged, self.steps = folder, first_step, steps
         self._trim(first_step)
         self._metrics = open(folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -41,7 +41,10 @@ class Report:
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        self._bar.set_postfix(loss=f"{values['total']:.4f}", waiting=f"{values['waiting']:.0%}")
+        loss, waiting = f"{values['total']:.4f}", f"{values['waiting']:.0%}"
+        self._bar.set_postfix(loss=loss, waiting=waiting)
+        speed = f"{values['images_per_second']:.1f} images per second"
+        self.line(f"step {step} of {self.steps}: loss {loss}, {speed}, waiting {waiting}")
 
     def samples(self, step: int, images: torch.Tensor) -> None:
         """Record samples [n, 3, H, W] in [-1, 1] as a grid, in TensorBoard and as samples/step_*.png."""
@@ -49,6 +52,12 @@ class Report:
         self._board.add_image("samples", grid, step, dataformats="HWC")
         (self.folder / "samples").mkdir(exist_ok=True)
         Image.fromarray(grid).save(self.folder / "samples" / f"step_{step:09d}.png")
+
+    def line(self, text: str) -> None:
+        """Print a line where output goes to a pipe or file, which the progress bar does not reach."""
+        if not (sys.stdout.isatty() and sys.stderr.isatty()):
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def message(self, text: str) -> None:
         """Print a line without breaking the progress bar."""

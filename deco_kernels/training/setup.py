@@ -7,22 +7,23 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from deco_kernels import flow, model, ops
-from deco_kernels.files import kind_at
+from deco_kernels.flow.cuda_graphs import Velocity
 from deco_kernels.training import checkpoints
 from deco_kernels.training.batches import BatchPlan
-from deco_kernels.training.config import SampleConfig, TrainConfig, to_dict
+from deco_kernels.training.config import ObjectiveConfig, RepaConfig, SampleConfig, TrainConfig, to_dict
 from deco_kernels.training.ema import MovingAverage
 from deco_kernels.training.loading import plan_batches
 from deco_kernels.training.module import TrainingModule, shard
 from deco_kernels.training.sources import Source, open_source
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 Teacher = Callable[[torch.Tensor], torch.Tensor]
 Encoder = Callable[[list[str]], torch.Tensor]
@@ -63,16 +64,26 @@ def checkpoint_folder(config: TrainConfig) -> Path:
     return Path(config.out) / "checkpoints"
 
 
-def launch(config: TrainConfig) -> Fabric:
-    """Start, or join, the processes of the run.
+def processes(config: TrainConfig) -> tuple[int, int]:
+    """(processes on this machine, machines).
 
-    Under torchrun their number comes from its environment; under SLURM, devices and num_nodes must say what srun does.
+    Under torchrun they come from its environment; under SLURM, devices and num_nodes must say what srun does.
     """
     local, world = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    devices, nodes = (local, world // local) if local else (config.devices, config.num_nodes)
-    if devices is None:
-        cuda = config.accelerator != "cpu" and torch.cuda.is_available()
-        devices = torch.cuda.device_count() if cuda else 1
+    if local:
+        return local, world // local
+    if config.devices is not None:
+        return config.devices, config.num_nodes
+    cuda = config.accelerator != "cpu" and torch.cuda.is_available()
+    return torch.cuda.device_count() if cuda else 1, config.num_nodes
+
+
+def launch(config: TrainConfig) -> Fabric:
+    """Start, or join, the processes of the run."""
+    from lightning_fabric import Fabric  # seconds of imports, which mistakes in the configuration are spared
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+
+    devices, nodes = processes(config)
     if config.strategy == "fsdp2":
         strategy = ModelParallelStrategy(shard, data_parallel_size=devices * nodes, tensor_parallel_size=1)
     elif config.strategy == "ddp" or devices * nodes > 1:
@@ -99,11 +110,11 @@ def prepare(
     """
     torch.manual_seed(config.seed)
     network = model.build(config.model.name, **config.model.options)
-    reads_text = isinstance(network, model.DeCoTextToImage)
-    wanted = ("caption",) if reads_text else ("label", network.trunk.num_classes)
-    shown = shown_conditions(config.sample, None if reads_text else network.trunk.num_classes)
+    target, num_classes = wanted(network)
+    reads_text = target == "caption"
+    shown = shown_conditions(config.sample, num_classes)
     with fabric.rank_zero_first():  # the first process converts tables and shards, the others find them converted
-        source = open_source(config.data, *wanted)
+        source = open_source(config.data, target, num_classes)
     sizes = None
     if config.data.buckets:  # one process reads the headers for all
         sizes = fabric.broadcast(source.sizes(config.data.workers) if fabric.is_global_zero else None)
@@ -111,7 +122,9 @@ def prepare(
     if reads_text and encoder is None:
         sizes = dict(max_length=network.trunk.text_length, width=network.trunk.text_width)
         encoder = model.Qwen3TextEncoder(config.text.encoder, **sizes, truncate=True).to(fabric.device)
-    objective = make_objective(config, network, teacher, encoder.empty_prompt if reads_text else network.null_label)
+    alignment = make_alignment(config.repa, network, teacher)
+    null_label = encoder.empty_prompt if reads_text else network.null_label
+    objective = make_objective(config.objective, null_label, alignment)
     if config.init_from is not None and not resumed:
         initialise(network, Path(config.init_from))
     if config.compile:
@@ -129,6 +142,11 @@ def prepare(
     progress = checkpoints.Progress(module, optimizer, average, step=0, skipped={})
     optimizer = fabric.setup_optimizers(optimizer)
     return Parts(source, plan, objective, encoder if reads_text else None, shown, forward, optimizer, progress)
+
+
+def wanted(network: nn.Module) -> tuple[str, int | None]:
+    """What the model is conditioned on: ("label", number of classes) or ("caption", None)."""
+    return ("caption", None) if isinstance(network, model.DeCoTextToImage) else ("label", network.trunk.num_classes)
 
 
 def shown_conditions(config: SampleConfig, num_classes: int | None) -> list[int] | list[str]:
@@ -151,40 +169,51 @@ def shown_conditions(config: SampleConfig, num_classes: int | None) -> list[int]
     return [shown[i % len(shown)] for i in range(config.count)]
 
 
+def make_sampler(config: SampleConfig, velocity: Velocity) -> flow.Sampler:
+    """Draws the grids of samples. Raises ValueError or TypeError for settings that no sampler takes."""
+    return flow.Sampler(
+        velocity,
+        solver=config.solver,
+        steps=config.steps,
+        guidance=config.guidance,
+        guidance_interval=tuple(config.guidance_interval),
+        shift=config.shift,
+        cuda_graph=False,
+    )
+
+
+def make_alignment(config: RepaConfig, network: nn.Module, teacher: Teacher | None) -> flow.Alignment | None:
+    """The alignment loss with its head; None where its weight is 0."""
+    if not config.weight:
+        return None
+    if teacher is None:
+        teacher = flow.DinoV2Teacher(config.teacher, network.trunk.patch_size)
+    return flow.Alignment(
+        network.trunk.width,
+        teacher,
+        teacher_width=getattr(teacher, "width", 768),
+        block=config.block,
+        weight=config.weight,
+    )
+
+
 def make_objective(
-    config: TrainConfig, network: nn.Module, teacher: Teacher | None, null_label: int | torch.Tensor
+    config: ObjectiveConfig, null_label: int | torch.Tensor, alignment: flow.Alignment | None = None
 ) -> flow.Objective:
-    """The objective, with an alignment head where its weight is not 0."""
-    given, repa = config.objective, None
-    if config.repa.weight:
-        if not 1 <= config.repa.block <= len(network.trunk.blocks):
-            raise ValueError(
-                f"repa.block: expected a block from 1 to {len(network.trunk.blocks)}, got {config.repa.block}"
-            )
-        if teacher is None:
-            teacher = flow.DinoV2Teacher(config.repa.teacher, network.trunk.patch_size)
-        repa = flow.Alignment(
-            network.trunk.width,
-            teacher,
-            teacher_width=getattr(teacher, "width", 768),
-            block=config.repa.block,
-            weight=config.repa.weight,
-        )
+    """The objective. Raises ValueError for a frequency table or times that there are not."""
     return flow.Objective(
-        ops.jpeg_frequency_weight(given.quality, given.mode, given.gamma),
-        given.frequency_scale,
-        repa,
-        distribution=given.distribution,
-        shift=given.shift,
-        label_dropout=given.label_dropout,
+        ops.jpeg_frequency_weight(config.quality, config.mode, config.gamma),
+        config.frequency_scale,
+        alignment,
+        distribution=config.distribution,
+        shift=config.shift,
+        label_dropout=config.label_dropout,
         null_label=null_label,
     )
 
 
 def initialise(network: nn.Module, path: Path) -> None:
     """Copy the averaged weights of a checkpoint, ours or a published one, into a model of the same kind and size."""
-    if (kind := kind_at(path)) != "a file":
-        raise FileNotFoundError(f"init_from: expected a checkpoint file at {path}, found {kind}; check the path")
     found = model.load_model(path)
     if type(found) is not type(network):
         raise ValueError(f"init_from: {path} holds a {type(found).__name__}, expected a {type(network).__name__}")

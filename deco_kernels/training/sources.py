@@ -97,34 +97,54 @@ def open_source(config: DataConfig, target: str, num_classes: int | None = None)
         ValueError: no image, an empty class folder, a missing column, more classes than the model has.
     """
     with _quiet():
-        if config.kind == "folder":
-            source = _open_folder(config, target)
-        else:
-            source = _open_files(config, target)
+        source = _open_folder(config, target) if config.kind == "folder" else _open_files(config, target)
     if not len(source):
         raise ValueError(f"data.path: no image with a {target} in {config.path}")
-    if source.labels is not None and (source.labels.min() < 0 or source.labels.max() >= (num_classes or np.inf)):
-        raise ValueError(
-            f"data.path: {config.path} has labels from {source.labels.min()} to {source.labels.max()}, the model has "
-            f"{num_classes} classes; see model.options.num_classes"
-        )
+    if source.labels is not None:
+        _check_labels(config, int(source.labels.min()), int(source.labels.max()), num_classes)
     return source
 
 
-def _open_folder(config: DataConfig, target: str) -> Source:
-    """One folder per class; classes are numbered in the order of their names."""
+def check_source(config: DataConfig, target: str = "label", num_classes: int | None = None) -> None:
+    """Raise what `open_source` raises for the path and the number of classes; no file is opened."""
+    if config.kind == "folder":
+        _check_labels(config, 0, len(_class_folders(config, target)) - 1, num_classes)
+    else:
+        _data_files(config)
+
+
+def _check_labels(config: DataConfig, least: int, most: int, num_classes: int | None) -> None:
+    if least < 0 or most >= (num_classes or np.inf):
+        raise ValueError(
+            f"data.path: {config.path} has labels from {least} to {most}, the model has {num_classes} classes; see "
+            "model.options.num_classes"
+        )
+
+
+def _class_folders(config: DataConfig, target: str) -> list[Path]:
+    """One folder per class, in the order of their names, which numbers them."""
     if target == "caption":
         raise ValueError("data.kind: folders hold classes, not captions; a text model needs a table or shards")
     root = Path(config.path)
     if not root.is_dir():
         raise FileNotFoundError(f"data.path: expected a folder with one folder per class, found none at {root}")
     classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise _not_class_folders(root, "no class folder")
+    return classes
+
+
+def _not_class_folders(root: Path, what: str) -> ValueError:
+    return ValueError(f"data.path: {what} in {root}; expected {root}/CLASS/IMAGE with suffixes {IMAGE_SUFFIXES}")
+
+
+def _open_folder(config: DataConfig, target: str) -> Source:
+    root, classes = Path(config.path), _class_folders(config, target)
     left_out: dict[str, str] = {}
     files = [_images_in(folder, root, left_out) for folder in classes]
     empty = [folder.name for folder, found in zip(classes, files, strict=True) if not found]
-    if empty or not classes:
-        what = f"class folders without an image: {', '.join(empty)}" if empty else "no class folder"
-        raise ValueError(f"data.path: {what} in {root}; expected {root}/CLASS/IMAGE with suffixes {IMAGE_SUFFIXES}")
+    if empty:
+        raise _not_class_folders(root, f"class folders without an image: {', '.join(empty)}")
     rows = datasets.Dataset.from_dict({"image": [file for found in files for file in found]})
     labels = np.repeat(np.arange(len(classes)), [len(found) for found in files])
     return Source(rows, "image", root, labels, left_out=left_out)
@@ -147,8 +167,8 @@ def _images_in(folder: Path, root: Path, left_out: dict[str, str]) -> list[str]:
     return sorted(found)
 
 
-def _open_files(config: DataConfig, target: str) -> Source:
-    """A table or shards, one file or several."""
+def _data_files(config: DataConfig) -> list[str]:
+    """The tables or shards that the path names."""
     files = sorted(glob.glob(config.path, recursive=True))
     if not files:
         raise FileNotFoundError(f"data.path: expected a file, found none at {config.path}")
@@ -157,13 +177,15 @@ def _open_files(config: DataConfig, target: str) -> Source:
             raise ValueError(
                 f"data.path: expected files, found {found} at {file}; name the files, by wildcards if many"
             )
-    if config.kind == "webdataset":
-        builder = "webdataset"
-    else:
-        suffix = Path(files[0]).suffix.lower()
-        if suffix not in TABLE_FORMATS:
-            raise ValueError(f"data.path: expected a table {list(TABLE_FORMATS)}, got {files[0]}")
-        builder = TABLE_FORMATS[suffix]
+    if config.kind == "table" and Path(files[0]).suffix.lower() not in TABLE_FORMATS:
+        raise ValueError(f"data.path: expected a table {list(TABLE_FORMATS)}, got {files[0]}")
+    return files
+
+
+def _open_files(config: DataConfig, target: str) -> Source:
+    """A table or shards, one file or several."""
+    files = _data_files(config)
+    builder = "webdataset" if config.kind == "webdataset" else TABLE_FORMATS[Path(files[0]).suffix.lower()]
     try:
         rows = datasets.load_dataset(builder, data_files=files, split="train", cache_dir=config.cache_dir)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:

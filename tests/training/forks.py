@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 
+import lightning_fabric  # noqa: E402, F401
 import torch  # noqa: E402
 import train  # noqa: E402
 

@@ -1,12 +1,13 @@
 """The configuration: strict keys, types, overrides, and the published recipes."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from deco_kernels import model
-from deco_kernels.training import config, setup
+from deco_kernels.training import checks, config, setup
 
 CONFIGS = Path(__file__).resolve().parents[2] / "python" / "configs"
 
@@ -38,13 +39,32 @@ def test_file_then_overrides_over_defaults(file):
         ("strategy=dp", "strategy: expected one of"),
         ("data.kind=zip", "data.kind: expected one of"),
         ("ema_decay=1", "ema_decay"),
+        ("ema_decay=nan", "ema_decay: expected a number from 0 to below 1, got nan"),
+        ("optimizer.lr=nan", "optimizer.lr: expected a finite number of at least 0, got nan"),
+        ("optimizer.lr=-1e-3", "optimizer.lr: expected a finite number of at least 0, got -0.001"),
+        ("optimizer.weight_decay=inf", "optimizer.weight_decay: expected a finite number of at least 0, got inf"),
+        ("optimizer.warmup_steps=-1", "optimizer.warmup_steps: expected at least 0, got -1"),
+        ("optimizer.clip_norm=nan", "optimizer.clip_norm: expected a finite number of at least 0, got nan"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas: expected two numbers from 0 to below 1, got [0.9, 1.0]"),
+        ("optimizer.betas=[nan,0.9]", "optimizer.betas: expected two numbers from 0 to below 1, got [nan, 0.9]"),
+        ("objective.label_dropout=nan", "objective.label_dropout: expected a number from 0 to 1, got nan"),
+        ("objective.frequency_scale=inf", "objective.frequency_scale: expected a finite number of at least 0, got inf"),
+        ("repa.weight=nan", "repa.weight: expected a finite number of at least 0, got nan"),
+        ("data.max_aspect=nan", "data.max_aspect: expected a finite number of at least 1, got nan"),
+        ("data.max_aspect=0.5", "data.max_aspect: expected a finite number of at least 1, got 0.5"),
+        ("data.workers=-1", "data.workers: expected at least 0, got -1"),
+        ("data.prefetch=0", "data.prefetch: expected at least 1, got 0"),
+        ("devices=0", "devices: expected at least 1, got 0"),
+        ("seed=-1", "seed: expected at least 0, got -1"),
+        ("seed=9223372036854775808", "seed: expected less than 2**63, got 9223372036854775808"),
+        ("sample.every=-1", "sample.every: expected at least 0, got -1"),
         ("steps", "expected key=value, got 'steps'"),
         ("optimizer=3", "optimizer"),
         ("out=[", "not readable as YAML"),
     ],
 )
 def test_bad_overrides_are_refused(file, override, said):
-    with pytest.raises(ValueError, match="(?s)" + said.replace("[", r"\[")):
+    with pytest.raises(ValueError, match="(?s)" + re.escape(said)):
         config.load(file, [override])
 
 
@@ -114,3 +134,39 @@ def test_conditions_of_the_samples():
 def test_samples_that_cannot_be_drawn(num_classes, sample, said):
     with pytest.raises(ValueError, match=said):
         setup.shown_conditions(config.SampleConfig(**sample), num_classes)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.name=deco-huge", "name: expected one of"),
+        ("model.options.depth=a", "depth: expected an int, got 'a' (str)"),
+        ("image_size=40", "image_size: expected a multiple of the patch size 16, got 40"),
+        ("accumulate=7", "batch_size: expected a multiple of processes x accumulate = 1 x 7, got 256"),
+        ("devices=3", "batch_size: expected a multiple of processes x accumulate = 3 x 1, got 256"),
+        ("repa.block=3", "repa.block: expected a block from 1 to 2, got 3"),
+        ("objective.quality=0", "quality: expected 1 to 100, got 0"),
+        ("objective.distribution=normal", "distribution: expected one of ['lognormal', 'uniform'], got 'normal'"),
+        ("objective.shift=nan", "shift: expected a positive finite number, got nan"),
+        ("sample.labels=[10]", "sample.labels: expected classes of the model, from 0 to 9, got [10]"),
+        ("sample.solver=rk4", "sample.solver: expected one of"),
+        ("sample.steps=0", "sample.steps: expected at least 1, got 0"),
+        ("sample.guidance=nan", "sample.guidance: expected a finite number, got nan"),
+        ("sample.guidance_interval=[0.5]", "sample.guidance_interval: expected (lo, hi)"),
+        ("sample.shift=0", "sample.shift: expected a positive finite number, got 0"),
+        ("data.path=/nowhere", "data.path: expected a folder with one folder per class, found none at /nowhere"),
+        ("data.kind=table", "data.path: expected files, found a folder at"),
+        ("model.options.num_classes=1", "has labels from 0 to 1, the model has 1 classes; see model.options.num_class"),
+        ("model.name=deco-text-tiny", "data.kind: folders hold classes, not captions"),
+        ("init_from=/nowhere.ckpt", "init_from: expected a checkpoint file at /nowhere.ckpt, found nothing"),
+        ("init_from=/tmp", "init_from: expected a checkpoint file at /tmp, found a folder"),
+    ],
+)
+def test_what_no_run_can_be_set_up_with(file, override, said):
+    """Noticed before processes start; and nothing is to be said of the same configuration without the override."""
+    for name in ("ant", "bee"):
+        (file.parent / "images" / name).mkdir(parents=True)
+    given = [f"data.path={file.parent / 'images'}", "repa.block=1", "accelerator=cpu"]
+    checks.check(config.load(file, given))
+    with pytest.raises((ValueError, TypeError, OSError), match="(?s)" + re.escape(said)):
+        checks.check(config.load(file, [*given, override]))

@@ -105,6 +105,7 @@ def test_backend_reference_gives_the_same_run(trainer, class_folders, tmp_path):
         (["repa.weight=0.5"], "repa.block: expected a block from 1 to 2, got 8"),
         (["repa.weight=0.5", "repa.block=1", "repa.teacher=/nowhere"], "no DINOv2 at '/nowhere'"),
         (["init_from=/nowhere.ckpt"], "init_from: expected a checkpoint"),
+        (["sample.every=10", "sample.solver=rk4"], "error: sample.solver: expected one of"),
         (["sample.every=10", "sample.labels=[1,2]"], "sample.labels: expected classes of the model, from 0"),
         (["optimizer.lr=1e30", "steps=3"], "the loss of step"),
         (["data.min_side=1000"], "error: data.path: 100 images in a row cannot be used, such as "),
@@ -118,10 +119,38 @@ def test_errors_say_what_to_do(arguments, said, trainer, class_folders, tmp_path
     assert "error: " in log(out) and said in log(out) and "Traceback" not in log(out)
 
 
-def test_help_and_missing_configuration():
-    program = [sys.executable, str(ROOT / "python" / "train.py")]
-    found = subprocess.run([*program, "nothing.yaml"], capture_output=True, text=True)
-    assert found.returncode == 2 and "found none at nothing.yaml" in found.stderr
+def test_output_that_is_no_terminal_gets_lines(trainer, class_folders, tmp_path):
+    """One when the run starts, one for each line of metrics.jsonl, one at the end; after a resume the same."""
+    out = tmp_path / "run"
+    assert trainer.run(out, f"data.path={class_folders}", "log_every=4", "save_every=6", "steps=6") == 0, log(out)
+    start, *steps, end = log(out).splitlines()
+    data = f"23 images of {class_folders} at 32 pixels"
+    told = f"training deco-tiny on cpu with {data}, steps 1 to 6 of 8 images, into {out}"
+    assert start == told and end == f"finished 6 steps; the model is in {out / 'checkpoints'}"
+    for line, recorded in zip(steps, metrics(out), strict=True):
+        assert line.startswith(f"step {recorded['step']} of 6: loss {recorded['total']:.4f}, ")
+    assert [recorded["step"] for recorded in metrics(out)] == [4, 6]
+    assert trainer.run(out, f"data.path={class_folders}", "log_every=4", "steps=9", resume=True) == 0, log(out)
+    assert f"at 32 pixels, steps 7 to 9 of 8 images, into {out}\nstep 8 of 9: loss" in log(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "not_imported"),
+    [
+        (["nothing.yaml"], "found none at nothing.yaml", "torch"),
+        (["small.yaml", "data.path=/nowhere", "optimizer.lr=nan"], "optimizer.lr: expected a finite number", "torch"),
+        (["small.yaml", "data.path=/nowhere"], "data.path: expected a folder", "lightning_fabric"),
+    ],
+)
+def test_mistakes_are_said_before_what_takes_seconds_is_imported(arguments, said, not_imported):
+    program = [sys.executable, "-X", "importtime", str(ROOT / "python" / "train.py")]
+    found = subprocess.run([*program, *arguments], cwd=ROOT / "python" / "configs", capture_output=True, text=True)
+    timed, others = [], []
+    for line in found.stderr.splitlines():
+        (timed if line.startswith("import time:") else others).append(line)
+    assert found.returncode == 2 and len(others) == 1 and others[0].startswith("error: ") and said in others[0]
+    imported = {line.split("|")[-1].strip() for line in timed}
+    assert "omegaconf" in imported and not_imported not in imported
 
 
 def test_photo_crops(tmp_path):
