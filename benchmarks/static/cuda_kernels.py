@@ -47,8 +47,8 @@ KERNELS = {
     ),
     "adaln_block.forward_kernel": Kernel("adaln_block", "adaln_block_forward"),
     "upsample_modulate.modulate_kernel": Kernel("upsample_modulate", "upsample_modulate_forward"),
-    "decoder_replay.replay_kernel": Kernel(
-        "pixel_decoder", "pixel_decoder_replay", inner_trips=_DEPTH, skipped=("refill_of_replay",)
+    "decoder_recompute.recompute_kernel": Kernel(
+        "pixel_decoder", "pixel_decoder_recompute", inner_trips=_DEPTH, skipped=("refill_of_recompute",)
     ),
     # The template's flags, then which step of the chain it is: of a decoder's blocks the last one comes first.
     "block_backward.backward_kernel+mlp+tiled+first": Kernel(

@@ -9,7 +9,7 @@ from benchmarks.static.figures import milliseconds
 
 _TRITON_KERNELS = {
     "pixel_decoder.forward_kernel": "decoder forward",
-    "pixel_decoder.replay_kernel": "decoder replay (forward again, head backwards)",
+    "pixel_decoder.recompute_kernel": "decoder recompute (forward again, head backwards)",
     "adaln_block.backward_kernel+first": "block backward, launched first",
     "adaln_block.backward_kernel": "block backward, between",
     "adaln_block.backward_kernel+last": "block backward, launched last",
@@ -23,7 +23,7 @@ _TRITON_KERNELS = {
 }
 _CUDA_KERNELS = {
     "cuda.pixel_decoder.forward_kernel": "decoder forward",
-    "cuda.decoder_replay.replay_kernel": "decoder replay (forward again, head backwards)",
+    "cuda.decoder_recompute.recompute_kernel": "decoder recompute (forward again, head backwards)",
     "cuda.block_backward.backward_kernel+mlp+tiled+first": "block backward, launched first",
     "cuda.block_backward.backward_kernel+mlp+tiled": "block backward, between",
     "cuda.block_backward.backward_kernel+mlp+tiled+last": "block backward, launched last",

@@ -14,7 +14,7 @@ namespace deco::cpu::DECO_CPU_ISA {
 
 constexpr int kBlock = 8;
 
-#if DECO_CPU_ISA_portable
+#if DECO_LANES == 4
 
 // Eight pixels in two vectors of four.
 struct BlockRow {
@@ -55,7 +55,7 @@ DECO_INLINE BlockRow broadcast_row(float x) { return broadcast(x); }
 DECO_INLINE BlockRow load_row(const float* p) { return load(p); }
 DECO_INLINE void store_row(float* p, BlockRow x) { store(p, x); }
 
-#if DECO_CPU_ISA_avx2
+#if DECO_LANES == 8
 
 DECO_INLINE void transpose_blocks(BlockRow (&r)[8]) { transpose(r); }
 

@@ -54,7 +54,7 @@ DECO_INLINE void put_silu(VecF y0, VecF y1, int channel, int pixel, typename Ope
 template <class Operand, int D, int T>
 void load_silu_cond(DType dtype, const char* const (&rows)[T], int pixels, typename Operand::Element (*silu_cond)[T],
                     float (*derivative)[T] = nullptr) {
-#if DECO_CPU_ISA_avx512bf16
+#if DECO_HAVE_BF16_DOT
   if constexpr (D % (2 * kLanes) == 0)
     if (dtype == DType::kBFloat16) {
       for (int pixel = 0; pixel < pixels; pixel += kLanes)
@@ -272,7 +272,7 @@ DECO_INLINE void with_operand_and_width(DType activation, int width, Body&& body
       case 64: return body(operand, std::integral_constant<int, 64>{});
     }
   };
-#if DECO_CPU_ISA_avx512bf16
+#if DECO_HAVE_BF16_DOT
   if (activation == DType::kBFloat16) return with_operand(PairOperand{});
 #endif
   (void)activation;

@@ -46,7 +46,7 @@ struct FloatOperand {
   }
 };
 
-#if DECO_CPU_ISA_avx512bf16
+#if DECO_HAVE_BF16_DOT
 struct PairOperand {
   using Element = uint32_t;
   using Vector = VecPair;
@@ -150,7 +150,7 @@ void make_pixel_major(FloatOperand, const float (*tile)[T], int pixels, float (*
     }
 }
 
-#if DECO_CPU_ISA_avx512bf16
+#if DECO_HAVE_BF16_DOT
 template <int R, int T>
 struct alignas(64) GradientTile<PairOperand, R, T> {
   uint32_t by_channel[R / 2][T];

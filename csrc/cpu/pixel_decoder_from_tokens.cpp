@@ -43,7 +43,7 @@ void forward(const PixelDecoderFromTokensForward& call) {
   Arena arena(thread_scratch(counter.used()));
   lay_out(arena);
 
-  upsample.for_each_tile_by_anyone([&](int part, const UpsampleTile<Operand>& place) {
+  upsample.for_each_tile_dynamic([&](int part, const UpsampleTile<Operand>& place) {
     TokenDecoderTile<Operand, D>& tile = scratch[part];
     upsample.load_silu_cond(place, tile.silu_cond, nullptr, [](int, int) {});
     gather_token_pixels<T>(call.shape, call.image, place.first_token, place.pixel, place.count, tile.rgb);

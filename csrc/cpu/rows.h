@@ -13,7 +13,7 @@ enum class RowWrites { kCached, kStreamed };
 // `rows` rows of D values from `data` on; `strides` lead to all of them. One store of a vector must fill a cache line.
 template <int D, class... Strides>
 RowWrites row_writes(DType dtype, const void* data, int64_t rows, Strides... strides) {
-#if DECO_CPU_ISA_avx512bf16
+#if DECO_HAVE_BF16_DOT
   const bool line_per_store = dtype != DType::kFloat16;
 #else
   const bool line_per_store = kLanes * sizeof(float) == kCacheLine && dtype == DType::kFloat32;
@@ -32,7 +32,7 @@ RowWrites row_writes(const PixelRows& to, int64_t rows) {
   return row_writes<D>(to.dtype, to.data, rows, to.token_stride, to.pixel_stride);
 }
 
-#if DECO_CPU_ISA_avx512bf16
+#if DECO_HAVE_BF16_DOT
 // bfloat16 rows are moved 32 values (a cache line) of a row at a time: every line is touched once.
 // square[i] = channels d + 2i and d + 2i + 1 of rows pixel .. pixel + kLanes - 1.
 template <int T>
@@ -83,7 +83,7 @@ void store_bf16_rows(const typename Operand::Element (*tile)[T], int count, char
 // tile[d][i] = value d of row i for i < pixels; all those rows must be readable.
 template <int D, int T>
 void load_rows(DType dtype, const char* const (&rows)[T], int pixels, float (*tile)[T]) {
-#if DECO_CPU_ISA_avx512bf16
+#if DECO_HAVE_BF16_DOT
   if constexpr (D % (2 * kLanes) == 0)
     if (dtype == DType::kBFloat16) return load_bf16_rows<D, T>(rows, pixels, tile);
 #endif
@@ -100,7 +100,7 @@ void load_rows(DType dtype, const char* const (&rows)[T], int pixels, float (*ti
 
 template <RowWrites kWrites, class Operand, int D, int T>
 void store_rows_as(DType dtype, const typename Operand::Element (*tile)[T], int count, char* const (&rows)[T]) {
-#if DECO_CPU_ISA_avx512bf16
+#if DECO_HAVE_BF16_DOT
   if constexpr (D % (2 * kLanes) == 0)
     if (dtype == DType::kBFloat16) return store_bf16_rows<kWrites, Operand, D, T>(tile, count, rows);
 #endif

@@ -21,7 +21,7 @@ constexpr int kTokenTile = 64;
 constexpr int64_t kTokenChunk = 1024;
 
 DECO_INLINE void transpose_square(VecF (&square)[kLanes]) { transpose(square); }
-#if DECO_CPU_ISA_avx512bf16
+#if DECO_HAVE_BF16_DOT
 DECO_INLINE void transpose_square(VecPair (&square)[kLanes]) { transpose_pairs(square); }
 #endif
 
@@ -107,9 +107,9 @@ class Upsample {
     });
   }
 
-  // The same, but a part takes tiles whenever it is done: where it does not matter who computes a tile.
+  // The same, but a part takes tiles whenever it is done: for results that do not depend on the tile's part.
   template <class Body>
-  void for_each_tile_by_anyone(Body&& body) const {
+  void for_each_tile_dynamic(Body&& body) const {
     for_each_chunk([&](int64_t begin, int64_t count) {
       SharedWork work(arrays_.pixels_per_token * tiles(count), parts_);
       parallel_for(parts_, [&](int part) {

@@ -62,7 +62,7 @@ void forward(const UpsampleModulateForward& call) {
   const int64_t pixels = call.upsample.tokens * call.upsample.pixels_per_token;
   const RowWrites modulated_writes = row_writes<D>(call.modulated, pixels);
   const RowWrites gate_writes = row_writes<D>(call.gate, pixels);
-  upsample.for_each_tile_by_anyone([&](int part, const UpsampleTile<Operand>& place) {
+  upsample.for_each_tile_dynamic([&](int part, const UpsampleTile<Operand>& place) {
     ModulationTile<Operand, D>& tile = scratch[part];
     const char* sources[T];
     tile_addresses(call.h, place, sources);

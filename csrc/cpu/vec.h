@@ -12,7 +12,9 @@
 //   sigmoid<Accuracy>               relative error 3e-7 (kFloat) or 1e-4 (kBFloat16)
 //   transpose                       a square of kLanes vectors
 //   sum                             over the lanes, in a fixed order
-//   dot_pairs and friends           products of bfloat16 pairs, for avx512bf16 only
+//   dot_pairs and friends           sums of products of bfloat16 pairs, only if DECO_HAVE_BF16_DOT
+//
+// For the preprocessor: DECO_LANES = kLanes; DECO_HAVE_BF16_DOT, 1 if there is an instruction for dot_pairs, else 0.
 #pragma once
 
 #include <cstdint>
@@ -173,11 +175,7 @@ DECO_INLINE VecF sigmoid(VecF x) {
   return reciprocal<kAccuracy>(power + broadcast(1.0f));
 }
 
-// SiLU(x) = x sigmoid(x) and its derivative s + x s (1 - s).
-template <Accuracy kAccuracy>
-DECO_INLINE VecF silu(VecF x) {
-  return x * sigmoid<kAccuracy>(x);
-}
+// The derivative s + x s (1 - s) of SiLU(x) = x s with s = sigmoid(x).
 DECO_INLINE VecF silu_derivative(VecF silu_x, VecF sigmoid_x) {
   return fma(silu_x, broadcast(1.0f) - sigmoid_x, sigmoid_x);
 }

@@ -3,10 +3,13 @@
 
 #include <immintrin.h>
 
+#define DECO_LANES 8
+#define DECO_HAVE_BF16_DOT 0
+
 namespace deco::cpu::DECO_CPU_ISA {
 
 using VecF = __m256;
-constexpr int kLanes = 8;
+constexpr int kLanes = DECO_LANES;
 
 DECO_INLINE VecF broadcast(float x) { return _mm256_set1_ps(x); }
 DECO_INLINE VecF load(const float* p) { return _mm256_loadu_ps(p); }

@@ -1,12 +1,15 @@
-// VecF for AVX-512 (F, BW, DQ, VL) and, with DECO_CPU_ISA_avx512bf16, the bfloat16 dot product. Included by vec.h.
+// VecF for AVX-512 (F, BW, DQ, VL) and, with DECO_HAVE_BF16_DOT, the bfloat16 dot product. Included by vec.h.
 #pragma once
 
 #include <immintrin.h>
 
+#define DECO_LANES 16
+#define DECO_HAVE_BF16_DOT DECO_CPU_ISA_avx512bf16
+
 namespace deco::cpu::DECO_CPU_ISA {
 
 using VecF = __m512;
-constexpr int kLanes = 16;
+constexpr int kLanes = DECO_LANES;
 
 DECO_INLINE VecF broadcast(float x) { return _mm512_set1_ps(x); }
 DECO_INLINE VecF load(const float* p) { return _mm512_loadu_ps(p); }
@@ -22,7 +25,7 @@ DECO_INLINE VecF load_bf16(const uint16_t* p) {
 }
 
 DECO_INLINE void store_bf16(uint16_t* p, VecF x) {
-#if DECO_CPU_ISA_avx512bf16
+#if DECO_HAVE_BF16_DOT
   const __m256i result = (__m256i)_mm512_cvtneps_pbh(x);
 #else
   const __m512i bits = _mm512_castps_si512(x);
@@ -98,7 +101,7 @@ DECO_INLINE void transpose(VecF (&r)[16]) {
   });
 }
 
-#if DECO_CPU_ISA_avx512bf16
+#if DECO_HAVE_BF16_DOT
 // A vector of 16 pairs of bfloat16; the first of a pair lies in the low half of its 32 bits.
 using VecPair = __m512i;
 

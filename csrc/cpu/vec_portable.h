@@ -3,11 +3,14 @@
 
 #include <cmath>
 
+#define DECO_LANES 4
+#define DECO_HAVE_BF16_DOT 0
+
 namespace deco::cpu::DECO_CPU_ISA {
 
 typedef float VecF __attribute__((vector_size(16)));
 typedef int32_t VecI __attribute__((vector_size(16)));
-constexpr int kLanes = 4;
+constexpr int kLanes = DECO_LANES;
 
 DECO_INLINE VecF broadcast(float x) { return VecF{x, x, x, x}; }
 DECO_INLINE VecF load(const float* p) {

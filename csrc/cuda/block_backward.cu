@@ -45,7 +45,7 @@ struct Plan {
 struct BackwardParams {
   PackedWeights packed;
   PatchRows cond;
-  RowsView h, grad, gate_grad, h_grad, cond_grad;
+  RowsView h, grad, grad_gate, grad_h, grad_cond;
   const void *h_tiles = nullptr, *s_tiles = nullptr;
   void* grad_tiles = nullptr;
   float* partials = nullptr;
@@ -59,8 +59,8 @@ struct BackwardParams {
     const int matrices = matrices_of(mlp);
     packed.visit(buffers, false, depth, width, matrices, 0);
     cond.visit(buffers, pixels, width);
-    for (const RowsView* rows : {&h, &grad, &gate_grad}) rows->visit(buffers, false, pixels, width);
-    for (const RowsView* rows : {&h_grad, &cond_grad}) rows->visit(buffers, true, pixels, width);
+    for (const RowsView* rows : {&h, &grad, &grad_gate}) rows->visit(buffers, false, pixels, width);
+    for (const RowsView* rows : {&grad_h, &grad_cond}) rows->visit(buffers, true, pixels, width);
     const int64_t tile_bytes = 2 * padded_rows(pixels) * width;
     buffers.read(h_tiles, tile_bytes);
     buffers.read(s_tiles, tile_bytes);
@@ -130,13 +130,13 @@ struct Chain {
     keep(P::kS, s[0]);
     const RowPair rstd = normalize(normalized, p.eps);
 
-    Tile<D> h_grad, m_grad;
-    Operand<D> gate_grad, scale;
+    Tile<D> grad_h, grad_m;
+    Operand<D> grad_gate, scale;
     if constexpr (Mlp) {
-      recompute(h_grad, m_grad, gate_grad, scale, s, normalized);
+      recompute(grad_h, grad_m, grad_gate, scale, s, normalized);
     } else {
-      m_grad = gradient_tile(p.grad);
-      gate_grad = rounded<T>(gradient_tile(p.gate_grad));
+      grad_m = gradient_tile(p.grad);
+      grad_gate = rounded<T>(gradient_tile(p.grad_gate));
       const Linear<T, D> to_scale = w.linear(kScale);
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
@@ -144,52 +144,52 @@ struct Chain {
         to_scale.apply(v, s, j);
         scale.template set<T>(j, v[0]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) h_grad.v[j][i] = 0.0f;
+        for (int i = 0; i < 4; ++i) grad_h.v[j][i] = 0.0f;
       }
       set_aside(P::kOutputs + kScale, scale);
     }
-    keep(P::kOutputs + kGate, gate_grad);
+    keep(P::kOutputs + kGate, grad_gate);
 
-    const Operand<D> shift_grad = rounded<T>(m_grad);
+    const Operand<D> grad_shift = rounded<T>(grad_m);
     const Operand<D> scale_again = taken_up(P::kOutputs + kScale, scale);
-    Operand<D> scale_grad;
-    Tile<D> normalized_grad;
+    Operand<D> grad_scale;
+    Tile<D> grad_normalized;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
       float v[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = m_grad.v[j][i] * normalized.v[j][i];
-      scale_grad.template set<T>(j, v);
-      multiply_by(normalized_grad.v[j], m_grad.v[j], scale_again, j);
+      for (int i = 0; i < 4; ++i) v[i] = grad_m.v[j][i] * normalized.v[j][i];
+      grad_scale.template set<T>(j, v);
+      multiply_by(grad_normalized.v[j], grad_m.v[j], scale_again, j);
     }
-    keep(P::kOutputs + kShift, shift_grad);
-    keep(P::kOutputs + kScale, scale_grad);
-    add_normalize_gradient(h_grad, normalized_grad, normalized, rstd);
+    keep(P::kOutputs + kShift, grad_shift);
+    keep(P::kOutputs + kScale, grad_scale);
+    add_normalize_gradient(grad_h, grad_normalized, normalized, rstd);
     if constexpr (Tiled) {
-      if (tile_exists) store_tile<D>(p.grad_tiles, tile, rounded<T>(h_grad));
+      if (tile_exists) store_tile<D>(p.grad_tiles, tile, rounded<T>(grad_h));
     } else {
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        if (valid[r]) store_row<T, D>(p.h_grad, pixel[r], row_of<T>(h_grad, r));
+        if (valid[r]) store_row<T, D>(p.grad_h, pixel[r], row_of<T>(grad_h, r));
     }
-    if (p.cond_grad.data == nullptr) return;
-    const Operand<D> gate_grad_again = kept(P::kOutputs + kGate);
-    Tile<D> s_grad;
+    if (p.grad_cond.data == nullptr) return;
+    const Operand<D> grad_gate_again = kept(P::kOutputs + kGate);
+    Tile<D> grad_s;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s_grad.v[j][i] = 0.0f;
-      multiply_add<T, D>(s_grad.v[j], shift_grad, weight_columns<T, D>(w.matrix(kShift) + 8 * j));
-      multiply_add<T, D>(s_grad.v[j], scale_grad, weight_columns<T, D>(w.matrix(kScale) + 8 * j));
-      multiply_add<T, D>(s_grad.v[j], gate_grad_again, weight_columns<T, D>(w.matrix(kGate) + 8 * j));
+      for (int i = 0; i < 4; ++i) grad_s.v[j][i] = 0.0f;
+      multiply_add<T, D>(grad_s.v[j], grad_shift, weight_columns<T, D>(w.matrix(kShift) + 8 * j));
+      multiply_add<T, D>(grad_s.v[j], grad_scale, weight_columns<T, D>(w.matrix(kScale) + 8 * j));
+      multiply_add<T, D>(grad_s.v[j], grad_gate_again, weight_columns<T, D>(w.matrix(kGate) + 8 * j));
     }
-    finish_cond(s_grad);
+    finish_cond(grad_s);
   }
 
-  // The block again, and back to m: h_grad = δh', m_grad = δm, gate_grad = δgate.
-  DECO_DEVICE void recompute(Tile<D>& h_grad, Tile<D>& m_grad, Operand<D>& gate_grad, Operand<D>& scale,
+  // The block again, and back to m: grad_h = δh', grad_m = δm, grad_gate = δgate.
+  DECO_DEVICE void recompute(Tile<D>& grad_h, Tile<D>& grad_m, Operand<D>& grad_gate, Operand<D>& scale,
                              const Operand<D> (&s)[1], const Tile<D>& normalized) const {
-    Operand<D> modulated[1], activated[1], slope, u_grad, z_grad;
+    Operand<D> modulated[1], activated[1], slope, grad_u, grad_z;
     const Linear<T, D> to_shift = w.linear(kShift), to_scale = w.linear(kScale);
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
@@ -219,7 +219,7 @@ struct Chain {
     }
     keep(P::kA, activated[0]);
     set_aside(P::kOutputs + kShift, slope);
-    h_grad = gradient_tile(p.grad);
+    grad_h = gradient_tile(p.grad);
     const Operand<D> s_again[1] = {kept(P::kS)};
     const Linear<T, D> to_gate = w.linear(kGate), fc2 = w.linear(kFc2);
 #pragma unroll
@@ -229,27 +229,27 @@ struct Chain {
       fc2.apply(u, activated, j);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        u[0][i] *= h_grad.v[j][i];
-        gate[0][i] *= h_grad.v[j][i];
+        u[0][i] *= grad_h.v[j][i];
+        gate[0][i] *= grad_h.v[j][i];
       }
-      gate_grad.template set<T>(j, u[0]);
-      u_grad.template set<T>(j, gate[0]);
+      grad_gate.template set<T>(j, u[0]);
+      grad_u.template set<T>(j, gate[0]);
     }
-    keep(P::kOutputs + kFc2, u_grad);
+    keep(P::kOutputs + kFc2, grad_u);
     const Operand<D> slope_again = taken_up(P::kOutputs + kShift, slope);
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
-      float a_grad[4] = {0, 0, 0, 0}, v[4];
-      multiply_add<T, D>(a_grad, u_grad, weight_columns<T, D>(w.matrix(kFc2) + 8 * j));
-      multiply_by(v, a_grad, slope_again, j);
-      z_grad.template set<T>(j, v);
+      float grad_a[4] = {0, 0, 0, 0}, v[4];
+      multiply_add<T, D>(grad_a, grad_u, weight_columns<T, D>(w.matrix(kFc2) + 8 * j));
+      multiply_by(v, grad_a, slope_again, j);
+      grad_z.template set<T>(j, v);
     }
-    keep(P::kOutputs + kFc1, z_grad);
+    keep(P::kOutputs + kFc1, grad_z);
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) m_grad.v[j][i] = 0.0f;
-      multiply_add<T, D>(m_grad.v[j], z_grad, weight_columns<T, D>(w.matrix(kFc1) + 8 * j));
+      for (int i = 0; i < 4; ++i) grad_m.v[j][i] = 0.0f;
+      multiply_add<T, D>(grad_m.v[j], grad_z, weight_columns<T, D>(w.matrix(kFc1) + 8 * j));
     }
   }
 
@@ -257,7 +257,7 @@ struct Chain {
   DECO_DEVICE void finish_cond(Tile<D>& grad) const {
     if (!p.first) {
       // region: gradient_of_later_blocks
-      const Tile<D> before = tile_of<T>(load_row<T, D>(p.cond_grad, pixel[0]), load_row<T, D>(p.cond_grad, pixel[1]));
+      const Tile<D> before = tile_of<T>(load_row<T, D>(p.grad_cond, pixel[0]), load_row<T, D>(p.grad_cond, pixel[1]));
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)
 #pragma unroll
@@ -275,7 +275,7 @@ struct Chain {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      if (valid[r]) store_row<T, D>(p.cond_grad, pixel[r], row_of<T>(grad, r));
+      if (valid[r]) store_row<T, D>(p.grad_cond, pixel[r], row_of<T>(grad, r));
   }
 
   // out = v times column tile j of an operand.
@@ -404,9 +404,9 @@ Status block_backward(const Call& call, const BlockBackward& op) {
   p.s_tiles = op.s_tiles;
   p.grad_tiles = op.grad_tiles;
   p.grad = op.grad;
-  p.gate_grad = op.gate_grad;
-  p.h_grad = op.h_grad;
-  p.cond_grad = op.cond_grad;
+  p.grad_gate = op.grad_gate;
+  p.grad_h = op.grad_h;
+  p.grad_cond = op.grad_cond;
   p.partials = op.partials;
   p.pixels = static_cast<uint32_t>(op.pixels);
   p.block = op.block;

@@ -18,17 +18,17 @@ struct BlockBackward {
   PatchRows cond;      // condition of the block
   RowsView h;          // its input
   RowsView grad;       // gradient of h' with the MLP, else of the modulated rows
-  RowsView gate_grad;  // without the MLP: gradient of the gate
-  RowsView h_grad;     // written; may be the memory of grad
+  RowsView grad_gate;  // without the MLP: gradient of the gate
+  RowsView grad_h;     // written; may be the memory of grad
 
   // With the MLP: h, s = SiLU(cond), and the gradient of h', which that of h replaces, as operand tiles (pixels.h) in
-  // place of h, grad and h_grad. Null if the block has rows.
+  // place of h, grad and grad_h. Null if the block has rows.
   const void *h_tiles = nullptr, *s_tiles = nullptr;
   void* grad_tiles = nullptr;
 
   // The gradient of s, summed over the blocks of a chain and turned into that of cond by the last one; null if not
   // wanted.
-  RowsView cond_grad;
+  RowsView grad_cond;
   bool first = true, last = true;
 
   float* partials = nullptr;  // [block_backward_parts][depth][M][D][D + 1], or null if no weight gradient is wanted

@@ -7,7 +7,7 @@ namespace deco::cuda {
 
 // Runs the decoder forward again and its head backward:
 //   n = LayerNorm(h_N);  δn = W_outᵀ·δvelocity;  δh_N = LayerNorm'(δn);  δW_out = Σ δvelocity ⊗ n;  δb_out = Σ δvelocity
-struct DecoderReplay {
+struct DecoderRecompute {
   PackedWeights packed;
   DecoderShape shape;  // of the whole batch
   Image image, grad_velocity;
@@ -18,12 +18,12 @@ struct DecoderReplay {
   // Written as operand tiles (pixels.h), padded_rows(pixels) pixels each:
   void* h_tiles = nullptr;       // [N], the inputs of the blocks
   void* s_tiles = nullptr;       // SiLU(cond)
-  void* h_grad_tiles = nullptr;  // the gradient of h_N
-  float* partials = nullptr;     // [decoder_replay_parts][D + 1][kChannelSlots], or null
+  void* grad_h_tiles = nullptr;  // the gradient of h_N
+  float* partials = nullptr;     // [decoder_recompute_parts][D + 1][kChannelSlots], or null
   bool accumulate = false;       // add to the partials rather than overwrite them
 };
-int decoder_replay_parts(const DeviceLimits& limits, int width, int64_t pixels);
-Status decoder_replay(const Call& call, DType operand, const DecoderReplay& op);
+int decoder_recompute_parts(const DeviceLimits& limits, int width, int64_t pixels);
+Status decoder_recompute(const Call& call, DType operand, const DecoderRecompute& op);
 
 // The backward of the embedding h = W_x·x + table[k]:
 //   δx = W_xᵀ·δh;  δW_x = Σ δh ⊗ x;  δtable[k] = Σ over tokens of δh
@@ -31,7 +31,7 @@ struct DecoderEmbedding {
   PackedWeights packed;
   DecoderShape shape;
   Image image;
-  const void* h_grad_tiles = nullptr;  // operand tiles
+  const void* grad_h_tiles = nullptr;  // operand tiles
   Image grad_image;                    // written, or null
   int64_t first_pixel = 0, pixels = 0;
 
@@ -44,7 +44,7 @@ int64_t decoder_embedding_table_numbers(const DeviceLimits& limits, const Decode
 Status decoder_embedding(const Call& call, DType operand, const DecoderEmbedding& op);
 
 // The gradient of the pixel table from the partials that chunks of at most `pixels` pixels left.
-Status sum_table_partials(const Call& call, const Array& table_grad, const float* table_partials,
+Status sum_table_partials(const Call& call, const Array& grad_table, const float* table_partials,
                           const DecoderShape& shape, int64_t pixels);
 
 }  // namespace deco::cuda

@@ -26,7 +26,7 @@ struct EmbeddingParams {
     op.packed.visit(buffers, false, shape.depth, width, kBlockMatrices, shape.pixels_per_token());
     op.image.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
     op.grad_image.visit(buffers, true, shape.batch, shape.channels, shape.height, shape.width);
-    buffers.read(op.h_grad_tiles, 2 * padded_rows(pixels) * width);
+    buffers.read(op.grad_h_tiles, 2 * padded_rows(pixels) * width);
     buffers.write(op.partials, int64_t{4} * parts * (width + 1) * kChannelSlots);
     buffers.write(op.table_partials, int64_t{4} * parts * kWarps * table_rows * width);
   }
@@ -79,21 +79,21 @@ embedding_kernel(const EmbeddingParams p) {
   const uint32_t own = block() * kWarps + warp(), end = p.pixels - 1;
   for (uint32_t begin = own * kTilePixels; begin < p.pixels; begin += block_count() * kWarps * kTilePixels) {
     const uint32_t first = begin + (lane() >> 2);
-    Operand<D> h_grad = load_tile<D>(op.h_grad_tiles, begin / kTilePixels);
+    Operand<D> grad_h = load_tile<D>(op.grad_h_tiles, begin / kTilePixels);
     PixelPlace place[2];
     const char* pixel_address[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint32_t pixel = min(first + 8 * r, end);
-      if (first + 8 * r > end) h_grad.clear_row(r);
+      if (first + 8 * r > end) grad_h.clear_row(r);
       place[r] = locate(p.grid, p.first_pixel + pixel);
       pixel_address[r] = op.image.at(place[r]);
     }
     if (op.partials != nullptr) {
       uint32_t x[2];
       load_channels<T>(x, op.image, channels, pixel_address);
-      pixel_gradient.add(h_grad, x);
-      const Tile<D> tile = tile_of<T>(h_grad);
+      pixel_gradient.add(grad_h, x);
+      const Tile<D> tile = tile_of<T>(grad_h);
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)
 #pragma unroll
@@ -101,7 +101,7 @@ embedding_kernel(const EmbeddingParams p) {
     }
     if (op.grad_image.data != nullptr) {
       float grad[4] = {0, 0, 0, 0};
-      multiply_add<T, D>(grad, h_grad, weight_columns<T, D>(ends.pixel(), kChannelSlots));
+      multiply_add<T, D>(grad, grad_h, weight_columns<T, D>(ends.pixel(), kChannelSlots));
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         if (first + 8 * r <= end) store_image(op.grad_image, channels, place[r], grad[2 * r], grad[2 * r + 1]);
@@ -122,13 +122,13 @@ Status run(const Call& call, const EmbeddingParams& p) {
 // ---- the pixel table ------------------------------------------------------------------------------------------------
 
 struct TableParams {
-  Array table_grad;
+  Array grad_table;
   const float* partials = nullptr;
   int width = 0, pixels_per_token = 0, warps = 0;
 
   template <class V>
   void visit(V& buffers) const {
-    buffers.write(table_grad.data, int64_t{width} * pixels_per_token * size_of(table_grad.dtype));
+    buffers.write(grad_table.data, int64_t{width} * pixels_per_token * size_of(grad_table.dtype));
     buffers.read(partials, int64_t{4} * warps * std::min(pixels_per_token, kTilePixels) * width);
   }
 };
@@ -146,7 +146,7 @@ DECO_KERNEL(kThreads, 1) table_kernel(const TableParams p) {
   if (slice > 0) return;
   float total = 0.0f;
   for (int s = 0; s < slices; ++s) total += load(shared + s * p.width + channel);
-  store_float(p.table_grad, int64_t{k} * p.width + channel, total);
+  store_float(p.grad_table, int64_t{k} * p.width + channel, total);
 }
 
 }  // namespace
@@ -174,10 +174,10 @@ Status decoder_embedding(const Call& call, DType operand, const DecoderEmbedding
                      [&](auto type, auto width) { return run<decltype(type), width.value>(call, p); });
 }
 
-Status sum_table_partials(const Call& call, const Array& table_grad, const float* table_partials,
+Status sum_table_partials(const Call& call, const Array& grad_table, const float* table_partials,
                           const DecoderShape& shape, int64_t pixels) {
   TableParams p;
-  p.table_grad = table_grad;
+  p.grad_table = grad_table;
   p.partials = table_partials;
   p.width = shape.decoder_width;
   p.pixels_per_token = shape.pixels_per_token();

@@ -73,19 +73,14 @@ struct UnpackParams {
   }
 };
 
-DECO_DEVICE int column_of(int channel, int width) {
-  const int within = channel % (width / 4);
-  return 8 * (within / 2) + 2 * (channel / (width / 4)) + within % 2;
-}
-
 DECO_DEVICE void put(const Array& array, int64_t index, float value) {
   if (array.data != nullptr) store_float(array, index, value);
 }
 
 // The summed gradient of packed matrix `which` of block n, channels in their own order; in = width: of the bias.
 DECO_DEVICE float packed_gradient(const UnpackParams& p, int n, int which, int out, int in) {
-  const int64_t D = p.width, row = (int64_t{n} * p.matrices + which) * D + column_of(out, p.width);
-  return load(p.sums.blocks + row * (D + 1) + (in < D ? column_of(in, p.width) : D));
+  const int64_t D = p.width, row = (int64_t{n} * p.matrices + which) * D + column_of_channel(out, p.width);
+  return load(p.sums.blocks + row * (D + 1) + (in < D ? column_of_channel(in, p.width) : D));
 }
 
 // Gradients of one row of a block's modulation and of its LayerNorm channel, for the inputs of one lane.
@@ -138,8 +133,8 @@ DECO_DEVICE float channel_sum(const float* numbers, int row, int channel) {
 DECO_DEVICE void unpack_ends(const UnpackParams& p) {
   const int D = p.width, C = p.channels;
   for (int i = thread(); i < D * C; i += block_threads()) {
-    put(p.ends.pixel_weight, i, channel_sum(p.sums.pixel, column_of(i / C, D), i % C));
-    put(p.ends.head_weight, i, channel_sum(p.sums.head, column_of(i % D, D), i / D));
+    put(p.ends.pixel_weight, i, channel_sum(p.sums.pixel, column_of_channel(i / C, D), i % C));
+    put(p.ends.head_weight, i, channel_sum(p.sums.head, column_of_channel(i % D, D), i / D));
   }
   for (int c = thread(); c < C; c += block_threads()) put(p.ends.head_bias, c, channel_sum(p.sums.head, D, c));
 }

@@ -66,7 +66,7 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor) difference_kernel(const Differen
 
 struct FoldParams {
   Image pred, target;
-  Image padded_grad;             // gradient of the padded difference, float32
+  Image grad_padded;             // gradient of the padded difference, float32
   Image grad_pred, grad_target;  // written unless null
   PixelGrid grid;                // of the images
   Array sample_weight;
@@ -78,7 +78,7 @@ struct FoldParams {
     const int64_t height = grid.height.divisor, width = grid.width.divisor;
     pred.visit(buffers, false, batch, kColors, height, width);
     target.visit(buffers, false, batch, kColors, height, width);
-    padded_grad.visit(buffers, false, batch, kColors, padded_height, padded_width);
+    grad_padded.visit(buffers, false, batch, kColors, padded_height, padded_width);
     grad_pred.visit(buffers, true, batch, kColors, height, width);
     grad_target.visit(buffers, true, batch, kColors, height, width);
     visit_array(buffers, false, sample_weight, batch);
@@ -101,15 +101,15 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor) fold_kernel(const FoldParams p) 
     const bool row_repeated = mirror_y >= height && mirror_y < p.padded_height;
     const bool column_repeated = mirror_x >= width && mirror_x < p.padded_width;
     for (int c = 0; c < kColors; ++c) {
-      const auto padded_grad = [&](uint32_t y, uint32_t x) {
-        const char* address = p.padded_grad.at({place.image, y, x}) + c * p.padded_grad.stride_c;
+      const auto grad_padded = [&](uint32_t y, uint32_t x) {
+        const char* address = p.grad_padded.at({place.image, y, x}) + c * p.grad_padded.stride_c;
         return load(reinterpret_cast<const float*>(address));
       };
       float grad = factor * difference(p.pred, p.target, place, c);
-      grad += padded_grad(place.y, place.x);
-      if (row_repeated) grad += padded_grad(mirror_y, place.x);
-      if (column_repeated) grad += padded_grad(place.y, mirror_x);
-      if (row_repeated && column_repeated) grad += padded_grad(mirror_y, mirror_x);
+      grad += grad_padded(place.y, place.x);
+      if (row_repeated) grad += grad_padded(mirror_y, place.x);
+      if (column_repeated) grad += grad_padded(place.y, mirror_x);
+      if (row_repeated && column_repeated) grad += grad_padded(mirror_y, mirror_x);
       store_element(p.grad_pred, place, c, grad);
       store_element(p.grad_target, place, c, -grad);
     }
@@ -139,7 +139,7 @@ Status fold_gradients(const Call& call, const LossPlan& plan, const FlowMatching
   FoldParams p;
   p.pred = Image(inputs.pred);
   p.target = Image(inputs.target);
-  p.padded_grad = plan.padded_difference(difference).image;
+  p.grad_padded = plan.padded_difference(difference).image;
   p.grad_pred = Image(LossPlan::contiguous_image(op.grad_pred, inputs.height, inputs.width));
   p.grad_target = Image(LossPlan::contiguous_image(op.grad_target, inputs.height, inputs.width));
   p.grid = PixelGrid(inputs.batch, inputs.height, inputs.width);

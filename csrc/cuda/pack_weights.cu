@@ -36,10 +36,6 @@ struct PackParams {
   }
 };
 
-DECO_DEVICE int channel_of(int column, int width) {
-  return (width / 4) * ((column >> 1) & 3) + 2 * (column >> 3) + (column & 1);
-}
-
 // Element (out, in) of packed matrix `which` of block n.
 DECO_DEVICE float packed_element(const PackParams& p, int n, int which, int out, int in) {
   const int64_t D = p.width, row = n * D + out, mod = ((3 * n) * D + out) * D + in;
@@ -77,8 +73,8 @@ template <class T>
 DECO_DEVICE void pack_one_block(const PackParams& p, int n) {
   const int D = p.width, stride = D + kBiasSlots, rows = p.matrices * D;
   for (int i = thread(); i < rows * stride; i += block_threads()) {
-    const int row = i / stride, column = i % stride, which = row / D, out = channel_of(row % D, D);
-    const float value = column < D ? packed_element(p, n, which, out, channel_of(column, D))
+    const int row = i / stride, column = i % stride, which = row / D, out = channel_of_column(row % D, D);
+    const float value = column < D ? packed_element(p, n, which, out, channel_of_column(column, D))
                                    : bias_part<T>(packed_bias(p, n, which, out), column - D);
     store_operand<T>(p.packed.matrices, int64_t{n} * rows * stride + i, value);
   }
@@ -88,14 +84,14 @@ template <class T>
 DECO_DEVICE void pack_ends(const PackParams& p) {
   const int D = p.width, C = p.channels, stride = D + kBiasSlots;
   for (int i = thread(); i < D * kChannelSlots; i += block_threads()) {
-    const int out = channel_of(i / kChannelSlots, D), channel = i % kMaxChannels;
+    const int out = channel_of_column(i / kChannelSlots, D), channel = i % kMaxChannels;
     store_operand<T>(p.packed.pixel, i, channel < C ? load_float(p.decoder.pixel_weight, out * C + channel) : 0.0f);
   }
   for (int i = thread(); i < kChannelSlots * stride; i += block_threads()) {
     const int channel = (i / stride) % kMaxChannels, column = i % stride;
     float value = 0.0f;
     if (channel < C)
-      value = column < D ? load_float(p.decoder.head_weight, channel * D + channel_of(column, D))
+      value = column < D ? load_float(p.decoder.head_weight, channel * D + channel_of_column(column, D))
                          : bias_part<T>(load_float(p.decoder.head_bias, channel), column - D);
     store_operand<T>(p.packed.head, i, value);
   }

@@ -1,5 +1,5 @@
 // pixel_decoder, backward: nothing of the forward is kept but its inputs. For a chunk of tokens at a time:
-//   1. replay (decoder_replay.cu): the forward again; the inputs of the blocks go to the workspace; the head backward
+//   1. recompute (decoder_recompute.cu): the forward again; the inputs of the blocks go to the workspace; the head backward
 //   2. block_backward.cu, for each block from the last to the first
 //   3. embedding (decoder_embedding.cu)
 // Sums over pixels go to partial buffers that all chunks add to; at the end they are summed in a fixed order and turned
@@ -26,10 +26,10 @@ bool wants_weights(const DecoderWeightArrays& g) {
 // Where everything lies in the workspace.
 struct Parts {
   PackedWeights packed;
-  uint16_t *h, *s, *h_grad;              // operand tiles of a chunk
+  uint16_t *h, *s, *grad_h;              // operand tiles of a chunk
   float *blocks, *head, *pixel, *table;  // partials
   float *blocks_sum, *head_sum, *pixel_sum;
-  int block_parts, replay_parts, embedding_parts;
+  int block_parts, recompute_parts, embedding_parts;
   int64_t bytes;
 
   Parts(void* workspace, const DeviceLimits& limits, const DecoderShape& shape, int64_t chunk_pixels) {
@@ -40,12 +40,12 @@ struct Parts {
     packed = PackedWeights::take(parts, N, D, kBlockMatrices, shape.pixels_per_token());
     h = parts.take<uint16_t>(N * padded_rows(pixels) * D);
     s = parts.take<uint16_t>(padded_rows(pixels) * D);
-    h_grad = parts.take<uint16_t>(padded_rows(pixels) * D);
+    grad_h = parts.take<uint16_t>(padded_rows(pixels) * D);
     block_parts = block_backward_parts(limits, D, true, pixels);
-    replay_parts = decoder_replay_parts(limits, D, pixels);
+    recompute_parts = decoder_recompute_parts(limits, D, pixels);
     embedding_parts = decoder_embedding_parts(limits, pixels);
     blocks = parts.take<float>(block_parts * in_blocks);
-    head = parts.take<float>(replay_parts * channels);
+    head = parts.take<float>(recompute_parts * channels);
     pixel = parts.take<float>(embedding_parts * channels);
     table = parts.take<float>(decoder_embedding_table_numbers(limits, shape, pixels));
     blocks_sum = parts.take<float>(in_blocks);
@@ -87,21 +87,21 @@ class Backward {
     PatchRows cond = rows_of(op_.cond, shape);
     cond.data = static_cast<uint16_t*>(cond.data) + token * cond.token_stride;
 
-    DecoderReplay replay;
-    replay.packed = parts_.packed;
-    replay.shape = shape;
-    replay.image = Image(op_.image);
-    replay.grad_velocity = Image(op_.grad_velocity);
-    replay.cond = cond;
-    replay.first_pixel = token * P;
-    replay.pixels = pixels;
-    replay.eps = op_.eps;
-    replay.h_tiles = parts_.h;
-    replay.s_tiles = parts_.s;
-    replay.h_grad_tiles = parts_.h_grad;
-    replay.partials = weights_ ? parts_.head : nullptr;
-    replay.accumulate = token > 0;
-    if (!add(decoder_replay(call_, op_.cond.dtype, replay))) return false;
+    DecoderRecompute recompute;
+    recompute.packed = parts_.packed;
+    recompute.shape = shape;
+    recompute.image = Image(op_.image);
+    recompute.grad_velocity = Image(op_.grad_velocity);
+    recompute.cond = cond;
+    recompute.first_pixel = token * P;
+    recompute.pixels = pixels;
+    recompute.eps = op_.eps;
+    recompute.h_tiles = parts_.h;
+    recompute.s_tiles = parts_.s;
+    recompute.grad_h_tiles = parts_.grad_h;
+    recompute.partials = weights_ ? parts_.head : nullptr;
+    recompute.accumulate = token > 0;
+    if (!add(decoder_recompute(call_, op_.cond.dtype, recompute))) return false;
 
     for (int l = shape.depth - 1; l >= 0; --l) {
       BlockBackward block;
@@ -114,8 +114,8 @@ class Backward {
       block.cond = cond;
       block.h_tiles = parts_.h + l * padded_rows(pixels) * D;
       block.s_tiles = parts_.s;
-      block.grad_tiles = parts_.h_grad;
-      if (op_.grad_cond != nullptr) block.cond_grad = {static_cast<uint16_t*>(op_.grad_cond) + token * P * D, D};
+      block.grad_tiles = parts_.grad_h;
+      if (op_.grad_cond != nullptr) block.grad_cond = {static_cast<uint16_t*>(op_.grad_cond) + token * P * D, D};
       block.first = l == shape.depth - 1;
       block.last = l == 0;
       block.partials = weights_ ? parts_.blocks : nullptr;
@@ -128,7 +128,7 @@ class Backward {
     embedding.packed = parts_.packed;
     embedding.shape = shape;
     embedding.image = Image(op_.image);
-    embedding.h_grad_tiles = parts_.h_grad;
+    embedding.grad_h_tiles = parts_.grad_h;
     embedding.grad_image = Image(op_.grad_image);
     embedding.first_pixel = token * P;
     embedding.pixels = pixels;
@@ -144,7 +144,7 @@ class Backward {
     const int D = shape.decoder_width;
     const int64_t in_blocks = int64_t{shape.depth} * kBlockMatrices * D * (D + 1), channels = sums_of_channels(D);
     if (!add(sum_partials(call_, parts_.blocks_sum, parts_.blocks, in_blocks, parts_.block_parts))) return;
-    if (!add(sum_partials(call_, parts_.head_sum, parts_.head, channels, parts_.replay_parts))) return;
+    if (!add(sum_partials(call_, parts_.head_sum, parts_.head, channels, parts_.recompute_parts))) return;
     if (!add(sum_partials(call_, parts_.pixel_sum, parts_.pixel, channels, parts_.embedding_parts))) return;
     const GradientSums sums{parts_.blocks_sum, parts_.pixel_sum, parts_.head_sum};
     if (!add(unpack_decoder_gradients(call_, sums, op_.weights, op_.grad_weights, shape))) return;

@@ -1,19 +1,36 @@
 // A warp's tile of 16 pixels x D channels, its products with D x D matrices in shared memory, and its LayerNorm.
 //
-// Who holds what: with g = lane / 4 and t = lane % 4, a lane holds parts of the pixel rows g and g + 8, as the tensor
-// cores leave their results: Tile::v[j][i] is row g + 8·(i / 2), column 8j + 2t + i % 2. Rounded to the operand type,
-// column tiles 2k and 2k + 1 are the left operand of k-step k of the next product, so that activations never leave the
-// registers. Columns are a permutation of the channels: column 8j + 2t + e is channel (D / 4)·t + 2j + e. Each lane then
-// owns D / 4 consecutive channels of a pixel and rows move in 16-byte accesses. Packed weights are permuted alike.
+// The layout of the tensor cores' fragments, with g = lane / 4 and t = lane % 4. A word holds two numbers, the lower column
+// in its low half.
+//
+//   register of a lane         row (pixel)   columns
+//   Tile::v[j][0], [1]         g             8j + 2t, 8j + 2t + 1
+//   Tile::v[j][2], [3]         g + 8         8j + 2t, 8j + 2t + 1
+//   Operand::k_step[k][0]      g             16k + 2t, 16k + 2t + 1
+//   Operand::k_step[k][1]      g + 8         16k + 2t, 16k + 2t + 1
+//   Operand::k_step[k][2]      g             16k + 8 + 2t, 16k + 8 + 2t + 1
+//   Operand::k_step[k][3]      g + 8         16k + 8 + 2t, 16k + 8 + 2t + 1
+//
+//                              output        inputs
+//   Weights8::k_step[k][0]     g             16k + 2t, 16k + 2t + 1
+//   Weights8::k_step[k][1]     g             16k + 8 + 2t, 16k + 8 + 2t + 1
+//
+// So column tiles 2k and 2k + 1 of a Tile, rounded to the compute dtype, are k-step k of the left operand of the next
+// matmul: activations never leave the registers. Columns are a permutation of the channels, so that each lane owns D / 4
+// consecutive channels of a pixel and rows move in 16-byte accesses. Packed weights are permuted alike.
 #pragma once
 
 #include "cuda/primitives.h"
 
 namespace deco::cuda {
 
-template <int D>
-DECO_HOST_DEVICE int channel_of_column(int column) {
+// Column 8j + 2t + e holds channel (D / 4)·t + 2j + e of D channels; the second function is the inverse of the first.
+DECO_DEVICE int channel_of_column(int column, int D) {
   return (D / 4) * ((column >> 1) & 3) + 2 * (column >> 3) + (column & 1);
+}
+DECO_DEVICE int column_of_channel(int channel, int D) {
+  const int t = channel / (D / 4), within = channel % (D / 4);
+  return 8 * (within / 2) + 2 * t + within % 2;
 }
 
 // Rows of packed matrices: D weights, then the bias in kBiasSlots numbers (three that add up to it, then zeros). A row is

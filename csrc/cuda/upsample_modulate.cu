@@ -94,7 +94,7 @@ Status modulate_backward(const Call& call, const ModulateBackward& op) {
   BlockBackward block;
   block.mlp = false;
   block.grad = RowsView(op.grad_modulated);
-  block.gate_grad = RowsView(op.grad_gate);
+  block.grad_gate = RowsView(op.grad_gate);
   return run_rows_backward(call, "upsample_modulate_backward", op, block);
 }
 

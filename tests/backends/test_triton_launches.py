@@ -57,19 +57,19 @@ def test_every_kernel_has_launch_parameters(op):
 def test_the_workspace_does_not_grow_with_the_batch(op, images):
     """One image of 256x256 holds 256 tokens; what a chunk holds besides inputs and outputs is at most 150 MB."""
     inputs = testing.random_inputs(op, dtype=torch.bfloat16, token_width=8, image_size=(1, 256, 256))
-    replays = [
+    recomputes = [
         launch.args
         for launch in triton_kernels.launches_of(many_images(inputs, images), "sm_90")
-        if launch.kernel.fn.__name__ == "replay_kernel"
+        if launch.kernel.fn.__name__ == "recompute_kernel"
     ]
-    workspaces = [args["states_ptr"].untyped_storage().nbytes() for args in replays]
+    workspaces = [args["states_ptr"].untyped_storage().nbytes() for args in recomputes]
     if op == "pixel_decoder_from_tokens":
         workspaces = [
             size + 2 * args["cond_ptr"].untyped_storage().nbytes()
-            for size, args in zip(workspaces, replays, strict=True)
+            for size, args in zip(workspaces, recomputes, strict=True)
         ]
     assert 100e6 < max(workspaces) <= 150e6
-    assert sum(args["n_tokens"] for args in replays) == images * 256
+    assert sum(args["n_tokens"] for args in recomputes) == images * 256
 
 
 @pytest.mark.parametrize("op", ["pixel_decoder", "flow_matching_loss"])

@@ -217,13 +217,13 @@ def test_profiled_launches_are_told_apart_by_their_order():
         return f"void deco::cuda::(anonymous namespace)::{name}<deco::BFloat16, 32>(Params)", milliseconds
 
     events = [event("forward_kernel", 1.0), ("void at::native::elementwise_kernel<4>()", 9.0)]
-    events += [event("replay_kernel", 2.0)]
+    events += [event("recompute_kernel", 2.0)]
     events += [event("backward_kernel", milliseconds) for milliseconds in (3.0, 4.0, 5.0)]
     events += [event("sum_kernel", 0.1), event("sum_kernel", 0.2)]
     backward = "block_backward.backward_kernel+mlp+tiled"
     assert profiled_kernels.by_variant("pixel_decoder", events) == {
         "pixel_decoder.forward_kernel": [1.0],
-        "decoder_replay.replay_kernel": [2.0],
+        "decoder_recompute.recompute_kernel": [2.0],
         f"{backward}+first": [3.0],
         backward: [4.0],
         f"{backward}+last": [5.0],

@@ -77,35 +77,35 @@ def block_backward(
     gate = affine(s, gate_matrix, biases_ptr, GATE, D, PRECISION)
     u = affine(a, fc2_matrix, biases_ptr, FC2, D, PRECISION)
 
-    gate_grad = (grad * u).to(s.dtype)
-    u_grad = (grad * gate).to(s.dtype)
-    a_grad = tl.dot(u_grad, tl.trans(fc2_matrix), input_precision=PRECISION)
-    t_grad = (a_grad * silu_of_double_grad(t, w)).to(s.dtype)
-    m_grad = tl.dot(t_grad, tl.trans(fc1_matrix), input_precision=PRECISION)
-    shift_grad = m_grad.to(s.dtype)
-    scale_grad = (m_grad * normalized).to(s.dtype)
-    h_grad = grad + normalize_grad(m_grad * scale, normalized, rstd, D)
-    return h_grad, shift_grad, scale_grad, gate_grad, t_grad, u_grad, m, a
+    grad_gate = (grad * u).to(s.dtype)
+    grad_u = (grad * gate).to(s.dtype)
+    grad_a = tl.dot(grad_u, tl.trans(fc2_matrix), input_precision=PRECISION)
+    grad_t = (grad_a * silu_of_double_grad(t, w)).to(s.dtype)
+    grad_m = tl.dot(grad_t, tl.trans(fc1_matrix), input_precision=PRECISION)
+    grad_shift = grad_m.to(s.dtype)
+    grad_scale = (grad_m * normalized).to(s.dtype)
+    grad_h = grad + normalize_grad(grad_m * scale, normalized, rstd, D)
+    return grad_h, grad_shift, grad_scale, grad_gate, grad_t, grad_u, m, a
 
 
 @triton.jit
 def modulation_backward(
-    s_grad, shift_grad, scale_grad, gate_grad, shift_matrix, scale_matrix, gate_matrix, PRECISION: tl.constexpr
+    grad_s, grad_shift, grad_scale, grad_gate, shift_matrix, scale_matrix, gate_matrix, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """s_grad [BLOCK, D] float32 with what comes to s through shift, scale and gate added."""
-    s_grad = tl.dot(shift_grad, tl.trans(shift_matrix), s_grad, input_precision=PRECISION)
-    s_grad = tl.dot(scale_grad, tl.trans(scale_matrix), s_grad, input_precision=PRECISION)
-    return tl.dot(gate_grad, tl.trans(gate_matrix), s_grad, input_precision=PRECISION)
+    """grad_s [BLOCK, D] float32 with what comes to s through shift, scale and gate added."""
+    grad_s = tl.dot(grad_shift, tl.trans(shift_matrix), grad_s, input_precision=PRECISION)
+    grad_s = tl.dot(grad_scale, tl.trans(scale_matrix), grad_s, input_precision=PRECISION)
+    return tl.dot(grad_gate, tl.trans(gate_matrix), grad_s, input_precision=PRECISION)
 
 
 @triton.jit
-def partial_sums(matrix_grad_ptr, bias_grad_ptr, grad_program_stride, bias_program_stride, D: tl.constexpr):
+def partial_sums(grad_matrix_ptr, grad_bias_ptr, grad_program_stride, bias_program_stride, D: tl.constexpr):
     """Where this program's sums lie: (first of its matrices [D, D], its biases [16, D], which of their rows exist)."""
     d = tl.arange(0, D)
     program = tl.program_id(0).to(tl.int64)
-    square = matrix_grad_ptr + program * grad_program_stride + d[:, None] * D + d[None, :]
+    square = grad_matrix_ptr + program * grad_program_stride + d[:, None] * D + d[None, :]
     part = tl.arange(0, 16)[:, None]
-    line = bias_grad_ptr + program * bias_program_stride + part * D + d[None, :]
+    line = grad_bias_ptr + program * bias_program_stride + part * D + d[None, :]
     return square, line, part < 5
 
 
@@ -162,12 +162,12 @@ def backward_kernel(
     cond_ptr, cond_token_stride, cond_pixel_stride,  # [n_tokens, PIXELS, D], unit channel stride
     grad_ptr, grad_stride,  # [n_tokens·PIXELS, D], unit channel stride: gradient of h'
     matrices_ptr, biases_ptr,  # [5, D, D] (in, out), [5, D] of this block
-    h_grad_ptr,  # out [n_tokens·PIXELS, D] contiguous; may be the memory of grad
-    cond_grad_ptr,  # in and out [n_tokens·PIXELS, D] contiguous: gradient of s from later blocks, then with this one's
-    matrix_grad_ptr, bias_grad_ptr,  # in and out [programs, 5, D, D] (out, in), [programs, 5, D] float32
+    grad_h_ptr,  # out [n_tokens·PIXELS, D] contiguous; may be the memory of grad
+    grad_cond_ptr,  # in and out [n_tokens·PIXELS, D] contiguous: gradient of s from later blocks, then with this one's
+    grad_matrix_ptr, grad_bias_ptr,  # in and out [programs, 5, D, D] (out, in), [programs, 5, D] float32
     grad_program_stride, bias_program_stride,  # elements between two programs' partial sums
     n_tokens,
-    FIRST: tl.constexpr,  # nothing came before: cond_grad holds no sum yet
+    FIRST: tl.constexpr,  # nothing came before: grad_cond holds no sum yet
     LAST: tl.constexpr,  # nothing comes after: turn the gradient of s into that of cond
     COND_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr,  # what is asked for
     CONTIGUOUS: tl.constexpr,  # the rows of h, cond and grad lie as those of the results
@@ -176,11 +176,11 @@ def backward_kernel(
 ):  # fmt: skip
     """Recompute one block, then run it backwards.
 
-    A stored gradient depends on the whole loaded row, so h_grad may overwrite grad. The order of the weight gradients
+    A stored gradient depends on the whole loaded row, so grad_h may overwrite grad. The order of the weight gradients
     was chosen for the registers: the operands that nothing else needs go first.
     """
     if WEIGHT_GRAD:
-        square, line, exists = partial_sums(matrix_grad_ptr, bias_grad_ptr, grad_program_stride, bias_program_stride, D)
+        square, line, exists = partial_sums(grad_matrix_ptr, grad_bias_ptr, grad_program_stride, bias_program_stride, D)
         shift_weight, scale_weight, gate_weight, fc1_weight, fc2_weight, biases = load_sums(square, line, exists, D)
     for tile in range(tl.program_id(0), tl.cdiv(n_tokens * PIXELS, BLOCK), tl.num_programs(0)):
         token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
@@ -201,31 +201,31 @@ def backward_kernel(
         gate_matrix = packed_matrix(matrices_ptr, GATE, D)
         fc1_matrix = packed_matrix(matrices_ptr, FC1, D)
         fc2_matrix = packed_matrix(matrices_ptr, FC2, D)
-        h_grad, shift_grad, scale_grad, gate_grad, t_grad, u_grad, m, a = block_backward(
+        grad_h, grad_shift, grad_scale, grad_gate, grad_t, grad_u, m, a = block_backward(
             h, s, grad, shift_matrix, scale_matrix, gate_matrix, fc1_matrix, fc2_matrix, biases_ptr,
             D, EPS, PRECISION, FAST_TANH,
         )  # fmt: skip
-        tl.store(h_grad_ptr + rows, h_grad, mask=mask)
+        tl.store(grad_h_ptr + rows, grad_h, mask=mask)
 
         if COND_GRAD:
             if FIRST:
-                s_grad = tl.zeros([BLOCK, D], tl.float32)
+                grad_s = tl.zeros([BLOCK, D], tl.float32)
             else:
-                s_grad = tl.load(cond_grad_ptr + rows, mask=mask, other=0.0).to(tl.float32)
-            s_grad = modulation_backward(
-                s_grad, shift_grad, scale_grad, gate_grad, shift_matrix, scale_matrix, gate_matrix, PRECISION
+                grad_s = tl.load(grad_cond_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+            grad_s = modulation_backward(
+                grad_s, grad_shift, grad_scale, grad_gate, shift_matrix, scale_matrix, gate_matrix, PRECISION
             )
             if LAST:
                 # cond is read again rather than kept: its registers are needed in between.
                 t = 0.5 * tl.load(cond_ptr + cond_rows, mask=mask, other=0.0).to(tl.float32)
-                s_grad *= 0.5 * silu_of_double_grad(t, twice_sigmoid(t, FAST_TANH))
-            tl.store(cond_grad_ptr + rows, s_grad, mask=mask)
+                grad_s *= 0.5 * silu_of_double_grad(t, twice_sigmoid(t, FAST_TANH))
+            tl.store(grad_cond_ptr + rows, grad_s, mask=mask)
         if WEIGHT_GRAD:
-            fc2_weight, biases = add_linear_grad(fc2_weight, biases, u_grad, a, FC2, BLOCK, PRECISION)
-            fc1_weight, biases = add_linear_grad(fc1_weight, biases, t_grad, m, FC1, BLOCK, PRECISION)
-            gate_weight, biases = add_linear_grad(gate_weight, biases, gate_grad, s, GATE, BLOCK, PRECISION)
-            scale_weight, biases = add_linear_grad(scale_weight, biases, scale_grad, s, SCALE, BLOCK, PRECISION)
-            shift_weight, biases = add_linear_grad(shift_weight, biases, shift_grad, s, SHIFT, BLOCK, PRECISION)
+            fc2_weight, biases = add_linear_grad(fc2_weight, biases, grad_u, a, FC2, BLOCK, PRECISION)
+            fc1_weight, biases = add_linear_grad(fc1_weight, biases, grad_t, m, FC1, BLOCK, PRECISION)
+            gate_weight, biases = add_linear_grad(gate_weight, biases, grad_gate, s, GATE, BLOCK, PRECISION)
+            scale_weight, biases = add_linear_grad(scale_weight, biases, grad_scale, s, SCALE, BLOCK, PRECISION)
+            shift_weight, biases = add_linear_grad(shift_weight, biases, grad_shift, s, SHIFT, BLOCK, PRECISION)
     if WEIGHT_GRAD:
         store_sums(square, line, exists, shift_weight, scale_weight, gate_weight, fc1_weight, fc2_weight, biases, D)
 
@@ -233,18 +233,18 @@ def backward_kernel(
 # -------------------------------------------------------------------------------------------------------------- host
 
 
-def run_block_backward(h, cond, grad, packed, h_grad, cond_grad, partials, *, first, last, cond_needed, eps):
+def run_block_backward(h, cond, grad, packed, grad_h, grad_cond, partials, *, first, last, cond_needed, eps):
     """Launch backward_kernel for one block.
 
     h and grad [tokens·pixels, D], cond [tokens, pixels, D]; partials: (matrix [programs, 5, D, D],
     bias [programs, 5, D]) sums to add to, or None where no weight gradient is asked for.
     """
     tokens, pixels, _ = cond.shape
-    matrix_grad, bias_grad = partials or (cond_grad, cond_grad)
+    grad_matrix, grad_bias = partials or (grad_cond, grad_cond)
     launch_over_rows(
         backward_kernel, "adaln_block_backward", tokens * pixels, cond,
         h, h.stride(0), cond, cond.stride(0), cond.stride(1), grad, grad.stride(0), packed.matrices, packed.biases,
-        h_grad, cond_grad, matrix_grad, bias_grad, matrix_grad.stride(0), bias_grad.stride(0), tokens,
+        grad_h, grad_cond, grad_matrix, grad_bias, grad_matrix.stride(0), grad_bias.stride(0), tokens,
         FIRST=first, LAST=last, COND_GRAD=cond_needed, WEIGHT_GRAD=partials is not None,
         CONTIGUOUS=all(tensor.is_contiguous() for tensor in (h, cond, grad)), PIXELS=pixels, EPS=eps,
     )  # fmt: skip
@@ -271,19 +271,19 @@ def backward(
     """Gradients of (h, cond, the 8 weights); None where `needs` is False."""
     weights = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     stacked = tuple(weight[None] for weight in weights)
-    h_grad = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    cond_grad = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
+    grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    grad_cond = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
     with device_guard(h):
         packed = pack(stacked, h.dtype)
         h, cond, grad_out = (collapsed_rows(tensor, 1) for tensor in (h, cond, grad_out))
         partials = weight_partials("adaln_block_backward", h, 1, 5) if any(needs[2:]) else None
         run_block_backward(
-            h, cond[:, None], grad_out, packed, h_grad, cond_grad, partials,
+            h, cond[:, None], grad_out, packed, grad_h, grad_cond, partials,
             first=True, last=True, cond_needed=needs[1], eps=eps,
         )  # fmt: skip
         if partials is None:
-            weight_grads = (None,) * 8
+            grad_weights = (None,) * 8
         else:
             grads = unpack_grad(*(partial.sum(0) for partial in partials), stacked)
-            weight_grads = tuple(grad[0] if need else None for grad, need in zip(grads, needs[2:], strict=True))
-    return (h_grad if needs[0] else None, cond_grad if needs[1] else None, *weight_grads)
+            grad_weights = tuple(grad[0] if need else None for grad, need in zip(grads, needs[2:], strict=True))
+    return (grad_h if needs[0] else None, grad_cond if needs[1] else None, *grad_weights)

@@ -172,18 +172,18 @@ def quadratic_form_kernel(
 
 @triton.jit
 def coefficients_kernel(
-    total_grad_ptr, pixel_grad_ptr, frequency_grad_ptr,  # float32 scalars
+    grad_total_ptr, grad_pixel_ptr, grad_frequency_ptr,  # float32 scalars
     coefficients_ptr,  # out [2] float32
     pixel_count, padded_count,  # values per sample, without and with padding
     batch,
     SCALE: tl.constexpr,
 ):  # fmt: skip
     """Factors of d and of A·(M d) in the gradient of one sample, but for its weight."""
-    total_grad = tl.load(total_grad_ptr)
-    pixel_grad = total_grad + tl.load(pixel_grad_ptr)
-    frequency_grad = SCALE * total_grad + tl.load(frequency_grad_ptr)
-    tl.store(coefficients_ptr, 2.0 * pixel_grad / pixel_count.to(tl.float32) / batch)
-    tl.store(coefficients_ptr + 1, 2.0 * frequency_grad / padded_count.to(tl.float32) / batch)
+    grad_total = tl.load(grad_total_ptr)
+    grad_pixel = grad_total + tl.load(grad_pixel_ptr)
+    grad_frequency = SCALE * grad_total + tl.load(grad_frequency_ptr)
+    tl.store(coefficients_ptr, 2.0 * grad_pixel / pixel_count.to(tl.float32) / batch)
+    tl.store(coefficients_ptr + 1, 2.0 * grad_frequency / padded_count.to(tl.float32) / batch)
 
 
 @triton.jit
@@ -257,13 +257,13 @@ def losses_kernel(
 
 @triton.jit
 def store_gradients(
-    pred_grad_ptr, target_grad_ptr, offsets, grad, mask, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr
+    grad_pred_ptr, grad_target_ptr, offsets, grad, mask, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr
 ):
     """grad to the gradient of pred and its negative to that of target, where asked for."""
     if PRED_GRAD:
-        tl.store(pred_grad_ptr + offsets, grad, mask=mask)
+        tl.store(grad_pred_ptr + offsets, grad, mask=mask)
     if TARGET_GRAD:
-        tl.store(target_grad_ptr + offsets, -grad, mask=mask)
+        tl.store(grad_target_ptr + offsets, -grad, mask=mask)
 
 
 @triton.jit
@@ -273,8 +273,8 @@ def gradient_kernel(
     forms_ptr,  # A of Y, Cb, Cr, see form_product
     coefficients_ptr,  # [2] float32, from coefficients_kernel
     sample_weight_ptr,  # [B]; unused without WEIGHTED
-    pred_grad_ptr, target_grad_ptr,  # out [B, 3, H, W] contiguous; unused with PADDED
-    padded_grad_ptr,  # with PADDED: out [B, 3, H', W'] float32, frequency part on the padded image
+    grad_pred_ptr, grad_target_ptr,  # out [B, 3, H, W] contiguous; unused with PADDED
+    grad_padded_ptr,  # with PADDED: out [B, 3, H', W'] float32, frequency part on the padded image
     height, width,
     PADDED: tl.constexpr, WEIGHTED: tl.constexpr, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -297,32 +297,32 @@ def gradient_kernel(
             pred_ptr, pred_stride_c, pred_stride_h, pred_stride_w,
             target_ptr, target_stride_c, target_stride_h, target_stride_w, tile, height, width, PADDED, BLOCK,
         )  # fmt: skip
-        r_grad = tl.zeros([BLOCK, 64], tl.float32)
-        g_grad = tl.zeros([BLOCK, 64], tl.float32)
-        b_grad = tl.zeros([BLOCK, 64], tl.float32)
+        grad_r = tl.zeros([BLOCK, 64], tl.float32)
+        grad_g = tl.zeros([BLOCK, 64], tl.float32)
+        grad_b = tl.zeros([BLOCK, 64], tl.float32)
         for channel in range(3):
             of_r, of_g, of_b = ycbcr_row(channel)
             form_x = form_product(of_r * r + of_g * g + of_b * b, forms_ptr, channel, PRECISION)
-            r_grad += of_r * form_x
-            g_grad += of_g * form_x
-            b_grad += of_b * form_x
+            grad_r += of_r * form_x
+            grad_g += of_g * form_x
+            grad_b += of_b * form_x
         if PADDED:
             padded_width = blocks_x * 8
             plane = n_blocks.to(tl.int64) * 64
             row, column = block_y[:, None] * 8 + (e // 8)[None, :], block_x[:, None] * 8 + (e % 8)[None, :]
-            pointers = padded_grad_ptr + sample * 3 * plane + row.to(tl.int64) * padded_width + column
-            tl.store(pointers, of_frequency * r_grad, mask=valid)
-            tl.store(pointers + plane, of_frequency * g_grad, mask=valid)
-            tl.store(pointers + 2 * plane, of_frequency * b_grad, mask=valid)
+            pointers = grad_padded_ptr + sample * 3 * plane + row.to(tl.int64) * padded_width + column
+            tl.store(pointers, of_frequency * grad_r, mask=valid)
+            tl.store(pointers + plane, of_frequency * grad_g, mask=valid)
+            tl.store(pointers + 2 * plane, of_frequency * grad_b, mask=valid)
         else:
             plane = height.to(tl.int64) * width
             offsets = sample * 3 * plane + block_offsets(block_y, block_x, height, width, width, 1, False)
-            r_grad = of_frequency * r_grad + of_pixel * r
-            g_grad = of_frequency * g_grad + of_pixel * g
-            b_grad = of_frequency * b_grad + of_pixel * b
-            store_gradients(pred_grad_ptr, target_grad_ptr, offsets, r_grad, valid, PRED_GRAD, TARGET_GRAD)
-            store_gradients(pred_grad_ptr, target_grad_ptr, offsets + plane, g_grad, valid, PRED_GRAD, TARGET_GRAD)
-            store_gradients(pred_grad_ptr, target_grad_ptr, offsets + 2 * plane, b_grad, valid, PRED_GRAD, TARGET_GRAD)
+            grad_r = of_frequency * grad_r + of_pixel * r
+            grad_g = of_frequency * grad_g + of_pixel * g
+            grad_b = of_frequency * grad_b + of_pixel * b
+            store_gradients(grad_pred_ptr, grad_target_ptr, offsets, grad_r, valid, PRED_GRAD, TARGET_GRAD)
+            store_gradients(grad_pred_ptr, grad_target_ptr, offsets + plane, grad_g, valid, PRED_GRAD, TARGET_GRAD)
+            store_gradients(grad_pred_ptr, grad_target_ptr, offsets + 2 * plane, grad_b, valid, PRED_GRAD, TARGET_GRAD)
 
 
 @triton.jit
@@ -330,8 +330,8 @@ def fold_kernel(
     pred_ptr, pred_stride_b, pred_stride_c, pred_stride_h, pred_stride_w,  # [B, 3, H, W]
     target_ptr, target_stride_b, target_stride_c, target_stride_h, target_stride_w,  # [B, 3, H, W]
     coefficients_ptr, sample_weight_ptr,  # as in gradient_kernel
-    padded_grad_ptr,  # [B, 3, H', W'] float32
-    pred_grad_ptr, target_grad_ptr,  # out [B, 3, H, W] contiguous
+    grad_padded_ptr,  # [B, 3, H', W'] float32
+    grad_pred_ptr, grad_target_ptr,  # out [B, 3, H, W] contiguous
     height, width,
     WEIGHTED: tl.constexpr, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -357,7 +357,7 @@ def fold_kernel(
         of_pixel *= tl.load(sample_weight_ptr + sample).to(tl.float32)
     grad = of_pixel * (pred - target)
 
-    plane = padded_grad_ptr + (sample * 3 + channel) * padded_height * padded_width
+    plane = grad_padded_ptr + (sample * 3 + channel) * padded_height * padded_width
     mirror_row, mirror_column = 2 * (height - 1) - row, 2 * (width - 1) - column
     row_doubled = valid & (mirror_row >= height) & (mirror_row < padded_height)
     column_doubled = valid & (mirror_column >= width) & (mirror_column < padded_width)
@@ -366,7 +366,7 @@ def fold_kernel(
     grad += tl.load(plane + row * padded_width + mirror_column, mask=column_doubled, other=0.0)
     grad += tl.load(plane + mirror_row * padded_width + mirror_column, mask=row_doubled & column_doubled, other=0.0)
     offsets = (sample * 3 + channel) * height * width + pixel
-    store_gradients(pred_grad_ptr, target_grad_ptr, offsets, grad, valid, PRED_GRAD, TARGET_GRAD)
+    store_gradients(grad_pred_ptr, grad_target_ptr, offsets, grad, valid, PRED_GRAD, TARGET_GRAD)
 
 
 @triton.jit
@@ -462,27 +462,27 @@ class _Loss:
         )  # fmt: skip
         return coefficients
 
-    def image_grads(self, coefficients, pred_needed, target_needed):
-        pred_grad = torch.empty(self.pred.shape, dtype=self.pred.dtype, device=self.pred.device)
-        target_grad = torch.empty(self.target.shape, dtype=self.target.dtype, device=self.target.device)
+    def grad_images(self, coefficients, pred_needed, target_needed):
+        grad_pred = torch.empty(self.pred.shape, dtype=self.pred.dtype, device=self.pred.device)
+        grad_target = torch.empty(self.target.shape, dtype=self.target.dtype, device=self.target.device)
         flags = {"WEIGHTED": self.sample_weight is not None, "PRED_GRAD": pred_needed, "TARGET_GRAD": target_needed}
-        padded_grad = coefficients
+        grad_padded = coefficients
         if self.is_padded:
-            padded_grad = self.empty(self.batch, 3, self.padded_height, self.padded_width)
+            grad_padded = self.empty(self.batch, 3, self.padded_height, self.padded_width)
         launch(
             gradient_kernel, self.grid(self.backward), self.backward, *self.images(), self.forms(), coefficients,
-            self._weights(), pred_grad, target_grad, padded_grad, self.height, self.width,
+            self._weights(), grad_pred, grad_target, grad_padded, self.height, self.width,
             PADDED=self.is_padded, BLOCK=self.backward.block, PRECISION=self.precision, **flags,
         )  # fmt: skip
         if self.is_padded:
             grid = (self.batch * 3, triton.cdiv(self.height * self.width, _SMALL.block))
             launch(
-                fold_kernel, grid, _SMALL, *self.images(), coefficients, self._weights(), padded_grad,
-                pred_grad, target_grad, self.height, self.width, BLOCK=_SMALL.block, **flags,
+                fold_kernel, grid, _SMALL, *self.images(), coefficients, self._weights(), grad_padded,
+                grad_pred, grad_target, self.height, self.width, BLOCK=_SMALL.block, **flags,
             )  # fmt: skip
-        return pred_grad if pred_needed else None, target_grad if target_needed else None
+        return grad_pred if pred_needed else None, grad_target if target_needed else None
 
-    def frequency_weight_grad(self, coefficients):
+    def grad_frequency_weight(self, coefficients):
         tiles = triton.cdiv(self.blocks, self.backward.block)
         spectrum = self.empty(self.batch, tiles, 3, 64)
         launch(
@@ -495,7 +495,7 @@ class _Loss:
         grad = per_sample.sum(0) * (0.5 * coefficients[1])
         return grad.view(3, 8, 8).to(self.frequency_weight.dtype)
 
-    def sample_weight_grad(self, coefficients):
+    def grad_sample_weight(self, coefficients):
         """0.5·coefficients are the derivatives of the weighted loss by a sample's two sums."""
         return ((self.sums().sum(1) * (0.5 * coefficients)).sum(1)).to(self.sample_weight.dtype)
 
@@ -509,7 +509,7 @@ def forward(pred, target, frequency_weight, sample_weight, frequency_scale):
         return tuple(loss.clone() for loss in losses.unbind())
 
 
-def backward(total_grad, pixel_grad, frequency_grad, pred, target, frequency_weight, sample_weight, frequency_scale,
+def backward(grad_total, grad_pixel, grad_frequency, pred, target, frequency_weight, sample_weight, frequency_scale,
              needs):  # fmt: skip
     """Gradients of (pred, target, frequency_weight, sample_weight); None where `needs` is False."""
     tensors = (pred, target, frequency_weight, sample_weight)
@@ -517,15 +517,15 @@ def backward(total_grad, pixel_grad, frequency_grad, pred, target, frequency_wei
         if pred.shape[0] == 0:
             return tuple(torch.zeros_like(t) if need else None for t, need in zip(tensors, needs, strict=True))
         loss = _Loss(*tensors)
-        coefficients = loss.coefficients((total_grad, pixel_grad, frequency_grad), frequency_scale)
-        pred_grad = target_grad = None
+        coefficients = loss.coefficients((grad_total, grad_pixel, grad_frequency), frequency_scale)
+        grad_pred = grad_target = None
         if needs[0] or needs[1]:
-            pred_grad, target_grad = loss.image_grads(coefficients, needs[0], needs[1])
+            grad_pred, grad_target = loss.grad_images(coefficients, needs[0], needs[1])
         return (
-            pred_grad,
-            target_grad,
-            loss.frequency_weight_grad(coefficients) if needs[2] else None,
-            loss.sample_weight_grad(coefficients) if needs[3] else None,
+            grad_pred,
+            grad_target,
+            loss.grad_frequency_weight(coefficients) if needs[2] else None,
+            loss.grad_sample_weight(coefficients) if needs[3] else None,
         )
 
 

@@ -7,7 +7,7 @@ pass through shared memory, nothing is written but the velocity. The image is re
 strides. Per pixel at D 32, N 3, C 3, bfloat16: 76 bytes moved, 31 kFLOP.
 
 Backward, per chunk of tokens (at most 2,048, workspace at most 150 MB):
-    replay_kernel       forward again; stores h before each block and runs the head backwards
+    recompute_kernel       forward again; stores h before each block and runs the head backwards
     backward_kernel     of adaln_block.py, once per block, last block first; the gradient of h stays in one buffer
     embedding_kernel    gradients of the image, pixel_weight and pixel_table
 Per pixel at D 32, N 3, bfloat16: 1.1 kB moved, about 125 kFLOP.
@@ -128,16 +128,16 @@ def run_forward(image, cond, packed, decoder_weights, velocity, first_token, pat
 
 
 @triton.jit(do_not_specialize=["first_token", "n_tokens"])
-def replay_kernel(
+def recompute_kernel(
     image_ptr, image_stride_b, image_stride_c, image_stride_h, image_stride_w,  # [B, C, H, W]
     cond_ptr, cond_token_stride, cond_pixel_stride,  # [n_tokens, P, D], unit channel stride
     pixel_weight_ptr, pixel_table_ptr,  # [D, C], [P, D]
     matrices_ptr, biases_ptr,  # [N, 5, D, D] (in, out), [N, 5, D]: see weights.py
     head_weight_ptr,  # [C, D]
-    velocity_grad_ptr, velocity_stride_b, velocity_stride_c, velocity_stride_h, velocity_stride_w,  # [B, C, H, W]
+    grad_velocity_ptr, velocity_stride_b, velocity_stride_c, velocity_stride_h, velocity_stride_w,  # [B, C, H, W]
     states_ptr, state_stride,  # out [N, n_tokens, P, D]: h before each block, in cond's dtype
-    h_grad_ptr,  # out [n_tokens, P, D]: gradient of h after the last block
-    head_weight_grad_ptr, head_bias_grad_ptr,  # in and out [programs, C, D], [programs, C] float32
+    grad_h_ptr,  # out [n_tokens, P, D]: gradient of h after the last block
+    grad_head_weight_ptr, grad_head_bias_ptr,  # in and out [programs, C, D], [programs, C] float32
     first_token, n_tokens, tokens_y, tokens_x,  # cond row 0 is token `first_token` of the images
     WEIGHT_GRAD: tl.constexpr,  # the head's gradients are asked for
     D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr,
@@ -147,8 +147,8 @@ def replay_kernel(
     PIXELS: tl.constexpr = PATCH * PATCH
     d = tl.arange(0, D)
     channel = tl.arange(0, 16)  # channels padded to the smallest tile of a tensor-core product
-    head_weight_grad = tl.zeros([16, D], tl.float32)
-    head_bias_grad = tl.zeros([16], tl.float32)
+    grad_head_weight = tl.zeros([16, D], tl.float32)
+    grad_head_bias = tl.zeros([16], tl.float32)
     n_tiles = tl.cdiv(n_tokens * PIXELS, BLOCK)
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
@@ -169,34 +169,34 @@ def replay_kernel(
             first_token + token, pixel, tokens_y, tokens_x,
             velocity_stride_b, velocity_stride_h, velocity_stride_w, PATCH,
         )  # fmt: skip
-        normalized_grad = tl.zeros([BLOCK, D], tl.float32)
-        channel_grads = tl.zeros([16, BLOCK], tl.float32)
+        grad_normalized = tl.zeros([BLOCK, D], tl.float32)
+        grad_channels = tl.zeros([16, BLOCK], tl.float32)
         for c in tl.static_range(C):
-            grad = tl.load(velocity_grad_ptr + offsets + c * velocity_stride_c, mask=valid, other=0.0).to(tl.float32)
-            normalized_grad += grad[:, None] * tl.load(head_weight_ptr + c * D + d).to(tl.float32)[None, :]
-            channel_grads = tl.where(channel[:, None] == c, grad[None, :], channel_grads)
-        tl.store(h_grad_ptr + rows, normalize_grad(normalized_grad, normalized, rstd, D), mask=valid[:, None])
+            grad = tl.load(grad_velocity_ptr + offsets + c * velocity_stride_c, mask=valid, other=0.0).to(tl.float32)
+            grad_normalized += grad[:, None] * tl.load(head_weight_ptr + c * D + d).to(tl.float32)[None, :]
+            grad_channels = tl.where(channel[:, None] == c, grad[None, :], grad_channels)
+        tl.store(grad_h_ptr + rows, normalize_grad(grad_normalized, normalized, rstd, D), mask=valid[:, None])
         if WEIGHT_GRAD:
             operand: tl.constexpr = matrices_ptr.dtype.element_ty
-            head_weight_grad = tl.dot(
-                channel_grads.to(operand), normalized.to(operand), head_weight_grad, input_precision=PRECISION
+            grad_head_weight = tl.dot(
+                grad_channels.to(operand), normalized.to(operand), grad_head_weight, input_precision=PRECISION
             )
-            head_bias_grad += tl.sum(channel_grads, 1)
+            grad_head_bias += tl.sum(grad_channels, 1)
     if WEIGHT_GRAD:
         row = tl.program_id(0) * C + channel
-        add_to(head_weight_grad_ptr + row[:, None] * D + d[None, :], head_weight_grad, mask=(channel < C)[:, None])
-        add_to(head_bias_grad_ptr + row, head_bias_grad, mask=channel < C)
+        add_to(grad_head_weight_ptr + row[:, None] * D + d[None, :], grad_head_weight, mask=(channel < C)[:, None])
+        add_to(grad_head_bias_ptr + row, grad_head_bias, mask=channel < C)
 
 
 @triton.jit(do_not_specialize=["first_token", "n_tokens"])
 def embedding_kernel(
-    h_grad_ptr,  # [n_tokens, P, D]: gradient of h before the first block
+    grad_h_ptr,  # [n_tokens, P, D]: gradient of h before the first block
     image_ptr, image_stride_b, image_stride_c, image_stride_h, image_stride_w,  # [B, C, H, W]
     pixel_weight_ptr,  # [D, C]
-    image_grad_ptr,  # out [B, C, H, W]
-    image_grad_stride_b, image_grad_stride_c, image_grad_stride_h, image_grad_stride_w,
-    pixel_weight_grad_ptr,  # in and out [slices, groups, C, D] float32
-    pixel_table_grad_ptr,  # in and out [slices, max(P, BLOCK), D] float32
+    grad_image_ptr,  # out [B, C, H, W]
+    grad_image_stride_b, grad_image_stride_c, grad_image_stride_h, grad_image_stride_w,
+    grad_pixel_weight_ptr,  # in and out [slices, groups, C, D] float32
+    grad_pixel_table_ptr,  # in and out [slices, max(P, BLOCK), D] float32
     first_token, n_tokens, tokens_y, tokens_x,
     IMAGE_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr,  # what is asked for
     D: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -207,14 +207,14 @@ def embedding_kernel(
     group = tl.program_id(0)
     d = tl.arange(0, D)
     channel = tl.arange(0, 16)
-    table_grad = tl.zeros([BLOCK, D], tl.float32)
-    weight_grad = tl.zeros([16, D], tl.float32)
+    grad_table = tl.zeros([BLOCK, D], tl.float32)
+    grad_weight = tl.zeros([16, D], tl.float32)
     for step in range(tl.program_id(1), tl.cdiv(n_tokens * PIXELS, GROUPS * BLOCK), tl.num_programs(1)):
         token, pixel, valid = tile_pixels(step * GROUPS + group, n_tokens, PIXELS, BLOCK)
         rows = row_offsets(token, pixel, PIXELS * D, D, D)
-        h_grad = tl.load(h_grad_ptr + rows, mask=valid[:, None], other=0.0).to(tl.float32)
+        grad_h = tl.load(grad_h_ptr + rows, mask=valid[:, None], other=0.0).to(tl.float32)
         if WEIGHT_GRAD:
-            table_grad += h_grad
+            grad_table += grad_h
             offsets = image_offsets(
                 first_token + token, pixel, tokens_y, tokens_x, image_stride_b, image_stride_h, image_stride_w, PATCH
             )
@@ -222,44 +222,44 @@ def embedding_kernel(
             for c in tl.static_range(C):
                 value = tl.load(image_ptr + offsets + c * image_stride_c, mask=valid, other=0.0).to(tl.float32)
                 values = tl.where(channel[:, None] == c, value[None, :], values)
-            operand: tl.constexpr = h_grad_ptr.dtype.element_ty
-            weight_grad = tl.dot(values.to(operand), h_grad.to(operand), weight_grad, input_precision=PRECISION)
+            operand: tl.constexpr = grad_h_ptr.dtype.element_ty
+            grad_weight = tl.dot(values.to(operand), grad_h.to(operand), grad_weight, input_precision=PRECISION)
         if IMAGE_GRAD:
             offsets = image_offsets(
                 first_token + token, pixel, tokens_y, tokens_x,
-                image_grad_stride_b, image_grad_stride_h, image_grad_stride_w, PATCH,
+                grad_image_stride_b, grad_image_stride_h, grad_image_stride_w, PATCH,
             )  # fmt: skip
             for c in tl.static_range(C):
                 weight = tl.load(pixel_weight_ptr + d * C + c).to(tl.float32)
                 tl.store(
-                    image_grad_ptr + offsets + c * image_grad_stride_c, tl.sum(h_grad * weight[None, :], 1), mask=valid
+                    grad_image_ptr + offsets + c * grad_image_stride_c, tl.sum(grad_h * weight[None, :], 1), mask=valid
                 )
     if WEIGHT_GRAD:
         row = tl.program_id(1) * (GROUPS * BLOCK) + group * BLOCK + tl.arange(0, BLOCK)
-        add_to(pixel_table_grad_ptr + row[:, None] * D + d[None, :], table_grad)
+        add_to(grad_pixel_table_ptr + row[:, None] * D + d[None, :], grad_table)
         row = (tl.program_id(1) * GROUPS + group) * C + channel
-        add_to(pixel_weight_grad_ptr + row[:, None] * D + d[None, :], weight_grad, mask=(channel < C)[:, None])
+        add_to(grad_pixel_weight_ptr + row[:, None] * D + d[None, :], grad_weight, mask=(channel < C)[:, None])
 
 
 class DecoderBackward:
     """Gradients of the decoder, collected over chunks of tokens.
 
     Args:
-        image, velocity_grad: [B, C, H, W], any strides.
+        image, grad_velocity: [B, C, H, W], any strides.
         weights: the twelve weights of pixel_decoder, in order.
         dtype: of the activations.
         needs: which of (image, cond, any weight) need a gradient.
     """
 
-    def __init__(self, image, velocity_grad, weights, dtype, patch_size, eps, needs):
-        self.image, self.velocity_grad, self.weights = image, velocity_grad, weights
+    def __init__(self, image, grad_velocity, weights, dtype, patch_size, eps, needs):
+        self.image, self.grad_velocity, self.weights = image, grad_velocity, weights
         self.dtype, self.patch_size, self.eps = dtype, patch_size, eps
         self.needs_image, self.needs_cond, self.needs_weights = needs
         self.block_weights = weights[2:10]
         self.pixel_weight, self.pixel_table, self.head_weight = contiguous(weights[0], weights[1], weights[10])
         self.packed = pack(self.block_weights, dtype)
         self.depth, self.width = weights[2].shape
-        self.image_grad = torch.empty(image.shape, dtype=image.dtype, device=image.device)
+        self.grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device)
         device, pixels, channels = image.device, patch_size**2, image.shape[1]
 
         def zeros(*shape):
@@ -269,12 +269,12 @@ class DecoderBackward:
         self.groups = max(1, pixels // self.embedding.block)
         self.slices = triton.cdiv(program_limit(device, self.embedding), self.groups)
         if self.needs_weights:
-            programs = program_limit(device, parameters_for("pixel_decoder_replay", self.width, dtype, device))
-            self.head_weight_grad = zeros(programs, channels, self.width)
-            self.head_bias_grad = zeros(programs, channels)
-            self.pixel_weight_grad = zeros(self.slices, self.groups, channels, self.width)
-            self.pixel_table_grad = zeros(self.slices, max(pixels, self.embedding.block), self.width)
-            self.matrix_grad, self.bias_grad = weight_partials(
+            programs = program_limit(device, parameters_for("pixel_decoder_recompute", self.width, dtype, device))
+            self.grad_head_weight = zeros(programs, channels, self.width)
+            self.grad_head_bias = zeros(programs, channels)
+            self.grad_pixel_weight = zeros(self.slices, self.groups, channels, self.width)
+            self.grad_pixel_table = zeros(self.slices, max(pixels, self.embedding.block), self.width)
+            self.grad_matrix, self.grad_bias = weight_partials(
                 "adaln_block_backward", self.packed.matrices, self.depth, 5
             )
 
@@ -287,55 +287,55 @@ class DecoderBackward:
         tokens = min(CHUNK_TOKENS, WORKSPACE_BYTES // token_bytes)
         return tokens // 64 * 64 or max(1, tokens)
 
-    def add(self, cond: torch.Tensor, first_token: int, cond_grad: torch.Tensor) -> None:
-        """Process the tokens of cond [tokens, P, D] and write their rows of cond_grad [tokens, P, D], contiguous."""
+    def add(self, cond: torch.Tensor, first_token: int, grad_cond: torch.Tensor) -> None:
+        """Process the tokens of cond [tokens, P, D] and write their rows of grad_cond [tokens, P, D], contiguous."""
         tokens, pixels, width = cond.shape
         workspace = cond.new_empty(self.depth + 1, tokens, pixels, width)
-        h_grad = workspace[self.depth]
-        h_grad_rows = h_grad.view(-1, width)
-        self._replay(cond, first_token, workspace, h_grad)
+        grad_h = workspace[self.depth]
+        grad_h_rows = grad_h.view(-1, width)
+        self._recompute(cond, first_token, workspace, grad_h)
         for block in reversed(range(self.depth)):
-            partials = (self.matrix_grad[:, block], self.bias_grad[:, block]) if self.needs_weights else None
+            partials = (self.grad_matrix[:, block], self.grad_bias[:, block]) if self.needs_weights else None
             run_block_backward(
-                workspace[block].view(-1, width), cond, h_grad_rows, self.packed.block(block), h_grad, cond_grad,
+                workspace[block].view(-1, width), cond, grad_h_rows, self.packed.block(block), grad_h, grad_cond,
                 partials, first=block == self.depth - 1, last=block == 0, cond_needed=self.needs_cond, eps=self.eps,
             )  # fmt: skip
         if self.needs_image or self.needs_weights:
-            self._embedding(h_grad, first_token)
+            self._embedding(grad_h, first_token)
 
     def _places(self, first_token: int, tokens: int) -> tuple[int, int, int, int]:
         return first_token, tokens, self.image.shape[2] // self.patch_size, self.image.shape[3] // self.patch_size
 
-    def _replay(self, cond, first_token, workspace, h_grad):
+    def _recompute(self, cond, first_token, workspace, grad_h):
         tokens, pixels, _ = cond.shape
-        sums = (self.head_weight_grad, self.head_bias_grad) if self.needs_weights else (h_grad, h_grad)
+        sums = (self.grad_head_weight, self.grad_head_bias) if self.needs_weights else (grad_h, grad_h)
         launch_over_rows(
-            replay_kernel, "pixel_decoder_replay", tokens * pixels, cond,
+            recompute_kernel, "pixel_decoder_recompute", tokens * pixels, cond,
             self.image, *self.image.stride(), cond, cond.stride(0), cond.stride(1), self.pixel_weight, self.pixel_table,
-            *self.packed, self.head_weight, self.velocity_grad, *self.velocity_grad.stride(),
-            workspace, workspace.stride(0), h_grad, *sums, *self._places(first_token, tokens),
+            *self.packed, self.head_weight, self.grad_velocity, *self.grad_velocity.stride(),
+            workspace, workspace.stride(0), grad_h, *sums, *self._places(first_token, tokens),
             WEIGHT_GRAD=self.needs_weights, N=self.depth, C=self.image.shape[1], PATCH=self.patch_size, EPS=self.eps,
         )  # fmt: skip
 
-    def _embedding(self, h_grad, first_token):
-        tokens, pixels, width = h_grad.shape
+    def _embedding(self, grad_h, first_token):
+        tokens, pixels, width = grad_h.shape
         steps = triton.cdiv(tokens * pixels, self.groups * self.embedding.block)
-        sums = (self.pixel_weight_grad, self.pixel_table_grad) if self.needs_weights else (h_grad, h_grad)
+        sums = (self.grad_pixel_weight, self.grad_pixel_table) if self.needs_weights else (grad_h, grad_h)
         launch(
             embedding_kernel, (self.groups, min(steps, self.slices)), self.embedding,
-            h_grad, self.image, *self.image.stride(), self.pixel_weight,
-            self.image_grad, *self.image_grad.stride(), *sums,
+            grad_h, self.image, *self.image.stride(), self.pixel_weight,
+            self.grad_image, *self.grad_image.stride(), *sums,
             *self._places(first_token, tokens), IMAGE_GRAD=self.needs_image, WEIGHT_GRAD=self.needs_weights,
             D=width, C=self.image.shape[1], PATCH=self.patch_size, BLOCK=self.embedding.block,
-            PRECISION=math_options(h_grad.dtype, h_grad.device)["PRECISION"],
+            PRECISION=math_options(grad_h.dtype, grad_h.device)["PRECISION"],
         )  # fmt: skip
 
-    def weight_grads(self) -> tuple[torch.Tensor, ...]:
+    def grad_weights(self) -> tuple[torch.Tensor, ...]:
         """Gradients of the twelve weights in their dtypes."""
-        pixel_weight = self.pixel_weight_grad.sum((0, 1)).T.contiguous()
-        pixel_table = self.pixel_table_grad.view(-1, self.patch_size**2, self.width).sum(0)
-        blocks = unpack_grad(self.matrix_grad.sum(0), self.bias_grad.sum(0), self.block_weights)
-        sums = (pixel_weight, pixel_table, *blocks, self.head_weight_grad.sum(0), self.head_bias_grad.sum(0))
+        pixel_weight = self.grad_pixel_weight.sum((0, 1)).T.contiguous()
+        pixel_table = self.grad_pixel_table.view(-1, self.patch_size**2, self.width).sum(0)
+        blocks = unpack_grad(self.grad_matrix.sum(0), self.grad_bias.sum(0), self.block_weights)
+        sums = (pixel_weight, pixel_table, *blocks, self.grad_head_weight.sum(0), self.grad_head_bias.sum(0))
         return tuple(total.to(weight.dtype) for total, weight in zip(sums, self.weights, strict=True))
 
 
@@ -357,19 +357,19 @@ def forward(image, cond, pixel_weight, pixel_table, norm_weight, norm_bias, mod_
     return velocity
 
 
-def backward(velocity_grad, image, cond, pixel_weight, pixel_table, norm_weight, norm_bias, mod_weight, mod_bias,
+def backward(grad_velocity, image, cond, pixel_weight, pixel_table, norm_weight, norm_bias, mod_weight, mod_bias,
              fc1_weight, fc1_bias, fc2_weight, fc2_bias, head_weight, head_bias, patch_size, eps, needs):  # fmt: skip
     """Gradients of (image, cond, the 12 weights); None where `needs` is False."""
     weights = (pixel_weight, pixel_table, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias,
                fc2_weight, fc2_bias, head_weight, head_bias)  # fmt: skip
-    cond_grad = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
+    grad_cond = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
     with device_guard(cond):
         needed = (needs[0], needs[1], any(needs[2:]))
-        sums = DecoderBackward(image, velocity_grad, weights, cond.dtype, patch_size, eps, needed)
+        sums = DecoderBackward(image, grad_velocity, weights, cond.dtype, patch_size, eps, needed)
         tokens = collapsed_rows(cond, 2)
-        grad_rows = cond_grad.view(tokens.shape)
+        grad_rows = grad_cond.view(tokens.shape)
         for start, length in chunks(tokens.shape[0], sums.chunk_tokens()):
             sums.add(tokens[start : start + length], start, grad_rows[start : start + length])
-        weight_grads = sums.weight_grads() if needed[2] else (None,) * 12
-    grads = (sums.image_grad, cond_grad, *weight_grads)
+        grad_weights = sums.grad_weights() if needed[2] else (None,) * 12
+    grads = (sums.grad_image, grad_cond, *grad_weights)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

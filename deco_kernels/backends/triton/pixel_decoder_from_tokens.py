@@ -29,7 +29,7 @@ def forward(image, tokens, up_weight, up_bias, pixel_weight, pixel_table, norm_w
     return velocity
 
 
-def backward(velocity_grad, image, tokens, up_weight, up_bias, pixel_weight, pixel_table, norm_weight, norm_bias,
+def backward(grad_velocity, image, tokens, up_weight, up_bias, pixel_weight, pixel_table, norm_weight, norm_bias,
              mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, head_weight, head_bias,
              patch_size, eps, needs):  # fmt: skip
     """Gradients of (image, tokens, up_weight, up_bias, the 12 weights); None where `needs` is False."""
@@ -38,13 +38,13 @@ def backward(velocity_grad, image, tokens, up_weight, up_bias, pixel_weight, pix
     upsample_needs = tuple(needs[1:4])
     needed = (needs[0], any(upsample_needs), any(needs[4:]))
     with device_guard(tokens), torch.no_grad():
-        sums = DecoderBackward(image, velocity_grad, weights, tokens.dtype, patch_size, eps, needed)
+        sums = DecoderBackward(image, grad_velocity, weights, tokens.dtype, patch_size, eps, needed)
         upsample = Upsample(tokens, up_weight, up_bias, pixel_table.shape)
         for start, length in chunks(upsample.tokens.shape[0], sums.chunk_tokens(more=2)):
             cond = upsample.cond(start, length)
-            cond_grad = torch.empty_like(cond)
-            sums.add(cond, start, cond_grad)
-            upsample.add_gradients(start, cond_grad, upsample_needs)
-        weight_grads = sums.weight_grads() if needed[2] else (None,) * 12
-        grads = (sums.image_grad, *upsample.grads(upsample_needs), *weight_grads)
+            grad_cond = torch.empty_like(cond)
+            sums.add(cond, start, grad_cond)
+            upsample.add_gradients(start, grad_cond, upsample_needs)
+        grad_weights = sums.grad_weights() if needed[2] else (None,) * 12
+        grads = (sums.grad_image, *upsample.grads(upsample_needs), *grad_weights)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

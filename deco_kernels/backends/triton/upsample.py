@@ -26,7 +26,7 @@ class Upsample:
         self.weight, self.bias = up_weight.to(tokens.dtype).contiguous(), up_bias.to(tokens.dtype)
         self.buffer = None
         self.weight_sum = self.bias_sum = None
-        self.tokens_grad = None
+        self.grad_tokens = None
         self.token_shape = tokens.shape
 
     def cond(self, start: int, length: int) -> torch.Tensor:
@@ -37,13 +37,13 @@ class Upsample:
         torch.addmm(self.bias, self.tokens[start : start + length], self.weight.T, out=out)
         return out.view(length, *self.shape)
 
-    def add_gradients(self, start: int, cond_grad: torch.Tensor, needs: tuple[bool, bool, bool]) -> None:
-        """Take cond_grad [length, P, D] of the chunk from `start` on; needs: of (tokens, up_weight, up_bias)."""
-        rows = cond_grad.view(cond_grad.shape[0], -1)
+    def add_gradients(self, start: int, grad_cond: torch.Tensor, needs: tuple[bool, bool, bool]) -> None:
+        """Take grad_cond [length, P, D] of the chunk from `start` on; needs: of (tokens, up_weight, up_bias)."""
+        rows = grad_cond.view(grad_cond.shape[0], -1)
         if needs[0]:
-            if self.tokens_grad is None:
-                self.tokens_grad = torch.empty(self.tokens.shape, dtype=self.tokens.dtype, device=self.tokens.device)
-            torch.mm(rows, self.weight, out=self.tokens_grad[start : start + rows.shape[0]])
+            if self.grad_tokens is None:
+                self.grad_tokens = torch.empty(self.tokens.shape, dtype=self.tokens.dtype, device=self.tokens.device)
+            torch.mm(rows, self.weight, out=self.grad_tokens[start : start + rows.shape[0]])
         if needs[1]:
             self.weight_sum = _added(self.weight_sum, rows.T @ self.tokens[start : start + rows.shape[0]])
         if needs[2]:
@@ -51,7 +51,7 @@ class Upsample:
 
     def grads(self, needs: tuple[bool, bool, bool]) -> tuple[torch.Tensor | None, ...]:
         """Gradients of (tokens, up_weight, up_bias); None where not needed, zeros where there were no tokens."""
-        sums = (self.tokens_grad, self.weight_sum, self.bias_sum)
+        sums = (self.grad_tokens, self.weight_sum, self.bias_sum)
         like = (self.tokens, self.up_weight, self.up_bias)
         shapes = (self.token_shape, self.up_weight.shape, self.up_bias.shape)
         return tuple(

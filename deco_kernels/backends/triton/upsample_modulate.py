@@ -65,13 +65,13 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def backward_kernel(
-    modulated_grad_ptr, modulated_grad_token_stride, modulated_grad_pixel_stride,  # [n_tokens, P, D]
-    gate_grad_ptr, gate_grad_token_stride, gate_grad_pixel_stride,  # [n_tokens, P, D]; both with unit channel stride
+    grad_modulated_ptr, grad_modulated_token_stride, grad_modulated_pixel_stride,  # [n_tokens, P, D]
+    grad_gate_ptr, grad_gate_token_stride, grad_gate_pixel_stride,  # [n_tokens, P, D]; both with unit channel stride
     h_ptr, h_token_stride, h_pixel_stride,  # [n_tokens, P, D], unit channel stride
     cond_ptr,  # [n_tokens, P, D] contiguous
     matrices_ptr, biases_ptr,  # [3, D, D] (in, out), [3, D]
-    h_grad_ptr, cond_grad_ptr,  # out [n_tokens, P, D] contiguous
-    matrix_grad_ptr, bias_grad_ptr,  # in and out [programs, 3, D, D] (out, in), [programs, 3, D] float32
+    grad_h_ptr, grad_cond_ptr,  # out [n_tokens, P, D] contiguous
+    grad_matrix_ptr, grad_bias_ptr,  # in and out [programs, 3, D, D] (out, in), [programs, 3, D] float32
     n_tokens,
     COND_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr,  # what is asked for
     D: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -79,9 +79,9 @@ def backward_kernel(
 ):  # fmt: skip
     d = tl.arange(0, D)
     if WEIGHT_GRAD:
-        square = matrix_grad_ptr + tl.program_id(0) * 3 * D * D + d[:, None] * D + d[None, :]
+        square = grad_matrix_ptr + tl.program_id(0) * 3 * D * D + d[:, None] * D + d[None, :]
         part = tl.arange(0, 16)[:, None]
-        line = bias_grad_ptr + tl.program_id(0) * 3 * D + part * D + d[None, :]
+        line = grad_bias_ptr + tl.program_id(0) * 3 * D + part * D + d[None, :]
         shift_weight = tl.load(square + SHIFT * D * D)
         scale_weight = tl.load(square + SCALE * D * D)
         gate_weight = tl.load(square + GATE * D * D)
@@ -95,28 +95,28 @@ def backward_kernel(
         operand: tl.constexpr = matrices_ptr.dtype.element_ty
         s = (t * w).to(operand)
         h = load_states(h_ptr, row_offsets(token, pixel, h_token_stride, h_pixel_stride, D), mask, D)
-        modulated_rows = row_offsets(token, pixel, modulated_grad_token_stride, modulated_grad_pixel_stride, D)
-        shift_grad = tl.load(modulated_grad_ptr + modulated_rows, mask=mask, other=0.0)
-        gate_rows = row_offsets(token, pixel, gate_grad_token_stride, gate_grad_pixel_stride, D)
-        gate_grad = tl.load(gate_grad_ptr + gate_rows, mask=mask, other=0.0)
+        modulated_rows = row_offsets(token, pixel, grad_modulated_token_stride, grad_modulated_pixel_stride, D)
+        grad_shift = tl.load(grad_modulated_ptr + modulated_rows, mask=mask, other=0.0)
+        gate_rows = row_offsets(token, pixel, grad_gate_token_stride, grad_gate_pixel_stride, D)
+        grad_gate = tl.load(grad_gate_ptr + gate_rows, mask=mask, other=0.0)
 
         scale_matrix = packed_matrix(matrices_ptr, SCALE, D)
         scale = affine(s, scale_matrix, biases_ptr, SCALE, D, PRECISION)
         normalized, rstd = normalize(h, D, EPS)
-        modulated_grad = shift_grad.to(tl.float32)
-        tl.store(h_grad_ptr + rows, normalize_grad(modulated_grad * scale, normalized, rstd, D), mask=mask)
-        scale_grad = (modulated_grad * normalized).to(operand)
+        grad_modulated = grad_shift.to(tl.float32)
+        tl.store(grad_h_ptr + rows, normalize_grad(grad_modulated * scale, normalized, rstd, D), mask=mask)
+        grad_scale = (grad_modulated * normalized).to(operand)
         if COND_GRAD:
             shift_matrix = packed_matrix(matrices_ptr, SHIFT, D)
             gate_matrix = packed_matrix(matrices_ptr, GATE, D)
-            s_grad = tl.dot(shift_grad, tl.trans(shift_matrix), input_precision=PRECISION)
-            s_grad = tl.dot(scale_grad, tl.trans(scale_matrix), s_grad, input_precision=PRECISION)
-            s_grad = tl.dot(gate_grad, tl.trans(gate_matrix), s_grad, input_precision=PRECISION)
-            tl.store(cond_grad_ptr + rows, s_grad * (0.5 * silu_of_double_grad(t, w)), mask=mask)
+            grad_s = tl.dot(grad_shift, tl.trans(shift_matrix), input_precision=PRECISION)
+            grad_s = tl.dot(grad_scale, tl.trans(scale_matrix), grad_s, input_precision=PRECISION)
+            grad_s = tl.dot(grad_gate, tl.trans(gate_matrix), grad_s, input_precision=PRECISION)
+            tl.store(grad_cond_ptr + rows, grad_s * (0.5 * silu_of_double_grad(t, w)), mask=mask)
         if WEIGHT_GRAD:
-            gate_weight, biases = add_linear_grad(gate_weight, biases, gate_grad, s, GATE, BLOCK, PRECISION)
-            scale_weight, biases = add_linear_grad(scale_weight, biases, scale_grad, s, SCALE, BLOCK, PRECISION)
-            shift_weight, biases = add_linear_grad(shift_weight, biases, shift_grad, s, SHIFT, BLOCK, PRECISION)
+            gate_weight, biases = add_linear_grad(gate_weight, biases, grad_gate, s, GATE, BLOCK, PRECISION)
+            scale_weight, biases = add_linear_grad(scale_weight, biases, grad_scale, s, SCALE, BLOCK, PRECISION)
+            shift_weight, biases = add_linear_grad(shift_weight, biases, grad_shift, s, SHIFT, BLOCK, PRECISION)
     if WEIGHT_GRAD:
         tl.store(square + SHIFT * D * D, shift_weight)
         tl.store(square + SCALE * D * D, scale_weight)
@@ -143,34 +143,34 @@ def forward(h, tokens, up_weight, up_bias, norm_weight, norm_bias, mod_weight, m
     return modulated, gate
 
 
-def backward(modulated_grad, gate_grad, h, tokens, up_weight, up_bias, norm_weight, norm_bias, mod_weight, mod_bias,
+def backward(grad_modulated, grad_gate, h, tokens, up_weight, up_bias, norm_weight, norm_bias, mod_weight, mod_bias,
              eps, needs):  # fmt: skip
     """Gradients of (h, tokens, up_weight, up_bias, norm and mod weights); None where `needs` is False."""
     weights = tuple(weight[None] for weight in (norm_weight, norm_bias, mod_weight, mod_bias))
     upsample_needs = tuple(needs[1:4])
     cond_needed, weights_needed = any(upsample_needs), any(needs[4:])
-    h_grad = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     with device_guard(h), torch.no_grad():
         packed = pack(weights, h.dtype)
-        h, modulated_grad, gate_grad = (collapsed_rows(tensor, 2) for tensor in (h, modulated_grad, gate_grad))
+        h, grad_modulated, grad_gate = (collapsed_rows(tensor, 2) for tensor in (h, grad_modulated, grad_gate))
         pixels, width = h.shape[1:]
         upsample = Upsample(tokens, up_weight, up_bias, (pixels, width))
-        sums = weight_partials("upsample_modulate_backward", h, 1, 3) if weights_needed else (h_grad, h_grad)
-        h_grad_rows = h_grad.view(h.shape)
+        sums = weight_partials("upsample_modulate_backward", h, 1, 3) if weights_needed else (grad_h, grad_h)
+        grad_h_rows = grad_h.view(h.shape)
         for start, length in chunks(h.shape[0], CHUNK_TOKENS):
             part = slice(start, start + length)
             cond = upsample.cond(start, length)
-            cond_grad = torch.empty_like(cond)
+            grad_cond = torch.empty_like(cond)
             launch_over_rows(
                 backward_kernel, "upsample_modulate_backward", length * pixels, h,
-                modulated_grad[part], modulated_grad.stride(0), modulated_grad.stride(1),
-                gate_grad[part], gate_grad.stride(0), gate_grad.stride(1), h[part], h.stride(0), h.stride(1),
-                cond, *packed, h_grad_rows[part], cond_grad, *sums, length,
+                grad_modulated[part], grad_modulated.stride(0), grad_modulated.stride(1),
+                grad_gate[part], grad_gate.stride(0), grad_gate.stride(1), h[part], h.stride(0), h.stride(1),
+                cond, *packed, grad_h_rows[part], grad_cond, *sums, length,
                 COND_GRAD=cond_needed, WEIGHT_GRAD=weights_needed, PIXELS=pixels, EPS=eps,
             )  # fmt: skip
-            upsample.add_gradients(start, cond_grad, upsample_needs)
-        weight_grads = (None,) * 4
+            upsample.add_gradients(start, grad_cond, upsample_needs)
+        grad_weights = (None,) * 4
         if weights_needed:
-            weight_grads = tuple(grad[0] for grad in unpack_grad(*(total.sum(0) for total in sums), weights))
-        grads = (h_grad, *upsample.grads(upsample_needs), *weight_grads)
+            grad_weights = tuple(grad[0] for grad in unpack_grad(*(total.sum(0) for total in sums), weights))
+        grads = (grad_h, *upsample.grads(upsample_needs), *grad_weights)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

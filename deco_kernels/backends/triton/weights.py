@@ -80,11 +80,11 @@ def pack_kernel(
 
 @triton.jit
 def unpack_grad_kernel(
-    matrix_grad_ptr,  # [N, M, D, D] float32 as [out, in]: gradients of the packed matrices
-    bias_grad_ptr,  # [N, M, D] float32
+    grad_matrix_ptr,  # [N, M, D, D] float32 as [out, in]: gradients of the packed matrices
+    grad_bias_ptr,  # [N, M, D] float32
     norm_weight_ptr, norm_bias_ptr, mod_weight_ptr, mod_bias_ptr,  # as in pack_kernel
-    norm_weight_grad_ptr, norm_bias_grad_ptr, mod_weight_grad_ptr, mod_bias_grad_ptr,  # out, like their tensors
-    fc1_weight_grad_ptr, fc1_bias_grad_ptr, fc2_weight_grad_ptr, fc2_bias_grad_ptr,  # out; unused without MLP
+    grad_norm_weight_ptr, grad_norm_bias_ptr, grad_mod_weight_ptr, grad_mod_bias_ptr,  # out, like their tensors
+    grad_fc1_weight_ptr, grad_fc1_bias_ptr, grad_fc2_weight_ptr, grad_fc2_bias_ptr,  # out; unused without MLP
     D: tl.constexpr, MLP: tl.constexpr,
 ):  # fmt: skip
     """The transpose of pack_kernel; one program per block."""
@@ -92,36 +92,36 @@ def unpack_grad_kernel(
     d = tl.arange(0, D)
     square = d[:, None] * D + d[None, :]
     M: tl.constexpr = 5 if MLP else 3
-    matrix_grad_ptr += n * M * D * D
-    bias_grad_ptr += n * M * D
+    grad_matrix_ptr += n * M * D * D
+    grad_bias_ptr += n * M * D
     mod_weight_ptr += n * 3 * D * D
-    mod_weight_grad_ptr += n * 3 * D * D
+    grad_mod_weight_ptr += n * 3 * D * D
     mod_bias_ptr += n * 3 * D
-    mod_bias_grad_ptr += n * 3 * D
+    grad_mod_bias_ptr += n * 3 * D
 
     norm_weight = tl.load(norm_weight_ptr + n * D + d).to(tl.float32)
     norm_bias = tl.load(norm_bias_ptr + n * D + d).to(tl.float32)
     scale = tl.load(mod_weight_ptr + D * D + square).to(tl.float32)
     scale_bias = 1.0 + tl.load(mod_bias_ptr + D + d).to(tl.float32)
-    shift_grad = tl.load(matrix_grad_ptr + square)
-    scale_grad = tl.load(matrix_grad_ptr + D * D + square)
-    shift_bias_grad = tl.load(bias_grad_ptr + d)
-    scale_bias_grad = tl.load(bias_grad_ptr + D + d)
+    grad_shift = tl.load(grad_matrix_ptr + square)
+    grad_scale = tl.load(grad_matrix_ptr + D * D + square)
+    grad_shift_bias = tl.load(grad_bias_ptr + d)
+    grad_scale_bias = tl.load(grad_bias_ptr + D + d)
 
-    tl.store(norm_weight_grad_ptr + n * D + d, tl.sum(scale_grad * scale, 1) + scale_bias_grad * scale_bias)
-    tl.store(norm_bias_grad_ptr + n * D + d, tl.sum(shift_grad * scale, 1) + shift_bias_grad * scale_bias)
-    tl.store(mod_weight_grad_ptr + square, shift_grad)
-    mod_scale_grad = norm_weight[:, None] * scale_grad + norm_bias[:, None] * shift_grad
-    tl.store(mod_weight_grad_ptr + D * D + square, mod_scale_grad)
-    tl.store(mod_weight_grad_ptr + 2 * D * D + square, tl.load(matrix_grad_ptr + 2 * D * D + square))
-    tl.store(mod_bias_grad_ptr + d, shift_bias_grad)
-    tl.store(mod_bias_grad_ptr + D + d, norm_weight * scale_bias_grad + norm_bias * shift_bias_grad)
-    tl.store(mod_bias_grad_ptr + 2 * D + d, tl.load(bias_grad_ptr + 2 * D + d))
+    tl.store(grad_norm_weight_ptr + n * D + d, tl.sum(grad_scale * scale, 1) + grad_scale_bias * scale_bias)
+    tl.store(grad_norm_bias_ptr + n * D + d, tl.sum(grad_shift * scale, 1) + grad_shift_bias * scale_bias)
+    tl.store(grad_mod_weight_ptr + square, grad_shift)
+    grad_mod_scale = norm_weight[:, None] * grad_scale + norm_bias[:, None] * grad_shift
+    tl.store(grad_mod_weight_ptr + D * D + square, grad_mod_scale)
+    tl.store(grad_mod_weight_ptr + 2 * D * D + square, tl.load(grad_matrix_ptr + 2 * D * D + square))
+    tl.store(grad_mod_bias_ptr + d, grad_shift_bias)
+    tl.store(grad_mod_bias_ptr + D + d, norm_weight * grad_scale_bias + norm_bias * grad_shift_bias)
+    tl.store(grad_mod_bias_ptr + 2 * D + d, tl.load(grad_bias_ptr + 2 * D + d))
     if MLP:
-        tl.store(fc1_weight_grad_ptr + n * D * D + square, 0.5 * tl.load(matrix_grad_ptr + 3 * D * D + square))
-        tl.store(fc2_weight_grad_ptr + n * D * D + square, tl.load(matrix_grad_ptr + 4 * D * D + square))
-        tl.store(fc1_bias_grad_ptr + n * D + d, 0.5 * tl.load(bias_grad_ptr + 3 * D + d))
-        tl.store(fc2_bias_grad_ptr + n * D + d, tl.load(bias_grad_ptr + 4 * D + d))
+        tl.store(grad_fc1_weight_ptr + n * D * D + square, 0.5 * tl.load(grad_matrix_ptr + 3 * D * D + square))
+        tl.store(grad_fc2_weight_ptr + n * D * D + square, tl.load(grad_matrix_ptr + 4 * D * D + square))
+        tl.store(grad_fc1_bias_ptr + n * D + d, 0.5 * tl.load(grad_bias_ptr + 3 * D + d))
+        tl.store(grad_fc2_bias_ptr + n * D + d, tl.load(grad_bias_ptr + 4 * D + d))
 
 
 def pack(weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> PackedWeights:
@@ -139,15 +139,15 @@ def pack(weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> PackedWeights
 
 
 def unpack_grad(
-    matrix_grad: torch.Tensor, bias_grad: torch.Tensor, weights: tuple[torch.Tensor, ...]
+    grad_matrix: torch.Tensor, grad_bias: torch.Tensor, weights: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of the tensors given to `pack`, in their dtypes.
 
-    matrix_grad [N, M, D, D] as [out, in] and bias_grad [N, M, D], float32: gradients of the packed tensors.
+    grad_matrix [N, M, D, D] as [out, in] and grad_bias [N, M, D], float32: gradients of the packed tensors.
     """
     grads = tuple(torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights)
     blocks, width = weights[0].shape
     padding = [grads[0]] * (8 - len(grads))
-    args = (matrix_grad, bias_grad, *contiguous(*weights[:4]), *grads, *padding)
+    args = (grad_matrix, grad_bias, *contiguous(*weights[:4]), *grads, *padding)
     launch(unpack_grad_kernel, (blocks,), _ONE_PROGRAM, *args, D=width, MLP=len(weights) == 8)
     return grads

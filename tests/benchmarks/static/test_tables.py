@@ -49,6 +49,6 @@ def test_the_command_prints_the_tables(capsys):
 def test_the_slots_of_the_cuda_backward_are_those_of_its_kernels():
     budgets = recorded_budgets("cuda")
     kernels = [f"block_backward.backward_kernel+mlp+tiled{step}" for step in ("+first", "", "+last")]
-    kernels += ["decoder_replay.replay_kernel", "decoder_embedding.embedding_kernel"]
+    kernels += ["decoder_recompute.recompute_kernel", "decoder_embedding.embedding_kernel"]
     slots = sum(budgets[f"cuda.{kernel}/D32/bfloat16"]["sm_90a"]["issue_slots_per_16_px"] for kernel in kernels)
     assert f"The decoder's backward at N 3 takes {slots:,.0f} slots in all" in page("cuda")

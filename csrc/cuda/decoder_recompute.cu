@@ -14,8 +14,8 @@ constexpr int kTiles = D <= 32 ? 2 : 1;  // of a warp
 template <int D>
 constexpr int kBlockPixels = kThreads / 32 * kTilePixels * kTiles<D>;
 
-struct ReplayParams {
-  DecoderReplay op;
+struct RecomputeParams {
+  DecoderRecompute op;
   PatchGrid grid;
   uint32_t first_pixel = 0, pixels = 0;
   int64_t rows = 0;  // of the arrays that are written
@@ -32,7 +32,7 @@ struct ReplayParams {
     op.cond.visit(buffers, pixels, width);
     buffers.write(op.h_tiles, int64_t{2} * shape.depth * rows * width);
     buffers.write(op.s_tiles, int64_t{2} * rows * width);
-    buffers.write(op.h_grad_tiles, int64_t{2} * rows * width);
+    buffers.write(op.grad_h_tiles, int64_t{2} * rows * width);
     buffers.write(op.partials, int64_t{4} * parts * (width + 1) * kChannelSlots);
   }
 };
@@ -67,9 +67,9 @@ DECO_DEVICE Tile<D> head_backward(const uint32_t (&x)[2], const Tile<D>& normali
 
 template <class T, int D>
 DECO_KERNEL(kThreads, 1)
-replay_kernel(const ReplayParams p) {
+recompute_kernel(const RecomputeParams p) {
   constexpr int M = kTiles<D>;
-  const DecoderReplay& op = p.op;
+  const DecoderRecompute& op = p.op;
   const DecoderEnds<T, D> ends{shared_memory()};
   const BlockSlots<T, D> slots{shared_memory() + DecoderEnds<T, D>::kBytes};
   const int depth = op.shape.depth, channels = op.shape.channels;
@@ -86,7 +86,7 @@ replay_kernel(const ReplayParams p) {
     const uint32_t tile = begin / kTilePixels + warp() * M, first = tile * kTilePixels + (lane() >> 2);
     Tile<D> h[M];
     Operand<D> s[M];
-    uint32_t velocity_grad[M][2];
+    uint32_t grad_velocity[M][2];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       uint32_t k[2], x[2];
@@ -102,20 +102,20 @@ replay_kernel(const ReplayParams p) {
         cond[r] = load_row<T, D>(op.cond, pixel);
       }
       load_channels<T>(x, op.image, channels, pixel_address);
-      load_channels<T>(velocity_grad[m], op.grad_velocity, channels, grad_address);
+      load_channels<T>(grad_velocity[m], op.grad_velocity, channels, grad_address);
       s[m] = silu_operand<T>(cond[0], cond[1]);
       embed<T, D>(h[m], x, ends.pixel(), op.packed.table, k);
       store_tile<D>(op.s_tiles, tile + m, s[m]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const uint32_t pixel = first + kTilePixels * m + 8 * r;
-        velocity_grad[m][r] = pixel <= end ? velocity_grad[m][r] : 0u;
+        grad_velocity[m][r] = pixel <= end ? grad_velocity[m][r] : 0u;
       }
     }
 #pragma unroll 1
     for (int l = 0; l < depth; ++l) {
       if (!p.resident) {
-        // region: refill_of_replay
+        // region: refill_of_recompute
         block_barrier();
         slots.fill(0, op.packed, l);
         block_barrier();
@@ -129,9 +129,9 @@ replay_kernel(const ReplayParams p) {
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       const RowPair rstd = normalize(h[m], op.eps);
-      if (op.partials != nullptr) head_gradient.add(rounded<T>(h[m]), velocity_grad[m]);
-      const Tile<D> h_grad = head_backward<T, D>(velocity_grad[m], h[m], rstd, ends.head());
-      store_tile<D>(op.h_grad_tiles, tile + m, rounded<T>(h_grad));
+      if (op.partials != nullptr) head_gradient.add(rounded<T>(h[m]), grad_velocity[m]);
+      const Tile<D> grad_h = head_backward<T, D>(grad_velocity[m], h[m], rstd, ends.head());
+      store_tile<D>(op.grad_h_tiles, tile + m, rounded<T>(grad_h));
     }
   }
   if (op.partials != nullptr)
@@ -140,26 +140,26 @@ replay_kernel(const ReplayParams p) {
 }
 
 template <class T, int D>
-Status run(const Call& call, ReplayParams p) {
+Status run(const Call& call, RecomputeParams p) {
   p.resident = shared_bytes<T, D>(p.op.shape.depth) <= call.limits.shared_bytes;
-  return launch("pixel_decoder_replay", replay_kernel<T, D>,
+  return launch("pixel_decoder_recompute", recompute_kernel<T, D>,
                 {p.parts, kThreads, shared_bytes<T, D>(p.resident ? p.op.shape.depth : 1)}, call.stream, p);
 }
 
 }  // namespace
 
-int decoder_replay_parts(const DeviceLimits& limits, int width, int64_t pixels) {
+int decoder_recompute_parts(const DeviceLimits& limits, int width, int64_t pixels) {
   return grid_blocks(pixels, width <= 32 ? kBlockPixels<32> : kBlockPixels<64>, limits, 1);
 }
 
-Status decoder_replay(const Call& call, DType operand, const DecoderReplay& op) {
-  ReplayParams p;
+Status decoder_recompute(const Call& call, DType operand, const DecoderRecompute& op) {
+  RecomputeParams p;
   p.op = op;
   p.grid = patch_grid(op.shape);
   p.first_pixel = static_cast<uint32_t>(op.first_pixel);
   p.pixels = static_cast<uint32_t>(op.pixels);
   p.rows = padded_rows(op.pixels);
-  p.parts = decoder_replay_parts(call.limits, op.shape.decoder_width, op.pixels);
+  p.parts = decoder_recompute_parts(call.limits, op.shape.decoder_width, op.pixels);
   return with_kernel(operand, op.shape.decoder_width,
                      [&](auto type, auto width) { return run<decltype(type), width.value>(call, p); });
 }
