@@ -37,13 +37,13 @@ def recorded_launches(architecture: str, width: int, dtype: torch.dtype) -> dict
 
 def launches_of(inputs, architecture: str) -> list:
     """What the Triton backend launches in forward and backward of these `testing.Inputs`; nothing runs."""
-    from deco_kernels.backends.triton import common
+    from deco_kernels.backends.triton import launching
 
     module = importlib.import_module(f"deco_kernels.backends.triton.{inputs.op}")
     tensors, options = list(inputs.tensors.values()), list(inputs.options.values())
     if inputs.op != "flow_matching_loss":
         options.append(1e-6)
-    with common.record_launches(architecture) as recorded:
+    with launching.record_launches(architecture) as recorded:
         module.forward(*tensors, *options)
         module.backward(*inputs.grad_outputs, *tensors, *options, [True] * len(tensors))
     return recorded

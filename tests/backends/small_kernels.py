@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from deco_kernels.backends.triton.common import tanh_fast
+from deco_kernels.backends.triton.functions import tanh_fast
 
 
 @triton.jit

@@ -157,12 +157,12 @@ def pretended_driver(monkeypatch):
 @uninterpreted
 def test_a_compile_during_capture_is_refused(pretended_driver, monkeypatch):
     """Through Triton's own launch: refused before the kernel was called with these arguments, served after."""
-    from deco_kernels.backends.triton import common
+    from deco_kernels.backends.triton import launching
     from deco_kernels.backends.triton.table import Launch
     from tests.backends.small_kernels import to_bfloat16
 
     def call(dtype=torch.float32):
-        common.launch(to_bfloat16, (1,), Launch(64, 4, 1, 1), torch.zeros(64, dtype=dtype), torch.zeros(64), SIZE=64)
+        launching.launch(to_bfloat16, (1,), Launch(64, 4, 1, 1), torch.zeros(64, dtype=dtype), torch.zeros(64), SIZE=64)
 
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

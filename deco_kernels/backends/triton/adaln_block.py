@@ -16,12 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
+from .functions import (
     add_linear_grad,
     affine,
-    collapsed_rows,
-    device_guard,
-    launch_over_rows,
     linear,
     load_states,
     normalize,
@@ -32,8 +29,8 @@ from .common import (
     silu_of_double_grad,
     tile_pixels,
     twice_sigmoid,
-    weight_partials,
 )
+from .launching import collapsed_rows, device_guard, launch_over_rows, weight_partials
 from .weights import FC1, FC2, GATE, SCALE, SHIFT, pack, unpack_grad
 
 # -------------------------------------------------------------------------------------------------- device functions

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 
 from .adaln_block import block_forward, run_block_backward
-from .common import (
-    add_to,
+from .functions import add_to, normalize, normalize_grad, row_offsets, silu_of_double, tile_pixels
+from .launching import (
     chunks,
     collapsed_rows,
     contiguous,
@@ -32,13 +32,8 @@ from .common import (
     launch,
     launch_over_rows,
     math_options,
-    normalize,
-    normalize_grad,
     parameters_for,
     program_limit,
-    row_offsets,
-    silu_of_double,
-    tile_pixels,
     weight_partials,
 )
 from .weights import pack, unpack_grad

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .common import chunks, contiguous, device_guard
+from .launching import chunks, contiguous, device_guard
 from .pixel_decoder import CHUNK_TOKENS, DecoderBackward, run_forward
 from .upsample import Upsample
 from .weights import pack

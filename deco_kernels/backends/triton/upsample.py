@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .common import collapsed_rows
+from .launching import collapsed_rows
 
 
 class Upsample:

@@ -15,13 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
+from .functions import (
     add_linear_grad,
     affine,
-    chunks,
-    collapsed_rows,
-    device_guard,
-    launch_over_rows,
     linear,
     load_states,
     normalize,
@@ -32,8 +28,8 @@ from .common import (
     silu_of_double_grad,
     tile_pixels,
     twice_sigmoid,
-    weight_partials,
 )
+from .launching import chunks, collapsed_rows, device_guard, launch_over_rows, weight_partials
 from .pixel_decoder import CHUNK_TOKENS
 from .upsample import Upsample
 from .weights import GATE, SCALE, SHIFT, pack, unpack_grad

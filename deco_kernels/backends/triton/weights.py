@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import contiguous, launch
+from .launching import contiguous, launch
 from .table import Launch
 
 # Numbers of the packed matrices and biases of a block.

@@ -1,0 +1,53 @@
+"""Repairs of Triton's interpreter, which runs kernels on the CPU, operation by operation in NumPy (TRITON_INTERPRET=1).
+
+The faults, seen in 3.6 to 3.9, are all about bfloat16, which it holds as uint16 bit patterns. Conversion from float32
+drops the low bits instead of rounding to nearest even, conversion from and to other types takes the bit pattern for a
+number, and so does `tl.dot`. Importing this module replaces the interpreter's functions.
+"""
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, _patch_lang
+
+_original_cast, _original_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+
+def _widened(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, nearest).astype(np.uint16)
+
+
+def _cast(self, src, dst_type):
+    source, target = src.dtype.scalar, dst_type.scalar
+    if source != target and source == tl.bfloat16:
+        src = TensorHandle(_widened(src.data), tl.float32)
+    if source != target and target == tl.bfloat16:
+        single = _original_cast(self, src, tl.float32)
+        return TensorHandle(_rounded(single.data), tl.bfloat16)
+    return _original_cast(self, src, dst_type)
+
+
+def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    a, b = (TensorHandle(_widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    return _original_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+
+
+# Every call of a device function prepares triton.language for interpretation anew, most of the run time. Once per
+# module is enough, as a launch does it for the kernel's own module.
+_prepared: set[int] = set()
+
+
+def _call(self, *args, **kwargs):
+    if id(self.fn.__globals__) not in _prepared:
+        _prepared.add(id(self.fn.__globals__))
+        _patch_lang(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
+InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = _cast, _dot
+InterpretedFunction.__call__ = _call

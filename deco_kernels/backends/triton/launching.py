@@ -1,0 +1,183 @@
+"""Launching the Triton kernels, recording launches instead, and the views of tensors that kernels take."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+from .table import Launch, launch_parameters
+
+# The interpreter runs programs one after the other; two of them still exercise the sums over partial buffers.
+_INTERPRETED_PROGRAMS = 2
+
+
+class RecordedLaunch(NamedTuple):
+    """One kernel launch as the host code asked for it."""
+
+    kernel: Any
+    args: dict[str, Any]
+    grid: tuple[int, ...]
+    options: dict[str, int]
+
+
+_recording: tuple[str, list[RecordedLaunch]] | None = None
+
+
+@contextlib.contextmanager
+def record_launches(architecture: str) -> Iterator[list[RecordedLaunch]]:
+    """Collect what the host code would launch on `architecture` ("sm_90", "gfx942"); nothing runs.
+
+    For ahead-of-time compilation: tensors may lie on the CPU, results hold undefined values.
+    """
+    global _recording
+    launches: list[RecordedLaunch] = []
+    _recording = (architecture, launches)
+    try:
+        yield launches
+    finally:
+        _recording = None
+
+
+@functools.cache
+def _device_architecture(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def architecture_of(device: torch.device) -> str:
+    """The name the launch table uses: "sm_90", "gfx942" and the like; "interpreter" for CPU tensors."""
+    if _recording is not None:
+        return _recording[0]
+    return _device_architecture(device) if device.type == "cuda" else "interpreter"
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def program_limit(device: torch.device, parameters: Launch) -> int:
+    """How many programs a persistent kernel starts at most."""
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    return _multiprocessors(device) * parameters.programs_per_multiprocessor
+
+
+def parameters_for(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    """The shipped launch parameters of a kernel on this device."""
+    return launch_parameters(kernel, width, dtype, architecture_of(device))
+
+
+def math_options(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """PRECISION of float32 dots and FAST_TANH, the kernels' two numerical switches.
+
+    Three TF32 products make a float32-accurate one; a single one is used where PyTorch's own setting allows it.
+    """
+    architecture = architecture_of(device)
+    nvidia = not architecture.startswith("gfx")
+    precision = ("tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3") if nvidia else "ieee"
+    return {"PRECISION": precision, "FAST_TANH": nvidia and dtype != torch.float32}
+
+
+def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Make the tensor's device current: Triton launches on the current device and its current stream."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def _refuse_compilation(*, repr: str, **_: Any) -> bool:
+    raise RuntimeError(
+        f"deco_kernels: the Triton kernel {repr} has to be compiled for these arguments, which cannot happen while a "
+        "CUDA graph is being captured; call the op once with the same shapes, strides and dtypes before the capture"
+    )
+
+
+@contextlib.contextmanager
+def _compilation_refused() -> Iterator[None]:
+    """Within, a kernel that has to be compiled raises RuntimeError; Triton calls its hook before every compilation."""
+    knobs = getattr(triton, "knobs", None)  # Triton 3.3 keeps the hook in JITFunction
+    holder, name = (JITFunction, "cache_hook") if knobs is None else (knobs.runtime, "jit_cache_hook")
+    previous = getattr(holder, name)
+    setattr(holder, name, _refuse_compilation)
+    try:
+        yield
+    finally:
+        setattr(holder, name, previous)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], parameters: Launch, *args: Any, **constexprs: Any) -> None:
+    """Run `kernel` on the current stream with the table's warps and stages; an empty grid does nothing."""
+    if 0 in grid:
+        return
+    options = {"num_warps": parameters.warps, "num_stages": parameters.stages, "enable_fp_fusion": True}
+    if _recording is not None:
+        bound = dict(zip(kernel.arg_names, args, strict=False)) | constexprs
+        _recording[1].append(RecordedLaunch(kernel, bound, grid, options))
+    elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        with _compilation_refused():
+            kernel[grid](*args, **constexprs, **options)
+    else:
+        kernel[grid](*args, **constexprs, **options)
+
+
+def persistent_grid(rows: int, parameters: Launch, device: torch.device) -> tuple[int]:
+    """One program per tile of `rows` rows, at most as many as `program_limit` says."""
+    return (min(triton.cdiv(rows, parameters.block), program_limit(device, parameters)),)
+
+
+def launch_over_rows(kernel: Any, name: str, rows: int, like: torch.Tensor, *args: Any, **constexprs: Any) -> None:
+    """Launch a persistent kernel that walks over tiles of `rows` rows, with the table's parameters of `name`.
+
+    D, the dtype and the device are those of `like` [..., D]; D, BLOCK, PRECISION and FAST_TANH are added to
+    `constexprs`.
+    """
+    width = like.shape[-1]
+    parameters = parameters_for(name, width, like.dtype, like.device)
+    launch(
+        kernel, persistent_grid(rows, parameters, like.device), parameters, *args,
+        D=width, BLOCK=parameters.block, **math_options(like.dtype, like.device), **constexprs,
+    )  # fmt: skip
+
+
+def weight_partials(name: str, like: torch.Tensor, blocks: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeroed sums of each program of kernel `name`, for the weight gradients of `count` linears in each of `blocks`.
+
+    [programs, blocks, count, D, D] and [programs, blocks, count, D], float32; D, dtype and device are those of `like`.
+    """
+    width = like.shape[-1]
+    programs = program_limit(like.device, parameters_for(name, width, like.dtype, like.device))
+    shape = (programs, blocks, count, width)
+    return like.new_zeros(*shape, width, dtype=torch.float32), like.new_zeros(shape, dtype=torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------- tensors
+
+
+def collapsed_rows(tensor: torch.Tensor, trailing: int) -> torch.Tensor:
+    """[..., *trailing dims] as [rows, *trailing dims] with unit channel stride; a copy only where no view exists."""
+    shape = tensor.shape[-trailing:]
+    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+        tensor = tensor.contiguous()
+    rows = tensor.numel() // max(1, shape.numel()) if tensor.numel() else 0
+    try:
+        return tensor.view(rows, *shape)
+    except RuntimeError:
+        return tensor.contiguous().view(rows, *shape)
+
+
+def contiguous(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors, copied only where they are not contiguous."""
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
+def chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, length) of consecutive pieces of at most `size`."""
+    for start in range(0, count, size):
+        yield start, min(size, count - start)
