@@ -21,14 +21,12 @@ import re
 import sys
 from pathlib import Path
 
+from command_line.arguments import positive
+from command_line.failures import exit_status
+from deco_kernels.machine import keep_heap
+from images.photographs import readable, shipped_photographs
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
-
-from _photos import readable, shipped_photographs  # noqa: E402
-from _program import exit_status  # noqa: E402
-
-from deco_kernels.machine import keep_heap  # noqa: E402
-
 CROPS, HELD_OUT_CROPS = 300, 48  # of every photograph
 STUDY_NAMES = ("interaction", "capacity", "frequency", "aspect")
 
@@ -39,20 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-        return int(text)
-
     parser = argparse.ArgumentParser(
         prog="python/ablate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", choices=STUDY_NAMES)
     parser.add_argument("--image", type=Path, action="append", help="a photograph (repeatable); default: two")
-    parser.add_argument("--steps", type=count, help="of every run (300 to 500, by study)")
-    parser.add_argument("--seeds", type=count, help="runs of every variant (1 to 3, by study)")
-    parser.add_argument("--batch-size", type=count, default=8)
-    parser.add_argument("--image-size", type=count, default=64, help="a multiple of 16 (64)")
+    parser.add_argument("--steps", type=positive, help="of every run (300 to 500, by study)")
+    parser.add_argument("--seeds", type=positive, help="runs of every variant (1 to 3, by study)")
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--image-size", type=positive, default=64, help="a multiple of 16 (64)")
     parser.add_argument("--preset", default="deco-demo", help="model that the variants change (deco-demo)")
     parser.add_argument("--out", type=Path, help="folder of the study (out/ablate/STUDY)")
     parser.add_argument("--resume", action="store_true", help="continue what is in the folder")
@@ -61,12 +54,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """The whole study. Raises ValueError and OSError where options, photographs or the folder cannot be used."""
-    import _crops
-    from _studies import STUDIES
-    from _study_report import write_report
-    from _study_run import Recipe
-
     from deco_kernels.model import PRESETS, DeCo
+    from studies.catalog import STUDIES
+    from studies.crops import native_shapes
+    from studies.report import write_report
+    from studies.run import Recipe
 
     study = STUDIES[options.study]
     recipe = Recipe(options.steps or study.steps, options.batch_size, options.image_size, preset=options.preset)
@@ -81,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     if not photographs:
         named = f" among {', '.join(map(str, paths))}" if paths else ""
         raise ValueError(f"no readable photograph{named}; name one with --image FILE, or install scikit-learn's")
-    shapes = _crops.native_shapes(recipe.image_size, 16) if study.native else [(recipe.image_size,) * 2]
+    shapes = native_shapes(recipe.image_size, 16) if study.native else [(recipe.image_size,) * 2]
     held_out = held_out_images(study, recipe, photographs, shapes)
     out = options.out or ROOT / "out" / "ablate" / options.study
     settings = {"study": options.study, "images": [str(path) for path in found], **dataclasses.asdict(recipe)}
@@ -96,9 +88,10 @@ def run(options: argparse.Namespace) -> None:
 
 def run_all(study, recipe, seeds: int, photographs: list, shapes: list, held_out: dict, out: Path) -> list[dict]:
     """What every run of the study found, those read back that were finished before."""
-    import _crops
-    from _study_run import Run, read_json
     from tqdm import tqdm
+
+    from studies.crops import at_own_shape, at_square, cut
+    from studies.run import Run, read_json
 
     results = []
     with tqdm(total=seeds * len(study.variants) * recipe.steps, unit="step") as bar:
@@ -111,8 +104,8 @@ def run_all(study, recipe, seeds: int, photographs: list, shapes: list, held_out
                     results.append(read_json(folder / "result.json", "remove it, and the run is repeated"))
                     continue
                 folder.mkdir(parents=True, exist_ok=True)
-                crops = _crops.cut(photographs, shapes, CROPS, seed, held_out=False)
-                training = _crops.at_own_shape(crops) if variant.native else _crops.at_square(crops, recipe.image_size)
+                crops = cut(photographs, shapes, CROPS, seed, held_out=False)
+                training = at_own_shape(crops) if variant.native else at_square(crops, recipe.image_size)
                 one = Run(variant, recipe, seed, training, len(photographs), folder)
                 one.train(bar.update)
                 results.append(one.finish(held_out))
@@ -121,12 +114,12 @@ def run_all(study, recipe, seeds: int, photographs: list, shapes: list, held_out
 
 def held_out_images(study, recipe, photographs: list, shapes: list[tuple[int, int]]) -> dict[str, dict]:
     """What every run is judged on: squares, and rectangles where the study is about them."""
-    import _crops
+    from studies.crops import at_own_shape, at_square, cut
 
-    crops = _crops.cut(photographs, shapes, HELD_OUT_CROPS, 0, held_out=True)
-    images = {"squares": _crops.at_square(crops, recipe.image_size)}
+    crops = cut(photographs, shapes, HELD_OUT_CROPS, 0, held_out=True)
+    images = {"squares": at_square(crops, recipe.image_size)}
     if study.native:
-        groups = _crops.at_own_shape(crops)
+        groups = at_own_shape(crops)
         images["rectangles"] = {shape: group for shape, group in groups.items() if shape[0] != shape[1]}
     return images
 
@@ -156,7 +149,7 @@ def claim(out: Path, settings: dict, resume: bool) -> None:
 
     Raises ValueError where it holds something else, another study, or this one and `resume` is not asked for.
     """
-    from _study_run import read_json, write_json
+    from studies.run import read_json, write_json
 
     path = out / "settings.json"
     if any(not each.name.startswith(".") for each in out.iterdir()):
@@ -188,7 +181,7 @@ def number_of_seeds(asked: int | None, study, out: Path) -> int:
 
 def measured_costs(study, recipe, out: Path) -> dict[str, dict[str, float]]:
     """What every variant costs, measured once per study; empty for studies that do not ask."""
-    from _study_run import read_json, write_json
+    from studies.run import read_json, write_json
 
     if study.cost is None:
         return {}

@@ -12,9 +12,8 @@ import socket
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from _program import exit_status, out_of_memory  # noqa: E402
+from command_line.arguments import image_size, positive, thread_count
+from command_line.failures import exit_status, out_of_memory
 
 SAMPLER_OPTIONS = ("solver", "steps", "guidance", "guidance_interval", "shift")
 
@@ -30,23 +29,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    import _sampling  # its imports take seconds
-
     parser = argparse.ArgumentParser(
         prog="python/app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, help="any that model.load_model reads")
-    parser.add_argument(
-        "--size", type=_sampling.image_size, default=(256, 256), metavar="S|HxW", help="of images (256)"
-    )
+    parser.add_argument("--size", type=image_size, default=(256, 256), metavar="S|HxW", help="of images (256)")
     parser.add_argument("--weights", choices=["ema", "raw"], help="default: averaged ones where there are both")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--threads", type=_sampling.thread_count, help="of the CPU")
+    parser.add_argument("--threads", type=thread_count, help="of the CPU")
     parser.add_argument(
         "--text-encoder", default="Qwen/Qwen3-1.7B", metavar="FOLDER|ID", help="of a text-to-image model (%(default)s)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on (%(default)s)")
-    parser.add_argument("--port", type=_sampling.positive, help="default: the first free one from 7860 on")
+    parser.add_argument("--port", type=positive, help="default: the first free one from 7860 on")
     parser.set_defaults(**dict.fromkeys(SAMPLER_OPTIONS))
     return parser.parse_args(arguments)
 
@@ -62,15 +57,15 @@ def check_address(host: str, port: int | None) -> None:
 
 
 def painter_of(options: argparse.Namespace):
-    """The `_page.Painter` of a checkpoint. Raises ImportError without gradio, otherwise as `_sampling.load_network`."""
+    """The `sampling.page.Painter` of a checkpoint. Raises ImportError without gradio, else as `inputs.load_network`."""
     require_gradio()
-    import _sampling
-    from _page import Painter
+    from sampling import inputs
+    from sampling.page import Painter
 
-    device = _sampling.device_of(options)
-    network = _sampling.load_network(options.checkpoint, options, device)
-    conditioner = _sampling.Conditioner.of(network, device, options.text_encoder)
-    settings = _sampling.solver_settings(options, network)
+    device = inputs.device_of(options)
+    network = inputs.load_network(options.checkpoint, options, device)
+    conditioner = inputs.Conditioner.of(network, device, options.text_encoder)
+    settings = inputs.solver_settings(options, network)
     begin = settings.pop("steps"), settings.pop("guidance")
     return Painter(network, conditioner, *begin, settings, options.size)
 
@@ -87,9 +82,9 @@ def require_gradio():
 
 
 def build(painter):
-    """The page, a `gradio.Blocks`, for a `_page.Painter`."""
+    """The page, a `gradio.Blocks`, for a `sampling.page.Painter`."""
     gradio = require_gradio()
-    from _sampling import reads_text
+    from sampling.inputs import reads_text
 
     def sample(condition, steps, guidance, seed, progress=gradio.Progress(track_tqdm=True)):  # noqa: B008
         try:

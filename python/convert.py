@@ -10,11 +10,8 @@ must fit the model; values are copied bit for bit. Exit status: 0; 2 with one me
 
 import argparse
 import sys
-from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from deco_kernels.model.checkpoint_file import (  # noqa: E402
+from deco_kernels.model.checkpoint_file import (
     NAMES,
     OURS,
     PUBLISHED,

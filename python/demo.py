@@ -2,7 +2,7 @@
 
 1. Both contenders start from the same weights and see the same noise. They take their first steps in turn: step times,
    losses, then the gradient of every parameter against the published formulation in float64. The peak memory of each is
-   measured in a process of its own.
+   measured in a process of its own. out/demo/report.png then shows what was found so far.
 2. The fused one trains on until it reproduces the photographs, which are sampled from its averaged weights.
 3. out/demo/report.png shows photographs, samples, loss curves, PSNR and DCT energy spectra; report.json the figures.
 
@@ -15,17 +15,28 @@ import time
 import warnings
 from pathlib import Path
 
+import torch
+
+from command_line.arguments import positive
+from deco_kernels import machine
+from deco_kernels.ops import registry
+from demonstration.contenders import (
+    FULL,
+    SHORT,
+    Contender,
+    Recipe,
+    compare_steps,
+    gradient_errors,
+    loss_difference,
+    psnr,
+    train,
+)
+from demonstration.peak_memory import measure
+from demonstration.report import write_json, write_picture
+from images.photographs import load_photographs, shipped_photographs
+from images.spectra import diagonal_energies
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
-
-import torch  # noqa: E402
-from _peak_memory import measure  # noqa: E402
-from _photos import energy_spectrum, load_photographs, psnr, shipped_photographs  # noqa: E402
-from _report import write_json, write_picture  # noqa: E402
-from _training import FULL, SHORT, Contender, Recipe, compare_steps, gradient_errors, loss_difference, train  # noqa: E402
-
-from deco_kernels import machine  # noqa: E402
-from deco_kernels.ops import registry  # noqa: E402
 
 # What losses and gradients in float32 may differ by: between two orders of summation, after the steps compared.
 LOSS_DIFFERENCE = 1e-4
@@ -43,22 +54,22 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: no readable image; name one with --image FILE, or install scikit-learn's", file=sys.stderr)
         return 2
     started = time.perf_counter()
-    results, samples = run(recipe, names, photographs, options.seed)
-    results["seconds"] = time.perf_counter() - started
     options.out.mkdir(parents=True, exist_ok=True)
+    picture = options.out / "report.png"
+    print(
+        f"1. Fused ops and eager PyTorch take {recipe.compared_steps} steps in turn; a first {picture} shows both.\n"
+        f"2. The fused ops train on, {recipe.steps} steps in all; {picture} and report.json show the result.",
+        flush=True,
+    )
+    results = run(recipe, names, photographs, options.seed, picture)
+    results["seconds"] = time.perf_counter() - started
     write_json(results, options.out / "report.json")
-    write_picture(results, photographs, samples, options.out / "report.png")
     print_summary(results)
-    print(f"wrote {options.out / 'report.png'} and report.json after {results['seconds']:.0f} s")
+    print(f"wrote {picture} and report.json after {results['seconds']:.0f} s")
     return 0 if all(promise["kept"] for promise in results["promises"].values()) else 1
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-        return int(text)
-
     parser = argparse.ArgumentParser(prog="python/demo.py", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--image", type=Path, action="append", help="train on this image (repeatable); default: two photographs"
@@ -67,56 +78,73 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--short", action="store_true", help="fewer steps and a lower PSNR required, for automatic tests"
     )
     parser.add_argument(
-        "--steps", type=count, help="train this many steps instead of the recipe's; no PSNR is required"
+        "--steps", type=positive, help="train this many steps instead of the recipe's; no PSNR is required"
     )
     parser.add_argument("--seed", type=int, default=0, help="of initial weights, noise and times (default 0)")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo", help="folder of the report (out/demo)")
     return parser.parse_args(arguments)
 
 
-def run(recipe: Recipe, names: list[str], photographs: torch.Tensor, seed: int) -> tuple[dict, torch.Tensor]:
-    """Everything the report needs: (results as JSON holds them, samples [n, 3, S, S])."""
+def run(recipe: Recipe, names: list[str], photographs: torch.Tensor, seed: int, picture: Path) -> dict:
+    """Both stages, a picture after each. Returns the results as JSON holds them."""
     print(f"photographs: {', '.join(names)}; {recipe.steps} steps of {recipe.batch_size} images, {serving_backends()}")
     fused = Contender(recipe, photographs, seed, eager=False)
     eager = Contender(recipe, photographs, seed, eager=True)
-    step_times = compare_steps(fused, eager)
+    measured = compare_steps(fused, eager)
     errors = gradient_errors(fused, seed)
-    peaks = {f"peak_mb_{name}": measure(name, recipe, len(names)) for name in ("eager", "fused")}
-    curve, samples = train(fused, seed)
-    reached = psnr(samples, photographs)
+    measured |= {f"peak_mb_{name}": measure(name, recipe, len(names)) for name in ("eager", "fused")}
+    about = {
+        "photographs": names,
+        "seed": seed,
+        "recipe": recipe.as_dict(),
+        "backends": serving_backends(),
+        "machine": machine.description("cpu", ROOT) | {"command": " ".join(["python", *sys.argv])},
+    }
+
+    def report(curve: list[tuple[int, list[float]]], samples: torch.Tensor) -> dict:
+        results = measured | about | found(fused, eager, errors, seed, curve, samples)
+        write_picture(results, photographs, samples, picture)
+        return results
+
+    samples = fused.sample(seed)
+    report([(len(fused.losses), psnr(samples, photographs))], samples)
+    print(f"wrote a first {picture}", flush=True)
+    return report(*train(fused, seed))
+
+
+def found(fused: Contender, eager: Contender, errors: dict, seed: int, curve: list, samples: torch.Tensor) -> dict:
+    """What the steps so far have shown, and whether the promises are kept.
+
+    Args:
+        errors: of the gradients, see `gradient_errors`.
+        curve: [(step, PSNR of each photograph)], the last one that of `samples` [n, 3, S, S].
+    """
+    reached, required = curve[-1][1], fused.recipe.required_psnr
     worst_fused, worst_eager = (max(pair[index] for pair in errors.values()) for index in (0, 1))
     difference = loss_difference(fused, eager)
-    noise = torch.randn(photographs.shape, generator=torch.Generator().manual_seed(seed))
-    results = {
+    noise = torch.randn(samples.shape, generator=torch.Generator().manual_seed(seed))
+    return {
         "psnr": min(reached),
         "psnr_per_photograph": reached,
-        **step_times,
-        **peaks,
         "max_gradient_error": worst_fused,
         "max_gradient_error_eager": worst_eager,
         "max_loss_difference": difference,
         "promises": {
-            "psnr": promise(min(reached), recipe.required_psnr, min(reached) >= recipe.required_psnr),
+            "psnr": promise(min(reached), required, min(reached) >= required),
             "max_gradient_error": promise(worst_fused, GRADIENT_ERROR, worst_fused <= GRADIENT_ERROR),
             "max_loss_difference": promise(difference, LOSS_DIFFERENCE, difference <= LOSS_DIFFERENCE),
         },
-        "photographs": names,
-        "seed": seed,
-        "steps": recipe.steps,
-        "recipe": recipe.as_dict(),
-        "backends": serving_backends(),
-        "machine": machine.description("cpu", ROOT) | {"command": " ".join(["python", *sys.argv])},
+        "steps": len(fused.losses),
         "psnr_curve": curve,
         "energy_spectra": {
-            "photographs": energy_spectrum(photographs),
-            "samples": energy_spectrum(samples),
-            "noise": energy_spectrum(noise),
+            "photographs": diagonal_energies(fused.photographs),
+            "samples": diagonal_energies(samples),
+            "noise": diagonal_energies(noise),
         },
         "gradient_errors": {name: dict(zip(("fused", "eager"), pair, strict=True)) for name, pair in errors.items()},
         "losses_eager": eager.losses,
         "losses_fused": fused.losses,
     }
-    return results, samples
 
 
 def promise(value: float, bound: float, kept: bool) -> dict:

@@ -15,10 +15,9 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from _photos import readable, shipped_photographs  # noqa: E402
-from _program import exit_status  # noqa: E402
+from command_line.arguments import positive
+from command_line.failures import exit_status
+from images.photographs import readable, shipped_photographs
 
 SIDES = (96, 256)  # of a crop, least and most
 
@@ -29,11 +28,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-        return int(text)
-
     parser = argparse.ArgumentParser(prog="python/photo_crops.py", description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="folder to make, or to add to")
     parser.add_argument("--image", type=Path, action="append", help="cut from this one instead (repeatable)")

@@ -17,12 +17,15 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+import torch
+from tqdm import tqdm
 
-import torch  # noqa: E402
-from _program import exit_status, out_of_memory  # noqa: E402
-from _sample_folder import ANIMATIONS, SampleFolder  # noqa: E402
-from _sampling import (  # noqa: E402
+from command_line.arguments import natural
+from command_line.failures import exit_status, out_of_memory
+from deco_kernels import flow, model
+from deco_kernels.training.images import to_pixels
+from sampling.folder import ANIMATIONS, SampleFolder
+from sampling.inputs import (
     DTYPES,
     Condition,
     Conditioner,
@@ -30,16 +33,11 @@ from _sampling import (  # noqa: E402
     device_of,
     dtype_of,
     load_network,
-    natural,
     noise_of,
     read_conditions,
     reads_text,
     solver_settings,
 )
-from tqdm import tqdm  # noqa: E402
-
-from deco_kernels import flow, model  # noqa: E402
-from deco_kernels.training.images import to_pixels  # noqa: E402
 
 FRAMES = 25  # of an animation, at most
 BATCH = 16  # images at a time on a GPU

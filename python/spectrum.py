@@ -16,15 +16,17 @@ import csv
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
 import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
-from _program import exit_status  # noqa: E402
-from _sampling import (  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from command_line.failures import exit_status  # noqa: E402
+from deco_kernels.model.checkpoint_file import complete_or_absent  # noqa: E402
+from images.spectra import high_share, shares, zigzag  # noqa: E402
+from sampling.inputs import (  # noqa: E402
     DTYPES,
     Conditioner,
     add_options,
@@ -35,10 +37,7 @@ from _sampling import (  # noqa: E402
     read_conditions,
     solver_settings,
 )
-from _spectra import SIGNALS, SpectrumRecorder, high_share, shares, zigzag  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from deco_kernels.model.checkpoint_file import complete_or_absent  # noqa: E402
+from sampling.spectrum_recorder import SIGNALS, SpectrumRecorder  # noqa: E402
 
 TITLES = {"dit_output": "output of the DiT", "velocity": "pixel velocity"}
 BATCH = 16  # images at a time

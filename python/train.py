@@ -14,11 +14,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from _program import exit_status  # noqa: E402
-
-from deco_kernels.training import config as configuration  # noqa: E402
+from command_line.failures import exit_status
+from deco_kernels.training import config as configuration
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,19 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
+import ablate
 from deco_kernels import flow, model
 from deco_kernels.backends.reference.flow_matching_loss import block_dct_ycbcr
 from deco_kernels.training.images import to_signed
+from studies import catalog
+from studies import report as study_report
+from studies import run as study_run
+from studies.crops import Images, at_own_shape, at_square, cut, native_shapes
+from studies.learned_weight import LearnedWeightObjective
 
 PROGRAMS = Path(__file__).resolve().parents[2] / "python"
-sys.path.insert(0, str(PROGRAMS))
-
-import _crops  # noqa: E402
-import _studies  # noqa: E402
-import _study_report  # noqa: E402
-import _study_run  # noqa: E402
-import ablate  # noqa: E402
-from _learned_weight import LearnedWeightObjective  # noqa: E402
 
 SMALLEST = ["--preset", "deco-tiny", "--image-size", "48", "--batch-size", "2", "--steps", "2", "--seeds", "1"]
 
@@ -45,23 +43,22 @@ def half_and_half():
 
 @pytest.mark.parametrize(("held_out", "value"), [(False, 0), (True, 255)])
 def test_held_out_crops_share_no_pixel_with_training_crops(half_and_half, held_out, value):
-    shapes = _crops.native_shapes(48, 16)
+    shapes = native_shapes(48, 16)
     assert len(shapes) > 2
-    crops = _crops.cut([half_and_half, half_and_half], shapes, 20, seed=3, held_out=held_out)
-    groups = _crops.at_own_shape(crops)
+    crops = cut([half_and_half, half_and_half], shapes, 20, seed=3, held_out=held_out)
+    groups = at_own_shape(crops)
     assert sorted(groups) == sorted(shapes) and sum(len(images.labels) for images in groups.values()) == 40
     for shape, images in groups.items():
         assert images.pixels.shape[2:] == shape and set(images.labels.tolist()) == {0, 1}
         assert (images.pixels == value).all()
-    square = _crops.at_square(crops, 48)[48, 48]
+    square = at_square(crops, 48)[48, 48]
     assert square.pixels.shape == (40, 3, 48, 48)
 
 
 def test_crops_follow_the_seed(half_and_half):
     noisy = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 400, 3), dtype=np.uint8))
     first, again, other = (
-        _crops.at_square(_crops.cut([noisy], [(48, 48)], 3, seed, held_out=False), 48)[48, 48].pixels
-        for seed in (0, 0, 1)
+        at_square(cut([noisy], [(48, 48)], 3, seed, held_out=False), 48)[48, 48].pixels for seed in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
@@ -128,14 +125,14 @@ def test_unknown_rule():
 
 def test_velocity_errors_are_means_over_all_images():
     pixels = torch.randint(0, 256, (3, 3, 32, 48), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    groups = {(32, 48): _crops.Images(pixels, torch.tensor([0, 1, 1]))}
+    groups = {(32, 48): Images(pixels, torch.tensor([0, 1, 1]))}
     seen = []
 
     def network(x_t, t, y):
         seen.append((x_t, t))
         return x_t
 
-    errors = _study_run.velocity_errors(network, groups)
+    errors = study_run.velocity_errors(network, groups)
     x_t, t = (torch.cat(parts) for parts in zip(*seen, strict=True))
     assert sorted(t.tolist()) == pytest.approx([1 / 6, 3 / 6, 5 / 6])
     x = to_signed(pixels)
@@ -147,16 +144,16 @@ def test_velocity_errors_are_means_over_all_images():
 
 
 def tiny_run(folder, variant, **recipe):
-    recipe = _study_run.Recipe(**{"steps": 6, "batch_size": 2, "image_size": 32, "preset": "deco-tiny"} | recipe)
+    recipe = study_run.Recipe(**{"steps": 6, "batch_size": 2, "image_size": 32, "preset": "deco-tiny"} | recipe)
     pixels = torch.randint(0, 256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    training = {(32, 32): _crops.Images(pixels, torch.arange(5) % 2)}
+    training = {(32, 32): Images(pixels, torch.arange(5) % 2)}
     folder.mkdir(exist_ok=True)
-    return _study_run.Run(variant, recipe, 0, training, 2, folder)
+    return study_run.Run(variant, recipe, 0, training, 2, folder)
 
 
 @pytest.mark.parametrize("learned", [None, "likelihood"])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(learned, tmp_path):
-    variant = _study_run.Variant("plain", learned=learned)
+    variant = study_run.Variant("plain", learned=learned)
     straight = tiny_run(tmp_path / "straight", variant)
     straight.train(lambda count: None)
 
@@ -182,7 +179,7 @@ def test_variants_of_a_seed_see_the_same_noise_and_images(tmp_path, monkeypatch)
     monkeypatch.setattr(flow.Objective, "losses", lambda self, m, x, y, t, noise: seen.append((x, y, t, noise)) or {
         "total": sum(p.sum() for p in m.parameters()), "pixel": torch.zeros(())})  # fmt: skip
     for name, options in (("adaln", {}), ("add", {"interaction": "add"})):
-        tiny_run(tmp_path / name, _study_run.Variant(name, options), steps=2).train(lambda count: None)
+        tiny_run(tmp_path / name, study_run.Variant(name, options), steps=2).train(lambda count: None)
     assert len(seen) == 4
     for one, other in zip(seen[:2], seen[2:], strict=True):
         assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
@@ -197,11 +194,11 @@ def test_help(capsys):
         ablate.main(["--help"])
     assert stopped.value.code == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in _studies.STUDIES) and "--resume" in said
+    assert all(name in said for name in catalog.STUDIES) and "--resume" in said
 
 
 def test_names_of_the_studies():
-    assert ablate.STUDY_NAMES == tuple(_studies.STUDIES)
+    assert ablate.STUDY_NAMES == tuple(catalog.STUDIES)
 
 
 @pytest.mark.parametrize("name", ablate.STUDY_NAMES)
@@ -209,10 +206,10 @@ def test_smallest_run_of_every_study(name, tmp_path, monkeypatch, capsys):
     """Of the capacity study only two sizes, since the cost of each is measured for a second."""
     monkeypatch.setattr(ablate, "CROPS", 12)
     monkeypatch.setattr(ablate, "HELD_OUT_CROPS", 10)
-    study = _studies.STUDIES[name]
+    study = catalog.STUDIES[name]
     if name == "capacity":
         study = dataclasses.replace(study, variants=study.variants[:2])
-        monkeypatch.setitem(_studies.STUDIES, name, study)
+        monkeypatch.setitem(catalog.STUDIES, name, study)
     out = tmp_path / "out"
     assert ablate.main([name, *SMALLEST, "--out", str(out)]) == 0
     said = capsys.readouterr().out
@@ -264,7 +261,7 @@ def test_a_killed_study_resumes_and_grows(tmp_path, monkeypatch, capsys):
     result = json.loads((out / "runs" / "adaln-seed0" / "result.json").read_text())
     assert result["pixel_losses"][:100] == saved and len(result["pixel_losses"]) == 120
 
-    monkeypatch.setattr(_study_run.Run, "train", lambda *_: pytest.fail("a finished run was started again"))
+    monkeypatch.setattr(study_run.Run, "train", lambda *_: pytest.fail("a finished run was started again"))
     assert ablate.main([*arguments, "--resume"]) == 0
     assert ablate.main([*arguments, "--resume", "--steps", "121"]) == 2
     assert "steps 120 -> 121" in capsys.readouterr().err
@@ -304,7 +301,7 @@ def test_a_folder_belongs_to_one_process(tmp_path):
 
 
 def test_tables_never_leave_out_seeds_that_the_folder_holds(tmp_path):
-    study = _studies.STUDIES["interaction"]
+    study = catalog.STUDIES["interaction"]
     assert ablate.number_of_seeds(None, study, tmp_path) == 3 and ablate.number_of_seeds(1, study, tmp_path) == 1
     for folder in ("adaln-seed4", "add-seed0", "notes"):
         (tmp_path / "runs" / folder).mkdir(parents=True)
@@ -319,7 +316,7 @@ def test_files_that_other_programs_spoilt_are_named(tmp_path):
         (tmp_path / "settings.json").write_text(content)
         with pytest.raises(ValueError, match="settings.json is damaged; choose another folder"):
             ablate.claim(tmp_path, {"study": "interaction"}, resume=True)
-    variant = _study_run.Variant("plain")
+    variant = study_run.Variant("plain")
     tiny_run(tmp_path / "run", variant, steps=2, save_every=2).train(lambda count: None)
     state = tmp_path / "run" / "state.pt"
     state.write_bytes(state.read_bytes()[:2000])
@@ -343,10 +340,10 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeyp
         raise OSError("no space left")
 
     (tmp_path / "table.csv").write_text("before")
-    monkeypatch.setattr(_study_report, "write_csv", fail)
-    monkeypatch.setattr(_study_report, "summary", lambda *_: "text")
+    monkeypatch.setattr(study_report, "write_csv", fail)
+    monkeypatch.setattr(study_report, "summary", lambda *_: "text")
     with pytest.raises(OSError, match="no space left"):
-        _study_report.write_report(_studies.STUDIES["interaction"], None, [], {}, tmp_path)
+        study_report.write_report(catalog.STUDIES["interaction"], None, [], {}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
     assert (tmp_path / "table.csv").read_text() == "before"
 

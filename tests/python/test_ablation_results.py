@@ -3,15 +3,13 @@
 import csv
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "python"))
+from studies.catalog import STUDIES
 
-from _studies import STUDIES  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablations"
 PAGE = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")

@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import app
 from deco_kernels import flow, model
+from sampling import inputs
+from sampling.page import Painter
 from tests.random_models import random_model
 
 PROGRAMS = Path(__file__).resolve().parents[2] / "python"
-sys.path.insert(0, str(PROGRAMS))
-
-import _sampling  # noqa: E402
-import app  # noqa: E402
-from _page import Painter  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -37,7 +35,7 @@ def painter(checkpoint):
 
 def test_a_sample_is_that_of_the_solver(painter):
     shown = painter(2, 9, 1.5, 4)
-    noise = _sampling.noise_of(0, 4, (32, 48))[None]
+    noise = inputs.noise_of(0, 4, (32, 48))[None]
     label, null = torch.tensor([2]), torch.tensor([3])
     expected = flow.sample(painter.network, noise, label, null, steps=9, guidance=1.5, **painter.settings)[0]
     pixels = ((expected.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
@@ -83,7 +81,7 @@ class LengthEncoder(torch.nn.Module):
 def test_prompts_for_a_text_model():
     pytest.importorskip("gradio")
     network = random_model("deco-text-tiny").eval().requires_grad_(False)
-    conditioner = _sampling.Conditioner(network, torch.device("cpu"), LengthEncoder())
+    conditioner = inputs.Conditioner(network, torch.device("cpu"), LengthEncoder())
     settings = dict(solver="adams2", guidance_interval=(0.0, 1.0), shift=3.0)
     painter = Painter(network, conditioner, 25, 4.0, settings, (32, 32))
     short, long = (painter(prompt, 3, 2.0, 0) for prompt in ("a hill", "a hill behind a lake"))

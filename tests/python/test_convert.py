@@ -1,19 +1,14 @@
 """convert.py: every direction, what it says, exit statuses, and that bad input leaves nothing behind."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import convert
 from deco_kernels import model
 from tests.model.test_checkpoint_file import Options, published_file, same_bits
 from tests.random_models import random_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
-
-import convert  # noqa: E402
 
 
 def test_published_to_safetensors_to_own_form_and_back(tmp_path, capsys):

@@ -12,14 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+import demo
+from demonstration import contenders
+from images.photographs import center_crop, load_photographs, shipped_photographs, to_tensor
+from images.spectra import diagonal_energies
 from tests.random_models import randomise
 
 PROGRAMS = Path(__file__).resolve().parents[2] / "python"
-sys.path.insert(0, str(PROGRAMS))
-
-import _photos  # noqa: E402
-import _training  # noqa: E402
-import demo  # noqa: E402
 
 
 def write_image(path: Path, width: int, height: int, mode: str = "RGB") -> Path:
@@ -32,7 +31,7 @@ def write_image(path: Path, width: int, height: int, mode: str = "RGB") -> Path:
 
 
 def test_shipped_photographs_are_found_and_decoded():
-    names, images = _photos.load_photographs(_photos.shipped_photographs(), 64)
+    names, images = load_photographs(shipped_photographs(), 64)
     assert names == ["china.jpg", "flower.jpg"]
     assert images.shape == (2, 3, 64, 64) and images.dtype is torch.float32
     assert -1 <= images.min() < -0.5 and 0.5 < images.max() <= 1
@@ -44,14 +43,14 @@ def test_shipped_photographs_are_found_and_decoded():
 )
 def test_any_readable_image_is_cropped_to_the_size(tmp_path, width, height, mode):
     path = write_image(tmp_path / "image.png", width, height, mode)
-    names, images = _photos.load_photographs([path], 64)
+    names, images = load_photographs([path], 64)
     assert names == ["image.png"] and images.shape == (1, 3, 64, 64)
 
 
 def test_crop_is_centered_and_keeps_values(tmp_path):
     pixels = np.zeros((64, 128, 3), dtype=np.uint8)
     pixels[:, 32:96] = 255
-    image = _photos.to_tensor(_photos.center_crop(Image.fromarray(pixels), 64, 64))
+    image = to_tensor(center_crop(Image.fromarray(pixels), 64, 64))
     assert torch.equal(image, torch.ones(3, 64, 64))
 
 
@@ -59,10 +58,10 @@ def test_unreadable_images_are_named_and_left_out(tmp_path):
     text, missing = tmp_path / "text.jpg", tmp_path / "missing.png"
     text.write_text("no image")
     truncated = tmp_path / "truncated.jpg"
-    truncated.write_bytes(_photos.shipped_photographs()[0].read_bytes()[:5000])
+    truncated.write_bytes(shipped_photographs()[0].read_bytes()[:5000])
     good = write_image(tmp_path / "good.png", 64, 64)
     with pytest.warns(UserWarning) as said:
-        names, images = _photos.load_photographs([text, good, missing, truncated, tmp_path], 64)
+        names, images = load_photographs([text, good, missing, truncated, tmp_path], 64)
     assert names == ["good.png"] and len(images) == 1
     for path, warning in zip((text, missing, truncated, tmp_path), said, strict=True):
         assert str(path) in str(warning.message)
@@ -71,14 +70,14 @@ def test_unreadable_images_are_named_and_left_out(tmp_path):
 def test_psnr():
     reference = torch.zeros(2, 3, 8, 8)
     images = torch.stack([torch.full((3, 8, 8), 0.02), torch.full((3, 8, 8), -5.0)])
-    assert _photos.psnr(images, reference) == pytest.approx([40.0, -10 * math.log10(0.25)], abs=1e-4)
+    assert contenders.psnr(images, reference) == pytest.approx([40.0, -10 * math.log10(0.25)], abs=1e-4)
 
 
 def test_energy_spectrum_holds_the_whole_luminance_energy():
     images = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
     luminance = torch.einsum("c,bchw->bhw", torch.tensor([0.299, 0.587, 0.114]), images)
     entries = torch.tensor([min(index, 14 - index) + 1 for index in range(15)])
-    total = (torch.tensor(_photos.energy_spectrum(images)) * entries).sum() / 64
+    total = (torch.tensor(diagonal_energies(images)) * entries).sum() / 64
     torch.testing.assert_close(total, luminance.square().mean())
 
 
@@ -87,13 +86,13 @@ def test_energy_spectrum_holds_the_whole_luminance_energy():
 
 def test_gradient_errors_find_a_wrong_gradient(monkeypatch):
     """Random weights, since a fresh model's gradients vanish; the planted fault scales one gradient by 1.001."""
-    contender = _training.Contender(_training.FULL, torch.rand(1, 3, 32, 32) * 2 - 1, seed=0, eager=False)
+    contender = contenders.Contender(contenders.FULL, torch.rand(1, 3, 32, 32) * 2 - 1, seed=0, eager=False)
     randomise(contender.model)
-    errors = _training.gradient_errors(contender, seed=0)
+    errors = contenders.gradient_errors(contender, seed=0)
     assert errors.keys() == dict(contender.model.named_parameters()).keys()
     assert max(max(pair) for pair in errors.values()) < demo.GRADIENT_ERROR
     contender.model.decoder.fc2_weight.register_hook(lambda gradient: 1.001 * gradient)
-    wrong = _training.gradient_errors(contender, seed=0)
+    wrong = contenders.gradient_errors(contender, seed=0)
     assert wrong["decoder.fc2_weight"][0] > 5e-4 and wrong["decoder.fc2_weight"][1] < demo.GRADIENT_ERROR
 
 
@@ -133,7 +132,7 @@ def test_broken_promise_fails_the_demo(tmp_path, monkeypatch, quick, broken, cap
 
 
 def test_too_low_psnr_fails_the_demo(tmp_path, monkeypatch, quick):
-    monkeypatch.setattr(demo, "SHORT", dataclasses.replace(_training.FULL.shortened(2), required_psnr=25.0))
+    monkeypatch.setattr(demo, "SHORT", dataclasses.replace(contenders.FULL.shortened(2), required_psnr=25.0))
     assert demo.main(["--short", "--out", str(tmp_path)]) == 1
     report = json.loads((tmp_path / "report.json").read_text())
     assert not report["promises"]["psnr"]["kept"] and report["psnr"] < 25
@@ -154,19 +153,19 @@ def test_bad_arguments(arguments, capsys):
 
 
 def test_training_from_the_first_step():
-    recipe = dataclasses.replace(_training.SHORT, steps=2, psnr_every=1)
-    _, photographs = _photos.load_photographs(_photos.shipped_photographs(), recipe.image_size)
-    contender = _training.Contender(recipe, photographs, 0, eager=False)
-    curve, samples = _training.train(contender, 0)
+    recipe = dataclasses.replace(contenders.SHORT, steps=2, psnr_every=1)
+    _, photographs = load_photographs(shipped_photographs(), recipe.image_size)
+    contender = contenders.Contender(recipe, photographs, 0, eager=False)
+    curve, samples = contenders.train(contender, 0)
     assert [step for step, _ in curve] == [0, 1, 2] and len(contender.losses) == 2
     assert samples.shape == photographs.shape and samples.isfinite().all()
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("recipe", [_training.SHORT, _training.FULL], ids=["short", "full"])
+@pytest.mark.parametrize("recipe", [contenders.SHORT, contenders.FULL], ids=["short", "full"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_recipe_reaches_its_psnr(recipe, seed):
-    _, photographs = _photos.load_photographs(_photos.shipped_photographs(), recipe.image_size)
-    contender = _training.Contender(recipe, photographs, seed, eager=False)
-    _, samples = _training.train(contender, seed)
-    assert min(_photos.psnr(samples, photographs)) >= recipe.required_psnr
+    _, photographs = load_photographs(shipped_photographs(), recipe.image_size)
+    contender = contenders.Contender(recipe, photographs, seed, eager=False)
+    _, samples = contenders.train(contender, seed)
+    assert min(contenders.psnr(samples, photographs)) >= recipe.required_psnr

@@ -1,16 +1,13 @@
 """photo_crops.py: photographs of every kind, those that are left out, folders that are not touched."""
 
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
-
-import photo_crops  # noqa: E402
+import photo_crops
 
 
 @pytest.fixture

@@ -1,14 +1,10 @@
 """What the programs say and return when something fails."""
 
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
-
-from _program import exit_status  # noqa: E402
+from command_line.failures import exit_status
 
 
 def raising(error):

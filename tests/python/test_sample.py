@@ -14,17 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+import sample
 from deco_kernels import flow, model
+from sampling import folder, inputs
 from tests.random_models import random_model
 from tests.tiny_qwen3 import save_tiny_qwen3
 
 PROGRAMS = Path(__file__).resolve().parents[2] / "python"
-sys.path.insert(0, str(PROGRAMS))
-
-import _sample_folder  # noqa: E402
-import _sampling  # noqa: E402
-import sample  # noqa: E402
-
 SHORT = ["--size", "32", "--steps", "3"]
 
 # Bits depend on the number of threads, and this process's shall be those of others.
@@ -91,7 +87,7 @@ def test_images_are_those_of_the_sampler(class_checkpoint, tmp_path):
     options = ["--count", "4", "--batch", "4", "--classes", "1,5,9", "--seed", "8", "--animate", "4"]
     assert draw(class_checkpoint, tmp_path, *options, "--animation", "png", "--dtype", "float32") == 0
     network = model.load_model(class_checkpoint)
-    noise = torch.stack([_sampling.noise_of(i, 8, (32, 32)) for i in range(4)])
+    noise = torch.stack([inputs.noise_of(i, 8, (32, 32)) for i in range(4)])
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05 and not torch.equal(noise[0], noise[1])
     y = torch.tensor([1, 5, 9, 1])
     settings = dict(steps=3, guidance=3.2, guidance_interval=(0.1, 1.0))
@@ -222,10 +218,10 @@ def test_processes_that_begin_together_share_a_new_folder(tmp_path, monkeypatch)
         make_folder(path, *arguments, **options)
         if path.name == "images" and not made:
             made.append(path)
-            _sample_folder.SampleFolder(tmp_path / "out", settings, 4, 0, "gif")
+            folder.SampleFolder(tmp_path / "out", settings, 4, 0, "gif")
 
     monkeypatch.setattr(Path, "mkdir", make_folder_and_be_interrupted)
-    _sample_folder.SampleFolder(tmp_path / "out", settings, 4, 0, "gif")
+    folder.SampleFolder(tmp_path / "out", settings, 4, 0, "gif")
     assert made and json.loads((tmp_path / "out" / "run.json").read_text()) == {"size": [32, 32], "seed": 3}
 
 

@@ -2,20 +2,16 @@
 
 import csv
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import spectrum
 from deco_kernels import flow, model
+from images import spectra
+from sampling.spectrum_recorder import SIGNALS, SpectrumRecorder, velocity_and_dit_output
 from tests.random_models import random_batch, random_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
-
-import _spectra  # noqa: E402
-import spectrum  # noqa: E402
 
 
 def basis(vertical: int, horizontal: int, side: int) -> torch.Tensor:
@@ -30,7 +26,7 @@ def basis(vertical: int, horizontal: int, side: int) -> torch.Tensor:
 
 
 def test_zigzag_is_that_of_jpeg():
-    order = _spectra.zigzag()
+    order = spectra.zigzag()
     assert order[:10] == [(0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1), (3, 0)]
     assert order[27:30] == [(0, 6), (0, 7), (1, 6)] and order[35:37] == [(7, 0), (7, 1)]
     assert order[-3:] == [(6, 7), (7, 6), (7, 7)] and len(set(order)) == 64
@@ -40,14 +36,14 @@ def test_zigzag_is_that_of_jpeg():
 def test_a_basis_function_has_one_coefficient(frequency):
     signal = 3 * basis(*frequency, side=32).expand(2, 5, 32, 32)
     expected = torch.zeros(64)
-    expected[_spectra.zigzag().index(frequency)] = 9
-    torch.testing.assert_close(_spectra.energies(signal), expected, atol=1e-4, rtol=0)
+    expected[spectra.zigzag().index(frequency)] = 9
+    torch.testing.assert_close(spectra.energies(signal), expected, atol=1e-4, rtol=0)
 
 
 def test_white_noise_is_flat_and_energy_is_kept():
     """1,536 blocks in 4 channels: the spread of a mean of n squares of N(0, 1) is sqrt(2/n), about 1.8 %."""
     signal = 2 * torch.randn(6, 4, 128, 128, generator=torch.Generator().manual_seed(0))
-    found = _spectra.energies(signal)
+    found = spectra.energies(signal)
     assert (found / 4 - 1).abs().max() < 5 * math.sqrt(2 / 6144)
     torch.testing.assert_close(found.mean(), signal.square().mean())
 
@@ -55,9 +51,9 @@ def test_white_noise_is_flat_and_energy_is_kept():
 def test_shares_weigh_all_times_alike():
     flat, low = torch.full((64,), 5.0), torch.zeros(64)
     low[0] = 100.0
-    found = _spectra.shares({0.0: flat, 0.5: low})
+    found = spectra.shares({0.0: flat, 0.5: low})
     assert found[0].item() == pytest.approx((1 / 64 + 1) / 2) and found[1:].tolist() == pytest.approx([1 / 128] * 63)
-    assert _spectra.high_share(flat) == pytest.approx(0.5) and _spectra.high_share(low) == 0
+    assert spectra.high_share(flat) == pytest.approx(0.5) and spectra.high_share(low) == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"decoder_patch": 2}, {"save_memory": True}])
@@ -70,12 +66,12 @@ def test_dit_output_of_a_deco_lies_on_its_pixel_grid(options):
         decoder.up_bias.copy_(basis(2, 5, grid).reshape(-1, 1).expand(-1, decoder.width).reshape(-1))
     x, t, y = random_batch(height=64, width=48)
     with torch.no_grad():
-        velocity, dit_output = _spectra.velocity_and_dit_output(network, x, t, y)
+        velocity, dit_output = velocity_and_dit_output(network, x, t, y)
         assert torch.equal(velocity, network(x, t, y))
     side = 16 // decoder.decoder_patch
     assert dit_output.shape == (2, decoder.width, 4 * side, 3 * side)
-    energy = _spectra.energies(dit_output)
-    assert energy[_spectra.zigzag().index((2, 5))].item() == pytest.approx(1, rel=1e-5)
+    energy = spectra.energies(dit_output)
+    assert energy[spectra.zigzag().index((2, 5))].item() == pytest.approx(1, rel=1e-5)
     assert energy.sum().item() == pytest.approx(1, rel=1e-5)
 
 
@@ -83,7 +79,7 @@ def test_dit_output_of_the_plain_dit_is_the_velocity():
     network = random_model("dit-tiny")
     x, t, y = random_batch()
     with torch.no_grad():
-        velocity, dit_output = _spectra.velocity_and_dit_output(network, x, t, y)
+        velocity, dit_output = velocity_and_dit_output(network, x, t, y)
         assert torch.equal(velocity, network(x, t, y)) and torch.equal(velocity, dit_output)
 
 
@@ -92,7 +88,7 @@ def test_recorded_are_conditional_velocities_along_the_samples():
     network = random_model("dit-tiny")
     noise, _, y = random_batch(batch=3)
     null, settings = torch.full_like(y, network.null_label), dict(steps=4, guidance=3.0)
-    recorder = _spectra.SpectrumRecorder(network)
+    recorder = SpectrumRecorder(network)
     for part in (slice(0, 2), slice(2, 3)):
         recorder.sample(noise[part], y[part], null[part], **settings)
     _, states = flow.sample(network, noise, y, null, **settings, trajectory=True)
@@ -101,7 +97,7 @@ def test_recorded_are_conditional_velocities_along_the_samples():
     for (time, energy), state in zip(found.items(), states, strict=False):
         with torch.no_grad():
             velocity = network(state, torch.full((3,), time), y)
-        torch.testing.assert_close(energy.float(), _spectra.energies(velocity), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(energy.float(), spectra.energies(velocity), rtol=1e-3, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +120,7 @@ def test_table_and_picture(two_checkpoints, tmp_path, capsys):
         chosen = [row for row in rows if row["model"] == name and row["signal"] == signal and row["time"] == "0"]
         assert [int(row["zigzag"]) for row in chosen] == list(range(64))
         assert sum(float(row["share"]) for row in chosen) == pytest.approx(1, abs=1e-4)
-    same = [[row["energy"] for row in rows if row["model"] == "DiT" and row["signal"] == s] for s in _spectra.SIGNALS]
+    same = [[row["energy"] for row in rows if row["model"] == "DiT" and row["signal"] == s] for s in SIGNALS]
     assert same[0] == same[1]
     with Image.open(out / "spectrum.png") as picture:
         assert picture.width == 900

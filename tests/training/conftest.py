@@ -88,7 +88,7 @@ def environments(processes: int, slurm: bool = False) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def trainer():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
     command = [sys.executable, "-m", "tests.training.forks"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

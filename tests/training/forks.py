@@ -14,15 +14,12 @@ import signal
 import sys
 import time
 import traceback
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
+import lightning_fabric  # noqa: F401
+import torch
 
-import lightning_fabric  # noqa: E402, F401
-import torch  # noqa: E402
-import train  # noqa: E402
-
-from deco_kernels.training import loop  # noqa: E402, F401
+import train
+from deco_kernels.training import loop  # noqa: F401
 
 
 def start(job: dict) -> int:

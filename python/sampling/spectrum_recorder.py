@@ -7,31 +7,12 @@ import torch
 from torch import nn
 
 from deco_kernels import flow, model
-from deco_kernels.backends.reference.flow_matching_loss import BLOCK, block_dct
+from deco_kernels.backends.reference.flow_matching_loss import BLOCK
 from deco_kernels.model.patches import from_patches
 from deco_kernels.model.pixel_decoder import upsample
+from images.spectra import energies
 
 SIGNALS = ("dit_output", "velocity")
-
-
-def zigzag() -> list[tuple[int, int]]:
-    """(vertical, horizontal) frequency of the 64 coefficients of a block in JPEG's order, low to high."""
-
-    def place(frequency: tuple[int, int]) -> tuple[int, int]:
-        row, column = frequency
-        return row + column, row if (row + column) % 2 else column
-
-    return sorted(((row, column) for row in range(BLOCK) for column in range(BLOCK)), key=place)
-
-
-def energies(signal: torch.Tensor) -> torch.Tensor:
-    """Mean squared DCT coefficients, over images, channels and 8x8 blocks, of [B, C, H, W] in zig-zag order, [64].
-
-    The DCT is orthonormal: their mean is the mean square of the signal (where no side had to be padded to 8).
-    """
-    mean = block_dct(signal.float()).square().mean((0, 1, 2, 3))
-    rows, columns = zip(*zigzag(), strict=True)
-    return mean[list(rows), list(columns)].cpu()
 
 
 class SpectrumRecorder:
@@ -86,13 +67,3 @@ def velocity_and_dit_output(network: nn.Module, x: torch.Tensor, t: torch.Tensor
     pixels = upsample(given[0], decoder.up_weight, decoder.up_bias, decoder.width)
     sides = [side // decoder.decoder_patch for side in x.shape[-2:]]
     return velocity, from_patches(pixels.transpose(-1, -2), decoder.grid, *sides)
-
-
-def shares(spectra: dict[float, torch.Tensor]) -> torch.Tensor:
-    """Each coefficient's share of the energy at a time, averaged over times, [64]."""
-    return torch.stack([energy / energy.sum() for energy in spectra.values()]).mean(0)
-
-
-def high_share(energy: torch.Tensor) -> float:
-    """The share of the upper half of the coefficients, 32 to 63 in zig-zag order."""
-    return (energy[BLOCK**2 // 2 :].sum() / energy.sum()).item()

@@ -1,4 +1,4 @@
-"""Photographs: finding, decoding, cropping, and the figures a reproduction is judged by."""
+"""Photographs: finding, decoding and cropping."""
 
 import importlib.util
 import warnings
@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from deco_kernels.backends.reference.flow_matching_loss import block_dct_ycbcr
 from deco_kernels.training.images import center_crop, open_image, to_signed, to_uint8, upright_rgb
 
 
@@ -47,22 +46,3 @@ def load_photographs(paths: list[Path], size: int) -> tuple[list[str], torch.Ten
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """RGB image -> [3, H, W] float32 in [-1, 1]."""
     return to_signed(to_uint8(image))
-
-
-def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] -> [0, 1], clamped."""
-    return ((images + 1) / 2).clamp(0, 1)
-
-
-def psnr(images: torch.Tensor, references: torch.Tensor) -> list[float]:
-    """Peak signal-to-noise ratio in dB of each image [n, 3, H, W] in [-1, 1] after clamping, peak 1 in [0, 1]."""
-    error = (to_unit(images) - to_unit(references)).square().flatten(1).mean(1)
-    return (-10 * torch.log10(error.clamp_min(1e-12))).tolist()
-
-
-def energy_spectrum(images: torch.Tensor) -> list[float]:
-    """Mean squared luminance coefficient of the 8x8 block DCT of [n, 3, H, W] on each diagonal u + v = 0..14."""
-    energy = block_dct_ycbcr(images)[:, 0].square().mean((0, 1, 2))
-    frequency = torch.arange(8)
-    diagonal = frequency[:, None] + frequency
-    return [energy[diagonal == index].mean().item() for index in range(15)]

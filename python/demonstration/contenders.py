@@ -5,7 +5,6 @@ import statistics
 import time
 
 import torch
-from _photos import psnr
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -131,6 +130,17 @@ def gradient_errors(fused: Contender, seed: int) -> dict[str, tuple[float, float
         return ((actual - exact[index]).norm() / exact[index].norm()).item()
 
     return {name: (error(ours[i], order[name]), error(eager[order[name]], order[name])) for i, name in enumerate(names)}
+
+
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> [0, 1], clamped."""
+    return ((images + 1) / 2).clamp(0, 1)
+
+
+def psnr(images: torch.Tensor, references: torch.Tensor) -> list[float]:
+    """Peak signal-to-noise ratio in dB of each image [n, 3, H, W] in [-1, 1] after clamping, peak 1 in [0, 1]."""
+    error = (to_unit(images) - to_unit(references)).square().flatten(1).mean(1)
+    return (-10 * torch.log10(error.clamp_min(1e-12))).tolist()
 
 
 def train(contender: Contender, seed: int) -> tuple[list[tuple[int, list[float]]], torch.Tensor]:

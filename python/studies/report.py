@@ -5,13 +5,12 @@ import statistics
 from pathlib import Path
 
 import torch
-from _studies import Costs, Results, Study, mean_weight
-from _study_run import Recipe, write_json
 from matplotlib.figure import Figure
 
-from benchmarks.report.markdown import section, table
 from deco_kernels import ops
 from deco_kernels.model.checkpoint_file import complete_or_absent
+from studies.catalog import Costs, Results, Study, mean_weight
+from studies.run import Recipe, write_json
 
 
 def write_report(study: Study, recipe: Recipe, results: Results, costs: Costs, out: Path) -> str:
@@ -77,7 +76,9 @@ def summary(study: Study, recipe: Recipe, results: Results, costs: Costs) -> str
         f"Shows: {study.shows}",
         f"Cannot show: {study.cannot}",
     ]
-    return section(f"# {study.title}", table(heads, lines), notes) + "\n"
+    rows = [heads, ["---", *["---:"] * (len(heads) - 1)], *lines]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    return "\n\n".join([f"# {study.title}", table, "\n".join(f"- {note}" for note in notes)]) + "\n"
 
 
 def weight_notes(study: Study, results: Results) -> list[str]:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _crops import Images
-from _learned_weight import LearnedWeightObjective
 
 from deco_kernels import flow, model, ops
 from deco_kernels.backends.reference.flow_matching_loss import block_dct_ycbcr
@@ -18,6 +16,8 @@ from deco_kernels.training.checkpoints import write_atomically
 from deco_kernels.training.ema import MovingAverage
 from deco_kernels.training.images import to_signed
 from deco_kernels.training.module import draw_per_image
+from studies.crops import Images
+from studies.learned_weight import LearnedWeightObjective
 
 Groups = dict[tuple[int, int], Images]
 

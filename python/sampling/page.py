@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from _photos import energy_spectrum
-from _sampling import Conditioner, noise_of, reads_text
 from matplotlib.figure import Figure
 from torch import nn
 
 from deco_kernels import flow
 from deco_kernels.training.images import to_pixels
+from images.spectra import diagonal_energies
+from sampling.inputs import Conditioner, noise_of, reads_text
 
 FRAMES = 8  # states of the trajectory that are shown, noise and sample included
 
@@ -88,7 +88,7 @@ def spectrum(states: list[torch.Tensor], captions: list[str]) -> Figure:
     axis = figure.subplots()
     for number, (state, caption) in enumerate(zip(states, captions, strict=True)):
         shade = number / max(1, len(states) - 1)
-        axis.plot(range(15), energy_spectrum(state.float().cpu()), color=(shade, 0.2, 1 - shade), label=caption)
+        axis.plot(range(15), diagonal_energies(state.float().cpu()), color=(shade, 0.2, 1 - shade), label=caption)
     axis.set(xlabel="vertical + horizontal frequency", ylabel="energy of luminance", yscale="log")
     axis.set_title("8x8 DCT of the trajectory's states")
     axis.legend(fontsize=7)

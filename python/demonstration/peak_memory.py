@@ -1,7 +1,7 @@
 """Peak memory growth of the first training steps of one contender; runs in a process of its own.
 
-`python _peak_memory.py fused|eager PHOTOGRAPHS SIZE BATCH THREADS` prints the growth in bytes: the process's highest
-resident memory during two steps (gradients and optimiser state included) less what it held before them.
+`python -m demonstration.peak_memory fused|eager PHOTOGRAPHS SIZE BATCH THREADS` prints the growth in bytes: the
+process's highest resident memory during two steps, gradients and optimiser state included, less what it held before.
 """
 
 import dataclasses
@@ -10,18 +10,19 @@ import sys
 from pathlib import Path
 
 import torch
-from _training import FULL, Contender, Recipe
 
 from deco_kernels.machine import default_heap, peak_bytes, reset_peak
+from demonstration.contenders import FULL, Contender, Recipe
 
+PROGRAMS = Path(__file__).resolve().parents[1]
 STEPS = 2
 
 
 def measure(name: str, recipe: Recipe, photographs: int) -> float:
     """Growth in MB (10^6 bytes), in a fresh process with glibc's default heap, which gives large blocks back."""
     sizes = (photographs, recipe.image_size, recipe.batch_size, torch.get_num_threads())
-    command = [sys.executable, str(Path(__file__).resolve()), name, *map(str, sizes)]
-    answer = subprocess.run(command, env=default_heap(), capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "demonstration.peak_memory", name, *map(str, sizes)]
+    answer = subprocess.run(command, cwd=PROGRAMS, env=default_heap(), capture_output=True, text=True, check=False)
     if answer.returncode:
         raise RuntimeError(f"measuring the peak memory of {name} failed:\n{answer.stderr}")
     return int(answer.stdout) / 1e6

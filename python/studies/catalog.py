@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from _study_run import Recipe, Variant
 from matplotlib.axes import Axes
 
-from benchmarks.harness.measure import Options, measure
-from benchmarks.names import DEVICE_BACKENDS, PUBLISHED, TRAINING
-from benchmarks.ops.problem import problem_of
-from benchmarks.ops.sizes import Size
 from deco_kernels import ops
+from studies.run import Recipe, Variant
 
-Results = list[dict[str, Any]]  # what every run wrote, see `_study_run.Run.finish`
+ROOT = Path(__file__).resolve().parents[2]
+
+Results = list[dict[str, Any]]  # what every run wrote, see `studies.run.Run.finish`
 Costs = dict[str, dict[str, float]]  # variant → column → value
 
 
@@ -24,7 +26,7 @@ Costs = dict[str, dict[str, float]]  # variant → column → value
 class Study:
     """A comparison of variants.
 
-    steps, seeds: of the small form. native: crops have the aspect ratios of `_crops.native_shapes`, not 1.
+    steps, seeds: of the small form. native: crops have the aspect ratios of `studies.crops.native_shapes`, not 1.
     cost: measures what a variant costs, or None. draw: fills further axes; panels: their number.
     """
 
@@ -49,18 +51,13 @@ CANNOT = (
 
 def decoder_cost(variant: Variant, recipe: Recipe) -> dict[str, float]:
     """Time and arithmetic of the decoder alone in a training step of the recipe's batch, float32, on this CPU."""
-    sizes = {"decoder_width": variant.model["decoder_width"], "depth": variant.model["decoder_depth"]}
-    side = recipe.image_size
-    size = Size(batch=recipe.batch_size, height=side, width=side, **sizes)
-    options = Options("cpu", DEVICE_BACKENDS["cpu"], compiled=(), budget_s=1.0, min_rounds=3)
-    rows = measure(problem_of("pixel_decoder"), size, torch.float32, TRAINING, options)
-    ms = {row["contender"]: row["ms"] for row in rows if row["status"] == "ok" and row["pass"] == TRAINING}
-    fused = min(ms[name] for name in DEVICE_BACKENDS["cpu"] if name in ms)
-    return {
-        "decoder, ms": fused,
-        "in published eager, ms": ms[PUBLISHED],
-        "kFLOP per pixel": rows[0]["flops"] / size.pixels / 1e3,
-    }
+    side, decoder = recipe.image_size, variant.model
+    size = f"B={recipe.batch_size},H={side},W={side},D={decoder['decoder_width']},N={decoder['decoder_depth']}"
+    command = [sys.executable, "-m", "benchmarks.models.decoder_cost", size]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise OSError(f"measuring the decoder of {variant.name} failed:\n{answer.stderr}")
+    return json.loads(answer.stdout)
 
 
 def mean_error(results: Results, variant: str, images: str = "squares", metric: str = "pixel") -> float:

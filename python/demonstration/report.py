@@ -8,7 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
-from _photos import to_unit  # noqa: E402
+
+from demonstration.contenders import to_unit  # noqa: E402
 
 
 def write_json(results: dict, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What sample.py and spectrum.py share: the model, what is to be sampled, solver settings, the noise of an image."""
+"""What is sampled and with what: the model, conditions, solver settings, the noise of an image."""
 
 import argparse
 import csv
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from command_line.arguments import image_size, natural, positive, thread_count
 from deco_kernels import flow, model
 from deco_kernels.files import kind_at
 
@@ -20,37 +21,11 @@ CLASS_SETTINGS = dict(solver="euler", steps=100, guidance=3.2, guidance_interval
 TEXT_SETTINGS = dict(solver="adams2", steps=25, guidance=4.0, guidance_interval=(0.0, 1.0), shift=3.0)
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-MOST_THREADS = 1024  # tens of thousands end the process without a word
-
 Condition = int | str
 """A class or a prompt."""
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
-
-
-def natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if natural(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def thread_count(text: str) -> int:
-    if positive(text) > MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS} threads, got {text!r}")
-    return int(text)
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """(height, width): "256" → (256, 256), "256x384" → (256, 384)."""
-    height, _, width = text.partition("x")
-    return positive(height), positive(width or height)
 
 
 def add_options(parser: argparse.ArgumentParser, batch: str, count: int | None = None) -> None:

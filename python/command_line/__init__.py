@@ -1,0 +1,1 @@
+"""What every program does with its arguments and with failures that a user can mend."""

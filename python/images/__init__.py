@@ -1,0 +1,1 @@
+"""Photographs, and DCT spectra of images."""

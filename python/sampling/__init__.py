@@ -1,0 +1,1 @@
+"""What sample.py, spectrum.py and app.py are made of."""
