@@ -8,7 +8,8 @@
 # make gpu-check   what only a GPU can show, with this machine's own Python and no network -> out/gpu-check
 # make lint        style
 #
-# All but gpu-check work in .venv, which they make and fill with the pinned versions when these have changed.
+# All but gpu-check work in .venv, which they make. Each adds the pinned packages that it needs (requirements/) where they
+# are missing or a pin has changed: demo, bench and lint few, the others all of them.
 # PYTHON=/path/to/python3 chooses the interpreter (3.10 or later), ARGS="..." adds arguments:
 # make test ARGS="-k pixel_decoder", make demo ARGS=--short, make bench ARGS="pixel_decoder --quick".
 
@@ -31,7 +32,7 @@ LEFT_OUT  := not gpu and not long and not timing and not aot_all
 
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: test test-long test-timing aot-all demo bench gpu-check lint env clean
+.PHONY: test test-long test-timing aot-all demo bench gpu-check lint env env-demo clean
 .DELETE_ON_ERROR:
 
 test: env
@@ -49,13 +50,13 @@ test-timing: env
 aot-all: env
 	$(RUN) -m benchmarks static --everywhere $(ARGS)
 
-demo: env
+demo: env-demo
 	$(RUN) python/demo.py $(ARGS)
 
-bench: env
+bench: $(if $(filter static training,$(ARGS)),env,$(VENV)/.native)
 	$(RUN) -m benchmarks $(ARGS)
 
-lint: env
+lint: $(VENV)/.demo-installed $(VENV)/.lint-installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	git ls-files '*.c' '*.cpp' '*.cu' '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
@@ -63,7 +64,9 @@ lint: env
 gpu-check:
 	@$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
-env: $(VENV)/.native
+env: env-demo $(VENV)/.triton-installed
+
+env-demo: $(VENV)/.native $(VENV)/.photographs-installed
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.10 with venv on PATH; install one (on Debian and Ubuntu" \
@@ -72,13 +75,18 @@ $(VENV)/.created:
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-$(VENV)/.pins: requirements-dev.txt requirements-triton.txt $(VENV)/.created
-	$(RUN) -m pip install -r requirements-dev.txt
-	$(RUN) -m pip install --no-deps -r requirements-triton.txt
+# These are installed without what they depend on.
+ALONE := photographs triton
+
+$(VENV)/.%-installed: requirements/%.txt $(VENV)/.created
+	$(RUN) -m pip install $(if $(filter $*,$(ALONE)),--no-deps) -r $<
 	@touch $@
 
+$(VENV)/.test-installed $(VENV)/.lint-installed: $(VENV)/.demo-installed
+$(VENV)/.triton-installed: $(VENV)/.test-installed
+
 # The package points into this tree; its native module is then built in place, which recompiles changed sources alone.
-$(VENV)/.package: pyproject.toml setup.py $(VENV)/.pins
+$(VENV)/.package: pyproject.toml setup.py $(VENV)/.demo-installed
 	DECO_KERNELS_BUILD=none $(RUN) -m pip install --no-build-isolation --no-deps -e .
 	@touch $@
 
