@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deco_kernels.model.arguments import require_sizes
+
 
 class Qwen3TextEncoder(nn.Module):
     """Prompts to text features [B, max_length, width], through the package transformers.
@@ -45,9 +47,7 @@ class Qwen3TextEncoder(nn.Module):
         truncate: bool = False,
     ):
         super().__init__()
-        for name, size in (("max_length", max_length), ("width", width)):
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
+        require_sizes(max_length=max_length, width=width)
         self.max_length, self.width, self.truncate = max_length, width, truncate
         self.tokenizer, self.model = _load(os.fspath(path_or_id), dtype)
         longest = self.model.config.max_position_embeddings

@@ -21,6 +21,8 @@ def check(config: TrainConfig, resumed: bool = False) -> None:
     Raises:
         ValueError, TypeError, OSError: the message names the key.
     """
+    if (found := kind_at(config.out)) not in ("nothing", "a folder"):
+        raise ValueError(f"out: expected a folder, found {found} at {config.out}; choose another name")
     check_source(config.data)
     with torch.device("meta"):  # whose random numbers import a part of PyTorch: after the paths
         network = model.build(config.model.name, **config.model.options)

@@ -100,6 +100,8 @@ def test_bad_sizes(tiny_qwen3):
     ):
         with pytest.raises(ValueError, match=message):
             model.Qwen3TextEncoder(tiny_qwen3, **options)
+    with pytest.raises(TypeError, match=r"width: expected an int, got 20.0 \(float\); pass a whole number"):
+        model.Qwen3TextEncoder(tiny_qwen3, width=20.0)
 
 
 def test_without_transformers(monkeypatch):

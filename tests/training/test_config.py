@@ -155,6 +155,7 @@ def test_samples_that_cannot_be_drawn(num_classes, sample, said):
         ("sample.guidance_interval=[0.5]", "sample.guidance_interval: expected (lo, hi)"),
         ("sample.shift=0", "sample.shift: expected a positive finite number, got 0"),
         ("data.path=/nowhere", "data.path: expected a folder with one folder per class, found none at /nowhere"),
+        ("out=/dev/null", "out: expected a folder, found a device at /dev/null; choose another name"),
         ("data.kind=table", "data.path: expected files, found a folder at"),
         ("model.options.num_classes=1", "has labels from 0 to 1, the model has 1 classes; see model.options.num_class"),
         ("model.name=deco-text-tiny", "data.kind: folders hold classes, not captions"),
