@@ -42,10 +42,17 @@ def imports_of(importer: str) -> list[tuple[str, str]]:
         if isinstance(node, ast.Import):
             found += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            source = source_of(importer, node)
             for alias in node.names:
-                full = f"{node.module}.{alias.name}"
-                found.append((full, "") if own(importer, full) in MODULES else (node.module, alias.name))
+                full = f"{source}.{alias.name}"
+                found.append((full, "") if own(importer, full) in MODULES else (source, alias.name))
     return [(own(importer, module), name) for module, name in found if own(importer, module) in MODULES]
+
+
+def source_of(importer: str, node: ast.ImportFrom) -> str:
+    """The absolute name of what an import takes names from."""
+    parts = importer.split(".") + [""] * (MODULES[importer].name == "__init__.py")
+    return ".".join([*parts[: -node.level], *filter(None, [node.module])] if node.level else [str(node.module)])
 
 
 def own(importer: str, module: str) -> str:
@@ -87,6 +94,11 @@ def test_no_private_name_of_another_module():
         if name.startswith("_") and not name.startswith("__")
     ]
     assert not found
+
+
+def test_relative_imports_are_seen():
+    modules = {module for module, _ in imports_of("deco_kernels.backends.triton.adaln_block")}
+    assert "deco_kernels.backends.triton.launching" in modules
 
 
 def test_the_order_is_that_of_the_tree():
