@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import deco_kernels
 from deco_kernels import __main__ as report
 from deco_kernels.ops import registry
 
@@ -161,6 +162,7 @@ def test_wheel_holds_the_package_alone(source_tree, tmp_path):
     assert "deco_kernels/py.typed" in names and any(name.endswith("/LICENSE") for name in names)
     assert "Requires-Dist: torch>=2.9" in metadata and "Requires-Python: >=3.10" in metadata
     assert "License-Expression: BSD-3-Clause" in metadata
+    assert f"Version: {deco_kernels.__version__}\n" in metadata
 
 
 @pytest.mark.long

@@ -107,6 +107,7 @@ def test_demo_writes_the_report(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "missing.jpg is left out" in result.stderr and "training" in result.stderr
+    assert result.stdout.index(f"wrote a first {out / 'report.png'}") < result.stdout.index("report.json after")
     report = json.loads((out / "report.json").read_text())
     assert report["photographs"] == ["own.png"] and report["steps"] == 3
     assert len(report["losses_fused"]) == len(report["losses_eager"]) == 3
