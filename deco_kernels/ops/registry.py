@@ -232,8 +232,8 @@ def _register(name: str, schema: str, implementation: Callable, fake: Callable) 
 
 def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tensor_count: int) -> Callable:
     """The autograd function around the two operators. Only the inputs are saved between forward and backward. It is
-    applied to every call: inside functional transforms `requires_grad` does not say whether a derivative will be asked
-    for."""
+    applied to every call outside torch.compile: inside functional transforms `requires_grad` does not say whether a
+    derivative will be asked for."""
 
     class Backward(torch.autograd.Function):
         generate_vmap_rule = True
@@ -285,6 +285,11 @@ def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tens
             )
 
     def apply(*arguments):
-        return (Forward if torch.compiler.is_compiling() else ForwardWithJvp).apply(*arguments)
+        if not torch.compiler.is_compiling():
+            return ForwardWithJvp.apply(*arguments)
+        tensors = [tensor for tensor in arguments[:tensor_count] if tensor is not None]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return Forward.apply(*arguments)
+        return forward_op(*arguments)  # torch.compile does not trace an autograd function without a gradient
 
     return apply

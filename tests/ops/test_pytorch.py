@@ -71,6 +71,17 @@ def test_compile_fullgraph(op, dynamic):
         assert_same(gradients_of(compiled, inputs), gradients_of(loss_of, inputs), 1e-6)
 
 
+@each_op
+def test_compile_without_gradients(op):
+    torch._dynamo.reset()
+    inputs = small_inputs(op)
+    compiled = torch.compile(loss_of, fullgraph=True, backend="eager")
+    arguments = (op, inputs.tensors, inputs.options, inputs.grad_outputs)
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            assert torch.equal(compiled(*arguments), loss_of(*arguments))
+
+
 def test_compile_with_inductor():
     torch._dynamo.reset()
     inputs = small_inputs("pixel_decoder")
