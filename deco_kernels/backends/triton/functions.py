@@ -54,10 +54,23 @@ def silu_of_double_grad(t, w):
 
 
 @triton.jit
+def pairwise_sum(x, D: tl.constexpr):
+    """Sum over the last axis of x [BLOCK, D], halves apart, so that of equal values it is exact."""
+    if not SUMS_IN_PAIRS:
+        for level in tl.static_range(1, 6 if D == 64 else 5 if D == 32 else 4):
+            x = tl.sum(tl.reshape(x, [x.shape[0], 2, D >> level]), 1)
+    return tl.sum(x, 1)
+
+
+@triton.jit
 def normalize(h, D: tl.constexpr, EPS: tl.constexpr):
-    """LayerNorm without affine over the last axis of h [BLOCK, D]: the normalised rows and 1/std [BLOCK]."""
-    centered = h - (tl.sum(h, 1) * (1.0 / D))[:, None]
-    rstd = tl.rsqrt(tl.sum(centered * centered, 1) * (1.0 / D) + EPS)
+    """LayerNorm without affine over the last axis of h [BLOCK, D]: the normalised rows and 1/std [BLOCK].
+
+    NaN where the variance is not finite. 1/std multiplies the error of the mean, by up to 1,000 at eps 1e-6.
+    """
+    centered = h - (pairwise_sum(h, D) * (1.0 / D))[:, None]
+    variance = tl.sum(centered * centered, 1) * (1.0 / D)
+    rstd = tl.rsqrt(variance + EPS) + variance * 0.0
     return centered * rstd[:, None], rstd
 
 
@@ -142,6 +155,12 @@ def load_states(h_ptr, offsets, mask, D: tl.constexpr):
 
 
 INTERPRETED = tl.constexpr(not isinstance(tanh_fast, JITFunction))
+
+# Compiled by Triton 3.8 and later, tl.sum adds the values of a thread in pairs, pairs of pairs and so on; earlier
+# versions and the interpreter add one after the other.
+SUMS_IN_PAIRS = tl.constexpr(
+    not INTERPRETED.value and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+)
 
 if INTERPRETED:
     from . import interpreter  # noqa: F401  repairs Triton's interpreter
