@@ -19,10 +19,12 @@ def chunk_tokens(up_weight: torch.Tensor) -> int:
 
 def image_chunks(shape: torch.Size, patch_size: int, tokens: int) -> Iterator[tuple[slice, slice]]:
     """Cuts a batch [B, C, H, W] into (images, lines) whose tokens are consecutive: whole images, or whole rows of
-    patches of one image, about `tokens` tokens each."""
+    patches of one image, about `tokens` tokens each; nothing where there are no tokens."""
     batch, _, height, width = shape
     per_row = width // patch_size
     per_image = height // patch_size * per_row
+    if per_image == 0:
+        return
     if per_image <= tokens:
         step = -(-tokens // per_image)
         for first in range(0, batch, step):

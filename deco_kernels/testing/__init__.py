@@ -23,7 +23,7 @@ from deco_kernels.testing.accuracy import (
     relative_error,
     run,
 )
-from deco_kernels.testing.inputs import OPS, Inputs, in_float64, random_inputs
+from deco_kernels.testing.inputs import OPS, Inputs, in_float64, random_inputs, with_equal_rows
 
 __all__ = [
     "OPS",
@@ -41,4 +41,5 @@ __all__ = [
     "relative_bias",
     "relative_error",
     "run",
+    "with_equal_rows",
 ]

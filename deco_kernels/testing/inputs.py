@@ -82,6 +82,27 @@ def random_inputs(
     return Inputs(op, tensors, options, grad_outputs)
 
 
+def with_equal_rows(inputs: Inputs, offset: float, deviation: float = 0.0, seed: int = 0) -> Inputs:
+    """The same call with LayerNorm's rows nearly equal: c (1 + deviation N(0, 1)), one c for the channels of a row.
+
+    c is drawn between `offset` and twice that; at offset 0 the rows are deviation N(0, 1). The rows are h, or a decoder's
+    pixel_table with an image of zeros and gates of 0, so that the blocks and the head all see them. Not for the losses.
+    """
+    tensors = dict(inputs.tensors)
+    name = "h" if "h" in tensors else "pixel_table"
+    rows = tensors[name]
+    generator = torch.Generator().manual_seed(seed)
+    common = offset * (1 + torch.rand((*rows.shape[:-1], 1), generator=generator, dtype=torch.float64))
+    spread = deviation * torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+    tensors[name] = (common * (1 + spread) if offset else spread).to(rows)
+    if name == "pixel_table":
+        tensors["image"] = torch.zeros_like(tensors["image"])
+        for parameter in ("mod_weight", "mod_bias"):
+            tensors[parameter] = tensors[parameter].clone()
+            tensors[parameter][:, 2 * rows.shape[-1] :] = 0
+    return inputs._replace(tensors=tensors)
+
+
 class _Draw:
     """Random tensors from one generator: activations N(0, 1), weights N(0, 1/fan-in)."""
 

@@ -1,0 +1,105 @@
+"""LayerNorm where it is hard: rows whose channels are equal or nearly so, and rows whose variance overflows."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+from deco_kernels import testing
+from tests.ops.cases import BF16, F16, F32, IMPLEMENTATIONS, small_inputs
+
+OPS = ("adaln_block", "upsample_modulate", "pixel_decoder", "pixel_decoder_from_tokens")
+OFFSETS, DEVIATIONS = (0.0, 1.0, 10.0, 100.0, 1000.0), (1e-7, 1e-4, 1.0)
+WIDTHS = (16, 32, 64)
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+def cases():
+    """(dtype, D, offset, deviation): float32 at every pair of the last two, half precision at a sixth of them; every
+    width meets every dtype, offset and deviation."""
+    widths = itertools.cycle(WIDTHS)
+    pairs = list(itertools.product(DEVIATIONS, OFFSETS))
+    found = [(F32, next(widths), offset, deviation) for deviation, offset in pairs]
+    found += [(dtype, next(widths), *pair[::-1]) for dtype in (BF16, F16) for pair in pairs[2::5]]
+    return found
+
+
+def inputs_of(op, dtype, width, offset, deviation):
+    sizes = {"patch_size": 16, "image_size": (1, 64, 64)} if "decoder" in op else {"patch_size": 4}
+    inputs = testing.random_inputs(op, dtype=dtype, width=width, depth=2, token_width=9, **sizes)
+    return testing.with_equal_rows(inputs, offset, deviation)
+
+
+@functools.cache
+def expected(op, *case):
+    """(exact, eager), the same for every implementation."""
+    inputs = inputs_of(op, *case)
+    return testing.exact_results(inputs), testing.eager_results(inputs)
+
+
+@each_implementation
+@pytest.mark.parametrize("op", OPS[:3])
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_nearly_equal_channels(implementation, op, case):
+    inputs = inputs_of(op, *case)
+    rows = testing.compare(inputs, testing.run(inputs, implementation), *expected(op, *case))
+    failed = [str(row) for row in rows if not row.passed]
+    assert not failed, "\n".join(failed)
+
+
+@each_implementation
+@each_op
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_equal_channels_normalize_to_zero(implementation, op, dtype, width):
+    """Exactly, whatever their value: 1 / sqrt(eps) = 1,000 would multiply an error of the mean."""
+    inputs = small_inputs(op, dtype, width=width)
+    zero = testing.run(testing.with_equal_rows(inputs, 0.0), implementation)
+    for offset in OFFSETS[1:]:
+        rows = testing.with_equal_rows(inputs, offset)
+        results = testing.run(rows, implementation)
+        if op == "adaln_block":  # h' is h and the same update, rounded once
+            h = rows.tensors["h"]
+            error = (results.outputs[0].double() - h.double() - zero.outputs[0].double()).abs()
+            assert (error <= 1.01 * torch.finfo(dtype).eps * (h.double().abs() + zero.outputs[0].double().abs())).all()
+        else:
+            assert all(torch.equal(*pair) for pair in zip(results.outputs, zero.outputs, strict=True))
+        if implementation != "reference":  # PyTorch's backward computes x rstd - mean rstd
+            gradient = results.gradients["head_weight" if "decoder" in op else "norm_weight"]
+            assert not gradient.any()
+
+
+@each_implementation
+@each_op
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("size", [1e19, 1e25])
+def test_a_variance_that_overflows_gives_nan(implementation, op, dtype, size):
+    """As if that pixel had been NaN. PyTorch's LayerNorm, the reference, may give 0 as long as no square overflows."""
+    if implementation == "reference" and size < 1e20:
+        pytest.skip("PyTorch's LayerNorm divides by infinity")
+    inputs = small_inputs(op, dtype)
+    overflowing, nan = (inputs._replace(tensors=dict(inputs.tensors)) for _ in range(2))
+    name = "h" if "h" in inputs.tensors else "image"
+    where = (0, 5) if name == "h" else (0, slice(None), 1, 2)
+    for changed, factor in ((overflowing, size), (nan, torch.nan)):
+        changed.tensors[name] = inputs.tensors[name].clone()
+        changed.tensors[name][where] *= factor
+    results, exact = testing.run(overflowing, implementation), testing.exact_results(nan)
+    assert exact.outputs[0].isnan().any() and not exact.outputs[0].isnan().all()
+    for output, wanted in zip(results.outputs, exact.outputs, strict=True):
+        assert torch.equal(output.isnan(), wanted.isnan())
+    for argument, gradient in results.gradients.items():
+        assert torch.equal(gradient.isnan(), exact.gradients[argument].isnan()), argument
+
+
+@each_implementation
+@pytest.mark.parametrize("op", ["pixel_decoder", "pixel_decoder_from_tokens"])
+@pytest.mark.parametrize("image_size", [(2, 0, 12), (2, 8, 0)])
+def test_images_without_pixels_have_zero_gradients(implementation, op, image_size):
+    inputs = small_inputs(op, BF16, image_size=image_size)
+    results = testing.run(inputs, implementation)
+    assert results.outputs[0].shape == inputs.tensors["image"].shape
+    for name, gradient in results.gradients.items():
+        assert gradient.shape == inputs.tensors[name].shape and not gradient.any(), name
