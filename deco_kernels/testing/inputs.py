@@ -85,7 +85,7 @@ def random_inputs(
 def with_equal_rows(inputs: Inputs, offset: float, deviation: float = 0.0, seed: int = 0) -> Inputs:
     """The same call with LayerNorm's rows nearly equal: c (1 + deviation N(0, 1)), one c for the channels of a row.
 
-    c is drawn between `offset` and twice that; at offset 0 the rows are deviation N(0, 1). The rows are h, or a decoder's
+    c is drawn between `offset` and twice that; at offset 0 the rows are deviation N(0, 1). They are h, or a decoder's
     pixel_table with an image of zeros and gates of 0, so that the blocks and the head all see them. Not for the losses.
     """
     tensors = dict(inputs.tensors)

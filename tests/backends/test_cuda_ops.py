@@ -9,6 +9,7 @@ from deco_kernels import BackendUnavailable, ops, testing
 from deco_kernels.backends.cuda import pixel_decoder, upsample_modulate
 from deco_kernels.ops import registry
 from deco_kernels.testing import emulation
+from tests.ops import test_equal_rows as equal_rows
 from tests.ops.cases import BF16, CASES, F16, F32, small_inputs
 
 pytestmark = pytest.mark.emulate
@@ -158,6 +159,30 @@ def test_nan_and_inf_propagate(emulated, op, value):
         assert torch.equal(actual.isnan(), exact.isnan())
     for argument, gradient in results.gradients.items():
         assert torch.equal(gradient.isnan(), expected.gradients[argument].isnan()), argument
+
+
+@pytest.mark.parametrize("case", [case for case in equal_rows.cases() if case[0] is not F32], ids=str)
+@pytest.mark.parametrize("op", equal_rows.OPS[:3])
+def test_nearly_equal_channels(emulated, op, case):
+    equal_rows.test_nearly_equal_channels(BACKEND, op, case)
+
+
+@each_op
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("width", equal_rows.WIDTHS)
+def test_equal_channels_normalize_to_zero(emulated, op, dtype, width):
+    equal_rows.test_equal_channels_normalize_to_zero(BACKEND, op, dtype, width)
+
+
+@each_op
+@pytest.mark.parametrize("size", [1e19, 1e25])
+def test_a_variance_that_overflows_gives_nan(emulated, op, size):
+    equal_rows.test_a_variance_that_overflows_gives_nan(BACKEND, op, BF16, size)
+
+
+@pytest.mark.parametrize("op", ["pixel_decoder", "pixel_decoder_from_tokens"])
+def test_images_without_pixels_have_zero_gradients(emulated, op):
+    equal_rows.test_images_without_pixels_have_zero_gradients(BACKEND, op, (2, 0, 12))
 
 
 @each_op

@@ -11,6 +11,7 @@ import torch
 from deco_kernels import ops, testing
 from deco_kernels.ops.registry import BackendUnavailable
 from tests.ops import test_backends as shared
+from tests.ops import test_equal_rows as equal_rows
 from tests.ops.cases import BF16, CASES, F16, F32, OPS, Case, small_inputs
 
 pytestmark = [
@@ -89,6 +90,30 @@ def test_only_the_gradients_asked_for(op):
 @pytest.mark.parametrize("op", OPS)
 def test_weights_changed_in_place_are_seen(op):
     shared.test_weights_changed_in_place_are_seen("triton", op)
+
+
+@pytest.mark.parametrize("case", equal_rows.cases()[::4], ids=str)
+@pytest.mark.parametrize("op", equal_rows.OPS[:3])
+def test_nearly_equal_channels(op, case):
+    equal_rows.test_nearly_equal_channels("triton", op, case)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("width", equal_rows.WIDTHS)
+@pytest.mark.parametrize("op", equal_rows.OPS)
+def test_equal_channels_normalize_to_zero(op, dtype, width):
+    equal_rows.test_equal_channels_normalize_to_zero("triton", op, dtype, width)
+
+
+@pytest.mark.parametrize("size", [1e19, 1e25])
+@pytest.mark.parametrize("op", equal_rows.OPS)
+def test_a_variance_that_overflows_gives_nan(op, size):
+    equal_rows.test_a_variance_that_overflows_gives_nan("triton", op, F32, size)
+
+
+@pytest.mark.parametrize("op", DECODERS)
+def test_images_without_pixels_have_zero_gradients(op):
+    equal_rows.test_images_without_pixels_have_zero_gradients("triton", op, (2, 0, 12))
 
 
 def test_float16_extremes_do_not_overflow_inside():
