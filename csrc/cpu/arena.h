@@ -1,4 +1,4 @@
-// Cuts one block of scratch memory into aligned arrays. An Arena without memory only counts, so that one function can
+// Cuts one piece of scratch memory into aligned arrays. An Arena without memory only counts, so that one function can
 // lay its arrays out twice: first to learn how much it needs, then for real.
 #pragma once
 

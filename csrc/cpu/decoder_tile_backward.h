@@ -61,8 +61,8 @@ void residual_backward(const SavedBlockTile<Operand, D, T>& saved, int pixels, B
 
 // sums += W^T d for outputs `first` .. first + kGroup - 1, with W [R][D] as take_transposed stores it.
 template <class Operand, int R, int D, int T>
-DECO_INLINE void transposed_product(GroupSums& sums, const typename Operand::Element* weight, int first,
-                                    const typename Operand::Element (*d)[T]) {
+DECO_INLINE void transposed_matmul(GroupSums& sums, const typename Operand::Element* weight, int first,
+                                   const typename Operand::Element (*d)[T]) {
   multiply_add<Operand, R / Operand::kPack, 1, D, T>(sums, weight + first, weight + first + kGroup / 2, d);
 }
 
@@ -77,7 +77,7 @@ void hidden_backward(const TransposedBlockWeights<Operand>& w, const SavedBlockT
     for (int pixel = 0; pixel < pixels; pixel += kStrip) {
       GroupSums sums;
       clear_sums(sums);
-      transposed_product<Operand, D, D, T>(sums, w.fc2, first, strip_of(tile.grad_update.by_channel, pixel));
+      transposed_matmul<Operand, D, D, T>(sums, w.fc2, first, strip_of(tile.grad_update.by_channel, pixel));
       unroll<kGroup / 2>([&](auto pair) DECO_INLINE_LAMBDA {
         const int d = first + 2 * pair;
         VecF grad_z[2][2];
@@ -128,7 +128,7 @@ void modulate_backward(const BlockWeights<Operand>& w, const TransposedBlockWeig
     for (int pixel = 0; pixel < pixels; pixel += kStrip) {
       GroupSums sums;
       clear_sums(sums);
-      transposed_product<Operand, D, D, T>(sums, transposed.fc1, first, strip_of(tile.grad_z.by_channel, pixel));
+      transposed_matmul<Operand, D, D, T>(sums, transposed.fc1, first, strip_of(tile.grad_z.by_channel, pixel));
       unroll<kGroup / 2>([&](auto pair) DECO_INLINE_LAMBDA {
         const VecF grad_m[2][2] = {{sums[4 * pair], sums[4 * pair + 1]}, {sums[4 * pair + 2], sums[4 * pair + 3]}};
         modulate_backward_strip(w, saved, first + 2 * pair, pixel, grad_m, tile, gradients);
@@ -167,7 +167,7 @@ void modulation_backward(const TransposedBlockWeights<Operand>& w, int pixels, B
       unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
         sums[i] = load(&tile.grad_silu_cond[first + i / 2][pixel + i % 2 * kLanes]);
       });
-      transposed_product<Operand, 3 * D, D, T>(sums, w.mod, first, strip_of(tile.grad_modulation.by_channel, pixel));
+      transposed_matmul<Operand, 3 * D, D, T>(sums, w.mod, first, strip_of(tile.grad_modulation.by_channel, pixel));
       unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
         store(&tile.grad_silu_cond[first + i / 2][pixel + i % 2 * kLanes], sums[i]);
       });

@@ -21,7 +21,7 @@ struct BlockWeights {
   const float *norm_weight, *norm_bias;         // [D]
 };
 
-// The matrices for products with the transpose: pairs hold two neighbouring rows, [out / kPack][in].
+// The matrices for matmuls with the transpose: pairs hold two neighbouring rows, [out / kPack][in].
 template <class Operand>
 struct TransposedBlockWeights {
   using Element = typename Operand::Element;
@@ -85,7 +85,7 @@ const typename Operand::Element* take_matrices(Arena& arena, const Array& from, 
   }
 }
 
-// The same for products with the transpose, `rows` rows of D numbers in all.
+// The same for matmuls with the transpose, `rows` rows of D numbers in all.
 template <class Operand, int D>
 const typename Operand::Element* take_transposed(Arena& arena, const Array& from, int64_t rows, DType activation) {
   if constexpr (Operand::kPack == 1) {

@@ -1,11 +1,11 @@
-// Products of small weight matrices with channel-major tiles of pixels.
+// Matmuls of small weight matrices with channel-major tiles of pixels.
 //
 // A tile holds T pixels as [channels][T]: the pixels lie in the vector lanes, so that every per-channel weight is a
-// broadcast and LayerNorm, modulation and gates run down the channels without shuffles. A product is computed in blocks
+// broadcast and LayerNorm, modulation and gates run down the channels without shuffles. A matmul is computed in groups
 // of kGroup outputs x one strip of two vectors, whose sums stay in registers; weights are read where they lie,
 // row-major [out][in].
 //
-// An Operand says how the factors of a product are stored:
+// An Operand says how the factors of a matmul are stored:
 //   FloatOperand     one float per channel and pixel
 //   PairOperand      two neighbouring channels of a pixel as a pair of bfloat16 in 32 bits; products accumulate in float
 #pragma once
@@ -14,8 +14,8 @@
 
 namespace deco::cpu::DECO_CPU_ISA {
 
-constexpr int kGroup = kLanes == 16 ? 8 : 4;  // outputs per block: 2 * kGroup sums fit in the registers
-constexpr int kStrip = 2 * kLanes;            // pixels per block
+constexpr int kGroup = kLanes == 16 ? 8 : 4;  // outputs per step: 2 * kGroup sums fit in the registers
+constexpr int kStrip = 2 * kLanes;            // pixels per step
 
 // The pixels of a tile that are computed when the first `count` matter.
 DECO_INLINE int whole_strips(int count) { return (count + kStrip - 1) / kStrip * kStrip; }
@@ -114,7 +114,7 @@ DECO_INLINE auto strip_of(const Element (*tile)[T], int pixel) -> const Element 
   return reinterpret_cast<const Element(*)[T]>(&tile[0][pixel]);
 }
 
-// ---- products that sum over the pixels: gradients of weight matrices -----------------------------------------------
+// ---- matmuls that sum over the pixels: gradients of weight matrices ------------------------------------------------
 //
 // grad_weight[o][k] += sum over pixels p of d[o][p] x[p][k]: d is broadcast, x lies pixel-major, and elements of a
 // PairOperand hold two neighbouring pixels instead of two channels.

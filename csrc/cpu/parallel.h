@@ -16,7 +16,7 @@ using PartFunction = void (*)(void* context, int part);
 void run_parts(int parts, PartFunction function, void* context);
 
 // At least `bytes` bytes aligned to 64, uninitialised, owned by the calling thread and valid until its next call.
-// The block is kept until the thread ends, so that repeated calls do not fault its pages in again.
+// The memory is kept until the thread ends, so that repeated calls do not fault its pages in again.
 void* thread_scratch(size_t bytes);
 
 }  // namespace deco::cpu

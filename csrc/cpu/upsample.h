@@ -3,7 +3,7 @@
 // A tile holds pixel k of kTokenTile consecutive tokens, channel-major, [D][kTokenTile]: the tokens lie in the vector
 // lanes. Tokens are taken in chunks of kTokenChunk, whose transpose [strips][elements][kStrip] all threads make once
 // and share. Each part (thread) takes contiguous shares of the chunk's tiles, pixel after pixel, and transposes the
-// weights of one pixel at a time into a panel of its own, [groups][elements][kGroup]: both factors of a product are then read
+// weights of one pixel at a time into a panel of its own, [groups][elements][kGroup]: both factors of a matmul are then read
 // linearly, the panel (147 KB at D = 32, Z = 1152 in float) from the second cache level.
 //
 // Per tile D * kTokenTile * Z multiply-adds. Memory: the weights once per chunk, the tokens once, and y never.

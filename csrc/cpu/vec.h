@@ -8,7 +8,7 @@
 //   load_as store_as                from and to float32, bfloat16 or float16 memory (round to nearest even)
 //   fma(a, b, c) = a*b + c          fnma(a, b, c) = c - a*b
 //   clamp_range                     lets NaN through
-//   exp2_parts, reciprocal, rsqrt   building blocks of sigmoid and LayerNorm
+//   exp2_parts, reciprocal, rsqrt   parts of sigmoid and LayerNorm
 //   sigmoid<Accuracy>               relative error 3e-7 (kFloat) or 1e-4 (kBFloat16)
 //   transpose                       a square of kLanes vectors
 //   sum                             over the lanes, in a fixed order

@@ -3,7 +3,7 @@
 //   s = SiLU(cond);  shift, scale, gate = W_mod·s + b_mod;  m = LayerNorm(h)·(1 + scale) + shift
 //   h' = h + gate·(W_2·SiLU(W_1·m + b_1) + b_2)
 //
-// h stays float32 in registers, s and the inputs of products are rounded to the operand type.
+// h stays float32 in registers, s and the inputs of matmuls are rounded to the compute dtype.
 #pragma once
 
 #include "cuda/packed_weights.h"

@@ -1,13 +1,17 @@
-// Backward of one decoder block (block.h): recompute it, then run it backwards. With δx the gradient of x:
+// Backward of one decoder block. With the names of block.h, n = LayerNorm(h), u what the gate multiplies, z what the inner
+// SiLU is given and δx the gradient of x, the steps are:
 //
-//   δgate = δh'·u;  δu = δh'·gate;  δz = (W_2ᵀ·δu)·SiLU'(z);  δm = W_1ᵀ·δz;  δshift = δm;  δscale = δm·n
-//   δh = δh' + LayerNorm'(δm·scale);  δs = W_shiftᵀ·δshift + W_scaleᵀ·δscale + W_gateᵀ·δgate;  δcond = δs·SiLU'(cond)
-//   δW = Σ over pixels of δoutput ⊗ input, δb = Σ δoutput
+//   recompute  m = n·scale + shift;  a = SiLU(z), z = W_1·m + b_1;  u = W_2·a + b_2
+//   chain      δgate = δh'·u;  δu = δh'·gate
+//              δz = (W_2ᵀ·δu)·SiLU'(z);  δm = W_1ᵀ·δz
+//              δshift = δm;  δscale = δm·n;  δh = δh' + LayerNorm'(δm·scale)
+//              δs = W_shiftᵀ·δshift + W_scaleᵀ·δscale + W_gateᵀ·δgate;  δcond = δs·SiLU'(cond)
+//   weights    δW = Σ over pixels of δoutput ⊗ input;  δb = Σ over pixels of δoutput
 //
-// A chain warp owns 16 pixels at a time and keeps its activations in registers; the rounded operands of the weight
-// gradients go to shared memory. After a barrier each of M gradient warps adds up the gradient of one matrix over the
-// pixels of all chain warps, in registers, for all tiles the block walks over. Up to D 32 every warp is both; at D 64
-// registers do not hold both, and the roles have warps of their own.
+// A chain warp recomputes and runs the chain on 16 pixels at a time and keeps its activations in registers; the rounded
+// operands of the weight gradients go to shared memory. After a barrier each of M gradient warps adds up the gradient of
+// one matrix over the pixels of all chain warps, in registers, for all tiles the thread block walks over. Up to D 32 every
+// warp is both; at D 64 registers do not hold both, and the roles have warps of their own.
 // Per pixel: 10·D bytes read and written at most (h, cond, δh', δs in and out, δh); 2·15·D² FLOPs. Sums over pixels are
 // taken in the order of the grid, see gradient_sums.h.
 #include <algorithm>
@@ -26,11 +30,11 @@ constexpr int matrices_of(bool mlp) { return mlp ? kBlockMatrices : kModulationM
 template <int D, bool Mlp>
 struct Plan {
   static constexpr int kMatrices = matrices_of(Mlp);
-  static constexpr bool kSpecialised = D == 64;
+  static constexpr bool kSpecialized = D == 64;
   static constexpr int kGradientWarps = kMatrices;
-  static constexpr int kMostChainWarps = kSpecialised ? 7 : kGradientWarps;
-  static constexpr int kThreads = 32 * (kSpecialised ? kMostChainWarps + kGradientWarps : kGradientWarps);
-  static constexpr int kBlocksPerMultiprocessor = kSpecialised ? 1 : D == 32 ? 2 : 3;
+  static constexpr int kMostChainWarps = kSpecialized ? 7 : kGradientWarps;
+  static constexpr int kThreads = 32 * (kSpecialized ? kMostChainWarps + kGradientWarps : kGradientWarps);
+  static constexpr int kBlocksPerMultiprocessor = kSpecialized ? 1 : D == 32 ? 2 : 3;
 
   // Operand tiles in shared memory: s, the gradients of the M outputs, then m and SiLU(z).
   static constexpr int kS = 0, kOutputs = 1, kM = 6, kA = 7, kTiles = Mlp ? 8 : 4;
@@ -42,18 +46,8 @@ struct Plan {
   }
 };
 
-struct BackwardParams {
-  PackedWeights packed;
-  PatchRows cond;
-  RowsView h, grad, grad_gate, grad_h, grad_cond;
-  const void *h_tiles = nullptr, *s_tiles = nullptr;
-  void* grad_tiles = nullptr;
-  float* partials = nullptr;
-  uint32_t pixels = 0;
-  int block = 0, depth = 1, width = 0, chain_warps = 0, parts = 0;
-  bool first = true, last = true, accumulate = false, mlp = true;
-  float eps = 0;
-
+// What the kernel is given.
+struct BackwardParams : BlockBackward {
   template <class V>
   void visit(V& buffers) const {
     const int matrices = matrices_of(mlp);
@@ -69,41 +63,260 @@ struct BackwardParams {
   }
 };
 
-// The 16 pixels of a chain warp, and where their operands go.
+// The steps of a chain warp on its 16 pixels.
 template <class T, int D, bool Mlp, bool Tiled>
 struct Chain {
   using P = Plan<D, Mlp>;
   const BackwardParams& p;
   const BlockWeights<T, D> w;
-  T* tiles;         // the warp's part of tile 0
-  int tile_stride;  // elements from tile to tile
-  uint32_t tile;    // the warp's number among operand tiles; the last one if there is none
+  T* operands;         // the warp's part of operand 0 of Plan
+  int operand_stride;  // elements from one operand of Plan to the next
+  uint32_t tile;       // the warp's number among operand tiles; the last one if there is none
   bool tile_exists;
   uint32_t pixel[2];  // the lane's rows; the last pixel for those that do not exist
   bool valid[2];      // whether they exist
 
-  DECO_DEVICE void keep(int tile, const Operand<D>& operand) const {
-    store_operand_tile<T, D>(tiles + tile * tile_stride, operand);
-  }
-  // What was kept, read back where holding it would cost registers for long.
-  DECO_DEVICE Operand<D> kept(int tile) const {
-    warp_barrier();
-    return load_operand_tile<T, D>(tiles + tile * tile_stride);
+  DECO_DEVICE void run() const {
+    const Operand<D> s = load_s();
+    Tile<D> normalized = load_h();
+    put(P::kS, s);
+    const RowPair rstd = normalize(normalized, p.eps);
+
+    Tile<D> grad_h, grad_m;  // grad_h: of h' at first
+    Operand<D> grad_gate, scale;
+    if constexpr (Mlp) {
+      Operand<D> slope, grad_u;
+      const Operand<D> m = recompute_m(s, normalized, scale);
+      put(P::kM, m);
+      spill(P::kOutputs + kScale, scale);
+      const Operand<D> a = recompute_a(m, slope);
+      put(P::kA, a);
+      spill(P::kOutputs + kShift, slope);
+      grad_h = load_gradient(p.grad);
+      run_residual(grad_gate, grad_u, grad_h, reload(P::kS), a);
+      put(P::kOutputs + kFc2, grad_u);
+      const Operand<D> grad_z = run_activation(grad_u, reload_spilled(P::kOutputs + kShift, slope));
+      put(P::kOutputs + kFc1, grad_z);
+      grad_m = run_fc1(grad_z);
+    } else {
+      grad_m = load_gradient(p.grad);
+      grad_gate = rounded<T>(load_gradient(p.grad_gate));
+      scale = recompute_scale(s);
+      grad_h = zeros<D>();
+      spill(P::kOutputs + kScale, scale);
+    }
+    put(P::kOutputs + kGate, grad_gate);
+
+    const Operand<D> grad_shift = rounded<T>(grad_m);  // δshift = δm
+    Tile<D> grad_normalized;
+    const Operand<D> grad_scale =
+        run_modulation(grad_normalized, grad_m, normalized, reload_spilled(P::kOutputs + kScale, scale));
+    put(P::kOutputs + kShift, grad_shift);
+    put(P::kOutputs + kScale, grad_scale);
+    add_normalize_gradient(grad_h, grad_normalized, normalized, rstd);  // δh = δh' + LayerNorm'(δn)
+    store_gradient_of_h(grad_h);
+    if (p.grad_cond.data != nullptr) run_cond(grad_shift, grad_scale, reload(P::kOutputs + kGate));
   }
 
-  // Between these two an operand waits in a tile that is not needed yet where registers do not hold it: at D 64.
-  DECO_DEVICE void set_aside(int tile, const Operand<D>& operand) const {
-    if constexpr (P::kSpecialised) keep(tile, operand);
+  // ---- recompute ----------------------------------------------------------------------------------------------------
+
+  // m = n·scale + shift
+  DECO_DEVICE Operand<D> recompute_m(const Operand<D>& s, const Tile<D>& normalized, Operand<D>& scale) const {
+    Operand<D> m;
+    const Linear<T, D> to_shift = w.linear(kShift), to_scale = w.linear(kScale);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      float shift[4], scales[4], v[4];
+      to_shift.apply(shift, s, j);
+      to_scale.apply(scales, s, j);
+      scale.template set<T>(j, scales);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = fmaf(normalized.v[j][i], scales[i], shift[i]);
+      m.template set<T>(j, v);
+    }
+    return m;
   }
-  DECO_DEVICE Operand<D> taken_up(int tile, const Operand<D>& operand) const {
-    if constexpr (!P::kSpecialised) return operand;
-    const Operand<D> again = kept(tile);
+
+  DECO_DEVICE Operand<D> recompute_scale(const Operand<D>& s) const {
+    Operand<D> scale;
+    const Linear<T, D> to_scale = w.linear(kScale);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      float v[4];
+      to_scale.apply(v, s, j);
+      scale.template set<T>(j, v);
+    }
+    return scale;
+  }
+
+  // a = SiLU(z) with z = W_1·m + b_1; slope = SiLU'(z)
+  DECO_DEVICE Operand<D> recompute_a(const Operand<D>& m, Operand<D>& slope) const {
+    Operand<D> a;
+    const Linear<T, D> fc1 = w.linear(kFc1);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      float z[4], values[4], slopes[4];
+      fc1.apply(z, m, j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const SiluGradient silu = silu_of_double_gradient(z[i]);
+        values[i] = silu.value;
+        slopes[i] = silu.slope;
+      }
+      a.template set<T>(j, values);
+      slope.template set<T>(j, slopes);
+    }
+    return a;
+  }
+
+  // ---- chain --------------------------------------------------------------------------------------------------------
+
+  // δgate = δh'·u with u = W_2·a + b_2;  δu = δh'·gate
+  DECO_DEVICE void run_residual(Operand<D>& grad_gate, Operand<D>& grad_u, const Tile<D>& grad_out, const Operand<D>& s,
+                                const Operand<D>& a) const {
+    const Linear<T, D> to_gate = w.linear(kGate), fc2 = w.linear(kFc2);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      float gate[4], u[4];
+      to_gate.apply(gate, s, j);
+      fc2.apply(u, a, j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        u[i] *= grad_out.v[j][i];
+        gate[i] *= grad_out.v[j][i];
+      }
+      grad_gate.template set<T>(j, u);
+      grad_u.template set<T>(j, gate);
+    }
+  }
+
+  // δz = (W_2ᵀ·δu)·SiLU'(z)
+  DECO_DEVICE Operand<D> run_activation(const Operand<D>& grad_u, const Operand<D>& slope) const {
+    Operand<D> grad_z;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      float grad_a[4] = {0, 0, 0, 0}, v[4];
+      add_transposed(grad_a, kFc2, grad_u, j);
+      multiply_by(v, grad_a, slope, j);
+      grad_z.template set<T>(j, v);
+    }
+    return grad_z;
+  }
+
+  // δm = W_1ᵀ·δz
+  DECO_DEVICE Tile<D> run_fc1(const Operand<D>& grad_z) const {
+    Tile<D> grad_m = zeros<D>();
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) add_transposed(grad_m.v[j], kFc1, grad_z, j);
+    return grad_m;
+  }
+
+  // Returns δscale = δm·n;  δn = δm·scale
+  DECO_DEVICE Operand<D> run_modulation(Tile<D>& grad_normalized, const Tile<D>& grad_m, const Tile<D>& normalized,
+                                        const Operand<D>& scale) const {
+    Operand<D> grad_scale;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      float v[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = grad_m.v[j][i] * normalized.v[j][i];
+      grad_scale.template set<T>(j, v);
+      multiply_by(grad_normalized.v[j], grad_m.v[j], scale, j);
+    }
+    return grad_scale;
+  }
+
+  // δs = W_shiftᵀ·δshift + W_scaleᵀ·δscale + W_gateᵀ·δgate, added to that of later blocks;
+  // δcond = δs·SiLU'(cond) in the last step of a chain of blocks.
+  DECO_DEVICE void run_cond(const Operand<D>& grad_shift, const Operand<D>& grad_scale,
+                            const Operand<D>& grad_gate) const {
+    Tile<D> grad_s = zeros<D>();
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      add_transposed(grad_s.v[j], kShift, grad_shift, j);
+      add_transposed(grad_s.v[j], kScale, grad_scale, j);
+      add_transposed(grad_s.v[j], kGate, grad_gate, j);
+    }
+    if (!p.first) {
+      // region: gradient_of_later_blocks
+      const Tile<D> before = load_rows(p.grad_cond);
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) grad_s.v[j][i] += before.v[j][i];
+      // end region
+    }
+    if (p.last) {
+      // region: gradient_of_cond
+      const Tile<D> cond = load_rows(p.cond);
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) grad_s.v[j][i] *= 0.5f * silu_of_double_gradient(0.5f * cond.v[j][i]).slope;
+      // end region
+    }
+    store_rows(p.grad_cond, grad_s);
+  }
+
+  // total += column tile j of W_matrixᵀ·grad
+  DECO_DEVICE void add_transposed(float (&total)[4], BlockMatrix matrix, const Operand<D>& grad, int j) const {
+    multiply_add<T, D>(total, grad, weight_columns<T, D>(w.matrix(matrix) + 8 * j));
+  }
+
+  // out = v times column tile j of an operand.
+  static DECO_DEVICE void multiply_by(float (&out)[4], const float (&v)[4], const Operand<D>& operand, int j) {
+    const uint32_t upper = operand.k_step[j / 2][2 * (j % 2)], lower = operand.k_step[j / 2][2 * (j % 2) + 1];
+    out[0] = v[0] * low<T>(upper);
+    out[1] = v[1] * high<T>(upper);
+    out[2] = v[2] * low<T>(lower);
+    out[3] = v[3] * high<T>(lower);
+  }
+
+  // ---- operands in shared memory ------------------------------------------------------------------------------------
+
+  DECO_DEVICE void put(int which, const Operand<D>& operand) const {
+    store_operand_tile<T, D>(operands + which * operand_stride, operand);
+  }
+  // An operand that was put, read back where holding it would cost registers for long.
+  DECO_DEVICE Operand<D> reload(int which) const {
+    warp_barrier();
+    return load_operand_tile<T, D>(operands + which * operand_stride);
+  }
+
+  // Between these two an operand waits in the place of one that comes later, where registers do not hold it: at D 64.
+  DECO_DEVICE void spill(int which, const Operand<D>& operand) const {
+    if constexpr (P::kSpecialized) put(which, operand);
+  }
+  DECO_DEVICE Operand<D> reload_spilled(int which, const Operand<D>& operand) const {
+    if constexpr (!P::kSpecialized) return operand;
+    const Operand<D> again = reload(which);
     warp_barrier();
     return again;
   }
 
+  // ---- global memory ------------------------------------------------------------------------------------------------
+
+  template <class AnyRows>
+  DECO_DEVICE Tile<D> load_rows(const AnyRows& rows) const {
+    return tile_of<T>(load_row<T, D>(rows, pixel[0]), load_row<T, D>(rows, pixel[1]));
+  }
+  DECO_DEVICE void store_rows(const RowsView& rows, const Tile<D>& values) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (valid[r]) store_row<T, D>(rows, pixel[r], row_of<T>(values, r));
+  }
+
+  DECO_DEVICE Operand<D> load_s() const {
+    if constexpr (Tiled) return load_tile<D>(p.s_tiles, tile);
+    return silu_operand<T>(load_row<T, D>(p.cond, pixel[0]), load_row<T, D>(p.cond, pixel[1]));
+  }
+  DECO_DEVICE Tile<D> load_h() const {
+    if constexpr (Tiled) return tile_of<T>(load_tile<D>(p.h_tiles, tile));
+    return load_rows(p.h);
+  }
+
   // Rows of a gradient; zero for pixels that do not exist, so that they add nothing to any sum.
-  DECO_DEVICE Tile<D> gradient_tile(const RowsView& rows) const {
+  DECO_DEVICE Tile<D> load_gradient(const RowsView& rows) const {
     RowWords<D> pair[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -116,175 +329,12 @@ struct Chain {
     }
     return tile_of<T>(pair[0], pair[1]);
   }
-
-  DECO_DEVICE void run() const {
-    Operand<D> s[1];
-    Tile<D> normalized;  // h at first
-    if constexpr (Tiled) {
-      s[0] = load_tile<D>(p.s_tiles, tile);
-      normalized = tile_of<T>(load_tile<D>(p.h_tiles, tile));
-    } else {
-      s[0] = silu_operand<T>(load_row<T, D>(p.cond, pixel[0]), load_row<T, D>(p.cond, pixel[1]));
-      normalized = tile_of<T>(load_row<T, D>(p.h, pixel[0]), load_row<T, D>(p.h, pixel[1]));
-    }
-    keep(P::kS, s[0]);
-    const RowPair rstd = normalize(normalized, p.eps);
-
-    Tile<D> grad_h, grad_m;
-    Operand<D> grad_gate, scale;
-    if constexpr (Mlp) {
-      recompute(grad_h, grad_m, grad_gate, scale, s, normalized);
-    } else {
-      grad_m = gradient_tile(p.grad);
-      grad_gate = rounded<T>(gradient_tile(p.grad_gate));
-      const Linear<T, D> to_scale = w.linear(kScale);
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        float v[1][4];
-        to_scale.apply(v, s, j);
-        scale.template set<T>(j, v[0]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) grad_h.v[j][i] = 0.0f;
-      }
-      set_aside(P::kOutputs + kScale, scale);
-    }
-    keep(P::kOutputs + kGate, grad_gate);
-
-    const Operand<D> grad_shift = rounded<T>(grad_m);
-    const Operand<D> scale_again = taken_up(P::kOutputs + kScale, scale);
-    Operand<D> grad_scale;
-    Tile<D> grad_normalized;
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-      float v[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = grad_m.v[j][i] * normalized.v[j][i];
-      grad_scale.template set<T>(j, v);
-      multiply_by(grad_normalized.v[j], grad_m.v[j], scale_again, j);
-    }
-    keep(P::kOutputs + kShift, grad_shift);
-    keep(P::kOutputs + kScale, grad_scale);
-    add_normalize_gradient(grad_h, grad_normalized, normalized, rstd);
+  DECO_DEVICE void store_gradient_of_h(const Tile<D>& grad_h) const {
     if constexpr (Tiled) {
       if (tile_exists) store_tile<D>(p.grad_tiles, tile, rounded<T>(grad_h));
     } else {
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-        if (valid[r]) store_row<T, D>(p.grad_h, pixel[r], row_of<T>(grad_h, r));
+      store_rows(p.grad_h, grad_h);
     }
-    if (p.grad_cond.data == nullptr) return;
-    const Operand<D> grad_gate_again = kept(P::kOutputs + kGate);
-    Tile<D> grad_s;
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) grad_s.v[j][i] = 0.0f;
-      multiply_add<T, D>(grad_s.v[j], grad_shift, weight_columns<T, D>(w.matrix(kShift) + 8 * j));
-      multiply_add<T, D>(grad_s.v[j], grad_scale, weight_columns<T, D>(w.matrix(kScale) + 8 * j));
-      multiply_add<T, D>(grad_s.v[j], grad_gate_again, weight_columns<T, D>(w.matrix(kGate) + 8 * j));
-    }
-    finish_cond(grad_s);
-  }
-
-  // The block again, and back to m: grad_h = δh', grad_m = δm, grad_gate = δgate.
-  DECO_DEVICE void recompute(Tile<D>& grad_h, Tile<D>& grad_m, Operand<D>& grad_gate, Operand<D>& scale,
-                             const Operand<D> (&s)[1], const Tile<D>& normalized) const {
-    Operand<D> modulated[1], activated[1], slope, grad_u, grad_z;
-    const Linear<T, D> to_shift = w.linear(kShift), to_scale = w.linear(kScale);
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-      float shift[1][4], scales[1][4], v[4];
-      to_shift.apply(shift, s, j);
-      to_scale.apply(scales, s, j);
-      scale.template set<T>(j, scales[0]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = fmaf(normalized.v[j][i], scales[0][i], shift[0][i]);
-      modulated[0].template set<T>(j, v);
-    }
-    keep(P::kM, modulated[0]);
-    set_aside(P::kOutputs + kScale, scale);
-    const Linear<T, D> fc1 = w.linear(kFc1);
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-      float z[1][4], value[4], slopes[4];
-      fc1.apply(z, modulated, j);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const SiluGradient silu = silu_of_double_gradient(z[0][i]);
-        value[i] = silu.value;
-        slopes[i] = silu.slope;
-      }
-      activated[0].template set<T>(j, value);
-      slope.template set<T>(j, slopes);
-    }
-    keep(P::kA, activated[0]);
-    set_aside(P::kOutputs + kShift, slope);
-    grad_h = gradient_tile(p.grad);
-    const Operand<D> s_again[1] = {kept(P::kS)};
-    const Linear<T, D> to_gate = w.linear(kGate), fc2 = w.linear(kFc2);
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-      float gate[1][4], u[1][4];
-      to_gate.apply(gate, s_again, j);
-      fc2.apply(u, activated, j);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        u[0][i] *= grad_h.v[j][i];
-        gate[0][i] *= grad_h.v[j][i];
-      }
-      grad_gate.template set<T>(j, u[0]);
-      grad_u.template set<T>(j, gate[0]);
-    }
-    keep(P::kOutputs + kFc2, grad_u);
-    const Operand<D> slope_again = taken_up(P::kOutputs + kShift, slope);
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-      float grad_a[4] = {0, 0, 0, 0}, v[4];
-      multiply_add<T, D>(grad_a, grad_u, weight_columns<T, D>(w.matrix(kFc2) + 8 * j));
-      multiply_by(v, grad_a, slope_again, j);
-      grad_z.template set<T>(j, v);
-    }
-    keep(P::kOutputs + kFc1, grad_z);
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) grad_m.v[j][i] = 0.0f;
-      multiply_add<T, D>(grad_m.v[j], grad_z, weight_columns<T, D>(w.matrix(kFc1) + 8 * j));
-    }
-  }
-
-  // Adds what later blocks found and, in the last step of the chain, turns δs into δcond.
-  DECO_DEVICE void finish_cond(Tile<D>& grad) const {
-    if (!p.first) {
-      // region: gradient_of_later_blocks
-      const Tile<D> before = tile_of<T>(load_row<T, D>(p.grad_cond, pixel[0]), load_row<T, D>(p.grad_cond, pixel[1]));
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) grad.v[j][i] += before.v[j][i];
-      // end region
-    }
-    if (p.last) {
-      // region: gradient_of_cond
-      const Tile<D> cond = tile_of<T>(load_row<T, D>(p.cond, pixel[0]), load_row<T, D>(p.cond, pixel[1]));
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) grad.v[j][i] *= 0.5f * silu_of_double_gradient(0.5f * cond.v[j][i]).slope;
-      // end region
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      if (valid[r]) store_row<T, D>(p.grad_cond, pixel[r], row_of<T>(grad, r));
-  }
-
-  // out = v times column tile j of an operand.
-  static DECO_DEVICE void multiply_by(float (&out)[4], const float (&v)[4], const Operand<D>& operand, int j) {
-    const uint32_t upper = operand.k_step[j / 2][2 * (j % 2)], lower = operand.k_step[j / 2][2 * (j % 2) + 1];
-    out[0] = v[0] * low<T>(upper);
-    out[1] = v[1] * high<T>(upper);
-    out[2] = v[2] * low<T>(lower);
-    out[3] = v[3] * high<T>(lower);
   }
 };
 
@@ -293,30 +343,33 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor))
 backward_kernel(const BackwardParams p) {
   using P = Plan<D, Mlp>;
   const BlockSlots<T, D, P::kMatrices> slots{shared_memory()};
-  auto* tiles = reinterpret_cast<T*>(shared_memory() + slots.kBytes);
-  const int tile_stride = p.chain_warps * P::kTileElements;
-  const uint32_t block_pixels = p.chain_warps * kTilePixels, step = block_count() * block_pixels;
+  auto* operands = reinterpret_cast<T*>(shared_memory() + slots.kBytes);
+  const int operand_stride = p.chain_warps * P::kTileElements;
+  const uint32_t turn_pixels = p.chain_warps * kTilePixels, step = block_count() * turn_pixels;
   slots.fill(0, p.packed, p.block);
   block_barrier();
   const BlockWeights<T, D> weights = slots.block(0, bias_selector<T>());
   const bool sums = p.partials != nullptr;
 
+  // A chain warp.
   const auto run_chain = [&](uint32_t begin) {
     const uint32_t tile = begin / kTilePixels + warp(), end = p.pixels - 1, last_tile = end / kTilePixels;
     const uint32_t first = tile * kTilePixels + (lane() >> 2);
     const Chain<T, D, Mlp, Tiled> chain{p,
                                         weights,
-                                        tiles + warp() * P::kTileElements,
-                                        tile_stride,
+                                        operands + warp() * P::kTileElements,
+                                        operand_stride,
                                         min(tile, last_tile),
                                         tile <= last_tile,
                                         {min(first, end), min(first + 8, end)},
                                         {first <= end, first + 8 <= end}};
     chain.run();
   };
-  const int matrix = P::kSpecialised ? warp() - p.chain_warps : warp();
-  const T* output = tiles + (P::kOutputs + matrix) * tile_stride;
-  const T* input = tiles + P::input_of(matrix) * tile_stride;
+
+  // A gradient warp: δW += δoutput ⊗ input and δb += δoutput of one matrix, over the pixels of all chain warps.
+  const int matrix = P::kSpecialized ? warp() - p.chain_warps : warp();
+  const T* output = operands + (P::kOutputs + matrix) * operand_stride;
+  const T* input = operands + P::input_of(matrix) * operand_stride;
   MatrixGradient<T, D> gradient;
   const auto add_tiles = [&] {
 #pragma unroll 1
@@ -328,16 +381,16 @@ backward_kernel(const BackwardParams p) {
     gradient.write(p.partials + place * kNumbers, p.accumulate);
   };
 
-  if constexpr (P::kSpecialised) {
+  if constexpr (P::kSpecialized) {
     if (warp() < p.chain_warps) {
-      for (uint32_t begin = block() * block_pixels; begin < p.pixels; begin += step) {
+      for (uint32_t begin = block() * turn_pixels; begin < p.pixels; begin += step) {
         run_chain(begin);
         block_barrier();
         block_barrier();
       }
     } else {
       gradient.clear();
-      for (uint32_t begin = block() * block_pixels; begin < p.pixels; begin += step) {
+      for (uint32_t begin = block() * turn_pixels; begin < p.pixels; begin += step) {
         block_barrier();
         if (sums) add_tiles();
         block_barrier();
@@ -346,7 +399,7 @@ backward_kernel(const BackwardParams p) {
     }
   } else {
     gradient.clear();
-    for (uint32_t begin = block() * block_pixels; begin < p.pixels; begin += step) {
+    for (uint32_t begin = block() * turn_pixels; begin < p.pixels; begin += step) {
       run_chain(begin);
       if (sums) {
         // region: barrier_before_weight_gradients
@@ -360,13 +413,13 @@ backward_kernel(const BackwardParams p) {
   }
 }
 
-// Chain warps of a block on this device: at D 64 as many as shared memory holds.
+// Chain warps of a thread block on this device: at D 64 as many as shared memory holds.
 template <int D, bool Mlp>
 int chain_warps(const DeviceLimits& limits) {
   using P = Plan<D, Mlp>;
   int warps = P::kMostChainWarps;
   while (warps > 1 && P::shared_bytes(warps) > limits.shared_bytes) --warps;
-  return P::kSpecialised ? warps : P::kMostChainWarps;
+  return P::kSpecialized ? warps : P::kMostChainWarps;
 }
 
 template <int D, bool Mlp>
@@ -379,7 +432,7 @@ Status run(const Call& call, BackwardParams p) {
   using P = Plan<D, Mlp>;
   p.chain_warps = chain_warps<D, Mlp>(call.limits);
   p.parts = parts_of<D, Mlp>(call.limits, p.pixels);
-  const int warps = P::kSpecialised ? p.chain_warps + P::kGradientWarps : P::kGradientWarps;
+  const int warps = P::kSpecialized ? p.chain_warps + P::kGradientWarps : P::kGradientWarps;
   return launch("block_backward", backward_kernel<T, D, Mlp, Tiled>,
                 {p.parts, 32 * warps, P::shared_bytes(p.chain_warps)}, call.stream, p);
 }
@@ -396,27 +449,7 @@ int block_backward_parts(const DeviceLimits& limits, int width, bool mlp, int64_
 }
 
 Status block_backward(const Call& call, const BlockBackward& op) {
-  BackwardParams p;
-  p.packed = op.packed;
-  p.h = op.h;
-  p.cond = op.cond;
-  p.h_tiles = op.h_tiles;
-  p.s_tiles = op.s_tiles;
-  p.grad_tiles = op.grad_tiles;
-  p.grad = op.grad;
-  p.grad_gate = op.grad_gate;
-  p.grad_h = op.grad_h;
-  p.grad_cond = op.grad_cond;
-  p.partials = op.partials;
-  p.pixels = static_cast<uint32_t>(op.pixels);
-  p.block = op.block;
-  p.depth = op.depth;
-  p.width = op.width;
-  p.first = op.first;
-  p.last = op.last;
-  p.accumulate = op.accumulate;
-  p.mlp = op.mlp;
-  p.eps = op.eps;
+  const BackwardParams p{op};
   return with_kernel(op.operand, op.width, [&](auto type, auto width) {
     using T = decltype(type);
     if (!op.mlp) return run<T, width.value, false, false>(call, p);

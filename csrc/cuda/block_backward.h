@@ -7,33 +7,31 @@
 namespace deco::cuda {
 
 struct BlockBackward {
-  int width = 0;
-  bool mlp = true;
-  DType operand = DType::kBFloat16;
-  int64_t pixels = 0;
-  float eps = 0;
   PackedWeights packed;
-  int block = 0;  // of the packed weights
-
   PatchRows cond;      // condition of the block
   RowsView h;          // its input
   RowsView grad;       // gradient of h' with the MLP, else of the modulated rows
   RowsView grad_gate;  // without the MLP: gradient of the gate
   RowsView grad_h;     // written; may be the memory of grad
+  RowsView grad_cond;  // the gradient of s, summed over the blocks of a chain and turned into that of cond by the last
+                       // one; null if not wanted
 
   // With the MLP: h, s = SiLU(cond), and the gradient of h', which that of h replaces, as operand tiles (pixels.h) in
   // place of h, grad and grad_h. Null if the block has rows.
   const void *h_tiles = nullptr, *s_tiles = nullptr;
   void* grad_tiles = nullptr;
 
-  // The gradient of s, summed over the blocks of a chain and turned into that of cond by the last one; null if not
-  // wanted.
-  RowsView grad_cond;
-  bool first = true, last = true;
-
   float* partials = nullptr;  // [block_backward_parts][depth][M][D][D + 1], or null if no weight gradient is wanted
-  int depth = 1;              // blocks that share the partials
-  bool accumulate = false;    // add to the partials rather than overwrite them
+  uint32_t pixels = 0;
+  int block = 0;  // of the packed weights
+  int depth = 1;  // blocks that share the partials
+  int width = 0;
+  int chain_warps = 0, parts = 0;  // set by block_backward
+  bool first = true, last = true;  // of the chain of blocks
+  bool accumulate = false;         // add to the partials rather than overwrite them
+  bool mlp = true;
+  float eps = 0;
+  DType operand = DType::kBFloat16;
 };
 
 // How many partial sums there are at most for so many pixels.

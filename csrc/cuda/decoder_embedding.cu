@@ -70,11 +70,7 @@ embedding_kernel(const EmbeddingParams p) {
   const int channels = op.shape.channels;
   ChannelGradient<T, D> pixel_gradient;
   pixel_gradient.clear();
-  Tile<D> table_sum;
-#pragma unroll
-  for (int j = 0; j < D / 8; ++j)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) table_sum.v[j][i] = 0.0f;
+  Tile<D> table_sum = zeros<D>();
 
   const uint32_t own = block() * kWarps + warp(), end = p.pixels - 1;
   for (uint32_t begin = own * kTilePixels; begin < p.pixels; begin += block_count() * kWarps * kTilePixels) {
@@ -133,7 +129,7 @@ struct TableParams {
   }
 };
 
-// A block adds up one row of the table over the warps that met it: slices of `width` threads, then the slices in order.
+// A thread block adds up one row of the table over the warps that met it: slices of `width` threads, then the slices in order.
 DECO_KERNEL(kThreads, 1) table_kernel(const TableParams p) {
   auto* shared = reinterpret_cast<float*>(shared_memory());
   const int k = block(), rows = min(p.pixels_per_token, kTilePixels), classes = p.pixels_per_token / rows;

@@ -28,7 +28,7 @@ inline PatchRows rows_of(const PixelRows& rows, const DecoderShape& shape) {
   return {rows.data, rows.token_stride, rows.pixel_stride, 2 * log2_of(shape.patch_size)};
 }
 
-// How many blocks a persistent grid of tiles needs: all tiles, or what the device holds at once.
+// How many thread blocks a persistent grid of tiles needs: all tiles, or what the device holds at once.
 inline int grid_blocks(int64_t pixels, int pixels_per_block, const DeviceLimits& limits,
                        int blocks_per_multiprocessor) {
   const int64_t tiles = (pixels + pixels_per_block - 1) / pixels_per_block;
@@ -40,7 +40,7 @@ inline int64_t padded_rows(int64_t pixels) { return (pixels + 255) / 256 * 256; 
 
 constexpr int64_t kPixelLimit = int64_t{1} << 31;
 
-// Calls run(T{}, std::integral_constant<int, D>{}) for the operand type and the width.
+// Calls run(T{}, std::integral_constant<int, D>{}) for the compute dtype and the width.
 template <class Run>
 Status with_kernel(DType operand, int width, Run&& run) {
   const auto with_type = [&](auto type) {

@@ -46,7 +46,7 @@ int shared_bytes(int slots) {
 // The gradient of LayerNorm's input at the head; x is the gradient of the velocity as a left operand.
 template <class T, int D>
 DECO_DEVICE Tile<D> head_backward(const uint32_t (&x)[2], const Tile<D>& normalized, RowPair rstd, const T* head) {
-  Tile<D> grad, result;
+  Tile<D> grad, result = zeros<D>();
 #pragma unroll
   for (int i = 0; i < D; i += 32) {
     uint32_t w[4];  // of four column tiles; of two, twice, where there are no more
@@ -57,10 +57,6 @@ DECO_DEVICE Tile<D> head_backward(const uint32_t (&x)[2], const Tile<D>& normali
       multiply<T>(grad.v[i / 8 + j], x, w[j], zero);
     }
   }
-#pragma unroll
-  for (int j = 0; j < D / 8; ++j)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) result.v[j][i] = 0.0f;
   add_normalize_gradient(result, grad, normalized, rstd);
   return result;
 }

@@ -7,8 +7,8 @@
 // M: RGB -> YCbCr, R: reflection padding to multiples of 8, F: orthonormal 8x8 DCT-II, W: frequency_weight, w:
 // sample_weight. The sum over a block of one channel is the quadratic form of frequency_forms.h.
 //
-// A warp owns a group of eight blocks at a time (loss_blocks.h), in registers; the forms lie in shared memory. A
-// group's two sums go to a place of their own, and one block adds all places in a fixed order: the bits depend on the
+// A warp owns a group of eight 8x8 blocks at a time (loss_blocks.h), in registers; the forms lie in shared memory. A
+// group's two sums go to a place of their own, and one thread block adds all places in a fixed order: the bits depend on the
 // inputs alone. Bytes per pixel: 6 values read; FLOPs: 1,536 on the tensor cores.
 #include "cuda/loss_plan.h"
 
@@ -134,7 +134,7 @@ struct LossesParams {
   }
 };
 
-// One block: each thread every 512th group, then the threads in a fixed tree.
+// One thread block: each thread every 512th group, then the threads in a fixed tree.
 DECO_KERNEL(kTotalThreads, 1) losses_kernel(const LossesParams p) {
   auto* warps = reinterpret_cast<Float2*>(shared_memory());
   Float2 sum = {0, 0};

@@ -8,7 +8,7 @@
 // With A = m·I + Q (frequency_forms.h) the multiples of the identity join the pixel loss in one 3x3 matrix of RGB, in
 // float32, and only Q goes through the tensor cores.
 //
-// A warp owns a group of eight blocks at a time, in registers; the forms lie in shared memory. Bytes per pixel: 6
+// A warp owns a group of eight 8x8 blocks at a time, in registers; the forms lie in shared memory. Bytes per pixel: 6
 // values read, 3 written; FLOPs: 1,536 on the tensor cores. Every pixel's gradient depends on its block (and the blocks
 // that repeat it) alone; sums over groups go to places of their own and are added in a fixed order.
 #include "cuda/gradient_sums.h"

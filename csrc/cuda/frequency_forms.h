@@ -4,7 +4,7 @@
 //
 //   sum of W·(F x)² = ⟨x, A x⟩,  A = Fᵀ·diag(W)·F,  and its gradient is 2·A x:
 //
-// one product serves the loss and its gradient. As 2·cos a·cos b = cos(a - b) + cos(a + b), a table of 9x9 numbers
+// one matmul serves the loss and its gradient. As 2·cos a·cos b = cos(a - b) + cos(a + b), a table of 9x9 numbers
 // makes the entry of the pixels (y, x) and (y', x'), so that every thread block makes the forms itself:
 //
 //   A = U[y, y'][x-x'] + U[y, y'][x+x'+1]
@@ -12,8 +12,8 @@
 //   T[a][b] = sum over u, v of W[u, v]·n_u·n_v·cos(π·u·a/8)·cos(π·v·b/8),  n_0 = 1/16, else 1/8; even, of period 16
 //
 // Precision: A = m·I + Q with m the mean of W. m stays float32; Q and x are split into bfloat16 high and low parts. The
-// rows of a product's left operand are the eight blocks of a group (loss_blocks.h): rows 0 to 7 hold the high parts,
-// rows 8 to 15 the low ones, so that two products, with the high and the low part of Q, give all four terms.
+// rows of a matmul's left operand are the eight 8x8 blocks of a group (loss_blocks.h): rows 0 to 7 hold the high parts,
+// rows 8 to 15 the low ones, so that two matmuls, with the high and the low part of Q, give all four terms.
 //
 // The 64 pixels of a block lie in slots, so that a lane's accumulators are its own pixels: slot 32r + 8q + 2t + e is
 // row t + 4r, column 2q + e.
@@ -34,7 +34,7 @@ DECO_DEVICE BlockPixel pixel_of_slot(int slot) {
 
 DECO_DEVICE int slot_of_pixel(int y, int x) { return 32 * (y >> 2) + 8 * (x >> 1) + 2 * (y & 3) + (x & 1); }
 
-// A block per group row, as the left operand of a product over the 64 slots.
+// An 8x8 block per group row, as the left operand of a matmul over the 64 slots.
 using BlockOperand = Operand<kSlots>;
 
 // Slots 8j + 2t and 8j + 2t + 1 of the lane's block.
@@ -121,7 +121,7 @@ class FrequencyForms {
     return {reinterpret_cast<BFloat16*>(matrices_ + channel * SplitMatrix::kBytes)};
   }
 
-  // Makes the forms of weights [3, 8, 8]; all threads of the block take part, and meet at its end.
+  // Makes the forms of weights [3, 8, 8]; all threads of the thread block take part, and meet at its end.
   DECO_DEVICE void build(const Array& frequency_weight) const {
     for (int i = thread(); i < kColors * kSlots; i += block_threads())
       store(weights_ + i, load_float(frequency_weight, i));

@@ -1,4 +1,4 @@
-// Adds partial sums over blocks and turns gradients of packed weights into those of the op's weights.
+// Adds partial sums over thread blocks and turns gradients of packed weights into those of the op's weights.
 #include "cuda/gradient_sums.h"
 
 namespace deco::cuda {
@@ -24,7 +24,7 @@ struct SumParams {
   }
 };
 
-// A block adds 32 numbers: each of eight slices every eighth part, then the slices in order.
+// A thread block adds 32 numbers: each of eight slices every eighth part, then the slices in order.
 DECO_KERNEL(kThreads, 1) sum_kernel(const SumParams p) {
   auto* slices = reinterpret_cast<float*>(shared_memory());
   const int column = thread() % kColumns, slice = thread() / kColumns;
@@ -77,7 +77,7 @@ DECO_DEVICE void put(const Array& array, int64_t index, float value) {
   if (array.data != nullptr) store_float(array, index, value);
 }
 
-// The summed gradient of packed matrix `which` of block n, channels in their own order; in = width: of the bias.
+// The summed gradient of packed matrix `which` of decoder block n, channels in their own order; in = width: of the bias.
 DECO_DEVICE float packed_gradient(const UnpackParams& p, int n, int which, int out, int in) {
   const int64_t D = p.width, row = (int64_t{n} * p.matrices + which) * D + column_of_channel(out, p.width);
   return load(p.sums.blocks + row * (D + 1) + (in < D ? column_of_channel(in, p.width) : D));

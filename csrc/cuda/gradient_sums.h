@@ -1,6 +1,6 @@
-// Weight gradients: sums over pixels inside a thread block, then over blocks, and the way back from packed weights.
+// Weight gradients: sums over pixels inside a thread block, then over thread blocks, and the way back from packed weights.
 //
-// Nothing is added atomically: a sum goes to a place of its own per warp or block, and the places are added in a fixed
+// Nothing is added atomically: a sum goes to a place of its own per warp or thread block, and the places are added in a fixed
 // order. The same grid gives the same bits; the grid depends on the device and the sizes alone.
 #pragma once
 

@@ -1,6 +1,6 @@
 // How a warp reads images [B, 3, H, W] for the flow-matching loss: eight 8x8 blocks at a time.
 //
-// A group is eight consecutive blocks of one image, in row-major order of blocks; the last group of an image may hold
+// A group is eight consecutive 8x8 blocks of one image, in row-major order; the last group of an image may hold
 // fewer. With g = lane / 4 and t = lane % 4, a lane holds rows t and t + 4 of block g: what a warp reads at once is
 // four runs of 64 pixels where the blocks are neighbours.
 #pragma once

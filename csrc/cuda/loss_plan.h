@@ -8,7 +8,7 @@
 
 namespace deco::cuda {
 
-// Kernels that multiply with the forms: one block per multiprocessor, so that it makes them once.
+// Kernels that multiply with the forms: one thread block per multiprocessor, so that it makes them once.
 constexpr int kLossThreads = 256, kLossWarps = kLossThreads / 32;
 
 struct LossPlan {

@@ -36,7 +36,7 @@ struct PackParams {
   }
 };
 
-// Element (out, in) of packed matrix `which` of block n.
+// Element (out, in) of packed matrix `which` of decoder block n.
 DECO_DEVICE float packed_element(const PackParams& p, int n, int which, int out, int in) {
   const int64_t D = p.width, row = n * D + out, mod = ((3 * n) * D + out) * D + in;
   if (which == kFc1) return 0.5f * load_float(p.blocks.fc1_weight, row * D + in);

@@ -3,8 +3,8 @@
 // With n the normalised rows and w, b the affine of LayerNorm, (n·w + b)·(1 + scale) + shift = n·scale' + shift' for
 //   scale' = w·(1 + scale):            W_scale' = diag(w)·W_scale,            bias' = w·(1 + b_scale)
 //   shift' = shift + b·(1 + scale):    W_shift' = W_shift + diag(b)·W_scale,  bias' = b_shift + b·(1 + b_scale)
-// so kernels know no affine. fc1 is halved: they evaluate SiLU(2x). Matrices are rounded to the operand type once, after
-// folding. A bias keeps its float32 value: it is split into three numbers of the operand type behind its row (tile.h).
+// so kernels know no affine. fc1 is halved: they evaluate SiLU(2x). Matrices are rounded to the compute dtype once, after
+// folding. A bias keeps its float32 value: it is split into three numbers of the compute dtype behind its row (tile.h).
 // The pixel table stays float32. Rows and columns of matrices are in the column order of tile.h.
 #pragma once
 
@@ -18,12 +18,12 @@ namespace deco::cuda {
 enum BlockMatrix { kShift, kScale, kGate, kFc1, kFc2, kBlockMatrices };
 constexpr int kModulationMatrices = 3;  // the first three alone: without the MLP
 
-constexpr int kChannelSlots = 8;  // inner size of products with image channels: four values, then four remainders
+constexpr int kChannelSlots = 8;  // inner size of matmuls with image channels: four values, then four remainders
 constexpr int kMaxChannels = 4;
 
 // In global memory. Without a decoder around the blocks, `pixel` and what follows is null.
 struct PackedWeights {
-  void* matrices = nullptr;  // [N, M, D, D + 8] of the operand type, M = 5, or 3 without the MLP
+  void* matrices = nullptr;  // [N, M, D, D + 8] of the compute dtype, M = 5, or 3 without the MLP
   void* pixel = nullptr;     // [D, 8]: the C columns of pixel_weight, twice
   void* head = nullptr;      // [8, D + 8]: the C rows of head_weight with bias, twice
   float* table = nullptr;    // [P, D], channels in their own order
@@ -51,13 +51,13 @@ Status pack_block(const Call& call, DType operand, const PackedWeights& packed, 
 
 // ---- in shared memory -----------------------------------------------------------------------------------------------
 
-// Copies packed weights to shared memory, all threads of the block together; barriers are the caller's.
+// Copies packed weights to shared memory, all threads of the thread block together; barriers are the caller's.
 DECO_DEVICE void copy_words(char* to, const void* from, int bytes) {
   for (int i = thread(); i < bytes / 16; i += block_threads())
     store(reinterpret_cast<Words4*>(to) + i, load(static_cast<const Words4*>(from) + i));
 }
 
-// One block's matrices [M][D][kRowStride].
+// One decoder block's matrices [M][D][kRowStride].
 template <class T, int D>
 struct BlockWeights {
   const T* matrices;
@@ -67,10 +67,10 @@ struct BlockWeights {
   DECO_DEVICE Linear<T, D> linear(int which) const { return {matrix(which), bias_selector}; }
 };
 
-// Room for some blocks: all of them, or one that is filled again for every block.
+// Room for the weights of some decoder blocks: all of them, or one that is filled again for every block.
 template <class T, int D, int Matrices = kBlockMatrices>
 struct BlockSlots {
-  static constexpr int kBytes = Matrices * D * kRowStride<D> * 2;  // of one block
+  static constexpr int kBytes = Matrices * D * kRowStride<D> * 2;  // of one decoder block
 
   char* memory;
 

@@ -1,9 +1,9 @@
 // pixel_decoder, forward: the whole decoder in one kernel.
 //
-//   h = W_x·x + table[k];  N blocks (block.h);  velocity = W_out·LayerNorm(h) + b_out
+//   h = W_x·x + table[k];  N decoder blocks (block.h);  velocity = W_out·LayerNorm(h) + b_out
 //
-// A warp owns M tiles of 16 pixels at a time; a block of warps walks over the pixels with the stride of the grid.
-// Activations stay in registers; the weights of all blocks lie in shared memory, or those of one block at a time where
+// A warp owns M tiles of 16 pixels at a time; a thread block walks over the pixels with the stride of the grid.
+// Activations stay in registers; the weights of all decoder blocks lie in shared memory, or those of one block at a time where
 // they do not all fit. Per pixel: 2·D bytes of cond, C values of the image and of the velocity; 2·(5·N·D² + 2·C·D)
 // FLOPs. Every pixel's result depends on that pixel alone: the same bits whatever the grid.
 #include "cuda/block.h"
@@ -27,7 +27,7 @@ struct ForwardParams {
   PatchGrid grid;
   DecoderShape shape;
   uint32_t pixels = 0;
-  bool resident = false;  // all blocks fit into shared memory
+  bool resident = false;  // all decoder blocks fit into shared memory
   float eps = 0;
 
   template <class V>

@@ -107,7 +107,7 @@ class Backward {
       BlockBackward block;
       block.width = D;
       block.operand = op_.cond.dtype;
-      block.pixels = pixels;
+      block.pixels = static_cast<uint32_t>(pixels);
       block.eps = op_.eps;
       block.packed = parts_.packed;
       block.block = l;

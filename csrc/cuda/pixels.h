@@ -29,7 +29,7 @@ DECO_DEVICE void store_float(const Array& array, int64_t index, float value) {
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
-// [tokens, P, D] of the operand type with unit channel stride; the other strides are in elements.
+// [tokens, P, D] of the compute dtype with unit channel stride; the other strides are in elements.
 struct PatchRows {
   void* data = nullptr;
   int64_t token_stride = 0, pixel_stride = 0;
@@ -53,7 +53,7 @@ struct PatchRows {
   }
 };
 
-// [pixels, D] of the operand type with unit channel stride and one stride, in elements, from pixel to pixel.
+// [pixels, D] of the compute dtype with unit channel stride and one stride, in elements, from pixel to pixel.
 struct RowsView {
   void* data = nullptr;
   int64_t stride = 0;
@@ -118,7 +118,7 @@ DECO_DEVICE void store_row(const RowsView& rows, uint32_t pixel, const RowWords<
 // ---- operand tiles --------------------------------------------------------------------------------------------------
 
 // Scratch [tiles of 16 pixels][D / 16][lanes][4 words]: the registers of left operands as they are (tile.h), so that a
-// warp moves 512 bytes at once and products can use them without rearranging.
+// warp moves 512 bytes at once and matmuls can use them without rearranging.
 template <int D>
 DECO_DEVICE Operand<D> load_tile(const void* tiles, uint32_t tile) {
   Operand<D> operand;
@@ -239,7 +239,7 @@ DECO_DEVICE void load_channels(uint32_t (&words)[2], const Image& image, int cha
   }
 }
 
-// An image [B, C, H, W] of the operand type with unit stride along a row; the other strides are in elements.
+// An image [B, C, H, W] of the compute dtype with unit stride along a row; the other strides are in elements.
 struct Planes {
   void* data = nullptr;
   int64_t stride_b = 0, stride_c = 0, stride_y = 0;

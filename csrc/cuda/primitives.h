@@ -7,7 +7,7 @@
 // Barriers:      block_barrier(), warp_barrier()
 // In a warp:     shuffle_xor(value, mask): the value of lane ^ mask
 // Arithmetic:    tanh_approximate(x) (largest relative error 2^-11), rsqrt_approximate(x)
-// Operand type:  pack<T>(low, high): two floats rounded to nearest even in one word; low<T>(word), high<T>(word)
+// Compute dtype:  pack<T>(low, high): two floats rounded to nearest even in one word; low<T>(word), high<T>(word)
 //
 // Matrix instructions of a warp, on 8x8 matrices M of 16-bit elements. With g = lane / 4 and t = lane % 4, a lane holds
 // of each matrix one word: the elements (g, 2t) and (g, 2t + 1).

@@ -5,7 +5,7 @@
 
 #define DECO_DEVICE __device__ __forceinline__
 #define DECO_HOST_DEVICE __host__ __device__ __forceinline__
-// `threads`: the largest block; `blocks`: how many of them an SM should hold.
+// `threads`: of the largest thread block; `blocks`: how many of them an SM should hold.
 #define DECO_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 namespace deco::cuda {

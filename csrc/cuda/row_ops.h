@@ -72,7 +72,7 @@ Status run_rows_backward(const Call& call, const char* name, const Op& op, Block
   if (!checked.ok() || op.rows == 0) return checked;
   block.width = op.width;
   block.operand = op.h.dtype;
-  block.pixels = op.rows;
+  block.pixels = static_cast<uint32_t>(op.rows);
   block.eps = op.eps;
   block.h = RowsView(op.h);
   block.cond = {op.cond.data, op.cond.stride, 0, 0};

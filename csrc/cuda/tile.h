@@ -1,4 +1,4 @@
-// A warp's tile of 16 pixels x D channels, its products with D x D matrices in shared memory, and its LayerNorm.
+// A warp's tile of 16 pixels x D channels, its matmuls with D x D matrices in shared memory, and its LayerNorm.
 //
 // The layout of the tensor cores' fragments, with g = lane / 4 and t = lane % 4. A word holds two numbers, the lower column
 // in its low half.
@@ -44,7 +44,17 @@ struct Tile {
   float v[D / 8][4];
 };
 
-// A tile rounded to the operand type, as the left operand of a product over all D columns.
+template <int D>
+DECO_DEVICE Tile<D> zeros() {
+  Tile<D> tile;
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) tile.v[j][i] = 0.0f;
+  return tile;
+}
+
+// A tile rounded to the compute dtype, as the left operand of a matmul over all D columns.
 template <int D>
 struct Operand {
   uint32_t k_step[D / 16][4];
@@ -73,9 +83,9 @@ DECO_DEVICE Operand<D> rounded(const Tile<D>& tile) {
   return operand;
 }
 
-// ---- products -----------------------------------------------------------------------------------------------------
+// ---- matmuls ------------------------------------------------------------------------------------------------------
 
-// The right operand of a product with D inputs and 8 outputs.
+// The right operand of a matmul with D inputs and 8 outputs.
 template <int D>
 struct Weights8 {
   uint32_t k_step[D / 16][2];
@@ -140,7 +150,7 @@ DECO_DEVICE uint32_t bias_selector() {
 }
 
 // A linear layer with D inputs and Outputs outputs whose packed matrix lies in shared memory. Its bias is one more step
-// of the product: cheaper than moving biases into the accumulators, and M tiles share it.
+// of the matmul: cheaper than moving biases into the accumulators, and M tiles share it.
 template <class T, int D, int Outputs = D>
 struct Linear {
   const T* matrix;
@@ -171,6 +181,13 @@ struct Linear {
 #pragma unroll
       for (int k = 1; k < D / 16; ++k) multiply<T>(out[m], x[m].k_step[k], w.k_step[k], out[m]);
     }
+  }
+  DECO_DEVICE void apply(float (&out)[4], const Operand<D>& x, int j) const {
+    float outputs[1][4];
+    const Operand<D> inputs[1] = {x};
+    apply(outputs, inputs, j);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = outputs[0][i];
   }
 };
 

@@ -1,10 +1,10 @@
-// Runs CUDA kernels on the host, one block after the other, every thread of a block a fiber of its own.
+// Runs CUDA kernels on the host, one thread block after the other, every thread a fiber of its own.
 //
-// Threads run until they meet: at a collective operation of their warp, or at the barrier of their block. Which warp
+// Threads run until they meet: at a collective operation of their warp, or at the barrier of their thread block. Which warp
 // runs next, and how far, is drawn from a seeded generator, so that results which depend on the order of warps differ
 // from seed to seed. Shared memory starts as NaN (all bits set). Every access is checked. What is wrong raises Fault:
 //   - lanes of one warp that meet in different collectives, or of which one never comes (divergence, deadlock)
-//   - a misaligned access, or one outside the block's shared memory and the buffers that the launch declares
+//   - a misaligned access, or one outside the thread block's shared memory and the buffers that the launch declares
 //   - a write to a buffer that the launch declares as read
 // Not covered: bank conflicts, timing, asynchronous copies, data races that no drawn order reveals.
 #pragma once

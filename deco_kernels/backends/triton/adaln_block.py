@@ -41,7 +41,7 @@ def block_forward(
     h, s, matrices_ptr, biases_ptr, block,
     D: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
 ):  # fmt: skip
-    """h' [BLOCK, D] of packed block number `block`; h float32, s = SiLU(cond) in the operand dtype."""
+    """h' [BLOCK, D] of packed block number `block`; h float32, s = SiLU(cond) in the compute dtype."""
     first = 5 * block
     shift = linear(s, matrices_ptr, biases_ptr, first + SHIFT, D, PRECISION)
     scale = linear(s, matrices_ptr, biases_ptr, first + SCALE, D, PRECISION)
@@ -59,9 +59,9 @@ def block_backward(
     h, s, grad, shift_matrix, scale_matrix, gate_matrix, fc1_matrix, fc2_matrix, biases_ptr,
     D: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block, recomputed from h [BLOCK, D] float32 and s in the operand dtype, for the gradient of h'.
+    """Gradients of a block, recomputed from h [BLOCK, D] float32 and s in the compute dtype, for the gradient of h'.
 
-    Returns the gradient of h, float32, and in the operand dtype what the other gradients are products of: those of
+    Returns the gradient of h, float32, and in the compute dtype what the other gradients are products of: those of
     shift, scale, gate, t and u, and the inputs m and a of the two linears.
     """
     normalized, rstd = normalize(h, D, EPS)

@@ -4,7 +4,7 @@ With d = pred - target, M the RGB -> YCbCr matrix and F the orthonormal 8x8 bloc
     pixel = mean(d²),  frequency = mean(w·F(M d)²),  total = pixel + frequency_scale·frequency,
 per sample, weighted by sample_weight and averaged over the batch. F is linear: with K its 64x64 matrix on a flattened
 block, the sum of w·F² over a block of one YCbCr channel is ⟨x, A x⟩ with A = Kᵀ·diag(w)·K, and its gradient is 2·A x.
-One 64x64 product per channel serves both; float32 images get it in three TF32 products, 16-bit ones in three of
+One 64x64 matmul per channel serves both; float32 images get it in three TF32 products, 16-bit ones in three of
 bfloat16.
 
 A persistent program walks over tiles of `block` 8x8 blocks of one sample; A (48 kB in all) passes through shared

@@ -107,7 +107,7 @@ def add_linear_grad(weight, biases, grad, x, number: tl.constexpr, BLOCK: tl.con
     """Sums over pixels of a linear's gradients, with those of one tile added.
 
     weight [out, in] += gradᵀ·x; row `number` of biases [16, out] += sum of grad [BLOCK, out] over its rows. The tensor
-    cores compute both: a product with ones yields the sum in all 16 rows; the choice afterwards keeps a NaN out of the
+    cores compute both: a matmul with ones yields the sum in all 16 rows; the choice afterwards keeps a NaN out of the
     sums of other linears.
     """
     weight = tl.dot(tl.trans(grad), x, weight, input_precision=PRECISION)

@@ -108,8 +108,8 @@ def split_bfloat16(x):
 def form_product(x, forms_ptr, channel, PRECISION: tl.constexpr):
     """x [BLOCK, 64] times the form A of a channel, float32.
 
-    float32 forms [3, 64, 64]: one product of PRECISION. bfloat16 forms [3, 2, 64, 64], high and low parts: three
-    bfloat16 products, with a relative error of 5e-6 still far below the rounding of 16-bit images.
+    float32 forms [3, 64, 64]: one matmul of PRECISION. bfloat16 forms [3, 2, 64, 64], high and low parts: three
+    bfloat16 matmuls, with a relative error of 5e-6 still far below the rounding of 16-bit images.
     """
     e = tl.arange(0, 64)
     pointers = e[:, None] * 64 + e[None, :]

@@ -141,7 +141,7 @@ def recompute_kernel(
     """The forward once more, keeping what the block kernels need, then the head backwards."""
     PIXELS: tl.constexpr = PATCH * PATCH
     d = tl.arange(0, D)
-    channel = tl.arange(0, 16)  # channels padded to the smallest tile of a tensor-core product
+    channel = tl.arange(0, 16)  # channels padded to the smallest tile of a tensor-core matmul
     grad_head_weight = tl.zeros([16, D], tl.float32)
     grad_head_bias = tl.zeros([16], tl.float32)
     n_tiles = tl.cdiv(n_tokens * PIXELS, BLOCK)

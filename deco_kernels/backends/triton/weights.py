@@ -5,7 +5,7 @@ The affine part of LayerNorm folds exactly into the modulation linear. With n th
     scale' = w·(1 + scale),  shift' = shift + b·(1 + scale),
 so the kernels see modified rows of the modulation weight and bias and no affine at all. fc1 is packed halved, because
 the kernels evaluate SiLU(2t) from t. A packed set holds the matrices [shift', scale', gate, fc1/2, fc2] as [in, out] in
-the operand dtype and their biases in float32; packing happens inside every call, so weights may change between calls
+the compute dtype and their biases in float32; packing happens inside every call, so weights may change between calls
 and between replays of a CUDA graph.
 """
 
@@ -27,7 +27,7 @@ _ONE_PROGRAM = Launch(block=0, warps=4, stages=1, programs_per_multiprocessor=1)
 
 
 class PackedWeights(NamedTuple):
-    """matrices [N, M, D, D] (in, out) in the operand dtype, biases [N, M, D] float32; M is 5, or 3 without the MLP."""
+    """matrices [N, M, D, D] (in, out) in the compute dtype, biases [N, M, D] float32; M is 5, or 3 without the MLP."""
 
     matrices: torch.Tensor
     biases: torch.Tensor

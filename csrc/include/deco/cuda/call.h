@@ -9,7 +9,7 @@ namespace deco::cuda {
 // What chooses between the variants of a kernel and sizes its grid.
 struct DeviceLimits {
   int multiprocessors = 0;
-  int shared_bytes = 0;  // the most one block may use
+  int shared_bytes = 0;  // the most one thread block may use
 };
 
 struct Call {

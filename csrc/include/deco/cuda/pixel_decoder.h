@@ -6,7 +6,7 @@
 
 namespace deco::cuda {
 
-// cond's dtype, bfloat16 or float16, is the operand type; its rows start at multiples of 16 bytes.
+// cond's dtype, bfloat16 or float16, is the compute dtype; its rows start at multiples of 16 bytes.
 struct PixelDecoderForward {
   DecoderShape shape;
   ImageArray image;

@@ -7,7 +7,7 @@
 
 namespace deco::cuda {
 
-// h and cond are of one dtype, bfloat16 or float16, the operand type; their rows start at multiples of 16 bytes.
+// h and cond are of one dtype, bfloat16 or float16, the compute dtype; their rows start at multiples of 16 bytes.
 struct ModulateForward {
   int64_t rows = 0;
   int width = 0;                               // D: 16, 32 or 64
