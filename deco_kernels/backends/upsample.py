@@ -47,8 +47,12 @@ class UpsampleGradients:
         self.inputs = (tokens, up_weight, up_bias)
         self.dtype = tokens.dtype if tokens.is_cuda or tokens.dtype is torch.bfloat16 else torch.float32
         self.rows = tokens.reshape(-1, tokens.shape[-1])
-        self.grad_tokens = torch.empty_like(self.rows) if needs[0] else None
-        self.grad_weight = torch.zeros_like(up_weight, dtype=torch.float32) if needs[1] else None
+        self.grad_tokens = torch.empty_like(self.rows, memory_format=torch.contiguous_format) if needs[0] else None
+        self.grad_weight = (
+            torch.zeros_like(up_weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+            if needs[1]
+            else None
+        )
         self.grad_bias = torch.zeros_like(up_bias, dtype=torch.float32) if needs[2] else None
         self.wanted = any(needs)
 

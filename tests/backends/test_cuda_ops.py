@@ -10,19 +10,26 @@ from deco_kernels.backends.cuda import pixel_decoder, upsample_modulate
 from deco_kernels.ops import registry
 from deco_kernels.testing import emulation
 from tests.ops import test_equal_rows as equal_rows
-from tests.ops.cases import BF16, CASES, F16, F32, small_inputs
+from tests.ops.cases import BF16, CASES, DECODER_CASES, F16, F32, small_inputs, uncovered_pairs
 
 pytestmark = pytest.mark.emulate
 
 BACKEND = emulation.BACKEND
 OPS = ("adaln_block", "upsample_modulate", "pixel_decoder", "pixel_decoder_from_tokens")
-# The slowest case, D 64 with six blocks, runs once: from_tokens adds nothing to it.
-HALF_CASES = [
-    (op, case)
-    for op in OPS
-    for case in CASES[op]
-    if case.dtype is not F32 and (op != "pixel_decoder_from_tokens" or case.width * case.depth < 384)
-]
+HALF_CASES = {op: [case for case in CASES[op] if case.dtype is not F32] for op in OPS}
+# Of the decoder's ops, which have their kernels in common, one takes the float32 cases in bfloat16: together all pairs
+# of settings. Its other cases are long.
+OTHER_CASES = [case._replace(dtype=BF16) for case in DECODER_CASES if case.dtype is F32]
+
+
+def accuracy_cases():
+    for op, cases in HALF_CASES.items():
+        others = OTHER_CASES if op == "pixel_decoder_from_tokens" else []
+        for case in dict.fromkeys(cases + others):
+            marks = pytest.mark.long if others and case not in others else ()
+            yield pytest.param(op, case, id=f"{op}-{case.label}", marks=marks)
+
+
 each_op = pytest.mark.parametrize("op", OPS)
 
 
@@ -46,7 +53,11 @@ def assert_rule_of_error(inputs, results):
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize(("op", "case"), [pytest.param(op, case, id=f"{op}-{case.label}") for op, case in HALF_CASES])
+def test_cases_have_all_pairs_of_settings():
+    assert not uncovered_pairs(HALF_CASES["pixel_decoder"] + OTHER_CASES, dtype=(BF16, F16))
+
+
+@pytest.mark.parametrize(("op", "case"), list(accuracy_cases()))
 def test_rule_of_error(emulated, op, case, poisoned_memory):
     inputs = case.inputs(op)
     before = {name: tensor.clone() for name, tensor in inputs.tensors.items()}

@@ -12,7 +12,19 @@ from deco_kernels import ops, testing
 from deco_kernels.ops.registry import BackendUnavailable
 from tests.ops import test_backends as shared
 from tests.ops import test_equal_rows as equal_rows
-from tests.ops.cases import BF16, CASES, F16, F32, OPS, Case, small_inputs
+from tests.ops.cases import (
+    BF16,
+    CASES,
+    F16,
+    F32,
+    OPS,
+    Case,
+    channels_last,
+    offset,
+    padded,
+    small_inputs,
+    transposed,
+)
 
 pytestmark = [
     pytest.mark.interpret,
@@ -45,7 +57,7 @@ def test_rule_of_error(op, case, poisoned_memory):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("view", [shared._transposed, shared._offset, shared._padded, shared._channels_last])
+@pytest.mark.parametrize("view", [transposed, offset, padded, channels_last])
 def test_views_give_the_same_result(op, view):
     shared.test_views_give_the_same_result("triton", op, BF16, view)
 

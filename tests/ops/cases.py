@@ -1,5 +1,7 @@
 """The shared list of cases: every backend and instruction set of this machine runs every op through them."""
 
+from collections.abc import Callable, Iterable
+from itertools import combinations, product
 from typing import NamedTuple
 
 import pytest
@@ -22,8 +24,37 @@ IMPLEMENTATIONS = implementations()
 BACKENDS = IMPLEMENTATIONS[:2]  # each backend once, the cpu backend with its fastest instruction set
 
 
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def offset(tensor: torch.Tensor) -> torch.Tensor:
+    storage = torch.full((tensor.numel() + 3,), torch.nan, dtype=tensor.dtype)
+    return storage[3:].view(tensor.shape).copy_(tensor)
+
+
+def padded(tensor: torch.Tensor) -> torch.Tensor:
+    """Unit last stride, larger strides elsewhere: a slice of a wider tensor."""
+    wider = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), torch.nan, dtype=tensor.dtype)
+    return wider[..., : tensor.shape[-1]].copy_(tensor)
+
+
+def channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if tensor.dim() == 4 else transposed(tensor)
+
+
+LAYOUTS = {"contiguous": lambda tensor: tensor, "padded": padded, "channels_last": channels_last}
+
+
+def in_layout(inputs: testing.Inputs, view: Callable[[torch.Tensor], torch.Tensor]) -> testing.Inputs:
+    """The same values; every matrix, image and incoming gradient laid out by `view`."""
+    tensors = {name: view(t) if t is not None and t.dim() > 1 else t for name, t in inputs.tensors.items()}
+    gradients = tuple(view(gradient) if gradient.dim() > 1 else gradient for gradient in inputs.grad_outputs)
+    return inputs._replace(tensors=tensors, grad_outputs=gradients)
+
+
 class Case(NamedTuple):
-    """Arguments of `testing.random_inputs`; at least 4,096 pixels, as the rule of error asks."""
+    """Arguments of `testing.random_inputs` and a layout; at least 4,096 pixels, as the rule of error asks."""
 
     dtype: torch.dtype
     width: int = 32
@@ -31,39 +62,44 @@ class Case(NamedTuple):
     patch_size: int = 16
     image_size: tuple[int, int, int] = (2, 32, 64)
     channels: int = 3
+    layout: str = "contiguous"
     other_dtype: torch.dtype | None = None
     weight_dtype: torch.dtype = F32
     token_width: int = 48
     seed: int = 0
 
     def inputs(self, op: str) -> testing.Inputs:
-        return testing.random_inputs(op, **self._asdict())
+        arguments = self._asdict()
+        view = LAYOUTS[arguments.pop("layout")]
+        return in_layout(testing.random_inputs(op, **arguments), view)
 
     @property
     def label(self) -> str:
         batch, height, width = self.image_size
         kinds = "-".join(str(t).removeprefix("torch.") for t in (self.dtype, self.other_dtype, self.weight_dtype) if t)
-        return f"{kinds}-D{self.width}N{self.depth}p{self.patch_size}C{self.channels}-{batch}x{height}x{width}"
+        sizes = f"D{self.width}N{self.depth}p{self.patch_size}C{self.channels}-{batch}x{height}x{width}"
+        return f"{kinds}-{sizes}" + f"-{self.layout}" * (self.layout != "contiguous")
 
 
+# Any two values of dtype, D, N (one, few or many blocks), p, C and layout occur together; a test holds this.
 DECODER_CASES = [
     Case(F32),
     Case(BF16),
     Case(F16),
-    Case(F32, width=16, depth=1, patch_size=4, image_size=(1, 52, 84)),
-    Case(BF16, width=16, depth=6, patch_size=8, image_size=(3, 24, 64), channels=1),
-    Case(F16, width=16, depth=3, patch_size=2, image_size=(1, 58, 74), channels=4),
-    Case(F32, width=64, depth=3, patch_size=8, image_size=(1, 40, 104), channels=4),
-    Case(BF16, width=64, depth=6, patch_size=16, image_size=(1, 48, 96)),
-    Case(F16, width=64, depth=1, patch_size=1, image_size=(1, 61, 71)),
-    Case(F32, depth=8, patch_size=1, image_size=(5, 29, 31), channels=1),
-    Case(BF16, depth=1, patch_size=1, image_size=(1, 67, 63), token_width=9),
-    Case(F32, depth=6, patch_size=2, image_size=(3, 34, 42), other_dtype=BF16),
-    Case(BF16, depth=3, patch_size=4, image_size=(1, 60, 72), other_dtype=BF16, weight_dtype=BF16),
-    Case(F16, depth=3, patch_size=8, image_size=(1, 56, 80), other_dtype=F16, weight_dtype=F16),
-    Case(F32, depth=2, patch_size=16, image_size=(1, 16, 272), other_dtype=F16, weight_dtype=BF16, token_width=33),
-    Case(BF16, width=16, depth=2, patch_size=2, image_size=(1, 46, 98), weight_dtype=F16),
-    Case(BF16, width=64, depth=2, patch_size=2, image_size=(1, 46, 98), token_width=130),
+    Case(F16, 16, 1, 1, (1, 61, 71), 3, "padded"),
+    Case(BF16, 32, 2, 1, (1, 67, 63), 1, token_width=9),
+    Case(F32, 64, 6, 1, (5, 29, 31), 4, "channels_last"),
+    Case(BF16, 16, 2, 2, (1, 46, 98), 3, "channels_last", weight_dtype=F16),
+    Case(F16, 32, 8, 2, (1, 58, 74), 4, "padded"),
+    Case(F32, 64, 1, 2, (3, 34, 42), 1, token_width=130),
+    Case(BF16, 16, 6, 4, (1, 60, 72), 4, other_dtype=BF16, weight_dtype=BF16),
+    Case(F32, 32, 1, 4, (1, 52, 84), 1, "channels_last"),
+    Case(F16, 64, 3, 4, (1, 52, 84), 3, "padded", other_dtype=F16, weight_dtype=F16),
+    Case(F32, 16, 3, 8, (3, 24, 64), 4, "channels_last", other_dtype=BF16),
+    Case(F16, 32, 6, 8, (1, 56, 80), 3),
+    Case(BF16, 64, 1, 8, (1, 40, 104), 1, "padded"),
+    Case(F16, 16, 6, 16, (2, 48, 96), 1, "channels_last"),
+    Case(F32, 64, 1, 16, (1, 16, 272), 4, "padded", other_dtype=F16, weight_dtype=BF16, token_width=33),
 ]
 ROW_CASES = [case for case in DECODER_CASES if case.depth <= 3]
 LOSS_CASES = [
@@ -84,6 +120,26 @@ CASES = {
     "frequency_loss": LOSS_CASES[:3],
 }
 OPS = tuple(CASES)
+
+
+VALUES = {
+    "dtype": (F32, BF16, F16),
+    "width": (16, 32, 64),
+    "blocks": ("one", "few", "many"),
+    "patch_size": (1, 2, 4, 8, 16),
+    "channels": (1, 3, 4),
+    "layout": tuple(LAYOUTS),
+}
+
+
+def uncovered_pairs(cases: Iterable[Case], **values) -> list[tuple]:
+    """Pairs of settings that no case has together; `values` replaces entries of VALUES."""
+    found = set()
+    for case in cases:
+        settings = case._asdict() | {"blocks": "one" if case.depth == 1 else "few" if case.depth <= 3 else "many"}
+        found |= {pair for pair in combinations([(name, settings[name]) for name in VALUES], 2)}
+    settings = [[(name, value) for value in possible] for name, possible in (VALUES | values).items()]
+    return [pair for first, second in combinations(settings, 2) for pair in product(first, second) if pair not in found]
 
 
 def small_inputs(op: str, dtype: torch.dtype = F32, **changes) -> testing.Inputs:

@@ -6,10 +6,31 @@ import pytest
 import torch
 
 from deco_kernels import ops, testing
-from tests.ops.cases import BF16, CASES, F16, F32, IMPLEMENTATIONS, OPS, Case, small_inputs
+from tests.ops.cases import (
+    BF16,
+    CASES,
+    DECODER_CASES,
+    F16,
+    F32,
+    IMPLEMENTATIONS,
+    OPS,
+    Case,
+    channels_last,
+    in_layout,
+    offset,
+    padded,
+    small_inputs,
+    transposed,
+    uncovered_pairs,
+)
 
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 each_op = pytest.mark.parametrize("op", OPS)
+
+
+def test_cases_have_all_pairs_of_settings():
+    assert not uncovered_pairs(DECODER_CASES)
+    assert (("width", 64), ("layout", "padded")) in uncovered_pairs(DECODER_CASES[:3])
 
 
 @functools.cache
@@ -46,37 +67,14 @@ def test_rule_of_error(implementation, op, case, poisoned_memory):
         assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape and gradient.is_contiguous(), name
 
 
-def _transposed(tensor):
-    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
-def _offset(tensor):
-    storage = torch.full((tensor.numel() + 3,), torch.nan, dtype=tensor.dtype)
-    return storage[3:].view(tensor.shape).copy_(tensor)
-
-
-def _padded(tensor):
-    """Unit last stride, larger strides elsewhere: a slice of a wider tensor."""
-    wider = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), torch.nan, dtype=tensor.dtype)
-    return wider[..., : tensor.shape[-1]].copy_(tensor)
-
-
-def _channels_last(tensor):
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if tensor.dim() == 4 else _transposed(tensor)
-
-
 @each_implementation
 @each_op
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("view", [_transposed, _offset, _padded, _channels_last])
+@pytest.mark.parametrize("view", [transposed, offset, padded, channels_last])
 def test_views_give_the_same_result(implementation, op, dtype, view):
     inputs = small_inputs(op, dtype)
     expected = testing.run(inputs, implementation)
-    viewed = inputs._replace(
-        tensors={name: view(t) if t is not None and t.dim() > 1 else t for name, t in inputs.tensors.items()},
-        grad_outputs=tuple(view(g) if g.dim() > 1 else g for g in inputs.grad_outputs),
-    )
-    assert_close(testing.run(viewed, implementation), expected)
+    assert_close(testing.run(in_layout(inputs, view), implementation), expected)
 
 
 @each_implementation
