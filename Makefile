@@ -4,7 +4,7 @@
 # make bench       the CPU benchmark table
 # make test-long   the tests marked long
 # make test-timing the tests that assert times; they need a machine without other work
-# make aot-all     compiles every Triton and CUDA kernel for every width, dtype and architecture
+# make aot-all     compiles every Triton and CUDA kernel for every width, dtype and architecture and compares budgets
 # make gpu-check   what only a GPU can show, with this machine's own Python and no network -> out/gpu-check
 # make lint        style
 #
@@ -48,7 +48,10 @@ test-timing: env
 	$(RUN) -m pytest -q -m timing $(ARGS)
 
 aot-all: env
-	$(RUN) -m benchmarks static --everywhere $(ARGS)
+	@status=0; \
+	$(PYTEST) -m aot_all || status=$$?; \
+	$(RUN) -m benchmarks static --everywhere $(ARGS) || status=$$?; \
+	exit $$status
 
 demo: env-demo
 	$(RUN) python/demo.py $(ARGS)

@@ -114,22 +114,24 @@ def sources() -> list[str]:
     return [path.stem for path in sorted(found, key=lambda path: (path.stem != "block_backward", path.stem))]
 
 
-def compile_source(source: str, architecture: str, cubin: Path) -> None:
+def compile_source(source: str, architecture: str, cubin: Path, only_width: int | None) -> None:
     """Compile csrc/cuda/SOURCE.cu as the module is built, with the lines that instructions come from."""
     number = architecture.removeprefix("sm_")
     command = [nvcc(), "-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     command += [f"-gencode=arch=compute_{number},code=sm_{number}", "-cubin", "-o", str(cubin)]
+    command += [f"-DDECO_ONLY_WIDTH={only_width}"] if only_width else []
     command += [str(CSRC / "cuda" / f"{source}.cu")]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0 or "warning" in result.stderr:
         raise RuntimeError(f"{source}.cu does not compile cleanly for {architecture}:\n{result.stderr[-4000:]}")
 
 
-def source_figures(source: str, architecture: str) -> dict[str, Figures]:
-    """Figures of every kernel of a source, by "cuda.source.kernel+flags/D32/bfloat16"."""
+def source_figures(source: str, architecture: str, only_width: int | None = None) -> dict[str, Figures]:
+    """Figures of every kernel of a source, by "cuda.source.kernel+flags/D32/bfloat16"; with `only_width`, a decoder's
+    kernels are compiled for that width in bfloat16 alone."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{source}.cubin"
-        compile_source(source, architecture, cubin)
+        compile_source(source, architecture, cubin, only_width)
         codes, lines = sass.read_all(cubin), sass.read_lines(cubin)
     figures = {}
     for mangled, code in codes.items():

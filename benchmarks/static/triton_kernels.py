@@ -106,7 +106,7 @@ def figures(launch, architecture: str) -> Figures:
 
 
 def case_figures(architecture: str, width: int, dtype: str, parts: tuple[str, ...] = ("",)) -> dict[str, Figures]:
-    """Figures of every kernel whose name starts with one of `parts`; can run in a process of its own."""
+    """Figures of every kernel whose name starts with one of `parts`."""
     launches = recorded_launches(architecture, width, DTYPES[dtype])
     return {name: figures(launch, architecture) for name, launch in launches.items() if name.startswith(parts)}
 

@@ -1,12 +1,11 @@
 """The CUDA kernels compile for every architecture and keep to their recorded budgets; nothing here needs a GPU."""
 
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from benchmarks.static import cuda_kernels, sass, triton_kernels
-from benchmarks.static.figures import CUDA_PREFIX, SHARED_LIMIT, exceeded, recorded_budgets
+from benchmarks.static.figures import CUDA_PREFIX, SHARED_LIMIT, Figures, exceeded, recorded_budgets
 
 pytestmark = [
     pytest.mark.aot,
@@ -16,49 +15,50 @@ pytestmark = [
 BUDGETS = recorded_budgets("cuda")
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """architecture -> figures of all kernels; two sources are compiled at a time, ahead of the tests."""
+def compiled(architecture: str, only_width: int | None = None) -> dict[str, Figures]:
+    """Figures of all kernels by label, or of those for one width in bfloat16."""
     reason = cuda_kernels.unavailable_reason()
     if reason is not None:
         pytest.skip(reason)
     pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with Triton")
-    for architecture in cuda_kernels.ARCHITECTURES:
-        for width in triton_kernels.WIDTHS:
-            cuda_kernels.launches(width, SHARED_LIMIT[architecture.removesuffix("a")])
-    with ThreadPoolExecutor(2) as pool:
-        jobs = {
-            architecture: [pool.submit(cuda_kernels.source_figures, s, architecture) for s in cuda_kernels.sources()]
-            for architecture in cuda_kernels.ARCHITECTURES
-        }
-        yield lambda architecture: {k: v for job in jobs[architecture] for k, v in job.result().items()}
+    sources = cuda_kernels.sources()
+    return {k: v for s in sources for k, v in cuda_kernels.source_figures(s, architecture, only_width).items()}
 
 
-@pytest.mark.parametrize("architecture", cuda_kernels.ARCHITECTURES)
-def test_every_kernel_compiles_for_every_width_and_dtype(compiled, architecture):
-    found = compiled(architecture)
+def assert_kernels_fit_their_budgets(architecture: str, found: dict[str, Figures], wanted: set[tuple[int, str]]):
+    """`found` holds every kernel; all can be launched, and those for the (width, dtype) of `wanted`, which are the ones
+    recorded, keep to the record if it is of this toolchain."""
     assert {name.split("/")[0] for name in found} == {CUDA_PREFIX + name for name in cuda_kernels.KERNELS}
-    for width in triton_kernels.WIDTHS:
-        for dtype in ("bfloat16", "float16"):
-            assert len([name for name in found if name.endswith(f"/D{width}/{dtype}")]) == 10
     for name, figures in found.items():
         assert figures.registers <= 255 and figures.shared_bytes <= SHARED_LIMIT[architecture.removesuffix("a")], name
-
-
-@pytest.mark.parametrize("architecture", cuda_kernels.ARCHITECTURES)
-def test_budgets_hold(compiled, architecture):
+    found = {name: figures for name, figures in found.items() if cuda_kernels.is_among(name, wanted)}
     budgets = {name: entry[architecture] for name, entry in BUDGETS.items() if architecture in entry}
+    budgets = {name: budget for name, budget in budgets.items() if cuda_kernels.is_among(name, wanted)}
     toolchains = {budget["toolchain"] for budget in budgets.values()}
     assert len(toolchains) == 1
     if cuda_kernels.toolchain() not in toolchains:
         pytest.skip(f"the budgets were recorded with {toolchains.pop()}, this is {cuda_kernels.toolchain()}")
-    widths = triton_kernels.WIDTHS if architecture == "sm_90a" else (32,)
-    dtypes = ("bfloat16", "float16") if architecture == "sm_90a" else ("bfloat16",)
-    wanted = {(width, dtype) for width in widths for dtype in dtypes}
-    found = {name: f for name, f in compiled(architecture).items() if cuda_kernels.is_among(name, wanted)}
     assert found.keys() == budgets.keys()
     for name, figures in found.items():
         assert not list(exceeded(figures, budgets[name])), name
+
+
+@pytest.mark.parametrize("architecture", cuda_kernels.ARCHITECTURES)
+def test_kernels_for_d32_in_bfloat16_fit_their_budgets(architecture):
+    assert_kernels_fit_their_budgets(architecture, compiled(architecture, only_width=32), {(32, "bfloat16")})
+
+
+@pytest.mark.aot_all
+@pytest.mark.parametrize("architecture", cuda_kernels.ARCHITECTURES)
+def test_kernels_for_every_width_and_dtype_fit_their_budgets(architecture):
+    """All are recorded on sm_90a, elsewhere those for D 32 in bfloat16."""
+    found = compiled(architecture)
+    cases = {(width, dtype) for width in triton_kernels.WIDTHS for dtype in ("bfloat16", "float16")}
+    for width, dtype in cases:
+        assert len([name for name in found if name.endswith(f"/D{width}/{dtype}")]) == 10
+    recorded = cases if architecture == "sm_90a" else {(32, "bfloat16")}
+    assert all(cuda_kernels.is_among(name, recorded) for name in BUDGETS if architecture in BUDGETS[name])
+    assert_kernels_fit_their_budgets(architecture, found, recorded)
 
 
 def test_the_record_reaches_its_goals():

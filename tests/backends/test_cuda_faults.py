@@ -13,9 +13,6 @@ from deco_kernels.testing import emulation, source_regions
 
 pytestmark = pytest.mark.emulate
 
-# A source that is compiled again serves D 16 in bfloat16 alone: the others would only cost time.
-ONLY_D16 = {"kernels_of_wide_decoders": "", "kernels_of_float16": ""}
-
 
 def changed_files(changes: dict[str, str]) -> dict[str, str]:
     """Contents by name of the files of csrc/cuda whose regions `changes` replaces: a new text for each, in which $name
@@ -35,13 +32,14 @@ def build_with_fault(source: str, changes: dict[str, str], folder: Path):
     changed = folder / "cuda"
     changed.mkdir()
     unchanged = {f"{source}.cu": (source_regions.CUDA_SOURCES / f"{source}.cu").read_text()}
-    for name, content in (unchanged | changed_files(changes | ONLY_D16)).items():
+    for name, content in (unchanged | changed_files(changes)).items():
         (changed / name).write_text(content)
     compiled = folder / f"{source}.o"
     good = [path for path in emulation.BUILD.rglob("*.o") if path.name != f"{source}.cu.o"]
     library = folder / f"_native_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    # -iquote: the compiler looks for headers there before it looks in the tree.
-    command = emulation.compile_command("-iquote", folder, "-c", changed / f"{source}.cu", "-o", compiled)
+    # -iquote: the compiler looks for headers there before it looks in the tree. It serves D 16 in bfloat16 alone.
+    command = emulation.compile_command("-DDECO_ONLY_WIDTH=16", "-iquote", folder)
+    command += ["-c", changed / f"{source}.cu", "-o", compiled]
     subprocess.run(command, check=True)
     subprocess.run(["g++", "-shared", compiled, *good, "-o", library], check=True)
     module = emulation.load(library)

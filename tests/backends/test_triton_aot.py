@@ -1,9 +1,6 @@
 """Every Triton kernel compiles ahead of time for every architecture and keeps to its recorded budget; no GPU needed."""
 
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,50 +15,40 @@ pytestmark = [
 ]
 
 BUDGETS = recorded_budgets("triton")
-# What is compiled for the other widths and dtypes; `make aot-all` compiles everything.
+# What is compiled here for the other widths and dtypes; `python -m benchmarks static --everywhere` compiles everything.
 CORE = ("pixel_decoder.forward_kernel", "adaln_block.backward_kernel/", "flow_matching_loss.gradient_kernel")
-RECORDED = [(architecture, 32, "bfloat16", ("",)) for architecture in triton_kernels.ARCHITECTURES]
 OTHERS = [
-    ("sm_90", width, dtype, CORE if width == 32 else CORE[:2])
+    pytest.param("sm_90", width, dtype, CORE if width == 32 else CORE[:2], id=f"sm_90-D{width}-{dtype}")
     for dtype in reversed(triton_kernels.DTYPES)
     for width in reversed(triton_kernels.WIDTHS)
     if (width, dtype) != (32, "bfloat16")
-] + [("gfx942", 32, "float32", CORE[:1]), (SMALL_SHARED, 64, "bfloat16", CORE[1:2])]
+] + [
+    pytest.param("gfx942", 32, "float32", CORE[:1], id="gfx942-D32-float32"),
+    pytest.param(SMALL_SHARED, 64, "bfloat16", CORE[1:2], id=f"{SMALL_SHARED}-D64-bfloat16"),
+]
 
 
-def label(case):
-    return "-".join(str(part) for part in case[:3])
-
-
-@pytest.fixture(scope="session")
-def compiled(request):
-    """Figures of the cases of all selected tests, compiled by two processes at a time."""
+def checked_figures(architecture: str, width: int, dtype: str, parts: tuple[str, ...]) -> dict[str, Figures]:
+    """Figures of the kernels whose names start with one of `parts`; all fit the device and the record."""
     pytest.importorskip("triton")
-    items = [item for item in request.session.items if item.path == Path(__file__) and "compiled" in item.fixturenames]
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield {
-            case: pool.submit(triton_kernels.case_figures, *case)
-            for case in (item.callspec.params["case"] for item in items)
-        }
-
-
-@pytest.mark.parametrize("case", RECORDED, ids=label)
-def test_budgets_hold(compiled, case):
-    architecture, found = case[0], compiled[case].result()
+    found = triton_kernels.case_figures(architecture, width, dtype, parts)
     for name, figures in found.items():
-        assert not list(exceeded(figures, BUDGETS[name][architecture])), name
         assert figures.shared_bytes <= SHARED_LIMIT[architecture], name
+        if architecture in BUDGETS.get(name, {}):
+            assert not list(exceeded(figures, BUDGETS[name][architecture])), name
+    return found
+
+
+@pytest.mark.parametrize("architecture", triton_kernels.ARCHITECTURES)
+def test_kernels_for_d32_in_bfloat16_fit_their_budgets(architecture):
+    found = checked_figures(architecture, 32, "bfloat16", ("",))
     assert set(found) == {name for name in BUDGETS if name.endswith("/D32/bfloat16") and architecture in BUDGETS[name]}
 
 
-@pytest.mark.parametrize("case", OTHERS, ids=label)
-def test_other_widths_and_dtypes_compile(compiled, case):
-    found = compiled[case].result()
-    assert len(found) == len(case[3])
-    for name, figures in found.items():
-        assert figures.shared_bytes <= SHARED_LIMIT[case[0]], name
-        if case[0] in BUDGETS.get(name, {}):
-            assert not list(exceeded(figures, BUDGETS[name][case[0]])), name
+@pytest.mark.aot_all
+@pytest.mark.parametrize(("architecture", "width", "dtype", "parts"), OTHERS)
+def test_other_widths_and_dtypes_fit_their_budgets(architecture, width, dtype, parts):
+    assert len(checked_figures(architecture, width, dtype, parts)) == len(parts)
 
 
 ONES = {"depth": 1, "width": 16, "channels": 1, "patch_size": 1, "image_size": (1, 1, 1)}
