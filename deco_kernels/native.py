@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 ISA_VARIABLE = "DECO_KERNELS_CPU_ISA"
 
-_CPU_FUNCTIONS = (
+CPU_FUNCTIONS = (
     "usable_isas",
     "current_isa",
     "select_isa",
@@ -32,7 +32,7 @@ _CPU_FUNCTIONS = (
 
 
 @lru_cache(maxsize=1)
-def _load_cpu() -> tuple[ModuleType | None, str | None]:
+def load_cpu() -> tuple[ModuleType | None, str | None]:
     """(module, None) or (None, why it cannot be used). The environment is read here, once."""
     import torch  # noqa: F401  its OpenMP runtime must be in the process before the kernels look for one
 
@@ -43,7 +43,7 @@ def _load_cpu() -> tuple[ModuleType | None, str | None]:
             f"the native CPU module deco_kernels._native_cpu cannot be imported ({error}). Build it with a C++17 "
             "compiler: `DECO_KERNELS_BUILD=cpu pip install .`, or `python setup.py build_ext --inplace` in a checkout"
         )
-    missing = [name for name in _CPU_FUNCTIONS if not hasattr(module, name)]
+    missing = [name for name in CPU_FUNCTIONS if not hasattr(module, name)]
     if missing:
         return None, (
             f"the native CPU module {module.__file__} is older than the package: it lacks {', '.join(missing)}. "
@@ -60,7 +60,7 @@ def _load_cpu() -> tuple[ModuleType | None, str | None]:
 
 def cpu() -> ModuleType:
     """The native CPU module. Raises ImportError with the reason and the remedy if it cannot be used."""
-    module, reason = _load_cpu()
+    module, reason = load_cpu()
     if module is None:
         raise ImportError(reason)
     return module
@@ -68,7 +68,7 @@ def cpu() -> ModuleType:
 
 def cpu_unavailable_reason() -> str | None:
     """Why `cpu()` would raise, or None if it would not."""
-    return _load_cpu()[1]
+    return load_cpu()[1]
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ _emulated_cuda: ModuleType | None = None
 
 
 @lru_cache(maxsize=1)
-def _load_cuda() -> tuple[ModuleType | None, str | None]:
+def load_cuda() -> tuple[ModuleType | None, str | None]:
     """(module, None) or (None, why it cannot be used). Importing it needs neither a driver nor a GPU."""
     try:
         return importlib.import_module("deco_kernels._native_cuda"), None
@@ -97,7 +97,7 @@ def cuda(device: torch.device) -> ModuleType:
         if _emulated_cuda is None:
             raise ImportError("CUDA kernels run on the CPU only through the emulator; call emulate_cuda first")
         return _emulated_cuda
-    module, reason = _load_cuda()
+    module, reason = load_cuda()
     if module is None:
         raise ImportError(reason)
     return module
@@ -105,7 +105,7 @@ def cuda(device: torch.device) -> ModuleType:
 
 def cuda_unavailable_reason() -> str | None:
     """Why `cuda()` would raise for a CUDA device, or None if it would not."""
-    return _load_cuda()[1]
+    return load_cuda()[1]
 
 
 def emulate_cuda(module: ModuleType) -> None:

@@ -104,3 +104,33 @@ def test_relative_imports_are_seen():
 def test_the_order_is_that_of_the_tree():
     assert place_of("deco_kernels.native")[0] < place_of("deco_kernels.backends.cuda.calls")[0]
     assert place_of("benchmarks.harness.timing")[0] < place_of("benchmarks.__main__")[0] < place_of("python.demo")[0]
+
+
+# Private names that belong to an interface: of named tuples, of os and of nn.Module.
+ALLOWED = {"_replace", "_asdict", "_fields", "_exit", "_parameters"}
+OF_OTHERS = {"self", "cls", "torch", "driver"}  # what may begin a private name: a test's own class, PyTorch, Triton
+
+
+def private_names_in(test: Path) -> list[str]:
+    """Private attributes that a test file reads, or sets by `monkeypatch.setattr(owner, "_name", ...)`."""
+
+    def begins(node: ast.expr) -> str:
+        while isinstance(node, ast.Attribute):
+            node = node.value
+        return node.id if isinstance(node, ast.Name) else ""
+
+    found = []
+    for node in ast.walk(ast.parse(test.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            owner, name = node.value, node.attr
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+            owner, name = node.args[0], getattr(node.args[1], "value", "")
+        else:
+            continue
+        if str(name).startswith("_") and not name.startswith("__") and name not in ALLOWED:
+            found += [f"{test.relative_to(ROOT)}:{node.lineno} {name}"] if begins(owner) not in OF_OTHERS else []
+    return found
+
+
+def test_tests_reach_public_names_alone():
+    assert not [found for test in sorted(ROOT.glob("tests/**/*.py")) for found in private_names_in(test)]

@@ -200,14 +200,14 @@ def planted_backend(tmp_path, monkeypatch):
         )
         (package / "adaln_block.py").write_text(source)
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr(registry, "_packages", {"reference": registry._packages["reference"]})
+        monkeypatch.setattr(registry, "packages", {"reference": registry.packages["reference"]})
         registry.register_backend("planted", "planted_backend")
         monkeypatch.setattr(report, "devices", lambda: [torch.device("cpu")])
 
     yield plant
     for name in [name for name in sys.modules if name.split(".")[0] == "planted_backend"]:
         del sys.modules[name]
-    registry._serving_module.cache_clear()
+    registry.serving_module.cache_clear()
 
 
 REFERENCE_COPY = "from deco_kernels.backends.reference.adaln_block import *\n"

@@ -14,7 +14,7 @@ SIDES = {
     "cpu": ((16, 16), (64, 64), (256, 256), (512, 512), (1024, 1024), (2048, 2048)),
     "cuda": ((16, 16), (64, 64), (256, 256), (1024, 1024), (1024, 2048), (2048, 2048), (4096, 4096)),
 }
-_CHECKED = Size()  # contenders are held against float64 and against float32 at this size before any is timed
+CHECKED = Size()  # contenders are held against float64 and against float32 at this size before any is timed
 
 
 def measure_scaling(
@@ -22,10 +22,10 @@ def measure_scaling(
 ) -> list[dict]:
     """Rows as of `measure`, for images of the given sides (by default those of the device)."""
     problem = problem_of(op)
-    checked = contenders_of(problem, _CHECKED, options.backends)
-    refused = verify(problem, _CHECKED, dtype, options.device, pass_ == TRAINING, checked).refused
+    checked = contenders_of(problem, CHECKED, options.backends)
+    refused = verify(problem, CHECKED, dtype, options.device, pass_ == TRAINING, checked).refused
     rows = [
-        row_of(problem, _CHECKED, dtype, pass_) | {"contender": name, "status": status, "reason": reason}
+        row_of(problem, CHECKED, dtype, pass_) | {"contender": name, "status": status, "reason": reason}
         for name, (status, reason) in refused.items()
     ]
     for height, width in sides or SIDES[options.device]:

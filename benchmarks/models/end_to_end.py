@@ -120,14 +120,14 @@ class Workload:
             found.append(Contender(COMPILED, network(decoder, trunk=trunk), loss_of))
         for backend in backends:
             fused = backend_view(self.model.decoder, backend)
-            found.append(Contender(backend, network(fused), self._fused_loss(backend)))
+            found.append(Contender(backend, network(fused), self.fused_loss(backend)))
         found.append(Contender(LIMIT, network(_NoDecoder()), None))
         return found
 
     def _published_loss(self, pred, target, function=published.losses) -> torch.Tensor:
         return function(pred, target, self.objective.frequency_weight)[0]
 
-    def _fused_loss(self, backend: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def fused_loss(self, backend: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         weight = self.objective.frequency_weight
         return lambda pred, target: ops.flow_matching_loss(pred, target, weight, backend=backend)[0]
 

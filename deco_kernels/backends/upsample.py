@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-_MIN_TOKENS = 1024
-_MIN_VALUES = 1 << 23
+MIN_TOKENS = 1024
+MIN_VALUES = 1 << 23
 
 
 def chunk_tokens(up_weight: torch.Tensor) -> int:
     """How many tokens a chunk should have: 1,024, or more while its cond stays below 2^23 values."""
-    return max(_MIN_TOKENS, _MIN_VALUES // up_weight.shape[0])
+    return max(MIN_TOKENS, MIN_VALUES // up_weight.shape[0])
 
 
 def image_chunks(shape: torch.Size, patch_size: int, tokens: int) -> Iterator[tuple[slice, slice]]:

@@ -209,7 +209,7 @@ class Sampler:
             if not hasattr(self.model, "compile_trunk"):
                 raise TypeError(f"model: expected one that has compile_trunk, such as DeCo, got {type(model).__name__}")
             self.model.compile_trunk()
-        self._graphed = GraphedVelocity(self._call_model, CudaGraph)
+        self.graphed = GraphedVelocity(self._call_model, CudaGraph)
 
     def __call__(
         self,
@@ -221,7 +221,7 @@ class Sampler:
         progress: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
         """Sample from noise [B, ...] and conditions [B, ...] on the model's device; returns and errors as `sample`."""
-        velocity = self._graphed if self.cuda_graph and _is_cuda(noise) else self._call_model
+        velocity = self.graphed if self.cuda_graph and _is_cuda(noise) else self._call_model
         return sample(velocity, noise, cond, uncond, **self.settings, trajectory=trajectory, progress=progress)
 
     def _call_model(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:

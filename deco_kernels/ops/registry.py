@@ -22,7 +22,7 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 AUTO = "auto"
 
 _log = logging.getLogger("deco_kernels")
-_packages = {name: f"deco_kernels.backends.{name}" for name in ("reference", "cpu", "triton", "cuda")}
+packages = {name: f"deco_kernels.backends.{name}" for name in ("reference", "cpu", "triton", "cuda")}
 _selected: str | None = None
 
 
@@ -55,25 +55,25 @@ def register_backend(name: str, package: str) -> None:
     `unsupported_reason(request)` and one module per op it serves. It is used only by name."""
     if name == AUTO:
         raise ValueError(f'backend: "{AUTO}" is reserved for the automatic choice; choose another name')
-    _packages[name] = package
-    _serving_module.cache_clear()
+    packages[name] = package
+    serving_module.cache_clear()
 
 
 def backend_names() -> tuple[str, ...]:
     """Every registered backend, whether or not this machine can run it."""
-    return tuple(_packages)
+    return tuple(packages)
 
 
 def check_backend_name(name: str) -> str:
     if not isinstance(name, str):
         raise TypeError(f"backend: expected a name or None, got {type(name).__name__}; use one of {_choices()}")
-    if name != AUTO and name not in _packages:
+    if name != AUTO and name not in packages:
         raise ValueError(f"backend: unknown name {name!r}; use one of {_choices()}")
     return name
 
 
 def _choices() -> str:
-    return ", ".join(repr(name) for name in (AUTO, *_packages))
+    return ", ".join(repr(name) for name in (AUTO, *packages))
 
 
 class use_backend:
@@ -120,40 +120,40 @@ def automatic_candidates(request: Request) -> tuple[str, ...]:
 
 def refusal(name: str, request: Request, device: torch.device) -> str | None:
     """Why backend `name` cannot serve the call, or None if it can."""
-    if importlib.util.find_spec(_packages[name]) is None:
-        return f"its package {_packages[name]} is not installed; choose another backend or leave the choice automatic"
-    package = importlib.import_module(_packages[name])
+    if importlib.util.find_spec(packages[name]) is None:
+        return f"its package {packages[name]} is not installed; choose another backend or leave the choice automatic"
+    package = importlib.import_module(packages[name])
     reason = package.unavailable_reason(device)
-    if reason is None and importlib.util.find_spec(f"{_packages[name]}.{request.op}") is None:
+    if reason is None and importlib.util.find_spec(f"{packages[name]}.{request.op}") is None:
         reason = f"it does not implement {request.op}; choose another backend or leave the choice automatic"
     return reason if reason is not None else package.unsupported_reason(request)
 
 
 @functools.lru_cache(maxsize=1024)
-def _serving_module(backend: str, request: Request, device: torch.device) -> ModuleType:
+def serving_module(backend: str, request: Request, device: torch.device) -> ModuleType:
     if backend != AUTO:
         reason = refusal(backend, request, device)
         if reason is not None:
             raise BackendUnavailable(f"backend {backend!r} cannot serve {request.public_name}: {reason}")
-        return importlib.import_module(f"{_packages[backend]}.{request.op}")
+        return importlib.import_module(f"{packages[backend]}.{request.op}")
     candidates = automatic_candidates(request)
     for name, following in zip(candidates, (*candidates[1:], None), strict=True):
         reason = refusal(name, request, device)
         if reason is None:
-            return importlib.import_module(f"{_packages[name]}.{request.op}")
-        _log_fallback(request.public_name, name, following, reason)
+            return importlib.import_module(f"{packages[name]}.{request.op}")
+        log_fallback(request.public_name, name, following, reason)
     raise AssertionError("the reference backend serves every call")
 
 
 @functools.cache
-def _log_fallback(op: str, name: str, following: str | None, reason: str) -> None:
+def log_fallback(op: str, name: str, following: str | None, reason: str) -> None:
     level = logging.WARNING if following == "reference" else logging.INFO
     _log.log(level, "%s falls back from backend %r to %r: %s", op, name, following, reason)
 
 
 def serve(function: str, request: Request, device: torch.device, backend: str, *arguments):
     """Calls `function` of the backend module that serves the request, with autocast off."""
-    implementation = getattr(_serving_module(backend, request, device), function)
+    implementation = getattr(serving_module(backend, request, device), function)
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
             return implementation(*arguments)

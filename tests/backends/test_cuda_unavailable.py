@@ -20,7 +20,7 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Pretended GPU")
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(native, "_load_cuda", lambda: (module, None))
+    monkeypatch.setattr(native, "load_cuda", lambda: (module, None))
     return module
 
 
@@ -61,14 +61,14 @@ def test_a_missing_or_broken_module(monkeypatch, error):
         raise ImportError(error)
 
     monkeypatch.setattr(importlib, "import_module", failing)
-    module, said = native._load_cuda.__wrapped__()
+    module, said = native.load_cuda.__wrapped__()
     assert module is None
     assert error in said and "DECO_KERNELS_BUILD=cuda pip install" in said and "nvcc" in said
 
 
 def test_the_public_error_names_backend_op_and_reason(pretended_gpu, monkeypatch):
-    monkeypatch.setattr(native, "_load_cuda", lambda: (None, "the module is not built"))
+    monkeypatch.setattr(native, "load_cuda", lambda: (None, "the module is not built"))
     monkeypatch.setattr(cuda, "unavailable_reason", cuda.unavailable_reason.__wrapped__)
     request = registry.Request("adaln_block", "cuda", (torch.bfloat16,), 32)
     with pytest.raises(BackendUnavailable, match="'cuda' cannot serve adaln_block: the module is not built"):
-        registry._serving_module.__wrapped__("cuda", request, DEVICE)
+        registry.serving_module.__wrapped__("cuda", request, DEVICE)

@@ -41,7 +41,7 @@ def test_triton_missing_or_broken(monkeypatch, error, reason):
         return original(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", failing)
-    message = backend._import_failure.__wrapped__()
+    message = backend.import_failure.__wrapped__()
     monkeypatch.undo()
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(message)
@@ -57,15 +57,15 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Pretended GPU")
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(backend, "_driver_failure", lambda: None)
-    for cached in (backend.unavailable_reason, registry._serving_module, registry._log_fallback):
+    monkeypatch.setattr(backend, "driver_failure", lambda: None)
+    for cached in (backend.unavailable_reason, registry.serving_module, registry.log_fallback):
         cached.cache_clear()
     yield
-    for cached in (backend.unavailable_reason, registry._serving_module, registry._log_fallback):
+    for cached in (backend.unavailable_reason, registry.serving_module, registry.log_fallback):
         cached.cache_clear()
 
 
-DRIVER_FAILURE = backend._driver_failure
+DRIVER_FAILURE = backend.driver_failure
 REQUEST = Request("pixel_decoder", "cuda", (torch.bfloat16, torch.bfloat16), 32, 3, 16, 3)
 BROKEN = [
     ("capability", "compute capability 8.0.*Pretended GPU has 7.5.*use backend='reference'"),
@@ -79,11 +79,11 @@ def test_what_the_machine_lacks_is_said(pretended_gpu, monkeypatch, caplog, brok
     """An explicit choice is refused with the reason; the automatic one falls back and logs it."""
     pytest.importorskip("triton")
     cuda = torch.device("cuda", 0)
-    assert registry._serving_module("triton", REQUEST, cuda).__name__ == "deco_kernels.backends.triton.pixel_decoder"
+    assert registry.serving_module("triton", REQUEST, cuda).__name__ == "deco_kernels.backends.triton.pixel_decoder"
     if broken == "capability":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     elif broken == "import":
-        monkeypatch.setattr(backend, "_import_failure", lambda: "Triton is not installed; install it")
+        monkeypatch.setattr(backend, "import_failure", lambda: "Triton is not installed; install it")
     else:
         from triton.runtime import driver
 
@@ -91,14 +91,14 @@ def test_what_the_machine_lacks_is_said(pretended_gpu, monkeypatch, caplog, brok
             def get_current_target(self):
                 raise RuntimeError("no C compiler found")
 
-        monkeypatch.setattr(backend, "_driver_failure", DRIVER_FAILURE)
+        monkeypatch.setattr(backend, "driver_failure", DRIVER_FAILURE)
         monkeypatch.setattr(driver, "_active", Broken())
     backend.unavailable_reason.cache_clear()
-    registry._serving_module.cache_clear()
+    registry.serving_module.cache_clear()
     with pytest.raises(BackendUnavailable, match=f"'triton' cannot serve pixel_decoder: .*{reason}"):
-        registry._serving_module("triton", REQUEST, cuda)
+        registry.serving_module("triton", REQUEST, cuda)
     with caplog.at_level(logging.WARNING, logger="deco_kernels"):
-        module = registry._serving_module(registry.AUTO, REQUEST, cuda)
+        module = registry.serving_module(registry.AUTO, REQUEST, cuda)
     assert module.__name__ == "deco_kernels.backends.reference.pixel_decoder"
     assert re.search(reason, caplog.text)
 
@@ -106,9 +106,9 @@ def test_what_the_machine_lacks_is_said(pretended_gpu, monkeypatch, caplog, brok
 def test_an_old_triton_is_refused(monkeypatch):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", "3.2.0")
-    assert "3.2.0 is older than 3.3; update it" in backend._import_failure.__wrapped__()
+    assert "3.2.0 is older than 3.3; update it" in backend.import_failure.__wrapped__()
     monkeypatch.setattr(triton, "__version__", "3.10.0+git1234")
-    assert backend._import_failure.__wrapped__() is None
+    assert backend.import_failure.__wrapped__() is None
 
 
 class PretendedDriver:

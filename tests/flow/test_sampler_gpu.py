@@ -30,7 +30,7 @@ def test_graphs_give_the_same_samples_on_a_gpu(name, solver):
         error = relative_error(direct(*arguments), expected)
         bound = testing.error_bound(torch.bfloat16, error, gradient=False)
         assert relative_error(sampler(*arguments), expected) <= bound
-    assert len(sampler._graphed.graphs) == 2 and not sampler._graphed.failed
+    assert len(sampler.graphed.graphs) == 2 and not sampler.graphed.failed
 
 
 def test_steps_do_not_wait_for_the_gpu():
@@ -42,7 +42,7 @@ def test_steps_do_not_wait_for_the_gpu():
 
     def guarded(*arguments):
         torch.cuda.set_sync_debug_mode("error")
-        return sampler._graphed(*arguments)
+        return sampler.graphed(*arguments)
 
     try:
         actual = flow.sample(guarded, noise, cond, uncond, **GUIDED)

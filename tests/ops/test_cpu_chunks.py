@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(native.cpu_unavailable_reason() is not None, rea
 @pytest.fixture
 def chunk_size(monkeypatch):
     def set_size(tokens):
-        monkeypatch.setattr(upsample, "_MIN_TOKENS", tokens)
-        monkeypatch.setattr(upsample, "_MIN_VALUES", 0)
+        monkeypatch.setattr(upsample, "MIN_TOKENS", tokens)
+        monkeypatch.setattr(upsample, "MIN_VALUES", 0)
 
     return set_size
 

@@ -80,11 +80,11 @@ def test_automatic_candidates():
 
 def test_fall_back_to_the_reference_is_logged_once_as_a_warning(caplog):
     request = Request("pixel_decoder", "cpu", (F32, F32), 40, 1, 16, 3)
-    registry._log_fallback.cache_clear()
+    registry.log_fallback.cache_clear()
     with caplog.at_level(logging.INFO, "deco_kernels"):
         for depth in (1, 1, 1):
-            registry._serving_module.cache_clear()
-            registry._serving_module("auto", request._replace(depth=depth), torch.device("cpu"))
+            registry.serving_module.cache_clear()
+            registry.serving_module("auto", request._replace(depth=depth), torch.device("cpu"))
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "pixel_decoder" in caplog.text and "'cpu'" in caplog.text
 
@@ -93,12 +93,12 @@ def test_a_registered_backend_is_used_by_name_only():
     registry.register_backend("twin", "deco_kernels.backends.reference")
     try:
         request = Request("pixel_decoder", "cpu", (F32, F32), 32, 1, 16, 3)
-        module = registry._serving_module("twin", request, torch.device("cpu"))
+        module = registry.serving_module("twin", request, torch.device("cpu"))
         assert module.__name__ == "deco_kernels.backends.reference.pixel_decoder"
         assert "twin" not in registry.automatic_candidates(request)
     finally:
-        registry._packages.pop("twin")
-        registry._serving_module.cache_clear()
+        registry.packages.pop("twin")
+        registry.serving_module.cache_clear()
 
 
 def test_an_op_that_a_backend_lacks(tmp_path, monkeypatch):
@@ -111,10 +111,10 @@ def test_an_op_that_a_backend_lacks(tmp_path, monkeypatch):
     registry.register_backend("lacking", "lacking_backend")
     try:
         with pytest.raises(deco_kernels.BackendUnavailable, match="does not implement adaln_block"):
-            registry._serving_module("lacking", Request("adaln_block", "cpu", (F32,), 32), torch.device("cpu"))
+            registry.serving_module("lacking", Request("adaln_block", "cpu", (F32,), 32), torch.device("cpu"))
     finally:
-        registry._packages.pop("lacking")
-        registry._serving_module.cache_clear()
+        registry.packages.pop("lacking")
+        registry.serving_module.cache_clear()
 
 
 def test_the_name_auto_is_reserved():
@@ -137,7 +137,7 @@ def test_a_native_module_of_older_sources_says_rebuild(monkeypatch):
             pass
 
     monkeypatch.setattr(native.importlib, "import_module", lambda name: Old())
-    native._load_cpu.cache_clear()
+    native.load_cpu.cache_clear()
     try:
         reason = native.cpu_unavailable_reason()
         assert "Rebuild" in reason and "_native_cpu.so" in reason and "pixel_decoder_forward" in reason
@@ -146,14 +146,14 @@ def test_a_native_module_of_older_sources_says_rebuild(monkeypatch):
             native.cpu()
     finally:
         monkeypatch.undo()
-        native._load_cpu.cache_clear()
+        native.load_cpu.cache_clear()
 
 
 def test_every_function_that_the_backend_calls_is_asked_for():
     called = set()
     for path in (Path(deco_kernels.__file__).parent / "backends" / "cpu").glob("*.py"):
         called |= set(re.findall(r"native\.cpu\(\)\.(\w+)", path.read_text()))
-    assert called and called <= set(native._CPU_FUNCTIONS)
+    assert called and called <= set(native.CPU_FUNCTIONS)
 
 
 @pytest.mark.parametrize("name", ["flow_matching_loss", "frequency_loss"])

@@ -20,7 +20,7 @@ _OLDEST = (3, 3)  # the oldest that kernels were compiled with
 
 
 @functools.cache
-def _import_failure() -> str | None:
+def import_failure() -> str | None:
     try:
         import triton
     except ImportError as error:
@@ -35,7 +35,7 @@ def _import_failure() -> str | None:
     return None
 
 
-def _driver_failure() -> str | None:
+def driver_failure() -> str | None:
     """Why Triton cannot launch on a GPU of this machine: it builds its launcher with the system's C compiler."""
     from triton.runtime import driver
 
@@ -67,7 +67,7 @@ def unavailable_reason(device: torch.device) -> str | None:
                 f"it needs an NVIDIA GPU of compute capability 8.0 or later, {torch.cuda.get_device_name(device)} has "
                 f"{capability[0]}.{capability[1]}; use backend='reference'"
             )
-    return _import_failure() or (_driver_failure() if device.type == "cuda" else None)
+    return import_failure() or (driver_failure() if device.type == "cuda" else None)
 
 
 def unsupported_reason(request) -> str | None:

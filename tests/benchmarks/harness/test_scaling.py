@@ -17,7 +17,7 @@ SIDES = ((16, 16), (16, 32))
 
 @pytest.fixture(autouse=True)
 def checked_at_a_small_size(monkeypatch):
-    monkeypatch.setattr(scaling, "_CHECKED", Size(height=32, width=32))
+    monkeypatch.setattr(scaling, "CHECKED", Size(height=32, width=32))
 
 
 @pytest.mark.parametrize("op", scaling.OPS)

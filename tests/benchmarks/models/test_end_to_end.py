@@ -46,7 +46,7 @@ def test_a_wrong_decoder_is_refused(monkeypatch):
 
 
 def test_a_wrong_loss_is_refused(monkeypatch):
-    monkeypatch.setattr(Workload, "_fused_loss", lambda self, backend: lambda pred, v: ((pred - v) ** 2).mean())
+    monkeypatch.setattr(Workload, "fused_loss", lambda self, backend: lambda pred, v: ((pred - v) ** 2).mean())
     rows = {row["contender"]: row for row in measure_end_to_end(TRAIN, torch.float32, OPTIONS)}
     assert rows["reference"]["status"] == "wrong" and rows["reference"]["reason"].startswith("gradients:")
 
