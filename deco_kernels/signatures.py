@@ -1,25 +1,198 @@
-"""The tensor arguments of every op, in order: one list for the public functions, the operators and the backends."""
+"""What every op takes: the one description of its tensor arguments.
 
-_BLOCK = (
-    "norm_weight",
-    "norm_bias",
-    "mod_weight",
-    "mod_bias",
-    "fc1_weight",
-    "fc1_bias",
-    "fc2_weight",
-    "fc2_bias",
-)
-DECODER_WEIGHTS = ("pixel_weight", "pixel_table", *_BLOCK, "head_weight", "head_bias")
+A field's annotation states its shape in symbols and how its value is rounded. The operators' schemas, the checks of
+shapes and their errors, the groups of weights that backends receive, and the tables in docs are made from it.
 
-TENSORS = {
-    "adaln_block": ("h", "cond", *_BLOCK),
-    "upsample_modulate": ("h", "tokens", "up_weight", "up_bias", *_BLOCK[:4]),
-    "pixel_decoder": ("image", "cond", *DECODER_WEIGHTS),
-    "pixel_decoder_from_tokens": ("image", "tokens", "up_weight", "up_bias", *DECODER_WEIGHTS),
-    "flow_matching_loss": ("pred", "target", "frequency_weight", "sample_weight"),
-    "frequency_loss": ("pred", "target", "frequency_weight", "sample_weight"),
+Symbols: B, C, H, W of the image; P = p² pixels of a patch; D, the decoder's width; N, its depth; Z, the tokens' width.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Annotated, Any, NamedTuple, TypeVar, get_origin, get_type_hints
+
+from torch import Tensor
+
+ACTIVATION = "has the activation dtype"
+MATMUL = "rounded to the activation dtype"  # before use, as eager autocast does
+KEPT = "keeps its value"
+
+
+class UpsampleWeights(NamedTuple):
+    """The linear map from a token to its pixels; row k·D + d belongs to channel d of pixel k."""
+
+    up_weight: Annotated[Tensor, "[P*D, Z]", MATMUL]
+    up_bias: Annotated[Tensor, "[P*D]", KEPT]
+
+
+class ModulationWeights(NamedTuple):
+    """LayerNorm and modulation of N blocks; rows of mod_weight: shift, scale, gate."""
+
+    norm_weight: Annotated[Tensor, "[N, D]", KEPT]
+    norm_bias: Annotated[Tensor, "[N, D]", KEPT]
+    mod_weight: Annotated[Tensor, "[N, 3D, D]", MATMUL]
+    mod_bias: Annotated[Tensor, "[N, 3D]", KEPT]
+
+
+class BlockWeights(NamedTuple):
+    """N blocks of the decoder; matrices are [out, in]."""
+
+    modulation: ModulationWeights
+    fc1_weight: Annotated[Tensor, "[N, D, D]", MATMUL]
+    fc1_bias: Annotated[Tensor, "[N, D]", KEPT]
+    fc2_weight: Annotated[Tensor, "[N, D, D]", MATMUL]
+    fc2_bias: Annotated[Tensor, "[N, D]", KEPT]
+
+
+class DecoderWeights(NamedTuple):
+    """The whole decoder: query, blocks and head."""
+
+    pixel_weight: Annotated[Tensor, "[D, C]", MATMUL]
+    pixel_table: Annotated[Tensor, "[P, D]", KEPT]
+    blocks: BlockWeights
+    head_weight: Annotated[Tensor, "[C, D]", MATMUL]
+    head_bias: Annotated[Tensor, "[C]", KEPT]
+
+
+class AdalnBlock(NamedTuple):
+    h: Annotated[Tensor, "[..., D]", ACTIVATION]
+    cond: Annotated[Tensor, "[..., D]", ACTIVATION]
+    weights: BlockWeights
+
+
+class UpsampleModulate(NamedTuple):
+    h: Annotated[Tensor, "[..., P, D]", ACTIVATION]
+    tokens: Annotated[Tensor, "[..., Z]", ACTIVATION]
+    up: UpsampleWeights
+    weights: ModulationWeights
+
+
+class PixelDecoder(NamedTuple):
+    image: Annotated[Tensor, "[B, C, H, W]", KEPT]
+    cond: Annotated[Tensor, "[..., P, D]", ACTIVATION]
+    weights: DecoderWeights
+
+
+class PixelDecoderFromTokens(NamedTuple):
+    image: Annotated[Tensor, "[B, C, H, W]", KEPT]
+    tokens: Annotated[Tensor, "[..., Z]", ACTIVATION]
+    up: UpsampleWeights
+    weights: DecoderWeights
+
+
+class Loss(NamedTuple):
+    pred: Annotated[Tensor, "[B, 3, H, W]", KEPT]
+    target: Annotated[Tensor, "[B, 3, H, W]", KEPT]
+    frequency_weight: Annotated[Tensor, "[3, 8, 8]", KEPT]
+    sample_weight: Annotated[Tensor | None, "[B]", KEPT]
+
+
+# --- what is read from the description -------------------------------------------------------------------------------
+
+Group = TypeVar("Group", bound=tuple[Any, ...])
+
+
+class Argument(NamedTuple):
+    """A tensor argument of an op. Only the batch and the image may be empty."""
+
+    name: str
+    shape: str
+    rounding: str
+    optional: bool
+    leading: bool  # any number of leading sizes, "..."
+    sizes: tuple[str, ...]  # those after the leading ones, such as ("N", "3D", "D")
+    may_be_empty: bool
+
+
+def _argument(name: str, shape: str, rounding: str, optional: bool) -> Argument:
+    sizes = tuple(shape[1:-1].split(", "))
+    leading = sizes[0] == "..."
+    may_be_empty = not {"...", "B", "H", "W"}.isdisjoint(sizes)
+    return Argument(name, shape, rounding, optional, leading, sizes[leading:], may_be_empty)
+
+
+class Op(NamedTuple):
+    """`sized_by`: the arguments whose shapes give the symbols their sizes, which the others are checked against.
+    `computed`: the other sizes that appear, as (text, factor, symbols to multiply)."""
+
+    group: type[Any]
+    arguments: tuple[Argument, ...]
+    sized_by: tuple[int, ...]
+    computed: tuple[tuple[str, int, tuple[str, ...]], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(argument.name for argument in self.arguments)
+
+    def table(self) -> str:
+        """The arguments as a Markdown table."""
+        rows = [f"| `{a.name}` | {a.shape}{' or None' * a.optional} | {a.rounding} |" for a in self.arguments]
+        return "\n".join(["| argument | shape | value |", "|---|---|---|", *rows])
+
+
+@functools.cache
+def _fields(group: Hashable) -> dict[str, Any]:
+    return get_type_hints(group, include_extras=True)
+
+
+def _arguments(group: type[Any], blocks: bool) -> Iterator[Argument]:
+    for name, hint in _fields(group).items():
+        if get_origin(hint) is Annotated:
+            shape, rounding = hint.__metadata__
+            yield _argument(
+                name, shape if blocks else shape.replace("N, ", ""), rounding, hint.__origin__ is not Tensor
+            )
+        else:
+            yield from _arguments(hint, blocks)
+
+
+def _op(group: type[Any], *sized_by: str, blocks: bool = True) -> Op:
+    """`blocks`: whether weights are stacked over N blocks; otherwise they are those of one."""
+    arguments = tuple(_arguments(group, blocks))
+    names = [argument.name for argument in arguments]
+    texts = dict.fromkeys(size for argument in arguments for size in argument.sizes)
+    computed = []
+    for text in texts:
+        if not re.fullmatch("[A-Z]", text):
+            factors = [int(number) for number in re.findall("[0-9]+", text)]
+            computed.append((text, math.prod(factors), tuple(re.findall("[A-Z]", text))))
+    return Op(group, arguments, tuple(names.index(name) for name in sized_by), tuple(computed))
+
+
+OPS = {
+    "adaln_block": _op(AdalnBlock, "h", blocks=False),
+    "upsample_modulate": _op(UpsampleModulate, "h", "tokens", blocks=False),
+    "pixel_decoder": _op(PixelDecoder, "image", "cond", "norm_weight"),
+    "pixel_decoder_from_tokens": _op(PixelDecoderFromTokens, "image", "tokens", "pixel_table", "norm_weight"),
+    "flow_matching_loss": _op(Loss, "pred"),
+    "frequency_loss": _op(Loss, "pred"),
 }
 
-MATMUL_WEIGHTS = frozenset(("up_weight", "pixel_weight", "mod_weight", "fc1_weight", "fc2_weight", "head_weight"))
-"""Rounded to the activation dtype before use, as eager autocast does; every other weight keeps its value."""
+
+def grouped(group: type[Group], tensors: Iterable[Any]) -> Group:
+    """The tensors, in order, as the fields of a group and of the groups in it."""
+    values = iter(tensors)
+
+    def fill(group: type[Any]) -> Any:
+        hints = _fields(group).values()
+        return group(*[next(values) if get_origin(hint) is Annotated else fill(hint) for hint in hints])
+
+    result: Group = fill(group)
+    return result
+
+
+def flat(group: Sequence[Any]) -> list[Any]:
+    """The tensors of a group in order: the inverse of `grouped`."""
+    found = []
+    for value in group:
+        if isinstance(value, tuple):
+            found += flat(value)
+        else:
+            found.append(value)
+    return found
+
+
+def mapped(function: Callable[[Any], Any], group: Group) -> Group:
+    """The group with the function applied to each of its tensors."""
+    return grouped(type(group), map(function, flat(group)))

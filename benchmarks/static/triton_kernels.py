@@ -40,12 +40,12 @@ def launches_of(inputs, architecture: str) -> list:
     from deco_kernels.backends.triton import launching
 
     module = importlib.import_module(f"deco_kernels.backends.triton.{inputs.op}")
-    tensors, options = list(inputs.tensors.values()), list(inputs.options.values())
+    groups, options = inputs.groups(), list(inputs.options.values())
     if inputs.op != "flow_matching_loss":
         options.append(1e-6)
     with launching.record_launches(architecture) as recorded:
-        module.forward(*tensors, *options)
-        module.backward(*inputs.grad_outputs, *tensors, *options, [True] * len(tensors))
+        module.forward(*groups, *options)
+        module.backward(*inputs.grad_outputs, *groups, *options, [True] * len(inputs.tensors))
     return recorded
 
 

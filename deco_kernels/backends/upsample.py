@@ -8,13 +8,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from deco_kernels.signatures import UpsampleWeights
+
 MIN_TOKENS = 1024
 MIN_VALUES = 1 << 23
 
 
-def chunk_tokens(up_weight: torch.Tensor) -> int:
+def chunk_tokens(up: UpsampleWeights) -> int:
     """How many tokens a chunk should have: 1,024, or more while its cond stays below 2^23 values."""
-    return max(MIN_TOKENS, MIN_VALUES // up_weight.shape[0])
+    return max(MIN_TOKENS, MIN_VALUES // up.up_weight.shape[0])
 
 
 def image_chunks(shape: torch.Size, patch_size: int, tokens: int) -> Iterator[tuple[slice, slice]]:
@@ -42,8 +44,9 @@ class UpsampleGradients:
     The products run in PyTorch, in the dtype of tokens (on the CPU float16 in float32). Sums over chunks are float32.
     """
 
-    def __init__(self, tokens: torch.Tensor, up_weight: torch.Tensor, up_bias: torch.Tensor, needs: Sequence[bool]):
+    def __init__(self, tokens: torch.Tensor, up: UpsampleWeights, needs: Sequence[bool]):
         """`needs` says which of the three are wanted."""
+        up_weight, up_bias = up
         self.inputs = (tokens, up_weight, up_bias)
         self.dtype = tokens.dtype if tokens.is_cuda or tokens.dtype is torch.bfloat16 else torch.float32
         self.rows = tokens.reshape(-1, tokens.shape[-1])

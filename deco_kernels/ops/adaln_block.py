@@ -1,14 +1,11 @@
 """adaln_block: one AdaLN-modulated MLP block of the decoder."""
 
+from typing import Any
+
 import torch
 
 from deco_kernels.ops import checks
 from deco_kernels.ops.registry import Request, chosen_backend, define_op
-from deco_kernels.signatures import TENSORS
-
-_TENSORS = TENSORS["adaln_block"]
-
-_SYMBOLS = ("[D]", "[D]", "[3D, D]", "[3D]", "[D, D]", "[D]", "[D, D]", "[D]")
 
 
 def adaln_block(
@@ -49,37 +46,24 @@ def adaln_block(
     """
     name = "adaln_block"
     weights = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    checks.check_tensors(name, _TENSORS, (h, cond, *weights))
-    checks.check_rank(name, "h", h, 1, "[..., D]", at_least=True)
-    checks.check_shape(name, "cond", cond, tuple(h.shape), "[..., D]")
-    width = h.shape[-1]
-    shapes = [
-        (width,),
-        (width,),
-        (3 * width, width),
-        (3 * width,),
-        (width, width),
-        (width,),
-        (width, width),
-        (width,),
-    ]
-    checks.check_shapes(name, _TENSORS[2:], weights, shapes, _SYMBOLS)
-    checks.check_nonempty(name, "norm_weight", norm_weight, "[D]")
+    checks.check_tensors(name, (h, cond, *weights))
+    checks.check_shapes(name, (h, cond, *weights))
     eps = checks.check_eps(name, eps)
     h, cond = checks.autocast_activation(h, cond)
     checks.check_same_dtype(name, "cond", cond, "h", h)
-    return _adaln_block(h, cond, *weights, eps, chosen_backend(backend))
+    out: torch.Tensor = _adaln_block(h, cond, *weights, eps, chosen_backend(backend))
+    return out
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def _request(h, *_):
+def _request(h: torch.Tensor, *_: Any) -> Request:
     return Request("adaln_block", h.device.type, (h.dtype,), h.shape[-1])
 
 
-def _fake(h, *_):
+def _fake(h: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
-_adaln_block = define_op("adaln_block", _TENSORS, "float eps", ("out",), _request, _fake)
+_adaln_block = define_op("adaln_block", "float eps", ("out",), _request, _fake)

@@ -1,13 +1,20 @@
 """Argument checks shared by the public ops: made once, before anything is launched.
 
 TypeError: what is not a tensor, dtypes, layouts, mixed devices. ValueError: shapes and values. Every message names the
-argument, what was expected, what came and what to do.
+argument, what was expected, what was given and what to do. Names and shapes are those of `deco_kernels.signatures`.
 """
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+
+from deco_kernels.signatures import OPS, Argument
+
+Sizes = dict[str, Any]
+"""The symbols' sizes; "..." are the leading ones."""
 
 _STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _DOUBLE = frozenset((torch.float64,))
@@ -15,9 +22,9 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _STRIDED = torch.strided
 
 
-def check_tensors(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
-    """All are strided floating-point tensors on one device, and either none or all of them are float64."""
-    first = tensors[0]
+def check_tensors(op: str, tensors: Sequence[torch.Tensor]) -> None:
+    """The tensors given of an op are strided and floating-point, on one device, and none or all of them are float64."""
+    first, names = tensors[0], OPS[op].names
     if not isinstance(first, torch.Tensor):
         _refuse_tensor(op, names[0], first, names[0], first)
     dtypes = _DOUBLE if first.dtype is torch.float64 else _STORAGE
@@ -32,7 +39,7 @@ def check_tensors(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor]
             break
     else:
         return
-    for name, tensor in zip(names, tensors, strict=True):
+    for name, tensor in zip(names, tensors, strict=False):
         _refuse_tensor(op, name, tensor, names[0], first)
 
 
@@ -76,61 +83,87 @@ def check_same_dtype(op: str, name: str, tensor: torch.Tensor, other_name: str, 
         )
 
 
-def check_shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], symbols: str) -> None:
-    """`symbols` names the expected sizes, "[N, 3D, D]"."""
-    if tensor.shape != shape:
-        _refuse_shape(op, name, tensor, shape, symbols)
+def check_shapes(op: str, tensors: Sequence[torch.Tensor], sizes: Sizes | None = None) -> Sizes:
+    """The tensors given of an op fit each other and the sizes given. Returns every symbol's size."""
+    described = OPS[op]
+    sizes = dict(sizes or {})
+    for index in described.sized_by:
+        _take_sizes(op, described.arguments[index], tensors[index], sizes)
+    for text, factor, symbols in described.computed:
+        size = factor
+        for symbol in symbols:
+            size = size * sizes[symbol]
+        sizes[text] = size
+    for argument, tensor in zip(described.arguments, tensors, strict=False):
+        expected = [sizes[symbol] for symbol in argument.sizes]
+        if argument.leading:
+            expected = [*sizes["..."], *expected]
+        if list(tensor.shape) != expected:
+            raise ValueError(
+                f"{op}: {argument.name}: expected shape {argument.shape} = {expected}, got {list(tensor.shape)}; "
+                "check the sizes of this argument against the others"
+            )
+        if not argument.may_be_empty and 0 in expected:
+            raise ValueError(
+                f"{op}: {argument.name}: expected every size of {argument.shape} to be at least 1, got {expected}; "
+                "only the batch may be empty"
+            )
+    return sizes
 
 
-def check_shapes(
-    op: str,
-    names: Sequence[str],
-    tensors: Sequence[torch.Tensor],
-    shapes: Sequence[tuple[int, ...]],
-    symbols: Sequence[str],
-) -> None:
-    """`check_shape` for several tensors."""
-    if [tensor.shape for tensor in tensors] == shapes:
-        return
-    for name, tensor, shape, symbol in zip(names, tensors, shapes, symbols, strict=True):
-        check_shape(op, name, tensor, shape, symbol)
+def _take_sizes(op: str, argument: Argument, tensor: torch.Tensor, sizes: Sizes) -> None:
+    """Adds the sizes of a tensor's symbols that are not known yet."""
+    check_rank(op, argument, tensor)
+    rank = len(argument.sizes)
+    if argument.leading:
+        sizes.setdefault("...", tensor.shape[:-rank])
+    for symbol, size in zip(argument.sizes, tensor.shape[-rank:], strict=True):
+        sizes.setdefault(symbol, size)
 
 
-def _refuse_shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], symbols: str) -> None:
-    raise ValueError(
-        f"{op}: {name}: expected shape {symbols} = {list(shape)}, got {list(tensor.shape)}; "
-        "check the sizes of this argument against the others"
-    )
-
-
-def check_rank(op: str, name: str, tensor: torch.Tensor, rank: int, symbols: str, *, at_least: bool = False) -> None:
-    if tensor.dim() < rank or (tensor.dim() > rank and not at_least):
+def check_rank(op: str, argument: Argument, tensor: torch.Tensor) -> None:
+    rank = len(argument.sizes)
+    if tensor.dim() < rank or (tensor.dim() > rank and not argument.leading):
         raise ValueError(
-            f"{op}: {name}: expected {'at least ' if at_least else ''}{rank} dimensions {symbols}, got {tensor.dim()} "
-            f"(shape {list(tensor.shape)}); reshape it"
+            f"{op}: {argument.name}: expected {'at least ' * argument.leading}{rank} dimensions {argument.shape}, "
+            f"got {tensor.dim()} (shape {list(tensor.shape)}); reshape it"
         )
 
 
-def check_nonempty(op: str, name: str, tensor: torch.Tensor, symbols: str) -> None:
-    if 0 in tensor.shape:
+def check_patch_size(op: str, image: torch.Tensor, patch_size: int) -> int:
+    """patch_size as an int that divides the sides of the image [B, C, H, W]."""
+    check_rank(op, OPS[op].arguments[0], image)
+    remedy = "pass the patch side in pixels"
+    try:
+        size = operator.index(patch_size)
+    except TypeError:
+        size = None
+    if size is None or isinstance(patch_size, (bool, torch.Tensor)):
+        raise TypeError(f"{op}: patch_size: expected an int, got {type(patch_size).__name__}; {remedy}")
+    if size < 1:
+        raise ValueError(f"{op}: patch_size: expected at least 1, got {size}; {remedy}")
+    height, width = image.shape[2:]
+    if height % size or width % size:
         raise ValueError(
-            f"{op}: {name}: expected every size of {symbols} to be at least 1, got {list(tensor.shape)}; "
-            "only the batch may be empty"
-        )
-
-
-def check_patch_size(op: str, patch_size: int, height: int, width: int) -> None:
-    if not isinstance(patch_size, int) or isinstance(patch_size, bool):
-        raise TypeError(
-            f"{op}: patch_size: expected an int, got {type(patch_size).__name__}; pass the patch side in pixels"
-        )
-    if patch_size < 1:
-        raise ValueError(f"{op}: patch_size: expected at least 1, got {patch_size}; pass the patch side in pixels")
-    if height % patch_size or width % patch_size:
-        raise ValueError(
-            f"{op}: image: expected height and width divisible by patch_size {patch_size}, got {height} x {width}; "
+            f"{op}: image: expected height and width divisible by patch_size {size}, got {height} x {width}; "
             "crop or pad the image"
         )
+    return size
+
+
+def check_decoder(op: str, tensors: Sequence[torch.Tensor], patch_size: int) -> int:
+    """Everything about the tensors of a decoder and its patch size, which is returned as an int."""
+    check_tensors(op, tensors)
+    patch_size = check_patch_size(op, tensors[0], patch_size)
+    sizes = check_shapes(op, tensors, {"P": patch_size**2})
+    expected = sizes["B"] * (sizes["H"] // patch_size) * (sizes["W"] // patch_size)
+    count = math.prod(sizes["..."])
+    if count != expected:
+        raise ValueError(
+            f"{op}: {OPS[op].names[1]}: expected leading sizes that multiply to the number of patches "
+            f"B*(H/p)*(W/p) = {expected}, got {list(sizes['...'])} = {count}; check patch_size and the image's size"
+        )
+    return patch_size
 
 
 def check_eps(op: str, eps: float) -> float:
@@ -143,18 +176,16 @@ def check_eps(op: str, eps: float) -> float:
 def check_number(op: str, name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name}: expected a Python float, got {type(value).__name__}; pass float(value)")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{op}: {name}: expected a finite number, got {value}; pass a finite number")
-    return float(value)
-
-
-def check_token_count(op: str, name: str, leading: Sequence[int], expected: int) -> None:
-    count = math.prod(leading)
-    if count != expected:
+    try:
+        number = float(value)
+    except OverflowError:
         raise ValueError(
-            f"{op}: {name}: expected leading sizes that multiply to the number of patches B*(H/p)*(W/p) = {expected}, "
-            f"got {list(leading)} = {count}; check patch_size and the image's size"
-        )
+            f"{op}: {name}: expected a number below 1.8e308, got a larger integer; "
+            "pass a finite number that a float can hold"
+        ) from None
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{op}: {name}: expected a finite number, got {value}; pass a finite number")
+    return number
 
 
 def autocast_activation(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

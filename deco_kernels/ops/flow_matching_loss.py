@@ -1,10 +1,11 @@
 """flow_matching_loss and frequency_loss: the training loss in pixels and in the 8x8 DCT domain of YCbCr."""
 
+from typing import Any
+
 import torch
 
 from deco_kernels.ops import checks
 from deco_kernels.ops.registry import Request, chosen_backend, define_op
-from deco_kernels.signatures import TENSORS
 
 BLOCK = 8
 
@@ -65,7 +66,9 @@ def flow_matching_loss(
     """
     _check("flow_matching_loss", pred, target, frequency_weight, sample_weight)
     frequency_scale = checks.check_number("flow_matching_loss", "frequency_scale", frequency_scale)
-    return _flow_matching_loss(pred, target, frequency_weight, sample_weight, frequency_scale, chosen_backend(backend))
+    inputs = (pred, target, frequency_weight, sample_weight)
+    total, pixel, frequency = _flow_matching_loss(*inputs, frequency_scale, chosen_backend(backend))
+    return total, pixel, frequency
 
 
 def frequency_loss(
@@ -78,7 +81,9 @@ def frequency_loss(
 ) -> torch.Tensor:
     """The frequency part of `flow_matching_loss` alone, a float32 scalar; arguments and errors as there."""
     _check("frequency_loss", pred, target, frequency_weight, sample_weight)
-    return _frequency_loss(pred, target, frequency_weight, sample_weight, chosen_backend(backend))
+    inputs = (pred, target, frequency_weight, sample_weight)
+    frequency: torch.Tensor = _frequency_loss(*inputs, chosen_backend(backend))
+    return frequency
 
 
 def jpeg_frequency_weight(
@@ -103,7 +108,7 @@ def jpeg_frequency_weight(
             so large that the weights overflow.
     """
     name = "jpeg_frequency_weight"
-    quality = checks.check_number(name, "quality", quality)
+    checks.check_number(name, "quality", quality)
     gamma = checks.check_number(name, "gamma", gamma)
     if not 1 <= quality <= 100:
         raise ValueError(f"{name}: quality: expected 1 to 100, got {quality}; 85 is the published choice")
@@ -130,20 +135,10 @@ def _check(
     frequency_weight: torch.Tensor,
     sample_weight: torch.Tensor | None,
 ) -> None:
-    given = 3 if sample_weight is None else 4
-    checks.check_tensors(
-        op,
-        TENSORS[op][:given],
-        (pred, target, frequency_weight, sample_weight)[:given],
-    )
-    checks.check_rank(op, "pred", pred, 4, "[B, 3, H, W]")
-    batch, _, height, width = pred.shape
-    checks.check_shape(op, "pred", pred, (batch, 3, height, width), "[B, 3, H, W]")
-    checks.check_shape(op, "target", target, (batch, 3, height, width), "[B, 3, H, W]")
-    checks.check_shape(op, "frequency_weight", frequency_weight, (3, BLOCK, BLOCK), "[3, 8, 8]")
-    if sample_weight is not None:
-        checks.check_shape(op, "sample_weight", sample_weight, (batch,), "[B]")
-    for side, size in (("height", height), ("width", width)):
+    tensors = (pred, target, frequency_weight) + (() if sample_weight is None else (sample_weight,))
+    checks.check_tensors(op, tensors)
+    sizes = checks.check_shapes(op, tensors)
+    for side, size in (("height", sizes["H"]), ("width", sizes["W"])):
         if size < BLOCK // 2 + 1:
             raise ValueError(
                 f"{op}: pred: expected a {side} of at least {BLOCK // 2 + 1} pixels, got {size}; "
@@ -154,19 +149,19 @@ def _check(
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def _request(pred, target, *_):
+def _request(pred: torch.Tensor, target: torch.Tensor, *_: Any) -> Request:
     return Request("flow_matching_loss", pred.device.type, (pred.dtype, target.dtype))
 
 
-def _frequency_request(*arguments):
+def _frequency_request(*arguments: Any) -> Request:
     return _request(*arguments)._replace(called_as="frequency_loss")
 
 
-def _fake_losses(pred, *_):
+def _fake_losses(pred: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return tuple(pred.new_empty((), dtype=_loss_dtype(pred)) for _ in range(3))
 
 
-def _fake_frequency_loss(pred, *_):
+def _fake_frequency_loss(pred: torch.Tensor, *_: Any) -> torch.Tensor:
     return pred.new_empty((), dtype=_loss_dtype(pred))
 
 
@@ -174,11 +169,8 @@ def _loss_dtype(pred: torch.Tensor) -> torch.dtype:
     return torch.float64 if pred.dtype is torch.float64 else torch.float32
 
 
-_SCHEMA_TENSORS = (*TENSORS["flow_matching_loss"][:3], "sample_weight?")
-
 _flow_matching_loss = define_op(
     "flow_matching_loss",
-    _SCHEMA_TENSORS,
     "float frequency_scale",
     ("total", "pixel", "frequency"),
     _request,
@@ -186,7 +178,6 @@ _flow_matching_loss = define_op(
 )
 _frequency_loss = define_op(
     "frequency_loss",
-    _SCHEMA_TENSORS,
     "",
     ("frequency",),
     _frequency_request,

@@ -1,25 +1,12 @@
 """pixel_decoder and pixel_decoder_from_tokens: the whole per-pixel decoder as one op."""
 
+from typing import Any
+
 import torch
 
 from deco_kernels.ops import checks
-from deco_kernels.ops.registry import Request, chosen_backend, define_op
-from deco_kernels.signatures import DECODER_WEIGHTS, TENSORS
-
-_SYMBOLS = (
-    "[D, C]",
-    "[P, D]",
-    "[N, D]",
-    "[N, D]",
-    "[N, 3D, D]",
-    "[N, 3D]",
-    "[N, D, D]",
-    "[N, D]",
-    "[N, D, D]",
-    "[N, D]",
-    "[C, D]",
-    "[C]",
-)
+from deco_kernels.ops.registry import Operation, Request, chosen_backend, define_op
+from deco_kernels.signatures import OPS
 
 
 def pixel_decoder(
@@ -78,30 +65,13 @@ def pixel_decoder(
         BackendUnavailable: the backend chosen by name cannot serve the call.
     """
     name = "pixel_decoder"
-    weights = (
-        pixel_weight,
-        pixel_table,
-        norm_weight,
-        norm_bias,
-        mod_weight,
-        mod_bias,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        head_weight,
-        head_bias,
-    )
-    checks.check_tensors(name, TENSORS[name], (image, cond, *weights))
-    checks.check_rank(name, "cond", cond, 2, "[..., P, D]", at_least=True)
-    token_count = _check_image(name, image, patch_size)
-    pixels, width = patch_size * patch_size, cond.shape[-1]
-    checks.check_token_count(name, "cond", cond.shape[:-2], token_count)
-    checks.check_shape(name, "cond", cond, (*cond.shape[:-2], pixels, width), "[..., P, D]")
-    _check_weights(name, weights, image.shape[1], pixels, width)
+    blocks = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    weights = (pixel_weight, pixel_table, *blocks, head_weight, head_bias)
+    patch_size = checks.check_decoder(name, (image, cond, *weights), patch_size)
     eps = checks.check_eps(name, eps)
     (cond,) = checks.autocast_activation(cond)
-    return _pixel_decoder(image, cond, *weights, patch_size, eps, chosen_backend(backend))
+    velocity: torch.Tensor = _pixel_decoder(image, cond, *weights, patch_size, eps, chosen_backend(backend))
+    return velocity
 
 
 def pixel_decoder_from_tokens(
@@ -136,87 +106,33 @@ def pixel_decoder_from_tokens(
         The other arguments, the result and the errors are those of `pixel_decoder`.
     """
     name = "pixel_decoder_from_tokens"
-    weights = (
-        pixel_weight,
-        pixel_table,
-        norm_weight,
-        norm_bias,
-        mod_weight,
-        mod_bias,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        head_weight,
-        head_bias,
-    )
-    checks.check_tensors(name, TENSORS[name], (image, tokens, up_weight, up_bias, *weights))
-    checks.check_rank(name, "tokens", tokens, 1, "[..., Z]", at_least=True)
-    checks.check_rank(name, "pixel_table", pixel_table, 2, "[P, D]")
-    token_count = _check_image(name, image, patch_size)
-    pixels, width = patch_size * patch_size, pixel_table.shape[-1]
-    checks.check_token_count(name, "tokens", tokens.shape[:-1], token_count)
-    checks.check_shape(name, "up_weight", up_weight, (pixels * width, tokens.shape[-1]), "[P*D, Z]")
-    checks.check_shape(name, "up_bias", up_bias, (pixels * width,), "[P*D]")
-    checks.check_nonempty(name, "up_weight", up_weight, "[P*D, Z]")
-    _check_weights(name, weights, image.shape[1], pixels, width)
+    blocks = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    weights = (up_weight, up_bias, pixel_weight, pixel_table, *blocks, head_weight, head_bias)
+    patch_size = checks.check_decoder(name, (image, tokens, *weights), patch_size)
     eps = checks.check_eps(name, eps)
     (tokens,) = checks.autocast_activation(tokens)
-    return _pixel_decoder_from_tokens(
-        image, tokens, up_weight, up_bias, *weights, patch_size, eps, chosen_backend(backend)
-    )
-
-
-def _check_image(op: str, image: torch.Tensor, patch_size: int) -> int:
-    """Returns the number of patches."""
-    checks.check_rank(op, "image", image, 4, "[B, C, H, W]")
-    batch, _, height, width = image.shape
-    checks.check_patch_size(op, patch_size, height, width)
-    return batch * (height // patch_size) * (width // patch_size)
-
-
-def _check_weights(op: str, weights: tuple[torch.Tensor, ...], channels: int, pixels: int, width: int) -> None:
-    norm_weight = weights[2]
-    checks.check_rank(op, "norm_weight", norm_weight, 2, "[N, D]")
-    depth = norm_weight.shape[0]
-    shapes = [
-        (width, channels),
-        (pixels, width),
-        (depth, width),
-        (depth, width),
-        (depth, 3 * width, width),
-        (depth, 3 * width),
-        (depth, width, width),
-        (depth, width),
-        (depth, width, width),
-        (depth, width),
-        (channels, width),
-        (channels,),
-    ]
-    checks.check_shapes(op, DECODER_WEIGHTS, weights, shapes, _SYMBOLS)
-    checks.check_nonempty(op, "pixel_weight", weights[0], "[D, C]")
-    checks.check_nonempty(op, "norm_weight", norm_weight, "[N, D]")
+    options = (patch_size, eps, chosen_backend(backend))
+    velocity: torch.Tensor = _pixel_decoder_from_tokens(image, tokens, *weights, *options)
+    return velocity
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def _define_decoder(name: str):
-    tensors = TENSORS[name]
-    norm_weight = tensors.index("norm_weight")
-    patch_size = len(tensors)
+def _define_decoder(name: str) -> Operation:
+    names = OPS[name].names
+    norm_weight, patch_size = names.index("norm_weight"), len(names)
 
-    def request(*arguments):
+    def request(*arguments: Any) -> Request:
         image, activation = arguments[:2]
         depth, width = arguments[norm_weight].shape
         dtypes = (activation.dtype, image.dtype)
         return Request(name, image.device.type, dtypes, width, depth, arguments[patch_size], image.shape[1])
 
-    def fake(*arguments):
-        image, activation = arguments[:2]
+    def fake(image: torch.Tensor, activation: torch.Tensor, *_: Any) -> torch.Tensor:
         return image.new_empty(image.shape, dtype=activation.dtype)
 
-    return define_op(name, tensors, "int patch_size, float eps", ("velocity",), request, fake)
+    return define_op(name, "int patch_size, float eps", ("velocity",), request, fake)
 
 
 _pixel_decoder = _define_decoder("pixel_decoder")

@@ -13,12 +13,17 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
+from deco_kernels.backends.support import Request
+from deco_kernels.signatures import OPS, grouped
+
+Operation = Callable[..., Any]
 NAMESPACE = "deco_kernels"
-LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_library: Any = torch.library.Library  # untyped in PyTorch
+LIBRARY = _library(NAMESPACE, "DEF")
 AUTO = "auto"
 
 _log = logging.getLogger("deco_kernels")
@@ -28,23 +33,6 @@ _selected: str | None = None
 
 class BackendUnavailable(NotImplementedError):
     """An explicitly chosen backend cannot serve a call; the message says why and what to do."""
-
-
-class Request(NamedTuple):
-    """What a backend must know of a call to say whether it can serve it."""
-
-    op: str
-    device_type: str
-    dtypes: tuple[torch.dtype, ...]  # of the activation, then of the image, prediction and target where there are any
-    width: int = 0  # D
-    depth: int = 1  # N
-    patch_size: int = 0  # p
-    channels: int = 3  # C
-    called_as: str = ""  # the public function, where it is another than `op`
-
-    @property
-    def public_name(self) -> str:
-        return self.called_as or self.op
 
 
 # --- choice of backend -----------------------------------------------------------------------------------------------
@@ -83,17 +71,18 @@ class use_backend:
     backward pass uses the backend its forward was given, also outside the block. Unknown names raise ValueError.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self.name = check_backend_name(name)
-        self.previous = []  # one choice per level, as the same object may be entered again inside its block
+        # one choice per level, as the same object may be entered again inside its block
+        self.previous: list[str | None] = []
 
-    def __enter__(self):
+    def __enter__(self) -> "use_backend":
         global _selected
         self.previous.append(_selected)
         _selected = self.name
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         global _selected
         _selected = self.previous.pop()
 
@@ -126,7 +115,9 @@ def refusal(name: str, request: Request, device: torch.device) -> str | None:
     reason = package.unavailable_reason(device)
     if reason is None and importlib.util.find_spec(f"{packages[name]}.{request.op}") is None:
         reason = f"it does not implement {request.op}; choose another backend or leave the choice automatic"
-    return reason if reason is not None else package.unsupported_reason(request)
+    if reason is None:
+        reason = package.unsupported_reason(request)
+    return None if reason is None else str(reason)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -151,7 +142,7 @@ def log_fallback(op: str, name: str, following: str | None, reason: str) -> None
     _log.log(level, "%s falls back from backend %r to %r: %s", op, name, following, reason)
 
 
-def serve(function: str, request: Request, device: torch.device, backend: str, *arguments):
+def serve(function: str, request: Request, device: torch.device, backend: str, *arguments: Any) -> Any:
     """Calls `function` of the backend module that serves the request, with autocast off."""
     implementation = getattr(serving_module(backend, request, device), function)
     if torch.is_autocast_enabled(device.type):
@@ -165,51 +156,52 @@ def serve(function: str, request: Request, device: torch.device, backend: str, *
 
 def define_op(
     name: str,
-    tensors: Sequence[str],
     options: str,
     outputs: Sequence[str],
     request: Callable[..., Request],
     fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
     functions: tuple[str, str] = ("forward", "backward"),
-) -> Callable:
+) -> Operation:
     """Registers the operators `name` and `name_backward` and joins them into a function of (tensors, options, backend).
 
     Args:
-        tensors: argument names in order; a trailing "?" marks one that may be None.
+        name: of the op, whose tensors `deco_kernels.signatures` describes.
         options: schema of the scalar arguments, "int patch_size, float eps".
         outputs: names of the results; the backward receives their gradients first.
-        request: (tensors, options) -> Request. Its op is the backend module, `functions` are the names in that module.
+        request: (tensors, options) -> Request. Its op is the backend module, `functions` are the names in that module,
+            which take the tensors in the groups of the description.
         fake: (tensors, options) -> results without data, of the real shapes, dtypes and strides.
     """
-    count = len(tensors)
-    schema = ", ".join(
-        [f"Tensor{'?' if tensor.endswith('?') else ''} {tensor.rstrip('?')}" for tensor in tensors]
-        + [options] * bool(options)
-        + ["str backend"]
-    )
+    group, described = OPS[name].group, OPS[name].arguments
+    count = len(described)
+    tensors = [f"Tensor{'?' * argument.optional} {argument.name}" for argument in described]
+    schema = ", ".join([*tensors, *[options] * bool(options), "str backend"])
 
-    def forward(*arguments):
+    def forward(*arguments: Any) -> Any:
         *inputs, backend = arguments
-        return serve(functions[0], request(*inputs), inputs[0].device, backend, *inputs)
+        inputs_in_groups = (*grouped(group, inputs[:count]), *inputs[count:])
+        return serve(functions[0], request(*inputs), inputs[0].device, backend, *inputs_in_groups)
 
-    def backward(*arguments):
+    def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
         """A gradient that is not asked for is an empty placeholder, as an operator cannot return None."""
         gradients, (*inputs, backend, needs) = arguments[: len(outputs)], arguments[len(outputs) :]
         first = inputs[0]
-        results = serve(functions[1], request(*inputs), first.device, backend, *gradients, *inputs, needs)
+        inputs_in_groups = (*grouped(group, inputs[:count]), *inputs[count:])
+        served = (functions[1], request(*inputs), first.device, backend)
+        results = serve(*served, *gradients, *inputs_in_groups, needs)
         return tuple(first.new_empty(0) if result is None else result for result in results)
 
-    def fake_forward(*arguments):
+    def fake_forward(*arguments: Any) -> Any:
         return fake(*arguments[:-1])
 
-    def fake_backward(*arguments):
+    def fake_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
         inputs, needs = arguments[len(outputs) : len(outputs) + count], arguments[-1]
         return tuple(
             torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else inputs[0].new_empty(0)
             for tensor, need in zip(inputs, needs, strict=True)
         )
 
-    def returns(number):
+    def returns(number: int) -> str:
         return "Tensor" if number == 1 else f"({', '.join(['Tensor'] * number)})"
 
     gradient_schema = ", ".join(f"Tensor grad_{output}" for output in outputs)
@@ -223,14 +215,15 @@ def define_op(
     return _differentiable(name, forward_op, backward_op, count)
 
 
-def _register(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
+def _register(name: str, schema: str, implementation: Operation, fake: Operation) -> Operation:
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    operator: Operation = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return operator
 
 
-def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tensor_count: int) -> Callable:
+def _differentiable(name: str, forward_op: Operation, backward_op: Operation, tensor_count: int) -> Operation:
     """The autograd function around the two operators. Only the inputs are saved between forward and backward. It is
     applied to every call outside torch.compile: inside functional transforms `requires_grad` does not say whether a
     derivative will be asked for."""
@@ -239,15 +232,15 @@ def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tens
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(*arguments):
+        def forward(*arguments: Any) -> Any:
             return backward_op(*arguments)
 
         @staticmethod
-        def setup_context(ctx, inputs, output):
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             pass
 
         @staticmethod
-        def backward(ctx, *gradients):
+        def backward(ctx: Any, *gradients: torch.Tensor) -> None:
             raise NotImplementedError(
                 f"{name}: second derivatives are not implemented; differentiate once, without create_graph=True, "
                 "or build the computation from plain PyTorch operations"
@@ -257,19 +250,20 @@ def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tens
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(*arguments):
+        def forward(*arguments: Any) -> Any:
             return forward_op(*arguments)
 
         @staticmethod
-        def setup_context(ctx, inputs, output):
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.save_for_backward(*inputs[:tensor_count])
             ctx.scalars = inputs[tensor_count:]
 
         @staticmethod
-        def backward(ctx, *gradients):
+        def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             needs = list(ctx.needs_input_grad[:tensor_count])
             tensors = (*gradients, *ctx.saved_tensors)
-            differentiate = Backward.apply if torch.is_grad_enabled() else backward_op
+            function: Any = Backward
+            differentiate = function.apply if torch.is_grad_enabled() else backward_op
             results = differentiate(*tensors, *ctx.scalars, needs)
             wanted = [result if need else None for result, need in zip(results, needs, strict=True)]
             return (*wanted, *[None] * len(ctx.scalars))
@@ -278,18 +272,19 @@ def _differentiable(name: str, forward_op: Callable, backward_op: Callable, tens
         """Used outside torch.compile, which refuses any autograd function that defines jvp."""
 
         @staticmethod
-        def jvp(ctx, *tangents):
+        def jvp(ctx: Any, *tangents: torch.Tensor) -> None:
             raise NotImplementedError(
                 f"{name}: forward-mode derivatives (jvp) are not implemented; use reverse mode, such as backward() or "
                 "torch.func.vjp, or build the computation from plain PyTorch operations"
             )
 
-    def apply(*arguments):
-        if not torch.compiler.is_compiling():
-            return ForwardWithJvp.apply(*arguments)
-        tensors = [tensor for tensor in arguments[:tensor_count] if tensor is not None]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return Forward.apply(*arguments)
-        return forward_op(*arguments)  # torch.compile does not trace an autograd function without a gradient
+    def apply(*arguments: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
+        if compiling:  # which does not trace an autograd function without a gradient
+            tensors = [tensor for tensor in arguments[:tensor_count] if tensor is not None]
+            if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+                return forward_op(*arguments)
+        function: Any = Forward if compiling else ForwardWithJvp
+        return function.apply(*arguments)
 
     return apply

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from deco_kernels import ops
+from deco_kernels.signatures import OPS, grouped
 from deco_kernels.testing.inputs import LOSSES, Inputs, in_float64
 
 
@@ -62,12 +63,14 @@ def eager(op: str, tensors: dict[str, torch.Tensor | None], options: dict[str, i
         tensors = {name: None if t is None else t.to(_loss_dtype(t)) for name, t in tensors.items()}
         return formula(*tensors.values(), *options.values())
     activation = next(tensors[name] for name in ("cond", "tokens", "h") if name in tensors)
+    group = OPS[op].group
     if activation.dtype in (torch.float32, torch.float64):
-        return formula(*(tensor.to(activation.dtype) for tensor in tensors.values()), *options.values())
+        inputs = grouped(group, (tensor.to(activation.dtype) for tensor in tensors.values()))
+        return formula(*inputs, *options.values())
     if "pixel_table" in tensors:
         tensors = {**tensors, "pixel_table": tensors["pixel_table"].to(activation.dtype)}
     with torch.autocast(activation.device.type, activation.dtype):
-        return formula(*tensors.values(), *options.values())
+        return formula(*grouped(group, tensors.values()), *options.values())
 
 
 def _loss_dtype(tensor: torch.Tensor) -> torch.dtype:

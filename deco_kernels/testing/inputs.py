@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from deco_kernels.signatures import TENSORS
+from deco_kernels import signatures
 
 OPS = ("adaln_block", "pixel_decoder", "upsample_modulate", "pixel_decoder_from_tokens", "flow_matching_loss")
 LOSSES = ("flow_matching_loss", "frequency_loss")
@@ -17,6 +17,10 @@ class Inputs(NamedTuple):
     tensors: dict[str, torch.Tensor | None]
     options: dict[str, int | float]
     grad_outputs: tuple[torch.Tensor, ...]
+
+    def groups(self) -> tuple:
+        """The tensors as backends receive them, weights in groups."""
+        return signatures.grouped(signatures.OPS[self.op].group, self.tensors.values())
 
 
 def random_inputs(
@@ -69,7 +73,7 @@ def random_inputs(
     elif op == "upsample_modulate":
         block = draw.block(width)
         tensors = {"h": draw.normal(*row_shape), "tokens": draw.normal(token_count, token_width), **up}
-        tensors |= {name: block[name] for name in TENSORS[op] if name in block}
+        tensors |= {name: block[name] for name in signatures.OPS[op].names if name in block}
         options, grad_outputs = {}, (draw.normal(*row_shape), draw.normal(*row_shape))
     else:
         tensors = {"image": draw.normal(*image_shape, dtype=other_dtype or draw.exact)}

@@ -17,11 +17,11 @@ from deco_kernels import flow
 from deco_kernels.backends.reference import flow_matching_loss as reference
 from deco_kernels.model import DeCo, PixelDecoder
 from deco_kernels.model.pixel_decoder import upsample
-from deco_kernels.signatures import TENSORS
+from deco_kernels.signatures import OPS
 
 EPS = 1e-6  # of LayerNorm, as the ops default to
 POSITION_FEATURES = 64
-_BLOCK_WEIGHTS = TENSORS["adaln_block"][2:]
+_BLOCK_WEIGHTS = OPS["adaln_block"].names[2:]
 
 
 def position_features(patch_size: int) -> torch.Tensor:

@@ -161,20 +161,21 @@ def test_the_workspace_stays_below_150_mb():
 
     for width, depth, dtype in ((32, 3, BF16), (32, 3, F32), (64, 8, F32), (16, 1, F16)):
         inputs = small_inputs("pixel_decoder", dtype, width=width, depth=depth, patch_size=16, image_size=(1, 16, 16))
-        image, _, *weights = inputs.tensors.values()
-        sums = DecoderBackward(image, image, tuple(weights), dtype, 16, 1e-6, (True, True, True))
+        image, _, weights = inputs.groups()
+        sums = DecoderBackward(image, image, weights, dtype, 16, 1e-6, (True, True, True))
         for more in (0, 2):
             tokens = sums.chunk_tokens(more)
             assert tokens >= 64 and tokens * (depth + 1 + more) * 256 * width * dtype.itemsize <= 150_000_000
-    assert DecoderBackward(image, image, tuple(weights), F16, 16, 1e-6, (True,) * 3).chunk_tokens() == 2048
+    assert DecoderBackward(image, image, weights, F16, 16, 1e-6, (True,) * 3).chunk_tokens() == 2048
 
 
 def test_one_chunk_of_conditions_exists_at_a_time():
     """The buffer of a chunk is used again, so the condition of all tokens never exists."""
     from deco_kernels.backends.triton.upsample import Upsample
+    from deco_kernels.signatures import UpsampleWeights
 
     tokens, up_weight, up_bias = torch.randn(11, 7), torch.randn(4 * 16, 7), torch.randn(4 * 16)
-    upsample = Upsample(tokens, up_weight, up_bias, (4, 16))
+    upsample = Upsample(tokens, UpsampleWeights(up_weight, up_bias), (4, 16))
     expected = (tokens @ up_weight.T + up_bias).view(11, 4, 16)
     buffers = set()
     for start, length in ((0, 4), (4, 4), (8, 3)):

@@ -1,5 +1,6 @@
 """The choice of backend: argument, block, environment, automatic; what falls back and how it is said."""
 
+import inspect
 import logging
 import os
 import re
@@ -12,9 +13,13 @@ import torch
 
 import deco_kernels
 from deco_kernels import native, ops
+from deco_kernels.backends.support import backends_table
 from deco_kernels.ops import registry
 from deco_kernels.ops.registry import Request
+from deco_kernels.signatures import OPS, flat, grouped
 from tests.ops.cases import F32
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_no_private_name_of_pytorch():
@@ -115,6 +120,32 @@ def test_an_op_that_a_backend_lacks(tmp_path, monkeypatch):
     finally:
         registry.packages.pop("lacking")
         registry.serving_module.cache_clear()
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "frequency_loss"])
+def test_the_pages_hold_the_tables_of_arguments(op):
+    page = (ROOT / "docs" / f"{op}.md").read_text(encoding="utf-8")
+    assert OPS[op].table() in page
+
+
+def test_the_readme_holds_the_table_of_backends():
+    assert backends_table(("reference", "cpu", "triton", "cuda")) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_description_is_the_public_signature(op):
+    """Public functions are written out by hand: their tensors are the described ones, in order."""
+    parameters = inspect.signature(getattr(ops, op)).parameters
+    assert [name for name in parameters if name in OPS[op].names] == list(OPS[op].names)
+    assert [name for name, value in parameters.items() if value.annotation is torch.Tensor] == [
+        argument.name for argument in OPS[op].arguments if not argument.optional
+    ]
+
+
+def test_groups_hold_the_tensors_in_order():
+    group = grouped(OPS["pixel_decoder"].group, range(14))
+    assert flat(group) == list(range(14))
+    assert (group.weights.blocks.modulation.norm_weight, group.weights.head_bias) == (4, 13)
 
 
 def test_the_name_auto_is_reserved():

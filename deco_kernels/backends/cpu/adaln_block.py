@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from deco_kernels import native
 from deco_kernels.backends import arguments
+from deco_kernels.signatures import BlockWeights
 
 
-def forward(h: torch.Tensor, cond: torch.Tensor, *rest) -> torch.Tensor:
-    """h' like h; `rest` is the eight weights and eps."""
-    *weights, eps = rest
+def forward(h: torch.Tensor, cond: torch.Tensor, weights: BlockWeights, eps: float) -> torch.Tensor:
+    """h' like h."""
     h, cond = arguments.readable_rows(h), arguments.readable_rows(cond)
     weights = arguments.contiguous(weights)
     out = torch.empty(h.shape, dtype=h.dtype)
     native.cpu().adaln_block_forward(
-        *_size(h),
+        *arguments.row_sizes(h),
         arguments.rows(h),
         arguments.rows(cond),
         arguments.arrays(weights),
@@ -26,14 +28,20 @@ def forward(h: torch.Tensor, cond: torch.Tensor, *rest) -> torch.Tensor:
     return out
 
 
-def backward(grad_out: torch.Tensor, h: torch.Tensor, cond: torch.Tensor, *rest) -> tuple:
-    """Gradients of (h, cond, the eight weights) where `needs` asks; `rest` is the weights, eps, needs."""
-    *weights, eps, needs = rest
-    grads = arguments.empty_gradients((h, cond, *weights), needs)
+def backward(
+    grad_out: torch.Tensor,
+    h: torch.Tensor,
+    cond: torch.Tensor,
+    weights: BlockWeights,
+    eps: float,
+    needs: Sequence[bool],
+) -> arguments.Gradients:
+    """Gradients of (h, cond, the weights) where `needs` asks."""
+    grads = arguments.empty_gradients((h, cond, weights), needs)
     grad_out, h, cond = (arguments.readable_rows(tensor) for tensor in (grad_out, h, cond))
     weights = arguments.contiguous(weights)
     native.cpu().adaln_block_backward(
-        *_size(h),
+        *arguments.row_sizes(h),
         arguments.rows(grad_out),
         arguments.rows(h),
         arguments.rows(cond),
@@ -45,9 +53,3 @@ def backward(grad_out: torch.Tensor, h: torch.Tensor, cond: torch.Tensor, *rest)
         torch.get_num_threads(),
     )
     return grads
-
-
-def _size(h: torch.Tensor) -> tuple[int, int]:
-    """(rows, D)"""
-    width = h.shape[-1]
-    return h.numel() // width, width

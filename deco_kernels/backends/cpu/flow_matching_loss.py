@@ -8,6 +8,7 @@ import torch
 
 from deco_kernels import native
 from deco_kernels.backends import arguments
+from deco_kernels.signatures import Loss
 
 
 def forward(
@@ -18,9 +19,9 @@ def forward(
     frequency_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(total, pixel, frequency), float32 scalars."""
-    losses = tuple(torch.empty((), dtype=torch.float32) for _ in range(3))
-    _losses(pred, target, frequency_weight, sample_weight, frequency_scale, *losses)
-    return losses
+    total, pixel, frequency = (torch.empty((), dtype=torch.float32) for _ in range(3))
+    _losses(Loss(pred, target, frequency_weight, sample_weight), frequency_scale, total, pixel, frequency)
+    return total, pixel, frequency
 
 
 def frequency_loss_forward(
@@ -28,7 +29,7 @@ def frequency_loss_forward(
 ) -> torch.Tensor:
     """The frequency loss, a float32 scalar."""
     frequency = torch.empty((), dtype=torch.float32)
-    _losses(pred, target, frequency_weight, sample_weight, 0.0, None, None, frequency)
+    _losses(Loss(pred, target, frequency_weight, sample_weight), 0.0, None, None, frequency)
     return frequency
 
 
@@ -42,13 +43,13 @@ def backward(
     sample_weight: torch.Tensor | None,
     frequency_scale: float,
     needs: Sequence[bool],
-) -> tuple[torch.Tensor | None, ...]:
+) -> arguments.Gradients:
     """Gradients of pred, target, frequency_weight and sample_weight where `needs` asks for them."""
     total = grad_total.item()
     return _gradients(
         total + grad_pixel.item(),
         frequency_scale * total + grad_frequency.item(),
-        (pred, target, frequency_weight, sample_weight),
+        Loss(pred, target, frequency_weight, sample_weight),
         needs,
     )
 
@@ -60,34 +61,35 @@ def frequency_loss_backward(
     frequency_weight: torch.Tensor,
     sample_weight: torch.Tensor | None,
     needs: Sequence[bool],
-) -> tuple[torch.Tensor | None, ...]:
+) -> arguments.Gradients:
     """As `backward`, of the frequency loss."""
-    return _gradients(0.0, grad.item(), (pred, target, frequency_weight, sample_weight), needs)
+    return _gradients(0.0, grad.item(), Loss(pred, target, frequency_weight, sample_weight), needs)
 
 
-def _losses(pred, target, frequency_weight, sample_weight, frequency_scale, *losses) -> None:
+def _losses(inputs: Loss, frequency_scale: float, *losses: torch.Tensor | None) -> None:
     """Writes total, pixel and frequency where they are wanted (not None)."""
-    weights = [_in_float32(frequency_weight), _in_float32(sample_weight)]
+    pred, target, *weights = inputs
+    weights_in_float32 = [_in_float32(weight) for weight in weights]
     native.cpu().flow_matching_loss_forward(
         _shape(pred),
         arguments.image(pred),
         arguments.image(target),
-        *map(_address, weights),
+        *arguments.addresses(weights_in_float32),
         frequency_scale,
-        *map(_address, losses),
+        *arguments.addresses(losses),
         torch.get_num_threads(),
     )
 
 
-def _gradients(grad_pixel: float, grad_frequency: float, tensors, needs) -> tuple[torch.Tensor | None, ...]:
+def _gradients(grad_pixel: float, grad_frequency: float, inputs: Loss, needs: Sequence[bool]) -> arguments.Gradients:
     """`grad_pixel` and `grad_frequency`: of the two losses, by every way they enter the result."""
-    pred, target, *weights = tensors
+    pred, target, *weights = inputs
     grad_images = [
         torch.empty(tensor.shape, dtype=tensor.dtype) if need else None
         for tensor, need in zip((pred, target), needs[:2], strict=True)
     ]
     grad_weights = [
-        torch.empty(weight.shape, dtype=torch.float32) if need else None
+        torch.empty(weight.shape, dtype=torch.float32) if need and weight is not None else None
         for weight, need in zip(weights, needs[2:], strict=True)
     ]
     weights_in_float32 = [_in_float32(weight) for weight in weights]
@@ -95,15 +97,15 @@ def _gradients(grad_pixel: float, grad_frequency: float, tensors, needs) -> tupl
         _shape(pred),
         arguments.image(pred),
         arguments.image(target),
-        *map(_address, weights_in_float32),
+        *arguments.addresses(weights_in_float32),
         grad_pixel,
         grad_frequency,
         arguments.arrays(grad_images),
-        *map(_address, grad_weights),
+        *arguments.addresses(grad_weights),
         torch.get_num_threads(),
     )
     in_their_dtype = [
-        None if gradient is None else gradient.to(weight.dtype)
+        None if gradient is None or weight is None else gradient.to(weight.dtype)
         for gradient, weight in zip(grad_weights, weights, strict=True)
     ]
     return (*grad_images, *in_their_dtype)
@@ -117,7 +119,3 @@ def _shape(pred: torch.Tensor) -> tuple[int, int, int]:
 
 def _in_float32(weight: torch.Tensor | None) -> torch.Tensor | None:
     return None if weight is None else weight.to(torch.float32).contiguous()
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -8,16 +8,18 @@ import torch
 
 from deco_kernels import native
 from deco_kernels.backends import arguments
+from deco_kernels.signatures import DecoderWeights
 
 
-def forward(image: torch.Tensor, cond: torch.Tensor, *rest) -> torch.Tensor:
-    """velocity [B, C, H, W] in cond's dtype; `rest` is the twelve weights, patch_size and eps."""
-    *weights, patch_size, eps = rest
+def forward(
+    image: torch.Tensor, cond: torch.Tensor, weights: DecoderWeights, patch_size: int, eps: float
+) -> torch.Tensor:
+    """velocity [B, C, H, W] in cond's dtype."""
     cond = arguments.readable_pixel_rows(cond)
     weights = arguments.contiguous(weights)
     velocity = torch.empty_like(image, dtype=cond.dtype, memory_format=torch.contiguous_format)
     native.cpu().pixel_decoder_forward(
-        sizes(image, weights, patch_size),
+        arguments.decoder_sizes(image, weights, patch_size),
         arguments.image(image),
         arguments.pixel_rows(cond),
         arguments.arrays(weights),
@@ -28,14 +30,21 @@ def forward(image: torch.Tensor, cond: torch.Tensor, *rest) -> torch.Tensor:
     return velocity
 
 
-def backward(grad_velocity: torch.Tensor, image: torch.Tensor, cond: torch.Tensor, *rest) -> tuple:
-    """Gradients of (image, cond, the twelve weights) where `needs` asks; `rest` ends with patch_size, eps, needs."""
-    *weights, patch_size, eps, needs = rest
-    grads = arguments.empty_gradients((image, cond, *weights), needs)
+def backward(
+    grad_velocity: torch.Tensor,
+    image: torch.Tensor,
+    cond: torch.Tensor,
+    weights: DecoderWeights,
+    patch_size: int,
+    eps: float,
+    needs: Sequence[bool],
+) -> arguments.Gradients:
+    """Gradients of (image, cond, the weights) where `needs` asks."""
+    grads = arguments.empty_gradients((image, cond, weights), needs)
     cond = arguments.readable_pixel_rows(cond)
     weights = arguments.contiguous(weights)
     native.cpu().pixel_decoder_backward(
-        sizes(image, weights, patch_size),
+        arguments.decoder_sizes(image, weights, patch_size),
         arguments.image(grad_velocity),
         arguments.image(image),
         arguments.pixel_rows(cond),
@@ -47,9 +56,3 @@ def backward(grad_velocity: torch.Tensor, image: torch.Tensor, cond: torch.Tenso
         torch.get_num_threads(),
     )
     return grads
-
-
-def sizes(image: torch.Tensor, weights: Sequence[torch.Tensor], patch_size: int) -> tuple[int, ...]:
-    """(B, C, H, W, patch_size, D, N)"""
-    depth, width = weights[2].shape
-    return (*image.shape, patch_size, width, depth)

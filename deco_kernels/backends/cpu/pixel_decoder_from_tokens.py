@@ -3,29 +3,36 @@ and runs csrc/cpu/pixel_decoder_backward.cpp on each."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from deco_kernels import native
 from deco_kernels.backends import arguments
-from deco_kernels.backends.cpu.pixel_decoder import sizes
 from deco_kernels.backends.upsample import UpsampleGradients, chunk_tokens, image_chunks
+from deco_kernels.signatures import DecoderWeights, UpsampleWeights
 
 
-def forward(image: torch.Tensor, tokens: torch.Tensor, *rest) -> torch.Tensor:
-    """velocity [B, C, H, W] in the dtype of tokens; `rest` is up_weight, up_bias, the twelve weights of the decoder,
-    patch_size and eps."""
-    *weights, patch_size, eps = rest
+def forward(
+    image: torch.Tensor,
+    tokens: torch.Tensor,
+    up: UpsampleWeights,
+    weights: DecoderWeights,
+    patch_size: int,
+    eps: float,
+) -> torch.Tensor:
+    """velocity [B, C, H, W] in the dtype of tokens."""
     tokens = arguments.readable_rows(tokens)
-    up, decoder = arguments.contiguous(weights[:2]), arguments.contiguous(weights[2:])
-    pixels, width = decoder[1].shape
+    up, weights = arguments.contiguous(up), arguments.contiguous(weights)
+    pixels, width = weights.pixel_table.shape
     velocity = torch.empty(image.shape, dtype=tokens.dtype)
     native.cpu().pixel_decoder_from_tokens_forward(
-        sizes(image, decoder, patch_size),
+        arguments.decoder_sizes(image, weights, patch_size),
         arguments.image(image),
         arguments.upsample_sizes(tokens, pixels, width),
         arguments.rows(tokens),
         arguments.arrays(up),
-        arguments.arrays(decoder),
+        arguments.arrays(weights),
         arguments.image(velocity),
         eps,
         torch.get_num_threads(),
@@ -33,31 +40,35 @@ def forward(image: torch.Tensor, tokens: torch.Tensor, *rest) -> torch.Tensor:
     return velocity
 
 
-def backward(grad_velocity: torch.Tensor, image: torch.Tensor, tokens: torch.Tensor, *rest) -> tuple:
-    """Gradients of (image, tokens, up_weight, up_bias, the twelve weights) where `needs` asks; `rest` is the weights,
-    patch_size, eps, needs."""
-    *weights, patch_size, eps, needs = rest
-    up, decoder = weights[:2], arguments.contiguous(weights[2:])
-    pixels, width = decoder[1].shape
+def backward(
+    grad_velocity: torch.Tensor,
+    image: torch.Tensor,
+    tokens: torch.Tensor,
+    up: UpsampleWeights,
+    weights: DecoderWeights,
+    patch_size: int,
+    eps: float,
+    needs: Sequence[bool],
+) -> arguments.Gradients:
+    """Gradients of (image, tokens, the upsample's and the decoder's weights) where `needs` asks."""
+    weights = arguments.contiguous(weights)
+    pixels, width = weights.pixel_table.shape
     grad_image = torch.empty(image.shape, dtype=image.dtype) if needs[0] else None
-    upsample = UpsampleGradients(tokens, *up, needs[1:4])
-    totals = [
-        torch.zeros(weight.shape, dtype=torch.float32) if need else None
-        for weight, need in zip(decoder, needs[4:], strict=True)
-    ]
+    upsample = UpsampleGradients(tokens, up, needs[1:4])
+    totals = arguments.zero_totals(weights, needs[4:])
     first = 0
-    for images, lines in image_chunks(image.shape, patch_size, chunk_tokens(up[0])):
+    for images, lines in image_chunks(image.shape, patch_size, chunk_tokens(up)):
         image_chunk = image[images, :, lines]
         count = image_chunk[:, 0].numel() // pixels
         cond = upsample.cond(first, first + count).view(count, pixels, width)
         grad_cond = upsample.new_grad_cond(count, pixels)
-        grads = [None if total is None else torch.empty_like(total) for total in totals]
+        grads = arguments.empty_parts(totals)
         native.cpu().pixel_decoder_backward(
-            sizes(image_chunk, decoder, patch_size),
+            arguments.decoder_sizes(image_chunk, weights, patch_size),
             arguments.image(grad_velocity[images, :, lines]),
             arguments.image(image_chunk),
             arguments.pixel_rows(cond),
-            arguments.arrays(decoder),
+            arguments.arrays(weights),
             arguments.image(None if grad_image is None else grad_image[images, :, lines]),
             arguments.pixel_rows(grad_cond),
             arguments.arrays(grads),
@@ -67,4 +78,4 @@ def backward(grad_velocity: torch.Tensor, image: torch.Tensor, tokens: torch.Ten
         arguments.add_gradients(totals, grads)
         upsample.add(first, grad_cond)
         first += count
-    return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, decoder))
+    return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, weights))

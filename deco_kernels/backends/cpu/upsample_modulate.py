@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from deco_kernels import native
 from deco_kernels.backends import arguments
 from deco_kernels.backends.upsample import UpsampleGradients, chunk_tokens
+from deco_kernels.signatures import ModulationWeights, UpsampleWeights
 
 
-def forward(h: torch.Tensor, tokens: torch.Tensor, *rest) -> tuple[torch.Tensor, torch.Tensor]:
-    """(modulated, gate) like h; `rest` is up_weight, up_bias, the four weights of the modulation and eps."""
-    *weights, eps = rest
+def forward(
+    h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(modulated, gate) like h."""
     h, tokens = arguments.readable_pixel_rows(h), arguments.readable_rows(tokens)
-    weights = arguments.contiguous(weights)
+    up, weights = arguments.contiguous(up), arguments.contiguous(weights)
     modulated, gate = torch.empty(h.shape, dtype=h.dtype), torch.empty(h.shape, dtype=h.dtype)
     native.cpu().upsample_modulate_forward(
         arguments.upsample_sizes(tokens, *h.shape[-2:]),
         arguments.rows(tokens),
-        arguments.arrays(weights[:2]),
+        arguments.arrays(up),
         arguments.pixel_rows(h),
-        arguments.arrays(weights[2:]),
+        arguments.arrays(weights),
         arguments.pixel_rows(modulated),
         arguments.pixel_rows(gate),
         eps,
@@ -29,30 +33,35 @@ def forward(h: torch.Tensor, tokens: torch.Tensor, *rest) -> tuple[torch.Tensor,
     return modulated, gate
 
 
-def backward(grad_modulated: torch.Tensor, grad_gate: torch.Tensor, h: torch.Tensor, tokens: torch.Tensor, *rest):
-    """Gradients of (h, tokens, the six weights) where `needs` asks; `rest` is the weights, eps, needs."""
-    *weights, eps, needs = rest
-    up, modulation = arguments.contiguous(weights[:2]), arguments.contiguous(weights[2:])
+def backward(
+    grad_modulated: torch.Tensor,
+    grad_gate: torch.Tensor,
+    h: torch.Tensor,
+    tokens: torch.Tensor,
+    up: UpsampleWeights,
+    weights: ModulationWeights,
+    eps: float,
+    needs: Sequence[bool],
+) -> arguments.Gradients:
+    """Gradients of (h, tokens, the upsample's weights, the modulation's) where `needs` asks."""
+    up, weights = arguments.contiguous(up), arguments.contiguous(weights)
     pixels, width = h.shape[-2:]
     grad_modulated, grad_gate, h_rows = (_token_rows(tensor) for tensor in (grad_modulated, grad_gate, h))
     grad_h = torch.empty(h_rows.shape, dtype=h.dtype) if needs[0] else None
-    upsample = UpsampleGradients(tokens, *up, needs[1:4])
+    upsample = UpsampleGradients(tokens, up, needs[1:4])
     rows = arguments.readable_rows(upsample.rows)
-    totals = [
-        torch.zeros(weight.shape, dtype=torch.float32) if need else None
-        for weight, need in zip(modulation, needs[4:], strict=True)
-    ]
-    size = chunk_tokens(up[0])
+    totals = arguments.zero_totals(weights, needs[4:])
+    size = chunk_tokens(up)
     for first in range(0, len(rows), size):
         chunk = slice(first, first + size)
         grad_cond = upsample.new_grad_cond(len(rows[chunk]), pixels)
-        grads = [None if total is None else torch.empty_like(total) for total in totals]
+        grads = arguments.empty_parts(totals)
         native.cpu().upsample_modulate_backward(
             arguments.upsample_sizes(rows[chunk], pixels, width),
             arguments.rows(rows[chunk]),
             arguments.arrays(up),
             *(arguments.pixel_rows(tensor[chunk]) for tensor in (grad_modulated, grad_gate, h_rows)),
-            arguments.arrays(modulation),
+            arguments.arrays(weights),
             arguments.pixel_rows(None if grad_h is None else grad_h[chunk]),
             arguments.pixel_rows(grad_cond),
             arguments.arrays(grads),
@@ -64,7 +73,7 @@ def backward(grad_modulated: torch.Tensor, grad_gate: torch.Tensor, h: torch.Ten
     return (
         None if grad_h is None else grad_h.view(h.shape),
         *upsample.results(),
-        *arguments.cast_gradients(totals, modulation),
+        *arguments.cast_gradients(totals, weights),
     )
 
 

@@ -10,12 +10,12 @@ import functools
 import torch
 
 from deco_kernels import native
+from deco_kernels.backends.support import Support
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WIDTHS = (16, 32, 64)
-_MAX_DEPTH = 8
-_PATCH_SIZES = (1, 2, 4, 8, 16)
-_CHANNELS = (1, 3, 4)
+SUPPORT = Support(
+    "NVIDIA GPUs from sm_80, where the CUDA module was built; by name only", activations=(torch.bfloat16, torch.float16)
+)
+unsupported_reason = SUPPORT.refusal
 
 
 @functools.cache
@@ -39,29 +39,3 @@ def unavailable_reason(device: torch.device) -> str | None:
         f"its kernels cannot run on {torch.cuda.get_device_name(device)}: {problem}. If the build lacks this "
         f"architecture, build again with DECO_KERNELS_CUDA_ARCHS={capability[0]}{capability[1]}"
     )
-
-
-def unsupported_reason(request) -> str | None:
-    """Why this call (a `deco_kernels.ops.registry.Request`) has no kernel; None if it has one."""
-    remedy = "; use backend='triton', backend='reference' or leave the choice automatic"
-    activation, *others = request.dtypes
-    if activation not in (torch.bfloat16, torch.float16):
-        return f"its activations (pred of a loss) are bfloat16 or float16, not {activation}{remedy}"
-    for dtype in others:
-        if dtype not in _DTYPES:
-            return f"it has no kernel for images of {dtype}, only for float32, bfloat16 and float16{remedy}"
-    if request.op == "flow_matching_loss":
-        return None
-    if request.width not in _WIDTHS:
-        return f"it has kernels for a width D of 16, 32 and 64, not {request.width}{remedy}"
-    if request.op == "adaln_block":
-        return None
-    if request.patch_size not in _PATCH_SIZES:
-        return f"it has kernels for a patch size of 1, 2, 4, 8 and 16, not {request.patch_size}{remedy}"
-    if request.op == "upsample_modulate":
-        return None
-    if not 1 <= request.depth <= _MAX_DEPTH:
-        return f"it has kernels for 1 to {_MAX_DEPTH} blocks, not {request.depth}{remedy}"
-    if request.channels not in _CHANNELS:
-        return f"it has kernels for 1, 3 and 4 image channels, not {request.channels}{remedy}"
-    return None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from deco_kernels.backends import arguments
 from deco_kernels.backends.cuda import calls
+from deco_kernels.signatures import BlockWeights
 
 
-def forward(h: torch.Tensor, cond: torch.Tensor, *rest) -> torch.Tensor:
-    """h' like h; `rest` is the eight weights and eps."""
-    *weights, eps = rest
+def forward(h: torch.Tensor, cond: torch.Tensor, weights: BlockWeights, eps: float) -> torch.Tensor:
+    """h' like h."""
     module = calls.module_for(h)
-    rows, width = _size(h)
+    rows, width = arguments.row_sizes(h)
     out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     h, cond = calls.readable_rows(h), calls.readable_rows(cond)
     weights = arguments.contiguous(weights)
@@ -31,14 +33,20 @@ def forward(h: torch.Tensor, cond: torch.Tensor, *rest) -> torch.Tensor:
     return out
 
 
-def backward(grad_out: torch.Tensor, h: torch.Tensor, cond: torch.Tensor, *rest) -> tuple:
-    """Gradients of (h, cond, the eight weights) where `needs` asks; `rest` is the weights, eps, needs."""
-    *weights, eps, needs = rest
+def backward(
+    grad_out: torch.Tensor,
+    h: torch.Tensor,
+    cond: torch.Tensor,
+    weights: BlockWeights,
+    eps: float,
+    needs: Sequence[bool],
+) -> arguments.Gradients:
+    """Gradients of (h, cond, the weights) where `needs` asks."""
     module = calls.module_for(h)
-    rows, width = _size(h)
-    grads = calls.empty_gradients((h, cond, *weights), (True, *needs[1:]))
+    rows, width = arguments.row_sizes(h)
+    grads = arguments.empty_gradients((h, cond, weights), (True, *needs[1:]))
     if rows == 0:
-        grads = [None if grad is None else grad.zero_() for grad in grads]
+        grads = arguments.zeroed(grads)
     else:
         grad_out, h, cond = (calls.readable_rows(tensor) for tensor in (grad_out, h, cond))
         weights = arguments.contiguous(weights)
@@ -52,15 +60,8 @@ def backward(grad_out: torch.Tensor, h: torch.Tensor, cond: torch.Tensor, *rest)
             arguments.rows(h),
             arguments.rows(cond),
             arguments.arrays(weights),
-            grads[0].data_ptr(),
-            0 if grads[1] is None else grads[1].data_ptr(),
+            *arguments.addresses(grads[:2]),
             arguments.arrays(grads[2:]),
             eps,
         )
     return (grads[0] if needs[0] else None, *grads[1:])
-
-
-def _size(h: torch.Tensor) -> tuple[int, int]:
-    """(rows, D)"""
-    width = h.shape[-1]
-    return h.numel() // width, width

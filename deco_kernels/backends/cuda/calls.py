@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -12,12 +13,14 @@ from deco_kernels.backends import arguments
 _ROW_ALIGNMENT = 16  # bytes: a row of channels is read in accesses of this size
 
 
-def module_for(tensor: torch.Tensor):
+def module_for(tensor: torch.Tensor) -> ModuleType:
     """The native module that runs kernels where `tensor` lies."""
     return native.cuda(tensor.device)
 
 
-def launch(function: Callable, workspace_bytes: int, like: torch.Tensor, *description) -> None:
+def launch(
+    function: Callable[..., None], workspace_bytes: int, like: torch.Tensor, *description: int | float | tuple[int, ...]
+) -> None:
     """Calls a native function on `like`'s device and current stream with scratch memory of that size."""
     workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=like.device)
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
@@ -36,25 +39,10 @@ def readable_rows(tensor: torch.Tensor) -> torch.Tensor:
     return _aligned(rows, (arguments.collapsed_stride(rows, 1),))
 
 
-def _aligned(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+def _aligned(tensor: torch.Tensor, strides: tuple[int | None, ...]) -> torch.Tensor:
     """`tensor`, or a copy if its rows do not all start at a multiple of 16 bytes."""
     size = tensor.element_size()
-    if tensor.data_ptr() % _ROW_ALIGNMENT == 0 and all(stride * size % _ROW_ALIGNMENT == 0 for stride in strides):
+    offsets = (tensor.data_ptr(), *((stride or 0) * size for stride in strides))
+    if all(offset % _ROW_ALIGNMENT == 0 for offset in offsets):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def empty_gradients(tensors, needs) -> list[torch.Tensor | None]:
-    """A contiguous tensor like each of `tensors` to write its gradient to, or None where `needs` is False."""
-    return [
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else None
-        for tensor, need in zip(tensors, needs, strict=True)
-    ]
-
-
-def gradient_totals(tensors, needs) -> list[torch.Tensor | None]:
-    """Zeros in float32 like each of `tensors` to add gradients of chunks to, or None where `needs` is False."""
-    return [
-        torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) if need else None
-        for tensor, need in zip(tensors, needs, strict=True)
-    ]

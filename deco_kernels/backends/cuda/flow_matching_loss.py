@@ -4,11 +4,13 @@ flow_matching_loss_backward.cu."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from deco_kernels.backends import arguments
 from deco_kernels.backends.cuda import calls
+from deco_kernels.signatures import Loss
 
 
 def forward(
@@ -19,9 +21,9 @@ def forward(
     frequency_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(total, pixel, frequency), float32 scalars."""
-    losses = tuple(_empty_loss(pred) for _ in range(3))
-    _losses((pred, target, frequency_weight, sample_weight), frequency_scale, losses)
-    return losses
+    total, pixel, frequency = (_empty_loss(pred) for _ in range(3))
+    _losses(Loss(pred, target, frequency_weight, sample_weight), frequency_scale, (total, pixel, frequency))
+    return total, pixel, frequency
 
 
 def frequency_loss_forward(
@@ -29,7 +31,7 @@ def frequency_loss_forward(
 ) -> torch.Tensor:
     """The frequency loss, a float32 scalar."""
     frequency = _empty_loss(pred)
-    _losses((pred, target, frequency_weight, sample_weight), 0.0, (None, None, frequency))
+    _losses(Loss(pred, target, frequency_weight, sample_weight), 0.0, (None, None, frequency))
     return frequency
 
 
@@ -43,10 +45,10 @@ def backward(
     sample_weight: torch.Tensor | None,
     frequency_scale: float,
     needs: Sequence[bool],
-) -> tuple[torch.Tensor | None, ...]:
+) -> arguments.Gradients:
     """Gradients of pred, target, frequency_weight and sample_weight where `needs` asks for them."""
-    tensors = (pred, target, frequency_weight, sample_weight)
-    return _gradients((grad_total, grad_pixel, grad_frequency), frequency_scale, tensors, needs)
+    inputs = Loss(pred, target, frequency_weight, sample_weight)
+    return _gradients((grad_total, grad_pixel, grad_frequency), frequency_scale, inputs, needs)
 
 
 def frequency_loss_backward(
@@ -56,39 +58,38 @@ def frequency_loss_backward(
     frequency_weight: torch.Tensor,
     sample_weight: torch.Tensor | None,
     needs: Sequence[bool],
-) -> tuple[torch.Tensor | None, ...]:
+) -> arguments.Gradients:
     """As `backward`, of the frequency loss."""
-    return _gradients((None, None, grad), 0.0, (pred, target, frequency_weight, sample_weight), needs)
+    return _gradients((None, None, grad), 0.0, Loss(pred, target, frequency_weight, sample_weight), needs)
 
 
-def _losses(tensors, frequency_scale: float, losses) -> None:
+def _losses(inputs: Loss, frequency_scale: float, losses: Sequence[torch.Tensor | None]) -> None:
     """Writes total, pixel and frequency where they are wanted (not None)."""
-    if tensors[0].numel() == 0:
+    if inputs.pred.numel() == 0:
         for loss in losses:
             if loss is not None:
                 loss.zero_()
         return
-    _launch("forward", tensors, frequency_scale, _addresses(losses))
+    _launch("forward", inputs, frequency_scale, arguments.addresses(losses))
 
 
-def _gradients(grad_losses, frequency_scale: float, tensors, needs) -> tuple[torch.Tensor | None, ...]:
+def _gradients(
+    grad_losses: Sequence[torch.Tensor | None], frequency_scale: float, inputs: Loss, needs: Sequence[bool]
+) -> arguments.Gradients:
     """`grad_losses`: of total, pixel and frequency; None: zero."""
-    wanted = [need and tensor is not None for tensor, need in zip(tensors, needs, strict=True)]
-    grads = [
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if want else None
-        for tensor, want in zip(tensors, wanted, strict=True)
-    ]
-    if tensors[0].numel() == 0:
-        return tuple(None if grad is None else grad.zero_() for grad in grads)
-    _launch("backward", tensors, frequency_scale, _addresses(grad_losses), arguments.arrays(grads))
-    return tuple(grads)
+    wanted = [need and tensor is not None for tensor, need in zip(inputs, needs, strict=True)]
+    grads = arguments.empty_gradients(inputs, wanted)
+    if inputs.pred.numel() == 0:
+        return arguments.zeroed(grads)
+    _launch("backward", inputs, frequency_scale, arguments.addresses(grad_losses), arguments.arrays(grads))
+    return grads
 
 
-def _launch(direction: str, tensors, frequency_scale: float, *description) -> None:
-    pred, target, *weights = tensors
+def _launch(direction: str, inputs: Loss, frequency_scale: float, *description: tuple[int, ...]) -> None:
+    pred, target, *weights = inputs
     weights = [None if weight is None else weight.contiguous() for weight in weights]
     batch, _, height, width = pred.shape
-    whole = (
+    whole: tuple[Any, ...] = (
         (batch, height, width),
         arguments.image(pred),
         arguments.image(target),
@@ -104,7 +105,3 @@ def _launch(direction: str, tensors, frequency_scale: float, *description) -> No
 
 def _empty_loss(pred: torch.Tensor) -> torch.Tensor:
     return torch.empty((), dtype=torch.float32, device=pred.device)
-
-
-def _addresses(tensors) -> tuple[int, ...]:
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)

@@ -8,35 +8,51 @@ import torch
 
 from deco_kernels.backends import arguments
 from deco_kernels.backends.cuda import calls
+from deco_kernels.signatures import DecoderWeights
 
 CHUNK_PIXELS = 1 << 19
 """Pixels that the backward takes at a time; its workspace holds 2·D·(N + 2) bytes for each of them."""
 
 
-def forward(image: torch.Tensor, cond: torch.Tensor, *rest) -> torch.Tensor:
-    """velocity [B, C, H, W] in cond's dtype; `rest` is the twelve weights, patch_size and eps."""
-    *weights, patch_size, eps = rest
+def forward(
+    image: torch.Tensor, cond: torch.Tensor, weights: DecoderWeights, patch_size: int, eps: float
+) -> torch.Tensor:
+    """velocity [B, C, H, W] in cond's dtype."""
     velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
     cond, weights = calls.readable_pixel_rows(cond), arguments.contiguous(weights)
     run_forward(image, cond, weights, velocity, patch_size, eps)
     return velocity
 
 
-def backward(grad_velocity: torch.Tensor, image: torch.Tensor, cond: torch.Tensor, *rest) -> tuple:
-    """Gradients of (image, cond, the twelve weights) where `needs` asks; `rest` ends with patch_size, eps, needs."""
-    *weights, patch_size, eps, needs = rest
-    grads = calls.empty_gradients((image, cond, *weights), needs)
+def backward(
+    grad_velocity: torch.Tensor,
+    image: torch.Tensor,
+    cond: torch.Tensor,
+    weights: DecoderWeights,
+    patch_size: int,
+    eps: float,
+    needs: Sequence[bool],
+) -> arguments.Gradients:
+    """Gradients of (image, cond, the weights) where `needs` asks."""
+    grads = arguments.empty_gradients((image, cond, weights), needs)
     if image.numel() == 0:
-        return tuple(None if grad is None else grad.zero_() for grad in grads)
+        return arguments.zeroed(grads)
     cond, weights = calls.readable_pixel_rows(cond), arguments.contiguous(weights)
     run_backward(grad_velocity, image, cond, weights, grads[0], grads[1], grads[2:], patch_size, eps)
-    return tuple(grads)
+    return grads
 
 
-def run_forward(image, cond, weights: Sequence[torch.Tensor], velocity, patch_size: int, eps: float) -> None:
+def run_forward(
+    image: torch.Tensor,
+    cond: torch.Tensor,
+    weights: DecoderWeights,
+    velocity: torch.Tensor,
+    patch_size: int,
+    eps: float,
+) -> None:
     """Writes velocity, of any strides but unit stride along a row; cond as `readable_pixel_rows` returns it."""
     module = calls.module_for(cond)
-    shape = _shape(image, weights, patch_size)
+    shape = arguments.decoder_sizes(image, weights, patch_size)
     calls.launch(
         module.pixel_decoder_forward,
         module.pixel_decoder_forward_workspace(shape),
@@ -51,11 +67,19 @@ def run_forward(image, cond, weights: Sequence[torch.Tensor], velocity, patch_si
 
 
 def run_backward(
-    grad_velocity, image, cond, weights, grad_image, grad_cond, grad_weights, patch_size: int, eps: float
+    grad_velocity: torch.Tensor,
+    image: torch.Tensor,
+    cond: torch.Tensor,
+    weights: DecoderWeights,
+    grad_image: torch.Tensor | None,
+    grad_cond: torch.Tensor | None,
+    grad_weights: arguments.Gradients,
+    patch_size: int,
+    eps: float,
 ) -> None:
     """Writes the gradients that are not None: grad_image of any strides, grad_cond and grad_weights contiguous."""
     module = calls.module_for(cond)
-    shape = _shape(image, weights, patch_size)
+    shape = arguments.decoder_sizes(image, weights, patch_size)
     calls.launch(
         module.pixel_decoder_backward,
         module.pixel_decoder_backward_workspace(cond.device.index or 0, shape, CHUNK_PIXELS),
@@ -66,14 +90,8 @@ def run_backward(
         arguments.pixel_rows(cond),
         arguments.arrays(weights),
         arguments.image(grad_image),
-        0 if grad_cond is None else grad_cond.data_ptr(),
+        *arguments.addresses((grad_cond,)),
         arguments.arrays(grad_weights),
         eps,
         CHUNK_PIXELS,
     )
-
-
-def _shape(image: torch.Tensor, weights: Sequence[torch.Tensor], patch_size: int) -> tuple[int, ...]:
-    """(B, C, H, W, patch_size, D, N)"""
-    depth, width = weights[2].shape
-    return (*image.shape, patch_size, width, depth)

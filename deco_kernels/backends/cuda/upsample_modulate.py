@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from deco_kernels.backends import arguments
 from deco_kernels.backends.cuda import calls
 from deco_kernels.backends.upsample import UpsampleGradients
+from deco_kernels.signatures import ModulationWeights, UpsampleWeights
 
 CHUNK_PIXELS = 1 << 19
 """Pixels whose conditions exist at a time."""
 
 
-def forward(h: torch.Tensor, tokens: torch.Tensor, *rest) -> tuple[torch.Tensor, torch.Tensor]:
-    """(modulated, gate) like h; `rest` is up_weight, up_bias, the four weights of the modulation and eps."""
-    *weights, eps = rest
+def forward(
+    h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(modulated, gate) like h."""
     module = calls.module_for(h)
     modulated, gate = (torch.empty(h.shape, dtype=h.dtype, device=h.device) for _ in range(2))
-    upsample = UpsampleGradients(tokens, *weights[:2], needs=(False, False, False))
-    modulation = arguments.contiguous(weights[2:])
+    upsample = UpsampleGradients(tokens, up, needs=(False, False, False))
+    weights = arguments.contiguous(weights)
     pixels, width = h.shape[-2:]
     h_rows, modulated_rows, gate_rows = _rows(h), modulated.view(-1, width), gate.view(-1, width)
     for first, last in _token_chunks(len(upsample.rows), pixels):
@@ -32,7 +36,7 @@ def forward(h: torch.Tensor, tokens: torch.Tensor, *rest) -> tuple[torch.Tensor,
             width,
             arguments.rows(h_rows[rows]),
             arguments.rows(cond),
-            arguments.arrays(modulation),
+            arguments.arrays(weights),
             modulated_rows[rows].data_ptr(),
             gate_rows[rows].data_ptr(),
             eps,
@@ -40,13 +44,21 @@ def forward(h: torch.Tensor, tokens: torch.Tensor, *rest) -> tuple[torch.Tensor,
     return modulated, gate
 
 
-def backward(grad_modulated: torch.Tensor, grad_gate: torch.Tensor, h: torch.Tensor, tokens: torch.Tensor, *rest):
-    """Gradients of (h, tokens, the six weights) where `needs` asks; `rest` is the weights, eps, needs."""
-    *weights, eps, needs = rest
+def backward(
+    grad_modulated: torch.Tensor,
+    grad_gate: torch.Tensor,
+    h: torch.Tensor,
+    tokens: torch.Tensor,
+    up: UpsampleWeights,
+    weights: ModulationWeights,
+    eps: float,
+    needs: Sequence[bool],
+) -> arguments.Gradients:
+    """Gradients of (h, tokens, the upsample's weights, the modulation's) where `needs` asks."""
     module = calls.module_for(h)
-    upsample = UpsampleGradients(tokens, *weights[:2], needs=needs[1:4])
-    modulation = arguments.contiguous(weights[2:])
-    totals = calls.gradient_totals(modulation, needs[4:])
+    upsample = UpsampleGradients(tokens, up, needs=needs[1:4])
+    weights = arguments.contiguous(weights)
+    totals = arguments.zero_totals(weights, needs[4:])
     pixels, width = h.shape[-2:]
     grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     grad_h_rows = grad_h.view(-1, width)
@@ -55,7 +67,7 @@ def backward(grad_modulated: torch.Tensor, grad_gate: torch.Tensor, h: torch.Ten
         rows = slice(first * pixels, last * pixels)
         cond = upsample.cond(first, last).view(-1, width)
         grad_cond = torch.empty_like(cond) if upsample.wanted else None
-        grads = [None if total is None else torch.empty_like(total) for total in totals]
+        grads = arguments.empty_parts(totals)
         calls.launch(
             module.modulate_backward,
             module.modulate_backward_workspace(h.device.index or 0, len(cond), width),
@@ -64,9 +76,9 @@ def backward(grad_modulated: torch.Tensor, grad_gate: torch.Tensor, h: torch.Ten
             width,
             *(arguments.rows(tensor[rows]) for tensor in inputs),
             arguments.rows(cond),
-            arguments.arrays(modulation),
+            arguments.arrays(weights),
             grad_h_rows[rows].data_ptr(),
-            0 if grad_cond is None else grad_cond.data_ptr(),
+            *arguments.addresses((grad_cond,)),
             arguments.arrays(grads),
             eps,
         )
@@ -75,7 +87,7 @@ def backward(grad_modulated: torch.Tensor, grad_gate: torch.Tensor, h: torch.Ten
     return (
         grad_h if needs[0] else None,
         *upsample.results(),
-        *arguments.cast_gradients(totals, modulation),
+        *arguments.cast_gradients(totals, weights),
     )
 
 
@@ -84,7 +96,7 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return calls.readable_rows(tensor.reshape(-1, tensor.shape[-1]))
 
 
-def _token_chunks(tokens: int, pixels: int):
+def _token_chunks(tokens: int, pixels: int) -> Iterator[tuple[int, int]]:
     """(first, last) of consecutive chunks of tokens."""
     size = max(1, CHUNK_PIXELS // pixels)
     for first in range(0, tokens, size):

@@ -11,5 +11,5 @@ def unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def unsupported_reason(request) -> str | None:
+def unsupported_reason(request: object) -> str | None:
     return None

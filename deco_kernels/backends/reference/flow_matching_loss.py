@@ -2,11 +2,15 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from deco_kernels.backends.arguments import Gradients
 from deco_kernels.backends.reference.common import compute_dtype, differentiate
+from deco_kernels.signatures import Loss, grouped
 
 BLOCK = 8
 RGB_TO_YCBCR = (
@@ -16,7 +20,7 @@ RGB_TO_YCBCR = (
 )
 
 
-def dct_matrix(like: torch.Tensor) -> torch.Tensor:
+def dct_matrix(like: Tensor) -> Tensor:
     """Orthonormal 8-point DCT-II, [frequency, sample]."""
     rows = [
         [
@@ -29,7 +33,7 @@ def dct_matrix(like: torch.Tensor) -> torch.Tensor:
     return like.new_tensor(rows)
 
 
-def block_dct(planes: torch.Tensor) -> torch.Tensor:
+def block_dct(planes: Tensor) -> Tensor:
     """[B, C, H, W] -> DCT coefficients [B, C, ceil(H/8), ceil(W/8), 8, 8] of every plane, row = vertical frequency."""
     height, width = planes.shape[-2:]
     padded = F.pad(planes, (0, -width % BLOCK, 0, -height % BLOCK), mode="reflect")
@@ -38,12 +42,12 @@ def block_dct(planes: torch.Tensor) -> torch.Tensor:
     return dct @ blocks @ dct.T
 
 
-def block_dct_ycbcr(image: torch.Tensor) -> torch.Tensor:
+def block_dct_ycbcr(image: Tensor) -> Tensor:
     """RGB [B, 3, H, W] -> DCT coefficients of YCbCr [B, 3, ceil(H/8), ceil(W/8), 8, 8], see `block_dct`."""
     return block_dct(torch.einsum("kc,bchw->bkhw", image.new_tensor(RGB_TO_YCBCR), image))
 
 
-def frequency_formula(pred, target, frequency_weight, sample_weight):
+def frequency_formula(pred: Tensor, target: Tensor, frequency_weight: Tensor, sample_weight: Tensor | None) -> Tensor:
     """The frequency loss, a scalar; every tensor in one dtype, or under autocast."""
     if pred.shape[0] == 0:
         return _empty_loss(pred, target, frequency_weight, sample_weight)
@@ -51,7 +55,9 @@ def frequency_formula(pred, target, frequency_weight, sample_weight):
     return _batch_mean(energy, sample_weight)
 
 
-def formula(pred, target, frequency_weight, sample_weight, frequency_scale):
+def formula(
+    pred: Tensor, target: Tensor, frequency_weight: Tensor, sample_weight: Tensor | None, frequency_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(total, pixel, frequency), scalars; every tensor in one dtype, or under autocast."""
     if pred.shape[0] == 0:
         pixel = _empty_loss(pred, target, frequency_weight, sample_weight)
@@ -61,41 +67,55 @@ def formula(pred, target, frequency_weight, sample_weight, frequency_scale):
     return pixel + frequency_scale * frequency, pixel, frequency
 
 
-def _batch_mean(values: torch.Tensor, sample_weight: torch.Tensor | None) -> torch.Tensor:
+def _batch_mean(values: Tensor, sample_weight: Tensor | None) -> Tensor:
     per_sample = values.flatten(1).mean(1)
     return (per_sample if sample_weight is None else per_sample * sample_weight).mean()
 
 
-def _empty_loss(pred, target, frequency_weight, sample_weight):
+def _empty_loss(*tensors: Tensor | None) -> Tensor:
     """0, differentiable with respect to every tensor given."""
-    tensors = [tensor for tensor in (pred, target, frequency_weight, sample_weight) if tensor is not None]
-    return functools.reduce(torch.add, [0 * tensor.sum() for tensor in tensors])
+    return functools.reduce(torch.add, [0 * tensor.sum() for tensor in tensors if tensor is not None])
 
 
-def _prepare(*tensors):
-    return [None if tensor is None else tensor.to(compute_dtype(tensor)) for tensor in tensors]
+def _prepare(*tensors: Tensor | None) -> Loss:
+    return grouped(Loss, [None if tensor is None else tensor.to(compute_dtype(tensor)) for tensor in tensors])
 
 
-def forward(pred, target, frequency_weight, sample_weight, frequency_scale):
-    total, pixel, frequency = formula(*_prepare(pred, target, frequency_weight, sample_weight), frequency_scale)
-    return total, pixel, frequency
+def forward(
+    pred: Tensor, target: Tensor, frequency_weight: Tensor, sample_weight: Tensor | None, frequency_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return formula(*_prepare(pred, target, frequency_weight, sample_weight), frequency_scale)
 
 
-def backward(grad_total, grad_pixel, grad_frequency, *arguments):
-    *tensors, frequency_scale, needs = arguments
-    return differentiate(
-        lambda *t: formula(*t, frequency_scale),
-        _prepare(*tensors),
-        tensors,
-        needs,
-        (grad_total, grad_pixel, grad_frequency),
-    )
+def backward(
+    grad_total: Tensor,
+    grad_pixel: Tensor,
+    grad_frequency: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    frequency_weight: Tensor,
+    sample_weight: Tensor | None,
+    frequency_scale: float,
+    needs: Sequence[bool],
+) -> Gradients:
+    inputs = Loss(pred, target, frequency_weight, sample_weight)
+    grad_losses = (grad_total, grad_pixel, grad_frequency)
+    return differentiate(formula, (frequency_scale,), _prepare(*inputs), inputs, needs, grad_losses)
 
 
-def frequency_loss_forward(*tensors):
-    return frequency_formula(*_prepare(*tensors))
+def frequency_loss_forward(
+    pred: Tensor, target: Tensor, frequency_weight: Tensor, sample_weight: Tensor | None
+) -> Tensor:
+    return frequency_formula(*_prepare(pred, target, frequency_weight, sample_weight))
 
 
-def frequency_loss_backward(grad, *arguments):
-    *tensors, needs = arguments
-    return differentiate(frequency_formula, _prepare(*tensors), tensors, needs, (grad,))
+def frequency_loss_backward(
+    grad: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    frequency_weight: Tensor,
+    sample_weight: Tensor | None,
+    needs: Sequence[bool],
+) -> Gradients:
+    inputs = Loss(pred, target, frequency_weight, sample_weight)
+    return differentiate(frequency_formula, (), _prepare(*inputs), inputs, needs, (grad,))

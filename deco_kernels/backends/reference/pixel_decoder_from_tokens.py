@@ -1,32 +1,41 @@
 """Reference pixel_decoder_from_tokens."""
 
-import torch.nn.functional as F
+from collections.abc import Sequence
 
+import torch.nn.functional as F
+from torch import Tensor
+
+from deco_kernels.backends.arguments import Gradients
 from deco_kernels.backends.reference import pixel_decoder
 from deco_kernels.backends.reference.common import differentiate, prepare
+from deco_kernels.signatures import DecoderWeights, PixelDecoderFromTokens, UpsampleWeights
 
 
-def formula(image, tokens, up_weight, up_bias, *arguments):
+def formula(
+    image: Tensor, tokens: Tensor, up: UpsampleWeights, weights: DecoderWeights, patch_size: int, eps: float
+) -> Tensor:
     """velocity [B, C, H, W]; every tensor in one dtype, or under autocast."""
-    pixels, width = arguments[1].shape
-    cond = F.linear(tokens, up_weight, up_bias).unflatten(-1, (pixels, width))
-    return pixel_decoder.formula(image, cond, *arguments)
+    cond = F.linear(tokens, *up).unflatten(-1, weights.pixel_table.shape)
+    return pixel_decoder.formula(image, cond, weights, patch_size, eps)
 
 
-def forward(*arguments):
-    *tensors, patch_size, eps = arguments
-    tokens = tensors[1]
-    return (
-        formula(*prepare("pixel_decoder_from_tokens", tensors, tokens), patch_size, eps).to(tokens.dtype).contiguous()
-    )
+def forward(
+    image: Tensor, tokens: Tensor, up: UpsampleWeights, weights: DecoderWeights, patch_size: int, eps: float
+) -> Tensor:
+    inputs = prepare("pixel_decoder_from_tokens", PixelDecoderFromTokens(image, tokens, up, weights), tokens)
+    return formula(*inputs, patch_size, eps).to(tokens.dtype).contiguous()
 
 
-def backward(grad_velocity, *arguments):
-    *tensors, patch_size, eps, needs = arguments
-    return differentiate(
-        lambda *t: formula(*t, patch_size, eps),
-        prepare("pixel_decoder_from_tokens", tensors, tensors[1]),
-        tensors,
-        needs,
-        (grad_velocity,),
-    )
+def backward(
+    grad_velocity: Tensor,
+    image: Tensor,
+    tokens: Tensor,
+    up: UpsampleWeights,
+    weights: DecoderWeights,
+    patch_size: int,
+    eps: float,
+    needs: Sequence[bool],
+) -> Gradients:
+    inputs = PixelDecoderFromTokens(image, tokens, up, weights)
+    prepared = prepare("pixel_decoder_from_tokens", inputs, tokens)
+    return differentiate(formula, (patch_size, eps), prepared, inputs, needs, (grad_velocity,))

@@ -1,25 +1,41 @@
 """Reference upsample_modulate."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
+from torch import Tensor
 
+from deco_kernels.backends.arguments import Gradients
+from deco_kernels.backends.reference.adaln_block import modulate
 from deco_kernels.backends.reference.common import differentiate, prepare
+from deco_kernels.signatures import ModulationWeights, UpsampleModulate, UpsampleWeights
 
 
-def formula(h, tokens, up_weight, up_bias, norm_weight, norm_bias, mod_weight, mod_bias, eps):
+def formula(
+    h: Tensor, tokens: Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
+) -> tuple[Tensor, Tensor]:
     """(modulated, gate), both [..., P, D]; every tensor in one dtype, or under autocast."""
-    cond = F.linear(tokens, up_weight, up_bias).unflatten(-1, h.shape[-2:])
-    shift, scale, gate = F.linear(F.silu(cond), mod_weight, mod_bias).chunk(3, dim=-1)
-    normed = F.layer_norm(h, h.shape[-1:], norm_weight, norm_bias, eps)
-    return normed * (1 + scale) + shift, gate
+    return modulate(h, F.silu(F.linear(tokens, *up).unflatten(-1, h.shape[-2:])), weights, eps)
 
 
-def forward(*arguments):
-    *tensors, eps = arguments
-    h = tensors[0]
-    return tuple(output.to(h.dtype).contiguous() for output in formula(*prepare("upsample_modulate", tensors, h), eps))
+def forward(
+    h: Tensor, tokens: Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
+) -> tuple[Tensor, Tensor]:
+    inputs = prepare("upsample_modulate", UpsampleModulate(h, tokens, up, weights), h)
+    modulated, gate = (output.to(h.dtype).contiguous() for output in formula(*inputs, eps))
+    return modulated, gate
 
 
-def backward(grad_modulated, grad_gate, *arguments):
-    *tensors, eps, needs = arguments
-    inputs = prepare("upsample_modulate", tensors, tensors[0])
-    return differentiate(lambda *t: formula(*t, eps), inputs, tensors, needs, (grad_modulated, grad_gate))
+def backward(
+    grad_modulated: Tensor,
+    grad_gate: Tensor,
+    h: Tensor,
+    tokens: Tensor,
+    up: UpsampleWeights,
+    weights: ModulationWeights,
+    eps: float,
+    needs: Sequence[bool],
+) -> Gradients:
+    inputs = UpsampleModulate(h, tokens, up, weights)
+    prepared = prepare("upsample_modulate", inputs, h)
+    return differentiate(formula, (eps,), prepared, inputs, needs, (grad_modulated, grad_gate))

@@ -11,11 +11,11 @@ import re
 
 import torch
 
-_WIDTHS = (16, 32, 64)
-_MAX_DEPTH = 8
-_PATCH_SIZES = (1, 2, 4, 8, 16)
-_CHANNELS = (1, 3, 4)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from deco_kernels.backends.support import Support
+
+SUPPORT = Support("NVIDIA GPUs from sm_80; AMD GPUs through ROCm")
+unsupported_reason = SUPPORT.refusal
+
 _OLDEST = (3, 3)  # the oldest that kernels were compiled with
 
 
@@ -68,28 +68,3 @@ def unavailable_reason(device: torch.device) -> str | None:
                 f"{capability[0]}.{capability[1]}; use backend='reference'"
             )
     return import_failure() or (driver_failure() if device.type == "cuda" else None)
-
-
-def unsupported_reason(request) -> str | None:
-    """Why this call (a `deco_kernels.ops.registry.Request`) has no kernel; None if it has one."""
-    remedy = "; use backend='reference' or leave the choice automatic"
-    for dtype in request.dtypes:
-        if dtype not in _DTYPES:
-            return f"it has no kernel for {dtype}, only for float32, bfloat16 and float16{remedy}"
-    if request.op == "flow_matching_loss":
-        return None
-    if request.width not in _WIDTHS:
-        return f"it has kernels for a width D of 16, 32 and 64, not {request.width}{remedy}"
-    if request.op == "adaln_block":
-        return None
-    if request.patch_size not in _PATCH_SIZES:
-        return (
-            f"it has kernels for square patches of size 1, 2, 4, 8 and 16, not {request.patch_size or 'others'}{remedy}"
-        )
-    if request.op == "upsample_modulate":
-        return None
-    if not 1 <= request.depth <= _MAX_DEPTH:
-        return f"it has kernels for 1 to {_MAX_DEPTH} blocks, not {request.depth}{remedy}"
-    if request.channels not in _CHANNELS:
-        return f"it has kernels for 1, 3 and 4 image channels, not {request.channels}{remedy}"
-    return None

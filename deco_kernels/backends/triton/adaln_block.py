@@ -12,9 +12,14 @@ the same device gives the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+
+from deco_kernels.backends.arguments import Gradients
+from deco_kernels.signatures import BlockWeights
 
 from .functions import (
     add_linear_grad,
@@ -31,7 +36,7 @@ from .functions import (
     twice_sigmoid,
 )
 from .launching import collapsed_rows, device_guard, launch_over_rows, weight_partials
-from .weights import FC1, FC2, GATE, SCALE, SHIFT, pack, unpack_grad
+from .weights import FC1, FC2, GATE, SCALE, SHIFT, one_block, pack, unpack_grad
 
 # -------------------------------------------------------------------------------------------------- device functions
 
@@ -247,12 +252,11 @@ def run_block_backward(h, cond, grad, packed, grad_h, grad_cond, partials, *, fi
     )  # fmt: skip
 
 
-def forward(h, cond, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps):
+def forward(h: torch.Tensor, cond: torch.Tensor, weights: BlockWeights, eps: float) -> torch.Tensor:
     """h' like h."""
-    weights = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     with device_guard(h):
-        packed = pack(tuple(weight[None] for weight in weights), h.dtype)
+        packed = pack(one_block(weights), h.dtype)
         h, cond = collapsed_rows(h, 1), collapsed_rows(cond, 1)
         launch_over_rows(
             forward_kernel, "adaln_block", h.shape[0], h,
@@ -262,12 +266,15 @@ def forward(h, cond, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, f
 
 
 def backward(
-    grad_out, h, cond, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-    eps, needs,
-):  # fmt: skip
-    """Gradients of (h, cond, the 8 weights); None where `needs` is False."""
-    weights = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    stacked = tuple(weight[None] for weight in weights)
+    grad_out: torch.Tensor,
+    h: torch.Tensor,
+    cond: torch.Tensor,
+    weights: BlockWeights,
+    eps: float,
+    needs: Sequence[bool],
+) -> Gradients:
+    """Gradients of (h, cond, the weights); None where `needs` is False."""
+    stacked = one_block(weights)
     grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     grad_cond = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
     with device_guard(h):

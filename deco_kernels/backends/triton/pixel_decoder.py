@@ -18,9 +18,14 @@ added in fixed order: the same device gives the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+
+from deco_kernels.backends.arguments import Gradients
+from deco_kernels.signatures import DecoderWeights, flat
 
 from .adaln_block import block_forward, run_block_backward
 from .functions import add_to, normalize, normalize_grad, row_offsets, silu_of_double, tile_pixels
@@ -236,12 +241,17 @@ def embedding_kernel(
         add_to(grad_pixel_weight_ptr + row[:, None] * D + d[None, :], grad_weight, mask=(channel < C)[:, None])
 
 
+def query_and_head(weights: DecoderWeights) -> tuple[torch.Tensor, ...]:
+    """(pixel_weight, pixel_table, head_weight, head_bias), contiguous."""
+    return contiguous(weights.pixel_weight, weights.pixel_table, weights.head_weight, weights.head_bias)
+
+
 class DecoderBackward:
     """Gradients of the decoder, collected over chunks of tokens.
 
     Args:
         image, grad_velocity: [B, C, H, W], any strides.
-        weights: the twelve weights of pixel_decoder, in order.
+        weights: those of pixel_decoder.
         dtype: of the activations.
         needs: which of (image, cond, any weight) need a gradient.
     """
@@ -250,10 +260,9 @@ class DecoderBackward:
         self.image, self.grad_velocity, self.weights = image, grad_velocity, weights
         self.dtype, self.patch_size, self.eps = dtype, patch_size, eps
         self.needs_image, self.needs_cond, self.needs_weights = needs
-        self.block_weights = weights[2:10]
-        self.pixel_weight, self.pixel_table, self.head_weight = contiguous(weights[0], weights[1], weights[10])
-        self.packed = pack(self.block_weights, dtype)
-        self.depth, self.width = weights[2].shape
+        self.pixel_weight, self.pixel_table, self.head_weight, _ = query_and_head(weights)
+        self.packed = pack(weights.blocks, dtype)
+        self.depth, self.width = weights.blocks.modulation.norm_weight.shape
         self.grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device)
         device, pixels, channels = image.device, patch_size**2, image.shape[1]
 
@@ -326,25 +335,25 @@ class DecoderBackward:
         )  # fmt: skip
 
     def grad_weights(self) -> tuple[torch.Tensor, ...]:
-        """Gradients of the twelve weights in their dtypes."""
+        """Gradients of the weights in their dtypes."""
         pixel_weight = self.grad_pixel_weight.sum((0, 1)).T.contiguous()
         pixel_table = self.grad_pixel_table.view(-1, self.patch_size**2, self.width).sum(0)
-        blocks = unpack_grad(self.grad_matrix.sum(0), self.grad_bias.sum(0), self.block_weights)
+        blocks = unpack_grad(self.grad_matrix.sum(0), self.grad_bias.sum(0), self.weights.blocks)
         sums = (pixel_weight, pixel_table, *blocks, self.grad_head_weight.sum(0), self.grad_head_bias.sum(0))
-        return tuple(total.to(weight.dtype) for total, weight in zip(sums, self.weights, strict=True))
+        return tuple(total.to(weight.dtype) for total, weight in zip(sums, flat(self.weights), strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- ops
 
 
-def forward(image, cond, pixel_weight, pixel_table, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias,
-            fc2_weight, fc2_bias, head_weight, head_bias, patch_size, eps):  # fmt: skip
+def forward(
+    image: torch.Tensor, cond: torch.Tensor, weights: DecoderWeights, patch_size: int, eps: float
+) -> torch.Tensor:
     """velocity [B, C, H, W] in cond's dtype."""
-    block_weights = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
     with device_guard(cond):
-        packed = pack(block_weights, cond.dtype)
-        decoder_weights = contiguous(pixel_weight, pixel_table, head_weight, head_bias)
+        packed = pack(weights.blocks, cond.dtype)
+        decoder_weights = query_and_head(weights)
         tokens = collapsed_rows(cond, 2)
         for start, length in chunks(tokens.shape[0], LAUNCH_TOKENS):
             part = tokens[start : start + length]
@@ -352,11 +361,16 @@ def forward(image, cond, pixel_weight, pixel_table, norm_weight, norm_bias, mod_
     return velocity
 
 
-def backward(grad_velocity, image, cond, pixel_weight, pixel_table, norm_weight, norm_bias, mod_weight, mod_bias,
-             fc1_weight, fc1_bias, fc2_weight, fc2_bias, head_weight, head_bias, patch_size, eps, needs):  # fmt: skip
-    """Gradients of (image, cond, the 12 weights); None where `needs` is False."""
-    weights = (pixel_weight, pixel_table, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias,
-               fc2_weight, fc2_bias, head_weight, head_bias)  # fmt: skip
+def backward(
+    grad_velocity: torch.Tensor,
+    image: torch.Tensor,
+    cond: torch.Tensor,
+    weights: DecoderWeights,
+    patch_size: int,
+    eps: float,
+    needs: Sequence[bool],
+) -> Gradients:
+    """Gradients of (image, cond, the weights); None where `needs` is False."""
     grad_cond = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
     with device_guard(cond):
         needed = (needs[0], needs[1], any(needs[2:]))
@@ -365,6 +379,6 @@ def backward(grad_velocity, image, cond, pixel_weight, pixel_table, norm_weight,
         grad_rows = grad_cond.view(tokens.shape)
         for start, length in chunks(tokens.shape[0], sums.chunk_tokens()):
             sums.add(tokens[start : start + length], start, grad_rows[start : start + length])
-        grad_weights = sums.grad_weights() if needed[2] else (None,) * 12
+        grad_weights = sums.grad_weights() if needed[2] else (None,) * len(needs[2:])
     grads = (sums.grad_image, grad_cond, *grad_weights)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

@@ -6,7 +6,11 @@ follows while it still lies in a data-centre GPU's L2 cache, and its buffer is u
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from deco_kernels.signatures import UpsampleWeights
 
 from .launching import collapsed_rows
 
@@ -16,11 +20,12 @@ class Upsample:
 
     Args:
         tokens: [..., Z]; its dtype is that of cond and its gradient.
-        up_weight, up_bias: [P·D, Z], [P·D].
+        up: its weights.
         shape: (P, D).
     """
 
-    def __init__(self, tokens, up_weight, up_bias, shape):
+    def __init__(self, tokens: torch.Tensor, up: UpsampleWeights, shape: Sequence[int]):
+        up_weight, up_bias = up
         self.tokens = collapsed_rows(tokens, 1)
         self.up_weight, self.up_bias, self.shape = up_weight, up_bias, shape
         self.weight, self.bias = up_weight.to(tokens.dtype).contiguous(), up_bias.to(tokens.dtype)

@@ -11,9 +11,14 @@ partial buffers, a sum in fixed order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+
+from deco_kernels.backends.arguments import Gradients
+from deco_kernels.signatures import ModulationWeights, UpsampleWeights
 
 from .functions import (
     add_linear_grad,
@@ -32,7 +37,7 @@ from .functions import (
 from .launching import chunks, collapsed_rows, device_guard, launch_over_rows, weight_partials
 from .pixel_decoder import CHUNK_TOKENS
 from .upsample import Upsample
-from .weights import GATE, SCALE, SHIFT, pack, unpack_grad
+from .weights import GATE, SCALE, SHIFT, one_block, pack, unpack_grad
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -120,14 +125,16 @@ def backward_kernel(
         tl.store(line, biases, mask=part < 3)
 
 
-def forward(h, tokens, up_weight, up_bias, norm_weight, norm_bias, mod_weight, mod_bias, eps):
+def forward(
+    h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(modulated, gate), both like h."""
     modulated, gate = (torch.empty(h.shape, dtype=h.dtype, device=h.device) for _ in range(2))
     with device_guard(h), torch.no_grad():
-        packed = pack(tuple(weight[None] for weight in (norm_weight, norm_bias, mod_weight, mod_bias)), h.dtype)
+        packed = pack(one_block(weights), h.dtype)
         h = collapsed_rows(h, 2)
         pixels, width = h.shape[1:]
-        upsample = Upsample(tokens, up_weight, up_bias, (pixels, width))
+        upsample = Upsample(tokens, up, (pixels, width))
         modulated_rows, gate_rows = modulated.view(h.shape), gate.view(h.shape)
         for start, length in chunks(h.shape[0], CHUNK_TOKENS):
             part = slice(start, start + length)
@@ -139,18 +146,26 @@ def forward(h, tokens, up_weight, up_bias, norm_weight, norm_bias, mod_weight, m
     return modulated, gate
 
 
-def backward(grad_modulated, grad_gate, h, tokens, up_weight, up_bias, norm_weight, norm_bias, mod_weight, mod_bias,
-             eps, needs):  # fmt: skip
-    """Gradients of (h, tokens, up_weight, up_bias, norm and mod weights); None where `needs` is False."""
-    weights = tuple(weight[None] for weight in (norm_weight, norm_bias, mod_weight, mod_bias))
+def backward(
+    grad_modulated: torch.Tensor,
+    grad_gate: torch.Tensor,
+    h: torch.Tensor,
+    tokens: torch.Tensor,
+    up: UpsampleWeights,
+    weights: ModulationWeights,
+    eps: float,
+    needs: Sequence[bool],
+) -> Gradients:
+    """Gradients of (h, tokens, the upsample's weights, the modulation's); None where `needs` is False."""
+    stacked = one_block(weights)
     upsample_needs = tuple(needs[1:4])
     cond_needed, weights_needed = any(upsample_needs), any(needs[4:])
     grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     with device_guard(h), torch.no_grad():
-        packed = pack(weights, h.dtype)
+        packed = pack(stacked, h.dtype)
         h, grad_modulated, grad_gate = (collapsed_rows(tensor, 2) for tensor in (h, grad_modulated, grad_gate))
         pixels, width = h.shape[1:]
-        upsample = Upsample(tokens, up_weight, up_bias, (pixels, width))
+        upsample = Upsample(tokens, up, (pixels, width))
         sums = weight_partials("upsample_modulate_backward", h, 1, 3) if weights_needed else (grad_h, grad_h)
         grad_h_rows = grad_h.view(h.shape)
         for start, length in chunks(h.shape[0], CHUNK_TOKENS):
@@ -167,6 +182,6 @@ def backward(grad_modulated, grad_gate, h, tokens, up_weight, up_bias, norm_weig
             upsample.add_gradients(start, grad_cond, upsample_needs)
         grad_weights = (None,) * 4
         if weights_needed:
-            grad_weights = tuple(grad[0] for grad in unpack_grad(*(total.sum(0) for total in sums), weights))
+            grad_weights = tuple(grad[0] for grad in unpack_grad(*(total.sum(0) for total in sums), stacked))
         grads = (grad_h, *upsample.grads(upsample_needs), *grad_weights)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from deco_kernels.signatures import BlockWeights, Group, ModulationWeights, flat, mapped
+
 from .launching import contiguous, launch
 from .table import Launch
 
@@ -124,9 +126,14 @@ def unpack_grad_kernel(
         tl.store(grad_fc2_bias_ptr + n * D + d, tl.load(grad_bias_ptr + 4 * D + d))
 
 
-def pack(weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> PackedWeights:
-    """Pack (norm_weight, norm_bias, mod_weight, mod_bias[, fc1 and fc2 weight, bias]), each stacked over N blocks."""
-    weights = contiguous(*weights)
+def one_block(weights: Group) -> Group:
+    """The weights of one block, stacked as those of N = 1."""
+    return mapped(lambda weight: weight[None], weights)
+
+
+def pack(group: BlockWeights | ModulationWeights, dtype: torch.dtype) -> PackedWeights:
+    """Pack the weights of N blocks, or their modulations alone."""
+    weights = contiguous(*flat(group))
     norm_weight = weights[0]
     blocks, width = norm_weight.shape
     mlp = len(weights) == 8
@@ -139,12 +146,13 @@ def pack(weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> PackedWeights
 
 
 def unpack_grad(
-    grad_matrix: torch.Tensor, grad_bias: torch.Tensor, weights: tuple[torch.Tensor, ...]
+    grad_matrix: torch.Tensor, grad_bias: torch.Tensor, group: BlockWeights | ModulationWeights
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of the tensors given to `pack`, in their dtypes.
+    """Gradients of the weights given to `pack`, in order, in their dtypes.
 
     grad_matrix [N, M, D, D] as [out, in] and grad_bias [N, M, D], float32: gradients of the packed tensors.
     """
+    weights = flat(group)
     grads = tuple(torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights)
     blocks, width = weights[0].shape
     padding = [grads[0]] * (8 - len(grads))
