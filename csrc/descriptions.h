@@ -1,109 +1,145 @@
-// Reads the descriptions of tensors that Python hands to the native modules: tuples of addresses, dtypes and strides.
+// Reads what Python hands to the native modules into the structs of a call. Every struct lists its fields,
+//   fields(visit): visit(name, field...) in order,
+// where one visit is one argument: a number or an address, or a tuple of integers for a struct or several fields.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include "deco/pixel_decoder.h"
+#include <string>
+#include <type_traits>
 
 namespace deco::python {
 
 namespace py = pybind11;
 
-// Reads a tuple of integers from left to right.
-class Integers {
- public:
-  explicit Integers(const py::tuple& tuple) : tuple_(tuple.ptr()) {}
+struct AnyVisitor {
+  template <class... Fields>
+  void operator()(const char*, Fields&...) {}
+};
 
-  int64_t next() {
-    if (index_ >= PyTuple_GET_SIZE(tuple_)) throw py::value_error("too few integers in a description");
-    const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple_, index_++));
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
+template <class T, class = void>
+constexpr bool has_fields = false;
+template <class T>
+constexpr bool has_fields<T, std::void_t<decltype(std::declval<T&>().fields(std::declval<AnyVisitor&>()))>> = true;
+
+// How many integers describe the fields.
+struct IntegerCount {
+  Py_ssize_t count = 0;
+
+  template <class... Fields>
+  void operator()(const char*, Fields&... fields) {
+    (add(fields), ...);
   }
-  void* next_address() { return reinterpret_cast<void*>(next()); }
-  DType next_dtype() { return static_cast<DType>(next()); }
 
  private:
+  template <class Field>
+  void add(Field& field) {
+    if constexpr (has_fields<Field>)
+      field.fields(*this);
+    else
+      ++count;
+  }
+};
+
+// A number or an address; Python's own error for what is neither.
+template <class Field>
+void read_number(PyObject* value, Field& field) {
+  if constexpr (std::is_floating_point_v<Field>) {
+    field = static_cast<Field>(PyFloat_AsDouble(value));
+  } else {
+    const long long number = PyLong_AsLongLong(value);
+    if constexpr (std::is_pointer_v<Field>)
+      field = reinterpret_cast<Field>(number);
+    else
+      field = static_cast<Field>(number);
+  }
+  if (PyErr_Occurred()) throw py::error_already_set();
+}
+
+// Reads the integers of a tuple from left to right.
+class IntegerReader {
+ public:
+  explicit IntegerReader(PyObject* tuple) : tuple_(tuple) {}
+
+  template <class... Fields>
+  void operator()(const char*, Fields&... fields) {
+    (read(fields), ...);
+  }
+
+ private:
+  template <class Field>
+  void read(Field& field) {
+    if constexpr (has_fields<Field>)
+      field.fields(*this);
+    else
+      read_number(PyTuple_GET_ITEM(tuple_, index_++), field);
+  }
+
   PyObject* tuple_;
   Py_ssize_t index_ = 0;
 };
 
-inline Array read_array(Integers& in) {
-  Array array;
-  array.data = in.next_address();
-  array.dtype = in.next_dtype();
-  return array;
+// Reads the tuple that describes the fields of argument `name`; refuses one of another length.
+template <class... Fields>
+void read_description(const std::string& op, const char* name, PyObject* value, Fields&... fields) {
+  IntegerCount expected;
+  expected(name, fields...);
+  if (!PyTuple_Check(value)) throw py::type_error(op + ": " + name + ": expected a tuple of integers");
+  if (PyTuple_GET_SIZE(value) != expected.count)
+    throw py::value_error(op + ": " + name + ": expected " + std::to_string(expected.count) + " integers, got " +
+                          std::to_string(PyTuple_GET_SIZE(value)));
+  IntegerReader reader(value);
+  reader(name, fields...);
 }
 
-inline ImageArray read_image(const py::tuple& description) {
-  Integers in(description);
-  ImageArray image;
-  image.data = in.next_address();
-  image.dtype = in.next_dtype();
-  image.stride_b = in.next();
-  image.stride_c = in.next();
-  image.stride_y = in.next();
-  image.stride_x = in.next();
-  return image;
+// The names of the arguments, "rows, D, h", and how many there are.
+struct ArgumentNames {
+  std::string text;
+  Py_ssize_t count = 0;
+
+  template <class... Fields>
+  void operator()(const char* name, Fields&...) {
+    text += (count++ == 0 ? "" : ", ") + std::string(name);
+  }
+};
+
+template <class... Calls>
+ArgumentNames argument_names() {
+  ArgumentNames names;
+  (Calls().fields(names), ...);
+  return names;
 }
 
-inline PixelRows read_pixel_rows(const py::tuple& description) {
-  Integers in(description);
-  PixelRows rows;
-  rows.data = in.next_address();
-  rows.dtype = in.next_dtype();
-  rows.token_stride = in.next();
-  rows.pixel_stride = in.next();
-  return rows;
-}
+// Reads the arguments of a call one after the other.
+class ArgumentReader {
+ public:
+  ArgumentReader(const std::string& op, const py::args& arguments) : op_(op), arguments_(arguments.ptr()) {}
 
-inline Rows read_rows(const py::tuple& description) {
-  Integers in(description);
-  Rows rows;
-  rows.data = in.next_address();
-  rows.dtype = in.next_dtype();
-  rows.stride = in.next();
-  return rows;
-}
+  template <class... Fields>
+  void operator()(const char* name, Fields&... fields) {
+    PyObject* value = PyTuple_GET_ITEM(arguments_, index_++);
+    if constexpr (sizeof...(Fields) == 1 && !(has_fields<Fields> || ...))
+      (read_number(value, fields), ...);
+    else
+      read_description(op_, name, value, fields...);
+  }
 
-inline BlockWeightArrays read_block_weights(Integers& in) {
-  BlockWeightArrays w;
-  for (Array* array : {&w.norm_weight, &w.norm_bias, &w.mod_weight, &w.mod_bias, &w.fc1_weight, &w.fc1_bias,
-                       &w.fc2_weight, &w.fc2_bias})
-    *array = read_array(in);
-  return w;
-}
+ private:
+  const std::string& op_;
+  PyObject* arguments_;
+  Py_ssize_t index_ = 0;
+};
 
-// The four arrays of a modulation; the rest stays null.
-inline BlockWeightArrays read_modulation(const py::tuple& description) {
-  Integers in(description);
-  BlockWeightArrays w;
-  for (Array* array : {&w.norm_weight, &w.norm_bias, &w.mod_weight, &w.mod_bias}) *array = read_array(in);
-  return w;
-}
-
-inline DecoderShape read_decoder_shape(const py::tuple& description) {
-  Integers in(description);
-  DecoderShape shape;
-  shape.batch = in.next();
-  shape.channels = static_cast<int>(in.next());
-  shape.height = in.next();
-  shape.width = in.next();
-  shape.patch_size = static_cast<int>(in.next());
-  shape.decoder_width = static_cast<int>(in.next());
-  shape.depth = static_cast<int>(in.next());
-  return shape;
-}
-
-inline DecoderWeightArrays read_decoder_weights(const py::tuple& description) {
-  Integers in(description);
-  DecoderWeightArrays w;
-  w.pixel_weight = read_array(in);
-  w.pixel_table = read_array(in);
-  w.blocks = read_block_weights(in);
-  w.head_weight = read_array(in);
-  w.head_bias = read_array(in);
-  return w;
+// Reads all arguments of op `op` into the fields of the calls, in order; refuses any other number of arguments.
+template <class... Calls>
+void read_arguments(const std::string& op, const py::args& arguments, Calls&... calls) {
+  static const ArgumentNames names = argument_names<Calls...>();
+  const Py_ssize_t given = PyTuple_GET_SIZE(arguments.ptr());
+  if (given != names.count)
+    throw py::type_error(op + ": expected " + std::to_string(names.count) + " arguments (" + names.text + "), got " +
+                         std::to_string(given));
+  ArgumentReader reader(op, arguments);
+  (calls.fields(reader), ...);
 }
 
 }  // namespace deco::python

@@ -284,7 +284,7 @@ def test_the_loss_is_not_served_automatically():
 
 
 def test_loss_failures_name_the_op_and_its_sizes(emulated):
-    image, nothing = (0, 1, 0, 0, 0, 1), (0,) * 8
+    image, nothing = (0, 1, 0, 0, 0, 1), (0,) * 3
     description = ((2, 16, 24), image, image, (0, 0, 0, 0), 1.0)
     needed = emulated.flow_matching_loss_forward_workspace(0, *description, nothing)
     workspace = torch.empty(needed, dtype=torch.uint8)

@@ -16,6 +16,18 @@ struct BlockWeightArrays {
   Array fc1_bias;     // [N, D]
   Array fc2_weight;   // [N, D, D]
   Array fc2_bias;     // [N, D]
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    modulation("weights", visit);
+    visit("MLP", fc1_weight, fc1_bias, fc2_weight, fc2_bias);
+  }
+
+  // The weights before the MLP, which are all that upsample_modulate has.
+  template <class Visit>
+  void modulation(const char* name, Visit&& visit) {
+    visit(name, norm_weight, norm_bias, mod_weight, mod_bias);
+  }
 };
 
 namespace cpu {
@@ -28,6 +40,18 @@ struct AdalnBlockForward {
   Rows out;                   // written, [rows, D]
   float eps = 0;
   int threads = 1;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("rows", rows);
+    visit("D", width);
+    visit("h", h);
+    visit("cond", cond);
+    visit("weights", weights);
+    visit("out", out);
+    visit("eps", eps);
+    visit("threads", threads);
+  }
 };
 
 struct AdalnBlockBackward {
@@ -40,6 +64,21 @@ struct AdalnBlockBackward {
   BlockWeightArrays grad_weights;
   float eps = 0;
   int threads = 1;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("rows", rows);
+    visit("D", width);
+    visit("grad_out", grad_out);
+    visit("h", h);
+    visit("cond", cond);
+    visit("weights", weights);
+    visit("grad_h", grad_h);
+    visit("grad_cond", grad_cond);
+    visit("grad_weights", grad_weights);
+    visit("eps", eps);
+    visit("threads", threads);
+  }
 };
 
 void adaln_block_forward(const AdalnBlockForward& call);

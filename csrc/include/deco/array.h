@@ -1,4 +1,5 @@
-// Descriptions of memory that callers hand to the kernels. The kernels never own or keep any of it.
+// Descriptions of memory that callers hand to the kernels. The kernels never own or keep any of it. `fields` lists the
+// fields of a struct by name and in order, for whoever fills it from outside (csrc/descriptions.h).
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,11 @@ constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2
 struct Array {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("array", data, dtype);
+  }
 };
 
 // [B,C,H,W] with any strides, counted in elements.
@@ -20,6 +26,11 @@ struct ImageArray {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t stride_b = 0, stride_c = 0, stride_y = 0, stride_x = 0;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("image", data, dtype, stride_b, stride_c, stride_y, stride_x);
+  }
 };
 
 // [rows, channels] with unit channel stride; the row stride is counted in elements.
@@ -27,6 +38,11 @@ struct Rows {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t stride = 0;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("rows", data, dtype, stride);
+  }
 };
 
 // [tokens, pixels per token, channels] with unit channel stride; the other two strides are counted in elements.
@@ -34,6 +50,11 @@ struct PixelRows {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t token_stride = 0, pixel_stride = 0;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("pixel rows", data, dtype, token_stride, pixel_stride);
+  }
 };
 
 }  // namespace deco

@@ -13,6 +13,15 @@ struct FlowMatchingLossInputs {
   const float* sample_weight = nullptr;     // [B]; null: ones
   double* workspace = nullptr;              // loss_workspace_size(batch, threads) zeros
   int threads = 1;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("shape", batch, height, width);
+    visit("pred", pred);
+    visit("target", target);
+    visit("frequency_weight", frequency_weight);
+    visit("sample_weight", sample_weight);
+  }
 };
 
 struct FlowMatchingLossForward {
@@ -22,6 +31,16 @@ struct FlowMatchingLossForward {
   float* total = nullptr;
   float* pixel = nullptr;
   float* frequency = nullptr;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    inputs.fields(visit);
+    visit("frequency_scale", frequency_scale);
+    visit("total", total);
+    visit("pixel", pixel);
+    visit("frequency", frequency);
+    visit("threads", inputs.threads);
+  }
 };
 
 struct FlowMatchingLossBackward {
@@ -32,6 +51,17 @@ struct FlowMatchingLossBackward {
   Array grad_pred, grad_target;            // [B, 3, H, W] contiguous
   float* grad_frequency_weight = nullptr;  // [3, 8, 8]
   float* grad_sample_weight = nullptr;     // [B]
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    inputs.fields(visit);
+    visit("grad_pixel", grad_pixel);
+    visit("grad_frequency", grad_frequency);
+    visit("grad_images", grad_pred, grad_target);
+    visit("grad_frequency_weight", grad_frequency_weight);
+    visit("grad_sample_weight", grad_sample_weight);
+    visit("threads", inputs.threads);
+  }
 };
 
 // Doubles of workspace: the sums of every sample and every frequency, once per thread.

@@ -15,6 +15,11 @@ struct DecoderShape {
   int64_t tokens() const { return batch * (height / patch_size) * (width / patch_size); }
   int pixels_per_token() const { return patch_size * patch_size; }
   int64_t pixels() const { return batch * height * width; }
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("shape", batch, channels, height, width, patch_size, decoder_width, depth);
+  }
 };
 
 // The weights, or their gradients; every array is contiguous and has its own dtype.
@@ -24,6 +29,11 @@ struct DecoderWeightArrays {
   BlockWeightArrays blocks;  // N blocks
   Array head_weight;         // [C, D]
   Array head_bias;           // [C]
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("weights", pixel_weight, pixel_table, blocks, head_weight, head_bias);
+  }
 };
 
 namespace cpu {
@@ -36,6 +46,17 @@ struct PixelDecoderForward {
   ImageArray velocity;  // written
   float eps = 0;
   int threads = 1;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("shape", shape);
+    visit("image", image);
+    visit("cond", cond);
+    visit("weights", weights);
+    visit("velocity", velocity);
+    visit("eps", eps);
+    visit("threads", threads);
+  }
 };
 
 struct PixelDecoderBackward {
@@ -50,6 +71,20 @@ struct PixelDecoderBackward {
   DecoderWeightArrays grad_weights;
   float eps = 0;
   int threads = 1;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("shape", shape);
+    visit("grad_velocity", grad_velocity);
+    visit("image", image);
+    visit("cond", cond);
+    visit("weights", weights);
+    visit("grad_image", grad_image);
+    visit("grad_cond", grad_cond);
+    visit("grad_weights", grad_weights);
+    visit("eps", eps);
+    visit("threads", threads);
+  }
 };
 
 void pixel_decoder_forward(const PixelDecoderForward& call);

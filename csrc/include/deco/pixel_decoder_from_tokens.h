@@ -14,6 +14,17 @@ struct PixelDecoderFromTokensForward {
   ImageArray velocity;  // written
   float eps = 0;
   int threads = 1;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("shape", shape);
+    visit("image", image);
+    upsample.fields(visit);
+    visit("weights", weights);
+    visit("velocity", velocity);
+    visit("eps", eps);
+    visit("threads", threads);
+  }
 };
 
 void pixel_decoder_from_tokens_forward(const PixelDecoderFromTokensForward& call);

@@ -13,6 +13,17 @@ struct UpsampleModulateForward {
   PixelRows modulated, gate;  // written
   float eps = 0;
   int threads = 1;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    upsample.fields(visit);
+    visit("h", h);
+    weights.modulation("weights", visit);
+    visit("modulated", modulated);
+    visit("gate", gate);
+    visit("eps", eps);
+    visit("threads", threads);
+  }
 };
 
 struct UpsampleModulateBackward {
@@ -24,6 +35,20 @@ struct UpsampleModulateBackward {
   BlockWeightArrays grad_weights;
   float eps = 0;
   int threads = 1;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    upsample.fields(visit);
+    visit("grad_modulated", grad_modulated);
+    visit("grad_gate", grad_gate);
+    visit("h", h);
+    weights.modulation("weights", visit);
+    visit("grad_h", grad_h);
+    visit("grad_cond", grad_cond);
+    grad_weights.modulation("grad_weights", visit);
+    visit("eps", eps);
+    visit("threads", threads);
+  }
 };
 
 void upsample_modulate_forward(const UpsampleModulateForward& call);

@@ -14,6 +14,17 @@ struct AdalnBlockForward {
   BlockWeightArrays weights;  // N = 1
   void* out = nullptr;        // written: [rows, D] contiguous, of h's dtype
   float eps = 0;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("rows", rows);
+    visit("D", width);
+    visit("h", h);
+    visit("cond", cond);
+    visit("weights", weights);
+    visit("out", out);
+    visit("eps", eps);
+  }
 };
 
 struct AdalnBlockBackward {
@@ -25,6 +36,20 @@ struct AdalnBlockBackward {
   void* grad_cond = nullptr;       // written unless null
   BlockWeightArrays grad_weights;  // written where not null
   float eps = 0;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("rows", rows);
+    visit("D", width);
+    visit("grad_out", grad_out);
+    visit("h", h);
+    visit("cond", cond);
+    visit("weights", weights);
+    visit("grad_h", grad_h);
+    visit("grad_cond", grad_cond);
+    visit("grad_weights", grad_weights);
+    visit("eps", eps);
+  }
 };
 
 int64_t adaln_block_forward_workspace(int width);

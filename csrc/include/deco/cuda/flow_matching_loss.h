@@ -13,6 +13,14 @@ struct FlowMatchingLossInputs {
   ImageArray pred, target;
   Array frequency_weight;  // [3, 8, 8] for Y, Cb, Cr; row = vertical frequency
   Array sample_weight;     // [B]; null: ones
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("shape", batch, height, width);
+    visit("pred", pred);
+    visit("target", target);
+    visit("weights", frequency_weight, sample_weight);
+  }
 };
 
 struct FlowMatchingLossForward {
@@ -22,6 +30,13 @@ struct FlowMatchingLossForward {
   float* total = nullptr;
   float* pixel = nullptr;
   float* frequency = nullptr;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    inputs.fields(visit);
+    visit("frequency_scale", frequency_scale);
+    visit("losses", total, pixel, frequency);
+  }
 };
 
 struct FlowMatchingLossBackward {
@@ -35,6 +50,14 @@ struct FlowMatchingLossBackward {
   Array grad_pred, grad_target;  // [B, 3, H, W] contiguous, aligned to 16 bytes, each of its image's dtype
   Array grad_frequency_weight;   // [3, 8, 8]
   Array grad_sample_weight;      // [B]
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    inputs.fields(visit);
+    visit("frequency_scale", frequency_scale);
+    visit("grad_losses", grad_total, grad_pixel, grad_frequency);
+    visit("gradients", grad_pred, grad_target, grad_frequency_weight, grad_sample_weight);
+  }
 };
 
 int64_t flow_matching_loss_forward_workspace(const FlowMatchingLossForward& op);

@@ -14,6 +14,16 @@ struct PixelDecoderForward {
   DecoderWeightArrays weights;
   ImageArray velocity;  // written: of cond's dtype, with unit stride along a row
   float eps = 0;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("shape", shape);
+    visit("image", image);
+    visit("cond", cond);
+    visit("weights", weights);
+    visit("velocity", velocity);
+    visit("eps", eps);
+  }
 };
 
 struct PixelDecoderBackward {
@@ -28,6 +38,20 @@ struct PixelDecoderBackward {
   DecoderWeightArrays grad_weights;
   float eps = 0;
   int64_t chunk_pixels = 0;  // pixels that share the workspace, rounded down to whole tokens
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("shape", shape);
+    visit("grad_velocity", grad_velocity);
+    visit("image", image);
+    visit("cond", cond);
+    visit("weights", weights);
+    visit("grad_image", grad_image);
+    visit("grad_cond", grad_cond);
+    visit("grad_weights", grad_weights);
+    visit("eps", eps);
+    visit("chunk_pixels", chunk_pixels);
+  }
 };
 
 int64_t pixel_decoder_forward_workspace(const DecoderShape& shape);

@@ -15,6 +15,18 @@ struct ModulateForward {
   BlockWeightArrays weights;                   // N = 1, norm and mod alone
   void *modulated = nullptr, *gate = nullptr;  // written: [rows, D] contiguous, of h's dtype
   float eps = 0;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("rows", rows);
+    visit("D", width);
+    visit("h", h);
+    visit("cond", cond);
+    weights.modulation("weights", visit);
+    visit("modulated", modulated);
+    visit("gate", gate);
+    visit("eps", eps);
+  }
 };
 
 struct ModulateBackward {
@@ -26,6 +38,21 @@ struct ModulateBackward {
   void* grad_cond = nullptr;       // written unless null
   BlockWeightArrays grad_weights;  // written where not null
   float eps = 0;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("rows", rows);
+    visit("D", width);
+    visit("grad_modulated", grad_modulated);
+    visit("grad_gate", grad_gate);
+    visit("h", h);
+    visit("cond", cond);
+    weights.modulation("weights", visit);
+    visit("grad_h", grad_h);
+    visit("grad_cond", grad_cond);
+    grad_weights.modulation("grad_weights", visit);
+    visit("eps", eps);
+  }
 };
 
 int64_t modulate_forward_workspace(int width);

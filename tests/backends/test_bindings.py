@@ -1,0 +1,60 @@
+"""Descriptions of calls: the native modules refuse a tuple with one integer more or fewer, and an argument too many."""
+
+import re
+
+import pytest
+import torch
+
+from deco_kernels import native, testing
+from deco_kernels.testing import emulation
+from tests.ops.cases import OPS, small_inputs
+
+
+class Recorder:
+    """Stands for a native module: keeps the arguments of the calls that pass through it."""
+
+    def __init__(self, module):
+        self.module, self.calls = module, {}
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls[name] = arguments
+            return getattr(self.module, name)(*arguments)
+
+        return call
+
+
+def refuses_other_numbers(recorder):
+    """Every function called refuses one argument and one integer more or fewer, naming itself and the argument."""
+    assert recorder.calls
+    for name, arguments in recorder.calls.items():
+        function = getattr(recorder.module, name)
+        listed = re.search("Arguments: (.*)[.] Written", function.__doc__)
+        fields = listed[1].split(", ") if listed else [r"\w+"] * len(arguments)  # workspace queries list none
+        for changed in (arguments[:-1], (*arguments, 0)):
+            with pytest.raises(TypeError, match=rf"^{name}: expected {len(arguments)} arguments|^{name}\(\): incompat"):
+                function(*changed)
+        for place, (field, value) in enumerate(zip(fields, arguments, strict=True)):
+            if isinstance(value, tuple):
+                for changed in (value[:-1], (*value, 0)):
+                    said = rf"^{name}: {field}: expected {len(value)} integers, got {len(changed)}"
+                    with pytest.raises(ValueError, match=said):
+                        function(*arguments[:place], changed, *arguments[place + 1 :])
+
+
+@pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason="needs the native CPU module")
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_bindings_refuse_other_numbers_of_integers(op, monkeypatch):
+    recorder = Recorder(native.cpu())
+    monkeypatch.setattr(native, "cpu", lambda: recorder)
+    testing.run(small_inputs(op, torch.bfloat16), "cpu")
+    refuses_other_numbers(recorder)
+
+
+@pytest.mark.emulate
+@pytest.mark.parametrize("op", OPS)
+def test_cuda_bindings_refuse_other_numbers_of_integers(emulated, op, monkeypatch):
+    recorder = Recorder(emulated)
+    monkeypatch.setattr(native, "cuda", lambda device: recorder)
+    testing.run(small_inputs(op, torch.bfloat16), emulation.BACKEND)
+    refuses_other_numbers(recorder)
