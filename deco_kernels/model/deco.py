@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deco_kernels.model.arguments import require_sizes
+from deco_kernels.model.arguments import require_sizes, require_tensors
 from deco_kernels.model.dit import PatchTransformer, Trunk
 from deco_kernels.model.pixel_decoder import PixelDecoder
 
@@ -54,6 +54,13 @@ class PixelDiffusion(nn.Module):
         Raises:
             TypeError, ValueError: arguments that do not fit the model or each other.
         """
+        require_tensors(x=x)
+        dtype = self.decoder.head_weight.dtype
+        if (x.dtype is torch.float64) != (dtype is torch.float64):
+            raise TypeError(
+                f"x: expected {dtype} like the model's parameters, got {x.dtype}; convert one of them, float64 is "
+                "computed only when both are float64"
+            )
         tokens, time, _, features = self.trunk(x, t, y, features_after)
         velocity = self.decoder(x, F.silu(time[:, None] + tokens))
         return velocity if features_after is None else (velocity, features)

@@ -201,6 +201,17 @@ def test_features_after_a_block():
             net(x, t, y, features_after=block)
 
 
+@pytest.mark.parametrize("of_model", [False, True])
+def test_float64_of_image_and_parameters_goes_together(of_model):
+    net, x, t, y = model.build("deco-tiny"), torch.randn(2, 3, 32, 32), torch.rand(2), torch.tensor([1, 2])
+    net, x = (net.double(), x) if of_model else (net, x.double())
+    parameters, image = ("float64", "float32") if of_model else ("float32", "float64")
+    with pytest.raises(
+        TypeError, match=f"^x: expected torch.{parameters} like the model's parameters, got torch.{image}"
+    ):
+        net(x, t, y)
+
+
 @pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])
 @pytest.mark.parametrize(
     ("change", "error", "message"),

@@ -1,5 +1,6 @@
 """Bad input: the type of error, and that the message names the argument."""
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -90,9 +91,26 @@ def test_patch_size(op, patch_size, error):
         call(op, patch_size=patch_size)
 
 
+@pytest.mark.parametrize("op", ["pixel_decoder", "pixel_decoder_from_tokens"])
+def test_patch_size_of_numpy(op):
+    assert torch.equal(call(op, patch_size=np.int64(4)), call(op, patch_size=4))
+
+
+def test_patches_that_are_not_square():
+    """P is 6 in all arguments: the reference computes it, a backend with kernels for square patches says so."""
+    inputs = small_inputs("upsample_modulate", patch_size=4)
+    tensors = dict(inputs.tensors, h=inputs.tensors["h"][:, :6])
+    for name in ("up_weight", "up_bias"):
+        tensors[name] = tensors[name][: 6 * tensors["h"].shape[-1]]
+    assert ops.upsample_modulate(**tensors)[0].shape == tensors["h"].shape
+    with pytest.raises(deco_kernels.BackendUnavailable, match="square patches .* not 6"):
+        ops.upsample_modulate(**tensors, backend="cpu")
+
+
 @pytest.mark.parametrize("op", ["pixel_decoder", "pixel_decoder_from_tokens", "adaln_block", "upsample_modulate"])
 @pytest.mark.parametrize(
-    ("eps", "error"), [(-1e-6, ValueError), (float("nan"), ValueError), ("1e-6", TypeError), (None, TypeError)]
+    ("eps", "error"),
+    [(-1e-6, ValueError), (10**400, ValueError), (float("nan"), ValueError), ("1e-6", TypeError), (None, TypeError)],
 )
 def test_eps(op, eps, error):
     with pytest.raises(error, match=f"{op}: eps"):
