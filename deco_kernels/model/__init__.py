@@ -1,4 +1,4 @@
-"""Models: the per-pixel decoder, the DeCo models around it, the plain DiT baseline, presets and checkpoints."""
+"""Models: the per-pixel decoder, the DeCo models, the plain DiT baseline, presets and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published checkpoints to models and back.
+"""Conversion between published checkpoints and models.
 
 Source: the parameter names and shapes of the published DeCo checkpoints (arXiv 2511.19365).
 """
@@ -21,13 +21,14 @@ from deco_kernels.model.dit import DiT
 from deco_kernels.model.position import NUM_POSITION_FEATURES
 from deco_kernels.model.text_to_image import DeCoTextToImage
 
-# What parameters may be: dense tensors of these dtypes.
+# Accepted dtypes of parameters; they must be dense.
 _KINDS = ("float64", "float32", "bfloat16", "float16")
 
-# A published file holds one model twice, raw and averaged, beside the head of the alignment loss.
+# Prefixes in a published file: the raw weights, their exponential moving average, the head of the alignment loss.
 RAW, EMA, ALIGNMENT_HEAD = "denoiser.", "ema_denoiser.", "diffusion_trainer.proj."
 
-# Published name → ours; {i} is the number of a block. Ours are modules in the trunk, stacked tensors in the decoder.
+# Published name → name here; {i} is the block number. Here the trunk has a module per block, the decoder stacked
+# tensors.
 _ANY_BLOCK = {
     **{name: name for name in ("norm1.weight", "norm2.weight", "attn.q_norm.weight", "attn.k_norm.weight")},
     **{name: name for name in ("attn.proj.weight", "attn.proj.bias")},
@@ -49,7 +50,7 @@ _IMAGE_BLOCK = {
 
 
 def _numbered(published: str, ours: str, names: dict[str, str]) -> dict[str, str]:
-    """The names of a block's parts under the numbered names of the blocks."""
+    """Prefix the names of a block's parameters with the numbered names of the blocks."""
     return {f"{published}.{{i}}.{theirs}": f"{ours}.{{i}}.{name}" for theirs, name in names.items()}
 
 
@@ -96,7 +97,7 @@ _DECODER_BLOCK = {
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a kind of model is named in a published checkpoint, and how its constructor arguments follow from shapes."""
+    """Published parameter names of a model class, and how its constructor arguments follow from shapes."""
 
     model: type[nn.Module]
     names: dict[str, str]
@@ -104,7 +105,7 @@ class _Layout:
     sizes: Callable[[_Evidence], dict[str, Any]]
 
     def pairs(self, parameters: Container[str]) -> Iterator[tuple[str, str]]:
-        """(published name, ours) of every parameter that is not stacked, over as many blocks as `parameters` has."""
+        """(published name, name here) of every parameter that is not stacked, for all blocks in `parameters`."""
         for name, ours in self.names.items():
             if "{i}" not in name:
                 yield name, ours
@@ -114,17 +115,17 @@ class _Layout:
 
 
 class _Evidence:
-    """Sizes that the shapes of a checkpoint speak for.
+    """Sizes inferred from the shapes in a checkpoint.
 
-    A size is looked up under every key that shows it and the most frequent answer is taken, so that one missing or
-    misshapen tensor does not hide what the others say.
+    Every key that shows a size is read and the most frequent value wins, so one missing or misshapen tensor does not
+    change the result.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
         self.shapes = shapes
 
     def size(self, what: str, *sources: tuple[str, int] | tuple[str, int, int]) -> int:
-        """The size `what` from (key pattern, dimension[, amount to subtract]); `*` stands for any block number."""
+        """The size `what`, read from (key pattern, dimension[, amount to subtract]); `*` matches any block number."""
         votes: Counter[int] = Counter()
         for pattern, dim, *less in sources:
             matcher = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
@@ -133,7 +134,7 @@ class _Evidence:
                     votes[shape[dim] - sum(less)] += 1
         if not votes:
             names = ", ".join(source[0] for source in sources)
-            raise ValueError(f"state_dict: cannot tell the {what}: none of {names} is there with a usable shape")
+            raise ValueError(f"state_dict: cannot infer the {what}: none of {names} is present with a usable shape")
         return votes.most_common(1)[0][0]
 
     def count(self, prefix: str) -> int:
@@ -141,8 +142,8 @@ class _Evidence:
         matcher = re.compile(re.escape(prefix) + r"(\d+)\.")
         numbers = [int(match.group(1)) for match in map(matcher.match, self.shapes) if match]
         if not numbers:
-            raise ValueError(f"state_dict: cannot tell the number of blocks: no key starts with {prefix}")
-        # A stray number far beyond the keys present is a wrong key, not a model with that many blocks.
+            raise ValueError(f"state_dict: cannot infer the number of blocks: no key starts with {prefix}")
+        # A number beyond the count of keys is an invalid key, not a model with that many blocks.
         return max((n for n in numbers if n < len(numbers)), default=0) + 1
 
 
@@ -170,7 +171,7 @@ def _class_trunk_sizes(evidence: _Evidence) -> dict[str, Any]:
 
 
 def _text_trunk_sizes(evidence: _Evidence) -> dict[str, Any]:
-    """A text trunk's sizes; shapes do not tell the rotary mode, which is that of the published model."""
+    """Sizes of a text trunk; shapes do not show the rotary mode, so it is that of the published model."""
     mlp_sources = (("blocks.*.mlp.w3.weight", 1), ("text_refine_blocks.*.mlp.w3.weight", 1))
     return dict(
         **_trunk_sizes(evidence, *mlp_sources),
@@ -182,7 +183,7 @@ def _text_trunk_sizes(evidence: _Evidence) -> dict[str, Any]:
 
 
 def _dit_sizes(evidence: _Evidence) -> dict[str, Any]:
-    """A plain DiT's sizes; the images have 3 channels, which shapes alone cannot tell from the patch size."""
+    """Sizes of a plain DiT; assumes 3 image channels, since shapes show only channels times patch area."""
     patch = evidence.size(
         "patch size", ("x_embedder.proj.weight", 1), ("final_layer.linear.weight", 0), ("final_layer.linear.bias", 0)
     )
@@ -190,7 +191,7 @@ def _dit_sizes(evidence: _Evidence) -> dict[str, Any]:
 
 
 def _decoder_sizes(evidence: _Evidence) -> dict[str, Any]:
-    """A decoder's sizes, with the channels and positions it sees: C·r² and p/r for decoder patch r."""
+    """Sizes of a decoder as its ops see them: channels C·r² and patch size p/r for decoder patch r."""
     width = evidence.size(
         "decoder width",
         ("dec_net.input_proj.weight", 0),
@@ -215,7 +216,7 @@ def _decoder_sizes(evidence: _Evidence) -> dict[str, Any]:
 
 
 def _deco_sizes(evidence: _Evidence) -> dict[str, Any]:
-    """A DeCo model's sizes; 3·r² decoder channels with r 4 or 16 mean 3 image channels and decoder patch r."""
+    """Sizes of a DeCo model; 3·r² decoder channels with r = 4 or 16 mean 3 image channels and decoder patch r."""
     decoder = _decoder_sizes(evidence)
     decoder_patch = {3 * r**2: r for r in (4, 16)}.get(decoder["channels"], 1)
     decoder["channels"] //= decoder_patch**2
@@ -265,8 +266,8 @@ _LAYOUTS = (_DECO, _TEXT_TO_IMAGE, _DIT)
 def to_published(model: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
     """The model's parameters under their published names, each preceded by `prefix` (such as "ema_denoiser.").
 
-    The tensors are detached views of the parameters (slices, where ours are stacked over blocks), bit for bit.
-    Raises TypeError for a model that no published checkpoint describes.
+    The tensors are detached views of the parameters (slices of those that are stacked over blocks) with the same bits.
+    Raises TypeError unless the model is a DeCo, DeCoTextToImage or DiT.
     """
     layout = next((known for known in _LAYOUTS if type(model) is known.model), None)
     if layout is None:
@@ -283,20 +284,20 @@ def to_published(model: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def from_published(state_dict: Mapping[str, Any], *, ema: bool = True) -> nn.Module:
-    """Build the model that a published checkpoint holds; which one and every size follow from keys and shapes.
+    """Build the model of a published checkpoint. Its class and sizes are inferred from keys and shapes.
 
     Args:
-        state_dict: name → tensor, or the dictionary of a whole file, with the former under "state_dict". Names may be
-            bare or begin with "denoiser." and "ema_denoiser."; the alignment head ("diffusion_trainer.proj.") is left
-            out.
-        ema: where both are there, take the averaged weights rather than the raw ones.
+        state_dict: name → tensor, or the dictionary of a whole file, which holds that mapping under "state_dict".
+            Names may have no prefix or begin with "denoiser." or "ema_denoiser."; the alignment head
+            ("diffusion_trainer.proj.") is skipped.
+        ema: if both are present, take the averaged (EMA) weights instead of the raw ones.
 
     Returns:
         A DeCo, DeCoTextToImage or DiT with copies of the tensors, in their dtypes and on their devices.
 
     Raises:
-        TypeError: not a mapping of names to dense tensors of 16, 32 or 64 floating-point bits.
-        ValueError: not a model known here, or keys missing, extra or misshapen; one message lists them all.
+        TypeError: not a mapping of names to dense float64, float32, bfloat16 or float16 tensors.
+        ValueError: an unknown model, or missing, extra or misshapen keys; one message lists all of them.
     """
     tensors = select(state_dict, ema)
     layout, model = _fit(tensors)
@@ -314,19 +315,24 @@ def from_published(state_dict: Mapping[str, Any], *, ema: bool = True) -> nn.Mod
 
 
 def published_model_on_meta(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """The model that the bare published names and shapes describe, on the meta device. Raises as `from_published`."""
+    """The model that published names without prefix and shapes describe, on the meta device.
+
+    Raises as `from_published`.
+    """
     return _fit(tensors)[1]
 
 
 def from_config(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """The model of class `name` and constructor arguments `config` with copies of the tensors, named as in its
-    `state_dict`. Raises ValueError for a class or arguments that are not known, and for names or shapes that differ;
-    TypeError for entries that are no dense floating-point tensors."""
+    """The model of class `name` and constructor arguments `config`, with copies of the tensors of its `state_dict`.
+
+    Raises ValueError for an unknown class, invalid arguments, or names or shapes that differ, and TypeError for entries
+    that are not dense floating-point tensors.
+    """
     return fill(config_model_on_meta(name, config, tensors), tensors)
 
 
 def config_model_on_meta(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """The model that `from_config` fills, on the meta device. Raises as it does."""
+    """The model of `from_config` on the meta device, without values. Raises as `from_config`."""
     cls = {layout.model.__name__: layout.model for layout in _LAYOUTS}.get(name)
     if cls is None:
         known = ", ".join(layout.model.__name__ for layout in _LAYOUTS)
@@ -336,14 +342,14 @@ def config_model_on_meta(name: str, config: Mapping[str, Any], tensors: Mapping[
     with torch.device("meta"):
         try:
             model = cls(**config)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the latter two: sizes that overflow
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the last two: sizes that overflow
             raise ValueError(f"config: {name} cannot be built from {dict(config)}: {error}") from None
     compare_shapes(name, _shapes(model.state_dict()), _shapes(tensors))
     return model
 
 
 def _require_blocks(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError where `config` asks for more blocks than `tensors` hold: building takes time for each."""
+    """Raise ValueError if `config` has more blocks than `tensors`: construction time grows with the blocks."""
     numbered = (re.match(r"trunk\.(blocks|text_blocks)\.(\d+)\.", name) for name in tensors)
     numbers = {match.groups() for match in numbered if match}
     held = Counter(kind for kind, _ in numbers)
@@ -353,13 +359,13 @@ def _require_blocks(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
         depth = config.get(name)
         if isinstance(depth, int) and depth > blocks:
             raise ValueError(
-                f"config: {name}: expected the number of blocks whose tensors are there, {blocks}, got {depth}; the "
-                "config was changed, or tensors are missing"
+                f"config: {name}: expected {blocks}, the number of blocks with tensors, got {depth}; the config was "
+                "changed, or tensors are missing"
             )
 
 
 def fill(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
-    """The model, so far on the meta device, with copies of the tensors of its `state_dict`, and its fixed buffers."""
+    """Fill a model on the meta device with copies of the tensors of its `state_dict` and with its fixed buffers."""
     model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, strict=True, assign=True)
     if isinstance(model, PixelDiffusion):
         model.decoder.fill_position_features()
@@ -367,14 +373,14 @@ def fill(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
 
 
 def _fit(tensors: Mapping[str, torch.Tensor]) -> tuple[_Layout, nn.Module]:
-    """The layout that the names belong to, and its model on the meta device, which the shapes fit."""
-    layout, shapes = _recognise(tensors), _shapes(tensors)
+    """The layout of these names and its model on the meta device; raises ValueError if the shapes do not fit it."""
+    layout, shapes = _recognize(tensors), _shapes(tensors)
     config = layout.sizes(_Evidence(shapes))
     with torch.device("meta"):
         try:
             model = layout.model(**config)
         except ValueError as error:
-            raise ValueError(f"state_dict: its shapes give an impossible model ({config}): {error}") from None
+            raise ValueError(f"state_dict: its shapes describe an invalid model ({config}): {error}") from None
     compare_shapes(layout.model.__name__, _shapes(to_published(model)), shapes)
     return layout, model
 
@@ -384,7 +390,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def select(state_dict: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]:
-    """The tensors of one model, prefixes removed."""
+    """The tensors of one model, EMA or raw, with the prefix removed from their names."""
     if isinstance(state_dict, Mapping) and isinstance(state_dict.get("state_dict"), Mapping):
         state_dict = state_dict["state_dict"]
     if not isinstance(state_dict, Mapping):
@@ -412,15 +418,15 @@ def _require_tensors(state_dict: Mapping[Any, Any]) -> None:
 
 
 def _kind(value: Any) -> str:
-    """What an entry is: a dtype, where it is a sparse tensor with its layout, or another type."""
+    """Description of an entry: its dtype, preceded by the layout of a sparse tensor, or its type if not a tensor."""
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     dtype, layout = (str(each).removeprefix("torch.") for each in (value.dtype, value.layout))
     return dtype if value.layout is torch.strided else f"{layout} {dtype}"
 
 
-def _recognise(tensors: Mapping[str, torch.Tensor]) -> _Layout:
-    """Which kind of model the names belong to."""
+def _recognize(tensors: Mapping[str, torch.Tensor]) -> _Layout:
+    """The layout that the names belong to."""
     if any(name.startswith(("text_refine_blocks.", "y_pos_embedding", "y_embedder.proj.")) for name in tensors):
         return _TEXT_TO_IMAGE
     if any(name.startswith("dec_net.") for name in tensors):
@@ -435,7 +441,7 @@ def _recognise(tensors: Mapping[str, torch.Tensor]) -> _Layout:
 
 
 def compare_shapes(model: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise one ValueError that lists every difference between the expected and the found names and shapes."""
+    """Raise one ValueError that lists every difference between expected and found names and shapes."""
     missing = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
     extra = [f"extra: {name} {list(shape)}" for name, shape in found.items() if name not in expected]
     misshapen = [
@@ -445,4 +451,6 @@ def compare_shapes(model: str, expected: Mapping[str, tuple[int, ...]], found: M
     ]
     problems = missing + extra + misshapen
     if problems:
-        raise ValueError(f"state_dict: does not fit a {model} of the sizes it shows:\n  " + "\n  ".join(problems))
+        raise ValueError(
+            f"state_dict: does not fit a {model} of the sizes that its shapes show:\n  " + "\n  ".join(problems)
+        )

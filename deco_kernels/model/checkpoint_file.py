@@ -1,7 +1,8 @@
-"""Files of checkpoints: published .ckpt files, safetensors, and this package's own form of either; read and written.
+"""Reading and writing of checkpoint files.
 
-A file has a container, torch (a zip archive, .ckpt, .pt or .pth) or safetensors, and names its tensors as published
-(DeCo, arXiv 2511.19365) or as this package does; the latter also holds the model's class and constructor arguments.
+The container of a file is torch (a zip archive: .ckpt, .pt or .pth) or safetensors. Its tensors have the published
+names (DeCo, arXiv 2511.19365) or the names of this package. In the latter case the file also holds the model's class
+and constructor arguments.
 """
 
 from __future__ import annotations
@@ -42,15 +43,16 @@ _CONTAINERS = {".ckpt": "torch", ".pt": "torch", ".pth": "torch", ".safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds. The tensors are memory-mapped: their values are read when they are used.
+    """Content of a checkpoint file. The tensors are memory-mapped: their values are read at first use.
 
     Attributes:
-        path: the file. container: "torch" or "safetensors".
-        tensors: the state_dict under the names of the file.
+        path: the file.
+        container: "torch" or "safetensors".
+        tensors: the state_dict, with the names of the file.
         names: "published" or "deco_kernels".
-        weights: "ema" or "raw" where the file says what its only set of tensors is, otherwise None.
-        model_class, config: of a file with this package's names, otherwise None.
-        left_out: other entries of the file, name → type; they are not looked at.
+        weights: "ema" or "raw" if the file states what its only set of tensors is, otherwise None.
+        model_class, config: class name and constructor arguments in a file with this package's names, otherwise None.
+        left_out: other entries of the file, name → type; they are not read.
     """
 
     path: Path
@@ -64,8 +66,10 @@ class Checkpoint:
 
     @property
     def sets(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The models' weights in it, "raw" and "ema" or what `weights` says ("" where it does not), and their tensors;
-        names as in the file."""
+        """Sets of weights → their tensors, with the names of the file.
+
+        The keys are "raw" and "ema" in a file with prefixes, otherwise only `weights`, or "" if that is None.
+        """
         found = {
             kind: {name: tensor for name, tensor in self.tensors.items() if str(name).startswith(prefix)}
             for kind, prefix in WEIGHTS.items()
@@ -74,8 +78,10 @@ class Checkpoint:
         return found or {self.weights or "": dict(self.tensors)}
 
     def choose(self, weights: str | None = None) -> str:
-        """Which of `sets` a request for "ema", "raw" or None (averaged rather than raw) means. ValueError if it is not
-        there."""
+        """The key of `sets` for a request of "ema", "raw" or None (EMA if present, otherwise raw).
+
+        Raises ValueError if the file has no such weights.
+        """
         if weights not in (None, *WEIGHTS):
             raise ValueError(f"weights: expected one of {sorted(WEIGHTS)} or None, got {weights!r}")
         sets = self.sets
@@ -86,8 +92,10 @@ class Checkpoint:
         return weights if weights in sets else ""
 
     def model(self, weights: str | None = None) -> nn.Module:
-        """The model, with copies of the tensors. Raises what `from_published` raises, naming the file, and ValueError
-        for weights that are not there."""
+        """The model, with copies of the tensors.
+
+        Raises as `from_published`, with the file's name in the message, and ValueError for weights that the file lacks.
+        """
         kind = self.choose(weights)
         with self._named():
             if self.names == OURS:
@@ -95,7 +103,7 @@ class Checkpoint:
             return from_published(self.tensors, ema=kind != "raw")
 
     def check(self) -> dict[str, nn.Module]:
-        """For each of `sets` the model that it fits, on the meta device. Raises as `model` does."""
+        """The model of each of `sets`, on the meta device, without values. Raises as `model`."""
         with self._named():
             if self.names == OURS:
                 return {self.weights or "": config_model_on_meta(self.model_class, self.config, self.tensors)}
@@ -109,7 +117,7 @@ class Checkpoint:
             raise type(error)(f"{self.path}: {error}") from None
 
     def summary(self) -> str:
-        """Lines that say what was found; raises as `check` does."""
+        """Readable summary of the file, several lines. Raises as `check`."""
         lines = [f"{self.path}: {self.container} file, {self.path.stat().st_size:,} bytes, {self.names} names"]
         models = self.check()
         for kind, tensors in self.sets.items():
@@ -119,7 +127,7 @@ class Checkpoint:
             lines.append(f"  alignment head: {_described(head)}")
         if self.left_out:
             entries = ", ".join(f"{name} ({kind})" for name, kind in self.left_out.items())
-            lines.append(f"  not looked at: {entries}")
+            lines.append(f"  not read: {entries}")
         for description in dict.fromkeys(map(_model_described, models.values())):
             lines.append(f"  model: {description}")
         return "\n".join(lines)
@@ -140,17 +148,21 @@ def _model_described(model: nn.Module) -> str:
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, allow_globals: Sequence[str] = ()) -> Checkpoint:
-    """Read a file, whatever it is called: torch archives with weights_only, safetensors; both memory-mapped.
+    """Read a torch archive (with weights_only) or a safetensors file; both are memory-mapped.
+
+    The container is detected from the content, not from the name.
 
     Args:
-        allow_globals: names such as "package.module.Class" that the pickle of a torch archive may refer to beside what
-            weights_only loading allows. They are imported. Admit only what you know: it may run when the file is read.
+        path: the file.
+        allow_globals: names such as "package.module.Class" that the pickle of a torch archive may refer to in addition
+            to those that weights_only loading allows. They are imported and may run when the file is read, so allow
+            only trusted ones.
 
     Raises:
-        ValueError: neither container, truncated or damaged, a torch archive whose pickle refers to other globals (the
-            message lists them), or one without a state_dict.
+        ValueError: neither container; truncated or damaged; a torch archive without a state_dict; or one whose pickle
+            refers to other globals (the message lists them).
         FileNotFoundError, IsADirectoryError, OSError: no file at the path.
-        ImportError: a global that cannot be imported, safetensors missing.
+        ImportError: a global that cannot be imported, or safetensors is not installed.
     """
     path = Path(path)
     if (found := kind_at(path)) != "a file":
@@ -163,16 +175,22 @@ def read_checkpoint(path: str | os.PathLike[str], *, allow_globals: Sequence[str
     if start[8:] == b"{":
         return _read_safetensors(path)
     raise ValueError(
-        f"{path}: expected a torch archive (as torch.save writes it) or a safetensors file, got neither; it is empty, "
-        "damaged before its first bytes, or something else"
+        f"{path}: expected a torch archive (as written by torch.save) or a safetensors file, got neither; the file is "
+        "empty, damaged at its start, or of another format"
     )
 
 
 def load_model(
     path: str | os.PathLike[str], *, weights: str | None = None, allow_globals: Sequence[str] = ()
 ) -> nn.Module:
-    """The model that a file holds, on the CPU. `weights`: "ema", "raw", or None for averaged rather than raw. Raises as
-    `read_checkpoint` and `Checkpoint.model` do."""
+    """Load the model of a file on the CPU.
+
+    Args:
+        path, allow_globals: as in `read_checkpoint`.
+        weights: "ema", "raw", or None for EMA if present, otherwise raw.
+
+    Raises as `read_checkpoint` and `Checkpoint.model`.
+    """
     return read_checkpoint(path, allow_globals=allow_globals).model(weights)
 
 
@@ -186,17 +204,17 @@ def _read_torch(path: Path, allow_globals: Sequence[str]) -> Checkpoint:
     empty = [str(name) for name, value in state.items() if isinstance(value, torch.Tensor) and value.is_meta]
     if empty:
         raise ValueError(
-            f"{path}: expected tensors with values, got some of the meta device, which have none: {', '.join(empty)}; "
-            "write it again from a model that is initialised or loaded"
+            f"{path}: expected tensors with values, got tensors on the meta device: {', '.join(empty)}; write the file "
+            "again from an initialized or loaded model"
         )
     own = content.get(OURS)
     left_out = {str(k): type(v).__name__ for k, v in content.items() if k not in ("state_dict", OURS)}
-    said = _said(path, own) if own is not None else {}
-    return Checkpoint(path, "torch", state, left_out=left_out, **said)
+    description = _read_description(path, own) if own is not None else {}
+    return Checkpoint(path, "torch", state, left_out=left_out, **description)
 
 
 def _unpickle(path: Path, allow_globals: Sequence[str]):
-    """The content of a torch archive, tensors memory-mapped."""
+    """The content of a torch archive, with memory-mapped tensors."""
     allowed = [(_import(name), name) for name in allow_globals]
     with torch.serialization.safe_globals(allowed):
         try:
@@ -204,23 +222,23 @@ def _unpickle(path: Path, allow_globals: Sequence[str]):
         except pickle.UnpicklingError as error:
             blocked = _blocked_globals(path)
             if not blocked:
-                raise ValueError(f"{path}: its pickle is damaged or no plain data ({_first_line(error)})") from None
+                raise ValueError(f"{path}: its pickle is damaged or not plain data ({_first_line(error)})") from None
             raise ValueError(
                 f"{path}: its pickle refers to {', '.join(blocked)}, which may run code when the file is read; nothing "
-                f"was loaded. If you know and trust them, admit them by name (--allow-global {blocked[0]}, "
-                f'allow_globals=["{blocked[0]}"]); those of os, posix, sys and the like are never admitted'
+                f"was loaded. If you trust them, allow them by name (--allow-global {blocked[0]}, "
+                f'allow_globals=["{blocked[0]}"]); those of os, posix, sys and similar modules are never allowed'
             ) from None
-        except Exception as error:  # a damaged archive makes its readers raise nearly anything
+        except Exception as error:  # a damaged archive can raise almost any exception
             raise ValueError(
                 f"{path}: the torch archive is truncated or damaged ({_first_line(error)}); copy it again"
             ) from None
 
 
 def _blocked_globals(path: Path) -> list[str]:
-    """What the pickle of a torch archive refers to beyond what is allowed; empty if it is too damaged to tell."""
+    """Globals in the pickle of a torch archive that are not allowed; empty if it is too damaged to be read."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # as above
+    except Exception:  # see _unpickle
         return []
 
 
@@ -230,13 +248,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _import(name: str) -> Any:
-    """The object of a dotted name."""
+    """The object with a dotted name."""
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ImportError(
-            f"allow_globals: {name} cannot be imported ({error}); install what defines it, or remove it from the file"
+            f"allow_globals: {name} cannot be imported ({error}); install the package that defines it"
         ) from None
 
 
@@ -248,24 +266,24 @@ def _read_safetensors(path: Path) -> Checkpoint:
             metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: the safetensors file is truncated or damaged ({error}); copy it again") from None
-    said = _said(path, metadata) if metadata.get("names") in NAMES else {}
-    return Checkpoint(path, "safetensors", tensors, **said)
+    description = _read_description(path, metadata) if metadata.get("names") in NAMES else {}
+    return Checkpoint(path, "safetensors", tensors, **description)
 
 
-def _said(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a file that this package wrote says of itself, as attributes of `Checkpoint`."""
+def _read_description(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The description in a file that this package wrote, as attributes of `Checkpoint`."""
     if not isinstance(metadata, Mapping):
         raise ValueError(f"{path}: its description of the model is damaged ({metadata!r})")
     names, weights = metadata.get("names"), metadata.get("weights")
-    said: dict[str, Any] = {"names": names, "weights": weights}
+    description: dict[str, Any] = {"names": names, "weights": weights}
     if names == OURS:
         try:
-            said |= {"model_class": metadata["model"], "config": json.loads(metadata["config"])}
+            description |= {"model_class": metadata["model"], "config": json.loads(metadata["config"])}
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: its description of the model is damaged ({error!r})") from None
-    if names not in NAMES or weights not in (None, *WEIGHTS) or not isinstance(said.get("config", {}), dict):
-        raise ValueError(f"{path}: its description is not one that this version writes: {dict(metadata)}")
-    return said
+    if names not in NAMES or weights not in (None, *WEIGHTS) or not isinstance(description.get("config", {}), dict):
+        raise ValueError(f"{path}: its description is not in the form that this version writes: {dict(metadata)}")
+    return description
 
 
 def _safetensors():
@@ -273,7 +291,9 @@ def _safetensors():
         import safetensors
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(f"safetensors files need a package: pip install safetensors ({error})") from None
+        raise ImportError(
+            f"safetensors files need the package safetensors: pip install safetensors ({error})"
+        ) from None
     return safetensors
 
 
@@ -288,73 +308,79 @@ def save_model(
     weights: str = "ema",
     overwrite: bool = False,
 ) -> None:
-    """Write a model; the container follows from the ending: .ckpt, .pt, .pth (torch) or .safetensors.
+    """Write a model to a file.
+
+    The file appears under its name only when it is complete. If `path` is a symbolic link, its target is written and
+    the link stays.
 
     Args:
         model: DeCo, DeCoTextToImage or DiT.
-        names: "deco_kernels", with class and constructor arguments, or "published". Published names bear the prefix of
+        path: the file. Its suffix selects the container: .ckpt, .pt or .pth (torch), or .safetensors.
+        names: "deco_kernels", with class and constructor arguments, or "published". Published names have the prefix of
             the weights ("ema_denoiser." or "denoiser.") in a torch file and none in a safetensors file.
-        weights: "ema" or "raw", what the model's weights are; written down.
+        weights: "ema" or "raw", the kind of the model's weights; recorded in the file.
         overwrite: replace an existing file.
 
-    The file appears under its name when it is complete, or not at all. Where the name is a symbolic link, the file that
-    it leads to is written, and the link stays. Raises FileExistsError, OSError when it cannot be written, TypeError for
-    another model, ValueError for another ending, `names` or `weights`.
+    Raises:
+        FileExistsError: the file exists and `overwrite` is False.
+        OSError: the file cannot be written.
+        TypeError: another model.
+        ValueError: an invalid suffix, `names` or `weights`.
     """
     if names not in NAMES:
         raise ValueError(f"names: expected one of {list(NAMES)}, got {names!r}")
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected one of {sorted(WEIGHTS)}, got {weights!r}")
-    said = {"names": names, "weights": weights}
+    description = {"names": names, "weights": weights}
     published = to_published(model, WEIGHTS[weights] if container_of(path) == "torch" else "")
     if names == OURS:
-        said |= {"model": type(model).__name__, "config": json.dumps(model.config, default=operator.index)}
-    write_tensors(published if names == PUBLISHED else model.state_dict(), path, said, overwrite=overwrite)
+        description |= {"model": type(model).__name__, "config": json.dumps(model.config, default=operator.index)}
+    write_tensors(published if names == PUBLISHED else model.state_dict(), path, description, overwrite=overwrite)
 
 
 def container_of(path: str | os.PathLike[str]) -> str:
-    """The container that the ending of a name asks for; ValueError for other endings."""
+    """The container that the suffix of a name selects. Raises ValueError for other suffixes."""
     container = _CONTAINERS.get(Path(path).suffix)
     if container is None:
-        raise ValueError(f"{path}: expected a name that ends with {', '.join(_CONTAINERS)}, to say what to write")
+        raise ValueError(f"{path}: expected a name with suffix {', '.join(_CONTAINERS)}, which selects the container")
     return container
 
 
 def write_tensors(
     tensors: Mapping[str, torch.Tensor],
     path: str | os.PathLike[str],
-    said: Mapping[str, str],
+    description: Mapping[str, str],
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write tensors under their names, and what the file says of itself; whole, or not at all, as `save_model`."""
+    """Write tensors under their names, with the description of the file; replaces and raises as `save_model`."""
     path, container = Path(path), container_of(path)
     tensors = {name: _compact(tensor.detach()) for name, tensor in tensors.items()}
     with complete_or_absent(path, overwrite) as temporary:
         if container == "safetensors":
-            _safetensors().torch.save_file(tensors, temporary, metadata={"format": "pt", **said})
+            _safetensors().torch.save_file(tensors, temporary, metadata={"format": "pt", **description})
         else:
-            own = {OURS: dict(said)} if said.get("names") == OURS else {}
+            own = {OURS: dict(description)} if description.get("names") == OURS else {}
             with open(temporary, "wb") as file:
                 torch.save({**own, "state_dict": tensors}, file)
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous, and with a storage of its own, so that no file holds more than the tensors."""
-    alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+    """The tensor, copied unless it is contiguous and fills its storage: torch.save writes whole storages."""
+    compact = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if compact else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @contextlib.contextmanager
 def complete_or_absent(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary file beside `path`, empty: renamed to it at the end, removed after an error. Who may read it follows
-    from the umask, whatever its writer asks for (safetensors: the owner alone).
+    """An empty temporary file beside `path`, which is renamed to it at the end and removed after an error.
 
-    Where `path` is a symbolic link, all of this happens beside the file that it leads to, and the link stays.
+    Its permissions follow the umask, even if the writer sets others (safetensors: owner only). If `path` is a symbolic
+    link, the temporary file is beside its target and the link stays.
     """
     target = Path(os.path.realpath(path))
     if target.is_symlink():
-        raise OSError(f"{path}: cannot be written (its symbolic links lead in a circle)")
+        raise OSError(f"{path}: cannot be written (its symbolic links form a loop)")
     _refuse_existing(path, overwrite)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -371,13 +397,13 @@ def complete_or_absent(path: Path, overwrite: bool) -> Iterator[Path]:
         raise
     except Exception as error:
         if isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError":
-            raise OSError(f"{path}: cannot be written ({_first_line(error)}); nothing was left behind") from error
+            raise OSError(f"{path}: cannot be written ({_first_line(error)}); no partial file remains") from error
         raise
     finally:
-        with contextlib.suppress(OSError):  # of a read-only file system, which the writer has met already
+        with contextlib.suppress(OSError):  # a read-only file system has already raised above
             temporary.unlink(missing_ok=True)
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path}: exists; choose another name, or overwrite it explicitly")
+        raise FileExistsError(f"{path}: exists; choose another name or pass overwrite")

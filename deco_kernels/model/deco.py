@@ -1,4 +1,4 @@
-"""DeCo: the trunk models semantics on patches, the per-pixel decoder adds the detail at full resolution.
+"""DeCo: a trunk models semantics on patches, and the per-pixel decoder adds the detail at full resolution.
 
 Source: DeCo (arXiv 2511.19365), section 3.
 """
@@ -19,7 +19,7 @@ from deco_kernels.model.pixel_decoder import PixelDecoder
 class PixelDiffusion(nn.Module):
     """A trunk and the per-pixel decoder: velocity = decoder(x, SiLU(time embedding + trunk tokens)).
 
-    Its subclasses differ in the trunk, and with it in the kind of condition.
+    Subclasses differ in the trunk and in the kind of condition.
     """
 
     def __init__(self, trunk: PatchTransformer, decoder: PixelDecoder):
@@ -28,12 +28,12 @@ class PixelDiffusion(nn.Module):
         self.decoder = decoder
 
     def reset_parameters(self) -> None:
-        """Initialise in place; a fresh model returns exactly 0."""
+        """Initialize the parameters in place; a newly initialized model returns exactly 0."""
         self.trunk.reset_parameters()
         self.decoder.reset_parameters()
 
     def compile_trunk(self, **options: Any) -> None:
-        """Leave the trunk's blocks to torch.compile, see `PatchTransformer.compile_blocks`."""
+        """Compile the trunk's blocks in place with torch.compile, see `PatchTransformer.compile_blocks`."""
         self.trunk.compile_blocks(**options)
 
     def forward(
@@ -42,14 +42,14 @@ class PixelDiffusion(nn.Module):
         """Predict the velocity.
 
         Args:
-            x: noised image [B, C, H, W], floating; H and W multiples of patch_size, not necessarily equal.
-            t: times [B] in [0, 1], 0 noise, 1 image.
-            y: the condition, as the class says.
+            x: noised image [B, C, H, W], floating; H and W are multiples of patch_size and may differ.
+            t: times [B] in [0, 1], floating; 0 is noise, 1 is the image.
+            y: the condition; the subclass defines its shape and dtype.
             features_after: number of a trunk block, counted from 1.
 
         Returns:
-            Velocity [B, C, H, W] in the activation dtype (that of the parameters, or autocast's); with
-            `features_after` the pair (velocity, tokens [B, L, Z] after that block).
+            Velocity [B, C, H, W] in the activation dtype (that of the parameters, or autocast's). With
+            `features_after`, the pair (velocity, tokens [B, L, Z] after that block).
 
         Raises:
             TypeError, ValueError: arguments that do not fit the model or each other.
@@ -69,15 +69,16 @@ class PixelDiffusion(nn.Module):
 class DeCo(PixelDiffusion):
     """Class-to-image pixel diffusion model; the condition y is labels [B], int64 or int32, from 0 to num_classes.
 
-    Label num_classes is the null class. Labels out of range raise ValueError on the CPU; on a GPU and inside
-    torch.compile PyTorch's own assertion fails, since a check would wait for the device.
+    Label num_classes is the null class. Labels out of range raise ValueError on the CPU. On a GPU and inside
+    torch.compile, PyTorch's own assertion fails instead: a check would synchronize with the device.
 
     Args:
-        width, depth, heads, num_classes, patch_size, channels, mlp_width: of the trunk, see `Trunk`.
-        decoder_width, decoder_depth, decoder_patch, interaction, save_memory, backend: of the decoder, see
+        width, depth, heads, num_classes, patch_size, channels, mlp_width: arguments of the trunk, see `Trunk`.
+        decoder_width, decoder_depth, decoder_patch, interaction, save_memory, backend: arguments of the decoder, see
             `PixelDecoder`.
 
-    `config` holds the arguments: `DeCo(**model.config)` builds the same model afresh.
+    Raises TypeError or ValueError for invalid arguments. `config` holds the arguments; `DeCo(**model.config)` builds
+    another model of the same configuration.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The Diffusion Transformer that models semantics on patches, and the plain DiT baseline built on it.
+"""The Diffusion Transformer on patches (the trunk) and the plain DiT baseline built on it.
 
 Source: DeCo (arXiv 2511.19365), section 3.1; Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT).
 """
@@ -18,7 +18,7 @@ from deco_kernels.model.position import rotary_angles, rotate_pairs
 TIME_FEATURES = 256
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
-"""cos and sin [L, Z/heads/2] of the rotary angles."""
+"""(cos, sin) of the rotary angles, each [L, Z/heads/2]."""
 
 
 class RMSNorm(nn.Module):
@@ -36,10 +36,9 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Softmax self-attention with RMS-normalised queries and keys and an optional 2-D rotary embedding.
+    """Softmax self-attention with RMS-normalized queries and keys and an optional 2-D rotary embedding.
 
-    x [B, L, Z] → [B, L, Z]; `rotation` is the pair cos, sin [L, Z/heads/2] of the rotary angles;
-    qkv without bias (rows: all of q, then k, then v), proj with bias.
+    x [B, L, Z] → [B, L, Z]. `qkv` has no bias; its rows are all of q, then k, then v. `proj` has a bias.
     """
 
     def __init__(self, width: int, heads: int):
@@ -56,7 +55,7 @@ class Attention(nn.Module):
     def queries_keys_values(
         self, x: torch.Tensor, rotation: Rotation | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of x, each [B, heads, L, Z/heads], normalised and rotated."""
+        """Queries, keys and values of x, each [B, heads, L, Z/heads], normalized and rotated."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
@@ -69,7 +68,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w2·(SiLU(w1·x) · w3·x), no biases."""
+    """w2·(SiLU(w1·x) · w3·x) on x [..., width], without biases; `hidden` rows in w1 and w3."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -100,8 +99,8 @@ class TimeEmbedding(nn.Module):
 class Block(nn.Module):
     """One transformer block with adaptive RMS norms, x [B, L, Z] and condition c [B, Z].
 
-    `attn` maps (x, *context) and `mlp` maps x, each [B, L, Z] → [B, L, Z]; the context is the rotation and whatever
-    else the attention sees.
+    `attn` maps (x, *context) and `mlp` maps x, each [B, L, Z] → [B, L, Z]. The context is the rotation and any other
+    input of the attention.
 
     shift₁, scale₁, gate₁, shift₂, scale₂, gate₂ = modulation(c);
     x += gate₁·attn(norm1(x)(1 + scale₁) + shift₁); x += gate₂·mlp(norm2(x)(1 + scale₂) + shift₂).
@@ -122,9 +121,9 @@ class Block(nn.Module):
 
 
 class PatchTransformer(nn.Module):
-    """What the trunks share: patch and time embedding, image blocks, rotary positions.
+    """Base class of the trunks: patch and time embedding, image blocks, rotary positions.
 
-    A subclass adds the embedding of its condition and `blocks`, then calls `reset_parameters`; its `forward` calls
+    A subclass adds the embedding of its condition and `blocks`, then calls `reset_parameters`. Its `forward` calls
     `transform`.
     """
 
@@ -148,10 +147,10 @@ class PatchTransformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise in place.
+        """Initialize the parameters in place.
 
-        Patch embedding Xavier-uniform, time weights N(0, 0.02²), the condition's by `reset_condition`, the rest
-        PyTorch's defaults.
+        Patch embedding Xavier-uniform, time weights N(0, 0.02²), condition embedding by `reset_condition`, everything
+        else PyTorch's defaults.
         """
         reset_by_default(self.blocks)
         nn.init.xavier_uniform_(self.patch_embed.weight)
@@ -162,7 +161,7 @@ class PatchTransformer(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
 
     def reset_condition(self) -> None:
-        """Initialise the embedding of the condition in place."""
+        """Initialize the embedding of the condition in place."""
         raise NotImplementedError
 
     def check_image(self, x: torch.Tensor, t: torch.Tensor) -> None:
@@ -181,26 +180,27 @@ class PatchTransformer(nn.Module):
             raise TypeError(f"x and t: expected floating-point tensors, got {x.dtype} and {t.dtype}")
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile every block in place by torch.compile with the given options, one block at a time.
+        """Compile every block in place with `torch.compile(**options)`, one block at a time.
 
-        Blocks of one kind share the compiled code, so that compile time does not grow with depth. Parameters,
-        state_dict and results up to rounding stay; copies of the model are not compiled.
+        Blocks of one kind share the compiled code, so compile time does not grow with depth. Parameters and state_dict
+        do not change; results change only by rounding. Copies of the model are not compiled.
         """
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile(**options)
 
     def rotary_angles(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-        """Angles [rows·columns, Z/heads/2] for a grid of patches."""
+        """Rotary angles for a grid of patches, float32 [rows·columns, Z/heads/2]."""
         return rotary_angles(rows, columns, self.width // self.heads, device)
 
     def transform(
         self, x: torch.Tensor, c: torch.Tensor, *context: torch.Tensor, features_after: int | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Patches of x [B, C, H, W] through the image blocks with condition c [B, Z] and further context.
+        """Run the patches of x [B, C, H, W] through the image blocks with condition c [B, Z] and further context.
 
         Returns:
-            (tokens [B, L, Z] in row-major patch order; the tokens after block `features_after`, from 1, or None).
+            (tokens [B, L, Z] in row-major patch order; the tokens after block `features_after`, counted from 1, or
+            None). Raises ValueError if there is no such block.
         """
         if features_after is not None and not 1 <= features_after <= len(self.blocks):
             raise ValueError(f"features_after: expected a block from 1 to {len(self.blocks)}, got {features_after}")
@@ -217,7 +217,7 @@ class PatchTransformer(nn.Module):
 
 
 def reset_by_default(modules: nn.Module) -> None:
-    """PyTorch's default initialisation of every linear, ones for every norm."""
+    """Reset every linear to PyTorch's default initialization and the weight of every RMSNorm to 1."""
     for module in modules.modules():
         if isinstance(module, nn.Linear):
             module.reset_parameters()
@@ -229,9 +229,15 @@ class Trunk(PatchTransformer):
     """Class-conditional transformer on patches.
 
     Args:
-        width: Z. heads: attention heads; Z/heads must be a multiple of 4. depth: blocks.
-        num_classes: the label table has one row more, the null class, at index `num_classes`.
-        patch_size, channels: of the image. mlp_width: of the SwiGLU, int(8·Z/3) by default.
+        width: Z, token width.
+        depth: number of blocks.
+        heads: number of attention heads; Z/heads must be a multiple of 4.
+        num_classes: number of classes. The label table has one more row for the null class, at index `num_classes`.
+        patch_size: edge of a patch in pixels.
+        channels: image channels.
+        mlp_width: hidden width of the SwiGLU, int(8·Z/3) by default.
+
+    Raises TypeError or ValueError for invalid arguments.
     """
 
     def __init__(
@@ -254,7 +260,7 @@ class Trunk(PatchTransformer):
         self.reset_parameters()
 
     def reset_condition(self) -> None:
-        """The label table N(0, 0.02²)."""
+        """Initialize the label table from N(0, 0.02²)."""
         nn.init.normal_(self.label_table.weight, std=0.02)
 
     def check_inputs(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
@@ -269,10 +275,11 @@ class Trunk(PatchTransformer):
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, features_after: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Run the trunk on x [B, C, H, W], t [B], labels y [B] from 0 to num_classes, the null class.
+        """Run the trunk on x [B, C, H, W], t [B] and labels y [B] from 0 to num_classes (the null class).
 
-        Raises TypeError or ValueError for arguments that do not fit. Labels out of range are noticed on the CPU; on a
-        GPU, where looking at them would wait for the device, and inside torch.compile, PyTorch's own assertion fails.
+        Raises TypeError or ValueError for arguments that do not fit. Labels out of range raise ValueError on the CPU.
+        On a GPU, where a check would synchronize with the device, and inside torch.compile, PyTorch's own assertion
+        fails instead.
 
         Returns:
             (tokens [B, L, Z] in row-major patch order, time embedding [B, Z], condition c = SiLU(time + label) [B, Z],
@@ -285,14 +292,14 @@ class Trunk(PatchTransformer):
         return tokens, time, c, features
 
     def check_labels(self, y: torch.Tensor) -> None:
-        """Raise ValueError unless all labels y [B] are from 0 to num_classes; noticed as `forward` notices it."""
+        """Raise ValueError unless all labels y [B] are from 0 to num_classes; checks where `forward` does."""
         if y.is_cpu and y.numel() and not torch.compiler.is_compiling() and (y.min() < 0 or y.max() > self.num_classes):
             raise self._out_of_range(y)
 
     def _embed_labels(self, y: torch.Tensor) -> torch.Tensor:
         try:
             return self.label_table(y)
-        except IndexError:  # the CPU's lookup checks every label
+        except IndexError:  # the lookup on the CPU checks every label
             raise self._out_of_range(y) from None
 
     def _out_of_range(self, y: torch.Tensor) -> ValueError:
@@ -305,7 +312,7 @@ class Trunk(PatchTransformer):
 class DiT(nn.Module):
     """The plain DiT baseline: the trunk, then LayerNorm without affine, modulation and one linear per patch.
 
-    Arguments as `Trunk`. `config` holds them.
+    Takes and checks the arguments of `Trunk`; `config` holds them.
     """
 
     def __init__(
@@ -341,7 +348,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise in place; modulation and head are zero, so that a fresh model returns exactly 0."""
+        """Initialize the parameters in place; modulation and head are zero, so a new model returns exactly 0."""
         self.trunk.reset_parameters()
         for linear in (self.modulation, self.head):
             nn.init.zeros_(linear.weight)
@@ -352,16 +359,16 @@ class DiT(nn.Module):
         self.trunk.check_labels(y)
 
     def compile_trunk(self, **options: Any) -> None:
-        """Leave the trunk's blocks to torch.compile, see `PatchTransformer.compile_blocks`."""
+        """Compile the trunk's blocks in place with torch.compile, see `PatchTransformer.compile_blocks`."""
         self.trunk.compile_blocks(**options)
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, features_after: int | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Velocity [B, C, H, W] for a noised image x [B, C, H, W], times t [B] in [0, 1] and labels y [B].
+        """Predict the velocity [B, C, H, W] of a noised image x [B, C, H, W] at times t [B] in [0, 1] for labels y [B].
 
-        Labels run from 0 to num_classes, the null class; `Trunk.forward` says where others are noticed.
-        With `features_after` the pair (velocity, tokens [B, L, Z] after that trunk block, counted from 1).
+        Labels run from 0 to num_classes (the null class). Errors as in `Trunk.forward`. With `features_after`, returns
+        the pair (velocity, tokens [B, L, Z] after that trunk block, counted from 1).
         """
         tokens, _, c, features = self.trunk(x, t, y, features_after)
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)

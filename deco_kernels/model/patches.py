@@ -1,4 +1,4 @@
-"""Images as sequences of square patches and back; patches and the pixels inside them are in row-major order."""
+"""Conversion between images and sequences of square patches; patches and their pixels are in row-major order."""
 
 from __future__ import annotations
 

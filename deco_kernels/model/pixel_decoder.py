@@ -1,6 +1,6 @@
-"""The per-pixel decoder as a module: parameters, initialisation, and the choice of fused op.
+"""The per-pixel decoder as a module: parameters, initialization and the choice of fused op.
 
-Source: DeCo (arXiv 2511.19365), section 3.2; decoder patch and "add" interaction are the ablations of its Table 4.
+Source: DeCo (arXiv 2511.19365), section 3.2; decoder patch and "add" interaction are ablations of its Table 4.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ def fold_query(
     input_bias: torch.Tensor,
     position_features: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two input linears as one map of a pixel's channels and a table of positions.
+    """Fold the two input linears into one linear of a pixel's channels and a table over the patch's pixels.
 
     pixel_weight = input_weight·embed_weight[:, :C]; pixel_table = input_weight·(embed_weight[:, C:]·pos_k +
     embed_bias) + input_bias. Differentiable; unaffected by autocast.
 
     Args:
-        embed_weight, embed_bias: [D, C + F], [D]. input_weight, input_bias: [D, D], [D].
+        embed_weight, embed_bias: [D, C + F], [D].
+        input_weight, input_bias: [D, D], [D].
         position_features: [P, F].
 
     Returns:
-        (pixel_weight [D, C], pixel_table [P, D]), in float32 or the weights' dtype if that is wider.
+        (pixel_weight [D, C], pixel_table [P, D]) in float32, or in the dtype of the weights if that is wider.
     """
     device_type = embed_weight.device.type
     dtype = torch.promote_types(embed_weight.dtype, torch.float32)
@@ -52,7 +53,7 @@ def fold_query(
 
 
 def upsample(tokens: torch.Tensor, up_weight: torch.Tensor, up_bias: torch.Tensor, width: int) -> torch.Tensor:
-    """Token conditions [..., Z] → pixel conditions [..., P, D], in the dtype of tokens or autocast's."""
+    """Tokens [..., Z] → pixel conditions [..., P, D], D = width, in the dtype of tokens or autocast's."""
     cond = F.linear(tokens, up_weight.to(tokens.dtype), up_bias.to(tokens.dtype))
     return cond.unflatten(-1, (-1, width))
 
@@ -69,9 +70,11 @@ def decode(
     save_memory: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Velocity [B, C, H, W] by the op that fits: `pixel_decoder_from_tokens` where no gradient is needed or with
-    `save_memory`, otherwise the upsample and `pixel_decoder`. `weights` are those of `pixel_decoder`, from pixel_weight
-    on."""
+    """Decode image [B, C, H, W] and tokens [..., Z] to the velocity [B, C, H, W].
+
+    Calls `pixel_decoder_from_tokens` with `save_memory` or if no gradient is needed, and otherwise the upsample and
+    `pixel_decoder`. `weights` are the weights of `pixel_decoder` in its order, from pixel_weight on.
+    """
     options = dict(patch_size=patch_size, eps=eps, backend=backend)
     tensors = (image, tokens, up_weight, up_bias, *weights)
     if save_memory or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
@@ -80,9 +83,9 @@ def decode(
 
 
 class PixelDecoder(nn.Module):
-    """Decodes an image to a velocity, pixel by pixel, conditioned on one token per patch.
+    """Decodes a noised image to a velocity, pixel by pixel, conditioned on one token per patch.
 
-    For every pixel k of the patch of a token s, with position features pos_k:
+    For pixel k of the patch that belongs to token s, with position features pos_k:
 
         y = up_weight·s + up_bias                                           (token → pixel upsample, [T, P, D])
         h = input_weight·(embed_weight·[pixel; pos_k] + embed_bias) + input_bias
@@ -90,31 +93,32 @@ class PixelDecoder(nn.Module):
                  h = h + gate·(fc2·SiLU(fc1·(LayerNorm(h)·(1 + scale) + shift)))
         velocity = head_weight·LayerNorm(h) + head_bias
 
-    The two input linears are folded into pixel_weight [D, C] and pixel_table [P, D] at every call (float32, autocast
-    off); their gradients are those of the unfolded maps. With `interaction="add"` y is added to the first h and the
-    blocks have no modulation; that variant is plain PyTorch.
+    Every call folds the two input linears into pixel_weight [D, C] and pixel_table [P, D] (float32, autocast off).
+    Gradients are those of the unfolded linears. With `interaction="add"`, y is added to the first h and the blocks have
+    no modulation; this variant is plain PyTorch.
 
     Args:
-        token_width: Z, width of the tokens.
-        width: D, width of the decoder.
-        depth: N >= 1, number of blocks.
-        patch_size: p, edge of a token's patch in image pixels.
+        token_width: Z, token width.
+        width: D, decoder width.
+        depth: N, number of blocks, at least 1.
+        patch_size: p, edge in image pixels of the patch of one token.
         channels: C, image channels.
-        decoder_patch: r. The decoder works on positions of r×r pixels (pixel_unshuffle before, pixel_shuffle after), so
-            that it sees C·r² channels and patches of (p/r)² positions. 1 in all published models.
+        decoder_patch: r. The decoder works on positions of r×r pixels (pixel_unshuffle before, pixel_shuffle after): it
+            sees C·r² channels and patches of (p/r)² positions. 1 in all published models.
         interaction: "adaln" or "add".
         position_features: "class" or "text", see `pixel_position_features`.
-        save_memory: use the op that starts from tokens in training too: the upsampled y [T, P, D] is then never stored,
+        save_memory: use the op that starts from tokens in training too. The upsampled y [T, P, D] is then never stored,
             and the backward recomputes it.
-        eps: of both layer norms.
-        backend: passed to the ops; None leaves the choice to deco_kernels.
+        eps: epsilon of both layer norms.
+        backend: backend of the ops; None for the automatic choice.
 
-    Raises ValueError or TypeError for arguments that no decoder can have; whether the backend serves it is for the call
-    to say.
+    Raises:
+        TypeError, ValueError: invalid arguments. A size that the backend does not support raises at the call.
 
-    Parameters are float32 and stacked over blocks: norm_weight/norm_bias [N, D], mod_weight [N, 3D, D] (shift, scale,
-    gate), mod_bias [N, 3D], fc1/fc2 weights [N, D, D] and biases [N, D], head_weight [C, D], up_weight [P·D, Z] (row
-    k·D + d), embed_weight [D, C + 64], input_weight [D, D].
+    Parameters are float32 and stacked over blocks: norm_weight and norm_bias [N, D], mod_weight [N, 3D, D] (shift,
+    scale, gate), mod_bias [N, 3D], fc1 and fc2 weights [N, D, D] and biases [N, D], head_weight [C, D], head_bias [C],
+    up_weight [P·D, Z] (row k·D + d), up_bias [P·D], embed_weight [D, C + 64], embed_bias [D], input_weight [D, D],
+    input_bias [D]. For decoder_patch r, C·r² and (p/r)² take the place of C and P.
     """
 
     def __init__(
@@ -176,10 +180,10 @@ class PixelDecoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise in place: Xavier-uniform linears with zero bias, then modulation and head zero.
+        """Initialize in place: linears Xavier-uniform with zero bias, except modulation and head, which are zero.
 
-        A fresh decoder returns exactly 0. Also refills the fixed position features, so that a module materialised
-        from the meta device is complete after this call.
+        A newly initialized decoder returns exactly 0. Also recomputes the fixed position features, so that a module
+        materialized from the meta device is complete after this call.
         """
         self.fill_position_features()
         for name, parameter in self.named_parameters(recurse=False):
@@ -196,22 +200,24 @@ class PixelDecoder(nn.Module):
         self.position_features = pixel_position_features(self.grid, self.position_kind, self.embed_weight.device)
 
     def fold_input(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two input linears as one: (pixel_weight [D, C·r²], pixel_table [P, D]), see `fold_query`."""
+        """Fold the two input linears: (pixel_weight [D, C·r²], pixel_table [P, D]), see `fold_query`."""
         query = (self.embed_weight, self.embed_bias, self.input_weight, self.input_bias)
         return fold_query(*query, self.position_features)
 
     def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Decode.
+        """Decode a noised image to the velocity.
 
         Args:
             image: noised image [B, C, H, W], any floating dtype and strides; H and W divisible by patch_size.
-            tokens: [..., Z], leading sizes multiplying to B·(H/p)·(W/p), patches in row-major order.
+            tokens: [..., Z], whose leading sizes multiply to B·(H/p)·(W/p), with patches in row-major order.
 
         Returns:
-            Velocity [B, C, H, W] in the activation dtype: that of tokens, or autocast's.
+            Velocity [B, C, H, W] in the activation dtype (that of tokens, or autocast's).
 
         Raises:
-            TypeError: not tensors. ValueError: shapes that do not fit the decoder or each other.
+            TypeError: arguments that are not tensors.
+            ValueError: shapes that do not fit the decoder or each other.
+            BackendUnavailable: `backend` cannot run these tensors.
         """
         self._check_inputs(image, tokens)
         if self.decoder_patch > 1:
@@ -263,7 +269,7 @@ class PixelDecoder(nn.Module):
         pixels = to_patches(image, self.grid).transpose(-1, -2)
         cond = cond.reshape(*pixels.shape[:-1], self.width)
 
-        def normalise(h: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None):
+        def normalize(h: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None):
             affine = [None if p is None else p.to(residual_dtype) for p in (weight, bias)]
             return F.layer_norm(h, (self.width,), *affine, eps=self.eps).to(dtype)
 
@@ -273,10 +279,10 @@ class PixelDecoder(nn.Module):
         h = linear(pixels.to(dtype), pixel_weight).to(residual_dtype) + pixel_table + cond
         for i in range(self.depth):
             hidden = F.silu(
-                linear(normalise(h, self.norm_weight[i], self.norm_bias[i]), self.fc1_weight[i], self.fc1_bias[i])
+                linear(normalize(h, self.norm_weight[i], self.norm_bias[i]), self.fc1_weight[i], self.fc1_bias[i])
             )
             h = h + linear(hidden, self.fc2_weight[i], self.fc2_bias[i])
-        velocity = linear(normalise(h), self.head_weight, self.head_bias)
+        velocity = linear(normalize(h), self.head_weight, self.head_bias)
         return from_patches(velocity.transpose(-1, -2), self.grid, *image.shape[-2:])
 
     def extra_repr(self) -> str:

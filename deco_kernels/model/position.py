@@ -1,7 +1,7 @@
-"""Fixed position features: of the pixels inside a patch (decoder) and of the patches inside an image (trunk).
+"""Fixed position features of the pixels in a patch (decoder) and rotary angles of the patches in an image (trunk).
 
-Source: DeCo (arXiv 2511.19365), section 3, and the published checkpoints. Both are pure functions of sizes; they are
-computed in float64 and rounded once to float32.
+Source: DeCo (arXiv 2511.19365), section 3, and the published checkpoints. Both depend only on
+sizes, are computed in float64 and rounded once to float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def pixel_position_features(
     - `"text"`: cos(x g_m) at index 2m and cos(y g_m) at 2m + 1, with g_m = 10000^(-4m/128), m = 0..31, and x (of kx),
       y (of ky) on linspace(0, patch_size, patch_size).
 
-    Returns a float32 tensor [P, 64]. Raises ValueError for another `kind`.
+    Returns a float32 tensor [P, 64] on `device`. Raises ValueError for any other `kind`.
     """
     if kind not in POSITION_FEATURES:
         raise ValueError(f"position_features: expected one of {list(POSITION_FEATURES)}, got {kind!r}")
@@ -54,9 +54,9 @@ def rotary_angles(
     *,
     extent: tuple[float, float] = (16.0, 16.0),
 ) -> torch.Tensor:
-    """Angles of the 2-D rotary embedding for a grid of patches, float32 [rows·columns, head_dim/2], row-major.
+    """Angles (radians) of the 2-D rotary embedding, row-major grid of patches, float32 [rows·columns, head_dim/2].
 
-    Pair 2m turns by x·f_m and pair 2m + 1 by y·f_m, with f_m = 10000^(-4m/head_dim), m < head_dim/4, x on
+    Pair 2m is rotated by x·f_m and pair 2m + 1 by y·f_m, with f_m = 10000^(-4m/head_dim), m < head_dim/4, x on
     linspace(0, extent[0], columns) and y on linspace(0, extent[1], rows). `head_dim` must be a multiple of 4.
     """
     x = torch.linspace(0.0, extent[0], columns, dtype=torch.float64, device=device)
@@ -69,9 +69,9 @@ def rotary_angles(
 
 
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate every pair of neighbouring channels of x [..., L, head_dim] by angles of given cos, sin [L, head_dim/2].
+    """Rotate each pair of adjacent channels of x [..., L, head_dim], given cos and sin [L, head_dim/2] of the angles.
 
-    Computed in float32 (float64 for float64 input); the result has the dtype of x.
+    Computes in float32 (float64 for float64 input) and returns the dtype of x.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)

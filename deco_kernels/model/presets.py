@@ -1,6 +1,6 @@
-"""Named configurations: the published models and small ones for tests and the demo.
+"""Named configurations: the published models, and small ones for tests and the demo.
 
-Source of the published sizes: DeCo (arXiv 2511.19365), section 4 and its checkpoints.
+Source of the published sizes: DeCo (arXiv 2511.19365), section 4, and the published checkpoints.
 """
 
 from __future__ import annotations
@@ -31,16 +31,19 @@ PRESETS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 
 
 def build(name: str, **overrides: Any) -> nn.Module:
-    """Build a freshly initialised model.
+    """Build a newly initialized model.
 
     Args:
         name: a key of `PRESETS`.
-        overrides: constructor arguments of the preset's class that replace the preset's, for example
-            `decoder_width=64`. Build under `with torch.device(...)` to choose the device.
+        overrides: constructor arguments that replace those of the preset, for example `decoder_width=64`.
+
+    Returns:
+        The model, with float32 parameters on the current default device (`with torch.device(...)` chooses another).
 
     Raises:
-        ValueError: unknown name, or a size the model cannot have.
-        TypeError: an argument the class does not take (the message lists those it takes), or a size that is no integer.
+        ValueError: unknown name, or an invalid size.
+        TypeError: an argument that the class does not accept (the message lists those it accepts), or a size that is
+            not an integer.
     """
     if name not in PRESETS:
         raise ValueError(f"name: expected one of {list(PRESETS)}, got {name!r}")
@@ -48,5 +51,5 @@ def build(name: str, **overrides: Any) -> nn.Module:
     known = list(inspect.signature(cls).parameters)
     unknown = sorted(set(overrides) - set(known))
     if unknown:
-        raise TypeError(f"build({name!r}) got unknown options {unknown}; {cls.__name__} takes {known}")
+        raise TypeError(f"build({name!r}) got unknown options {unknown}; {cls.__name__} accepts {known}")
     return cls(**{**arguments, **overrides})

@@ -16,25 +16,26 @@ from deco_kernels.model.arguments import require_sizes
 
 
 class Qwen3TextEncoder(nn.Module):
-    """Prompts to text features [B, max_length, width], through the package transformers.
+    """Encodes prompts to text features [B, max_length, width] with a frozen Qwen3 model of the package transformers.
 
-    A prompt is tokenised as it is (no chat template) and padded on the right; padding is masked inside the language
-    model, but its hidden states are part of the features. Attention is PyTorch's `scaled_dot_product_attention`, in
-    which a position that sees no other, such as those of the empty prompt, attends to nothing. The model is frozen.
+    A prompt is tokenized without a chat template and padded on the right. Padding is masked inside the language model,
+    but its hidden states are part of the features. Attention is PyTorch's `scaled_dot_product_attention`, in which a
+    fully masked position, such as every position of the empty prompt, attends to nothing.
 
     Args:
         path_or_id: folder of a Qwen3 model (config, tokenizer, weights) or its id on the Hugging Face hub, such as
             "Qwen/Qwen3-1.7B".
         max_length: positions per prompt, `text_length` of the text-to-image model.
-        width: feature width, `text_width` of the text-to-image model: wider hidden states are truncated, narrower ones
+        width: feature width, `text_width` of the text-to-image model. Wider hidden states are truncated, narrower ones
             padded with zeros.
-        dtype: of weights and features.
-        truncate: cut prompts of more than `max_length` tokens instead of refusing them.
+        dtype: dtype of weights and features.
+        truncate: truncate prompts of more than `max_length` tokens instead of raising ValueError.
 
     Raises:
         ImportError: transformers is not installed.
-        OSError: nothing that can be loaded under path_or_id, or no connection to the hub.
-        ValueError: another model than Qwen3, weights missing, or sizes it cannot have.
+        OSError: no model can be loaded from path_or_id, or there is no connection to the hub.
+        ValueError: the model is not a Qwen3, lacks weights, or does not support `max_length`; or a size is below 1.
+        TypeError: a size that is not an integer.
     """
 
     def __init__(
@@ -52,23 +53,23 @@ class Qwen3TextEncoder(nn.Module):
         self.tokenizer, self.model = _load(os.fspath(path_or_id), dtype)
         longest = self.model.config.max_position_embeddings
         if max_length > longest:
-            raise ValueError(f"max_length: expected at most {longest}, what the model was made for, got {max_length}")
+            raise ValueError(f"max_length: expected at most {longest}, the maximum of the model, got {max_length}")
         self.register_buffer("_empty_prompt", None, persistent=False)
 
     @property
     def empty_prompt(self) -> torch.Tensor:
-        """Features [max_length, width] of the empty prompt, the null condition; computed once."""
+        """Features [max_length, width] of the empty prompt (the null condition), computed once."""
         if self._empty_prompt is None:
             self._empty_prompt = self._encode([[]])[0]
         return self._empty_prompt
 
     def forward(self, prompts: str | Sequence[str]) -> torch.Tensor:
-        """Features [B, max_length, width] of B prompts, on the model's device, without gradients.
+        """Encode B prompts to features [B, max_length, width] on the model's device, without gradients.
 
         Raises:
-            TypeError: something else than strings.
-            ValueError: no prompt, an empty one (its features are `empty_prompt`), or, unless `truncate`, one of more
-                than `max_length` tokens.
+            TypeError: a prompt that is not a string.
+            ValueError: no prompts, an empty prompt (its features are `empty_prompt`), or, without `truncate`, a prompt
+                of more than `max_length` tokens.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for number, prompt in enumerate(prompts):
@@ -79,7 +80,7 @@ class Qwen3TextEncoder(nn.Module):
                     f"prompts[{number}]: expected text, got {prompt!r}; the null condition is empty_prompt"
                 )
         if not prompts:
-            raise ValueError("prompts: expected at least one, got none")
+            raise ValueError("prompts: expected at least one prompt, got none")
         tokens = self.tokenizer(prompts)["input_ids"]
         for number, ids in enumerate(tokens):
             if len(ids) > self.max_length and not self.truncate:
@@ -91,7 +92,7 @@ class Qwen3TextEncoder(nn.Module):
 
     @torch.no_grad()
     def _encode(self, tokens: list[list[int]]) -> torch.Tensor:
-        """Features of token numbers, each list at most max_length long."""
+        """Features [B, max_length, width] of B lists of at most max_length token ids."""
         padding = self.tokenizer.pad_token_id
         shape = (len(tokens), self.max_length)
         numbers, mask = torch.full(shape, padding), torch.zeros(shape, dtype=torch.int64)
@@ -104,7 +105,7 @@ class Qwen3TextEncoder(nn.Module):
 
 
 def _load(path_or_id: str, dtype: torch.dtype):
-    """Tokenizer and frozen model."""
+    """Load the tokenizer and the frozen model."""
     try:
         from transformers import AutoConfig, AutoTokenizer, Qwen3Model
     except ImportError as error:
@@ -127,7 +128,7 @@ def _load(path_or_id: str, dtype: torch.dtype):
         raise ValueError(f"path_or_id: expected a model of type 'qwen3', got {path_or_id!r} of type {kind!r}")
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
-        raise ValueError(f"path_or_id: {path_or_id!r} has no fitting weights for {', '.join(lacking[:5])}")
+        raise ValueError(f"path_or_id: {path_or_id!r} has no matching weights for {', '.join(lacking[:5])}")
     if tokenizer.pad_token_id is None:
         raise ValueError(f"path_or_id: the tokenizer of {path_or_id!r} has no padding token")
     return tokenizer, model.eval().requires_grad_(False)

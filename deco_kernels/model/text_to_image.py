@@ -1,6 +1,6 @@
-"""The text-to-image model: a trunk that reads text features beside the patches, and the same per-pixel decoder.
+"""The text-to-image model: a trunk conditioned on text features, and the same per-pixel decoder.
 
-Source: DeCo (arXiv 2511.19365), section 4, and its published text-to-image checkpoints.
+Source: DeCo (arXiv 2511.19365), section 4, and the published text-to-image checkpoints.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROTARY_MODES = ("published", "corrected")
 
 
 class PackedSwiGLU(nn.Module):
-    """w2·(SiLU(gate)·up) with gate and up the two halves of w13·x, no biases: `SwiGLU` with one input matrix."""
+    """`SwiGLU` with one input matrix: w2·(SiLU(gate)·up), gate and up the two halves of w13·x, without biases."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -34,7 +34,7 @@ class PackedSwiGLU(nn.Module):
 class TextAttention(Attention):
     """Attention of the patches x [B, L, Z] to each other and to the text [B, S, Z].
 
-    The text adds keys (with the patches' RMS norm, not rotated) and values; padded positions of it are not masked.
+    The text adds keys (with the RMS norm of the patches' keys, not rotated) and values. Its padding is not masked.
     """
 
     def __init__(self, width: int, heads: int):
@@ -50,15 +50,22 @@ class TextAttention(Attention):
 class TextTrunk(PatchTransformer):
     """Text-conditional transformer on patches.
 
-    text = RMSNorm(text_embed(features)) + text_position, through the text blocks; the image blocks see it as further
+    RMSNorm(text_embed(features)) + text_position passes through the text blocks and gives the image blocks additional
     keys and values. All blocks are modulated by c = SiLU(time embedding).
 
     Args:
-        width: Z. heads: attention heads; Z/heads must be a multiple of 4. depth: image blocks. text_depth: text blocks.
-        text_width, text_length: of the text features [B, text_length, text_width].
-        patch_size, channels: of the image. mlp_width: of the SwiGLU, 4·Z by default.
+        width: Z, token width.
+        depth: number of image blocks.
+        heads: number of attention heads; Z/heads must be a multiple of 4.
+        text_depth: number of text blocks.
+        text_width, text_length: sizes of the text features [B, text_length, text_width].
+        patch_size: edge of a patch in pixels.
+        channels: image channels.
+        mlp_width: hidden width of the SwiGLU, 4·Z by default.
         rotary: "published" places patch columns on linspace(0, H/p, W/p) and rows on linspace(0, W/p, H/p), as the
-            published model does; "corrected" ends columns at W/p and rows at H/p. Square images are the same in both.
+            published model does. "corrected" ends columns at W/p and rows at H/p. Both agree on square images.
+
+    Raises TypeError or ValueError for invalid arguments.
     """
 
     def __init__(
@@ -94,13 +101,13 @@ class TextTrunk(PatchTransformer):
         self.reset_parameters()
 
     def reset_condition(self) -> None:
-        """The text positions N(0, 1), the rest of the text part PyTorch's defaults."""
+        """Initialize the text positions from N(0, 1) and the other text parameters by PyTorch's defaults."""
         for module in (self.text_embed, self.text_norm, self.text_blocks):
             reset_by_default(module)
         nn.init.normal_(self.text_position)
 
     def rotary_angles(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-        """Angles [rows·columns, Z/heads/2] for a grid of patches."""
+        """Rotary angles for a grid of patches, float32 [rows·columns, Z/heads/2]."""
         extent = (rows, columns) if self.rotary == "published" else (columns, rows)
         return rotary_angles(rows, columns, self.width // self.heads, device, extent=extent)
 
@@ -120,7 +127,9 @@ class TextTrunk(PatchTransformer):
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, features_after: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Run the trunk on x [B, C, H, W], t [B], text features y [B, text_length, text_width].
+        """Run the trunk on x [B, C, H, W], t [B] and text features y [B, text_length, text_width].
+
+        Raises TypeError or ValueError for arguments that do not fit.
 
         Returns:
             (tokens [B, L, Z] in row-major patch order, time embedding [B, Z], condition c = SiLU(time) [B, Z], and the
@@ -140,11 +149,12 @@ class DeCoTextToImage(PixelDiffusion):
     """Text-to-image pixel diffusion model; the condition y is text features [B, text_length, text_width], floating.
 
     Args:
-        width, depth, heads, text_depth, text_width, text_length, patch_size, channels, mlp_width, rotary: of the trunk,
-            see `TextTrunk`.
-        decoder_width, decoder_depth, save_memory, backend: of the decoder, see `PixelDecoder`.
+        width, depth, heads, text_depth, text_width, text_length, patch_size, channels, mlp_width, rotary: arguments of
+            the trunk, see `TextTrunk`.
+        decoder_width, decoder_depth, save_memory, backend: arguments of the decoder, see `PixelDecoder`.
 
-    `config` holds the arguments: `DeCoTextToImage(**model.config)` builds the same model afresh.
+    Raises TypeError or ValueError for invalid arguments. `config` holds the arguments;
+    `DeCoTextToImage(**model.config)` builds another model of the same configuration.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize(("name", "options"), [*VARIANTS, ("deco-tiny", dict(depth=1)), ("dit-tiny", dict(depth=11))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_round_trip_recognises_every_size(name, options, dtype):
+def test_round_trip_recognizes_every_size(name, options, dtype):
     net = random_model(name, **options).to(dtype)
     published = {key: value.clone() for key, value in model.to_published(net).items()}
     again = model.from_published(published)
@@ -128,7 +128,7 @@ def test_any_single_damage_names_the_key(name, options):
 def test_a_size_nothing_shows(name, key, size):
     state = model.to_published(model.build(name))
     del state[key]
-    with pytest.raises(ValueError, match=f"cannot tell the {size}: none of {key}"):
+    with pytest.raises(ValueError, match=f"cannot infer the {size}: none of {key}"):
         model.from_published(state)
 
 
@@ -137,7 +137,7 @@ def test_class_and_text_checkpoints_are_not_confused():
     class_state, text_state = (model.to_published(model.build(name)) for name in ("deco-tiny", "deco-text-tiny"))
     with pytest.raises(ValueError, match="extra: y_embedder.embedding_table.weight"):
         model.from_published({**text_state, "y_embedder.embedding_table.weight": torch.zeros(11, 24)})
-    with pytest.raises(ValueError, match="cannot tell the number of blocks: no key starts with text_refine_blocks"):
+    with pytest.raises(ValueError, match="cannot infer the number of blocks: no key starts with text_refine_blocks"):
         model.from_published({**class_state, "y_pos_embedding": torch.zeros(1, 7, 24)})
 
 

@@ -56,9 +56,9 @@ def test_build_overrides_and_config():
 def test_build_errors():
     with pytest.raises(ValueError, match=r"name: expected one of \['deco-l/16'.*got 'deco-s'"):
         model.build("deco-s")
-    with pytest.raises(TypeError, match=r"unknown options \['decoder_size'\]; DeCo takes .*'decoder_width'"):
+    with pytest.raises(TypeError, match=r"unknown options \['decoder_size'\]; DeCo accepts .*'decoder_width'"):
         model.build("deco-tiny", decoder_size=64)
-    with pytest.raises(TypeError, match=r"unknown options \['decoder_width'\]; DiT takes"):
+    with pytest.raises(TypeError, match=r"unknown options \['decoder_width'\]; DiT accepts"):
         model.build("dit-tiny", decoder_width=64)
     with pytest.raises(ValueError, match="heads: expected width / heads to be a multiple of 4"):
         model.build("deco-tiny", heads=5)
@@ -77,7 +77,7 @@ def test_build_errors():
 )
 def test_sizes_are_integers(name, size, tmp_path):
     for wrong, said in (("a", r"'a' \(str\)"), (1.5, r"1.5 \(float\)"), (True, r"True \(bool\)")):
-        with pytest.raises(TypeError, match=f"^{size}: expected an int, got {said}; pass a whole number"):
+        with pytest.raises(TypeError, match=f"^{size}: expected an int, got {said}; pass an integer"):
             model.build(name, **{size: wrong})
     with pytest.raises(ValueError, match=f"^{size}: expected at least 1, got 0"):
         model.build(name, **{size: 0})

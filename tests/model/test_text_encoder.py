@@ -100,7 +100,7 @@ def test_bad_sizes(tiny_qwen3):
     ):
         with pytest.raises(ValueError, match=message):
             model.Qwen3TextEncoder(tiny_qwen3, **options)
-    with pytest.raises(TypeError, match=r"width: expected an int, got 20.0 \(float\); pass a whole number"):
+    with pytest.raises(TypeError, match=r"width: expected an int, got 20.0 \(float\); pass an integer"):
         model.Qwen3TextEncoder(tiny_qwen3, width=20.0)
 
 
@@ -130,5 +130,5 @@ def test_other_models_are_refused(tmp_path, tiny_qwen3):
 
     with pytest.raises(ValueError, match="expected a model of type 'qwen3', got .* of type 'llama'"):
         model.Qwen3TextEncoder(with_config("llama", model_type="llama"))
-    with pytest.raises(ValueError, match="has no fitting weights for .*layers.2"):
+    with pytest.raises(ValueError, match="has no matching weights for .*layers.2"):
         model.Qwen3TextEncoder(with_config("deeper", num_hidden_layers=3, layer_types=["full_attention"] * 3))

@@ -37,7 +37,7 @@ def test_without_output_it_only_describes(tmp_path, capsys):
     source = tmp_path / "a.ckpt"
     published_file(source)
     assert convert.main([str(source)]) == 0
-    assert "not looked at: epoch (int), optimizer_states (list)" in capsys.readouterr().out
+    assert "not read: epoch (int), optimizer_states (list)" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["a.ckpt"]
 
 
@@ -60,7 +60,7 @@ def failing(tmp_path):
         (["absent.ckpt", "out.ckpt"], "absent.ckpt: expected a checkpoint file, found nothing; check the path"),
         (["cut.ckpt", "out.ckpt"], "truncated or damaged"),
         (["vae.ckpt", "out.ckpt"], "expected a published DeCo"),
-        (["a.ckpt", "out.bin"], "expected a name that ends with"),
+        (["a.ckpt", "out.bin"], "expected a name with suffix"),
         (["a.ckpt", "own.safetensors"], "exists; choose another name"),
         (["raw.safetensors", "out.ckpt", "--weights", "ema"], "expected ema weights, found raw weights only"),
         (["own.safetensors", "out.ckpt", "--weights", "all"], "--weights all keeps published names"),
