@@ -1,12 +1,13 @@
-// adaln_block: one block of the decoder on rows of h and cond,
+// adaln_block: one decoder block on rows of h and cond,
 //   out = h + gate (W_2 SiLU(W_1 m + b_1) + b_2),  m = LayerNorm(h) (1 + scale) + shift,
 //   (shift, scale, gate) = W_mod SiLU(cond) + b_mod.
 //
-// The parts (threads) of the forward take tiles of T rows as they come; those of the backward own contiguous shares.
-// Per row the forward reads 2 D and writes D values and spends 5 D^2 multiply-adds and 2 D SiLUs; the backward reads
-// 3 D, writes 2 D and spends 15 D^2 (5 of them the recomputed forward). Every row of the forward is computed by one
-// thread in a fixed order; the backward adds the weights' gradients of a part's tiles in order, then the parts in
-// order: the same number of threads gives the same bits.
+// The forward schedules tiles of T rows dynamically among the parts (threads); in the backward each part owns a
+// contiguous share. Per row the forward reads 2 D values, writes D and takes 5 D^2 multiply-adds and 2 D SiLUs; the
+// backward reads 3 D values, writes 2 D and takes 15 D^2 multiply-adds, 5 D^2 of them for the recomputed forward.
+//
+// Deterministic: one thread computes each row of the forward in a fixed order. The backward adds the weights' gradients
+// of a part's tiles in order, then the parts in order: bitwise reproducible for a given number of threads.
 #include "deco/adaln_block.h"
 
 #include "cpu/decoder_tile_backward.h"
@@ -16,7 +17,7 @@
 namespace deco::cpu::DECO_CPU_ISA {
 namespace {
 
-constexpr int kTile = 32;  // with the weights it fits in the first cache level at D = 32 in bfloat16
+constexpr int kTile = 32;  // at D = 32 in bfloat16 the tile and the weights fit in the L1 cache
 
 template <class Operand, int D, int T>
 struct alignas(64) ForwardScratch {
@@ -113,7 +114,7 @@ void backward(const AdalnBlockBackward& call) {
       const char* sources[T];
       row_addresses<T, const char*>(call.cond, first, count, kZeroRow, sources);
       load_silu_cond<Operand, D, T>(activation, sources, pixels, tile.block.silu_cond, tile.block.silu_cond_derivative);
-      // A ragged tile repeats its first row: a row of zeros has no variance, and at eps = 0 no finite rstd.
+      // A partial tile repeats its first row: a row of zeros has variance 0, and rstd would be infinite at eps = 0.
       const char* repeated = static_cast<const char*>(call.h.data) + first * call.h.stride * size_of(call.h.dtype);
       row_addresses<T, const char*>(call.h, first, count, repeated, sources);
       load_rows<D, T>(call.h.dtype, sources, pixels, tile.h);

@@ -1,5 +1,5 @@
-// Cuts one piece of scratch memory into aligned arrays. An Arena without memory only counts, so that one function can
-// lay its arrays out twice: first to learn how much it needs, then for real.
+// Bump allocator over one piece of scratch memory; every array is aligned to 64 bytes. An Arena without memory only
+// counts bytes: the same layout function runs twice, first to compute the size, then to assign addresses.
 #pragma once
 
 #include <cstddef>

@@ -1,11 +1,11 @@
-// The 8-point cosine transform on rows of 8x8 blocks.
+// 8-point DCT-II on rows of 8x8 blocks.
 //
-// A BlockRow holds kRowPixels neighbouring pixels of one image row: one row of kRowBlocks blocks side by side (two with
-// AVX-512, else one). Eight of them hold whole blocks; the transform runs down the columns, so that every lane is one
-// column, and transpose_blocks turns the blocks for the other direction.
+// A BlockRow holds kRowPixels adjacent pixels of one image row: one row of kRowBlocks 8x8 blocks side by side (two with
+// AVX-512, otherwise one). Eight BlockRows hold whole 8x8 blocks. The transform runs down the columns, one column per
+// lane; transpose_blocks prepares the other direction.
 //
-// Coefficient k comes out without the factor that would make it orthonormal, and with either sign: that leaves one
-// factor 1 in every sum. Callers fold dct_square_norm into the weights of the squared coefficients.
+// Coefficient k omits the factor that makes it orthonormal and may have the opposite sign, so that every sum has one
+// factor of 1. Callers fold dct_square_norm into the weights of the squared coefficients.
 #pragma once
 
 #include "cpu/vec.h"
@@ -61,7 +61,7 @@ DECO_INLINE void transpose_blocks(BlockRow (&r)[8]) { transpose(r); }
 
 #else
 
-// The two blocks lie in the lower and the upper eight lanes; each is transposed in place.
+// The lower and the upper eight lanes hold one 8x8 block each; each is transposed in place.
 DECO_INLINE void transpose_blocks(BlockRow (&r)[8]) {
   VecF t[8];
   const auto as_double = [](VecF x) DECO_INLINE_LAMBDA { return _mm512_castps_pd(x); };
@@ -77,7 +77,7 @@ DECO_INLINE void transpose_blocks(BlockRow (&r)[8]) {
     r[4 * i + 3] = as_float(_mm512_unpackhi_pd(as_double(t[4 * i + 1]), as_double(t[4 * i + 3])));
   });
   const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
-  unroll<4>([&](auto i) DECO_INLINE_LAMBDA {  // the two 128-bit lanes of each block
+  unroll<4>([&](auto i) DECO_INLINE_LAMBDA {  // the two 128-bit lanes of each 8x8 block
     const __m512d upper = as_double(r[i]), lower = as_double(r[i + 4]);
     r[i] = as_float(_mm512_permutex2var_pd(upper, even, lower));
     r[i + 4] = as_float(_mm512_permutex2var_pd(upper, odd, lower));
@@ -92,8 +92,8 @@ constexpr int kRowBlocks = kRowPixels / kBlock;
 // With c_k = cos(pi k / 16): c3/c1, c5/c1, c7/c1 and c6/c2
 constexpr float kRatio3 = 0.84775907f, kRatio5 = 0.56645450f, kRatio7 = 0.19891237f, kRatio6 = 0.41421356f;
 
-// The square of the factor that makes coefficient k of `dct` orthonormal: 1/8 for 0 and 4, c2^2/4 for 2 and 6, else
-// c1^2/4.
+// Square of the factor that makes coefficient k of `dct` orthonormal: 1/8 for 0 and 4, c2^2/4 for 2 and 6, c1^2/4 for
+// the others.
 constexpr float dct_square_norm(int k) { return k % 4 == 0 ? 0.125f : k % 4 == 2 ? 0.21338835f : 0.24048494f; }
 
 // a + cb b and a + cb b + cc c + cd d
@@ -102,8 +102,8 @@ DECO_INLINE BlockRow combine(BlockRow a, float cb, BlockRow b, float cc, BlockRo
   return combine(combine(combine(a, cb, b), cc, c), cd, d);
 }
 
-// y[k] ~ sum_n cos(pi (2n+1) k / 16) x[n] in place. Even frequencies see the sums of mirrored samples, odd ones the
-// differences; the even half splits the same way once more. Coefficients 3, 5, 6 and 7 come out with the opposite sign.
+// y[k] ~ sum_n cos(pi (2n+1) k / 16) x[n], in place. Even frequencies use sums of mirrored samples, odd ones
+// differences; the even half splits the same way again. Coefficients 3, 5, 6 and 7 have the opposite sign.
 DECO_INLINE void dct(BlockRow (&x)[8]) {
   const BlockRow s0 = x[0] + x[7], s1 = x[1] + x[6], s2 = x[2] + x[5], s3 = x[3] + x[4];
   const BlockRow d0 = x[0] - x[7], d1 = x[1] - x[6], d2 = x[2] - x[5], d3 = x[3] - x[4];
@@ -118,7 +118,7 @@ DECO_INLINE void dct(BlockRow (&x)[8]) {
   x[7] = combine(d3, -kRatio7, d0, kRatio5, d1, -kRatio3, d2);
 }
 
-// The transpose of `dct`, in place: x[n] = sum_k (its entry [k][n]) y[k].
+// Transpose of `dct`, in place: x[n] = sum_k dct[k][n] y[k].
 DECO_INLINE void dct_transposed(BlockRow (&y)[8]) {
   const BlockRow e0 = y[0] + y[4], e1 = y[0] - y[4];
   const BlockRow e3 = combine(y[2], -kRatio6, y[6]), e2 = combine(y[6], kRatio6, y[2]);

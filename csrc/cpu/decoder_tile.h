@@ -1,14 +1,14 @@
-// The decoder's forward on one tile of T pixels (DeCo, arXiv 2511.19365, section 3):
+// Decoder forward on one tile of T pixels (DeCo, arXiv 2511.19365, section 3):
 //
 //   h = pixel_weight rgb + table                                             query
-//   for each block:                                                          forward_block
+//   for each decoder block:                                                  forward_block
 //     (shift, scale, gate) = W_mod SiLU(y) + b_mod
 //     m = LayerNorm(h) (1 + scale) + shift
 //     h += gate (W_2 SiLU(W_1 m + b_1) + b_2)
 //   velocity = W_head LayerNorm(h) + b_head                                  head
 //
-// Functions take the number of pixels to compute, a multiple of kStrip up to T. A tile is channel-major, [D][T];
-// everything it needs stays in the first two cache levels (about 40 KB at D = 32, T = 64 in float). Per pixel and block:
+// `pixels` is the number of pixels to compute, a multiple of kStrip up to T. A tile is channel-major, [D][T]; its
+// working set stays in the L1 and L2 caches (about 40 KB at D = 32, T = 64 in float). Per pixel and decoder block:
 // 5 D^2 multiply-adds and D SiLUs.
 #pragma once
 
@@ -18,7 +18,7 @@
 
 namespace deco::cpu::DECO_CPU_ISA {
 
-// What the forward of one block leaves in memory.
+// Intermediate results of one decoder block's forward.
 template <class Operand, int D, int T>
 struct alignas(64) BlockTile {
   using Element = typename Operand::Element;
@@ -28,7 +28,7 @@ struct alignas(64) BlockTile {
   float gate[D][T];
 };
 
-// The same and what the backward needs besides.
+// BlockTile plus the intermediate results that the backward reads.
 template <class Operand, int D, int T>
 struct alignas(64) SavedBlockTile : BlockTile<Operand, D, T> {
   float normalized[D][T];         // (h - mean) rstd
@@ -37,7 +37,8 @@ struct alignas(64) SavedBlockTile : BlockTile<Operand, D, T> {
   float update[D][T];             // W_2 hidden + b_2
 };
 
-// SiLU(y) of channels `channel` (even) and channel + 1 as a factor of the modulation and, where asked for, SiLU'(y).
+// Stores SiLU(y) of channels `channel` (even) and channel + 1 as an operand of the modulation matmul and, if
+// `derivative` is not null, SiLU'(y).
 template <class Operand, int T>
 DECO_INLINE void put_silu(VecF y0, VecF y1, int channel, int pixel, typename Operand::Element (*silu_cond)[T],
                           float (*derivative)[T]) {
@@ -50,7 +51,7 @@ DECO_INLINE void put_silu(VecF y0, VecF y1, int channel, int pixel, typename Ope
   }
 }
 
-// SiLU(cond) as put_silu leaves it; rows are addresses of D values each.
+// SiLU(cond) in the layout of put_silu; rows[i] is the address of the D values of row i.
 template <class Operand, int D, int T>
 void load_silu_cond(DType dtype, const char* const (&rows)[T], int pixels, typename Operand::Element (*silu_cond)[T],
                     float (*derivative)[T] = nullptr) {
@@ -92,7 +93,7 @@ DECO_INLINE void with_channels(int channels, Body&& body) {
   }
 }
 
-// h = pixel_weight rgb + table, with pixel_weight [D][C] and the table's panel [D][T].
+// h = pixel_weight rgb + table, with pixel_weight [D][C] and one panel [D][T] of the table.
 template <int D, int T>
 void query(int channels, const float* pixel_weight, const float (*panel)[T], const float (*rgb)[T], int pixels,
            float (*h)[T]) {
@@ -110,7 +111,7 @@ void query(int channels, const float* pixel_weight, const float (*panel)[T], con
   });
 }
 
-// value(first) + ... + value(first + N - 1), halves apart: of N equal values the sum is exact.
+// value(first) + ... + value(first + N - 1), as a balanced tree: the sum of N equal values is exact.
 template <int N, class Value>
 DECO_INLINE VecF pairwise_sum(Value&& value, int first = 0) {
   if constexpr (N == 1)
@@ -119,8 +120,9 @@ DECO_INLINE VecF pairwise_sum(Value&& value, int first = 0) {
     return pairwise_sum<N / 2>(value, first) + pairwise_sum<N / 2>(value, first + N / 2);
 }
 
-// mean and 1 / sqrt(variance + eps) over the channels of each pixel; NaN for a variance that is not finite. An error of
-// the mean is multiplied by rstd, up to 1,000 at eps = 1e-6: the pairwise sum keeps it to a few roundings.
+// mean and rstd = 1 / sqrt(variance + eps) over the channels of each pixel; rstd is NaN if the variance is not finite.
+// rstd multiplies the error of the mean, by up to 1,000 at eps = 1e-6; the pairwise sum limits that error to a few
+// roundings.
 template <int D, int T>
 void layer_norm_statistics(const float (*h)[T], float eps, int pixels, float* mean, float* rstd) {
   for (int pixel = 0; pixel < pixels; pixel += kStrip)
@@ -140,7 +142,7 @@ void layer_norm_statistics(const float (*h)[T], float eps, int pixels, float* me
     });
 }
 
-// modulated = LayerNorm(h) (1 + scale) + shift, for the strip at `pixel`. A group of sums is half shift, half scale.
+// modulated = LayerNorm(h) (1 + scale) + shift, for the strip at `pixel`. Each group of sums is half shift, half scale.
 template <bool kKeep, class Operand, int D, int T, class Tile>
 DECO_INLINE void modulate_strip(const BlockWeights<Operand>& w, const typename Operand::Element (*silu_cond)[T],
                                 const float (*h)[T], int pixel, Tile& tile) {
@@ -213,7 +215,7 @@ DECO_INLINE void residual_strip(const BlockWeights<Operand>& w, const typename O
   }
 }
 
-// One block; with a SavedBlockTile it leaves what the backward needs.
+// One decoder block; with a SavedBlockTile it also stores the inputs of the backward.
 template <class Operand, int D, int T, class Tile>
 void forward_block(const BlockWeights<Operand>& w, float eps, const typename Operand::Element (*silu_cond)[T],
                    int pixels, float (*h)[T], Tile& tile) {
@@ -249,7 +251,7 @@ void head(int channels, const float* weight, const float* bias, float eps, const
   });
 }
 
-// Working memory of one thread's forward.
+// Working memory of one thread in the forward.
 template <class Operand, int D, int T>
 struct alignas(64) DecoderTile {
   float h[D][T];
@@ -258,7 +260,7 @@ struct alignas(64) DecoderTile {
   float rgb[kMaxChannels][T], velocity[kMaxChannels][T];
 };
 
-// tile.silu_cond, tile.rgb and the panel of the tile's pixels -> tile.velocity.
+// Computes tile.velocity from tile.silu_cond, tile.rgb and the panel of the tile's pixels.
 template <class Operand, int D, int T>
 void forward_tile(const DecoderWeights<Operand, T>& weights, const float (*panel)[T], int pixels,
                   DecoderTile<Operand, D, T>& tile) {
@@ -269,7 +271,8 @@ void forward_tile(const DecoderWeights<Operand, T>& weights, const float (*panel
              tile.block.rstd, tile.velocity);
 }
 
-// Calls body(Operand{}, integral_constant<int, D>): pairs for bfloat16 where the processor multiplies them, else float.
+// Calls body(Operand{}, integral_constant<int, D>): PairOperand for bfloat16 with DECO_HAVE_BF16_DOT, otherwise
+// FloatOperand.
 template <class Body>
 DECO_INLINE void with_operand_and_width(DType activation, int width, Body&& body) {
   const auto with_operand = [&](auto operand) {

@@ -1,4 +1,4 @@
-// The decoder's backward on one tile of T pixels, given what forward_block left in a SavedBlockTile per block.
+// Decoder backward on one tile of T pixels, from one SavedBlockTile per decoder block that forward_block has filled.
 // With u = update, z = W_1 m + b_1, a = hidden = SiLU(z), x = normalized, l = LayerNorm(h) = x norm_weight + norm_bias:
 //
 //   du = gate dh                 dgate = u dh                                 residual_backward
@@ -9,7 +9,7 @@
 //   dSiLU(y) += W_mod^T [dshift, dscale, dgate]                               modulation_backward
 //   dW_2 += du a^T,  dW_1 += dz m^T,  dW_mod += [dshift, dscale, dgate] SiLU(y)^T
 //
-// Per pixel and block 10 D^2 multiply-adds. Sums over pixels run tile by tile in a fixed order.
+// Per pixel and decoder block: 10 D^2 multiply-adds. Deterministic: sums over pixels run tile by tile in a fixed order.
 #pragma once
 
 #include "cpu/decoder_tile.h"
@@ -17,13 +17,13 @@
 
 namespace deco::cpu::DECO_CPU_ISA {
 
-// Working memory of one thread's backward through a block.
+// Working memory of one thread in the backward of one decoder block.
 template <class Operand, int D, int T>
 struct alignas(64) BlockBackwardTile {
   using Element = typename Operand::Element;
   float grad_h[D][T];
   float grad_normalized[D][T];
-  float grad_silu_cond[D][T];        // summed over the blocks
+  float grad_silu_cond[D][T];        // summed over the decoder blocks
   float silu_cond_derivative[D][T];  // SiLU'(y)
   Element silu_cond[D / Operand::kPack][T];
   GradientTile<Operand, D, T> grad_update, grad_z;
@@ -31,7 +31,7 @@ struct alignas(64) BlockBackwardTile {
   Element silu_cond_by_pixel[T / Operand::kPack][D], factor_by_pixel[T / Operand::kPack][D];
 };
 
-// Gradients of the update and the gate, and of both their biases.
+// Gradients of update and gate, and of their biases.
 template <class Operand, int D, int T>
 void residual_backward(const SavedBlockTile<Operand, D, T>& saved, int pixels, BlockBackwardTile<Operand, D, T>& tile,
                        BlockGradients<D>& gradients) {
@@ -59,7 +59,7 @@ void residual_backward(const SavedBlockTile<Operand, D, T>& saved, int pixels, B
   }
 }
 
-// sums += W^T d for outputs `first` .. first + kGroup - 1, with W [R][D] as take_transposed stores it.
+// sums += W^T d for outputs `first` .. first + kGroup - 1, with W [R][D] in the layout of take_transposed.
 template <class Operand, int R, int D, int T>
 DECO_INLINE void transposed_matmul(GroupSums& sums, const typename Operand::Element* weight, int first,
                                    const typename Operand::Element (*d)[T]) {
@@ -92,7 +92,8 @@ void hidden_backward(const TransposedBlockWeights<Operand>& w, const SavedBlockT
     }
 }
 
-// From dm of channels d and d + 1 on the strip at `pixel` to the gradients of shift, scale, normalized and their biases.
+// Gradients of shift, scale, normalized and their biases from dm of channels `first` and first + 1, on the strip at
+// `pixel`.
 template <class Operand, int D, int T>
 DECO_INLINE void modulate_backward_strip(const BlockWeights<Operand>& w, const SavedBlockTile<Operand, D, T>& saved,
                                          int first, int pixel, const VecF (&grad_m)[2][2],
@@ -174,20 +175,20 @@ void modulation_backward(const TransposedBlockWeights<Operand>& w, int pixels, B
     }
 }
 
-// What of a block's gradients is wanted besides grad_h.
+// Gradients of a decoder block to compute besides grad_h.
 struct WantedGradients {
   bool cond, matrices;
 };
 
-// Before the first block of a tile: the gradient of SiLU(cond) starts at zero, and the factor of W_mod's gradient is
-// laid out pixel-major once for all blocks.
+// Before the first decoder block of a tile: zeros the gradient of SiLU(cond) and transposes SiLU(cond), a factor of
+// W_mod's gradient in every decoder block, to pixel-major once.
 template <class Operand, int D, int T>
 void start_backward(int pixels, WantedGradients wanted, BlockBackwardTile<Operand, D, T>& tile) {
   if (wanted.cond) std::memset(tile.grad_silu_cond, 0, sizeof(tile.grad_silu_cond));
   if (wanted.matrices) make_pixel_major<D, T>(Operand{}, tile.silu_cond, pixels, tile.silu_cond_by_pixel);
 }
 
-// tile.grad_h: from the gradient of the block's output to that of its input.
+// Replaces tile.grad_h, the gradient of the decoder block's output, by the gradient of its input.
 template <class Operand, int D, int T>
 void backward_block(const BlockWeights<Operand>& w, const TransposedBlockWeights<Operand>& transposed,
                     const SavedBlockTile<Operand, D, T>& saved, int pixels, WantedGradients wanted,
@@ -211,7 +212,7 @@ void backward_block(const BlockWeights<Operand>& w, const TransposedBlockWeights
   if (wanted.cond) modulation_backward(transposed, pixels, tile);
 }
 
-// After the last block: from the gradient of SiLU(cond) to that of cond, in place.
+// After the last decoder block: replaces the gradient of SiLU(cond) by that of cond, in place.
 template <class Operand, int D, int T>
 void finish_grad_cond(int pixels, BlockBackwardTile<Operand, D, T>& tile) {
   for (int d = 0; d < D; ++d)
@@ -221,7 +222,7 @@ void finish_grad_cond(int pixels, BlockBackwardTile<Operand, D, T>& tile) {
     }
 }
 
-// normalized = (h - mean) rstd, which the head multiplies.
+// normalized = (h - mean) rstd, the input of the head's matmul.
 template <int D, int T>
 void normalize(const float (*h)[T], float eps, int pixels, float* mean, float* rstd, float (*normalized)[T]) {
   layer_norm_statistics<D, T>(h, eps, pixels, mean, rstd);
@@ -230,7 +231,7 @@ void normalize(const float (*h)[T], float eps, int pixels, float* mean, float* r
       store(&normalized[d][pixel], (load(&h[d][pixel]) - load(mean + pixel)) * load(rstd + pixel));
 }
 
-// From the velocity's gradient to those of the head's weights and of its normalized input.
+// Gradients of the head's weights and of its normalized input from the gradient of the velocity.
 template <int D, int T>
 void head_backward(int channels, const float* weight, const float (*grad_velocity)[T], const float (*normalized)[T],
                    int pixels, float (*grad_normalized)[T], QueryHeadGradients<D>& gradients) {
@@ -256,7 +257,7 @@ void head_backward(int channels, const float* weight, const float (*grad_velocit
   });
 }
 
-// From grad_h to the gradients of pixel_weight, of the table's panel (added) and of the pixels themselves.
+// Gradients of pixel_weight, the table's panel (accumulated) and the pixels from grad_h.
 template <int D, int T>
 void query_backward(int channels, const float* pixel_weight, const float (*rgb)[T], const float (*grad_h)[T],
                     int pixels, float (*grad_panel)[T], float (*grad_rgb)[T], QueryHeadGradients<D>& gradients) {

@@ -1,6 +1,6 @@
-// The weights as the tile code reads them: matrices rounded to the activation dtype, as eager autocast rounds them, and
-// kept in float or in bfloat16 pairs; biases, norm weights and the pixel table in float with their own value. float32
-// matrices are used where they lie.
+// Weights in the layout of the tile code: matrices rounded to the activation dtype, as in eager autocast, and stored as
+// float or bfloat16 pairs; biases, norm weights and the pixel table converted to float without rounding. float32
+// matrices are used in place.
 #pragma once
 
 #include "cpu/arena.h"
@@ -21,7 +21,7 @@ struct BlockWeights {
   const float *norm_weight, *norm_bias;         // [D]
 };
 
-// The matrices for matmuls with the transpose: pairs hold two neighbouring rows, [out / kPack][in].
+// Matrices for matmuls with the transpose: a pair holds two adjacent rows, [out / kPack][in].
 template <class Operand>
 struct TransposedBlockWeights {
   using Element = typename Operand::Element;
@@ -53,7 +53,7 @@ DECO_INLINE VecF round_vector(DType dtype, VecF x) {
   return load_f16(bits);
 }
 
-// The first `count` numbers of `from`, rounded to `rounding`.
+// The first `count` values of `from`, rounded to `rounding`.
 inline void convert(float* to, const Array& from, int64_t count, DType rounding) {
   with_dtype(from.dtype, [&](auto dtype) {
     int64_t i = 0;
@@ -68,7 +68,7 @@ inline const float* take_floats(Arena& arena, const Array& from, int64_t count, 
   return to;
 }
 
-// A stack of row-major matrices with `count` numbers in all.
+// A stack of row-major matrices with `count` values in total.
 template <class Operand>
 const typename Operand::Element* take_matrices(Arena& arena, const Array& from, int64_t count, DType activation) {
   if constexpr (Operand::kPack == 1) {
@@ -85,7 +85,7 @@ const typename Operand::Element* take_matrices(Arena& arena, const Array& from, 
   }
 }
 
-// The same for matmuls with the transpose, `rows` rows of D numbers in all.
+// The same for matmuls with the transpose: `rows` rows of D values in total.
 template <class Operand, int D>
 const typename Operand::Element* take_transposed(Arena& arena, const Array& from, int64_t rows, DType activation) {
   if constexpr (Operand::kPack == 1) {
@@ -132,7 +132,7 @@ const float* take_mod_bias(Arena& arena, const Array& from, int depth) {
   return to;
 }
 
-// What the modulation of one block needs; the rest stays null.
+// Weights of one decoder block's modulation and LayerNorm; the other pointers stay null.
 template <class Operand, int D>
 BlockWeights<Operand> take_modulation_weights(Arena& arena, const BlockWeightArrays& from, DType activation) {
   BlockWeights<Operand> weights{};

@@ -1,4 +1,4 @@
-// Chooses the instruction set at run time and forwards every op to the chosen set's kernels.
+// Selects the instruction set at run time and forwards every op to its kernels.
 #include <atomic>
 #include <stdexcept>
 
@@ -44,7 +44,7 @@ CpuidRegisters cpuid(unsigned leaf, unsigned subleaf) {
   return r;
 }
 
-// XCR0: which register files the operating system saves on a context switch.
+// XCR0: register state that the operating system saves on a context switch.
 unsigned enabled_state() {
   unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -75,7 +75,7 @@ struct IsaEntry {
   bool runs_here;
 };
 
-// The fastest first.
+// Fastest first.
 const std::vector<IsaEntry>& isa_entries() {
   static const std::vector<IsaEntry> entries = [] {
     const CpuFeatures features = detect_features();
@@ -100,7 +100,7 @@ const std::vector<IsaEntry>& isa_entries() {
 const IsaEntry* fastest_entry() {
   for (const IsaEntry& entry : isa_entries())
     if (entry.table != nullptr && entry.runs_here) return &entry;
-  return nullptr;  // not reached: portable always runs
+  return nullptr;  // unreachable: portable always runs
 }
 
 std::atomic<const IsaEntry*>& current_entry() {

@@ -1,21 +1,22 @@
-// The flow-matching loss of DeCo (arXiv 2511.19365, section 3) and its gradient, each in one pass over both images.
+// Flow-matching loss of DeCo (arXiv 2511.19365, section 3) and its gradient, each in one pass over both images.
 //
 //   d         = pred - target                                    [B, 3, H, W]
 //   pixel     = 1/B sum_b w_b mean(d_b^2)
 //   frequency = 1/B sum_b w_b mean(W (F R M d_b)^2)              mean over the padded size
-//   gradient  = a_b d_b + f_b M' R' F' (W F R M d_b),  a_b = 2 w_b g_pixel / (3 B H W), f_b alike over the padded size
+//   gradient  = a_b d_b + f_b M' R' F' (W F R M d_b)
+//   a_b = 2 w_b g_pixel / (3 B H W), and f_b likewise from g_frequency over the padded size
 //
-// M: RGB -> YCbCr, R: reflection of the right and bottom edge to multiples of 8, F: orthonormal 8x8 DCT-II,
-// w: sample_weight, W: frequency_weight, ' : transpose. Normalisation of F is folded into W.
+// M: RGB -> YCbCr, R: reflection that pads the right and bottom edges to multiples of 8, F: orthonormal 8x8 DCT-II,
+// w: sample_weight, W: frequency_weight, ': transpose. The normalization of F is folded into W.
 //
-// A tile is one strip of 8 image rows, cut to kTileWidth columns. It is read into float planes in the caches (d and its
-// YCbCr), transformed there in place, and written once. A thread owns a contiguous run of tiles. Tiles are wide so that
-// memory is read in long runs, one after the other, which the processor prefetches by itself.
-// Reflected rows repeat rows of the last two strips, so the gradient of these two needs the last strip's transform: the
-// strip above computes it a second time instead of waiting for it.
+// A tile is a strip of 8 image rows by kTileWidth columns. It is read into float planes in the caches (d and its
+// YCbCr), transformed there in place, and written once. A thread owns a contiguous range of tiles. Tiles are wide so
+// that memory is read in long sequential runs, which the hardware prefetcher follows. Reflected rows repeat rows of the
+// last two strips, so the gradient of both needs the last strip's transform; the strip above the last recomputes it
+// instead of waiting for it.
 //
-// Per pixel: forward reads 6 values, backward reads 6 and writes 3 (6 with the target's gradient); 40 and 63 additions,
-// multiplications and multiply-adds.
+// Per pixel: the forward reads 6 values and takes 40 additions, multiplications and multiply-adds; the backward reads 6
+// values, writes 3 (6 with the target's gradient) and takes 63.
 // Deterministic for a given thread count: each thread adds its tiles in order, in double, and the threads' sums are
 // added in order. The gradients of the images do not depend on the thread count.
 #include "deco/flow_matching_loss.h"
@@ -29,7 +30,7 @@ namespace {
 
 // ---- writing ------------------------------------------------------------------------------------------------------
 
-// Row r of the gradient, sign * (a rgb + M' ycbcr), to three channels of whole vectors. kStreaming: past the caches, to
+// Row r of the gradient, sign * (a rgb + M' ycbcr), to three channels of whole vectors. kStreaming: streaming stores to
 // aligned float32.
 template <DType kDType, bool kNegative, bool kStreaming>
 void write_row(const Planes& rgb, const Planes& ycbcr, int r, int columns, float pixel_factor, void* const (&to)[3]) {
@@ -52,7 +53,7 @@ void write_row(const Planes& rgb, const Planes& ycbcr, int r, int columns, float
   }
 }
 
-// Copies bytes past the caches, where the destination is aligned to a vector.
+// Copies bytes, with streaming stores where the destination is aligned to a vector.
 void copy_streaming(char* to, const char* from, int64_t bytes) {
   constexpr int64_t kVectorBytes = kLanes * sizeof(float);
   int64_t head = -reinterpret_cast<intptr_t>(to) & (kVectorBytes - 1);
@@ -64,7 +65,7 @@ void copy_streaming(char* to, const char* from, int64_t bytes) {
   std::memcpy(to + i, from + i, bytes - i);
 }
 
-// One of the two gradients of the images, which differ in sign and dtype.
+// Writes the gradient of one of the two images; they differ in sign and dtype.
 template <bool kNegative>
 class GradientWriter {
  public:
@@ -123,7 +124,7 @@ struct SampleSums {
   double pixel, frequency;
 };
 
-// The sums of one sample over all threads; `sums` is [threads][B].
+// Sums of one sample over all parts; `sums` is [parts][B].
 SampleSums total_of(const SampleSums* sums, int64_t batch, int parts, int64_t sample) {
   SampleSums total = {0.0, 0.0};
   for (int part = 0; part < parts; ++part) {
@@ -133,7 +134,7 @@ SampleSums total_of(const SampleSums* sums, int64_t batch, int parts, int64_t sa
   return total;
 }
 
-// 1 / (B * elements per sample), without and with padding; zeros for an empty batch
+// 1 / (B * elements per sample), without and with padding; zeros for an empty batch.
 struct Normalization {
   double pixel = 0.0, frequency = 0.0;
 
@@ -192,7 +193,7 @@ void flow_matching_loss_forward(const FlowMatchingLossForward& call) {
 
 namespace {
 
-// What the threads share.
+// State shared by the threads.
 struct BackwardPlan {
   const FlowMatchingLossBackward& call;
   const FlowMatchingLossInputs& inputs;
@@ -200,7 +201,7 @@ struct BackwardPlan {
   ImagePair<Direction::kBackward> images;
   GradientWriter<false> pred_writer;
   GradientWriter<true> target_writer;
-  double pixel_factor, frequency_factor;  // of the two losses, times their normalisation
+  double pixel_factor, frequency_factor;  // incoming gradients of the two losses times their normalization
   int parts;
   SampleSums* sample_sums;  // [parts][B]
   double* frequency_sums;   // [parts][3, 8, 8]
@@ -222,7 +223,7 @@ struct BackwardPlan {
   bool wants_weights() const { return call.grad_frequency_weight != nullptr || call.grad_sample_weight != nullptr; }
 };
 
-// One thread's tiles.
+// Processes the tiles of one part.
 class BackwardWorker {
  public:
   BackwardWorker(const BackwardPlan& plan, int part) : plan_(plan), part_(part) {}
@@ -231,7 +232,7 @@ class BackwardWorker {
     const double weight = weight_of(plan_.inputs, tile.sample);
     plan_.images.read(tile, rgb_, ycbcr_);
     reflect_columns(tile, ycbcr_);
-    if (plan_.call.grad_pixel == 0.0) clear(tile, rgb_);  // else 0 times an infinite difference would be NaN
+    if (plan_.call.grad_pixel == 0.0) clear(tile, rgb_);  // 0 times an infinite difference would be NaN
     if (plan_.wants_weights()) add_sums(tile, weight);
     if (!plan_.wants_images()) return;
 
@@ -263,7 +264,7 @@ class BackwardWorker {
     }
   }
 
-  // The part of R' that crosses rows.
+  // R' along the rows.
   void add_reflected_rows(const Tile& tile) {
     const Tiling& tiling = plan_.tiling;
     if (!tiling.has_reflected_rows() || tile.y + kBlock < tiling.last_strip_y()) return;
@@ -279,9 +280,9 @@ class BackwardWorker {
 
   const BackwardPlan& plan_;
   int part_;
-  int64_t weighted_sample_ = -1;  // weights_ holds its factor
+  int64_t weighted_sample_ = -1;  // sample whose factor is in weights_
   CoefficientTable weights_;
-  Planes rgb_, ycbcr_;  // d, and R M d, which becomes f R' F' W F R M d
+  Planes rgb_, ycbcr_;  // d, and R M d, overwritten by f R' F' W F R M d
 };
 
 }  // namespace

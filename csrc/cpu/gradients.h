@@ -1,6 +1,6 @@
-// Gradients of the weights: every part adds its tiles in order into its own sums, and the parts are added in order at
-// the end, so that the same number of threads gives the same bits. Sums over pixels of a single channel are kept per
-// lane until then.
+// Gradients of the weights. Each part adds its tiles in order to its own sums; at the end the parts are added in order.
+// Results are bitwise reproducible for a given number of threads. Sums over pixels of a single channel stay separate
+// per lane until the end.
 #pragma once
 
 #include <cstring>
@@ -16,14 +16,14 @@ struct alignas(64) BlockGradients {
   float norm_weight[D][kLanes], norm_bias[D][kLanes];
 };
 
-// Gradients of the query and the head; the channels of the image come first so that C may vary.
+// Gradients of the query and the head; the image channel is the leading index because C varies.
 template <int D>
 struct alignas(64) QueryHeadGradients {
   float pixel_weight[kMaxChannels][D][kLanes];
   float head_weight[kMaxChannels][D][kLanes], head_bias[kMaxChannels][kLanes];
 };
 
-// The sums of all parts: part i begins at sums + i * stride floats.
+// Sums of all parts; those of part i begin at sums + i * stride, in floats.
 struct PartSums {
   const float* sums;
   int64_t stride;
@@ -53,7 +53,7 @@ inline void add_parts_and_lanes(const PartSums& from, const Array& to, int64_t o
   }
 }
 
-// The gradients of block `index`, of which `block` belongs to the first part and the next part's lie `bytes` further on.
+// Gradients of decoder block `index`: `block` holds the sums of the first part; parts are `bytes` apart.
 template <int D>
 void add_block_parts(const BlockGradients<D>& block, size_t bytes, int parts, int index, const BlockWeightArrays& to) {
   const int64_t stride = static_cast<int64_t>(bytes / sizeof(float));
@@ -81,7 +81,7 @@ void add_query_head_parts(const QueryHeadGradients<D>* gradients, int channels, 
   add_parts_and_lanes(from(gradients->head_bias[0]), to.head_bias, 0, channels);
 }
 
-// pixel_table's gradient [P][D] from sums [panels][D][T] per part; with P < T several columns belong to one pixel.
+// Gradient of pixel_table [P][D] from sums [panels][D][T] per part; with P < T several columns belong to one pixel.
 template <int D, int T>
 void add_table_parts(const float* sums, int panels, int parts, int pixels, const Array& to) {
   if (to.data == nullptr) return;

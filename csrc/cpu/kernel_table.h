@@ -1,8 +1,8 @@
-// One table of entry points per instruction set; dispatch.cpp chooses among them at run time.
+// One table of entry points per instruction set; dispatch.cpp selects one at run time.
 #pragma once
 
-// Every op of the CPU backend: X(function, type of its argument). A line here declares the function for the caller
-// (deco::cpu::function), in each instruction set's namespace, and in the table.
+// All ops of the CPU backend: X(function, type of its argument). Each line declares the public function
+// deco::cpu::function, the function in each instruction set's namespace, and the entry of the table.
 #define DECO_CPU_OPS(X)                                               \
   X(adaln_block_forward, AdalnBlockForward)                           \
   X(adaln_block_backward, AdalnBlockBackward)                         \
@@ -27,7 +27,7 @@ struct KernelTable {
 #undef DECO_DECLARE_ENTRY
 };
 
-// The table of the instruction set in use.
+// Table of the current instruction set.
 const KernelTable& kernel_table();
 
 }  // namespace deco::cpu

@@ -1,5 +1,5 @@
-// The flow-matching loss, part 1: tiles of an image, and pred - target of a tile in RGB and YCbCr, with the reflection R
-// of the right and bottom edge to multiples of 8 and its transpose.
+// Flow-matching loss, part 1: tiles of an image, pred - target of a tile in RGB and YCbCr, the reflection R that pads
+// the right and bottom edges to multiples of 8, and its transpose.
 #pragma once
 
 #include "cpu/dct.h"
@@ -7,10 +7,10 @@
 
 namespace deco::cpu::DECO_CPU_ISA {
 
-constexpr int kTileWidth = 512;                  // of every tile but the last of a strip, which takes up to 8 more
+constexpr int kTileWidth = 512;                  // the last tile of a strip may have up to 8 columns more
 constexpr int kPitch = kTileWidth + 2 * kBlock;  // values per row of a plane
 
-// M is color_scale times these rows; a row without a factor 1 would cost one multiplication more.
+// M is kColorScale times these rows. One factor of 1 per row saves a multiplication.
 constexpr float kColorScale[3] = {0.587f, 0.5f, 0.5f};
 constexpr float kLumaR = 0.299 / 0.587, kLumaB = 0.114 / 0.587;  // Y  = kLumaR R + G + kLumaB B
 constexpr float kCbR = -0.168736 / 0.5, kCbG = -0.331264 / 0.5;  // Cb = kCbR R + kCbG G + B
@@ -26,13 +26,13 @@ inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1)
 // ---- tiles --------------------------------------------------------------------------------------------------------
 
 struct Tile {
-  int64_t sample, y, x;  // its first row and column
-  int rows, columns;     // those inside the image
-  int padded_columns;    // with the reflected ones: a multiple of 8
+  int64_t sample, y, x;  // y, x: first row and column
+  int rows, columns;     // inside the image
+  int padded_columns;    // including reflected columns: a multiple of 8
   int vector_columns() const { return (padded_columns + kRowPixels - 1) / kRowPixels * kRowPixels; }
 };
 
-// Cuts images into tiles. The last tile of a strip holds every column that its reflected columns repeat.
+// Partition of the images into tiles. The last tile of a strip contains all columns that its reflected columns repeat.
 class Tiling {
  public:
   explicit Tiling(const FlowMatchingLossInputs& inputs)
@@ -59,13 +59,13 @@ class Tiling {
     return tile;
   }
 
-  // The tile of the same columns in the last strip of the image.
+  // Tile of the same columns in the last strip of the image.
   Tile in_last_strip(Tile tile) const {
     set_strip(tile, last_strip_y());
     return tile;
   }
 
-  // The image row that row y repeats.
+  // Image row that row y of the padded image repeats.
   int64_t reflect_row(int64_t y) const { return y < height_ ? y : 2 * (height_ - 1) - y; }
 
  private:
@@ -81,13 +81,13 @@ class Tiling {
 
 enum class Direction { kForward, kBackward };
 
-// One row of the six planes that a tile reads; every plane holds a whole number of vectors.
+// One row of the six image planes; each row holds a whole number of vectors.
 struct RowSource {
   const void *pred[3], *target[3];
 };
 
-// Row r of the planes: rgb = pred - target and ycbcr = rgb in YCbCr (without color_scale). Forward adds rgb^2 to
-// `squares` instead of keeping rgb.
+// Row r of the planes: rgb = pred - target, and ycbcr = rgb in YCbCr without kColorScale. The forward adds rgb^2 to
+// `squares` instead of storing rgb.
 template <Direction kDirection, DType kPred, DType kTarget>
 void read_row(const RowSource& source, int columns, int r, Planes& rgb, Planes& ycbcr, VecF& squares) {
   const auto difference = [&](int c, int x) DECO_INLINE_LAMBDA {
@@ -126,8 +126,8 @@ class ImagePair {
     });
   }
 
-  // Fills all eight rows; those below the image come from the row they repeat. Columns right of the image are zero.
-  // Forward returns the sum of rgb^2 over the image.
+  // Fills all eight rows; rows below the image are read from the row that they repeat. Columns to the right of the
+  // image are zero. The forward returns the sum of rgb^2 over the tile's pixels inside the image.
   float read(const Tile& tile, Planes& rgb, Planes& ycbcr) const {
     alignas(64) float packed[6][kPitch];
     VecF squares = broadcast(0.0f), below_image = squares;
@@ -149,7 +149,7 @@ class ImagePair {
     return static_cast<const char*>(image.data) + offset * size_of(image.dtype);
   }
 
-  // The row itself where its pixels are neighbours and fill whole vectors, else a copy.
+  // The row in place if its pixels are contiguous and fill whole vectors, otherwise a copy.
   const void* row_in_vectors(const ImageArray& image, const Tile& tile, int c, int r, void* packed) const {
     const void* row = address(image, tile, c, tiling_.reflect_row(tile.y + r));
     if (image.stride_x == 1 && tile.columns == tile.vector_columns()) return row;
@@ -169,7 +169,7 @@ inline void clear(const Tile& tile, Planes& planes) {
       for (int x = 0; x < tile.vector_columns(); ++x) row[x] = 0.0f;
 }
 
-// Columns right of the image repeat those left of its last one.
+// Columns to the right of the image repeat those to the left of its last column.
 inline void reflect_columns(const Tile& tile, Planes& planes) {
   for (auto& channel : planes.channel)
     for (float* row : channel)
@@ -183,8 +183,8 @@ inline void fold_columns(const Tile& tile, Planes& planes) {
       for (int x = tile.columns; x < tile.padded_columns; ++x) row[2 * (tile.columns - 1) - x] += row[x];
 }
 
-// The transpose of the reflection of rows: adds the rows of `last`, in the last strip, that lie below the image to
-// those rows of `planes` which they repeat.
+// The transpose of the reflection of rows: adds each row of `last` (in the last strip) that is below the image to the
+// row of `planes` that it repeats.
 inline void fold_rows(const Tiling& tiling, const Tile& last_tile, const Planes& last, const Tile& tile,
                       Planes& planes) {
   for (int r = last_tile.rows; r < kBlock; ++r) {

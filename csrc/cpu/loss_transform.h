@@ -1,5 +1,5 @@
-// The flow-matching loss, part 2: the 8x8 DCT of the tiles' YCbCr planes, weighted; kColorScale and all normalisation of
-// the transform are folded into the weights.
+// Flow-matching loss, part 2: the weighted 8x8 DCT of the tiles' YCbCr planes. kColorScale and the normalization of the
+// transform are folded into the weights.
 #pragma once
 
 #include "cpu/loss_tiles.h"
@@ -8,18 +8,18 @@ namespace deco::cpu::DECO_CPU_ISA {
 
 constexpr int kFrequencies = kBlock * kBlock;
 
-// The factor that turns the square of a coefficient, as transform_blocks has it, into that of F M.
+// Factor from the square of a coefficient of load_coefficients to the square of the coefficient of F M.
 inline float square_norm(int channel, int vertical, int horizontal) {
   return dct_square_norm(vertical) * dct_square_norm(horizontal) * kColorScale[channel] * kColorScale[channel];
 }
 
-// One number per coefficient, as transformed blocks lie in registers: row = horizontal frequency, lane = vertical
-// frequency, once for each block of a BlockRow.
+// One value per coefficient in the register layout of transformed 8x8 blocks: row = horizontal frequency, lane =
+// vertical frequency, repeated for each 8x8 block of a BlockRow.
 struct CoefficientTable {
   alignas(64) float value[3][kBlock][kRowPixels];
 };
 
-// Calls body(value, channel, vertical, horizontal frequency) for all of the table.
+// Calls body(value, channel, vertical frequency, horizontal frequency) for every entry of the table.
 template <class Table, class Body>
 DECO_INLINE void for_each_coefficient(Table& table, Body&& body) {
   for (int c = 0; c < 3; ++c)
@@ -31,14 +31,14 @@ DECO_INLINE int frequency_index(int channel, int vertical, int horizontal) {
   return (channel * kBlock + vertical) * kBlock + horizontal;
 }
 
-// factor * W, with all normalisation
+// weights = factor * W, with kColorScale and the normalization of the transform folded in
 inline void fill_weights(const float* frequency_weight, float factor, CoefficientTable& weights) {
   for_each_coefficient(weights, [&](float& value, int c, int v, int h) {
     value = factor * (frequency_weight[frequency_index(c, v, h)] * square_norm(c, v, h));
   });
 }
 
-// F: the coefficients of the blocks at column x; row = horizontal frequency, lane = vertical frequency.
+// F: coefficients of the 8x8 blocks at column x; row = horizontal frequency, lane = vertical frequency.
 DECO_INLINE void load_coefficients(const float (*plane)[kPitch], int x, BlockRow (&block)[kBlock]) {
   unroll<kBlock>([&](auto i) DECO_INLINE_LAMBDA { block[i] = load_row(plane[i] + x); });
   dct(block);
@@ -85,7 +85,7 @@ inline void apply_weights(const CoefficientTable& weights, const Tile& tile, Pla
   for_each_block(tile, apply);
 }
 
-// sums [3, 8, 8] <- (F M d)^2, summed over the blocks of the tile
+// sums [3, 8, 8] <- (F M d)^2, summed over the 8x8 blocks of the tile
 inline void sum_squares(const Tile& tile, const Planes& ycbcr, double* sums) {
   CoefficientTable squares = {};
   const auto add_block = [&](int c, int x) DECO_INLINE_LAMBDA {

@@ -1,23 +1,22 @@
 // Matmuls of small weight matrices with channel-major tiles of pixels.
 //
-// A tile holds T pixels as [channels][T]: the pixels lie in the vector lanes, so that every per-channel weight is a
-// broadcast and LayerNorm, modulation and gates run down the channels without shuffles. A matmul is computed in groups
-// of kGroup outputs x one strip of two vectors, whose sums stay in registers; weights are read where they lie,
-// row-major [out][in].
+// A tile holds T pixels as [channels][T], one pixel per vector lane: every per-channel weight is a broadcast, and
+// LayerNorm, modulation and gates run over the channels without shuffles. One step of a matmul computes kGroup outputs
+// x one strip of two vectors with all sums in registers; weights are read in place, row-major [out][in].
 //
-// An Operand says how the factors of a matmul are stored:
+// An Operand defines the compute dtype of a matmul and the storage of its factors:
 //   FloatOperand     one float per channel and pixel
-//   PairOperand      two neighbouring channels of a pixel as a pair of bfloat16 in 32 bits; products accumulate in float
+//   PairOperand      two adjacent channels of a pixel as a pair of bfloat16 in 32 bits; products accumulate in float
 #pragma once
 
 #include "cpu/vec.h"
 
 namespace deco::cpu::DECO_CPU_ISA {
 
-constexpr int kGroup = kLanes == 16 ? 8 : 4;  // outputs per step: 2 * kGroup sums fit in the registers
+constexpr int kGroup = kLanes == 16 ? 8 : 4;  // outputs per step: 2 * kGroup sums fit in registers
 constexpr int kStrip = 2 * kLanes;            // pixels per step
 
-// The pixels of a tile that are computed when the first `count` matter.
+// `count` pixels rounded up to whole strips.
 DECO_INLINE int whole_strips(int count) { return (count + kStrip - 1) / kStrip * kStrip; }
 
 using GroupSums = VecF[2 * kGroup];  // [output][vector of the strip]
@@ -73,7 +72,7 @@ struct PairOperand {
 
 // sums[o][v] += sum over k < kElements of w(o, k) * x[k][v], with
 //   w(o, k) = (o < kGroup/2 ? low : high)[(o mod kGroup/2) * kOutStride + k * kInStride].
-// The two halves of the outputs may come from different rows of the matrix.
+// The two halves of the outputs may use non-adjacent rows of the matrix.
 template <class Operand, int kElements, int kOutStride, int kInStride, int T>
 DECO_INLINE void multiply_add(GroupSums& sums, const typename Operand::Element* low,
                               const typename Operand::Element* high, const typename Operand::Element (*x)[T]) {
@@ -108,7 +107,7 @@ DECO_INLINE void linear(GroupSums& sums, const typename Operand::Element* weight
   multiply_add<Operand, kElements, kElements, 1, T>(sums, rows, rows + kGroup / 2 * kElements, x);
 }
 
-// The strip of a tile that starts at pixel `pixel`, to be indexed by channel.
+// The strip of a tile that starts at pixel `pixel`, indexed by channel.
 template <class Element, int T>
 DECO_INLINE auto strip_of(const Element (*tile)[T], int pixel) -> const Element (*)[T] {
   return reinterpret_cast<const Element(*)[T]>(&tile[0][pixel]);
@@ -116,11 +115,11 @@ DECO_INLINE auto strip_of(const Element (*tile)[T], int pixel) -> const Element 
 
 // ---- matmuls that sum over the pixels: gradients of weight matrices ------------------------------------------------
 //
-// grad_weight[o][k] += sum over pixels p of d[o][p] x[p][k]: d is broadcast, x lies pixel-major, and elements of a
-// PairOperand hold two neighbouring pixels instead of two channels.
+// grad_weight[o][k] += sum over pixels p of d[o][p] x[p][k]: d is broadcast, x is pixel-major, and elements of a
+// PairOperand hold two adjacent pixels instead of two channels.
 
-// A gradient with respect to R channels, in both forms: by_channel to be multiplied by transposed weights, by_pixel as
-// the factor d above.
+// Gradient with respect to R channels in two layouts: by_channel for matmuls with transposed weights, by_pixel as the
+// factor d above.
 template <class Operand, int R, int T>
 struct alignas(64) GradientTile;
 
@@ -167,7 +166,7 @@ struct alignas(64) GradientTile<PairOperand, R, T> {
   }
 };
 
-// Pairs of channels [D/2][T] -> pairs of pixels [T/2][D]. A square holds the pairs of up to 32 channels.
+// Pairs of channels [D/2][T] -> pairs of pixels [T/2][D]. `square` holds the pairs of up to 32 channels.
 template <int D, int T>
 void make_pixel_major(PairOperand, const uint32_t (*tile)[T], int pixels, uint32_t (*x)[D]) {
   constexpr int kRows = D / 2 < kLanes ? D / 2 : kLanes;

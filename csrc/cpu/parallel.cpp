@@ -16,7 +16,7 @@ namespace {
 
 std::atomic<bool> in_forked_child{false};
 
-// The three entry points of the OpenMP runtime that are needed; GNU's, LLVM's and Intel's runtimes all export them.
+// Entry points of the OpenMP runtime; those of GNU, LLVM and Intel all export them.
 struct OpenMP {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
   int (*thread_num)() = nullptr;
@@ -24,7 +24,7 @@ struct OpenMP {
 
   OpenMP() {
     pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
-    // RTLD_DEFAULT is null with glibc; so is a failed dlopen, which then leaves the entry points null.
+    // RTLD_DEFAULT is null in glibc, as is the result of a failed dlopen; the entry points then stay null.
     void* library = RTLD_DEFAULT;
     if (dlsym(library, "GOMP_parallel") == nullptr) library = dlopen("libgomp.so.1", RTLD_LAZY);
     parallel = reinterpret_cast<decltype(parallel)>(dlsym(library, "GOMP_parallel"));
@@ -43,7 +43,7 @@ struct Task {
   void* context;
 };
 
-// Body of the parallel region. The team may be smaller than asked for (nested regions, thread limits).
+// Body of the parallel region. The team may be smaller than requested (nested regions, thread limits).
 void run_team_member(void* data) {
   const Task& task = *static_cast<const Task*>(data);
   const int team = openmp.num_threads();
@@ -77,7 +77,7 @@ void run_parts(int parts, PartFunction function, void* context) {
   try {
     for (; next < parts; ++next) threads.emplace_back(function, context, next);
   } catch (const std::system_error&) {
-    // No more threads to be had: the parts left over run here.
+    // The system has no more threads: the remaining parts run on this one.
   }
   function(context, 0);
   for (; next < parts; ++next) function(context, next);

@@ -1,5 +1,5 @@
-// Work is cut into a fixed number of parts and part i always does the same share, so that the same thread count
-// gives the same bits whichever thread runs which part.
+// Work is divided into a fixed number of parts, and part i always computes the same share. Results depend on the thread
+// count but not on which thread runs which part.
 #pragma once
 
 #include <cstddef>
@@ -10,13 +10,13 @@ namespace deco::cpu {
 
 using PartFunction = void (*)(void* context, int part);
 
-// Calls function(context, part) for every part in [0, parts) and returns when all are done. It runs on the OpenMP
-// runtime that the process already holds (PyTorch's), so that no second pool of threads comes to life. In a forked
-// child, whose OpenMP threads did not survive the fork, and where there is no runtime, every part gets a std::thread.
+// Calls function(context, part) for every part in [0, parts) and returns when all are done. Parts run on the OpenMP
+// runtime that is already loaded (PyTorch's), to avoid a second thread pool. Without a runtime, and in a forked child,
+// where the OpenMP threads do not exist, each part runs on a std::thread.
 void run_parts(int parts, PartFunction function, void* context);
 
-// At least `bytes` bytes aligned to 64, uninitialised, owned by the calling thread and valid until its next call.
-// The memory is kept until the thread ends, so that repeated calls do not fault its pages in again.
+// At least `bytes` bytes aligned to 64, uninitialized, owned by the calling thread and valid until its next call.
+// Memory is retained until the thread ends, which avoids page faults on repeated calls.
 void* thread_scratch(size_t bytes);
 
 }  // namespace deco::cpu
@@ -28,7 +28,7 @@ void* thread_scratch(size_t bytes);
 
 namespace deco::cpu::DECO_CPU_ISA {
 
-// Streaming stores may pass later ones; after this, another thread that sees this one finish sees them too.
+// Streaming stores are weakly ordered; this fence orders them before the end of the part.
 inline void finish_streaming() {
 #if defined(__x86_64__)
   _mm_sfence();
@@ -55,13 +55,13 @@ struct Range {
 // The share of part `part` when `count` items are cut into `parts` contiguous shares.
 inline Range share_of(int64_t count, int parts, int part) { return {count * part / parts, count * (part + 1) / parts}; }
 
-// Hands out items 0 .. count - 1 in order to whichever part asks next, a good share of what is left each time: for work
-// whose results do not depend on who does it. A thread that is slow or was held up then leaves its work to the others.
+// Dynamic schedule: hands out items 0 .. count - 1 in order, each time 1/(2 parts) of the remaining items, to the part
+// that asks next. Balances the load between threads of different speed; for results that do not depend on the part.
 class SharedWork {
  public:
   SharedWork(int64_t count, int parts) : count_(count), divisor_(2 * parts) {}
 
-  // Calls body(share) for every share that falls to the part that calls.
+  // Calls body(share) for every share that the calling part receives.
   template <class Body>
   void for_each_share(Body&& body) {
     for (Range share = next(); share.begin < share.end; share = next()) body(share);
@@ -80,7 +80,7 @@ class SharedWork {
   int64_t next_ = 0;
 };
 
-// How many parts are worth having: no more than threads, none of them empty.
+// Number of parts: at least 1, at most `threads`, none of them empty unless count is 0.
 inline int part_count(int64_t count, int threads) {
   const int64_t parts = count < threads ? count : threads;
   return parts < 1 ? 1 : static_cast<int>(parts);

@@ -1,9 +1,10 @@
-// Forward of pixel_decoder: the whole per-pixel decoder, one tile of T consecutive rows of cond at a time.
+// Forward of pixel_decoder: the whole per-pixel decoder (decoder_tile.h), one tile of T consecutive rows of cond at a
+// time.
 //
-// The parts (threads) take tiles as they come. Per pixel they read D values of cond and C of the image, write C of the
-// velocity, and spend N (5 D^2) + 2 C D multiply-adds and (N + 1) D SiLUs: at D = 32, N = 3, C = 3 in bfloat16 with a
-// float image 82 bytes and 31 kFLOP. Every output is computed by one thread in a fixed order, so the result depends
-// neither on the number of threads nor on who takes which tile.
+// Tiles are scheduled dynamically among the parts (threads). Per pixel the kernel reads D values of cond and C of the
+// image, writes C of the velocity, and takes N (5 D^2) + 2 C D multiply-adds and (N + 1) D SiLUs: at D = 32, N = 3,
+// C = 3 in bfloat16 with a float image, 82 bytes and 31 kFLOP. Deterministic: one thread computes each output in a
+// fixed order, so the result does not depend on the number of threads or the schedule.
 #include "cpu/decoder_tile.h"
 #include "cpu/kernel_table.h"
 

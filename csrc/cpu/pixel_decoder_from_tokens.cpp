@@ -1,9 +1,10 @@
-// Forward of pixel_decoder_from_tokens: the upsample matmul and the whole per-pixel decoder, one tile (upsample.h) at a
-// time; cond never reaches memory.
+// Forward of pixel_decoder_from_tokens: the upsample matmul (upsample.h) and the whole per-pixel decoder
+// (decoder_tile.h), one tile of upsample.h at a time; cond is never written to memory.
 //
-// Per pixel it reads and writes C values of images and spends D Z + N (5 D^2) + 2 C D multiply-adds and (N + 1) D SiLUs:
-// at D = 32, N = 3, C = 3, Z = 1152 in bfloat16 with a float image 18 bytes and 105 kFLOP. Every output is computed by
-// one thread in a fixed order, so the result does not depend on the number of threads.
+// Per pixel the kernel reads C values of the image, writes C of the velocity, and takes D Z + N (5 D^2) + 2 C D
+// multiply-adds and (N + 1) D SiLUs: at D = 32, N = 3, C = 3, Z = 1152 in bfloat16 with a float image, 18 bytes and
+// 105 kFLOP. Deterministic: one thread computes each output in a fixed order, so the result does not depend on the
+// number of threads.
 #include "deco/pixel_decoder_from_tokens.h"
 
 #include "cpu/decoder_tile.h"
@@ -18,7 +19,7 @@ constexpr int T = kTokenTile;
 // Working memory of one thread.
 template <class Operand, int D>
 struct alignas(64) TokenDecoderTile : DecoderTile<Operand, D, T> {
-  float panel[D][T];  // pixel_table's row of the tile's pixel, repeated
+  float panel[D][T];  // row of pixel_table of the tile's pixel, repeated T times
 };
 
 template <class Operand, int D>

@@ -1,4 +1,4 @@
-// Where the pixels of a tile lie in images and in rows of cond. Row r of cond is pixel k = r mod P of token r / P;
+// Addresses of a tile's pixels in images and in rows of cond. Row r of cond is pixel k = r mod P of token r / P;
 // pixel k = ky*p + kx of token (b, ty, tx) is image pixel (b, ty*p + ky, tx*p + kx).
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace deco::cpu::DECO_CPU_ISA {
 
-// Walks over rows in order; one step goes along a row of a patch, whose pixels are neighbours in the image.
+// Iterator over rows of cond in order. A run is part of one row of a patch; its pixels are adjacent in the image.
 class PixelWalk {
  public:
   PixelWalk(const DecoderShape& shape, int64_t row)
@@ -23,7 +23,7 @@ class PixelWalk {
     image_ = token / tokens_x_ / tokens_y_;
   }
 
-  // How many rows from here on lie side by side in the image, at most `limit`.
+  // Number of rows from here on that are adjacent in the image, at most `limit`.
   int run_length(int limit) const {
     const int left = patch_size_ - kernel_x_;
     return left < limit ? left : limit;
@@ -43,7 +43,7 @@ class PixelWalk {
     advance_token();
   }
 
-  // To the same pixel of the next token.
+  // Moves to the same pixel of the next token.
   void advance_token() {
     if (++token_x_ < tokens_x_) return;
     token_x_ = 0;
@@ -59,7 +59,7 @@ class PixelWalk {
   int64_t token_y_, token_x_, image_;
 };
 
-// planes[c][i] = channel c of the pixel of row first_row + i for i < count, 0 for the rest.
+// planes[c][i] = channel c of the pixel of row first_row + i for i < count, 0 for i >= count.
 template <int T>
 inline void gather_pixels(const DecoderShape& shape, const ImageArray& image, int64_t first_row, int count,
                           float (*planes)[T]) {
@@ -79,7 +79,7 @@ inline void gather_pixels(const DecoderShape& shape, const ImageArray& image, in
     for (int i = count; i < T; ++i) planes[c][i] = 0.0f;
 }
 
-// The reverse: writes the first `count` pixels of the planes.
+// Inverse of gather_pixels: writes the first `count` pixels of the planes.
 template <int T>
 inline void scatter_pixels(const DecoderShape& shape, const ImageArray& image, int64_t first_row, int count,
                            const float (*planes)[T]) {
@@ -97,7 +97,7 @@ inline void scatter_pixels(const DecoderShape& shape, const ImageArray& image, i
   });
 }
 
-// planes[c][i] = channel c of pixel `pixel` of token first_token + i for i < count, 0 for the rest.
+// planes[c][i] = channel c of pixel `pixel` of token first_token + i for i < count, 0 for i >= count.
 template <int T>
 inline void gather_token_pixels(const DecoderShape& shape, const ImageArray& image, int64_t first_token, int pixel,
                                 int count, float (*planes)[T]) {
@@ -111,7 +111,7 @@ inline void gather_token_pixels(const DecoderShape& shape, const ImageArray& ima
     for (int i = count; i < T; ++i) planes[c][i] = 0.0f;
 }
 
-// The reverse: writes that pixel of the first `count` tokens.
+// Inverse of gather_token_pixels: writes pixel `pixel` of the first `count` tokens.
 template <int T>
 inline void scatter_token_pixels(const DecoderShape& shape, const ImageArray& image, int64_t first_token, int pixel,
                                  int count, const float (*planes)[T]) {
@@ -124,9 +124,9 @@ inline void scatter_token_pixels(const DecoderShape& shape, const ImageArray& im
 }
 
 constexpr int kMaxRowBytes = 64 * sizeof(float);         // a row of cond or h at D = 64
-alignas(64) constexpr char kZeroRow[kMaxRowBytes] = {};  // stands for the rows that fill up the last tile
+alignas(64) constexpr char kZeroRow[kMaxRowBytes] = {};  // source of the padding rows of the last tile
 
-// addresses[i] = that of row first_row + i for i < count, `padding` for the rest.
+// addresses[i] = address of row first_row + i for i < count, `padding` for i >= count.
 template <int T, class Pointer>
 inline void row_addresses(const DecoderShape& shape, const PixelRows& rows, int64_t first_row, int count,
                           Pointer padding, Pointer (&addresses)[T]) {
@@ -149,7 +149,7 @@ inline void row_addresses(const Rows& rows, int64_t first_row, int count, Pointe
   for (int i = 0; i < T; ++i) addresses[i] = i < count ? first + i * bytes : padding;
 }
 
-// Starts to fetch rows first_row .. first_row + T - 1 of D values, as far as there are so many.
+// Prefetches rows first_row .. first_row + T - 1 of D values, up to the last row.
 template <int D, int T>
 inline void prefetch_rows(const DecoderShape& shape, const PixelRows& rows, int64_t first_row) {
   const int64_t left = shape.pixels() - first_row;

@@ -1,4 +1,4 @@
-// Rows of D neighbouring values in memory <-> channel-major tiles [D][T]. rows[i] is the address of row i.
+// Loads and stores between rows of D contiguous values and channel-major tiles [D][T]. rows[i] is the address of row i.
 #pragma once
 
 #include "cpu/matmul.h"
@@ -7,10 +7,11 @@ namespace deco::cpu::DECO_CPU_ISA {
 
 constexpr int kCacheLine = 64;  // bytes
 
-// How rows are written: kStreamed ones with streaming stores.
+// How rows are written: through the caches or with streaming stores.
 enum class RowWrites { kCached, kStreamed };
 
-// `rows` rows of D values from `data` on; `strides` lead to all of them. One store of a vector must fill a cache line.
+// How to write `rows` rows of D values that start at `data` and are `strides` apart. Streaming requires that one vector
+// store fills a cache line.
 template <int D, class... Strides>
 RowWrites row_writes(DType dtype, const void* data, int64_t rows, Strides... strides) {
 #if DECO_HAVE_BF16_DOT
@@ -33,7 +34,7 @@ RowWrites row_writes(const PixelRows& to, int64_t rows) {
 }
 
 #if DECO_HAVE_BF16_DOT
-// bfloat16 rows are moved 32 values (a cache line) of a row at a time: every line is touched once.
+// bfloat16 rows are moved 32 values (one cache line) at a time, so that every line is accessed once.
 // square[i] = channels d + 2i and d + 2i + 1 of rows pixel .. pixel + kLanes - 1.
 template <int T>
 DECO_INLINE void load_bf16_square(const char* const (&rows)[T], int pixel, int d, VecPair (&square)[kLanes]) {
@@ -80,7 +81,7 @@ void store_bf16_rows(const typename Operand::Element (*tile)[T], int count, char
 }
 #endif
 
-// tile[d][i] = value d of row i for i < pixels; all those rows must be readable.
+// tile[d][i] = value d of row i for i < pixels; all of these rows must be readable.
 template <int D, int T>
 void load_rows(DType dtype, const char* const (&rows)[T], int pixels, float (*tile)[T]) {
 #if DECO_HAVE_BF16_DOT
@@ -123,7 +124,7 @@ void store_rows_as(DType dtype, const typename Operand::Element (*tile)[T], int 
   });
 }
 
-// The reverse of load_rows, for i < count, from a tile of the operand's elements.
+// Inverse of load_rows for i < count, from a tile of the Operand's elements.
 template <class Operand, int D, int T>
 void store_rows(DType dtype, const typename Operand::Element (*tile)[T], int count, char* const (&rows)[T],
                 RowWrites writes) {
@@ -132,14 +133,14 @@ void store_rows(DType dtype, const typename Operand::Element (*tile)[T], int cou
   store_rows_as<kCached, Operand, D, T>(dtype, tile, count, rows);
 }
 
-// Asks for rows of D values, share `step` of `steps`, to be brought into the second-level cache.
+// Prefetches share `step` of `steps` of the rows of D values into the L2 cache.
 template <int D, int T>
 DECO_INLINE void prefetch_rows(DType dtype, const char* const (&rows)[T], int step, int steps) {
   for (int i = T * step / steps; i < T * (step + 1) / steps; ++i)
     for (int64_t byte = 0; byte < D * size_of(dtype); byte += kCacheLine) __builtin_prefetch(rows[i] + byte, 0, 2);
 }
 
-// Starts to fetch rows first .. first + T - 1 into the second-level cache, as far as there are `total` rows.
+// Prefetches rows first .. first + T - 1, up to row total - 1, into the L2 cache.
 template <int D, int T>
 void prefetch_rows(const Rows& rows, int64_t first, int64_t total) {
   const int64_t end = first + T < total ? first + T : total, bytes = size_of(rows.dtype);

@@ -1,14 +1,15 @@
-// The upsample matmul inside the fused ops: y = W_up[k] token + b_up[k] for pixel k of a token, W_up[k] [D][Z].
+// Upsample matmul of the fused ops: y = W_up[k] token + b_up[k] for pixel k of a token, with W_up[k] [D][Z].
 //
-// A tile holds pixel k of kTokenTile consecutive tokens, channel-major, [D][kTokenTile]: the tokens lie in the vector
-// lanes. Tokens are taken in chunks of kTokenChunk, whose transpose [strips][elements][kStrip] all threads make once
-// and share. Each part (thread) takes contiguous shares of the chunk's tiles, pixel after pixel, and transposes the
-// weights of one pixel at a time into a panel of its own, [groups][elements][kGroup]: both factors of a matmul are then read
-// linearly, the panel (147 KB at D = 32, Z = 1152 in float) from the second cache level.
+// A tile holds pixel k of kTokenTile consecutive tokens, channel-major, [D][kTokenTile], one token per vector lane.
+// Tokens are processed in chunks of kTokenChunk. All threads together transpose a chunk once, [strips][elements]
+// [kStrip], and then share it. Each part (thread) processes contiguous shares of the chunk's tiles, pixel by pixel, and
+// transposes the weights of one pixel at a time into its own panel, [groups][elements][kGroup]. Both factors of the
+// matmul are then read linearly, the panel (147 KB at D = 32, Z = 1152 in float) from the L2 cache.
 //
-// Per tile D * kTokenTile * Z multiply-adds. Memory: the weights once per chunk, the tokens once, and y never.
-// Elements are those of an Operand (matmul.h): one value, or a pair along Z; a row is filled up with zeros to a whole
-// number of vectors. Every y is one sum over Z in ascending order, whatever the tile and the number of threads.
+// Per tile: D * kTokenTile * Z multiply-adds. Memory traffic: the weights once per chunk, the tokens once; y is never
+// stored. An element is that of an Operand (matmul.h): one value, or a pair along Z; rows are padded with zeros to a
+// whole number of vectors. Deterministic: every y is one sum over Z in ascending order, independent of the tile and of
+// the number of threads.
 #pragma once
 
 #include "cpu/arena.h"
@@ -25,7 +26,7 @@ DECO_INLINE void transpose_square(VecF (&square)[kLanes]) { transpose(square); }
 DECO_INLINE void transpose_square(VecPair (&square)[kLanes]) { transpose_pairs(square); }
 #endif
 
-// kLanes elements from value `first` on, rounded to `rounding`.
+// kLanes elements starting at value `first`, rounded to `rounding`.
 template <class Operand, DType kStorage>
 DECO_INLINE typename Operand::Vector load_elements(const void* row, int64_t first, DType rounding) {
   if constexpr (Operand::kPack == 1) {
@@ -35,7 +36,7 @@ DECO_INLINE typename Operand::Vector load_elements(const void* row, int64_t firs
   }
 }
 
-// square[e] = element first / kPack + e of each of kLanes rows of `width` values, 0 beyond their end.
+// square[e] = element first / kPack + e of each of kLanes rows of `width` values, 0 beyond the end of the row.
 template <class Operand, DType kStorage>
 DECO_INLINE void load_transposed(const char* const (&rows)[kLanes], int64_t first, int64_t width, DType rounding,
                                  typename Operand::Vector (&square)[kLanes]) {
@@ -62,13 +63,13 @@ struct UpsampleTile {
   const Element* weights;  // the panel of the pixel, [groups][elements][kGroup]
   const float* bias;       // [D]
   const Element* tokens;   // [strips][elements][kStrip]
-  // The weights in memory that the next panel will be made from, or nothing: fetched into the cache meanwhile.
+  // Weights of the next panel, to prefetch during this tile; empty if there is no next panel.
   const char *ahead, *ahead_end;
 
   int pixels() const { return whole_strips(count); }
 };
 
-// addresses[i] = that of the tile's row i; the last row stands in for those beyond the tile's end.
+// addresses[i] = address of the tile's row i; rows beyond the end of the tile repeat the last row.
 template <class Operand, class Pointer>
 void tile_addresses(const PixelRows& rows, const UpsampleTile<Operand>& tile, Pointer (&addresses)[kTokenTile]) {
   for (int i = 0; i < kTokenTile; ++i) {
@@ -98,7 +99,7 @@ class Upsample {
     bias_ = take_floats(arena, arrays_.bias, int64_t{arrays_.pixels_per_token} * D, DType::kFloat32);
   }
 
-  // Calls body(part, tile) for every tile, parts in parallel; which part gets which tile depends on their number alone.
+  // Calls body(part, tile) for every tile, parts in parallel. The part of a tile depends only on the number of parts.
   template <class Body>
   void for_each_tile(Body&& body) const {
     for_each_chunk([&](int64_t begin, int64_t count) {
@@ -107,7 +108,7 @@ class Upsample {
     });
   }
 
-  // The same, but a part takes tiles whenever it is done: for results that do not depend on the tile's part.
+  // The same with a dynamic schedule, for results that do not depend on the part of a tile.
   template <class Body>
   void for_each_tile_dynamic(Body&& body) const {
     for_each_chunk([&](int64_t begin, int64_t count) {
@@ -118,8 +119,8 @@ class Upsample {
     });
   }
 
-  // SiLU(y) of a tile as a factor of the modulation and, where asked for, SiLU'(y). prefetch(step, steps) is called
-  // from time to time, to fetch what the caller will need next.
+  // SiLU(y) of a tile as an operand of the modulation matmul and, if `derivative` is not null, SiLU'(y). Calls
+  // prefetch(step, steps) before each of `steps` steps, for the caller's prefetches.
   template <class Prefetch>
   void load_silu_cond(const UpsampleTile<Operand>& tile, Element (*silu_cond)[kTokenTile],
                       float (*derivative)[kTokenTile], Prefetch&& prefetch) const {
@@ -158,7 +159,7 @@ class Upsample {
     return static_cast<const char*>(arrays_.weight.data) + row * arrays_.token_width * size_of(arrays_.weight.dtype);
   }
 
-  // Calls body(first token, number of tokens) for every chunk when its tokens are packed.
+  // Calls body(first token, number of tokens) for every chunk after its tokens are packed.
   template <class Body>
   void for_each_chunk(Body&& body) const {
     for (int64_t begin = 0; begin < arrays_.tokens; begin += kTokenChunk) {
@@ -172,7 +173,7 @@ class Upsample {
     }
   }
 
-  // Tiles `share` of a chunk, pixel after pixel.
+  // Processes tiles `share` of a chunk, pixel by pixel.
   template <class Body>
   void run_share(int64_t begin, int64_t count, int part, Range share, Body&& body) const {
     const int64_t columns = tiles(count);
@@ -191,7 +192,7 @@ class Upsample {
     }
   }
 
-  // Transposes tokens first .. first + kStrip - 1; the last token stands in for those after it.
+  // Transposes tokens first .. first + kStrip - 1; tokens beyond `last` repeat it.
   void pack_strip(int64_t first, int64_t last, Element* to) const {
     const Rows& tokens = arrays_.rows;
     with_dtype(tokens.dtype, [&](auto storage) {

@@ -1,12 +1,13 @@
-// Backward of upsample_modulate down to the gradient of y = W_up token + b_up, one tile (upsample.h) at a time. Each tile
-// recomputes its forward; with dm, dgate the incoming gradients and l = LayerNorm(h):
+// Backward of upsample_modulate down to the gradient of y = W_up token + b_up, one tile (upsample.h) at a time. Each
+// tile recomputes its forward; with dm, dgate the incoming gradients and l = LayerNorm(h):
 //
 //   dshift = dm, dscale = l dm, dl = (1 + scale) dm, and dh from dl through LayerNorm
 //   dy = SiLU'(y) W_mod^T [dshift, dscale, dgate]
 //   dW_mod = sum [dshift, dscale, dgate] SiLU(y)^T
 //
-// Per pixel it reads 3 D values, writes 2 D, and spends D Z + 9 D^2 multiply-adds. Each part (thread) adds the weights'
-// gradients of its tiles in order, then the parts are added in order: the same number of threads gives the same bits.
+// Per pixel the kernel reads 3 D values, writes 2 D, and takes D Z + 9 D^2 multiply-adds. Each part (thread) adds the
+// weights' gradients of its tiles in order, then the parts are added in order: bitwise reproducible for a given number
+// of threads.
 #include "cpu/decoder_tile_backward.h"
 #include "cpu/kernel_table.h"
 #include "cpu/rows.h"
@@ -27,7 +28,7 @@ struct alignas(64) Scratch {
   BlockGradients<D> gradients;
 };
 
-// Rows beyond the tile's end count as zero, so that they add nothing to the weights' gradients.
+// Rows beyond the end of the tile are zero, so that they add nothing to the weights' gradients.
 template <class Operand, int D>
 void load_gradient(const PixelRows& rows, const UpsampleTile<Operand>& place, float (*tile)[T]) {
   const char* addresses[T];
@@ -43,7 +44,7 @@ void store_gradient(const PixelRows& rows, const UpsampleTile<Operand>& place, c
   store_rows<FloatOperand, D, T>(rows.dtype, tile, place.count, addresses, RowWrites::kCached);
 }
 
-// From dm and dgate to the gradients of the modulation, of normalized, and of the biases and norm weights.
+// Gradients of the modulation, of normalized, and of the biases and norm weights from dm and dgate.
 template <class Operand, int D>
 void modulation_factors_backward(const BlockWeights<Operand>& w, int pixels, Scratch<Operand, D>& tile) {
   const auto load_pair = [](const float (*from)[T], int d, int pixel, VecF(&to)[2][2]) DECO_INLINE_LAMBDA {

@@ -1,20 +1,19 @@
-// A small float vector type, written once per instruction set. VecF holds kLanes floats and supports + - * / and the
-// functions below; everything here lives in the namespace of the instruction set, because a function that two sets
-// shared would be emitted once, with the instructions of whichever came first. For the same reason kernels use no
-// function templates of the standard library.
+// Float vector type, implemented once per instruction set. VecF holds kLanes floats and supports + - * / and the
+// functions below. All code is in the namespace of its instruction set: the linker keeps one definition of an inline
+// function, so a function shared by two sets could contain instructions of the wrong one. For the same reason kernels
+// use no function templates of the standard library.
 //
 //   broadcast load store            floats, no alignment needed
-//   store_streaming                 past the caches, to aligned memory
+//   store_streaming                 bypasses the caches; aligned memory
 //   load_as store_as                from and to float32, bfloat16 or float16 memory (round to nearest even)
 //   fma(a, b, c) = a*b + c          fnma(a, b, c) = c - a*b
-//   clamp_range                     lets NaN through
-//   exp2_parts, reciprocal, rsqrt   parts of sigmoid and LayerNorm
+//   exp2_parts, reciprocal, rsqrt   parts of sigmoid and LayerNorm; exp2_parts propagates NaN
 //   sigmoid<Accuracy>               relative error 3e-7 (kFloat) or 1e-4 (kBFloat16)
-//   transpose                       a square of kLanes vectors
+//   transpose                       kLanes x kLanes floats in kLanes vectors
 //   sum                             over the lanes, in a fixed order
-//   dot_pairs and friends           sums of products of bfloat16 pairs, only if DECO_HAVE_BF16_DOT
+//   dot_pairs and VecPair           dot products of bfloat16 pairs, only if DECO_HAVE_BF16_DOT
 //
-// For the preprocessor: DECO_LANES = kLanes; DECO_HAVE_BF16_DOT, 1 if there is an instruction for dot_pairs, else 0.
+// Macros: DECO_LANES = kLanes; DECO_HAVE_BF16_DOT is 1 if the instruction set has dot_pairs, otherwise 0.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +28,8 @@
 
 namespace deco::cpu::DECO_CPU_ISA {
 
-// Calls body(integral_constant<int, i>) for i = 0 .. N-1, unrolled by the front end, so that arrays of vectors
-// indexed by i stay in registers.
+// Calls body(integral_constant<int, i>) for i = 0 .. N-1, unrolled by templates, so that arrays of vectors indexed by i
+// stay in registers.
 template <class Body, int... I>
 DECO_INLINE void unroll_sequence(Body&& body, std::integer_sequence<int, I...>) {
   (body(std::integral_constant<int, I>{}), ...);
@@ -62,7 +61,7 @@ DECO_INLINE uint16_t bf16_from_float(float x) {
 
 DECO_INLINE float float_from_f16(uint16_t x) {
   const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16, magnitude = x & 0x7fffu;
-  // The exponent bias differs by 112; multiplying by 2^112 also normalises subnormal numbers.
+  // The exponent biases differ by 112; multiplication by 2^112 also normalizes subnormal numbers.
   float value = bit_cast<float>(magnitude << 13) * bit_cast<float>(0x77800000u);
   if (magnitude >= 0x7c00u) value = bit_cast<float>(magnitude << 13 | 0x7f800000u);
   return bit_cast<float>(bit_cast<uint32_t>(value) | sign);
@@ -77,7 +76,7 @@ DECO_INLINE uint16_t f16_from_float(float x) {
   } else if (magnitude >= 0x477ff000u) {
     half = 0x7c00u;  // rounds to infinity
   } else if (magnitude < 0x38800000u) {
-    // Subnormal result: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded to nearest even.
+    // Subnormal result: adding 0.5 puts the value in units of 2^-24 in the low bits, rounded to nearest even.
     half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
@@ -99,7 +98,7 @@ DECO_INLINE void store_scalar(void* data, DType dtype, int64_t index, float valu
   }
 }
 
-// `value` rounded to what `dtype` can hold.
+// `value` rounded to `dtype`.
 DECO_INLINE float round_to(DType dtype, float value) {
   if (dtype == DType::kBFloat16) return float_from_bf16(bf16_from_float(value));
   if (dtype == DType::kFloat16) return float_from_f16(f16_from_float(value));
@@ -132,7 +131,7 @@ DECO_INLINE void store_as(void* data, int64_t index, VecF value) {
   if constexpr (kDType == DType::kFloat16) store_f16(static_cast<uint16_t*>(data) + index, value);
 }
 
-// Calls body(integral_constant<DType, dtype>) so that a loop over memory is compiled per storage type.
+// Calls body(integral_constant<DType, dtype>): compiles a loop over memory once per storage dtype.
 template <class Body>
 DECO_INLINE void with_dtype(DType dtype, Body&& body) {
   switch (dtype) {
@@ -142,8 +141,8 @@ DECO_INLINE void with_dtype(DType dtype, Body&& body) {
   }
 }
 
-// Results from this size on are written with streaming stores, past the caches, which could not hold them until
-// somebody reads them; and memory is spared the read of lines that are overwritten whole.
+// Outputs of at least this size are written with streaming stores: they do not fit in the caches until they are read,
+// and lines that are overwritten completely need not be read first.
 constexpr int64_t kStreamingBytes = int64_t{4} << 20;
 
 // Adds a vector to memory.
@@ -167,7 +166,7 @@ DECO_INLINE VecF exp2_fraction(VecF f) {
   }
 }
 
-// 1 / (1 + 2^(-x log2 e)). The exponent is kept in a range where nothing overflows.
+// 1 / (1 + 2^(-x log2 e)). exp2_parts clamps the exponent, so that nothing overflows.
 template <Accuracy kAccuracy>
 DECO_INLINE VecF sigmoid(VecF x) {
   const ExponentParts t = exp2_parts(x * broadcast(-1.44269504f));

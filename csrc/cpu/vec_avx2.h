@@ -47,8 +47,8 @@ DECO_INLINE void store_f16(uint16_t* p, VecF x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// x = integer + fraction with |fraction| <= 1/2. Adding 1.5 * 2^23 leaves the integer in the low bits of `shifted`.
-// min and max return their second operand when one is NaN, so NaN gets through.
+// x = integer + fraction with |fraction| <= 1/2. Adding 1.5 * 2^23 puts the integer in the low bits of `shifted`.
+// min and max return their second operand if one is NaN, so NaN propagates.
 struct ExponentParts {
   VecF shifted, fraction;
 };

@@ -45,8 +45,8 @@ DECO_INLINE void store_f16(uint16_t* p, VecF x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// x = integer + fraction with |fraction| <= 1/2. min returns its second operand when one is NaN, so NaN gets through;
-// the fraction of an infinity is 0.
+// x = integer + fraction with |fraction| <= 1/2. min returns its second operand if one is NaN, so NaN propagates; the
+// fraction of an infinity is 0.
 struct ExponentParts {
   VecF integer, fraction;
 };
@@ -57,7 +57,7 @@ DECO_INLINE ExponentParts exp2_parts(VecF x) {
 }
 DECO_INLINE VecF scale_by_exponent(VecF x, ExponentParts parts) { return _mm512_scalef_ps(x, parts.integer); }
 
-// 1/x for x in [1, 2^126]: an estimate of 14 bits, one Newton step where float accuracy is asked for.
+// 1/x for x in [1, 2^126]: an estimate of 14 bits, refined by one Newton step for Accuracy::kFloat.
 template <Accuracy kAccuracy>
 DECO_INLINE VecF reciprocal(VecF x) {
   const VecF r = _mm512_rcp14_ps(x);
@@ -102,7 +102,7 @@ DECO_INLINE void transpose(VecF (&r)[16]) {
 }
 
 #if DECO_HAVE_BF16_DOT
-// A vector of 16 pairs of bfloat16; the first of a pair lies in the low half of its 32 bits.
+// A vector of 16 pairs of bfloat16; the first of a pair is in the low half of its 32 bits.
 using VecPair = __m512i;
 
 DECO_INLINE VecPair load_pairs(const uint32_t* p) { return _mm512_loadu_si512(p); }
@@ -115,7 +115,7 @@ DECO_INLINE VecPair broadcast_pair(uint32_t pair) { return _mm512_set1_epi32(sta
 // acc + a.first * b.first + a.second * b.second, accumulated in float.
 DECO_INLINE VecF dot_pairs(VecF acc, VecPair a, VecPair b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 
-// Two neighbouring runs of 16 values, rounded: what lies in memory is 32 consecutive bfloat16.
+// Two adjacent runs of 16 values, rounded to 32 consecutive bfloat16.
 DECO_INLINE VecPair join_runs(VecF low, VecF high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 // Lane i becomes the pair (first[i], second[i]), rounded.

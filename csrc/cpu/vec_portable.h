@@ -1,4 +1,4 @@
-// VecF in plain C++ with the vector extension of GCC and clang: four floats on any processor. Included by vec.h.
+// VecF in C++ with the vector extension of GCC and clang: four floats on any processor. Included by vec.h.
 #pragma once
 
 #include <cmath>
@@ -37,8 +37,8 @@ DECO_INLINE void store_f16(uint16_t* p, VecF x) {
   for (int i = 0; i < kLanes; ++i) p[i] = f16_from_float(x[i]);
 }
 
-// x = integer + fraction with |fraction| <= 1/2. Adding 1.5 * 2^23 leaves the integer in the low bits of `shifted`.
-// The comparisons are false for NaN, so NaN gets through.
+// x = integer + fraction with |fraction| <= 1/2. Adding 1.5 * 2^23 puts the integer in the low bits of `shifted`.
+// The comparisons are false for NaN, so NaN propagates.
 struct ExponentParts {
   VecF shifted, fraction;
 };
