@@ -9,7 +9,7 @@ from benchmarks.names import DEVICE_BACKENDS, DTYPES, EXTRAS, FORWARD, ON_REQUES
 from benchmarks.ops.sizes import PRESETS, STANDARD, size_of
 from deco_kernels.machine import keep_heap
 
-# Modules with a `main(arguments)` of their own.
+# Subcommands: modules with a `main(arguments)` function.
 COMMANDS = {
     "host_time": "benchmarks.models.host_time",
     "report": "benchmarks.report.__main__",
@@ -44,12 +44,12 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Times the ops against eager PyTorch and torch.compile, each checked against float64 before.",
+        description="Times the ops against eager PyTorch and torch.compile; each is first checked against float64.",
         epilog="`python -m benchmarks report FILE.json` prints an earlier result as Markdown.",
     )
     parts, more = ", ".join(OPS + EXTRAS), ", ".join(ON_REQUEST)
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"{parts} (default: those of the device); only by name: {more}"
+        "parts", nargs="*", metavar="PART", help=f"{parts} (default: those of the device); on request only: {more}"
     )
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default) or cuda")
     parser.add_argument(
@@ -60,23 +60,23 @@ def _parser() -> argparse.ArgumentParser:
         dest="pass_",
         default="both",
         metavar="PASS",
-        help="forward, backward (forward and backward of a training step) or both (default)",
+        help="forward, backward (forward and backward of a training step), or both (default)",
     )
     parser.add_argument(
         "--size",
         action="append",
         metavar="SIZE",
-        help=f"{', '.join(PRESETS)}, or by hand as {_BY_HAND}; repeatable (default: {STANDARD})",
+        help=f"{', '.join(PRESETS)}, or explicit sizes such as {_BY_HAND}; repeatable (default: {STANDARD})",
     )
     parser.add_argument(
         "--backend", action="append", metavar="NAME", help="repeatable (default: every backend of the device)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument(
         "--default-heap",
         action="store_true",
-        help="leave the C library's heap settings alone; eager PyTorch then spends much of its time in page faults",
+        help="keep the C library's default heap settings; eager PyTorch then spends much of its time in page faults",
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds; no torch.compile, no reference backend")
     parser.add_argument(
@@ -86,17 +86,17 @@ def _parser() -> argparse.ArgumentParser:
         "--stop-after",
         type=float,
         metavar="SECONDS",
-        help="leave out parts after the first that have not begun by then",
+        help="skip parts that have not started by then, except the first",
     )
     parser.add_argument(
-        "--compare", metavar="OLD.json", help="say which rows moved beyond the spread since that result"
+        "--compare", metavar="OLD.json", help="list rows that moved beyond the spread since that result"
     )
-    parser.add_argument("--output", metavar="FILE.json", help="write the result there, anew after each part")
+    parser.add_argument("--output", metavar="FILE.json", help="write the result to this file, again after each part")
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuses what can be refused before anything is loaded, and fills in the defaults."""
+    """Validates the options before anything expensive is loaded, and fills in the defaults."""
     for part in options.parts:
         if part not in OPS + EXTRAS + ON_REQUEST:
             raise ValueError(f"unknown part {part!r}; use {', '.join(OPS + EXTRAS + ON_REQUEST)}, or report FILE.json")

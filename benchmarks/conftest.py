@@ -1,9 +1,9 @@
-"""Keeps freed memory in the process, as `python -m benchmarks` does, so that page faults are not what is timed."""
+"""Keeps freed memory in the process, as `python -m benchmarks` does, so that timings exclude page faults."""
 
 import ctypes
 import sys
 
-# mallopt's parameters, as in <malloc.h>
+# mallopt parameters from <malloc.h>
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 

@@ -1,8 +1,8 @@
-"""Names that stand in results: parts, passes and contenders. Imports nothing, so that a report needs no PyTorch."""
+"""Names used in result files: parts, passes and contenders. Imports nothing, so that reports need no PyTorch."""
 
 OPS = ("pixel_decoder", "pixel_decoder_from_tokens", "upsample_modulate", "adaln_block", "flow_matching_loss")
 EXTRAS = ("avx2", "memory", "overhead", "import")
-ON_REQUEST = ("scaling", "end_to_end", "kernels")  # parts that run only where named, or with --full
+ON_REQUEST = ("scaling", "end_to_end", "kernels")  # parts that run only when named or with --full
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICE_BACKENDS = {"cpu": ("reference", "cpu"), "cuda": ("reference", "triton", "cuda")}
 
@@ -18,4 +18,4 @@ COMPILED = "compiled"
 AUTOTUNED = "compiled_max_autotune"
 COMPILE_MODES = {COMPILED: "default", AUTOTUNED: "max-autotune-no-cudagraphs"}
 LIGER = "liger"
-LIMIT = "limit"  # end to end: decoder and loss left out
+LIMIT = "limit"  # end to end: without decoder and loss

@@ -1,4 +1,4 @@
-"""One run of the benchmarks: all parts asked for, one result."""
+"""One run of the benchmarks: all requested parts, one result."""
 
 import argparse
 import dataclasses
@@ -30,7 +30,7 @@ from deco_kernels.machine import load
 from deco_kernels.native import ISA_VARIABLE
 from deco_kernels.ops.registry import backend_names
 
-Part = tuple[str, str, Callable[[], object]]  # what it is, the result's part it adds to, what measures it
+Part = tuple[str, str, Callable[[], object]]  # description, section of the result, function that measures it
 
 
 def run(options: argparse.Namespace) -> int:
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     nothing was measured, else 0.
 
     Raises:
-        ValueError: an unknown backend, no GPU, a result to compare with that is none. MemoryError: a size too large.
+        ValueError: unknown backend, no GPU, or --compare names an invalid result. MemoryError: a size is too large.
         OSError: a file cannot be read or written.
     """
     began = time.perf_counter()
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _parts(options: argparse.Namespace, backends: tuple[str, ...]) -> Iterator[Part]:
-    """All parts asked for, in the order they are run in."""
+    """All requested parts, in the order in which they run."""
     timing = _timing(options, backends)
     for op, size, dtype, pass_ in _groups(options):
         text = f"{op}, {dtype}, {pass_}, {size}"
@@ -93,7 +93,7 @@ def _parts(options: argparse.Namespace, backends: tuple[str, ...]) -> Iterator[P
             liger, alone = modulated_rms_norm.PROBLEM, _timing(options, modulated_rms_norm.BACKENDS)
             yield f"{liger.op}, {dtype}, {pass_}", "rows", functools.partial(measure, liger, size, dtype, pass_, alone)
     if "avx2" in options.parts:
-        text = "pixel_decoder with the cpu backend held to AVX2"
+        text = "pixel_decoder with the cpu backend restricted to AVX2"
         yield text, "rows", lambda: _rows_with_instruction_set("avx2", options)
     if "memory" in options.parts:
         for dtype in options.dtype[:1] if options.quick else options.dtype:
@@ -108,7 +108,7 @@ def _parts(options: argparse.Namespace, backends: tuple[str, ...]) -> Iterator[P
 
 
 def _parts_on_request(options: argparse.Namespace, backends: tuple[str, ...]) -> Iterator[Part]:
-    """Parts beyond single ops. The reference backend, which is eager PyTorch, is left to the ops' tables."""
+    """Parts beyond single ops. The reference backend is eager PyTorch and appears only in the tables of the ops."""
     timing = _timing(options, tuple(name for name in backends if name != "reference"))
     timing = dataclasses.replace(timing, min_rounds=5)
     dtypes = [getattr(torch, name) for name in options.dtype]
@@ -138,7 +138,7 @@ def _timing(options: argparse.Namespace, backends: tuple[str, ...]) -> Options:
 
 
 def _groups(options: argparse.Namespace) -> Iterator[tuple]:
-    """(op, size, dtype, pass) of everything timed op by op."""
+    """(op, size, dtype, pass) of every group timed op by op."""
     for op in OPS:
         if op in options.parts:
             for size in options.size:
@@ -148,7 +148,8 @@ def _groups(options: argparse.Namespace) -> Iterator[tuple]:
 
 
 def _rows_with_instruction_set(name: str, options: argparse.Namespace) -> list[dict]:
-    """The forward of pixel_decoder in a process whose cpu backend is held to an instruction set; PyTorch is not."""
+    """Forward pass of pixel_decoder in a process whose cpu backend is restricted to an instruction set; PyTorch is not
+    restricted."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "result.json")
         command = [sys.executable, "-m", "benchmarks", "pixel_decoder", "--pass", "forward", "--backend", "cpu"]
@@ -160,7 +161,7 @@ def _rows_with_instruction_set(name: str, options: argparse.Namespace) -> list[d
             command, env={**os.environ, ISA_VARIABLE: name}, capture_output=True, text=True, check=False
         )
         if not os.path.isfile(path):
-            raise OSError(f"the process held to {name} failed: {answer.stderr.strip()}")
+            raise OSError(f"the process restricted to {name} failed: {answer.stderr.strip()}")
         rows = results.load(path)["rows"]
     return [row | {"forced_instruction_set": name} for row in rows]
 
@@ -170,7 +171,7 @@ def _progress(text: str) -> None:
 
 
 def status_of(result: dict) -> int:
-    """The exit status; says on stderr what went wrong, a line each."""
+    """Exit status; prints one line per problem to stderr."""
     entries = [entry for part in results.LISTS for entry in result[part] if part != "left_out"]
     bad = [entry for entry in entries if entry["status"] in ("wrong", "failed")]
     for entry in bad:

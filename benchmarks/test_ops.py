@@ -1,8 +1,8 @@
-"""`pytest benchmarks --benchmark-only`: the ops through pytest-benchmark, to follow their speed from commit to commit.
+"""`pytest benchmarks --benchmark-only`: the ops in pytest-benchmark, to track their speed from commit to commit.
 
-The published formulation and every backend, in the standard size, checked as in `python -m benchmarks`. Contenders are
-timed one after the other here, so ratios between them belong to `python -m benchmarks`; `--benchmark-compare` and
-`--benchmark-autosave` are pytest-benchmark's own.
+Runs the published formulation and every backend at the standard size, verified as in `python -m benchmarks`.
+Contenders are timed sequentially; use `python -m benchmarks` for ratios between them. `--benchmark-compare` and
+`--benchmark-autosave` are options of pytest-benchmark.
 """
 
 import functools

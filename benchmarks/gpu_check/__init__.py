@@ -1,1 +1,1 @@
-"""What only a GPU can show, for `make gpu-check`."""
+"""Checks and measurements that need a GPU, for `make gpu-check`."""

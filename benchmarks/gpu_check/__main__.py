@@ -1,17 +1,17 @@
-"""What only a GPU can show: the self-test, the tests marked gpu and the benchmarks there. Run by `make gpu-check`.
+"""Checks that need a GPU: the self-test, the tests marked gpu and the GPU benchmarks. Run by `make gpu-check`.
 
-Uses the Python that runs it (with PyTorch, pytest and NumPy) and no network. Where nvcc is on PATH or under CUDA_HOME,
-the native modules are first built in place, CUDA for the present architecture alone. Steps run in the order of their
-worth, each in a process of its own and for a limited time; one that fails stops no other. The last ones are left out
-where less than their time is left of eight minutes. `--full` lifts that limit and measures everything. Results are
-written to $OUT, or out/gpu-check, at most 8 files:
+Uses the current Python (with PyTorch, pytest and NumPy) and no network. If nvcc is on PATH or under CUDA_HOME, the
+native modules are first built in place, the CUDA module only for the GPU's architecture. Steps run most valuable first,
+each in a separate process with a time limit; a failed step does not stop the others. An extra step is skipped if less
+than its time is left of eight minutes. `--full` lifts that limit and measures everything. Results are written to $OUT
+or out/gpu-check, at most 8 files:
 
     gpu-check.json   device, versions, every step with command, seconds, result and output, every test with its outcome
-    benchmarks.json  what the benchmarks measured
-    report.md        both as tables, with the budgeted kernels modelled and measured
-    *.png            plots of the benchmarks, where matplotlib is installed
+    benchmarks.json  results of the benchmarks
+    report.md        both as tables, with modeled and measured times of the budgeted kernels
+    *.png            plots of the benchmarks, if matplotlib is installed
 
-Exit status: 0 if every step passed or was rightly left out, 1 if one failed, or if there is no GPU.
+Exit status: 0 if every step passed or was skipped as allowed, 1 if one failed or if there is no GPU.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from benchmarks.harness.toolkit import cuda_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 
-TOTAL_SECONDS, FULL_SECONDS = 450, 3600  # what still runs then is stopped
-_KEPT_OUTPUT = 200_000  # characters of a step, from its end
+TOTAL_SECONDS, FULL_SECONDS = 450, 3600  # steps that still run then are stopped
+_KEPT_OUTPUT = 200_000  # last characters of a step's output
 _SEPARATE_ALLOCATIONS = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 _TRAINING = ["--size", "train-xl-256", "--dtype", "bfloat16"]
 
 
 class Step(NamedTuple):
-    """One command and the seconds it may take; an `extra` one begins only while so many are left."""
+    """One command and its time limit; an `extra` step starts only if at least `seconds` are left."""
 
     name: str
     command: list[str]
@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
 
 def missing_gpu() -> str | None:
-    """Why nothing can be checked here, or None."""
+    """Reason why nothing can be checked on this machine, or None."""
     try:
         import torch
     except ImportError as error:
@@ -81,12 +81,12 @@ def first_line(command: list[str]) -> str | None:
 
 
 def gpu_tests() -> list[Path]:
-    """The files that hold tests marked gpu. Others may need packages that this program does without."""
+    """Files with tests marked gpu. Other test files may need packages that this program does not require."""
     return sorted(ROOT.glob("tests/*/test_*_gpu.py"))
 
 
 def steps(folder: Path, capability: str, full: bool) -> list[Step]:
-    """All steps, the most valuable first. Benchmark steps write NAME.json into the folder, the tests tests.xml."""
+    """All steps, most valuable first. Benchmark steps write NAME.json to the folder, the tests write tests.xml."""
     python = sys.executable
     found = []
     if cuda_tool("nvcc"):
@@ -126,7 +126,7 @@ def steps(folder: Path, capability: str, full: bool) -> list[Step]:
 
 
 def run_step(step: Step, deadline: float) -> dict:
-    """Runs a step from the root of the tree, until `deadline` (time.perf_counter()) at most."""
+    """Runs a step from the root of the tree, no longer than until `deadline` (in time.perf_counter() seconds)."""
     started = time.perf_counter()
     left = deadline - started
     record = {"name": step.name, "command": step.command, "seconds": 0.0, "passed": step.extra}
@@ -155,7 +155,7 @@ def run_step(step: Step, deadline: float) -> dict:
 
 
 def test_outcomes(report: Path) -> list[dict]:
-    """Every test of a JUnit XML report: its name, its outcome, and what it said if it did not pass."""
+    """Every test of a JUnit XML report: name, seconds, outcome, and the message if it did not pass."""
     if not report.exists():
         return []
     outcomes = []
@@ -173,7 +173,7 @@ def test_outcomes(report: Path) -> list[dict]:
 
 
 def summary(report: dict) -> str:
-    """Steps, and tests that did not pass, as Markdown."""
+    """Steps and failed tests as Markdown."""
     from benchmarks.report.markdown import section, table
 
     lines = [
@@ -192,7 +192,7 @@ def summary(report: dict) -> str:
 
 
 def write_benchmarks(folder: Path, out: Path) -> str:
-    """Puts the results of the benchmark steps together, draws them, and returns their Markdown."""
+    """Merges the results of the benchmark steps, draws the plots, and returns the report as Markdown."""
     from benchmarks.harness import results
     from benchmarks.report import tables
 
@@ -211,8 +211,8 @@ def write_benchmarks(folder: Path, out: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="make gpu-check", description="Checks and measures what only a GPU can show.")
-    parser.add_argument("--full", action="store_true", help="everything, without the limit of eight minutes")
+    parser = argparse.ArgumentParser(prog="make gpu-check", description="Checks and benchmarks that need a GPU.")
+    parser.add_argument("--full", action="store_true", help="measure everything, without the eight-minute limit")
     options = parser.parse_args(arguments)
     began = time.perf_counter()
     reason = missing_gpu()

@@ -1,8 +1,8 @@
 """Forward and backward of every op and GPU backend on small tensors, for compute-sanitizer.
 
-Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1: every tensor then has an allocation of its own, so that an access outside of
-a tensor is one outside of an allocation. The first image is not square, the others leave tiles unfilled, and the loss
-pads the last one. What a backend does not serve here is reported and skipped.
+Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1: every tensor then has a separate allocation, so that an access outside a
+tensor is also outside an allocation. The first image is not square, the others leave tiles partly filled, and the loss
+pads the last one. Cases that a backend does not support are reported and skipped.
 """
 
 import torch

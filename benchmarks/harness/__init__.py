@@ -1,1 +1,1 @@
-"""Measuring: what is run, checked and timed, on which machine, and how results are stored."""
+"""Measurement: contenders, verification, timing, machine ceilings and result files."""

@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured in the same run: copy bandwidth, matmul rate, multiply-add peak."""
+"""Ceilings of the machine, measured in the same run: copy bandwidth, matmul rate, multiply-add peak."""
 
 import ctypes
 import os
@@ -20,8 +20,9 @@ _FMA_ROUNDS = 5_000_000
 def measure_ceilings(device: str, dtypes: tuple[torch.dtype, ...]) -> dict:
     """Bytes per second, and FLOPs per second by dtype name.
 
-    `flops` holds what rows are compared with: on a CPU the multiply-add peak of all threads (the matmul rate where no
-    compiler is found), on a GPU the matmul rate. A CPU without instructions for a 16-bit dtype computes it in float32.
+    `flops` is the ceiling that rows are compared with: on a CPU the multiply-add peak of all threads (the matmul rate
+    if there is no compiler), on a GPU the matmul rate. A CPU without instructions for a 16-bit dtype computes it in
+    float32.
     """
     names = {str(dtype).removeprefix("torch.") for dtype in (torch.float32, *dtypes)}
     matmul = {name: matmul_rate(device, getattr(torch, name)) for name in sorted(names)}
@@ -39,7 +40,7 @@ def measure_ceilings(device: str, dtypes: tuple[torch.dtype, ...]) -> dict:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes read and written per second by a copy of four times the last-level cache, at best."""
+    """Bytes read and written per second by a copy of four times the last-level cache; best of all repeats."""
     count = max(4 * last_level_cache(device), 64 << 20)
     source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -48,7 +49,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOPs per second of PyTorch's square matmul, at best."""
+    """FLOPs per second of a square matmul in PyTorch; best of all repeats."""
     side = 8192 if device == "cuda" else 1024
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = min(milliseconds(lambda: left @ right, device) for _ in range(_REPEATS))

@@ -8,7 +8,7 @@ Marks = list[tuple[str, object]]
 
 
 class Clock:
-    """`start()`, then `mark(name)` after every part, `take()` at the end. Marking does not wait for the GPU."""
+    """Call `start()`, then `mark(name)` after every part, then `take()`. Marks do not synchronize with the GPU."""
 
     def __init__(self, device: str):
         self.device = device
@@ -18,7 +18,7 @@ class Clock:
         self._marks = [("", self._now())]
 
     def mark(self, name: str) -> None:
-        """Ends the part `name`, which began at the mark before."""
+        """Ends the part `name`, which began at the previous mark."""
         self._marks.append((name, self._now()))
 
     def take(self) -> Marks:
@@ -26,7 +26,7 @@ class Clock:
         return self._marks
 
     def parts(self, marks: Marks) -> dict[str, float]:
-        """Milliseconds by part, in the order of first appearance; marks of the same name add up. Waits for the GPU."""
+        """Milliseconds by part, in order of first appearance; marks with the same name add up. Synchronizes the GPU."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         found: dict[str, float] = {}

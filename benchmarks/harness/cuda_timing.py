@@ -1,4 +1,4 @@
-"""What rows of a GPU have beside the time between events: host time per call, and the time per call of a CUDA graph."""
+"""Additional columns of GPU rows: host time per call, and time per call in a CUDA graph."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,12 +8,12 @@ import torch
 from benchmarks.harness.timing import interleaved
 from benchmarks.ops.problem import Operands
 
-_CALLS = 10  # few enough that the queue of launches does not fill up
+_CALLS = 10  # few enough not to fill the launch queue
 _REPEATS = 5
 
 
 def host_microseconds(call: Callable[[int], object]) -> float:
-    """Median host time per call, from an empty queue and without waiting for the GPU."""
+    """Median host time per call, starting from an empty queue, without synchronization."""
     samples = []
     for _ in range(_REPEATS):
         torch.cuda.synchronize()
@@ -28,8 +28,8 @@ def host_microseconds(call: Callable[[int], object]) -> float:
 def graph_columns(
     steps: Sequence[Callable[[Operands], object]], buffers: list[Operands], budget_s: float, min_rounds: int
 ) -> list[dict]:
-    """`graph_ms`, the time per call of every step when captured in a CUDA graph and replayed, in turns with the others;
-    `graph_reason` instead where it cannot be captured. One graph holds a call on every buffer, so that they stay cold.
+    """`graph_ms`, the time per call of every step captured in a CUDA graph and replayed, interleaved; `graph_reason` if
+    it cannot be captured. One graph contains a call on every buffer, so that buffers stay cold.
     """
     graphs: list[torch.cuda.CUDAGraph | None] = []
     columns: list[dict] = []
@@ -37,7 +37,7 @@ def graph_columns(
         try:
             graphs.append(capture(step, buffers))
             columns.append({})
-        except RuntimeError as error:  # CUDA's own errors are RuntimeErrors too
+        except RuntimeError as error:  # includes CUDA errors
             torch.cuda.synchronize()
             graphs.append(None)
             columns.append({"graph_ms": None, "graph_reason": str(error).strip().splitlines()[0]})
@@ -50,7 +50,7 @@ def graph_columns(
 
 
 def capture(step: Callable[[Operands], object], buffers: list[Operands]) -> torch.cuda.CUDAGraph:
-    """A graph of one call per buffer, after a warm-up on a stream of its own, as capture asks for."""
+    """A graph with one call per buffer, after the warm-up on a side stream that capture requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

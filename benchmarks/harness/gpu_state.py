@@ -1,11 +1,11 @@
-"""Clocks, power, temperature and memory of the GPU in use, and a watch for throttling, by NVML (nvidia-ml-py)."""
+"""Clocks, power, temperature, memory and throttling of the GPU in use, from NVML (nvidia-ml-py)."""
 
 import threading
 
 import torch
 
 PERIOD_S = 0.25
-_REASONS = {  # bits of NVML's reasons for lowered clocks
+_REASONS = {  # NVML's bits for reasons of lowered clocks
     0x04: "power limit",
     0x08: "hardware slowdown",
     0x20: "temperature (driver)",
@@ -26,7 +26,7 @@ def _open():
 
 
 def header() -> dict:
-    """What NVML says now, for the header of a result; `nvml` says why where it says nothing."""
+    """Current NVML state for the header of a result; without NVML only `nvml`, the reason."""
     try:
         nvml, handle = _open()
     except Exception as error:
@@ -48,14 +48,14 @@ def header() -> dict:
         try:
             answer = ask()
         except nvml.NVMLError:
-            continue  # not every GPU answers every question
+            continue  # not supported on every GPU
         found[name] = answer.decode() if isinstance(answer, bytes) else answer
     return found
 
 
 class Watch:
-    """Looks at the reasons for lowered clocks four times a second, in a thread, while the `with` block runs. Without a
-    GPU or without NVML it sees nothing."""
+    """Polls the reasons for lowered clocks four times per second, in a thread, while the `with` block runs. Does
+    nothing without a GPU or NVML."""
 
     def __init__(self, device: str):
         self._seen: set[str] = set()
@@ -66,7 +66,7 @@ class Watch:
             try:
                 self._nvml, self._handle = _open()
             except Exception:
-                return  # the header says why
+                return  # the header gives the reason
             self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "Watch":
@@ -80,8 +80,8 @@ class Watch:
             self._thread.join()
 
     def take(self) -> dict:
-        """What was seen since the last call: `throttled`, sorted reasons, and `sm_clock_mhz`, lowest and highest under
-        load; empty without NVML."""
+        """Observations since the last call: `throttled`, sorted reasons, and `sm_clock_mhz`, lowest and highest under
+        load. Empty without NVML."""
         if not self._thread:
             return {}
         seen, self._seen = self._seen, set()

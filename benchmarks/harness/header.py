@@ -1,4 +1,4 @@
-"""The header of a result: where, when and with what it was measured."""
+"""The header of a result: machine, date, software and settings."""
 
 import importlib.metadata
 import sys
@@ -17,7 +17,7 @@ def header(device: str) -> dict:
 
 
 def command(arguments: list[str]) -> str:
-    """What repeats the measurement: the command line without the files that it read and wrote."""
+    """Command line that repeats the measurement, without the files that it read and wrote."""
     kept = list(arguments)
     for option in ("--output", "--compare"):
         while option in kept:

@@ -1,4 +1,4 @@
-"""Rows for one op, size, dtype and pass: every contender checked, then timed in turns with the others."""
+"""Rows for one op, size, dtype and pass: every contender is verified, then timed interleaved with the others."""
 
 import dataclasses
 import os
@@ -15,8 +15,8 @@ from benchmarks.names import BACKWARD_ALONE, TRAINING
 from benchmarks.ops.problem import Operands, Problem
 from benchmarks.ops.sizes import Size
 
-UNSTABLE = 0.05  # of the median: half of the distance from the 20th to the 80th percentile, or a drift within the run
-_EAGER_FLOATS = 13  # kept per pixel, block and channel by a training step in eager PyTorch
+UNSTABLE = 0.05  # of the median: half the distance from the 20th to the 80th percentile, or the drift within the run
+_EAGER_FLOATS = 13  # saved per pixel, block and channel by a training step in eager PyTorch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Options:
 
 
 def measure(problem: Problem, size: Size, dtype: torch.dtype, pass_: str, options: Options) -> list[dict]:
-    """The rows of one group, as they stand in the result file: every contender checked, those that passed timed."""
+    """Rows of one group, in the format of the result file: every contender verified, those that passed timed."""
     contenders = contenders_of(problem, size, options.backends, options.compiled)
     verification = verify(problem, size, dtype, options.device, pass_ == TRAINING, contenders)
     admitted = [contender for contender in contenders if contender.name not in verification.refused]
@@ -43,7 +43,7 @@ def measure(problem: Problem, size: Size, dtype: torch.dtype, pass_: str, option
 def time_contenders(
     problem: Problem, size: Size, dtype: torch.dtype, pass_: str, options: Options, contenders: list[Contender]
 ) -> list[dict]:
-    """Rows of contenders that have been checked, timed in turns."""
+    """Rows of verified contenders, timed interleaved."""
     if not contenders:
         return []
     device, training = options.device, pass_ == TRAINING
@@ -71,14 +71,14 @@ def time_contenders(
 
 
 def eager_bytes(problem: Problem, size: Size, pass_: str) -> int:
-    """What eager PyTorch needs at most for a step in float32, roughly."""
+    """Approximate upper bound of the memory of an eager float32 step, in bytes."""
     blocks = size.depth if "decoder" in problem.op and pass_ == TRAINING else 1
     kept = 4 * _EAGER_FLOATS * size.pixels * problem.row_width(size) * blocks
     return problem.bytes_moved(size, torch.float32, training=True) + kept
 
 
 def check_memory(problem: Problem, size: Size, device: str, pass_: str) -> None:
-    """Raises MemoryError where an eager step of this size does not fit the machine."""
+    """Raises MemoryError if an eager step of this size does not fit the device."""
     needed, available = eager_bytes(problem, size, pass_), available_memory(device)
     if needed > available:
         raise MemoryError(
@@ -88,7 +88,7 @@ def check_memory(problem: Problem, size: Size, device: str, pass_: str) -> None:
 
 
 def available_memory(device: str) -> int:
-    """Bytes free on the device now."""
+    """Bytes currently free on the device."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     if os.path.isfile("/proc/meminfo"):
@@ -100,7 +100,7 @@ def available_memory(device: str) -> int:
 
 
 def rotating_buffers(problem: Problem, size: Size, dtype: torch.dtype, device: str, training: bool) -> list[Operands]:
-    """Sets of activations and incoming gradients, enough to be cold; the weights are the same in all."""
+    """Sets of activations and incoming gradients, enough for cold caches; all share the weights."""
     generator = torch.Generator(device).manual_seed(SEED)
     first = problem.make_operands(size, dtype, generator)
     bytes_each = sum(tensor.nbytes for tensor in first.activations.values())
@@ -114,7 +114,7 @@ def rotating_buffers(problem: Problem, size: Size, dtype: torch.dtype, device: s
 
 
 def rotating(step: Callable[[Operands], object], buffers: list[Operands]) -> Callable[[int], object]:
-    """Calls of a step, on another buffer each time: the argument counts the calls."""
+    """A function that calls the step on buffer `count % len(buffers)`."""
     return lambda count: step(buffers[count % len(buffers)])
 
 
@@ -123,7 +123,7 @@ def _backward_alone(problem: Problem, size: Size, backend: str):
 
 
 def row_of(problem: Problem, size: Size, dtype: torch.dtype, pass_: str) -> dict:
-    """What a row says before anything is measured. The backward alone: a training step less the forward."""
+    """The unmeasured fields of a row. BACKWARD_ALONE counts a training step minus the forward pass."""
     forward = (problem.bytes_moved(size, dtype, training=False), problem.flops(size, training=False))
     training = (problem.bytes_moved(size, dtype, training=True), problem.flops(size, training=True))
     alone = (training[0] - forward[0], training[1] - forward[1])
@@ -142,7 +142,7 @@ def row_of(problem: Problem, size: Size, dtype: torch.dtype, pass_: str) -> dict
 
 
 def statistics_of(times: list[float]) -> dict:
-    """Median and spread of milliseconds in the order they were measured in."""
+    """Median and spread of times in milliseconds, given in the order of measurement."""
     values = torch.tensor(times).double()
     low, median, high = values.quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
     half = max(1, len(times) // 2)

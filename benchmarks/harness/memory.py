@@ -1,4 +1,4 @@
-"""Peak memory growth of one training step of pixel_decoder, outputs included; a process per contender."""
+"""Peak memory growth of one training step of pixel_decoder, outputs included; one process per contender."""
 
 import json
 import subprocess
@@ -35,8 +35,8 @@ def measure_memory(device: str, dtype: str, backends: tuple[str, ...], threads: 
 
 
 def growth(name: str, dtype: torch.dtype, device: str) -> int:
-    """Bytes by which the peak of this process exceeds what it held before the step. A step on one token comes first, so
-    that code and thread stacks are loaded."""
+    """Peak memory during the step minus memory before it, in bytes. A step on one token runs first, so that code and
+    thread stacks are loaded."""
     problem = problem_of(_OP)
     backends = () if name == PUBLISHED else (name,)
     before = 0

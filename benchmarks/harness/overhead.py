@@ -1,4 +1,4 @@
-"""Host time per call on one pixel, and what importing the package adds to importing PyTorch."""
+"""Host time per call on one pixel, and the import time of the package beyond that of PyTorch."""
 
 import functools
 import statistics
@@ -30,9 +30,9 @@ print(package - start, time.perf_counter() - start)
 
 
 def measure_overhead(device: str, backends: tuple[str, ...], calls: int) -> list[dict]:
-    """Microseconds per call of pixel_decoder on a single pixel, median of batches of `calls` calls taken in turns.
+    """Microseconds per call of pixel_decoder on a single pixel, median over interleaved batches of `calls` calls.
 
-    The arguments are ready before the clock starts; with backward, a call includes clearing the previous gradients.
+    The arguments are prepared before the clock starts. With backward, a call includes clearing the previous gradients.
     """
     problem, size = problem_of(_OP), Size(height=1, width=1, patch_size=1)
     rows = []
@@ -86,7 +86,7 @@ def _train(call: Callable, operands: Operands, count: int) -> None:
 
 
 def _microseconds(loop: Callable[[int], None], calls: int, device: str) -> float:
-    """On a GPU until the last call has been launched: the queue is empty at the start and is not waited for."""
+    """On a GPU, the time until the last call is launched: the queue starts empty and is not synchronized."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -95,7 +95,7 @@ def _microseconds(loop: Callable[[int], None], calls: int, device: str) -> float
 
 
 def measure_import(repeats: int) -> dict:
-    """Seconds that `import deco_kernels`, then also `deco_kernels.ops`, add to `import torch`: medians of processes."""
+    """Median seconds that importing deco_kernels, then also deco_kernels.ops, adds to importing torch."""
     samples = []
     for _ in range(repeats):
         answer = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)

@@ -16,10 +16,10 @@ def _empty_parts() -> dict:
 
 
 def load(path: str) -> dict:
-    """A result file; parts that it lacks are empty.
+    """Loads a result file; missing parts are empty.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is not a result of this format.
+        OSError: the file cannot be read. ValueError: it is not a result of this format.
     """
     with open(path, encoding="utf-8") as file:
         try:
@@ -32,7 +32,7 @@ def load(path: str) -> dict:
 
 
 def save(result: dict, path: str) -> None:
-    """Writes the file in one go, so that a run cut short leaves the last complete state. Empty parts are left out."""
+    """Writes the file atomically, so that an interrupted run leaves the last complete state. Omits empty parts."""
     kept = {name: part for name, part in result.items() if part or name not in _empty_parts()}
     partial = f"{path}.partial"
     with open(partial, "w", encoding="utf-8") as file:
@@ -42,8 +42,8 @@ def save(result: dict, path: str) -> None:
 
 
 def merge(results: list[dict]) -> dict:
-    """Runs on one machine as one result: the first header, the highest ceilings, the rows of all. What they were run by
-    is kept in the header's `command`."""
+    """Merges runs on one machine: the first header, the highest ceilings, all rows. The header's `command` joins the
+    commands of all runs."""
     merged = dict(results[0])
     commands = dict.fromkeys(result["header"].get("command") for result in results)
     merged["header"] = merged["header"] | {"command": "; ".join(filter(None, commands))}
@@ -56,7 +56,7 @@ def merge(results: list[dict]) -> dict:
 
 
 def best_of(first: dict, second: dict) -> dict:
-    """The higher of two measurements of everything: a ceiling taken while the machine was disturbed is no ceiling."""
+    """The higher of two measurements of every ceiling, because load on the machine lowers them."""
     found = {**second, **first}
     for name in first.keys() & second.keys():
         one, other = first[name], second[name]

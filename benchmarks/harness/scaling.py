@@ -1,4 +1,4 @@
-"""Time per pixel against the number of pixels: one image, from a single token to 2048 x 2048 or the memory's end."""
+"""Time per pixel vs. number of pixels: one image, from a single token to the largest size that fits in memory."""
 
 import torch
 
@@ -14,13 +14,13 @@ SIDES = {
     "cpu": ((16, 16), (64, 64), (256, 256), (512, 512), (1024, 1024), (2048, 2048)),
     "cuda": ((16, 16), (64, 64), (256, 256), (1024, 1024), (1024, 2048), (2048, 2048), (4096, 4096)),
 }
-CHECKED = Size()  # contenders are held against float64 and against float32 at this size before any is timed
+CHECKED = Size()  # contenders are verified against float64 and float32 at this size before any is timed
 
 
 def measure_scaling(
     op: str, dtype: torch.dtype, pass_: str, options: Options, sides: tuple[tuple[int, int], ...] | None = None
 ) -> list[dict]:
-    """Rows as of `measure`, for images of the given sides (by default those of the device)."""
+    """Rows as in `measure`, for images of the given sides (by default those of the device)."""
     problem = problem_of(op)
     checked = contenders_of(problem, CHECKED, options.backends)
     refused = verify(problem, CHECKED, dtype, options.device, pass_ == TRAINING, checked).refused
@@ -46,7 +46,7 @@ def measure_scaling(
 
 
 def bytes_needed(problem: Problem, size: Size, pass_: str, contender: Contender) -> int:
-    """Roughly, in float32: eager PyTorch keeps activations, ours arguments, outputs and gradients."""
+    """Approximate bytes in float32: eager saves activations; fused ops hold arguments, outputs and gradients."""
     if contender.eager:
         return eager_bytes(problem, size, pass_)
     return problem.bytes_moved(size, torch.float32, training=pass_ != FORWARD)

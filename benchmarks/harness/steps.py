@@ -1,4 +1,4 @@
-"""Contenders, and the one call that is checked and timed: a forward pass or a training step of an op."""
+"""Contenders, and the call that is verified and timed: a forward pass or a training step of an op."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,8 @@ class Contender:
 def contenders_of(
     problem: Problem, size: Size, backends: tuple[str, ...], compiled: tuple[str, ...] = ()
 ) -> list[Contender]:
-    """The eager twins, the published one compiled in the ways named (keys of COMPILE_MODES), the op per backend."""
+    """The eager formulations, the published one compiled in the given modes (keys of COMPILE_MODES), and the op on each
+    backend."""
     found = [Contender(PUBLISHED, lambda tensors: problem.published(tensors, size), eager=True)]
     if problem.has_best_eager:
         found.append(Contender(BEST_EAGER, lambda tensors: problem.best_eager(tensors, size), eager=True))
@@ -38,8 +39,8 @@ def _fused(problem: Problem, size: Size, backend: str) -> Contender:
 
 
 class Step:
-    """A contender's call on operands: without gradients, or forward and backward into the `grad` of what is trained.
-    Eager contenders run under autocast where the problem says so."""
+    """One call of a contender: forward without gradients, or forward and backward with gradients in `grad` of the
+    trained tensors. Eager contenders run under autocast if the problem sets `autocast`."""
 
     def __init__(self, problem: Problem, contender: Contender, dtype: torch.dtype, device: str, training: bool):
         self.contender = contender
@@ -63,7 +64,7 @@ class Step:
         return torch.autocast(*self._autocast) if self._autocast else contextlib.nullcontext()
 
     def results(self, operands: Operands) -> Tensors:
-        """Copies of the outputs, by position, and of the gradients, by argument name."""
+        """Copies of the outputs by position, and of the gradients by argument name."""
         outputs = self(operands)
         found = {f"output {index}": output.detach().clone() for index, output in enumerate(outputs)}
         if self.training:

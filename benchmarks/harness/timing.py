@@ -13,12 +13,12 @@ _SHORTEST_MS = 1.0  # shorter calls are repeated within one measurement
 
 
 def buffer_count(bytes_each: int, device: str) -> int:
-    """How many sets of activations must rotate for each to be cold when its turn comes."""
+    """Number of sets of activations to rotate so that each is cold when it is used again."""
     return max(1, math.ceil(COLD_FACTOR * last_level_cache(device) / max(1, bytes_each)))
 
 
 def milliseconds(call: Callable[[], object], device: str) -> float:
-    """Duration of one call: events on the current stream of a GPU, the wall clock on a CPU."""
+    """Duration of one call: CUDA events on the current stream, or the wall clock on a CPU."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -34,11 +34,11 @@ def milliseconds(call: Callable[[], object], device: str) -> float:
 def interleaved(
     calls: Sequence[Callable[[int], object]], device: str, budget_s: float, min_rounds: int, max_rounds: int = 100
 ) -> list[list[float]]:
-    """Milliseconds per call of every contender, measured in turns.
+    """Milliseconds per call of every contender, interleaved.
 
-    Each round times every contender once, beginning with another one each time; a call's argument counts the calls made
-    so far, to choose the buffer. Rounds go on until `budget_s` is spent. Two unmeasured rounds warm up first; one
-    will do on a CPU where it takes longer than that.
+    Each round times every contender once and starts with a different one. The argument of a call is the number of calls
+    so far, which selects the buffer. Rounds continue until `budget_s` is spent. Two unmeasured rounds warm up first;
+    only one on a CPU if it takes longer than `budget_s`.
     """
     counter = 0
 

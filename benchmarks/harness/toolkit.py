@@ -1,4 +1,4 @@
-"""Programs of the CUDA toolkit."""
+"""Locates programs of the CUDA toolkit."""
 
 import os
 import shutil

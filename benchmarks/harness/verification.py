@@ -1,4 +1,4 @@
-"""Checks before timing: no contender is timed that does not compute the op."""
+"""Verification before timing: only contenders that compute the op correctly are timed."""
 
 import dataclasses
 
@@ -17,12 +17,12 @@ _BIAS_FRACTION = 0.25  # of the bound of the relative error
 
 @dataclasses.dataclass
 class Verification:
-    """What became of the contenders.
+    """Outcome of the verification.
 
     Attributes:
-        refused: (status, reason) by name: "unavailable" (its backend cannot serve it), "failed" (it raised), "wrong".
-        worst: largest relative errors against float64 by name, of the "output"s and the "gradient"s.
-        limits: what the rule of error allows, by result.
+        refused: (status, reason) by contender: "unavailable" (not supported), "failed" (it raised), "wrong".
+        worst: largest relative error of "output" and "gradient" by contender, against float64 (compiled: float32).
+        limits: largest error allowed by the rule of error, by result.
     """
 
     refused: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
@@ -30,7 +30,7 @@ class Verification:
     limits: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def attempt(self, name: str, step: Step, operands: Operands) -> Tensors | None:
-        """The step's results; None, and a refusal, where it raises."""
+        """Results of the step, or None with an entry in `refused` if it raises."""
         try:
             return step.results(operands)
         except Exception as error:
@@ -49,7 +49,7 @@ def refusal(error: Exception) -> tuple[str, str]:
 def verify(
     problem: Problem, size: Size, dtype: torch.dtype, device: str, training: bool, contenders: list[Contender]
 ) -> Verification:
-    """Holds every contender against float64 at a small size, and against float32 at the timed size."""
+    """Compares every contender with float64 at a small size and with float32 at the timed size."""
     found = Verification()
     _check_against_float64(found, problem, problem.check_size(size), dtype, device, training, contenders)
     _check_agreement(found, problem, size, dtype, device, training, contenders)
@@ -57,8 +57,9 @@ def verify(
 
 
 def _check_against_float64(found, problem, size, dtype, device, training, contenders) -> None:
-    """The rule of error, with best eager as its eager PyTorch. The published twin is run on float64: it must be the
-    same function, and may be less accurate. The compiled twin waits for the timed size, to be compiled once."""
+    """Applies the rule of error, with best eager as eager PyTorch. The published formulation runs in float64: it must
+    be the same function but may be less accurate. The compiled one is checked only at the timed size, to be compiled
+    once."""
     operands = problem.make_operands(size, dtype, torch.Generator(device).manual_seed(SEED))
     doubles = _converted(operands, torch.float64)
     for each in (operands, doubles):
@@ -95,9 +96,9 @@ def _check_against_float64(found, problem, size, dtype, device, training, conten
 
 
 def _check_agreement(found, problem, size, dtype, device, training, contenders) -> None:
-    """At the timed size, against the formula in float32 on the same values, which stands for the exact result. Backends
-    keep within what the rule of error gave at the small size. The compiled twin is held against the published one by
-    the same rule: where eager PyTorch adds in 16 bits its errors grow with the size."""
+    """Compares results at the timed size with the float32 formula on the same values as the exact result. Backends must
+    stay within the limits from the small size. The compiled formulation is also allowed the limit that follows from the
+    published one by the same rule, because eager 16-bit accumulation errors grow with the size."""
     operands = problem.make_operands(size, dtype, torch.Generator(device).manual_seed(SEED))
     require_gradients(problem, operands, training)
     formula = Contender(BEST_EAGER, lambda tensors: problem.best_eager(tensors, size), eager=True)
@@ -125,7 +126,7 @@ def _check_agreement(found, problem, size, dtype, device, training, contenders) 
             limit = found.limits[result]
             if contender.eager and result in published:
                 limit = max(limit, error_bound(dtype, published[result], gradient=gradient))
-            limit += error_bound(torch.float32, 0.0, gradient=gradient)  # what the float32 formula itself may be off
+            limit += error_bound(torch.float32, 0.0, gradient=gradient)  # error of the float32 formula itself
             if not distance <= limit:
                 broken.append(f"{result}: {distance:.2e} from float32 at the timed size, allowed {limit:.2e}")
         if broken:
@@ -151,7 +152,7 @@ def _worst(distances: dict[str, float]) -> dict[str, float]:
 
 
 def _converted(operands: Operands, dtype: torch.dtype) -> Operands:
-    """The same values in another dtype, as tensors of their own."""
+    """Copies of the operands in another dtype."""
     return Operands(
         {name: tensor.detach().to(dtype, copy=True) for name, tensor in operands.activations.items()},
         {name: tensor.detach().to(dtype, copy=True) for name, tensor in operands.weights.items()},

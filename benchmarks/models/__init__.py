@@ -1,1 +1,1 @@
-"""Whole models: training and sampling steps, swapped decoders, the compiled trunk, loading of data."""
+"""Whole models: training and sampling steps, swapped decoders, the compiled trunk, data loading."""

@@ -1,6 +1,7 @@
-"""`python -m benchmarks.models.decoder_cost SIZE`: the decoder in a training step, float32, CPU, for python/ablate.py.
+"""`python -m benchmarks.models.decoder_cost SIZE`: cost of the decoder in a float32 training step on the CPU.
 
-Prints a JSON object: milliseconds with the fastest backend and in the published formulation, and FLOPs per pixel.
+Used by python/ablate.py. Prints a JSON object: milliseconds with the fastest backend and with the published
+formulation, and forward and backward FLOPs per pixel in thousands.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""A whole training step and a whole sampling of DeCo, against the published formulation and against the limit.
+"""A complete training step and complete sampling of DeCo vs. the published formulation and the limit.
 
-The contenders share one model's parameters, one optimizer and one average, and differ in decoder and loss alone. The
-limit leaves decoder and loss out: its training step differentiates the trunk from a given gradient of the tokens, its
-sampling takes the image for the velocity. A step ends after the update of the averaged weights.
+The contenders share the parameters of one model, one optimizer and one weight average, and differ only in decoder and
+loss. The limit omits decoder and loss: its training step backpropagates a given gradient of the tokens through the
+trunk, and its sampling uses the image as the velocity. A step ends after the update of the averaged weights.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from deco_kernels.testing import published, relative_error
 GUIDANCE = 3.2
 _EMA_DECAY = 0.9999
 _LEARNING_RATE = 1e-4
-_TOLERANCE = 1e-4  # relative error that float32 may have beside 1.5 times that of the published formulation
+_TOLERANCE = 1e-4  # float32 rounding, allowed in addition to 1.5 times the published formulation's relative error
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One step to time. `steps` of the sampler, all but the first of them guided."""
+    """One case to time. `steps` is the number of sampler steps; all but the first are guided."""
 
     preset: str
     pass_: str
@@ -57,7 +57,7 @@ CASES = {
 
 @dataclasses.dataclass
 class Contender:
-    """`network` is the model with this contender's decoder, `loss` its (pred, target) → total; None for the limit."""
+    """`network` is the model with this contender's decoder; `loss` maps (pred, target) to total, None for the limit."""
 
     name: str
     network: nn.Module
@@ -65,7 +65,7 @@ class Contender:
 
 
 class _Marked(nn.Module):
-    """A decoder between marks of the clock: before and after it, and where its backward has the tokens' gradient."""
+    """A decoder with clock marks before and after its forward, and when its backward has the gradient of the tokens."""
 
     def __init__(self, decoder: nn.Module, clock: Clock):
         super().__init__()
@@ -81,7 +81,7 @@ class _Marked(nn.Module):
 
 
 class _NoDecoder(nn.Module):
-    """In training the tokens themselves, in sampling the image."""
+    """Returns the tokens in training and the image in sampling."""
 
     def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return tokens if torch.is_grad_enabled() else image
@@ -176,14 +176,14 @@ class Workload:
 
 
 def backend_view(decoder: model.PixelDecoder, backend: str) -> model.PixelDecoder:
-    """The decoder's own parameters behind a chosen backend."""
+    """A shallow copy of the decoder, with shared parameters and another backend."""
     view = copy.copy(decoder)
     view.backend = backend
     return view
 
 
 def with_parts(network: nn.Module, **parts: nn.Module) -> nn.Module:
-    """The network's own parameters, with other submodules of the given names; the network stays as it is."""
+    """A shallow copy of the network, with shared parameters and the given submodules replaced."""
     view = copy.copy(network)
     view._modules = {**network._modules, **parts}
     return view
@@ -191,14 +191,14 @@ def with_parts(network: nn.Module, **parts: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _fill_zeros(decoder: nn.Module) -> None:
-    """Random values where a fresh decoder has zeros: its output and most gradients would be 0, and prove nothing."""
+    """Replaces all-zero parameters of a new decoder by random values: otherwise its output and most gradients are 0."""
     for parameter in decoder.parameters():
         if not parameter.any():
             parameter.normal_(std=1 / math.sqrt(parameter.shape[-1]))
 
 
 def measure_end_to_end(case: Case, dtype: torch.dtype, options: Options) -> list[dict]:
-    """A row per contender: times of the whole, and of its parts."""
+    """One row per contender: total time and time of each part."""
     try:
         workload = Workload(case, dtype, options.device)
         contenders = workload.contenders(options.backends, bool(options.compiled))
@@ -234,13 +234,13 @@ def _timed(workload: Workload, contenders: list[Contender], options: Options) ->
 
 
 def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """Milliseconds of every part, median over the rounds."""
+    """Median milliseconds of every part over the rounds."""
     return {name: torch.tensor([each[name] for each in rounds]).median().item() for name in rounds[0]}
 
 
 def _refusals(workload: Workload, contenders: list[Contender], case: Case) -> dict[str, tuple[str, str]]:
-    """Contenders that raise, or whose velocity or gradients differ from the published formulation's in float32 by more
-    than its own do at the timed precision (times 1.5, and a rounding in float32)."""
+    """(status, reason) of contenders that raise, or whose error of velocity or gradients against the published
+    formulation in float32 exceeds 1.5 times its own error at the timed precision plus _TOLERANCE."""
     autocast, workload.autocast_dtype = workload.autocast_dtype, None
     exact = _results(workload, contenders[0], case)
     workload.autocast_dtype = autocast
@@ -268,7 +268,7 @@ def _refusals(workload: Workload, contenders: list[Contender], case: Case) -> di
 
 
 def _results(workload: Workload, contender: Contender, case: Case) -> dict[str, torch.Tensor]:
-    """The velocity, and in training the gradients of all parameters in one vector; always from the same noise."""
+    """The samples, or in training the velocity and all parameter gradients as one vector; the noise is fixed."""
     torch.manual_seed(SEED)
     workload.clock.start()
     if case.pass_ == SAMPLING:

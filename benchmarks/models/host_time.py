@@ -1,4 +1,4 @@
-"""What the host's work around an op adds to whole steps: two checkouts, measured in turns in processes of their own.
+"""Host overhead of the ops in whole steps: two checkouts, measured alternately in separate processes.
 
 python -m benchmarks host_time OTHER_CHECKOUT [--pairs 7]
 """
@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parents[2]
 
 
 def steps() -> dict[str, tuple[Callable[[], None], int]]:
-    """(a step, how often a sample runs it) by name."""
+    """(step, repeats per sample) by name."""
     return {
         "deco-demo, training step, batch 8, 128 x 128": (_training_step(), 1),
         "XL decoder behind a narrow trunk, sampling step, batch 1, 256 x 256": (_sampling_step(), 2),
@@ -105,7 +105,7 @@ def print_measured(samples: int) -> None:
 def in_process(checkout: Path, samples: int) -> dict[str, float]:
     """`measure` with the package of a checkout."""
     code = f"import runpy; runpy.run_path({__file__!r})['print_measured']({samples})"
-    command = [sys.executable, "-c", code]  # finds packages in its working directory first
+    command = [sys.executable, "-c", code]  # imports packages from its working directory first
     lines = subprocess.run(command, cwd=checkout, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     answer = json.loads(lines[-1])
     if Path(answer["package"]).parents[1] != checkout:
@@ -115,9 +115,9 @@ def in_process(checkout: Path, samples: int) -> dict[str, float]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks host_time", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("other", type=Path, help="a checkout to compare with, its CPU module built")
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--samples", type=int, default=15, help="samples per process")
+    parser.add_argument("other", type=Path, help="checkout to compare with; its CPU module must be built")
+    parser.add_argument("--pairs", type=int, default=7, help="pairs of processes (default: 7)")
+    parser.add_argument("--samples", type=int, default=15, help="samples per process (default: 15)")
     options = parser.parse_args(arguments)
     checkouts = {"other": options.other.resolve(), "this": HERE}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}

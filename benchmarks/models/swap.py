@@ -1,7 +1,7 @@
 """A model of the published structure before and after `swap_decoder`, with the published and the fused loss.
 
-`python -m benchmarks swap [times] [memory] [losses]` measures on the CPU, prints Markdown and with `--output` writes
-JSON; `python -m benchmarks swap --show FILE.json` prints an earlier result. See docs/swap.md.
+`python -m benchmarks swap [times] [memory] [losses]` measures on the CPU, prints Markdown, and writes JSON with
+`--output`. `python -m benchmarks swap --show FILE.json` prints an earlier result. See docs/swap.md.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Float32; the other sizes of the model are the published ones (patch 16, decoder 3×32)."""
+    """Sizes of a float32 training run; all other sizes are the published ones (patch 16, decoder 3×32)."""
 
     image_size: int = 128
     batch: int = 8
@@ -46,9 +46,9 @@ class Recipe:
 
 
 class Training:
-    """A model in training on one batch, with AdamW and averaged weights; noise and times come from a seed.
+    """Training of a model on one batch, with AdamW and averaged weights; noise and times are seeded.
 
-    `fused` swaps the decoder and takes the fused loss; all else is the same, the initial weights too.
+    `fused` swaps the decoder and uses the fused loss. Everything else is the same, including the initial weights.
     """
 
     def __init__(self, recipe: Recipe, *, fused: bool):
@@ -67,7 +67,7 @@ class Training:
         self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
 
     def step(self) -> float:
-        """Draws, forward, loss, backward, AdamW, averaged weights; returns the total loss."""
+        """One training step: draw, forward, loss, backward, AdamW, averaged weights. Returns the total loss."""
         times = flow.sample_time(len(self.images), generator=self.generator)
         noise = torch.randn(self.images.shape, generator=self.generator)
         x_t, target = flow.interpolate(self.images, noise, times)
@@ -85,7 +85,7 @@ class Training:
 
     @torch.no_grad()
     def sampling_step(self) -> torch.Tensor:
-        """One guided Euler step of the batch: the model sees it twice."""
+        """One guided Euler step; the model runs on twice the batch."""
         labels = torch.cat((torch.full_like(self.labels, 10), self.labels))
         times = torch.full((len(labels),), 0.5)
         v_uncond, v_cond = self.model(torch.cat((self.images, self.images)), times, labels).chunk(2)
@@ -93,7 +93,7 @@ class Training:
 
 
 def smooth_images(count: int, size: int) -> torch.Tensor:
-    """[count, 3, size, size] in [-1, 1]: a few waves of random direction and phase in every channel."""
+    """Images [count, 3, size, size] in [-1, 1]: sums of waves of random direction and phase in every channel."""
     generator = torch.Generator().manual_seed(SEED)
     frequency, phase = (torch.randn(count, 3, 4, k, 1, generator=generator) for k in (2, 1))
     axis = torch.linspace(0, 2 * math.pi, size)
@@ -105,7 +105,7 @@ def smooth_images(count: int, size: int) -> torch.Tensor:
 
 
 class DecoderAlone:
-    """x_embedder and dec_net of a model on inputs of one step; in training with all gradients."""
+    """x_embedder and dec_net of a model on the inputs of one step; `train` computes all gradients."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, images: int):
         generator = torch.Generator().manual_seed(SEED)
@@ -129,7 +129,7 @@ class DecoderAlone:
 
 
 def measure_times(recipe: Recipe, budget_s: float, min_rounds: int) -> list[dict]:
-    """Whole training and sampling steps and their decoders, of both contenders, in turns."""
+    """Times of whole training and sampling steps and of their decoders, of both contenders, interleaved."""
     calls = {}
     for name in (EAGER, FUSED):
         training = Training(recipe, fused=name == FUSED)
@@ -147,7 +147,7 @@ def measure_times(recipe: Recipe, budget_s: float, min_rounds: int) -> list[dict
 
 
 def measure_memory(threads: int) -> list[dict]:
-    """Growth of the peak memory over two training steps, gradients and optimizer included; in a process of its own."""
+    """Peak memory growth over two training steps, gradients and optimizer included; one process per contender."""
     found = []
     for name in (EAGER, FUSED):
         command = [sys.executable, "-m", "benchmarks.models.swap", name, str(threads)]
@@ -159,7 +159,7 @@ def measure_memory(threads: int) -> list[dict]:
 
 
 def growth(name: str, threads: int) -> int:
-    """Bytes. A step on a small image loads the code and starts the threads first."""
+    """Peak memory growth in bytes. A step on a small image first loads the code and starts the threads."""
     torch.set_num_threads(threads)
     Training(Recipe(image_size=16, batch=1), fused=name == FUSED).step()
     training = Training(Recipe(), fused=name == FUSED)
@@ -173,7 +173,7 @@ def growth(name: str, threads: int) -> int:
 
 
 def measure_losses(recipe: Recipe, steps: int, threads: int) -> dict[str, list[float]]:
-    """Losses of the same training: published on one thread, published and swapped on `threads`."""
+    """Losses of the same training run: published and swapped on `threads` threads, published on one thread."""
     previous = torch.get_num_threads()
     found = {}
     try:
@@ -188,8 +188,8 @@ def measure_losses(recipe: Recipe, steps: int, threads: int) -> dict[str, list[f
 
 
 def differences(losses: dict[str, list[float]]) -> dict[str, float]:
-    """Largest relative differences over the steps: the swapped model, and the published one on one thread, from the
-    published one."""
+    """Largest relative differences from the published model over the steps: of the swapped model, and of the published
+    model on one thread."""
     (_, published), (_, swapped), (_, single) = losses.items()
 
     def largest(other):
@@ -202,7 +202,7 @@ def differences(losses: dict[str, list[float]]) -> dict[str, float]:
 
 
 def markdown(result: dict) -> str:
-    """The tables of what the result holds, and the targets."""
+    """Tables of all measured parts, and of the targets."""
     parts = [_times_table(result), _memory_table(result), _losses_table(result), targets_table(result)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -254,7 +254,7 @@ def _losses_table(result: dict) -> str:
 
 
 def targets_table(result: dict) -> str:
-    """What is promised, what was reached, and whether it is kept."""
+    """Targets, measured values, and whether each target is met."""
     lines = []
 
     def line(what, target, reached, text, kept):
@@ -304,7 +304,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _load(path: str) -> dict:
-    """An earlier result. Raises OSError or ValueError."""
+    """Loads an earlier result. Raises OSError or ValueError."""
     with open(path, encoding="utf-8") as file:
         try:
             result = json.load(file)
@@ -334,9 +334,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=f"{parts} (default: all)")
     parser.add_argument("--threads", type=count, default=2, help="CPU threads (default 2)")
     parser.add_argument("--steps", type=count, default=200, help="training steps for the losses (default 200)")
-    parser.add_argument("--seconds", type=count, default=30, help="for the times, after warm-up (default 30)")
-    parser.add_argument("--output", metavar="FILE.json", help="write the result there, beside the parts it has already")
-    parser.add_argument("--show", metavar="FILE.json", help="print an earlier result and measure nothing")
+    parser.add_argument("--seconds", type=count, default=30, help="timing budget after warm-up (default 30)")
+    parser.add_argument("--output", metavar="FILE.json", help="write the result to this file; keeps its other parts")
+    parser.add_argument("--show", metavar="FILE.json", help="print an earlier result; measure nothing")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""`python -m benchmarks training`: whether loading data holds up a training step of the small recipe on the CPU.
+"""`python -m benchmarks training`: share of a training step spent waiting for data, small recipe on the CPU.
 
-Trains python/configs/small.yaml on crops of the shipped photographs and takes what the run records: seconds per step
-and the share of them spent waiting for the next batch. Then the same loader runs alone, to show how fast it could go.
+Trains python/configs/small.yaml on crops of the sample photographs and reads the recorded seconds per step and the
+share of them spent waiting for the next batch. Then times the same loader without training.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from benchmarks.harness.header import header
 
 ROOT = Path(__file__).resolve().parents[2]
-EVERY = 10  # steps between two records; the first one holds the start of the loader and is left out
+EVERY = 10  # steps between two records; the first record includes the loader's startup and is dropped
 
 
 def main(arguments: list[str]) -> int:
@@ -26,8 +26,8 @@ def main(arguments: list[str]) -> int:
         prog="python -m benchmarks training", description="Times data loading of the small recipe on the CPU."
     )
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="training steps (default: 100)")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads of PyTorch (default: 2)")
-    parser.add_argument("--output", metavar="FILE.json", help="write the result there")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="PyTorch threads (default: 2)")
+    parser.add_argument("--output", metavar="FILE.json", help="write the result to this file")
     options = parser.parse_args(arguments)
     if options.steps < 2 * EVERY:
         parser.error(f"--steps: expected at least {2 * EVERY}, got {options.steps}")
@@ -52,7 +52,7 @@ def table(result: dict) -> str:
 
 
 def _measure(steps: int) -> dict:
-    """Medians over the records of a run, and the loader's own speed."""
+    """Medians over the records of a run, and the loader's speed without training."""
     from deco_kernels.training import config, loop
 
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +80,7 @@ def _measure(steps: int) -> dict:
 
 
 def _loader_images_per_second(given) -> float:
-    """Of the run's loader with nothing else to do, after its first batches."""
+    """Images per second of the run's loader without training, after its first batches."""
     from deco_kernels.training import loading, sources
 
     source = sources.open_source(given.data, "label")

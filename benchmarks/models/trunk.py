@@ -1,7 +1,7 @@
-"""`python -m benchmarks trunk`: what `compile_trunk()` gains on the CPU, and what compiling costs.
+"""`python -m benchmarks trunk`: speedup of `compile_trunk()` on the CPU, and the cost of compilation.
 
-One thread and CPU time, so that other load on the machine matters little. The trunk alone is timed, eager and compiled,
-in turns.
+Uses one thread and CPU time, to be insensitive to other load on the machine. Only the trunk is timed, eager and
+compiled alternately.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from deco_kernels.machine import keep_heap
 # (image edge, batch, width, heads), each with 4 blocks and 16x16 patches.
 SIZES = {"128x128, batch 8, width 128": (128, 8, 128, 4), "256x256, batch 2, width 768": (256, 2, 768, 12)}
 DEPTH = 4
-COMPILED_DEPTHS = (1, 8)  # compile time is measured for both, to show that it does not grow with depth
-MAX_ERROR = {"float32": 1e-5, "bfloat16": 3e-2}  # of compiled against eager, relative L2
+COMPILED_DEPTHS = (1, 8)  # compile time is measured at both: it does not depend on the depth
+MAX_ERROR = {"float32": 1e-5, "bfloat16": 3e-2}  # relative L2 error of compiled vs. eager
 DISABLE_CACHES = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks trunk", description="Times compile_trunk() on the CPU.")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed rounds per row (default: 15)")
-    parser.add_argument("--output", metavar="FILE.json", help="write the result there")
+    parser.add_argument("--output", metavar="FILE.json", help="write the result to this file")
     options = parser.parse_args(arguments)
     keep_heap("-m", "benchmarks", "trunk", *arguments, **DISABLE_CACHES)
     torch.set_num_threads(1)
@@ -66,7 +66,7 @@ def table(result: dict) -> str:
 
 
 def _step(size: str, dtype: str, training: bool, depth: int = DEPTH):
-    """(trunk, function that runs one pass of a trunk and returns its tokens)."""
+    """(trunk, function that runs one pass of a given trunk and returns its tokens)."""
     edge, batch, width, heads = SIZES[size]
     torch.manual_seed(0)
     trunk = model.Trunk(width=width, depth=depth, heads=heads, num_classes=10, patch_size=16)
@@ -84,7 +84,7 @@ def _step(size: str, dtype: str, training: bool, depth: int = DEPTH):
 
 
 def _row(size: str, pass_: str, dtype: str, rounds: int) -> dict:
-    """Medians of eager and compiled, checked against each other before."""
+    """Median times of eager and compiled, after checking that they agree."""
     eager, run = _step(size, dtype, pass_ == TRAINING)
     compiled = copy.deepcopy(eager)
     compiled.compile_blocks()
@@ -117,6 +117,6 @@ def _compile_seconds(depth: int) -> float:
     trunk, run = _step(next(iter(SIZES)), "float32", True, depth)
     trunk.compile_blocks()
     torch._dynamo.reset()
-    start = sum(os.times()[:4])  # user and system, of this process and of the compilers it has waited for
+    start = sum(os.times()[:4])  # user and system time of this process and of finished compiler processes
     run(trunk)
     return sum(os.times()[:4]) - start

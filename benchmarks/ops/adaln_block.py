@@ -18,7 +18,7 @@ class AdalnBlock(Problem):
         return {"out": (size.tokens, size.patch_pixels, size.decoder_width)}
 
     def multiply_adds(self, size: Size, training: bool) -> int:
-        """Modulation 3D² and two linears of D²; in training as much again for the weights and for the activations."""
+        """Modulation 3D² and two linears of D²; training adds the same again for weights and for activations."""
         return size.pixels * 5 * size.decoder_width**2 * (3 if training else 1)
 
 

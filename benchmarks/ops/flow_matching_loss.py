@@ -33,8 +33,8 @@ class FlowMatchingLoss(Problem):
         return torch.float32
 
     def multiply_adds(self, size: Size, training: bool) -> int:
-        """Per pixel of the difference: the color matrix 3x3, then two 8-point DCTs per channel as dense products
-        on the padded size; the gradient runs the transposes of both."""
+        """Per pixel of the difference: the 3x3 color matrix, then two 8-point DCTs per channel as dense matmuls on the
+        padded size. The gradient applies the transposes of both."""
         padded = size.batch * _padded(size.height) * _padded(size.width)
         return (9 * size.pixels + 3 * 2 * BLOCK * padded) * (2 if training else 1)
 
@@ -46,7 +46,7 @@ class FlowMatchingLoss(Problem):
         return (torch.ones((), device=generator.device),)
 
     def check_size(self, size: Size) -> Size:
-        """Sides that are not multiples of 8, so that the padding is checked as well."""
+        """Sides that are not multiples of 8, to cover the padding."""
         return dataclasses.replace(size, batch=2, height=60, width=52, patch_size=4)
 
     def published(self, tensors: Tensors, size: Size) -> Outputs:

@@ -1,7 +1,7 @@
-"""The part of a decoder block that Liger-Kernel has a kernel for: RMS normalization and modulation.
+"""RMS normalization and modulation, the part of a decoder block that Liger-Kernel implements.
 
-Not an op of this package: the decoder normalizes with LayerNorm, and its ops compute shift and scale themselves and go
-on to the MLP. The rows say what a fused normalization alone gains over eager PyTorch on rows of this width.
+Not an op of this package: the decoder uses LayerNorm, and its ops also compute shift, scale and the MLP. These rows
+show the speedup of a fused normalization over eager PyTorch at this width.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ class ModulatedRmsNorm(Problem):
         return {"modulated": (size.tokens, size.patch_pixels, size.decoder_width)}
 
     def multiply_adds(self, size: Size, training: bool) -> int:
-        """There is no matrix product."""
+        """The op has no matmuls."""
         return 0
 
     def best_eager(self, tensors: Tensors, size: Size) -> Outputs:
@@ -39,7 +39,7 @@ class ModulatedRmsNorm(Problem):
         return (normed * (1 + tensors["scale"]) + tensors["shift"],)
 
     def fused(self, tensors: Tensors, size: Size, backend: str) -> Outputs:
-        """Liger-Kernel's function; `backend` is `LIGER`."""
+        """The function of Liger-Kernel; `backend` is `LIGER`."""
         from liger_kernel.transformers.functional import liger_modulated_rms_norm
 
         h, weight, scale, shift = (tensors[name] for name in ("h", "norm_weight", "scale", "shift"))
@@ -47,7 +47,7 @@ class ModulatedRmsNorm(Problem):
 
 
 def installed() -> bool:
-    """Whether Liger-Kernel is here and has the function."""
+    """Whether Liger-Kernel is installed and has the function."""
     if importlib.util.find_spec("liger_kernel") is None:
         return False
     try:

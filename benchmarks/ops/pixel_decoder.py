@@ -1,4 +1,4 @@
-"""pixel_decoder: the whole decoder on a noised image and the conditions of its pixels."""
+"""pixel_decoder: the whole decoder on a noised image and the conditioning of its pixels."""
 
 import math
 
@@ -36,8 +36,8 @@ def decoder_shapes(size: Size) -> Shapes:
 
 
 def decoder_multiply_adds(size: Size, training: bool) -> int:
-    """Query, N blocks (modulation 3D², two linears of D²) and head. Gradients cost as much again for the weights and
-    for the activations, but none is taken with respect to the image."""
+    """Query, N blocks (modulation 3D², two linears of D²) and head. Training adds the same again for weights and for
+    activations, without the gradient of the image."""
     query = head = size.channels * size.decoder_width
     blocks = size.depth * 5 * size.decoder_width**2
     per_pixel = query + blocks + head

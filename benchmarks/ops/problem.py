@@ -1,4 +1,4 @@
-"""What the benchmark of an op consists of: its tensors, its eager twins, its bytes and FLOPs."""
+"""Base class for the benchmark of an op: tensors, eager formulations, bytes and FLOPs."""
 
 import dataclasses
 import importlib
@@ -23,9 +23,9 @@ class Operands:
     """Tensors of one problem, by name.
 
     Attributes:
-        activations: what differs from call to call.
-        weights: the op's weights, and what the published formulation has in place of some of them.
-        incoming: gradients of the leading outputs; outputs beyond them are not differentiated.
+        activations: tensors that differ from call to call.
+        weights: the op's weights, and those of the published formulation that replace some of them.
+        incoming: gradients of the leading outputs; the remaining outputs are not differentiated.
     """
 
     activations: Tensors
@@ -37,40 +37,40 @@ class Operands:
 
 
 class Problem:
-    """An op to measure; one subclass per op. Methods that compute take tensors by name and return all outputs."""
+    """An op to measure; one subclass per op. Formulations take tensors by name and return all outputs."""
 
     op: str
-    activations: tuple[str, ...]  # arguments that are cold in a training step: they rotate through several buffers
-    full_precision: tuple[str, ...] = ()  # activations that are float32 for every activation dtype
-    trained: tuple[str, ...]  # activations that a training step differentiates, beside the trained weights
+    activations: tuple[str, ...]  # arguments that are cold in a training step; they rotate through several buffers
+    full_precision: tuple[str, ...] = ()  # activations that are float32 at every activation dtype
+    trained: tuple[str, ...]  # activations with gradients in a training step, in addition to the trained weights
     constants: tuple[str, ...] = ()  # weights that are not trained
-    autocast = True  # whether a training step runs this part in eager PyTorch under autocast
-    has_backward_alone = False  # whether the backward operator by itself is worth a row
+    autocast = True  # whether eager PyTorch runs this part under autocast
+    has_backward_alone = False  # whether the backward operator gets a separate row
 
     def arguments(self, size: Size) -> Shapes:
-        """Shapes of the op's tensor arguments, in its order."""
+        """Shapes of the op's tensor arguments, in the order of its signature."""
         raise NotImplementedError
 
     def outputs(self, size: Size) -> Shapes:
         raise NotImplementedError
 
     def multiply_adds(self, size: Size, training: bool) -> int:
-        """Of the matrix products of one call, counted for the best formulation: the forward pass; in training also the
-        gradients of what is trained, without any recomputation."""
+        """Multiply-adds of the matmuls of one call in the best formulation: the forward pass, and in training also the
+        gradients of trained tensors, without recomputation."""
         raise NotImplementedError
 
     def published(self, tensors: Tensors, size: Size) -> Outputs:
-        """The published formulation; the best one unless a subclass says otherwise."""
+        """The published formulation; by default the best one."""
         return self.best_eager(tensors, size)
 
     @property
     def has_best_eager(self) -> bool:
-        """Whether the best eager formulation is another one than the published."""
+        """Whether the best eager formulation differs from the published one."""
         return type(self).published is not Problem.published
 
     def best_eager(self, tensors: Tensors, size: Size) -> Outputs:
-        """The op's formula in plain PyTorch: input folded, SiLU(cond) once; under autocast where that is called for. On
-        float64 tensors it is what the checks compare with."""
+        """The op's formula in plain PyTorch: folded input, SiLU(cond) computed once. On float64 tensors it is the
+        reference of the verification."""
         return _as_tuple(testing.eager(self.op, self.given(tensors, size), self.options(size)))
 
     def fused(self, tensors: Tensors, size: Size, backend: str) -> Outputs:
@@ -79,19 +79,19 @@ class Problem:
         return _as_tuple(function(**self.given(tensors, size), **self.options(size), backend=backend))
 
     def given(self, tensors: Tensors, size: Size) -> dict[str, torch.Tensor | None]:
-        """The op's own arguments among `tensors`, in its order."""
+        """The op's arguments from `tensors`, in the order of its signature."""
         return {name: tensors[name] for name in self.arguments(size)}
 
     def row_width(self, size: Size) -> int:
-        """Channels of the activations between the steps of the op."""
+        """Channels of the intermediate activations."""
         return size.decoder_width
 
     def options(self, size: Size) -> dict[str, int | float]:
-        """The op's arguments that are not tensors."""
+        """The op's non-tensor arguments."""
         return {}
 
     def backward_alone(self, operands: Operands, size: Size, backend: str) -> Outputs:
-        """The backward operator by itself: the gradients of `trained`."""
+        """Calls only the backward operator; returns the gradients of `trained`."""
         raise NotImplementedError
 
     def check_size(self, size: Size) -> Size:
@@ -104,11 +104,11 @@ class Problem:
         return dtype
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of an argument for an activation dtype; weights are float32."""
+        """The dtype of an argument at a given activation dtype; weights are float32."""
         return dtype if name in self.activations and name not in self.full_precision else torch.float32
 
     def make_activations(self, size: Size, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
-        """N(0, 1)."""
+        """Activations from N(0, 1)."""
         return {
             name: _normal(shape, generator).to(self.dtype_of(name, dtype))
             for name, shape in self.arguments(size).items()
@@ -116,7 +116,7 @@ class Problem:
         }
 
     def make_weights(self, size: Size, generator: torch.Generator) -> Tensors:
-        """Random everywhere, matrices scaled by 1/sqrt(fan-in)."""
+        """Random weights and biases, matrices scaled by 1/sqrt(fan-in)."""
         return {
             name: _random_weight(name, shape, generator)
             for name, shape in self.arguments(size).items()
@@ -139,8 +139,8 @@ class Problem:
         return 2 * self.multiply_adds(size, training)
 
     def bytes_moved(self, size: Size, dtype: torch.dtype, training: bool) -> int:
-        """What a fully fused implementation must move: the forward pass reads every argument and writes every output;
-        the backward pass reads the arguments and incoming gradients and writes the gradients."""
+        """Bytes that a fully fused implementation must move: the forward pass reads every argument and writes every
+        output; the backward pass reads arguments and incoming gradients and writes the gradients."""
         arguments = {
             name: math.prod(shape) * self.dtype_of(name, dtype).itemsize for name, shape in self.arguments(size).items()
         }

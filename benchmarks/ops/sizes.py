@@ -1,11 +1,11 @@
-"""Problem sizes: presets, and sizes given by hand."""
+"""Problem sizes: presets and explicit sizes."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """One problem. Field names in brackets are the symbols of `--size`, as in `--size B=4,H=256,W=256`."""
+    """Size of one problem. The comments give the symbols of `--size`, as in `--size B=4,H=256,W=256`."""
 
     batch: int = 1  # B
     height: int = 256  # H
@@ -59,15 +59,15 @@ _PRESETS = {
 }
 PRESETS = tuple(_PRESETS)
 
-# The loss runs on the images of a whole training batch, also where the decoder is timed on one image.
+# The loss runs on a whole training batch, even if the decoder is timed on one image.
 _LOSS_PRESETS = {STANDARD: Size(batch=32)}
 
 
 def size_of(text: str, op: str) -> Size:
-    """The size that a preset's name or a list "B=4,H=256" (the rest as in the standard preset) means for an op.
+    """Size for an op from a preset name or a list such as "B=4,H=256"; the rest is as in the standard preset.
 
     Raises:
-        ValueError: an unknown preset or symbol, a value that is not a positive integer, H or W not divisible by p.
+        ValueError: unknown preset or symbol, a value that is not a positive integer, or H or W not divisible by p.
     """
     if text in _PRESETS:
         return _LOSS_PRESETS.get(text, _PRESETS[text]) if op == "flow_matching_loss" else _PRESETS[text]

@@ -26,7 +26,7 @@ class UpsampleModulate(Problem):
         return {"modulated": shape, "gate": shape}
 
     def multiply_adds(self, size: Size, training: bool) -> int:
-        """The upsample and the modulation linear; in training as much again for the weights and for the activations."""
+        """Upsample and modulation linear; training adds the same again for weights and for activations."""
         per_pixel = size.decoder_width * size.token_width + 3 * size.decoder_width**2
         return size.pixels * per_pixel * (3 if training else 1)
 

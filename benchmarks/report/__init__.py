@@ -1,1 +1,1 @@
-"""Markdown and plots from results alone; needs no PyTorch."""
+"""Markdown and plots from result files; needs no PyTorch."""

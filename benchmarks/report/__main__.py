@@ -1,4 +1,4 @@
-"""`python -m benchmarks report FILE.json`: Markdown and plots from result files alone; nothing is measured."""
+"""`python -m benchmarks report FILE.json`: Markdown and plots from result files, without measuring."""
 
 import argparse
 import os
@@ -32,18 +32,18 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks report", description="Markdown and plots from results; nothing is measured."
+        prog="python -m benchmarks report", description="Markdown and plots from result files; measures nothing."
     )
     parser.add_argument(
         "files",
         nargs="+",
         metavar="FILE.json",
-        help="what `python -m benchmarks --output` wrote; several, of one machine, are put together",
+        help="result of `python -m benchmarks --output`; several results of one machine are merged",
     )
-    parser.add_argument("--output", metavar="FILE.md", help="write the Markdown there instead of printing it")
-    parser.add_argument("--plots", metavar="FOLDER", help="draw PNG files there, instead of printing; needs matplotlib")
-    parser.add_argument("--compare", metavar="OLD.json", help="add what moved beyond the spread since then")
-    parser.add_argument("--merged", metavar="FILE.json", help="write the results put together as one")
+    parser.add_argument("--output", metavar="FILE.md", help="write the Markdown to this file instead of printing it")
+    parser.add_argument("--plots", metavar="FOLDER", help="write plots there instead of printing; needs matplotlib")
+    parser.add_argument("--compare", metavar="OLD.json", help="list rows that moved beyond the spread since then")
+    parser.add_argument("--merged", metavar="FILE.json", help="write the merged results to this file")
     return parser
 
 
@@ -51,7 +51,7 @@ def _draw(result: dict, folder: str) -> None:
     try:
         from benchmarks.report import plots
     except ImportError as error:
-        raise ValueError(f"plots need matplotlib ({error}); install it, or leave --plots out") from error
+        raise ValueError(f"plots need matplotlib ({error}); install it, or omit --plots") from error
     os.makedirs(folder, exist_ok=True)
     for path in plots.draw(result, folder):
         print(path)

@@ -1,14 +1,14 @@
-"""`--compare OLD.json`: rows that two results share, and those that moved beyond the spread."""
+"""`--compare OLD.json`: rows that moved beyond the spread between two results."""
 
 from benchmarks.report.markdown import table, title_of
 
 _KEYS = ("op", "dtype", "pass", "contender", "forced_instruction_set")
-AGREEMENT = 0.05  # of the median, that two runs of one commit are to keep
+AGREEMENT = 0.05  # maximum relative difference of the medians between two runs of one commit
 _MACHINE = ("processor", "gpu", "threads", "instruction_set", "kept_heap", "torch", "triton", "driver")
 
 
 def moved(old: dict, new: dict) -> tuple[list[tuple[dict, dict]], int]:
-    """(old row, new row) whose ranges from the 20th to the 80th percentile do not meet, and how many rows were
+    """Pairs (old row, new row) whose ranges from the 20th to the 80th percentile do not overlap, and the number of rows
     compared."""
     before = {_key(row): row for row in _timed(old)}
     pairs = [(before[_key(row)], row) for row in _timed(new) if _key(row) in before]
@@ -16,7 +16,7 @@ def moved(old: dict, new: dict) -> tuple[list[tuple[dict, dict]], int]:
 
 
 def mark_unstable(old: dict, new: dict) -> None:
-    """Marks rows of `new` whose median is not that of `old` within AGREEMENT, where both are runs of one commit."""
+    """Marks rows of `new` whose median differs from `old` by more than AGREEMENT, if both ran the same clean commit."""
     commit = new["header"].get("commit")
     if commit is None or commit.endswith("-dirty") or commit != old["header"].get("commit"):
         return

@@ -1,4 +1,4 @@
-"""What the Markdown of all parts shares."""
+"""Helpers for the Markdown of all parts."""
 
 from benchmarks.names import AUTOTUNED, BACKWARD_ALONE, BEST_EAGER, COMPILED, LIGER, LIMIT, PUBLISHED, TRAINING
 
@@ -8,19 +8,19 @@ _TITLES = {
     COMPILED: "published, torch.compile",
     AUTOTUNED: "published, torch.compile max-autotune",
     LIGER: "Liger-Kernel",
-    LIMIT: "limit: decoder and loss left out",
+    LIMIT: "limit: without decoder and loss",
     BACKWARD_ALONE: "backward kernel alone",
     TRAINING: "forward and backward",
 }
 
 
 def title_of(name: str) -> str:
-    """A contender or pass in words."""
+    """Readable name of a contender or pass."""
     return _TITLES.get(name, name)
 
 
 def table(heads: list[str], lines: list[list[str]]) -> str:
-    """The first column is text, the others are figures. Empty without lines."""
+    """Markdown table; the first column is left-aligned text, the others are numbers. Empty without lines."""
     if not lines:
         return ""
     rule = ["---", *["---:"] * (len(heads) - 1)]
@@ -28,7 +28,7 @@ def table(heads: list[str], lines: list[list[str]]) -> str:
 
 
 def section(head: str, body: str, notes: list[str]) -> str:
-    """A heading, what stands under it, and notes as a list."""
+    """A heading, its body, and notes as a list."""
     return "\n\n".join(part for part in (head, body, "\n".join(f"- {note}" for note in notes)) if part)
 
 

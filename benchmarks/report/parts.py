@@ -6,7 +6,7 @@ from benchmarks.report.rows import EAGER, FLAT_FROM, curves, end_to_end_groups, 
 
 
 def scaling_summary(result: dict) -> str:
-    """A line per op, dtype, pass and backend of ours: time per pixel where it should be flat, and how flat it is."""
+    """One line per op, dtype, pass and fused backend: time per pixel at large sizes, and its flatness."""
     device, lines = result["header"]["device"], []
     for (op, dtype, pass_), group in curves(result).items():
         published = dict(group.get(PUBLISHED, ()))
@@ -24,7 +24,7 @@ def scaling_summary(result: dict) -> str:
 
 
 def scaling(result: dict) -> str:
-    """The summary, then a table per op, dtype and pass."""
+    """The summary, then one table per op, dtype and pass."""
     device, parts = result["header"]["device"], [scaling_summary(result)]
     for (op, dtype, pass_), group in curves(result).items():
         sizes = sorted({pixels for points in group.values() for pixels, _ in points})
@@ -43,13 +43,13 @@ def scaling(result: dict) -> str:
             if row["status"] != "ok" and (row["op"], row["dtype"], row["pass"]) == (op, dtype, pass_)
         ]
         parts.append(
-            section(f"## Time per pixel against size: {op}, {dtype}, {title_of(pass_)}", table(heads, lines), notes)
+            section(f"## Time per pixel vs. size: {op}, {dtype}, {title_of(pass_)}", table(heads, lines), notes)
         )
     return "\n\n".join(part for part in parts if part)
 
 
 def end_to_end_summary(rows: list[dict]) -> str:
-    """A line per case and backend of ours, in milliseconds."""
+    """One line per case and fused backend, in milliseconds."""
     lines = []
     for (preset, pass_, batch, image_size, dtype, steps), group in end_to_end_groups(rows).items():
         medians = {row["contender"]: row["ms"] for row in group if row["status"] == "ok"}
@@ -65,7 +65,7 @@ def end_to_end_summary(rows: list[dict]) -> str:
 
 
 def end_to_end(rows: list[dict]) -> str:
-    """The summary, then a table per case."""
+    """The summary, then one table per case."""
     parts = [end_to_end_summary(rows)]
     parts += [_end_to_end_group(*key, group) for key, group in end_to_end_groups(rows).items()]
     return "\n\n".join(part for part in parts if part)
@@ -90,21 +90,21 @@ def _end_to_end_group(preset, pass_, batch, image_size, dtype, steps, rows: list
 
 
 def kernels(rows: list[dict]) -> str:
-    """The table of budgeted kernels; rows are described in benchmarks/static/timed_kernels.py."""
+    """Table of the budgeted kernels; benchmarks/static/timed_kernels.py describes the rows."""
     lines, notes = [], []
     for row in rows:
-        modelled, measured = row["modelled_ms"], row["measured_ms"]
+        modeled, measured = row["modelled_ms"], row["measured_ms"]
         if measured is None:
             notes.append(f"{row['kernel']}: {row['reason']}")
             continue
-        both = "–" if modelled is None else f"{measured / modelled:.2f}"
+        both = "–" if modeled is None else f"{measured / modeled:.2f}"
         registers = f"{row['registers']} ({row['recorded_registers']})"
         spills = f"{row['spill_bytes']} ({row['recorded_spill_bytes']})"
-        model = "–" if modelled is None else f"{modelled:.3f}"
+        model = "–" if modeled is None else f"{modeled:.3f}"
         lines.append([row["kernel"], model, f"{measured:.3f}", both, str(row["launches"]), registers, spills])
     if not rows:
         return ""
-    heads = ["kernel", "modelled ms", "measured ms", "measured / modelled", "launches"]
+    heads = ["kernel", "modeled ms", "measured ms", "measured / modeled", "launches"]
     heads += ["registers (recorded)", "spilled bytes (recorded)"]
-    head = f"## Kernels on {rows[0]['architecture']}: modelled from the recorded issue slots, and measured"
+    head = f"## Kernels on {rows[0]['architecture']}: modeled from the recorded issue slots, and measured"
     return section(head, table(heads, lines), notes)

@@ -1,4 +1,4 @@
-"""PNG files from a result alone: speed-ups, roofline, time per pixel, memory, end to end."""
+"""PNG plots from a result: speedups, roofline, time per pixel, memory, end to end."""
 
 import os
 from collections.abc import Callable
@@ -37,7 +37,7 @@ _SHORT_PASS = {TRAINING: "forward + backward"}
 
 
 def draw(result: dict, folder: str) -> list[str]:
-    """Draws what the result has rows for; returns the paths written."""
+    """Draws all plots for which the result has rows; returns the paths written."""
     drawings: dict[str, Callable] = {
         "speedups": speedups,
         "roofline": roofline,
@@ -69,7 +69,7 @@ def _timed(rows: list[dict]) -> list[dict]:
 
 
 def speedups(result: dict):
-    """Bars from 1: time of the best eager formulation over that of each contender. A panel per pass."""
+    """Bars from 1: time of the best eager formulation over that of each contender. One panel per pass."""
     panels: dict[str, list[tuple[list[dict], float]]] = {}
     for rows in groups(result["rows"]):
         _, best = eager_medians(rows)
@@ -84,14 +84,14 @@ def speedups(result: dict):
     for one, (pass_, panel) in zip(axes[0], panels.items(), strict=True):
         _speedup_bars(one, panel)
         one.set_title(title_of(pass_), fontsize=9)
-        one.set(xscale="log", xlabel="times as fast, 20th to 80th percentile")
+        one.set(xscale="log", xlabel="speedup, 20th to 80th percentile")
         one.xaxis.set_major_locator(FixedLocator([0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]))
         one.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         one.xaxis.set_minor_locator(NullLocator())
     names = dict.fromkeys(row["contender"] for panel in panels.values() for rows, _ in panel for row in rows)
     handles = [plt.Rectangle((0, 0), 1, 1, color=_color(name), label=title_of(name)) for name in names]
     figure.legend(handles=handles, fontsize=7, loc="outside lower center", ncols=len(handles))
-    figure.suptitle("Speed against the best eager formulation")
+    figure.suptitle("Speedup over the best eager formulation")
     return figure
 
 
@@ -119,7 +119,7 @@ def _group_label(row: dict) -> str:
 
 
 def roofline(result: dict):
-    """FLOP/s against FLOPs per byte under the ceilings measured in the same run; a panel per arithmetic."""
+    """FLOP/s vs. FLOPs per byte under the ceilings measured in the same run; one panel per compute dtype."""
     ceilings = result["ceilings"]
     rows = [row for row in _timed(result["rows"]) if row["flops"]]
     kinds = sorted({row["arithmetic"] for row in rows})
@@ -153,7 +153,7 @@ def roofline(result: dict):
 
 
 def scaling(result: dict):
-    """Time per pixel against pixels, both on log axes; dotted: the time of the smallest call spread over the pixels."""
+    """Time per pixel vs. pixels, on log axes; dotted: the time of the smallest call divided by the pixels."""
     panels = curves(result)
     if not panels:
         return None
@@ -175,12 +175,12 @@ def scaling(result: dict):
         axes.set_title(f"{op}, {dtype}, {_SHORT_PASS.get(pass_, pass_)}", fontsize=9)
         axes.grid(True, which="major", linewidth=0.3)
         axes.legend(fontsize=7)
-    figure.suptitle("Time per pixel against size; dotted: the smallest call's time spread over the pixels")
+    figure.suptitle("Time per pixel vs. size; dotted: time of the smallest call divided by the pixels")
     return figure
 
 
 def _mark_call(axes, points: list[tuple[int, float]], color: str, until: int) -> None:
-    """The smallest call's time in figures, and spread over more pixels."""
+    """Annotates the time of the smallest call, and draws it divided by more pixels."""
     call = points[0][0] * points[0][1]
     axes.plot([points[0][0], until], [points[0][1], call / until], ":", color=color, linewidth=1)
     axes.annotate(f"{call / 1e3:.0f} µs per call", points[0], (3, -12), textcoords="offset points", fontsize=7)
@@ -207,7 +207,7 @@ def memory(result: dict):
 
 
 def end_to_end(result: dict):
-    """Stacked bars: the parts of training steps and samplings."""
+    """Stacked bars: the parts of training steps and of sampling."""
     rows = [row for row in result["end_to_end"] if row["status"] == "ok"]
     if not rows:
         return None

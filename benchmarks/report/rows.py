@@ -1,8 +1,8 @@
-"""What tables and plots read from the rows of a result: groups, medians, shares of the ceilings, curves."""
+"""Queries on the rows of a result: groups, medians, shares of the ceilings, curves."""
 
 from benchmarks.names import BACKWARD_ALONE, BEST_EAGER, COMPILE_MODES, PUBLISHED, TRAINING
 
-FLAT_FROM = {"cpu": 65_536, "cuda": 2_097_152}  # pixels from which on time per pixel is expected to be flat
+FLAT_FROM = {"cpu": 65_536, "cuda": 2_097_152}  # from this number of pixels on, time per pixel is expected to be flat
 EAGER = (PUBLISHED, BEST_EAGER, *COMPILE_MODES)
 
 
@@ -11,7 +11,7 @@ def pixels_of(row: dict) -> int:
 
 
 def curves(result: dict) -> dict[tuple[str, str, str], dict[str, list[tuple[int, float]]]]:
-    """{(op, dtype, pass): {contender: [(pixels, ns per pixel), by pixels]}} of the scaling rows."""
+    """{(op, dtype, pass): {contender: [(pixels, ns per pixel), sorted]}} of the scaling rows."""
     found: dict[tuple[str, str, str], dict[str, list[tuple[int, float]]]] = {}
     for row in result["scaling"]:
         if row["status"] == "ok" and row["pass"] != BACKWARD_ALONE:
@@ -22,13 +22,13 @@ def curves(result: dict) -> dict[tuple[str, str, str], dict[str, list[tuple[int,
 
 
 def flatness(points: list[tuple[int, float]], device: str) -> float | None:
-    """Largest over smallest time per pixel from FLAT_FROM on; None with fewer than two such sizes."""
+    """Largest over smallest time per pixel at FLAT_FROM pixels or more; None with fewer than two such sizes."""
     times = [time for pixels, time in points if pixels >= FLAT_FROM[device]]
     return max(times) / min(times) if len(times) > 1 else None
 
 
 def groups(rows: list[dict]) -> list[list[dict]]:
-    """Rows that were timed in turns with each other, in the order of the file."""
+    """Groups of rows that were timed interleaved, in the order of the file."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
         together = TRAINING if row["pass"] == BACKWARD_ALONE else row["pass"]
@@ -38,14 +38,14 @@ def groups(rows: list[dict]) -> list[list[dict]]:
 
 
 def eager_medians(rows: list[dict]) -> tuple[float | None, float | None]:
-    """Milliseconds of the published and of the best eager formulation in a group; the best one is the published one
-    where there is no other."""
+    """Milliseconds of the published and of the best eager formulation in a group; without a separate best formulation,
+    both are the published one."""
     medians = {row["contender"]: row["ms"] for row in rows if row["status"] == "ok" and row["pass"] != BACKWARD_ALONE}
     return medians.get(PUBLISHED), medians.get(BEST_EAGER, medians.get(PUBLISHED))
 
 
 def share_of_ceiling(row: dict, ceilings: dict) -> tuple[float, str]:
-    """Percent of the speed that the measured ceilings allow, and which of them binds: "memory" or "compute"."""
+    """Percent of the speed that the measured ceilings allow, and the binding ceiling: "memory" or "compute"."""
     memory = row["bytes"] / ceilings["bytes_per_s"]
     compute = row["flops"] / ceilings["flops"][row["arithmetic"]]
     return 100 * max(memory, compute) / (row["ms"] / 1e3), "memory" if memory > compute else "compute"

@@ -17,7 +17,7 @@ def markdown(result: dict) -> str:
         parts.kernels(result["kernels"]),
     ]
     if result["left_out"]:
-        found.append(section("## Left out, for lack of time", "", result["left_out"]))
+        found.append(section("## Skipped for lack of time", "", result["left_out"]))
     if result["header"]["device"] == "cpu" and result["rows"]:
         found.append(targets_table(result))
     return "\n\n".join(part for part in found if part) + "\n"
@@ -56,14 +56,14 @@ def _timings(rows: list[dict], ceilings: dict) -> str:
             notes.append(f"{name}: not captured in a CUDA graph: {row['graph_reason']}")
         lines.append([name + (" (unstable)" if row["unstable"] else ""), *_figures(row, rows, ceilings, on_gpu)])
     if first["op"] == "modulated_rms_norm":
-        notes.append("not an op of this package: the part of adaln_block for which Liger-Kernel has a kernel")
+        notes.append("not an op of this package: the part of adaln_block that Liger-Kernel implements")
     heads = ["contender", "ms", "20 to 80 %", "× published", "× best eager", "GB/s", "GFLOP/s", "of ceiling"]
     heads += ["ms in a CUDA graph", "host µs per call"] if on_gpu else []
     return section(f"{title}\n\n{size_text(first['size'])}", table(heads, lines), notes)
 
 
 def _figures(row: dict, rows: list[dict], ceilings: dict, on_gpu: bool) -> list[str]:
-    """The cells of a row beside its name."""
+    """The cells of a row after its name."""
     published, best = eager_medians(rows)
     seconds = row["ms"] / 1e3
     share, limit = share_of_ceiling(row, ceilings)

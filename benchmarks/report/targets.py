@@ -1,6 +1,7 @@
-"""The performance the package promises, each looked up in a result.
+"""Performance targets of the package, each looked up in a result.
 
-Ratios are against the published formulation in eager PyTorch, in the same run, on a CPU with AVX512-BF16, two threads.
+Ratios are relative to the published formulation in eager PyTorch in the same run, on a CPU with AVX512-BF16 and two
+threads.
 """
 
 import dataclasses
@@ -18,14 +19,14 @@ _PASS_TEXT = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """`value` is a lower limit if `at_least`, else an upper one; figures that the result lacks are None."""
+    """`value` is a lower limit if `at_least`, else an upper limit. Figures that the result lacks are None."""
 
     text: str
     value: float
     unit: str
     at_least: bool
     reached: float | None
-    against_best: float | None = None  # for ratios of time: against the best eager formulation
+    against_best: float | None = None  # for ratios of time: relative to the best eager formulation
 
     @property
     def met(self) -> bool:
@@ -35,7 +36,7 @@ class Target:
 
 
 def targets_in(result: dict) -> list[Target]:
-    """Every target with what the result reached."""
+    """Every target with the figure reached in the result."""
     found = []
     for op, dtype, pass_, value in (
         ("pixel_decoder", "float32", FORWARD, 3.6),
@@ -69,7 +70,7 @@ def targets_in(result: dict) -> list[Target]:
 def _speedups(
     result: dict, op: str, dtype: str, pass_: str, instruction_set: str | None = None
 ) -> tuple[float | None, float | None]:
-    """Against the published and against the best eager formulation."""
+    """Speedups over the published and over the best eager formulation."""
     size = dataclasses.asdict(size_of(STANDARD, op))
     ms = {
         (row["contender"], row["pass"]): row["ms"]

@@ -1,1 +1,1 @@
-"""Compiled kernels: what they use, their modelled times and budgets, and their times on a GPU beside these."""
+"""Compiled kernels: resource usage, modeled times, budgets, and measured times on a GPU."""

@@ -1,9 +1,9 @@
-"""`python -m benchmarks static`: what the compilers made of the Triton and CUDA kernels, for every architecture,
+"""`python -m benchmarks static`: static analysis of the compiled Triton and CUDA kernels for every architecture,
 without a GPU.
 
 Per kernel and architecture: registers, spilled bytes, shared memory, executed warp instructions of the steady loop per
-16 pixels by pipe, and the modelled time of the busiest pipe. All of it follows from the compiled code: no figure here
-has been measured on a GPU. `--record` writes benchmarks/budgets.json; without it the figures are compared with it.
+16 pixels by pipe, and the modeled time of the busiest pipe. All figures come from the compiled code; none is measured
+on a GPU. `--record` writes benchmarks/budgets.json; otherwise the figures are compared with it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ BACKENDS = ("triton", "cuda")
 
 
 def selected(architectures: list[str], widths: list[int], dtypes: list[str]) -> Iterator[tuple[str, int, str]]:
-    """(architecture, width, dtype): the given widths and dtypes on sm_90, D 32 in bfloat16 on the others too."""
+    """(architecture, width, dtype): all given widths and dtypes on sm_90, only D 32 in bfloat16 on the others."""
     for architecture in architectures:
         for width in widths:
             for dtype in dtypes:
@@ -33,15 +33,15 @@ def selected(architectures: list[str], widths: list[int], dtypes: list[str]) -> 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks static", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--record", action="store_true", help="write benchmarks/budgets.json")
-    parser.add_argument("--backend", choices=BACKENDS, help="(default: both)")
+    parser.add_argument("--backend", choices=BACKENDS, help="kernels to examine (default: both)")
     parser.add_argument(
-        "--architecture", action="append", choices=tuple(SHARED_LIMIT), help=f"repeatable (default: not {SMALL_SHARED})"
+        "--architecture", action="append", choices=tuple(SHARED_LIMIT), help=f"repeatable (default: no {SMALL_SHARED})"
     )
     parser.add_argument("--width", action="append", type=int, choices=WIDTHS, help="repeatable (default: 32)")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="repeatable (default: bfloat16)")
     parser.add_argument("--everywhere", action="store_true", help="every width and dtype on every architecture")
-    parser.add_argument("--tables", action="store_true", help="print the record as the tables of a page in docs")
-    parser.add_argument("--output", metavar="FILE.json", help="write all figures there")
+    parser.add_argument("--tables", action="store_true", help="print the tables of docs/triton.md and docs/cuda.md")
+    parser.add_argument("--output", metavar="FILE.json", help="write all figures to this file")
     options = parser.parse_args(arguments)
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     if options.tables:
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
         cases = list(selected(architectures, widths, dtypes))
     everything: dict[str, dict[str, Any]] = {}
     failures = []
-    print("Modelled from the compiled code, not measured on a GPU; slots per 16 pixels; ms for 32 images of 256x256.")
+    print("Modeled from the compiled code, not measured. Issue slots per 16 pixels; ms for 32 images of 256x256.")
     print(_row("kernel", "architecture", "registers", "spills", "shared", "slots", "ms", "pipes"), flush=True)
     for name, architecture, found in _examined(options.backend, cases):
         everything.setdefault(name, {})[architecture] = found._asdict()
@@ -77,12 +77,12 @@ def main(arguments: list[str]) -> int:
     if options.output:
         Path(options.output).write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n")
     for failure in failures:
-        print(f"too much: {failure}", file=sys.stderr)
+        print(f"over budget: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
 def _examined(backend: str | None, cases: list[tuple[str, int, str]]) -> Iterator[tuple[str, str, Figures]]:
-    """What the command was asked for; without a choice of backend, what this machine can compile."""
+    """Figures of the requested backend; without --backend, of every backend that this machine can compile."""
     if backend != "cuda":
         yield from triton_kernels.all_figures(cases)
     if backend != "triton":
@@ -92,7 +92,7 @@ def _examined(backend: str | None, cases: list[tuple[str, int, str]]) -> Iterato
         elif backend == "cuda":
             raise SystemExit(f"benchmarks static: the CUDA kernels cannot be examined: {reason}")
         else:
-            print(f"The CUDA kernels are left out: {reason}", file=sys.stderr)
+            print(f"Skipping the CUDA kernels: {reason}", file=sys.stderr)
 
 
 def _cells(found: Figures) -> tuple[str, ...]:

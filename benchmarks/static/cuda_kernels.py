@@ -1,7 +1,7 @@
-"""What nvcc makes of the kernels in csrc/cuda, for `python -m benchmarks static`.
+"""Figures of the kernels in csrc/cuda compiled by nvcc, for `python -m benchmarks static`.
 
-Registers, spills and instructions come from the compiled code, shared memory and the pixels of a turn from what the ops
-launch: the emulator lists those launches without running them.
+Registers, spills and instructions come from the compiled code. Shared memory and pixels per loop iteration come from
+the launches of the ops, which the emulator records without running them.
 """
 
 import functools
@@ -26,19 +26,19 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 _WIDTHS, _DEPTH, _IMAGE = (16, 32, 64), 3, (1, 256, 256)
 _PIXELS = _IMAGE[1] * _IMAGE[2]
 _LOSS, _PADDED_IMAGE = "flow_matching_loss", (1, 252, 252)
-_MANY_MULTIPROCESSORS = 1 << 16  # so that every grid has as many blocks as there are tiles
+_MANY_MULTIPROCESSORS = 1 << 16  # every grid then has one block per tile
 _DTYPES = {"BFloat16": "bfloat16", "Float16": "float16"}
 
 
 class Kernel(NamedTuple):
-    """A kernel, or the part of one that a kind of call executes."""
+    """A kernel, or the part of a kernel that one kind of call executes."""
 
-    op: str  # whose call launches it
-    launch: str  # under this name
-    counted: bool = True  # whether its outermost loop walks over pixels and computes products
-    # Trips of a loop with products inside that loop; where None, one for each tile of 16 pixels of a turn.
+    op: str  # op that launches the kernel
+    launch: str  # name of the launch
+    counted: bool = True  # whether its outermost loop iterates over pixels and contains matmuls
+    # Iterations of an inner loop with matmuls; None: one per tile of 16 pixels of the outer iteration.
     inner_trips: int | None = None
-    skipped: tuple[str, ...] = ()  # regions of its source that this kind of call does not enter
+    skipped: tuple[str, ...] = ()  # source regions that this kind of call does not execute
 
 
 KERNELS = {
@@ -50,7 +50,7 @@ KERNELS = {
     "decoder_recompute.recompute_kernel": Kernel(
         "pixel_decoder", "pixel_decoder_recompute", inner_trips=_DEPTH, skipped=("refill_of_recompute",)
     ),
-    # The template's flags, then which step of the chain it is: of a decoder's blocks the last one comes first.
+    # Template flags, then the step of the chain; the last block of a decoder is launched first.
     "block_backward.backward_kernel+mlp+tiled+first": Kernel(
         "pixel_decoder", "block_backward", skipped=("gradient_of_later_blocks", "gradient_of_cond")
     ),
@@ -92,7 +92,7 @@ _FLAGS = {"backward_kernel": ("mlp", "tiled")}  # boolean template parameters by
 
 
 def unavailable_reason() -> str | None:
-    """Why no CUDA kernel can be examined here, or None."""
+    """Reason why no CUDA kernel can be examined on this machine, or None."""
     if nvcc() is None:
         return "no nvcc on PATH, in $CUDA_HOME/bin or in /usr/local/cuda/bin"
     return emulation.unavailable_reason()
@@ -109,13 +109,13 @@ def toolchain() -> str:
 
 
 def sources() -> list[str]:
-    """The CUDA sources that hold kernels, the slowest to compile first."""
+    """CUDA sources that contain kernels, the slowest to compile first."""
     found = (path for path in (CSRC / "cuda").glob("*.cu") if "DECO_KERNEL(" in path.read_text())
     return [path.stem for path in sorted(found, key=lambda path: (path.stem != "block_backward", path.stem))]
 
 
 def compile_source(source: str, architecture: str, cubin: Path, only_width: int | None) -> None:
-    """Compile csrc/cuda/SOURCE.cu as the module is built, with the lines that instructions come from."""
+    """Compiles csrc/cuda/SOURCE.cu with the flags of the module and with source lines of the instructions."""
     number = architecture.removeprefix("sm_")
     command = [nvcc(), "-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     command += [f"-gencode=arch=compute_{number},code=sm_{number}", "-cubin", "-o", str(cubin)]
@@ -127,8 +127,8 @@ def compile_source(source: str, architecture: str, cubin: Path, only_width: int 
 
 
 def source_figures(source: str, architecture: str, only_width: int | None = None) -> dict[str, Figures]:
-    """Figures of every kernel of a source, by "cuda.source.kernel+flags/D32/bfloat16"; with `only_width`, a decoder's
-    kernels are compiled for that width in bfloat16 alone."""
+    """Figures of every kernel of a source, by "cuda.source.kernel+flags/D32/bfloat16". With `only_width`, decoder
+    kernels are compiled only for that width in bfloat16."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{source}.cubin"
         compile_source(source, architecture, cubin, only_width)
@@ -146,8 +146,8 @@ def source_figures(source: str, architecture: str, only_width: int | None = None
 
 
 def all_figures(cases: list[tuple[str, int, str]]) -> Iterator[tuple[str, str, Figures]]:
-    """(name, architecture, figures) of every CUDA kernel in the (architecture, width, dtype) of `cases`; one
-    compilation of a source gives all widths and dtypes."""
+    """(name, architecture, figures) of every CUDA kernel in the (architecture, width, dtype) of `cases`. A source is
+    compiled once for all widths and dtypes."""
     for architecture in ARCHITECTURES:
         wanted = {(w, d) for a, w, d in cases if a == architecture.removesuffix("a")}
         for source in sources() if wanted else ():
@@ -157,13 +157,13 @@ def all_figures(cases: list[tuple[str, int, str]]) -> Iterator[tuple[str, str, F
 
 
 def is_among(name: str, wanted: set[tuple[int, str]]) -> bool:
-    """Whether a label of `source_figures` names one of the (width, dtype), as labels without either always do."""
+    """Whether a label of `source_figures` matches one of the (width, dtype); labels without either always match."""
     _, *parts = name.split("/")
     return any(all(part in (f"D{width}", dtype) for part in parts) for width, dtype in wanted)
 
 
 def _describe(source: str, mangled: str) -> tuple[str, int, str]:
-    """("source.kernel+flags", D or 0, dtype or "") of a mangled kernel name."""
+    """("source.kernel+flags", D or 0, dtype or "") from a mangled kernel name."""
     function, parameters = re.search(r"\d([a-z][a-z_]*_kernel)(?:I(\w+?)EEv|E)", mangled).groups(default="")
     dtype = re.search(r"\d(BFloat16|Float16)E", parameters)
     width = re.search(r"Li(\d+)E?", parameters)
@@ -178,7 +178,7 @@ def _describe(source: str, mangled: str) -> tuple[str, int, str]:
 
 
 def _is_variant(variant: str, name: str) -> bool:
-    """Whether a name of KERNELS is that of a compiled kernel, or a step of a chain in it."""
+    """Whether a name in KERNELS is the compiled kernel or one of its chain steps."""
     return variant in (name, f"{name}+first", f"{name}+last", f"{name}+first+last")
 
 
@@ -196,7 +196,7 @@ def _figures(code: sass.Code, lines, kernel: Kernel, source: str, width: int, ar
 
 
 def _lines_of(names: tuple[str, ...]) -> set[tuple[str, int]]:
-    """(file, line) of every line inside these regions of csrc/cuda."""
+    """(file, line) of every line in these regions of csrc/cuda."""
     regions = source_regions.all_regions()
     return {(str(regions[name].path), line) for name in names for line in regions[name].lines}
 
@@ -204,8 +204,8 @@ def _lines_of(names: tuple[str, ...]) -> set[tuple[str, int]]:
 def per_16_pixels(code: sass.Code, launch: "Launch", inner_trips: int | None, is_skipped) -> tuple[dict, float] | None:
     """Executed warp instructions of the steady loop per 16 pixels by pipe, and tensor-pipe cycles.
 
-    All warps run the outermost loop. Where there are two, a warp for each tile of 16 pixels runs the larger one and the
-    others run the second. Loops without products inside them count once. None where the compiler has interleaved loops.
+    All warps run the outermost loop. If there are two, one warp per tile of 16 pixels runs the larger one and the other
+    warps run the second. Inner loops without matmuls count once. None if the compiler has interleaved loops.
     """
     tiles = launch.turn_pixels // 16
     inner_trips = inner_trips or tiles
@@ -237,15 +237,15 @@ def _has_products(code: sass.Code, loop: tuple[int, int]) -> bool:
 
 
 class Launch(NamedTuple):
-    warps: int  # of a block
+    warps: int  # per block
     shared_bytes: int
-    turn_pixels: int  # that a block takes at a time, a multiple of 16; meaningless for kernels that walk over nothing
+    turn_pixels: int  # pixels per iteration of a block, a multiple of 16; unused for kernels without a pixel loop
 
 
 @functools.cache
 def launches(width: int, shared_limit: int) -> dict[tuple[str, str], Launch]:
-    """(op, name) -> launch, for forward and backward of the ops with N 3 on an image of 256x256; where only images that
-    need padding launch a kernel, on one of those."""
+    """(op, name) -> launch, for forward and backward of the ops with N 3 on a 256x256 image, and of the loss also on an
+    image that needs padding."""
     module = emulation.emulated_module()
     module.set_device_limits(_MANY_MULTIPROCESSORS, shared_limit)
     calls = {(_LOSS, _PADDED_IMAGE): None} | {(kernel.op, _IMAGE): None for kernel in KERNELS.values()}

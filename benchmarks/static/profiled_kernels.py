@@ -1,4 +1,4 @@
-"""Times of the CUDA backend's kernels by name, from PyTorch's profiler: Python cannot launch them one by one."""
+"""Times of the CUDA kernels by name, from PyTorch's profiler; Python cannot launch them individually."""
 
 import re
 from collections import defaultdict
@@ -10,16 +10,16 @@ from benchmarks.static.cuda_kernels import KERNELS
 from benchmarks.static.figures import CUDA_PREFIX
 from deco_kernels import BackendUnavailable, testing
 
-_STEPS = {"first", "last"}  # flags of a variant that say which of a call's launches it is
-_OTHER_CALLS = {"float32_target", "padded"}  # flags of variants that the calls timed here do not launch
+_STEPS = {"first", "last"}  # variant flags for the position of the launch in a call
+_OTHER_CALLS = {"float32_target", "padded"}  # variant flags that the timed calls do not launch
 _REPEATS = 5
 
-Event = tuple[str, float]  # demangled name of a kernel, milliseconds
+Event = tuple[str, float]  # demangled kernel name, milliseconds
 
 
 def of_op(inputs: testing.Inputs, width: int, dtype: str) -> Iterator[tuple[str, dict]]:
-    """(budget's name, figures) of the kernels that forward and backward of an op launch; nothing where the backend does
-    not serve it."""
+    """(budget's name, figures) of the kernels that forward and backward of an op launch; nothing if the backend does
+    not support the case."""
     try:
         testing.run(inputs, "cuda")
     except BackendUnavailable:
@@ -33,7 +33,7 @@ def of_op(inputs: testing.Inputs, width: int, dtype: str) -> Iterator[tuple[str,
 
 
 def profile(inputs: testing.Inputs) -> list[Event]:
-    """The kernels of one forward and backward, in the order they ran in."""
+    """The kernels of one forward and backward, in execution order."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         testing.run(inputs, "cuda")

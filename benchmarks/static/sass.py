@@ -1,6 +1,6 @@
-"""Reads compiled NVIDIA code: registers, spills, and the instructions of a kernel's steady loop by pipe.
+"""Parses compiled NVIDIA code: registers, spills, and the instructions of a kernel's steady loop by pipe.
 
-Needs cuobjdump and nvdisasm, which Triton's wheel carries; nothing here runs on a GPU.
+Uses cuobjdump and nvdisasm from Triton's wheel; needs no GPU.
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 class Instruction(NamedTuple):
     address: int
-    opcode: str  # with its suffixes: "LDG.E.128"
+    opcode: str  # with suffixes, such as "LDG.E.128"
     text: str
 
 
@@ -24,14 +24,14 @@ class Code(NamedTuple):
     instructions: list[Instruction]
 
 
-# Pipe of the H100 family -> cycles for which one warp instruction occupies it, per scheduler (a quarter of an SM).
+# Pipe on Hopper -> cycles that one warp instruction occupies it, per scheduler (a quarter of an SM).
 PIPE_CYCLES = {
     "issue": 1,
     "fp32": 1,  # 128 lanes per SM
     "alu": 2,  # 64 lanes per SM: integer, logic, compare, convert
     "mufu": 8,  # 16 lanes per SM: special functions
     "memory": 4,  # 32 lanes per SM, shared by the four schedulers: shared and global memory, shuffles
-    "tensor": 4,  # m16n8k16; the wide asynchronous form is counted by its size
+    "tensor": 4,  # m16n8k16; wgmma is counted by its shape
     "other": 1,
 }
 _PIPES = {
@@ -43,7 +43,7 @@ _PIPES = {
               "WARPGROUP", "LDC", "LDCU", "ULDC", "S2R", "S2UR", "R2UR", "CS2R", "MEMBAR", "FENCE", "ERRBAR", "CCTL"),
 }  # fmt: skip
 _PIPE_OF = {name: pipe for pipe, names in _PIPES.items() for name in names}
-_UNIFORM = "other"  # the uniform data path takes an issue slot and nothing else
+_UNIFORM = "other"  # the uniform datapath uses only an issue slot
 
 
 def pipe_of(opcode: str) -> str:
@@ -61,7 +61,7 @@ def tool(name: str) -> Path:
 
 
 def read(cubin: bytes) -> Code:
-    """The only kernel of a cubin."""
+    """Parses a cubin with a single kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -70,7 +70,7 @@ def read(cubin: bytes) -> Code:
 
 
 def read_all(cubin: Path) -> dict[str, Code]:
-    """The kernels of a cubin by their mangled names."""
+    """The kernels of a cubin by mangled name."""
     usage = dict(re.findall(r"Function (\w+):\s+(REG:.*)", _run("cuobjdump", "-res-usage", cubin)))
     listings = re.split(r"\n\s*Function : (\w+)\n", _run("cuobjdump", "-sass", cubin))
     kernels = {}
@@ -81,8 +81,8 @@ def read_all(cubin: Path) -> dict[str, Code]:
 
 
 def read_lines(cubin: Path) -> dict[str, dict[int, set[tuple[str, int]]]]:
-    """Of a cubin compiled with -lineinfo: kernel -> address of an instruction -> the (file, line) it comes from and
-    those of the calls around it."""
+    """For a cubin compiled with -lineinfo: kernel -> instruction address -> its (file, line) and those of the calls it
+    is inlined into."""
     sections = re.split(r"\n\.text\.(\w+):\n", _run("nvdisasm", "-gi", "-c", cubin))
     return {name: _lines(listing) for name, listing in zip(sections[1::2], sections[2::2], strict=True)}
 
@@ -114,7 +114,7 @@ def _instructions(listing: str) -> Iterator[Instruction]:
 
 
 def loops(code: Code) -> list[tuple[int, int]]:
-    """(first, last) address of every backward branch's body, the largest first."""
+    """(first, last) address of every loop (backward branch), largest first."""
     found = set()
     for instruction in code.instructions:
         if instruction.opcode.split(".")[0] == "BRA":
@@ -129,9 +129,9 @@ def is_inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
 
 
 def steady_counts(code: Code, inner_trips: int) -> tuple[Counter, float]:
-    """Executed warp instructions of one turn of the outermost loop, by pipe, and tensor-pipe cycles.
+    """Executed warp instructions of one iteration of the outermost loop, by pipe, and tensor-pipe cycles.
 
-    Without a loop the whole kernel counts. A loop inside runs `inner_trips` times.
+    Without a loop the whole kernel counts. An inner loop runs `inner_trips` times.
     """
     found = loops(code)
     outer = found[0] if found else (0, code.instructions[-1].address)
@@ -146,8 +146,8 @@ def steady_counts(code: Code, inner_trips: int) -> tuple[Counter, float]:
 
 
 def counts(code: Code, executions: Callable[[int], float]) -> tuple[Counter, float]:
-    """Executed warp instructions by pipe ("issue": all of them) and tensor-pipe cycles, where the instruction at an
-    address is executed executions(address) times."""
+    """Executed warp instructions by pipe ("issue": all of them) and tensor-pipe cycles. The instruction at an address
+    is executed executions(address) times."""
     total: Counter = Counter()
     tensor_cycles = 0.0
     for instruction in code.instructions:
@@ -166,7 +166,7 @@ def _tensor_cycles(opcode: str) -> float:
     shape = re.search(r"\.(\d+)x(\d+)x(\d+)", opcode)
     if shape:
         rows, columns, depth = (int(size) for size in shape.groups())
-        products = rows * columns * depth / 4  # four warps share a wide product
+        products = rows * columns * depth / 4  # four warps share one wgmma
     else:
         size = re.search(r"\.(1684|1688|16816)\b", opcode)
         products = {"1684": 512, "1688": 1024, "16816": 2048}[size[1] if size else "16816"]

@@ -1,4 +1,4 @@
-"""The tables of docs/triton.md and docs/cuda.md, made from benchmarks/budgets.json.
+"""Tables of docs/triton.md and docs/cuda.md, generated from benchmarks/budgets.json.
 
 `python -m benchmarks static --tables` prints them.
 """
@@ -9,7 +9,7 @@ from benchmarks.static.figures import milliseconds
 
 _TRITON_KERNELS = {
     "pixel_decoder.forward_kernel": "decoder forward",
-    "pixel_decoder.recompute_kernel": "decoder recompute (forward again, head backwards)",
+    "pixel_decoder.recompute_kernel": "decoder recompute (forward, then head backward)",
     "adaln_block.backward_kernel+first": "block backward, launched first",
     "adaln_block.backward_kernel": "block backward, between",
     "adaln_block.backward_kernel+last": "block backward, launched last",
@@ -23,7 +23,7 @@ _TRITON_KERNELS = {
 }
 _CUDA_KERNELS = {
     "cuda.pixel_decoder.forward_kernel": "decoder forward",
-    "cuda.decoder_recompute.recompute_kernel": "decoder recompute (forward again, head backwards)",
+    "cuda.decoder_recompute.recompute_kernel": "decoder recompute (forward, then head backward)",
     "cuda.block_backward.backward_kernel+mlp+tiled+first": "block backward, launched first",
     "cuda.block_backward.backward_kernel+mlp+tiled": "block backward, between",
     "cuda.block_backward.backward_kernel+mlp+tiled+last": "block backward, launched last",
@@ -56,10 +56,10 @@ def tables(budgets: dict[str, Any], backend: str) -> tuple[str, str]:
 
 
 def _main_table(budgets: dict[str, Any], page: _Page) -> str:
-    """Every kernel at D 32 in bfloat16 on the page's architecture; the time is that of issuing its instructions."""
-    lines = ["| kernel | registers | spilled | shared | slots per 16 px | modelled ms |", "|---|---|---|---|---|---|"]
+    """Every kernel at D 32 in bfloat16 on the page's architecture; the time is the issue time of its instructions."""
+    lines = ["| kernel | registers | spilled | shared | slots per 16 px | modeled ms |", "|---|---|---|---|---|---|"]
     for kernel, title in page.kernels.items():
-        # The CUDA kernels of the loss know no width.
+        # CUDA kernels of the loss have no width.
         record = (budgets.get(f"{kernel}/D32/bfloat16") or budgets[f"{kernel}/bfloat16"])[page.architecture]
         slots = record["issue_slots_per_16_px"]
         lines.append(
@@ -70,7 +70,7 @@ def _main_table(budgets: dict[str, Any], page: _Page) -> str:
 
 
 def _other_cases_table(budgets: dict[str, Any], page: _Page) -> str:
-    """Registers, spilled bytes and slots per 16 pixels of the other recorded widths and dtypes."""
+    """Registers, spilled bytes and issue slots per 16 pixels of the other recorded widths and dtypes."""
     heads = [f"D {width}, {dtype}" for width, dtype in page.other_cases]
     lines = [f"| kernel | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for kernel, title in page.kernels.items():

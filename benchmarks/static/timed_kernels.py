@@ -1,10 +1,10 @@
-"""Every kernel that has a budget, timed on a GPU, beside what its recorded issue slots allow.
+"""Measured GPU times of all kernels with a budget vs. their modeled times.
 
-The model's figure is the time in which the device's schedulers can issue the recorded instructions of a training batch,
-at the highest clock: a bound, which memory, shared memory or latency may keep out of reach. A row: `kernel` (the name
-in benchmarks/budgets.json), `architecture`, `modelled_ms` (None for kernels that do not walk over pixels), `status`,
-`measured_ms` (None with a `reason`), `launches` of one forward and backward, their registers and spilled bytes and the
-recorded ones.
+The modeled time is the time in which the schedulers of the device can issue the recorded instructions of a training
+batch at the highest clock. It is a lower bound; memory, shared memory and latency may add to it. Fields of a row:
+`kernel` (the name in benchmarks/budgets.json), `architecture`, `modelled_ms` (None for kernels without a loop over
+pixels), `status`, `measured_ms` (None with a `reason`), `launches` of one forward and backward, their registers and
+spilled bytes, and the recorded ones.
 """
 
 import re
@@ -18,14 +18,14 @@ from benchmarks.static import profiled_kernels, triton_kernels
 from benchmarks.static.figures import CLOCK, PIXELS, recorded_budgets
 from deco_kernels import testing
 
-IMAGE = (32, 256, 256)  # a training batch: as many pixels as the recorded model's
+IMAGE = (32, 256, 256)  # a training batch with as many pixels as in the model
 _TOKEN_WIDTH = 1152
 REPEATS = 7
 _SCHEDULERS_PER_MULTIPROCESSOR = 4
 
 
 def measure_kernels(full: bool) -> list[dict]:
-    """The kernels of width 32 in bfloat16, or all that have a budget on this architecture, slowest first.
+    """Rows of the kernels of width 32 in bfloat16, or with `full` of all with a budget here, slowest first.
 
     Raises:
         ValueError: no budget is recorded for the architecture.
@@ -49,7 +49,7 @@ def measure_kernels(full: bool) -> list[dict]:
             try:
                 for name, found in measure_op(op, width, dtype, architecture):
                     measured.setdefault(name, found)
-            except Exception as error:  # what one op's kernels do wrong does not hide the others'
+            except Exception as error:  # one failing op does not hide the others
                 failures.append(f"{op}, D {width}, {dtype} failed: {type(error).__name__}: {error}".splitlines()[0])
     rate = properties.multi_processor_count * _SCHEDULERS_PER_MULTIPROCESSOR * _clock_hz()
     missing = {"status": "unavailable", "measured_ms": None, "reason": "not launched by any op here"}
@@ -73,8 +73,8 @@ def measure_op(op: str, width: int, dtype: str, architecture: str) -> Iterator[t
 
 
 def triton_times(inputs: testing.Inputs, architecture: str) -> dict[str, dict]:
-    """Figures of the Triton kernels by name, each launch timed alone with the arguments that the op gives it. Launches
-    of one name are added up: chunks of one call."""
+    """Figures of the Triton kernels by name. Each launch is timed separately with the arguments that the op passes;
+    launches with the same name are chunks of one call and are added up."""
     found: dict[str, dict] = {}
     for launch in triton_kernels.launches_of(inputs, architecture):
         entry = found.setdefault(triton_kernels.kernel_name(launch), {"measured_ms": 0.0, "launches": 0})
@@ -103,13 +103,13 @@ def _dtype(name: str) -> str | None:
 
 
 def _clock_hz() -> float:
-    """The highest clock of the multiprocessors; without NVML that of the recorded model's machine."""
+    """Highest clock of the multiprocessors; without NVML that of the model's machine."""
     megahertz = gpu_state.header().get("sm_clock_max_mhz")
     return 1e6 * megahertz if megahertz else CLOCK
 
 
 def _row(name: str, architecture: str, budget: dict, rate: float) -> dict:
-    """What a row says before anything is measured; `rate` is in warp instructions per second of the device."""
+    """The unmeasured fields of a row; `rate` is the device's rate in warp instructions per second."""
     slots = budget["issue_slots_per_16_px"]
     return {
         "kernel": name,

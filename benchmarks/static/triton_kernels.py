@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of the kernels that the ops launch, for `python -m benchmarks static`."""
+"""Figures of the compiled Triton kernels that the ops launch, for `python -m benchmarks static`."""
 
 import importlib
 import re
@@ -12,7 +12,7 @@ from benchmarks.static.figures import COLOR_CHANNELS, Figures, modelled_millisec
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 ARCHITECTURES = (*NVIDIA, "gfx942")
-"""Of the Triton kernels; the CUDA kernels for Hopper are built for sm_90a."""
+"""Architectures of the Triton kernels; the CUDA kernels for Hopper are built for sm_90a."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WIDTHS = (16, 32, 64)
 _TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -22,7 +22,7 @@ _TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "
 
 
 def recorded_launches(architecture: str, width: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Every kernel variant that the five ops launch in forward and backward, by name: N 3, p 16, two 256x256 images."""
+    """Every kernel variant that the five ops launch in forward and backward, by name: N 3, p 16, one 256x256 image."""
     from deco_kernels import testing
 
     launches: dict[str, Any] = {}
@@ -36,7 +36,7 @@ def recorded_launches(architecture: str, width: int, dtype: torch.dtype) -> dict
 
 
 def launches_of(inputs, architecture: str) -> list:
-    """What the Triton backend launches in forward and backward of these `testing.Inputs`; nothing runs."""
+    """Launches of the Triton backend in forward and backward of these `testing.Inputs`, recorded without running."""
     from deco_kernels.backends.triton import launching
 
     module = importlib.import_module(f"deco_kernels.backends.triton.{inputs.op}")
@@ -50,14 +50,14 @@ def launches_of(inputs, architecture: str) -> list:
 
 
 def kernel_name(launch) -> str:
-    """ "module.kernel", with the flags that distinguish its variants."""
+    """Name "module.kernel", with the flags that distinguish its variants."""
     module = launch.kernel.fn.__module__.rpartition(".")[2]
     flags = [name for name, value in launch.args.items() if value is True and name in ("FIRST", "LAST", "PADDED")]
     return f"{module}.{launch.kernel.fn.__name__}" + "".join(f"+{flag.lower()}" for flag in flags)
 
 
 def compile_launch(launch, architecture: str):
-    """Compile a recorded launch ahead of time, specialized on its arguments as a call on the device would be."""
+    """Compiles a recorded launch ahead of time, specialized on its arguments like a call on the device."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -120,7 +120,7 @@ def _amd_figures(compiled) -> Figures:
 
 
 def _pixels_per_tile(launch) -> int | None:
-    """Pixels a turn of the steady loop covers; None for kernels that do not walk over pixels."""
+    """Pixels per iteration of the steady loop; None for kernels without a loop over pixels."""
     block = launch.args.get("BLOCK")
     if block is None or launch.kernel.fn.__name__ == "losses_kernel":
         return None

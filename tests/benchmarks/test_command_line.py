@@ -74,7 +74,7 @@ def test_what_no_time_is_left_for_is_said(tmp_path):
     assert answer.stderr.splitlines()[-1].startswith("benchmarks: left out, for lack of time: adaln_block")
     result = json.loads(path.read_text())
     assert {row["pass"] for row in result["rows"]} == {"forward"}  # the first part is measured whatever the time
-    assert len(result["left_out"]) == 1 and "## Left out, for lack of time" in answer.stdout
+    assert len(result["left_out"]) == 1 and "## Skipped for lack of time" in answer.stdout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="needs pytest-benchmark")

@@ -101,7 +101,7 @@ def test_all_steps_pass(pretended_gpu, tmp_path):
     assert set(written) == {"gpu-check.json", "benchmarks.json", "report.md"} | pictures
     assert len(written) <= 8 and max(written.values()) < 16e6
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "| kernels | passed |" in text and "measured / modelled" in text and "## pixel_decoder, float32" in text
+    assert "| kernels | passed |" in text and "measured / modeled" in text and "## pixel_decoder, float32" in text
 
 
 @pytest.mark.parametrize("broken", ["build", "tests", "scaling"])
