@@ -1,9 +1,8 @@
 """Fused kernels for per-pixel diffusion decoders (DeCo, arXiv 2511.19365).
 
-`deco_kernels.ops` holds the operators, `deco_kernels.model` and `deco_kernels.flow` the model built from them,
-`deco_kernels.integrations` puts them into models that others have built, and `deco_kernels.use_backend` chooses the
-implementation. Importing this package loads no compiler, no Triton and no GPU driver; submodules are imported at first
-use.
+`deco_kernels.ops` holds the ops, `deco_kernels.model` and `deco_kernels.flow` the models and their training and
+sampling, `deco_kernels.integrations` runs the ops in existing models, `deco_kernels.use_backend` selects the backend.
+Importing this package loads no compiler, no Triton and no GPU driver; submodules are imported at first use.
 """
 
 import importlib

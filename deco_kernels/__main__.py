@@ -1,7 +1,7 @@
-"""`python -m deco_kernels`: what this machine can run and, for what it cannot, why; `--selftest` checks it.
+"""Reports the backends that this machine can run and why it cannot run the others; `--selftest` checks them.
 
-The self-test holds every backend of this machine, op by op and dtype by dtype, forward and every gradient, against the
-float64 reference by the rule of error of `deco_kernels.testing`. Exit status: 0, or 1 if a check failed.
+The self-test compares every backend of this machine, for every op and dtype, outputs and gradients, with the float64
+reference by the rule of error of `deco_kernels.testing`. Exit status: 0, or 1 if a check failed.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def package_version(name: str) -> str:
 
 
 def refusals(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
-    """Why `backend` cannot serve each op at the published decoder's sizes; None where it can."""
+    """Op → reason why `backend` cannot run it at the sizes of the published decoder, or None if it can."""
     return {op: registry.refusal(backend, request(op, device, dtype), device) for op in OPS}
 
 
@@ -64,7 +64,7 @@ def print_report() -> None:
         automatic = registry.automatic_candidates(request("pixel_decoder", device, torch.float32))
         print(f"  automatic choice: {', else '.join(automatic)}")
     if len(devices()) == 1:
-        print("\ncuda: PyTorch finds no GPU here")
+        print("\ncuda: PyTorch finds no GPU")
 
 
 def instruction_set() -> str:
@@ -73,11 +73,11 @@ def instruction_set() -> str:
         return f"none in use: {reason}"
     module = native.cpu()
     usable = ", ".join(module.usable_isas())
-    return f"{module.current_isa()} (this processor runs {usable}; {native.ISA_VARIABLE} chooses)"
+    return f"{module.current_isa()} (this processor supports {usable}; {native.ISA_VARIABLE} selects)"
 
 
 def backend_lines(backend: str, reasons: dict[str, str | None]) -> list[str]:
-    """One line, or one for each reason where the ops differ."""
+    """One line for the backend, or one per op that it cannot run if the ops differ."""
     if not any(reasons.values()):
         return [f"{backend:<10} available for every op"]
     if len(set(reasons.values())) == 1:
@@ -91,7 +91,7 @@ def backend_lines(backend: str, reasons: dict[str, str | None]) -> list[str]:
 
 
 def selftest() -> int:
-    """Prints one row per device, backend (all but the reference), op and dtype; returns the number of failures."""
+    """Print one row per device, backend (except the reference), op and dtype; returns the number of failures."""
     started, failures, checked = time.perf_counter(), 0, 0
     print(f"{'device':<7}{'backend':<11}{'op':<27}{'dtype':<10}{'error/bound':>11}  result")
     for device in devices():
@@ -112,7 +112,7 @@ def selftest() -> int:
                     print(f"{device.type:<7}{line}")
     print(f"\n{checked - failures} of {checked} checks passed in {time.perf_counter() - started:.1f} s")
     if checked == 0:
-        print("This machine runs the reference backend alone: there was nothing to compare with it.")
+        print("This machine runs only the reference backend: there was nothing to compare with it.")
     return failures
 
 
@@ -124,7 +124,7 @@ def check(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> tu
         if "loss" not in op:
             calls.append(testing.with_equal_rows(calls[0], offset=100.0))
         rows = [row for inputs in calls for row in testing.compare(inputs, testing.run(inputs, backend))]
-    except Exception as error:  # a backend that breaks is what the table is there to show
+    except Exception as error:  # reported as a row of the table
         return float("nan"), f"FAILED: {type(error).__name__}: {error}"
     ratio = max(max(ratio_of(row.error, row.bound), ratio_of(row.bias, row.bias_bound)) for row in rows)
     failed = [str(row) for row in rows if not row.passed]

@@ -1,4 +1,4 @@
-"""What lies at a path, found out without opening it."""
+"""File types, determined without opening the file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _KINDS = {
 
 
 def kind_at(path: str | os.PathLike[str]) -> str:
-    """What a path leads to: "a file", "nothing", "a folder", "a FIFO", "a socket" or "a device".
+    """Type of the file at a path: "a file", "nothing", "a folder", "a FIFO", "a socket" or "a device".
 
-    To be asked before a file is opened that others have named: opening a FIFO waits for its writer, without end.
+    Check paths given by users before opening them: opening a FIFO blocks until a process writes to it.
     """
     try:
         return _KINDS[stat.S_IFMT(os.stat(path).st_mode)]

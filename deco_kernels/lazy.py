@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazy_names(package: str, module_of: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package that imports the module of a name, a submodule, when asked for it."""
+    """`__getattr__` and `__dir__` of a package; `module_of` maps each public name to the submodule that defines it."""
 
     def get(name: str) -> Any:
         if name not in module_of:

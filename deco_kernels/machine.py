@@ -1,6 +1,6 @@
-"""The machine and process of a measurement: what a record says about them, their heap and peak memory.
+"""Description of the machine and process of a measurement, heap settings and peak memory.
 
-Shared by the benchmarks and the programs. PyTorch is imported at first use, so that KEPT_HEAP is cheap to read.
+Shared by benchmarks and programs. PyTorch is imported at first use, so that reading KEPT_HEAP is cheap.
 """
 
 import datetime
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deco_kernels import __version__
 
-# glibc settings with which freed memory stays in the process, so that no contender's time goes into page faults
+# glibc settings that keep freed memory in the process, so that no contender's time includes page faults
 KEPT_HEAP = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "1000000000000",
@@ -21,9 +21,9 @@ KEPT_HEAP = {
 
 
 def keep_heap(*command: str, **environment: str) -> None:
-    """Restart this process as `python command...` unless KEPT_HEAP and `environment` are set already.
+    """Restart this process as `python command...` unless KEPT_HEAP and `environment` are already set.
 
-    The C library reads KEPT_HEAP when a process starts.
+    glibc reads these settings only when a process starts.
     """
     wanted = {**KEPT_HEAP, **environment}
     if not wanted.items() <= os.environ.items():
@@ -31,15 +31,17 @@ def keep_heap(*command: str, **environment: str) -> None:
 
 
 def default_heap() -> dict[str, str]:
-    """The environment without KEPT_HEAP: a process started with it returns large blocks, so that its peak is what is
-    alive at once."""
+    """The environment without KEPT_HEAP: a process started with it returns large freed blocks to the system, so that
+    its peak is the memory in use at once."""
     return {name: value for name, value in os.environ.items() if name not in KEPT_HEAP}
 
 
 def description(device: str, checkout: Path) -> dict:
-    """Machine, software and settings of this process.
+    """Machine, software and settings of this process, as JSON values.
 
-    device: "cpu" or "cuda". checkout: a folder of the source tree, for its commit.
+    Args:
+        device: "cpu" or "cuda".
+        checkout: a folder of the source tree whose commit is recorded.
     """
     import torch
 
@@ -65,7 +67,7 @@ def description(device: str, checkout: Path) -> dict:
 
 
 def load() -> float | None:
-    """Mean number of running processes in the last minute."""
+    """Mean number of runnable processes in the last minute; None if the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
@@ -78,7 +80,7 @@ def processor_name() -> str:
 
 
 def last_level_cache(device: str) -> int:
-    """Bytes of the device's last cache; 32 MiB where the system does not tell."""
+    """Size of the device's last-level cache in bytes; 32 MiB if the system does not report it."""
     if device == "cuda":
         import torch
 
@@ -88,7 +90,7 @@ def last_level_cache(device: str) -> int:
 
 
 def commit(checkout: Path) -> str | None:
-    """The commit of a checkout, marked when files differ from it; None outside a checkout."""
+    """The commit of a checkout, with the suffix -dirty if files differ from it; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         answer = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
@@ -98,7 +100,7 @@ def commit(checkout: Path) -> str | None:
 
 
 def reset_peak(device: str) -> int:
-    """Start the peak anew where the system allows it; returns the bytes held now."""
+    """Reset the peak memory if the system allows it; returns the bytes in use now."""
     if device == "cuda":
         import torch
 
@@ -109,12 +111,12 @@ def reset_peak(device: str) -> int:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
     except OSError:
-        pass  # the peak since the start of the process then stands
+        pass  # the peak then counts from the start of the process
     return _status_bytes("VmRSS")
 
 
 def peak_bytes(device: str) -> int:
-    """The most bytes held since `reset_peak`: resident memory of this process, or what PyTorch allocated on a GPU."""
+    """Peak bytes since `reset_peak`: resident memory of this process, or PyTorch's allocations on a GPU."""
     if device == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""Loads the native modules on first use and says what went wrong where one is missing or broken."""
+"""Loads the native modules at first use and reports why one is missing or broken."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ CPU_FUNCTIONS = (
     "flow_matching_loss_forward",
     "flow_matching_loss_backward",
 )
-"""What the package calls in the native CPU module; one that was built from older sources may lack some of it."""
+"""Functions of the native CPU module that the package calls; a module built from older sources may lack some."""
 
 
 @lru_cache(maxsize=1)
 def load_cpu() -> tuple[ModuleType | None, str | None]:
-    """(module, None) or (None, why it cannot be used). The environment is read here, once."""
-    import torch  # noqa: F401  its OpenMP runtime must be in the process before the kernels look for one
+    """(module, None) or (None, reason why it cannot be used). Reads the environment once."""
+    import torch  # noqa: F401  loads the OpenMP runtime that the kernels share
 
     try:
         module = importlib.import_module("deco_kernels._native_cpu")
@@ -59,7 +59,7 @@ def load_cpu() -> tuple[ModuleType | None, str | None]:
 
 
 def cpu() -> ModuleType:
-    """The native CPU module. Raises ImportError with the reason and the remedy if it cannot be used."""
+    """The native CPU module. Raises ImportError with reason and remedy if it cannot be used."""
     module, reason = load_cpu()
     if module is None:
         raise ImportError(reason)
@@ -67,7 +67,7 @@ def cpu() -> ModuleType:
 
 
 def cpu_unavailable_reason() -> str | None:
-    """Why `cpu()` would raise, or None if it would not."""
+    """Reason why `cpu()` raises, or None if it does not."""
     return load_cpu()[1]
 
 
@@ -78,7 +78,7 @@ _emulated_cuda: ModuleType | None = None
 
 @lru_cache(maxsize=1)
 def load_cuda() -> tuple[ModuleType | None, str | None]:
-    """(module, None) or (None, why it cannot be used). Importing it needs neither a driver nor a GPU."""
+    """(module, None) or (None, reason why it cannot be used). The import needs neither a driver nor a GPU."""
     try:
         return importlib.import_module("deco_kernels._native_cuda"), None
     except ImportError as error:
@@ -89,9 +89,9 @@ def load_cuda() -> tuple[ModuleType | None, str | None]:
 
 
 def cuda(device: torch.device) -> ModuleType:
-    """The module that runs CUDA kernels on `device`: the native one, or on the CPU the one given to `emulate_cuda`.
+    """The module that runs CUDA kernels on `device`: the native one, or on the CPU the module set by `emulate_cuda`.
 
-    Raises ImportError with the reason and the remedy if there is none.
+    Raises ImportError with reason and remedy if no such module can be used.
     """
     if device.type == "cpu":
         if _emulated_cuda is None:
@@ -104,11 +104,11 @@ def cuda(device: torch.device) -> ModuleType:
 
 
 def cuda_unavailable_reason() -> str | None:
-    """Why `cuda()` would raise for a CUDA device, or None if it would not."""
+    """Reason why `cuda()` raises for a CUDA device, or None if it does not."""
     return load_cuda()[1]
 
 
 def emulate_cuda(module: ModuleType) -> None:
-    """Makes `module`, which has the functions of _native_cuda, serve CPU tensors; for tests."""
+    """Run CUDA kernels on CPU tensors through `module`, which has the functions of _native_cuda; for tests."""
     global _emulated_cuda
     _emulated_cuda = module

@@ -1,4 +1,4 @@
-"""Flow matching: the path from noise to images, the training objective, and the samplers."""
+"""Flow matching: the path from noise to images, the training objective and the samplers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replaying a velocity's calls as CUDA graphs: at small batches a step is bound by the launches of its kernels."""
+"""Replay of a velocity's calls as CUDA graphs: at small batches a step is bound by kernel launches."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ logger = logging.getLogger(__name__)
 
 
 class CaptureFailed(Exception):
-    """The call runs, but not while it is captured."""
+    """The call runs, but cannot be captured."""
 
 
 class CudaGraph:
-    """One captured call of `velocity`: static copies of its arguments, the graph, and its output."""
+    """One captured call of `velocity`: static copies of its arguments, the graph and its output.
+
+    Raises CaptureFailed if the call cannot be captured.
+    """
 
     WARM_UP_CALLS = 3
 
     def __init__(self, velocity: Velocity, *arguments: torch.Tensor):
         self.arguments = [argument.clone(memory_format=torch.contiguous_format) for argument in arguments]
         with torch.cuda.device(arguments[0].device):
-            # Lazy set-up (kernel compilation, library handles, workspaces) must happen before the capture.
+            # Lazy initialization (kernel compilation, library handles, workspaces) must precede the capture.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -47,9 +50,9 @@ class CudaGraph:
 
 
 class GraphedVelocity:
-    """`velocity`, captured once for each kind of arguments and replayed; called directly once a capture has failed.
+    """Captures `velocity` once per shapes, dtypes and devices and replays it; calls it directly after a failed capture.
 
-    The result is a fresh tensor: solvers keep velocities while later replays overwrite the graph's own output.
+    The result is a new tensor: solvers keep velocities while later replays overwrite the output of the graph.
     """
 
     def __init__(self, velocity: Velocity, capture: Callable[..., Velocity]):
@@ -65,7 +68,7 @@ class GraphedVelocity:
             try:
                 self.graphs[key] = self.capture(self.velocity, *arguments)
             except CaptureFailed as error:
-                logger.warning("sampling without CUDA graphs: capture of the model's call failed: %s", error)
+                logger.warning("sampling without CUDA graphs: capturing the model's call failed: %s", error)
                 self.failed = True
                 return self.velocity(*arguments)
         return self.graphs[key](*arguments)

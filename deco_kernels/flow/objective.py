@@ -1,4 +1,4 @@
-"""The training objective: flow matching in pixels and in JPEG-weighted frequencies, and the dropping of conditions.
+"""The training objective: flow matching in pixels and in JPEG-weighted frequencies, with condition dropout.
 
 Source: DeCo (arXiv 2511.19365), sections 3.3 and 4.
 """
@@ -18,10 +18,11 @@ from deco_kernels.model.arguments import require_tensors
 def drop_labels(
     y: torch.Tensor, null_label: int | torch.Tensor, probability: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Conditions y [B, ...] with each replaced by `null_label` independently with the given probability.
+    """Replace each of the conditions y [B, ...] by `null_label` independently with the given probability.
 
-    y are labels [B] and null_label the label of the null class, or y are text features [B, S, F] and null_label the
-    features [S, F] of the empty prompt. y is not changed; the result has its dtype.
+    y are labels [B] and null_label is the label of the null class, or y are text features [B, S, F] and null_label is
+    the features [S, F] of the empty prompt. Returns a new tensor of the shape and dtype of y. Raises ValueError for a
+    probability outside [0, 1] and for a null_label of another shape.
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"probability: expected a number from 0 to 1, got {probability}")
@@ -36,21 +37,23 @@ def drop_labels(
 
 
 class Objective(nn.Module):
-    """Draws noise and times, runs the model and returns its losses.
+    """Samples noise and times, runs the model and returns its losses.
 
-    total = pixel + frequency_scale·frequency + repa.weight·repa, with pixel the mean of (v̂ - v)² and frequency the mean
-    of frequency_weight·(8×8 DCT of the YCbCr of v̂ - v)².
+    total = pixel + frequency_scale·frequency + repa.weight·repa, where pixel is the mean of (v̂ - v)² and frequency the
+    mean of frequency_weight·(8×8 DCT of the YCbCr of v̂ - v)².
 
     Args:
-        frequency_weight: [3, 8, 8] (channel, vertical, horizontal frequency), as from `ops.jpeg_frequency_weight`.
+        frequency_weight: [3, 8, 8] (channel, vertical, horizontal frequency), see `ops.jpeg_frequency_weight`.
         frequency_scale: weight of the frequency loss.
         repa: alignment loss or None: a callable (features [B, L, Z], clean image x) → scalar with attributes `block`
             (trunk block, from 1, after which the features are taken) and `weight`. A module is registered.
-        distribution, shift: of the training times, see `sample_time`.
-        label_dropout: probability of training without a condition.
-        null_label: what stands for no condition, required when conditions are dropped: the label of the null class
-            (`model.null_label`), or the text features of the empty prompt (`encoder.empty_prompt`).
-        backend: passed to the loss op; None leaves the choice to deco_kernels.
+        distribution, shift: distribution of the training times, see `sample_time`.
+        label_dropout: probability of replacing the condition by the null condition.
+        null_label: the null condition, required with label_dropout: the label of the null class (`model.null_label`)
+            or the text features of the empty prompt (`encoder.empty_prompt`).
+        backend: backend of the loss op; None for the automatic choice.
+
+    Raises TypeError or ValueError for invalid arguments.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Objective(nn.Module):
                 "null_label: expected the label of the null class or the features of the empty prompt when "
                 "label_dropout > 0, got None"
             )
-        sample_time(0, distribution=distribution, shift=shift, device="cpu")  # raises for what it does not take
+        sample_time(0, distribution=distribution, shift=shift, device="cpu")  # checks both
         self.register_buffer("frequency_weight", frequency_weight, persistent=False)
         self.frequency_scale, self.repa = frequency_scale, repa
         self.distribution, self.shift = distribution, shift
@@ -88,10 +91,10 @@ class Objective(nn.Module):
     def draw(
         self, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What one step draws at random for images x [B, 3, H, W] and conditions y [B, ...].
+        """Draw the random values of one step for images x [B, 3, H, W] and conditions y [B, ...].
 
         Returns:
-            (conditions with some dropped [B, ...], times [B], noise like x), drawn from the generator in this order.
+            (conditions after dropout [B, ...], float32 times [B], noise like x), drawn in this order.
         """
         _check_images(x)
         require_tensors(y=y)
@@ -104,7 +107,7 @@ class Objective(nn.Module):
     def losses(
         self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Losses at given conditions y [B, ...], times t [B] and noise like x; otherwise as `forward`."""
+        """Losses for given conditions y [B, ...], times t [B] and noise like x; otherwise as `forward`."""
         _check_images(x)
         require_tensors(y=y, t=t, noise=noise)
         x_t, v = interpolate(x, noise, t)
@@ -123,20 +126,20 @@ class Objective(nn.Module):
     def forward(
         self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator | None = None
     ) -> dict[str, torch.Tensor]:
-        """Losses of `model` on clean images, at random times and noise.
+        """Losses of `model` on clean images, at random times and with random noise.
 
         Args:
-            model: (x_t, t, y) → velocity; with repa also taking `features_after` and returning (velocity, features).
+            model: (x_t, t, y) → velocity; with repa it also takes `features_after` and returns (velocity, features).
             x: images [B, 3, H, W] in [-1, 1], float32.
-            y: labels [B], or text features [B, S, F]. A model with a method `check_labels`, such as DeCo and DiT, sees
-                them before any are dropped, so that a label out of range never passes.
-            generator: source of what `draw` draws.
+            y: labels [B], or text features [B, S, F]. The model's method `check_labels`, as in DeCo and DiT, checks
+                them before dropout, so that every label out of range raises.
+            generator: random generator of `draw`.
 
         Returns:
             float32 scalars "total", "pixel", "frequency" and, with repa, "repa"; and "t", the times [B].
 
         Raises:
-            TypeError, ValueError: images that are not floating, labels out of range, or what model or loss refuse.
+            TypeError, ValueError: images that are not floating, labels out of range, or errors of model and loss.
         """
         require_tensors(y=y)
         check_labels = _method(model, "check_labels")
@@ -149,10 +152,10 @@ def _check_images(x: torch.Tensor) -> None:
     require_tensors(x=x)
     if not x.is_floating_point():
         raise TypeError(
-            f"x: expected floating-point images in [-1, 1], got {x.dtype}; convert 8-bit ones by x.float() / 127.5 - 1"
+            f"x: expected floating-point images in [-1, 1], got {x.dtype}; convert 8-bit ones: x.float() / 127.5 - 1"
         )
 
 
 def _method(model: nn.Module, name: str) -> Callable | None:
-    """A method of the model, or of the one that a wrapper such as DDP holds as `module`; None where there is none."""
+    """A method of the model or of its attribute `module` (as in DDP); None if neither has it."""
     return getattr(model, name, None) or getattr(getattr(model, "module", None), name, None)

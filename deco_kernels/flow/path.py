@@ -1,6 +1,6 @@
 """The straight path from noise (t = 0) to an image (t = 1), and the distribution of training times.
 
-Source: DeCo (arXiv 2511.19365), section 3.3, in the sign and time direction of the published checkpoints.
+Source: DeCo (arXiv 2511.19365), section 3.3, with the sign and time direction of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ def interpolate(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[
     """The point on the path at time t and its velocity.
 
     Args:
-        x: images [B, ...]. noise: like x. t: times [B] in [0, 1].
+        x: images [B, ...], floating.
+        noise: like x.
+        t: times [B] in [0, 1], floating.
 
     Returns:
-        (x_t, v) with x_t = t·x + (1 - t)·noise and v = x - noise, both shaped like x.
+        (x_t, v) with x_t = t·x + (1 - t)·noise and v = x - noise, both of the shape of x.
+
+    Raises:
+        ValueError: shapes that do not match.
     """
     if noise.shape != x.shape:
         raise ValueError(f"noise: expected the shape of x {tuple(x.shape)}, got {tuple(noise.shape)}")
@@ -28,7 +33,10 @@ def interpolate(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[
 
 
 def shift_time(t: torch.Tensor, shift: float) -> torch.Tensor:
-    """t / (t + (1 - t)·shift): a shift above 1 moves times in [0, 1] towards noise; 0 and 1 stay."""
+    """t / (t + (1 - t)·shift). A shift above 1 moves times in [0, 1] toward noise; 0 and 1 do not change.
+
+    Raises ValueError unless shift is positive and finite.
+    """
     if not 0 < shift < float("inf"):
         raise ValueError(f"shift: expected a positive finite number, got {shift}")
     return t / (t + (1 - t) * shift)
@@ -47,8 +55,11 @@ def sample_time(
     Args:
         distribution: "lognormal", sigmoid(N(0, 1)), or "uniform" on [0, 1).
         shift: see `shift_time`.
-        generator: source of randomness; it may live on another device than the result.
-        device: of the result; by default the generator's, else the current default device.
+        generator: random generator; its device may differ from that of the result.
+        device: device of the result; by default that of the generator, or the current default device.
+
+    Raises:
+        ValueError: an unknown distribution, or a shift that is not positive and finite.
     """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution: expected one of {list(DISTRIBUTIONS)}, got {distribution!r}")

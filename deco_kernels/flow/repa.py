@@ -17,14 +17,16 @@ TEACHER_PATCH_SIZE = 14
 
 
 class Alignment(nn.Module):
-    """mean over tokens of 1 - cos(projector(tokens), teacher(image)).
+    """REPA loss: the mean over tokens of 1 - cos(projector(tokens), teacher(image)).
 
     Args:
-        width: Z, of the tokens. teacher_width: of the teacher's features.
-        teacher: any callable from clean images [B, 3, H, W] in [-1, 1] to features [B, L, teacher_width], L the number
-            of tokens in row-major order; called without gradients. It is no part of the module's state.
-        block: trunk block, from 1, after which the tokens are taken: 8 for class models, 6 for text models.
-        weight: of this loss in the total.
+        width: Z, token width.
+        teacher: callable from clean images [B, 3, H, W] in [-1, 1] to features [B, L, teacher_width], one per token in
+            row-major order; called without gradients. It is not part of the module's state.
+        teacher_width: feature width of the teacher.
+        block: number of the trunk block, from 1, after which the tokens are taken: 8 for class models, 6 for text
+            models.
+        weight: weight of this loss in the total.
 
     The projector is Linear - SiLU - Linear - SiLU - Linear, Z → Z → Z → teacher_width.
     """
@@ -39,7 +41,7 @@ class Alignment(nn.Module):
         weight: float = 0.5,
     ):
         super().__init__()
-        # In a tuple, so that a teacher that is a module is not registered, saved or trained.
+        # A tuple, so that a teacher that is a module is not registered, saved or trained.
         self._teacher, self.block, self.weight = (teacher,), block, weight
         self.projector = nn.Sequential(
             nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, teacher_width)
@@ -48,7 +50,7 @@ class Alignment(nn.Module):
     def forward(self, features: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The loss, a float32 scalar, for tokens [B, L, Z] and clean images x [B, 3, H, W] in [-1, 1].
 
-        Raises ValueError where the teacher returns another shape than [B, L, teacher_width].
+        Raises ValueError unless the teacher returns [B, L, teacher_width].
         """
         with torch.no_grad():
             target = self._teacher[0](x)
@@ -56,23 +58,25 @@ class Alignment(nn.Module):
         if target.shape != projected.shape:
             raise ValueError(
                 f"teacher: expected it to return features {tuple(projected.shape)}, got {tuple(target.shape)}; it "
-                "needs one feature per token, and teacher_width must be its width"
+                "needs one feature per token, of width teacher_width"
             )
         return 1 - F.cosine_similarity(projected.float(), target.float(), dim=-1).mean()
 
 
 class DinoV2Teacher:
-    """Normalised patch features of a frozen DINOv2, one per patch of the image: [B, 3, H, W] → [B, L, width].
+    """Normalized patch features of a frozen DINOv2, one per patch of the image: [B, 3, H, W] → [B, L, width].
 
-    Images in [-1, 1] are normalised as DINOv2 was trained and resized bicubically to 14 pixels per patch.
+    Images in [-1, 1] are normalized with ImageNet's mean and standard deviation and resized bicubically to 14 pixels
+    per patch.
 
     Args:
-        name: name or folder of a DINOv2 for `transformers`, such as facebook/dinov2-base.
-        patch_size: of the model that is aligned.
+        name: hub id or folder of a DINOv2 for `transformers`, such as facebook/dinov2-base.
+        patch_size: patch size of the model that is trained.
 
     Raises:
         ImportError: transformers is not installed.
-        OSError: the teacher is neither on this disk nor can it be downloaded.
+        OSError: the teacher is not on disk and cannot be downloaded.
+        ValueError: the teacher's patch size is not 14.
     """
 
     def __init__(self, name: str = "facebook/dinov2-base", patch_size: int = 16):
@@ -84,8 +88,8 @@ class DinoV2Teacher:
             self.model = Dinov2Model.from_pretrained(name).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
             raise OSError(
-                f"teacher: no DINOv2 at {name!r} ({str(error).splitlines()[0]}). Without network, download it "
-                "elsewhere and give its folder; to train without alignment, set its weight to 0"
+                f"teacher: no DINOv2 at {name!r} ({str(error).splitlines()[0]}). Without a network, "
+                "download it elsewhere and pass its folder; to train without alignment, set its weight to 0"
             ) from error
         if self.model.config.patch_size != TEACHER_PATCH_SIZE:
             raise ValueError(f"teacher: expected patch size 14, got {self.model.config.patch_size} in {name!r}")

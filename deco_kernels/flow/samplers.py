@@ -1,6 +1,6 @@
 """Integration of the learned velocity from noise to an image, with classifier-free guidance.
 
-Source: DeCo (arXiv 2511.19365), section 4, in the form the published checkpoints are sampled with.
+Source: DeCo (arXiv 2511.19365), section 4, as used for sampling from the published checkpoints.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ SAMPLING_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def timesteps(steps: int, shift: float = 1.0) -> torch.Tensor:
-    """The steps + 1 times from 0 to 1, float32 on the CPU: linspace(0, 1 - 1/steps, steps) and 1, then shifted."""
+    """The steps + 1 times from 0 to 1, float32 on the CPU: linspace(0, 1 - 1/steps, steps) and 1, then `shift_time`.
+
+    Raises TypeError or ValueError unless steps is an integer of at least 1.
+    """
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"steps: expected an int, got {type(steps).__name__}")
     if steps < 1:
@@ -33,7 +36,7 @@ def timesteps(steps: int, shift: float = 1.0) -> torch.Tensor:
 class _GuidedVelocity:
     """v = v_uncond + guidance·(v_cond - v_uncond) in guided steps, v_cond in the others.
 
-    Whether a step is guided is decided on the host before the first one, so that no step waits for the device.
+    The guided steps are determined on the host before the first step, so that no step synchronizes with the device.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class _GuidedVelocity:
         self.times, self.dtype = times.to(like.device), like.dtype
 
     def __call__(self, x: torch.Tensor, at: int, step: int | None = None) -> torch.Tensor:
-        """The velocity at x [B, ...] and time number `at`, in the dtype of x, guided if `step` (else `at`) is."""
+        """The velocity at x [B, ...] and time index `at` in the dtype of x, guided if step `step` (else `at`) is."""
         x_in = x.to(self.dtype)
         if not self.guided[at if step is None else step]:
             return self._call(x_in, at, self.cond).to(x.dtype)
@@ -85,27 +88,27 @@ def sample(
     """Integrate dx/dt = velocity from noise at t = 0 to a sample at t = 1.
 
     Args:
-        velocity: called as velocity(x, t, cond) with t float32 [B]: on the doubled batch (first uncond, then cond) in
-            guided steps, on the single batch (cond) in the others and when guidance is 1.
-        noise: [B, ...], floating. The state is kept in float32 (or wider); velocity sees it in noise's dtype.
+        velocity: called as velocity(x, t, cond) with t float32 [B]. Guided steps call it on the doubled batch (first
+            uncond, then cond), other steps on the single batch (cond).
+        noise: [B, ...], floating. The state is float32 (or wider); velocity gets it in the dtype of noise.
         cond, uncond: conditions [B, ...] of equal shape, such as labels or text features; uncond may be None when
             guidance is 1.
-        solver: "euler"; "heun", whose predictor is the corrector of the step before; "heun_exact", with two evaluations
-            in every step but the last; "adams1", "adams2" or "adams3", Adams-Bashforth of that order.
+        solver: "euler"; "heun", whose predictor is the corrector of the previous step; "heun_exact", with two
+            evaluations in every step except the last; "adams1", "adams2" or "adams3", Adams-Bashforth of that order.
         steps: number of steps, at least 1.
-        guidance: 1 means none.
-        guidance_interval: (lo, hi) with 0 <= lo < hi <= 1. A step is guided, in all its evaluations, if it starts at
-            lo < t <= hi, for the Adams solvers at lo < t < hi.
-        shift: of the times, see `shift_time`.
-        trajectory: also return the states.
+        guidance: guidance scale; 1 disables guidance.
+        guidance_interval: (lo, hi) with 0 <= lo < hi <= 1. A step is guided in all its evaluations if its start t
+            has lo < t <= hi (lo < t < hi for the Adams solvers).
+        shift: shift of the times, see `shift_time`.
+        trajectory: also return all states.
         progress: show a progress bar (needs tqdm).
 
     Returns:
-        The sample, shape and dtype of noise, without gradients; with `trajectory` the pair of it and the list of the
-        steps + 1 states from noise to sample, in noise's dtype.
+        The sample, with the shape and dtype of noise, without gradients. With `trajectory`, the pair of the sample and
+        the list of the steps + 1 states from noise to sample, in the dtype of noise.
 
     Raises:
-        TypeError, ValueError: an argument, or what velocity returned, does not fit; the message says what was expected.
+        TypeError, ValueError: an invalid argument or an invalid result of velocity.
     """
     times = _check_settings(solver, steps, guidance, guidance_interval, shift)
     _check_tensors(noise, cond, uncond, guidance)
@@ -131,7 +134,7 @@ def sample(
 def _check_settings(
     solver: str, steps: int, guidance: float, interval: tuple[float, float], shift: float
 ) -> torch.Tensor:
-    """The times of `timesteps` if the settings of `sample` are valid, else TypeError or ValueError."""
+    """Check the settings of `sample` and return its times; raises TypeError or ValueError."""
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {sorted(SOLVERS)}, got {solver!r}")
     if isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
@@ -163,27 +166,27 @@ def _check_tensors(noise: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor
 
 
 class Sampler:
-    """Samples of one model under fixed settings.
+    """Samples from one model with fixed settings.
 
-    With `dtype` the model is copied, the weights of its linears are cast once, and the copy runs under autocast: the
-    samples are those of the model under autocast, without the casts in every step. Without `dtype` the model itself
-    runs. On a GPU the model's call is captured in a CUDA graph for each shape of arguments (with guidance: the doubled
-    batch, and the single batch outside the guidance interval) at the first step that needs it. Where capture fails, the
-    reason is logged once and the model runs without. On the CPU the same interface runs the model directly.
+    With `dtype`, the model is copied, the weights of its linears are cast once and the copy runs under autocast. The
+    samples are those of the model under autocast, without the casts in every step. Without `dtype`, the given model
+    runs. On a GPU, the model's call is captured in a CUDA graph for each shape of arguments (with guidance: the doubled
+    batch, and the single batch outside the guidance interval) at the first step that needs it. If capture fails, the
+    reason is logged once and the model runs without graphs. On the CPU the model runs directly.
 
     Args:
-        model: (x, t, cond) → velocity, a module where `dtype` is given.
+        model: (x, t, cond) → velocity; a module if `dtype` is given.
         steps, solver, guidance, guidance_interval, shift: as in `sample`.
         dtype: torch.bfloat16 or torch.float16, or None.
-        compile_trunk: leave the trunk's blocks to torch.compile, see `DeCo.compile_trunk`. Without `dtype` this
-            compiles the given model itself.
+        compile_trunk: compile the trunk's blocks with torch.compile, see `DeCo.compile_trunk`. Without `dtype` this
+            compiles the given model in place.
         cuda_graph: capture CUDA graphs on a GPU.
 
-    A copied model does not follow later changes of the original. A captured one follows changes in place of its
-    parameters, but not parameters that were replaced.
+    A copied model does not follow later changes to the original. A captured model follows in-place changes to its
+    parameters, but not replaced parameters.
 
     Raises:
-        TypeError, ValueError: settings as in `sample`; a model that cannot be cast or compiled.
+        TypeError, ValueError: invalid settings, as in `sample`, or a model that cannot be cast or compiled.
     """
 
     def __init__(
@@ -220,7 +223,7 @@ class Sampler:
         trajectory: bool = False,
         progress: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Sample from noise [B, ...] and conditions [B, ...] on the model's device; returns and errors as `sample`."""
+        """Sample from noise [B, ...] and conditions [B, ...] on the model's device; returns and raises as `sample`."""
         velocity = self.graphed if self.cuda_graph and _is_cuda(noise) else self._call_model
         return sample(velocity, noise, cond, uncond, **self.settings, trajectory=trajectory, progress=progress)
 
@@ -236,13 +239,13 @@ def _is_cuda(noise: torch.Tensor) -> bool:
 
 
 def _cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A frozen copy for inference in which the weights that autocast would cast in every call have `dtype` already."""
+    """A frozen copy for inference whose weights that autocast would cast in every call already have `dtype`."""
     if dtype not in SAMPLING_DTYPES:
         raise TypeError(f"dtype: expected None or one of {list(SAMPLING_DTYPES)}, got {dtype}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module when dtype is given, got {type(model).__name__}")
     matrices = [p for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters(False)]
     matrices += [module.up_weight for module in model.modules() if isinstance(module, PixelDecoder)]
-    # deepcopy takes these in place of copies, so that a cast weight is never held in its old dtype too.
+    # deepcopy uses these instead of copies, so that no weight is held in both dtypes.
     cast = {id(p): nn.Parameter(p.detach().to(dtype, copy=True)) for p in matrices}
     return copy.deepcopy(model, cast).eval().requires_grad_(False)

@@ -1,6 +1,6 @@
 """Solvers of dx/dt = v(x, t) on given times; each yields the state after every step.
 
-Source: DeCo (arXiv 2511.19365), section 4, in the form the published checkpoints are sampled with.
+Source: DeCo (arXiv 2511.19365), section 4, as used for sampling from the published checkpoints.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 class Evaluate(Protocol):
-    """The velocity at x [B, ...] and time number `at`, guided if step number `step` (by default `at`) is guided."""
+    """The velocity at x [B, ...] and time index `at`, guided if step `step` (by default `at`) is guided."""
 
     def __call__(self, x: torch.Tensor, at: int, step: int | None = None) -> torch.Tensor: ...
 
@@ -29,7 +29,7 @@ def _euler(evaluate: Evaluate, x: torch.Tensor, times: list[float]) -> Iterator[
 def _heun(evaluate: Evaluate, x: torch.Tensor, times: list[float], *, reuse: bool) -> Iterator[torch.Tensor]:
     """x ← x + (t' - t)·(v + v')/2 with v the slope at t and v' = v(x + (t' - t)·v, t'); the last step is Euler's.
 
-    v is v(x, t); with `reuse`, from the second step on, the v' of the step before, so that a step costs one evaluation.
+    v is v(x, t). With `reuse`, from the second step on, it is v' of the previous step: one evaluation per step.
     """
     slope = None
     for step, (start, end) in enumerate(zip(times, times[1:], strict=False)):
@@ -57,9 +57,9 @@ def _adams(evaluate: Evaluate, x: torch.Tensor, times: list[float], *, order: in
 
 
 def adams_weights(nodes: list[float], end: float) -> list[float]:
-    """Weights of the velocities at `nodes` in the mean velocity from the last node to `end`; they sum to 1.
+    """Adams-Bashforth weights of the velocities at `nodes` for the step from the last node to `end`; they sum to 1.
 
-    The mean of the polynomial through the velocities: with τ the time in units of the step, τ = 0 at the last node,
+    They give the mean of the interpolating polynomial. With τ the time in units of the step, τ = 0 at the last node,
     the weights w solve Σ_j w_j·τ_j^k = ∫₀¹ τ^k dτ = 1/(k + 1) for k below the number of nodes.
     """
     float64 = dict(dtype=torch.float64, device="cpu")
@@ -69,7 +69,7 @@ def adams_weights(nodes: list[float], end: float) -> list[float]:
 
 
 class Solver(NamedTuple):
-    """`advance` yields the states; with `guides_end` the guidance interval holds its upper end: lo < t <= hi."""
+    """`advance` yields the states. With `guides_end` the guidance interval includes its upper end: lo < t <= hi."""
 
     advance: Callable[[Evaluate, torch.Tensor, list[float]], Iterator[torch.Tensor]]
     guides_end: bool
@@ -83,4 +83,4 @@ SOLVERS: dict[str, Solver] = {
     "adams2": Solver(partial(_adams, order=2), False),
     "adams3": Solver(partial(_adams, order=3), False),
 }
-"""The solvers by name."""
+"""Solvers by name."""

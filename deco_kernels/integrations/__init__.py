@@ -1,4 +1,4 @@
-"""The fused ops inside models that somebody else has built."""
+"""Fused ops in existing models."""
 
 from __future__ import annotations
 

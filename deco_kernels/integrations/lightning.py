@@ -15,14 +15,14 @@ elif importlib.util.find_spec("pytorch_lightning") is not None:
 else:
     raise ImportError(
         "deco_kernels.integrations.lightning needs Lightning; install it with `pip install lightning`, or call "
-        "deco_kernels.integrations.swap_decoder on the model yourself"
+        "deco_kernels.integrations.swap_decoder on the model"
     )
 
 
 class SwapDecoder(Callback):
     """Runs the per-pixel decoders of a LightningModule through the fused ops, from `setup` to `teardown`.
 
-    `setup` comes before the strategy wraps the module in DDP or FSDP. In a configuration file:
+    `setup` runs before the strategy wraps the module in DDP or FSDP. In a configuration file:
 
         trainer:
           callbacks:
@@ -31,24 +31,24 @@ class SwapDecoder(Callback):
                 modules: [denoiser, ema_denoiser]
 
     Args:
-        modules: names of the models inside the LightningModule, dotted where they lie deeper; by default every module
-            that has an `x_embedder` and a `dec_net`.
+        modules: names of the models in the LightningModule, dotted if nested; by default every module that has an
+            `x_embedder` and a `dec_net`.
         save_memory, backend: see `deco_kernels.integrations.swap_decoder`.
 
-    `setup` raises AttributeError for a name that is not there, ValueError where no model of the published structure is
-    found, and what `swap_decoder` raises.
+    `setup` raises AttributeError for an unknown name, ValueError if no model of the published structure is found, and
+    the errors of `swap_decoder`.
     """
 
     def __init__(self, modules: list[str] | None = None, save_memory: bool = False, backend: str | None = None):
         self.modules, self.save_memory, self.backend = modules, save_memory, backend
 
     def setup(self, trainer, pl_module: nn.Module, stage: str) -> None:
-        """Swap."""
+        """Swap the decoders."""
         for model in self._models(pl_module):
             swap_decoder(model, save_memory=self.save_memory, backend=self.backend)
 
     def teardown(self, trainer, pl_module: nn.Module, stage: str) -> None:
-        """Undo the swaps, those of copies made meanwhile included."""
+        """Undo the swaps, including those in copies made after `setup`."""
         for module in list(pl_module.modules()):
             if is_swapped(module):
                 undo_swap(module)

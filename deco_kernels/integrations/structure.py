@@ -1,4 +1,4 @@
-"""Finds the parts of a published per-pixel decoder in a model, and makes sure that they are what they seem.
+"""Finds the parts of a published per-pixel decoder in a model and verifies that they compute the published formula.
 
 Source: the module structure of the published DeCo models (arXiv 2511.19365, section 3).
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-# Classes of what stands around a module that is compiled or wrapped already, by name: importing them is slow.
+# Classes of compiled or wrapped modules. Compared by name, because importing them is slow.
 _WRAPPERS = {
     "OptimizedModule": "torch.compile",
     "DataParallel": "DataParallel",
@@ -29,7 +29,7 @@ _COPIED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_ba
 
 @dataclass
 class DecoderParts:
-    """The modules of a published decoder by the role they play, and the sizes that follow."""
+    """The modules of a published decoder by role, and their sizes."""
 
     x_embedder: nn.Module
     dec_net: nn.Module
@@ -55,7 +55,7 @@ class DecoderParts:
 
 
 def require_unwrapped(model: nn.Module) -> None:
-    """Raise TypeError unless the model and its decoder are bare modules."""
+    """Raise TypeError unless the model and its decoder are modules that are not compiled, wrapped or sharded."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     _require_bare("model", model)
@@ -79,7 +79,7 @@ def _require_bare(name: str, module: nn.Module) -> None:
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor, whose class is slow to import."""
+    """Whether it is a DTensor. Compares the name, because importing the class is slow."""
     return type(tensor).__name__ == "DTensor"
 
 
@@ -125,7 +125,7 @@ def _blocks(dec_net: nn.Module) -> list[nn.Module]:
 
 
 def _block(block: nn.Module, path: str, width: int) -> tuple[nn.LayerNorm, nn.Linear, nn.Linear, nn.Linear]:
-    """The norm, the modulation and the two linears of the MLP."""
+    """The norm, the modulation and the two MLP linears of a block."""
     norm = _child(block, path, "in_ln")
     _require_norm(f"{path}.in_ln", norm, width, affine=True)
     fc1, _, fc2 = _sequence(_child(block, path, "mlp"), f"{path}.mlp", (nn.Linear, nn.SiLU, nn.Linear))
@@ -138,7 +138,7 @@ def _block(block: nn.Module, path: str, width: int) -> tuple[nn.LayerNorm, nn.Li
 
 
 def _final_layer(dec_net: nn.Module, width: int) -> tuple[nn.Linear, float]:
-    """The head, and the eps of the norm before it."""
+    """The head and the eps of the norm before it."""
     path = "dec_net.final_layer"
     layer = _child(dec_net, "dec_net", "final_layer")
     head = _linear(layer, path, "linear")
@@ -152,7 +152,7 @@ def _final_layer(dec_net: nn.Module, width: int) -> tuple[nn.Linear, float]:
 
 
 def _require_nothing_else(parts: DecoderParts) -> None:
-    """No parameter or saved buffer beside those of the parts."""
+    """Raise ValueError for parameters or persistent buffers beyond those of the parts, or on the meta device."""
     known = {id(tensor) for module in parts.with_parameters() for tensor in module.parameters()}
     for root, top in (("x_embedder", parts.x_embedder), ("dec_net", parts.dec_net)):
         for name, tensor in top.state_dict(prefix=f"{root}.", keep_vars=True).items():
@@ -160,7 +160,7 @@ def _require_nothing_else(parts: DecoderParts) -> None:
                 _differs(name, "nothing of this name", f"a tensor of shape {list(tensor.shape)}")
     if any(p.is_meta for top in (parts.x_embedder, parts.dec_net) for p in top.parameters()):
         raise ValueError(
-            "model: expected parameters with values, got some on the meta device; call to_empty and initialise or load "
+            "model: expected parameters with values, got some on the meta device; call to_empty and initialize or load "
             "them before swap_decoder"
         )
 
@@ -195,8 +195,8 @@ def _sequence(module: nn.Module, path: str, kinds: Sequence[type[nn.Module]]) ->
 def _require_plain(path: str, module: nn.Module, kind: type[nn.Module]) -> None:
     """A module of the kind that computes what the kind computes, a linear one with its bias.
 
-    Its weights are parameters, or parametrized ones, which are computed whenever they are read. What a hook computes
-    before the module's forward, as the older `nn.utils.weight_norm` does, would go stale when that no longer runs.
+    Its weights are parameters or parametrizations, which are computed at every read. A weight that a forward hook
+    computes, as in the older `nn.utils.weight_norm`, would be stale, because the module's forward no longer runs.
     """
     if not isinstance(module, kind) or type(module).forward is not kind.forward or "forward" in vars(module):
         _differs(path, kind.__name__, type(module).__name__)
@@ -229,15 +229,15 @@ def _differs(path: str, expected: str, found: str) -> None:
     )
 
 
-# --- what the parts compute ------------------------------------------------------------------------------------------
+# --- function of the parts --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)
 def position_features(parts: DecoderParts) -> torch.Tensor:
-    """The position features [P, F] that `x_embedder` puts behind the pixels' channels, float32 on its device.
+    """The position features [P, F] that `x_embedder` appends to the pixels' channels, float32 on its device.
 
-    They are taken from what its linear receives for black pixels; ValueError if that is not [1, P, C + F].
+    Read from the input of its linear for black pixels; raises ValueError if that is not [1, P, C + F].
     """
     copied = _copy(parts)
     received = []
@@ -254,11 +254,10 @@ def position_features(parts: DecoderParts) -> torch.Tensor:
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)
 def require_same_function(parts: DecoderParts, fused_forward: Callable[[DecoderParts], object]) -> None:
-    """Raise ValueError unless the modules' own forward, in training and in evaluation mode, and the fused one agree on
-    random weights and inputs.
+    """Raise ValueError unless the modules' own forward, in training and evaluation mode, agrees with the fused one.
 
-    All run on one copy on the CPU in float32. At the model's own weights, which may be fresh, most of the decoder could
-    be multiplied by zero.
+    Compares them on random weights and inputs, on one copy on the CPU in float32. The model's own weights would not do:
+    at initialization most of the decoder is multiplied by zero.
     """
     copied = _copy(parts)
     generator = torch.Generator("cpu").manual_seed(0)
@@ -273,7 +272,7 @@ def require_same_function(parts: DecoderParts, fused_forward: Callable[[DecoderP
     for mode in ("training", "evaluation"):
         for module in (copied.x_embedder, copied.dec_net):
             module.train(mode == "training")
-        with torch.random.fork_rng(devices=()):  # of dropout, say
+        with torch.random.fork_rng(devices=()):  # for dropout
             own = _run("dec_net", copied.dec_net, _run("x_embedder", copied.x_embedder, pixels), tokens)
         if not isinstance(own, torch.Tensor) or own.shape != fused.shape:
             found = str(list(getattr(own, "shape", [type(own).__name__])))
@@ -293,7 +292,7 @@ def _run(name: str, module: nn.Module, *inputs: torch.Tensor):
 
 
 def _copy(parts: DecoderParts) -> DecoderParts:
-    """The parts with their modules copied to the CPU in float32, without hooks."""
+    """A copy of the parts and their modules on the CPU in float32, without hooks."""
     memo: dict[int, object] = {}
     for top in (parts.x_embedder, parts.dec_net):
         for module in top.modules():

@@ -2,7 +2,7 @@
 
 Source: the module structure of the published DeCo models (arXiv 2511.19365, section 3). Their forward unfolds the
 image, calls `x_embedder` on the pixels [T, P, C] of every patch, and `dec_net` on the result and the tokens [T, Z].
-After the swap `x_embedder` passes the pixels on, and `dec_net` reads them as T images of p×p pixels.
+After the swap, `x_embedder` returns the pixels unchanged and `dec_net` reads them as T images of p×p pixels.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class Swap:
-    """A swap that was made; `undo()` takes it back."""
+    """Handle of a swapped model; `undo()` restores it."""
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def undo(self) -> None:
-        """Let the model's own forward run again; parameters keep the values they have. May be called once."""
+        """Restore the model's own forward; parameters keep their current values. Raises ValueError on a second call."""
         undo_swap(self.model)
 
 
 class FusedForward:
-    """What `x_embedder` and `dec_net` compute after the swap.
+    """The forwards of `x_embedder` and `dec_net` after the swap.
 
-    Holds modules, not tensors, so that it sees whatever `.to()`, `load_state_dict`, FSDP or a deep copy make of them. A
-    module that is replaced afterwards, as adapters do, would go unseen: every call makes sure that all are in place.
+    Holds modules, not tensors, so that `.to()`, `load_state_dict`, FSDP and deep copies take effect. Every call checks
+    that no module has been replaced, as adapters do: the replacement would have no effect.
     """
 
     def __init__(self, parts: DecoderParts, save_memory: bool, backend: str | None):
@@ -49,32 +49,32 @@ class FusedForward:
         self.places = [*_places("x_embedder", parts.x_embedder), *_places("dec_net", parts.dec_net)]
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Instead of `x_embedder`: pixels [T, P, C] as they are."""
+        """Replaces the forward of `x_embedder`: returns the pixels [T, P, C] unchanged."""
         return pixels
 
     def decode(self, pixels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Instead of `dec_net`: pixels [T, P, C] and tokens [T, Z] → velocity [T, P, C].
+        """Replaces the forward of `dec_net`: pixels [T, P, C] and tokens [T, Z] → velocity [T, P, C].
 
-        Raises TypeError for sharded weights, ValueError for pixels of another number per patch and for a module that
-        was replaced after the swap; the ops check the rest.
+        Raises TypeError for sharded weights and ValueError for a wrong number of pixels per patch or a module that was
+        replaced after the swap; the ops check the rest.
         """
         parts = self.parts
         for path, owner, name, child in self.places:
             if getattr(owner, name, None) is not child:
                 raise ValueError(
                     f"{path}: expected the module that was there when the decoder was swapped, got another one; undo "
-                    "the swap before modules of the decoder are replaced"
+                    "the swap before replacing modules of the decoder"
                 )
         if any(is_sharded(module.weight) for module in parts.with_parameters()):
             raise TypeError(
                 "dec_net: expected whole weights, got DTensors; with fully_shard make dec_net one unit and leave "
-                "x_embedder to the unit around it"
+                "x_embedder in the enclosing unit"
             )
         p = parts.patch_size
         if pixels.dim() != 3 or pixels.shape[1] != p * p:
             raise ValueError(
-                f"dec_net: expected the pixels [tokens, {p * p}, channels] that x_embedder passes on after the swap, "
-                f"got shape {list(pixels.shape)}; nothing may change them between x_embedder and dec_net"
+                f"dec_net: expected the pixels [tokens, {p * p}, channels] that x_embedder returns after the swap, "
+                f"got shape {list(pixels.shape)}; pass them to dec_net unchanged"
             )
         images = pixels.transpose(1, 2).unflatten(2, (p, p))
         up = parts.up
@@ -83,7 +83,7 @@ class FusedForward:
         return velocity.flatten(2).transpose(1, 2)
 
     def _weights(self) -> tuple[torch.Tensor, ...]:
-        """The weights of `pixel_decoder` from pixel_weight on: the query folded, the blocks stacked."""
+        """The weights of `pixel_decoder` from pixel_weight on: input linears folded, blocks stacked."""
         parts = self.parts
         embed, project, head = parts.embed, parts.input, parts.head
         query = fold_query(embed.weight, embed.bias, project.weight, project.bias, parts.x_embedder.fused_positions)
@@ -98,31 +98,32 @@ class FusedForward:
 def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | None = None) -> Swap:
     """Make a model of the published structure run its per-pixel decoder through the fused ops.
 
-    Only the `forward` of `model.x_embedder` and `model.dec_net` is replaced, on these two objects: modules, parameters
-    and names in the state_dict stay, so that optimisers, checkpoints, averaged copies and `copy.deepcopy` work as
+    Replaces only the `forward` of `model.x_embedder` and `model.dec_net`, on these two objects. Modules, parameters and
+    names in the state_dict do not change, so optimizers, checkpoints, averaged copies and `copy.deepcopy` work as
     before. Call it before `torch.compile`, DDP and FSDP.
 
     Args:
         model: with `x_embedder.embedder`, `dec_net.cond_embed`, `dec_net.input_proj`,
             `dec_net.res_blocks[i].{in_ln, mlp, adaLN_modulation}` and `dec_net.final_layer`, class-to-image or
-            text-to-image. It must hold real tensors (not on the meta device).
-        save_memory: in training too start from the tokens: the pixel conditions [T, P, D] are then never stored.
-        backend: passed to the ops; None leaves the choice to deco_kernels.
+            text-to-image. Its parameters must not be on the meta device.
+        save_memory: use the op that starts from tokens in training too. The pixel conditions [T, P, D] are then never
+            stored, and the backward recomputes them.
+        backend: backend of the ops; None for the automatic choice.
 
     Returns:
         The swap; its `undo()` restores the model.
 
     Warns:
-        UserWarning: hooks on parts that no longer run, or that now see pixels; it names them.
+        UserWarning: names the modules whose hooks no longer run or now see pixels.
 
     Raises:
-        TypeError: not a module; or one that is already compiled, or wrapped for data-parallel training.
-        ValueError: the structure differs, or the modules compute something else on random weights (they are compared on
-            a copy); the message names the first difference. Or the model is swapped already.
+        TypeError: not a module, or a module that is already compiled or wrapped for data-parallel training.
+        ValueError: the structure differs from the published one, or a copy of the modules computes another function on
+            random weights (the message names the first difference); or the model is already swapped.
     """
     require_unwrapped(model)
     if is_swapped(model):
-        raise ValueError("model: its decoder is swapped already; call undo_swap(model) before swapping it again")
+        raise ValueError("model: its decoder is already swapped; call undo_swap(model) before swapping it again")
     parts = find_parts(model)
     features = position_features(parts)
     parts.x_embedder.register_buffer("fused_positions", features, persistent=False)
@@ -138,7 +139,7 @@ def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | 
 
 
 def is_swapped(model: nn.Module) -> bool:
-    """Whether the model itself (not a model inside it) runs on the fused decoder."""
+    """Whether the model itself (not a submodule) runs the fused decoder."""
     forward = getattr(getattr(model, "dec_net", None), "forward", None)
     return isinstance(getattr(forward, "__self__", None), FusedForward)
 
@@ -151,7 +152,7 @@ def undo_swap(model: nn.Module) -> None:
 
 
 def _places(root: str, top: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """Of each module below `top`: its path, the module that holds it, its name there, and itself."""
+    """(path, parent, name in the parent, module) of each module below `top`."""
     for path, owner in top.named_modules(prefix=root):
         for name, child in owner.named_children():
             yield f"{path}.{name}", owner, name, child
@@ -161,18 +162,17 @@ def _warn_of_hooks(parts: DecoderParts) -> None:
     hooked = list(_hooked(parts))
     if hooked:
         warnings.warn(
-            f"swap_decoder: hooks on {', '.join(hooked)}: while the fused decoder is in place, x_embedder and dec_net "
-            "see pixels, and the modules inside them do not run, nor do their hooks; remove the hooks, or undo the "
-            "swap where they are needed",
+            f"swap_decoder: hooks on {', '.join(hooked)}: in the fused decoder x_embedder and dec_net see pixels, and "
+            "the modules inside them and their hooks do not run; remove the hooks, or undo the swap if they are needed",
             stacklevel=3,
         )
 
 
 def _hooked(parts: DecoderParts) -> Iterator[str]:
-    """Names of the modules whose hooks will see something else, or nothing."""
+    """Names of the modules whose hooks see other tensors or no longer run."""
     for root, top in (("x_embedder", parts.x_embedder), ("dec_net", parts.dec_net)):
         for name, module in top.named_modules(prefix=root):
-            # What dec_net returns is the same as before: hooks that run after it keep their meaning.
+            # The output of dec_net does not change, so hooks that run after it stay valid.
             kinds = _HOOKS[1:2] if module is parts.dec_net else _HOOKS
             if any(getattr(module, kind, None) for kind in kinds):
                 yield name

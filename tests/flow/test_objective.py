@@ -150,7 +150,7 @@ def test_labels_out_of_range_never_pass(name, dropout, wrapped):
 def test_images_and_conditions_that_are_none():
     objective = flow.Objective(ops.jpeg_frequency_weight(85), label_dropout=0.5, null_label=10)
     model, x, y = Recorder(), images(), torch.arange(4)
-    said = r"x: expected floating-point images in \[-1, 1\], got torch.uint8; convert 8-bit ones by x.float\(\) / 127.5"
+    said = r"x: expected floating-point images in \[-1, 1\], got torch.uint8; convert 8-bit ones: x.float\(\) / 127.5"
     pixels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
     with pytest.raises(TypeError, match=said):
         objective(model, pixels, y)

@@ -75,11 +75,11 @@ def test_objective_with_dinov2(name, tiny_dinov2):
 
 
 def test_missing_teacher(tmp_path):
-    with pytest.raises(OSError, match="(?s)no DINOv2 at .*give its folder"):
+    with pytest.raises(OSError, match="(?s)no DINOv2 at .*pass its folder"):
         flow.DinoV2Teacher(str(tmp_path / "nowhere"))
 
 
 def test_teacher_offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="(?s)no DINOv2 at 'nobody/no-such-dinov2'.*Without network"):
+    with pytest.raises(OSError, match="(?s)no DINOv2 at 'nobody/no-such-dinov2'.*Without a network"):
         flow.DinoV2Teacher("nobody/no-such-dinov2")

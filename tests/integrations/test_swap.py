@@ -209,7 +209,7 @@ def test_moves_and_casts_reach_the_fused_decoder():
 def test_swap_twice_and_undo_twice():
     net = published_model()
     swap = swap_decoder(net)
-    with pytest.raises(ValueError, match="swapped already"):
+    with pytest.raises(ValueError, match="already swapped"):
         swap_decoder(net)
     swap.undo()
     with pytest.raises(ValueError, match="expected one that swap_decoder has swapped"):
