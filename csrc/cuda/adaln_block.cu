@@ -1,7 +1,9 @@
-// adaln_block: one decoder block (block.h) on rows of h and cond. A row is a pixel; a warp owns M tiles of 16 rows.
+// adaln_block: one decoder block (formula in block.h) on rows of h and cond. A row is a pixel.
 //
-// Forward: 6·D bytes and 10·D² FLOPs per row; every row's result depends on that row alone. Backward: one step of
-// block_backward.cu, then the sums of the weight gradients in a fixed order.
+// Forward: a persistent grid of one thread block per multiprocessor; a warp owns M tiles of 16 rows at a time, in
+// registers, and the packed weights are in shared memory. Per row: 6·D bytes and 10·D² FLOPs. Deterministic: the result
+// of a row depends only on that row.
+// Backward: one step of block_backward.cu, then the sums of the weight gradients in a fixed order.
 #include "cuda/block.h"
 #include "cuda/row_ops.h"
 #include "deco/cuda/adaln_block.h"

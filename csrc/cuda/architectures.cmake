@@ -1,5 +1,5 @@
-# Turns a list of architectures ("80+PTX;90a;100") into nvcc's -gencode options. +PTX adds code that newer GPUs compile
-# when they first load it. What `version` of nvcc cannot build for is left out with a warning.
+# Converts a list of architectures ("80+PTX;90a;100") to nvcc's -gencode options. +PTX adds PTX, which newer GPUs
+# compile when they first load it. Architectures that `version` of nvcc does not support are skipped with a warning.
 function(deco_cuda_gencode result architectures version)
   set(options "")
   foreach(entry ${architectures})

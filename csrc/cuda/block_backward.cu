@@ -1,5 +1,5 @@
-// Backward of one decoder block. With the names of block.h, n = LayerNorm(h), u what the gate multiplies, z what the inner
-// SiLU is given and δx the gradient of x, the steps are:
+// Backward of one decoder block. With the names of block.h, n = LayerNorm(h), z the input of the inner SiLU, u the
+// factor of the gate, and δx the gradient of x:
 //
 //   recompute  m = n·scale + shift;  a = SiLU(z), z = W_1·m + b_1;  u = W_2·a + b_2
 //   chain      δgate = δh'·u;  δu = δh'·gate
@@ -8,12 +8,13 @@
 //              δs = W_shiftᵀ·δshift + W_scaleᵀ·δscale + W_gateᵀ·δgate;  δcond = δs·SiLU'(cond)
 //   weights    δW = Σ over pixels of δoutput ⊗ input;  δb = Σ over pixels of δoutput
 //
-// A chain warp recomputes and runs the chain on 16 pixels at a time and keeps its activations in registers; the rounded
-// operands of the weight gradients go to shared memory. After a barrier each of M gradient warps adds up the gradient of
-// one matrix over the pixels of all chain warps, in registers, for all tiles the thread block walks over. Up to D 32 every
-// warp is both; at D 64 registers do not hold both, and the roles have warps of their own.
-// Per pixel: 10·D bytes read and written at most (h, cond, δh', δs in and out, δh); 2·15·D² FLOPs. Sums over pixels are
-// taken in the order of the grid, see gradient_sums.h.
+// Persistent grid. A chain warp owns 16 pixels at a time: it recomputes the forward, runs the chain with activations in
+// registers, and stores the rounded operands of the weight gradients in shared memory, next to the packed weights.
+// After a barrier each of M gradient warps adds the gradient of one matrix over the pixels of all chain warps, in
+// registers, for all tiles of the thread block. For D <= 32 every warp has both roles; at D = 64 registers do not
+// suffice for both, and chain and gradient warps are separate.
+// Per pixel: at most 10·D bytes (h, cond, δh', δs in and out, δh) and 2·15·D² FLOPs. Deterministic: sums over pixels
+// have the fixed order of the grid (gradient_sums.h).
 #include <algorithm>
 
 #include "cuda/block.h"
@@ -38,7 +39,7 @@ struct Plan {
 
   // Operand tiles in shared memory: s, the gradients of the M outputs, then m and SiLU(z).
   static constexpr int kS = 0, kOutputs = 1, kM = 6, kA = 7, kTiles = Mlp ? 8 : 4;
-  static constexpr int kTileElements = kTilePixels * kRowStride<D>;  // of one warp
+  static constexpr int kTileElements = kTilePixels * kRowStride<D>;  // one operand of one warp
 
   static DECO_HOST_DEVICE int input_of(int matrix) { return matrix == kFc1 ? kM : matrix == kFc2 ? kA : kS; }
   static constexpr int shared_bytes(int chain_warps) {
@@ -46,7 +47,7 @@ struct Plan {
   }
 };
 
-// What the kernel is given.
+// Argument of the kernel.
 struct BackwardParams : BlockBackward {
   template <class V>
   void visit(V& buffers) const {
@@ -63,18 +64,18 @@ struct BackwardParams : BlockBackward {
   }
 };
 
-// The steps of a chain warp on its 16 pixels.
+// Recompute and chain of one warp on its 16 pixels.
 template <class T, int D, bool Mlp, bool Tiled>
 struct Chain {
   using P = Plan<D, Mlp>;
   const BackwardParams& p;
   const BlockWeights<T, D> w;
-  T* operands;         // the warp's part of operand 0 of Plan
-  int operand_stride;  // elements from one operand of Plan to the next
-  uint32_t tile;       // the warp's number among operand tiles; the last one if there is none
+  T* operands;         // the warp's tile of operand 0 of Plan
+  int operand_stride;  // elements between operands of Plan
+  uint32_t tile;       // index of the warp's operand tile, at most that of the last tile
   bool tile_exists;
-  uint32_t pixel[2];  // the lane's rows; the last pixel for those that do not exist
-  bool valid[2];      // whether they exist
+  uint32_t pixel[2];  // the lane's two rows, at most the last pixel
+  bool valid[2];      // whether the rows exist
 
   DECO_DEVICE void run() const {
     const Operand<D> s = load_s();
@@ -82,7 +83,7 @@ struct Chain {
     put(P::kS, s);
     const RowPair rstd = normalize(normalized, p.eps);
 
-    Tile<D> grad_h, grad_m;  // grad_h: of h' at first
+    Tile<D> grad_h, grad_m;  // grad_h: first of h', finally of h
     Operand<D> grad_gate, scale;
     if constexpr (Mlp) {
       Operand<D> slope, grad_u;
@@ -226,8 +227,8 @@ struct Chain {
     return grad_scale;
   }
 
-  // δs = W_shiftᵀ·δshift + W_scaleᵀ·δscale + W_gateᵀ·δgate, added to that of later blocks;
-  // δcond = δs·SiLU'(cond) in the last step of a chain of blocks.
+  // δs += W_shiftᵀ·δshift + W_scaleᵀ·δscale + W_gateᵀ·δgate, summed over the chain of decoder blocks;
+  // δcond = δs·SiLU'(cond) in the last step of the chain.
   DECO_DEVICE void run_cond(const Operand<D>& grad_shift, const Operand<D>& grad_scale,
                             const Operand<D>& grad_gate) const {
     Tile<D> grad_s = zeros<D>();
@@ -277,13 +278,13 @@ struct Chain {
   DECO_DEVICE void put(int which, const Operand<D>& operand) const {
     store_operand_tile<T, D>(operands + which * operand_stride, operand);
   }
-  // An operand that was put, read back where holding it would cost registers for long.
+  // Reads back an operand of `put`, to shorten the lifetime of its registers.
   DECO_DEVICE Operand<D> reload(int which) const {
     warp_barrier();
     return load_operand_tile<T, D>(operands + which * operand_stride);
   }
 
-  // Between these two an operand waits in the place of one that comes later, where registers do not hold it: at D 64.
+  // At D = 64, where registers do not suffice: stores an operand temporarily in the slot of a later operand.
   DECO_DEVICE void spill(int which, const Operand<D>& operand) const {
     if constexpr (P::kSpecialized) put(which, operand);
   }
@@ -315,7 +316,7 @@ struct Chain {
     return load_rows(p.h);
   }
 
-  // Rows of a gradient; zero for pixels that do not exist, so that they add nothing to any sum.
+  // Rows of a gradient; zero for missing pixels, so that they add nothing to the sums.
   DECO_DEVICE Tile<D> load_gradient(const RowsView& rows) const {
     RowWords<D> pair[2];
 #pragma unroll
@@ -413,7 +414,7 @@ backward_kernel(const BackwardParams p) {
   }
 }
 
-// Chain warps of a thread block on this device: at D 64 as many as shared memory holds.
+// Chain warps of a thread block on this device: at D = 64 as many as fit in shared memory.
 template <int D, bool Mlp>
 int chain_warps(const DeviceLimits& limits) {
   using P = Plan<D, Mlp>;

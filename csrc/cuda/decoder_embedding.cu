@@ -1,6 +1,7 @@
-// Backward of the decoder's embedding. A warp walks over tiles of 16 pixels, always at the same places of the patch, so
-// that it adds up the gradients of its rows of the pixel table in registers. Per pixel: reads 2·D bytes and C image
-// values, writes C values; 6·C·D FLOPs.
+// Backward of the decoder's embedding (formula in decoder_backward_kernels.h). Persistent grid; a warp owns tiles of 16
+// pixels, all at the same positions of the patch, so that it sums the gradients of its rows of the pixel table in
+// registers. The packed weights are in shared memory. Per pixel: reads 2·D bytes and C image values, writes C values;
+// 6·C·D FLOPs. Deterministic: sums are written per warp or thread block and added in a fixed order.
 #include "cuda/block.h"
 #include "cuda/decoder_backward_kernels.h"
 #include "cuda/gradient_sums.h"
@@ -17,7 +18,7 @@ struct EmbeddingParams {
   PatchGrid grid;
   uint32_t first_pixel = 0, pixels = 0;
   int parts = 0;
-  int table_rows = 0;  // of a warp: min(P, 16)
+  int table_rows = 0;  // per warp: min(P, 16)
 
   template <class V>
   void visit(V& buffers) const {
@@ -32,7 +33,7 @@ struct EmbeddingParams {
   }
 };
 
-// Writes v to the channels 2t, 2t + 1 of the lane's pixel; only lanes t < 2 hold channels.
+// Writes v0, v1 to channels 2t, 2t + 1 of the lane's pixel; only lanes with t < 2 hold channels.
 DECO_DEVICE void store_image(const Image& image, int channels, const PixelPlace& place, float v0, float v1) {
   const int channel = 2 * (lane() & 3);
   char* address = image.at(place) + channel * image.stride_c;
@@ -40,7 +41,7 @@ DECO_DEVICE void store_image(const Image& image, int channels, const PixelPlace&
   if (channel + 1 < channels) store_float(Array{address + image.stride_c, image.dtype}, 0, v1);
 }
 
-// Writes the sums of a warp's rows; of rows with the same place in the patch, one for all.
+// Writes the sums of a warp's rows; rows at the same position of the patch are added.
 template <int D>
 DECO_DEVICE void write_table(const Tile<D>& sum, float* rows, int table_rows, bool accumulate) {
   const int g = lane() >> 2, t = lane() & 3;
@@ -129,7 +130,8 @@ struct TableParams {
   }
 };
 
-// A thread block adds up one row of the table over the warps that met it: slices of `width` threads, then the slices in order.
+// A thread block sums one row of the table over the warps that have it: in slices of `width` threads, then the slices
+// in order.
 DECO_KERNEL(kThreads, 1) table_kernel(const TableParams p) {
   auto* shared = reinterpret_cast<float*>(shared_memory());
   const int k = block(), rows = min(p.pixels_per_token, kTilePixels), classes = p.pixels_per_token / rows;
@@ -148,7 +150,7 @@ DECO_KERNEL(kThreads, 1) table_kernel(const TableParams p) {
 }  // namespace
 
 int decoder_embedding_parts(const DeviceLimits& limits, int64_t pixels) {
-  // Even, so that the warps of a grid are a multiple of the 16 tiles of a patch of 256 pixels.
+  // Even, so that the number of warps of the grid is a multiple of the 16 tiles of a patch of 256 pixels.
   const int parts = grid_blocks(pixels, kWarps * kTilePixels, limits, kBlocksPerMultiprocessor);
   return (parts + 1) / 2 * 2;
 }

@@ -1,4 +1,4 @@
-// What the launchers of the decoder's kernels derive from a call.
+// Launch parameters that the decoder's kernels derive from a call.
 #pragma once
 
 #include <algorithm>
@@ -28,20 +28,20 @@ inline PatchRows rows_of(const PixelRows& rows, const DecoderShape& shape) {
   return {rows.data, rows.token_stride, rows.pixel_stride, 2 * log2_of(shape.patch_size)};
 }
 
-// How many thread blocks a persistent grid of tiles needs: all tiles, or what the device holds at once.
+// Thread blocks of a persistent grid: one per tile, at most as many as are resident on the device at once.
 inline int grid_blocks(int64_t pixels, int pixels_per_block, const DeviceLimits& limits,
                        int blocks_per_multiprocessor) {
   const int64_t tiles = (pixels + pixels_per_block - 1) / pixels_per_block;
   return static_cast<int>(std::min<int64_t>(tiles, int64_t{limits.multiprocessors} * blocks_per_multiprocessor));
 }
 
-// Pixels of scratch in operand tiles: whole tiles of every kernel, so that kernels write without asking what exists.
+// `pixels` rounded up to whole tiles of every kernel, so that kernels write operand tiles without bounds checks.
 inline int64_t padded_rows(int64_t pixels) { return (pixels + 255) / 256 * 256; }
 
 constexpr int64_t kPixelLimit = int64_t{1} << 31;
 
-// Calls run(T{}, std::integral_constant<int, D>{}) for the compute dtype and the width. Where DECO_ONLY_WIDTH is defined,
-// a source holds its kernels for that width in bfloat16 alone, which compile in a fraction of the time.
+// Calls run(T{}, std::integral_constant<int, D>{}) for the compute dtype and the width. DECO_ONLY_WIDTH restricts a
+// source to bfloat16 kernels of that width, which compile in a fraction of the time.
 template <class Run>
 Status with_kernel([[maybe_unused]] DType operand, [[maybe_unused]] int width, Run&& run) {
 #ifdef DECO_ONLY_WIDTH

@@ -1,5 +1,8 @@
-// The decoder forward again for its backward (pixel_decoder.cu), keeping what the blocks' backward needs, then the head
-// backward. Per pixel: reads 2·D bytes of cond and 2·C image values, writes 2·D·(N + 2) bytes.
+// Recompute of the decoder's forward for its backward, then the backward of the head (formula in
+// decoder_backward_kernels.h). Grid, ownership and shared memory are those of pixel_decoder.cu; the inputs of the
+// decoder blocks, SiLU(cond) and the gradient of h_N are written as operand tiles. Per pixel: reads 2·D bytes of cond
+// and 2·C image values, writes 2·D·(N + 2) bytes. Deterministic: the gradient of the head is summed per thread block in
+// a fixed order.
 #include "cuda/block.h"
 #include "cuda/decoder_backward_kernels.h"
 #include "cuda/gradient_sums.h"
@@ -10,7 +13,7 @@ namespace {
 
 constexpr int kThreads = 256;
 template <int D>
-constexpr int kTiles = D <= 32 ? 2 : 1;  // of a warp
+constexpr int kTiles = D <= 32 ? 2 : 1;  // per warp
 template <int D>
 constexpr int kBlockPixels = kThreads / 32 * kTilePixels * kTiles<D>;
 
@@ -18,7 +21,7 @@ struct RecomputeParams {
   DecoderRecompute op;
   PatchGrid grid;
   uint32_t first_pixel = 0, pixels = 0;
-  int64_t rows = 0;  // of the arrays that are written
+  int64_t rows = 0;  // padded_rows(pixels): pixels per array of operand tiles
   int parts = 0;
   bool resident = false;
 
@@ -43,13 +46,13 @@ int shared_bytes(int slots) {
   return std::max(DecoderEnds<T, D>::kBytes + slots * BlockSlots<T, D>::kBytes, sums);
 }
 
-// The gradient of LayerNorm's input at the head; x is the gradient of the velocity as a left operand.
+// Gradient of the input of the head's LayerNorm; x is the gradient of the velocity as a left operand.
 template <class T, int D>
 DECO_DEVICE Tile<D> head_backward(const uint32_t (&x)[2], const Tile<D>& normalized, RowPair rstd, const T* head) {
   Tile<D> grad, result = zeros<D>();
 #pragma unroll
   for (int i = 0; i < D; i += 32) {
-    uint32_t w[4];  // of four column tiles; of two, twice, where there are no more
+    uint32_t w[4];  // four column tiles; at D = 16 two, repeated
     load_matrices_transposed(w, head + (lane() & 7) * kRowStride<D> + ((i + (lane() & ~7)) & (D - 1)));
 #pragma unroll
     for (int j = 0; j < 4 && 8 * j < D; ++j) {

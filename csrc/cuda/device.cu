@@ -1,4 +1,4 @@
-// The CUDA runtime's view of devices; csrc/emulation/device.cpp stands in for it on the host.
+// Device queries through the CUDA runtime; csrc/emulation/device.cpp replaces this file on the host.
 #include <cuda_runtime.h>
 
 #include "deco/cuda/call.h"
@@ -9,14 +9,14 @@ namespace {
 
 Status status(cudaError_t error, const char* stage) {
   if (error == cudaSuccess) return {};
-  cudaGetLastError();  // so that the next caller does not meet this error again
+  cudaGetLastError();  // clears the error, so that later calls do not return it
   return {static_cast<int>(error), stage};
 }
 
 }  // namespace
 
 const char* describe(int code) {
-  if (code == kWorkspaceTooSmall) return "the workspace is smaller than the op's workspace query says";
+  if (code == kWorkspaceTooSmall) return "the workspace is smaller than the size that the workspace query returns";
   if (code == kTooManyPixels) return "2^31 or more pixels in one call; split the batch";
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }

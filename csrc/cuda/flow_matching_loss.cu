@@ -1,15 +1,16 @@
-// flow_matching_loss, forward. With d = pred - target [B, 3, H, W],
+// Forward of flow_matching_loss. With d = pred - target [B, 3, H, W],
 //
 //   pixel     = 1/B·sum over b of w_b·mean(d_b²)
 //   frequency = 1/B·sum over b of w_b·mean(W·(F R M d_b)²)        mean over the padded size
 //   total     = pixel + frequency_scale·frequency
 //
 // M: RGB -> YCbCr, R: reflection padding to multiples of 8, F: orthonormal 8x8 DCT-II, W: frequency_weight, w:
-// sample_weight. The sum over a block of one channel is the quadratic form of frequency_forms.h.
+// sample_weight. The sum over an 8x8 block of one channel is the quadratic form of frequency_forms.h.
 //
-// A warp owns a group of eight 8x8 blocks at a time (loss_blocks.h), in registers; the forms lie in shared memory. A
-// group's two sums go to a place of their own, and one thread block adds all places in a fixed order: the bits depend on the
-// inputs alone. Bytes per pixel: 6 values read; FLOPs: 1,536 on the tensor cores.
+// Persistent grid of one thread block per multiprocessor. A warp owns a group of eight 8x8 blocks at a time
+// (loss_blocks.h), in registers; the forms are in shared memory. Per pixel: reads 6 values; 1,536 FLOPs on the tensor
+// cores. Deterministic: the two sums of each group are written to memory, and one thread block adds them in a fixed
+// order, so that the bits depend only on the inputs.
 #include "cuda/loss_plan.h"
 
 namespace deco::cuda {
@@ -34,7 +35,7 @@ struct SumsParams {
   }
 };
 
-// The lane's share of a group's sums: of d² inside the image, of m·x² and of x·Q x.
+// The lane's share of a group's sums of d² inside the image, of m·x² and of x·Q x.
 struct LaneSums {
   float pixel, scaled, remainder;
 };
@@ -93,7 +94,7 @@ sums_kernel(const SumsParams<Images> p) {
     const float pixel = warp_sum(place.exists ? own.pixel : 0.0f);
     const float scaled = warp_sum(place.exists ? own.scaled : 0.0f);
     const float remainder = warp_sum(place.exists ? own.remainder : 0.0f);
-    // An infinite difference makes every squared coefficient infinite, but x·Q x the difference of infinities.
+    // With an infinite difference every squared coefficient is infinite, but x·Q x is a difference of infinities: NaN.
     const bool infinite = scaled - scaled != 0.0f && scaled == scaled;
     if (lane() == 0) store(p.sums + group, Float2{pixel, infinite ? scaled : scaled + remainder});
   }
@@ -134,7 +135,7 @@ struct LossesParams {
   }
 };
 
-// One thread block: each thread every 512th group, then the threads in a fixed tree.
+// One thread block: each thread sums every 512th group, then the threads are added in a fixed order.
 DECO_KERNEL(kTotalThreads, 1) losses_kernel(const LossesParams p) {
   auto* warps = reinterpret_cast<Float2*>(shared_memory());
   Float2 sum = {0, 0};
@@ -160,7 +161,7 @@ DECO_KERNEL(kTotalThreads, 1) losses_kernel(const LossesParams p) {
   if (p.frequency != nullptr) store(p.frequency, frequency);
 }
 
-// Parts of the forward's workspace.
+// Layout of the forward's workspace.
 struct ForwardParts {
   float* difference = nullptr;  // null: the images are read in place
   Float2* sums;

@@ -1,16 +1,17 @@
-// flow_matching_loss, backward: with a and f the gradients of the sums of d² and of W·(F R M d)² of an image, weights
-// of the images included (names as in flow_matching_loss.cu),
+// Backward of flow_matching_loss. With a and f the gradients of the sums of d² and of W·(F R M d)² of an image,
+// including the sample weight (names as in flow_matching_loss.cu),
 //
 //   grad_pred             = 2·a·d + Rᵀ Mᵀ·2·f·(A M R d),  grad_target = -grad_pred
 //   grad_frequency_weight = sum over images of f·(F R M d)²
 //   grad_sample_weight    = (a·sum of d² + f·sum of W·(F R M d)²) / w
 //
-// With A = m·I + Q (frequency_forms.h) the multiples of the identity join the pixel loss in one 3x3 matrix of RGB, in
-// float32, and only Q goes through the tensor cores.
+// With A = m·I + Q (frequency_forms.h), the multiples of the identity and the pixel loss form one 3x3 matrix of RGB in
+// float32; only Q uses the tensor cores.
 //
-// A warp owns a group of eight 8x8 blocks at a time, in registers; the forms lie in shared memory. Bytes per pixel: 6
-// values read, 3 written; FLOPs: 1,536 on the tensor cores. Every pixel's gradient depends on its block (and the blocks
-// that repeat it) alone; sums over groups go to places of their own and are added in a fixed order.
+// Persistent grid of one thread block per multiprocessor. A warp owns a group of eight 8x8 blocks at a time, in
+// registers; the forms are in shared memory. Per pixel: reads 6 values, writes 3; 1,536 FLOPs on the tensor cores.
+// Deterministic: the gradient of a pixel depends only on its 8x8 block and the 8x8 blocks that repeat it; sums over
+// groups are written per warp or group and added in a fixed order.
 #include "cuda/gradient_sums.h"
 #include "cuda/loss_plan.h"
 
@@ -20,7 +21,7 @@ namespace {
 
 // ---- gradients of the images ----------------------------------------------------------------------------------------
 
-// A symmetric matrix of RGB.
+// Symmetric 3x3 matrix of RGB.
 struct ColorMatrix {
   float rr, rg, rb, gg, gb, bb;
 
@@ -69,7 +70,7 @@ struct GradientParams {
   }
 };
 
-// The gradient of d: identity·d + frequency·Mᵀ Q M d.
+// Gradient of d: identity·d + frequency·Mᵀ Q M d.
 DECO_DEVICE LanePixels gradient(const LanePixels& d, const FrequencyForms& forms, const ColorMatrix& identity,
                                 float frequency) {
   LanePixels grad;
@@ -121,7 +122,7 @@ gradient_kernel(const GradientParams<Images> p) {
     const LanePixels d = reader.differences();
     reader.fetch(group + stride);
     const LanePixels grad = gradient(d, forms, identity.scaled(weight), factors.frequency * weight);
-    const LanePlace place = locate(p.grid, group);  // again, for the registers
+    const LanePlace place = locate(p.grid, group);  // recomputed, to save registers
     if (place.exists) p.written.store(place.pixel, grad);
   }
 }
@@ -150,7 +151,7 @@ struct SpectrumParams {
   PaddedDifference images;
   BlockGrid grid;
   Array sample_weight;
-  float* partials = nullptr;  // written: [blocks·warps][3, 8, 8]
+  float* partials = nullptr;  // written: [thread blocks·warps][3, 8, 8]
   int64_t parts = 0, batch = 0, height = 0, width = 0;
 
   template <class V>
@@ -161,7 +162,7 @@ struct SpectrumParams {
   }
 };
 
-// A warp's sum of w·(F M d)² over its groups; a lane holds frequencies 8j + 2t and 8j + 2t + 1 of its blocks.
+// A warp sums w·(F M d)² over its groups; a lane holds frequencies 8j + 2t and 8j + 2t + 1 of its 8x8 blocks.
 DECO_KERNEL(kLossThreads, 1) spectrum_kernel(const SpectrumParams p) {
   const SplitMatrix dct{reinterpret_cast<BFloat16*>(shared_memory())};
   build_dct(dct);
@@ -249,7 +250,7 @@ struct SampleWeightParams {
   }
 };
 
-// A warp adds the sums of an image: each lane every 32nd group, then the lanes in a fixed tree.
+// A warp adds the sums of an image: each lane every 32nd group, then the lanes in a fixed order.
 DECO_KERNEL(kLossThreads, 1) sample_weight_kernel(const SampleWeightParams p) {
   const LossGradients::Factors factors = p.gradients.sum_factors();
   for (int64_t image = block() * kLossWarps + warp(); image < p.batch; image += block_count() * kLossWarps) {
@@ -272,7 +273,7 @@ Status sample_weight_gradient(const Call& call, const LossPlan& plan, const Flow
                                    LossGradients(plan, op), plan.inputs.batch});
 }
 
-// Parts of the backward's workspace; what is not needed is null.
+// Layout of the backward's workspace; parts that are not needed are null.
 struct BackwardParts {
   float *difference = nullptr, *partials = nullptr, *spectrum = nullptr;
   Float2* sums = nullptr;

@@ -1,22 +1,22 @@
-// The frequency loss as quadratic forms, one for each of Y, Cb and Cr.
+// Frequency loss as quadratic forms, one for each of Y, Cb and Cr.
 //
-// With F the 64x64 matrix of the orthonormal 8x8 DCT, W the weights of a channel and x a block of that channel,
+// With F the 64x64 matrix of the orthonormal 8x8 DCT, W the weights of a channel and x an 8x8 block of that channel,
 //
-//   sum of W·(F x)² = ⟨x, A x⟩,  A = Fᵀ·diag(W)·F,  and its gradient is 2·A x:
+//   sum of W·(F x)² = ⟨x, A x⟩,  A = Fᵀ·diag(W)·F,  and its gradient is 2·A x,
 //
-// one matmul serves the loss and its gradient. As 2·cos a·cos b = cos(a - b) + cos(a + b), a table of 9x9 numbers
-// makes the entry of the pixels (y, x) and (y', x'), so that every thread block makes the forms itself:
+// so that one matmul gives the loss and its gradient. Because 2·cos a·cos b = cos(a - b) + cos(a + b), a 9x9 table
+// gives the entry of A at pixels (y, x) and (y', x'); every thread block builds the forms in its shared memory:
 //
 //   A = U[y, y'][x-x'] + U[y, y'][x+x'+1]
 //   U[y, y'][b] = T[y-y'][b] + T[y+y'+1][b]
 //   T[a][b] = sum over u, v of W[u, v]·n_u·n_v·cos(π·u·a/8)·cos(π·v·b/8),  n_0 = 1/16, else 1/8; even, of period 16
 //
 // Precision: A = m·I + Q with m the mean of W. m stays float32; Q and x are split into bfloat16 high and low parts. The
-// rows of a matmul's left operand are the eight 8x8 blocks of a group (loss_blocks.h): rows 0 to 7 hold the high parts,
-// rows 8 to 15 the low ones, so that two matmuls, with the high and the low part of Q, give all four terms.
+// rows of a matmul's left operand are the eight 8x8 blocks of a group (loss_blocks.h): rows 0 to 7 are the high parts,
+// rows 8 to 15 the low parts. Two matmuls, with the high and the low part of Q, give all four terms.
 //
-// The 64 pixels of a block lie in slots, so that a lane's accumulators are its own pixels: slot 32r + 8q + 2t + e is
-// row t + 4r, column 2q + e.
+// The 64 pixels of an 8x8 block are permuted to slots so that a lane's accumulators belong to its own pixels: slot
+// 32r + 8q + 2t + e is row t + 4r, column 2q + e.
 #pragma once
 
 #include "cuda/loss_blocks.h"
@@ -34,17 +34,17 @@ DECO_DEVICE BlockPixel pixel_of_slot(int slot) {
 
 DECO_DEVICE int slot_of_pixel(int y, int x) { return 32 * (y >> 2) + 8 * (x >> 1) + 2 * (y & 3) + (x & 1); }
 
-// An 8x8 block per group row, as the left operand of a matmul over the 64 slots.
+// The eight 8x8 blocks of a group as the left operand of a matmul over the 64 slots.
 using BlockOperand = Operand<kSlots>;
 
-// Slots 8j + 2t and 8j + 2t + 1 of the lane's block.
+// Sets slots 8j + 2t and 8j + 2t + 1 of the lane's 8x8 block.
 DECO_DEVICE void set_slots(BlockOperand& x, int j, float first, float second) {
   const uint32_t rounded = pack<BFloat16>(first, second);
   x.k_step[j / 2][2 * (j % 2)] = rounded;
   x.k_step[j / 2][2 * (j % 2) + 1] = pack<BFloat16>(first - low<BFloat16>(rounded), second - high<BFloat16>(rounded));
 }
 
-// The lane's pixels of the channel that a row of the colour matrix makes.
+// The lane's pixels of one color channel; `row` is its row of the color matrix.
 DECO_DEVICE BlockOperand block_operand(const LanePixels& d, const Color& row) {
   BlockOperand x;
 #pragma unroll
@@ -55,7 +55,7 @@ DECO_DEVICE BlockOperand block_operand(const LanePixels& d, const Color& row) {
   return x;
 }
 
-// A 64x64 matrix [row][slot] in shared memory, split into bfloat16 high and low parts.
+// 64x64 matrix [row][slot] in shared memory, split into bfloat16 high and low parts.
 struct SplitMatrix {
   static constexpr int kElements = kSlots * kRowStride<kSlots>;
   static constexpr int kBytes = 2 * kElements * static_cast<int>(sizeof(BFloat16));
@@ -70,7 +70,7 @@ struct SplitMatrix {
     store(place + kElements / 2, pack<BFloat16>(first - low<BFloat16>(rounded), second - high<BFloat16>(rounded)));
   }
 
-  // Rows 8j + 2t and 8j + 2t + 1 times the lane's block.
+  // Rows 8j + 2t and 8j + 2t + 1 times the lane's 8x8 block.
   DECO_DEVICE void multiply_rows(float (&out)[2], const BlockOperand& x, int j) const {
     const BFloat16* rows = high_part + 8 * j * kRowStride<kSlots>;
     float total[4] = {0, 0, 0, 0};
@@ -81,7 +81,7 @@ struct SplitMatrix {
   }
 };
 
-// cos(π·k/16) for any k >= 0, for tables that are made once.
+// cos(π·k/16) for any k >= 0, for tables that are built once.
 DECO_DEVICE float cosine(int k) {
   k &= 31;
   if (k > 16) k = 32 - k;
@@ -100,7 +100,7 @@ DECO_DEVICE float cosine(int k) {
 
 class FrequencyForms {
   static constexpr int kTableSide = 9, kTable = kTableSide * kTableSide, kCosines = 16;
-  static constexpr int kRowPairs = kSlots * kTableSide;  // numbers of U, of one channel
+  static constexpr int kRowPairs = kSlots * kTableSide;  // entries of U of one channel
 
  public:
   static constexpr int kBytes =
@@ -121,7 +121,7 @@ class FrequencyForms {
     return {reinterpret_cast<BFloat16*>(matrices_ + channel * SplitMatrix::kBytes)};
   }
 
-  // Makes the forms of weights [3, 8, 8]; all threads of the thread block take part, and meet at its end.
+  // Builds the forms from weights [3, 8, 8]. Called by all threads of the thread block; ends with a barrier.
   DECO_DEVICE void build(const Array& frequency_weight) const {
     for (int i = thread(); i < kColors * kSlots; i += block_threads())
       store(weights_ + i, load_float(frequency_weight, i));
@@ -137,11 +137,11 @@ class FrequencyForms {
   }
 
  private:
-  // T is even and of period 16: an index from 0 to 16 brought to 0 to 8.
+  // T is even with period 16: maps an index from 0 .. 16 to 0 .. 8.
   DECO_DEVICE static int folded(int i) { return min(i, 2 * kBlockSide - i); }
   DECO_DEVICE static int distance(int i, int j) { return i > j ? i - j : j - i; }
 
-  // One number of T.
+  // One entry of T.
   DECO_DEVICE void build_table(int index) const {
     const int channel = index / kTable, a = index / kTableSide % kTableSide, b = index % kTableSide;
     float across[kBlockSide];
@@ -169,7 +169,7 @@ class FrequencyForms {
     store(means_ + channel, total * (1.0f / kSlots));
   }
 
-  // One number of U: [channel][y][y'][b].
+  // One entry of U: [channel][y][y'][b].
   DECO_DEVICE void build_row_pair(int index) const {
     const int b = index % kTableSide, other_y = index / kTableSide % kBlockSide;
     const int y = index / (kTableSide * kBlockSide) % kBlockSide, channel = index / kRowPairs;
@@ -178,7 +178,7 @@ class FrequencyForms {
           load(column + distance(y, other_y) * kTableSide) + load(column + folded(y + other_y + 1) * kTableSide));
   }
 
-  // The rows of Q that belong to column x of the pixels, by one warp: each lane two neighbouring columns of Q.
+  // Rows of Q of the pixels in column x, by one warp; a lane computes two adjacent columns of Q.
   DECO_DEVICE void build_column(int x) const {
     const int column = 2 * lane();
     const BlockPixel other = pixel_of_slot(column);
@@ -206,7 +206,7 @@ class FrequencyForms {
   float *weights_, *row_pairs_, *table_, *means_, *cosines_;
 };
 
-// F itself, [frequency 8u + v][slot], for the gradient of the weights.
+// Builds F, [frequency 8u + v][slot], for the gradient of the weights. Ends with a barrier.
 DECO_DEVICE void build_dct(const SplitMatrix& dct) {
   constexpr int kPairs = kSlots / 2;
   for (int i = thread(); i < kSlots * kPairs; i += block_threads()) {

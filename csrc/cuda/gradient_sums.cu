@@ -1,4 +1,5 @@
-// Adds partial sums over thread blocks and turns gradients of packed weights into those of the op's weights.
+// Adds the partial sums of thread blocks and converts gradients of packed weights to gradients of the op's weights,
+// both in a fixed order.
 #include "cuda/gradient_sums.h"
 
 namespace deco::cuda {
@@ -24,7 +25,7 @@ struct SumParams {
   }
 };
 
-// A thread block adds 32 numbers: each of eight slices every eighth part, then the slices in order.
+// A thread block sums 32 numbers: each of eight slices adds every eighth part, then the slices are added in order.
 DECO_KERNEL(kThreads, 1) sum_kernel(const SumParams p) {
   auto* slices = reinterpret_cast<float*>(shared_memory());
   const int column = thread() % kColumns, slice = thread() / kColumns;
@@ -46,7 +47,7 @@ DECO_KERNEL(kThreads, 1) sum_kernel(const SumParams p) {
 struct UnpackParams {
   GradientSums sums;
   BlockWeightArrays weights, gradients;
-  DecoderWeightArrays ends;  // gradients; of its arrays only pixel_weight, head_weight and head_bias are written
+  DecoderWeightArrays ends;  // gradients; only pixel_weight, head_weight and head_bias are written
   int depth = 0, width = 0, matrices = 0, channels = 0;
 
   template <class V>
@@ -77,13 +78,14 @@ DECO_DEVICE void put(const Array& array, int64_t index, float value) {
   if (array.data != nullptr) store_float(array, index, value);
 }
 
-// The summed gradient of packed matrix `which` of decoder block n, channels in their own order; in = width: of the bias.
+// Summed gradient of packed matrix `which` of decoder block n at channels (out, in), not permuted; in = width: the
+// bias.
 DECO_DEVICE float packed_gradient(const UnpackParams& p, int n, int which, int out, int in) {
   const int64_t D = p.width, row = (int64_t{n} * p.matrices + which) * D + column_of_channel(out, p.width);
   return load(p.sums.blocks + row * (D + 1) + (in < D ? column_of_channel(in, p.width) : D));
 }
 
-// Gradients of one row of a block's modulation and of its LayerNorm channel, for the inputs of one lane.
+// Gradients of one row of a decoder block's modulation and of its LayerNorm channel, by one warp.
 DECO_DEVICE void unpack_modulation(const UnpackParams& p, int n, int out) {
   const int D = p.width;
   const int64_t row = int64_t{n} * D + out, mod_row = 3 * int64_t{n} * D + out;
@@ -125,7 +127,7 @@ DECO_DEVICE void unpack_mlp(const UnpackParams& p, int n, int out) {
   }
 }
 
-// Slots c and c + kMaxChannels carry the values of channel c and what rounding them left.
+// Slots c and c + kMaxChannels hold the values of channel c and the remainders of their rounding.
 DECO_DEVICE float channel_sum(const float* numbers, int row, int channel) {
   return load(numbers + row * kChannelSlots + channel) + load(numbers + row * kChannelSlots + kMaxChannels + channel);
 }
@@ -139,7 +141,8 @@ DECO_DEVICE void unpack_ends(const UnpackParams& p) {
   for (int c = thread(); c < C; c += block_threads()) put(p.ends.head_bias, c, channel_sum(p.sums.head, D, c));
 }
 
-// A block for each decoder block, a warp for each output channel in turn; one block more for the ends.
+// One thread block per decoder block, whose warps take the output channels in turn, and one for pixel_weight and the
+// head.
 DECO_KERNEL(kThreads, 1) unpack_kernel(const UnpackParams p) {
   if (block() == p.depth) {
     unpack_ends(p);

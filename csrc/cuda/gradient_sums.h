@@ -1,17 +1,19 @@
-// Weight gradients: sums over pixels inside a thread block, then over thread blocks, and the way back from packed weights.
+// Weight gradients: sums over pixels within a thread block, sums over thread blocks, and conversion from packed to
+// unpacked gradients.
 //
-// Nothing is added atomically: a sum goes to a place of its own per warp or thread block, and the places are added in a fixed
-// order. The same grid gives the same bits; the grid depends on the device and the sizes alone.
+// Deterministic without atomics: each warp or thread block writes its partial sum to its own location, and the partial
+// sums are added in a fixed order. The same grid gives the same bits; the grid depends only on the device and the
+// sizes.
 #pragma once
 
 #include "cuda/packed_weights.h"
 
 namespace deco::cuda {
 
-// Pixels of a warp's tile that share an accumulator step of the tensor cores.
+// Pixels of a tile: rows of one tensor core instruction.
 constexpr int kTilePixels = 16;
 
-// ---- a tile of operands in shared memory ----------------------------------------------------------------------------
+// ---- operand tile in shared memory ----------------------------------------------------------------------------------
 
 // Rows = pixels, kRowStride elements apart.
 template <class T, int D>
@@ -21,7 +23,7 @@ DECO_DEVICE void store_operand_tile(T* tile, const Operand<D>& operand) {
   for (int k = 0; k < D / 16; ++k) store_matrices(row + 16 * k, operand.k_step[k]);
 }
 
-// What store_operand_tile stored.
+// Inverse of store_operand_tile.
 template <class T, int D>
 DECO_DEVICE Operand<D> load_operand_tile(const T* tile) {
   Operand<D> operand;
@@ -35,7 +37,7 @@ DECO_DEVICE Operand<D> load_operand_tile(const T* tile) {
 
 template <class T, int D>
 struct MatrixGradient {
-  float weight[D / 16][D / 8][4];  // of the outputs 16u + g (+ 8): as Tile
+  float weight[D / 16][D / 8][4];  // [u]: outputs 16u + g and 16u + g + 8, in the layout of Tile
   float bias[D / 16][4];           // columns 0 and 1 of lanes t = 0
 
   DECO_DEVICE void clear() {
@@ -49,7 +51,7 @@ struct MatrixGradient {
       }
   }
 
-  // Adds outputᵀ·input over 16 pixels; both [16][kRowStride] in shared memory.
+  // Adds outputᵀ·input over 16 pixels; both are [16][kRowStride] in shared memory.
   DECO_DEVICE void add(const T* output, const T* input) {
     const uint32_t one = lane() < 4 ? T::kOne * 0x10001u : 0u;
     const uint32_t ones[2] = {one, one};
@@ -72,7 +74,7 @@ struct MatrixGradient {
     }
   }
 
-  // Writes rows of D weights and the bias, added to what is there if `accumulate`.
+  // Writes rows of D weights and the bias, or adds them to `rows` if `accumulate`.
   DECO_DEVICE void write(float* rows, bool accumulate) const {
     const auto put = [&](int row, int column, float value) {
       float* place = rows + row * (D + 1) + column;
@@ -96,13 +98,13 @@ struct MatrixGradient {
 
 // ---- gradient of a matrix between D channels and the channel slots of images ----------------------------------------
 
-// Sum over pixels of h ⊗ x, D x kChannelSlots, and of x itself, by one warp.
+// Sums over pixels of h ⊗ x, D x kChannelSlots, and of x, by one warp.
 template <class T, int D>
 struct ChannelGradient {
   static constexpr int kNumbers = (D + 1) * kChannelSlots;
 
   float outer[D / 16][4];
-  float sum;  // of slot g, over the lane's pixels
+  float sum;  // slot g, over the lane's pixels
 
   DECO_DEVICE void clear() {
 #pragma unroll
@@ -112,7 +114,7 @@ struct ChannelGradient {
     sum = 0.0f;
   }
 
-  // h and x are left operands of 16 pixels, x as load_channels gives it.
+  // h and x are left operands of 16 pixels, x in the layout of load_channels.
   DECO_DEVICE void add(const Operand<D>& h, const uint32_t (&x)[2]) {
     const uint32_t right[2] = {transpose(x[0]), transpose(x[1])};
 #pragma unroll
@@ -132,7 +134,7 @@ struct ChannelGradient {
     sum += (low<T>(right[0]) + high<T>(right[0])) + (low<T>(right[1]) + high<T>(right[1]));
   }
 
-  // Adds the sums of all warps in shared memory (kNumbers floats per warp; all threads take part) and writes them.
+  // Adds the sums of all warps in shared memory, kNumbers floats per warp, and writes them. Called by all threads.
   DECO_DEVICE void write(float* numbers, float* shared, bool accumulate) const {
     const int g = lane() >> 2, t = lane() & 3;
     float* own = shared + warp() * kNumbers;
@@ -152,7 +154,7 @@ struct ChannelGradient {
   }
 };
 
-// Whether a gradient of block weights is wanted.
+// True if any gradient of the decoder block's weights is requested.
 inline bool any(const BlockWeightArrays& b) {
   for (const Array* array : {&b.norm_weight, &b.norm_bias, &b.mod_weight, &b.mod_bias, &b.fc1_weight, &b.fc1_bias,
                              &b.fc2_weight, &b.fc2_bias})
@@ -165,14 +167,15 @@ inline bool any(const BlockWeightArrays& b) {
 // sums[i] = sum over `parts` of partials[part][i].
 Status sum_partials(const Call& call, float* sums, const float* partials, int64_t numbers, int parts);
 
-// Sums of the gradients of packed weights, where they were asked for.
+// Summed gradients of packed weights; null: not requested.
 struct GradientSums {
   const float* blocks = nullptr;  // [N, M, D, D + 1]: rows of weights and bias
   const float* pixel = nullptr;   // [D + 1, kChannelSlots]
   const float* head = nullptr;    // [D + 1, kChannelSlots]
 };
 
-// The transpose of pack_decoder and pack_block: gradients of the op's weights in their own dtypes, where not null.
+// Transpose of pack_decoder and pack_block: writes the gradients of the op's weights that are not null, in their
+// dtypes.
 Status unpack_decoder_gradients(const Call& call, const GradientSums& sums, const DecoderWeightArrays& weights,
                                 const DecoderWeightArrays& gradients, const DecoderShape& shape);
 Status unpack_block_gradients(const Call& call, const GradientSums& sums, const BlockWeightArrays& weights,

@@ -1,7 +1,8 @@
-// Launching a kernel: on the device by the CUDA runtime, on the host by csrc/emulation.
+// Kernel launches: on the device by the CUDA runtime, on the host by csrc/emulation.
 //
 // Kernels take one struct by value. Its member `template <class V> void visit(V& buffers) const` declares the memory
-// that the kernel may touch, with buffers.read(data, bytes) and buffers.write(data, bytes); the emulator holds it to that.
+// that the kernel may access, with buffers.read(data, bytes) and buffers.write(data, bytes); the emulator checks every
+// access.
 #pragma once
 
 #include <string>
@@ -39,11 +40,11 @@ Status launch(const char* name, void (*kernel)(Params), const LaunchSize& size, 
                              static_cast<cudaStream_t>(stream));
   }
   if (error == cudaSuccess) return {};
-  cudaGetLastError();  // so that the next caller does not meet this error again
+  cudaGetLastError();  // clears the error, so that later calls do not return it
   return {static_cast<int>(error), name};
 }
 
-// Whether this build holds the kernel for the current device.
+// Ok if this build contains the kernel for the current device.
 template <class Params>
 Status check(const char* name, void (*kernel)(Params)) {
   cudaFuncAttributes attributes;
@@ -77,7 +78,7 @@ Status check(const char*, void (*)(Params)) {
 
 #endif
 
-// Parts of a workspace, each aligned to 256 bytes. Without memory it only counts.
+// Bump allocator over a workspace; every part is aligned to 256 bytes. Without memory it only counts bytes.
 class WorkspaceParts {
  public:
   explicit WorkspaceParts(void* workspace = nullptr) : data_(static_cast<char*>(workspace)) {}

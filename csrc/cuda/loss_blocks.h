@@ -1,8 +1,8 @@
-// How a warp reads images [B, 3, H, W] for the flow-matching loss: eight 8x8 blocks at a time.
+// Access to images [B, 3, H, W] in the flow-matching loss: a warp reads eight 8x8 blocks at a time.
 //
-// A group is eight consecutive 8x8 blocks of one image, in row-major order; the last group of an image may hold
-// fewer. With g = lane / 4 and t = lane % 4, a lane holds rows t and t + 4 of block g: what a warp reads at once is
-// four runs of 64 pixels where the blocks are neighbours.
+// A group is eight consecutive 8x8 blocks of one image, in row-major order; the last group of an image may have fewer.
+// With g = lane / 4 and t = lane % 4, a lane holds rows t and t + 4 of 8x8 block g. One load of a warp reads four runs
+// of 64 pixels if the 8x8 blocks are adjacent.
 #pragma once
 
 #include "cuda/pixels.h"
@@ -11,7 +11,7 @@ namespace deco::cuda {
 
 constexpr int kBlockSide = 8, kGroupBlocks = 8, kColors = 3;
 
-// The blocks of a batch of images. All pixels together are fewer than 2^31.
+// The 8x8 blocks of a batch of images with fewer than 2^31 pixels in total.
 struct BlockGrid {
   Divider blocks_per_row, groups_per_image;
   uint32_t blocks_per_image = 0, groups = 0;
@@ -26,8 +26,8 @@ struct BlockGrid {
   }
 };
 
-// The first pixel of the lane's upper row, and whether its block exists; where it does not, the place is that of the
-// image's last block.
+// First pixel of the lane's upper row, and whether its 8x8 block exists. If not, the pixel is in the last 8x8 block of
+// the image.
 struct LanePlace {
   PixelPlace pixel;
   bool exists;
@@ -41,12 +41,12 @@ DECO_DEVICE LanePlace locate(const BlockGrid& grid, uint32_t group) {
   return {{image, row * kBlockSide + (lane() & 3), column * kBlockSide}, wanted == in_image};
 }
 
-// A lane's pixels of a group: channel, upper or lower row, column.
+// A lane's pixels of a group: [channel][upper or lower row][column].
 struct LanePixels {
   float v[kColors][2][kBlockSide];
 };
 
-// ---- eight neighbouring values of an image row ----------------------------------------------------------------------
+// ---- eight adjacent values of an image row --------------------------------------------------------------------------
 
 template <class T>
 struct PixelRun {
@@ -89,7 +89,7 @@ struct PixelRun<float> {
   }
 };
 
-// What a lane reads of one image, as it lies in memory.
+// A lane's pixels of one image, in the image's dtype.
 template <class T>
 struct LaneRuns {
   PixelRun<T> run[kColors][2];
@@ -103,7 +103,7 @@ struct LaneRuns {
   }
 };
 
-// Writes a lane's pixels, each times `sign`.
+// Writes a lane's pixels times `sign`.
 template <class T>
 DECO_DEVICE void store_pixels(const Image& image, const PixelPlace& place, const LanePixels& pixels, float sign) {
   char* address = image.at(place);
@@ -118,16 +118,16 @@ DECO_DEVICE void store_pixels(const Image& image, const PixelPlace& place, const
     }
 }
 
-// ---- where the difference of pred and target comes from -------------------------------------------------------------
+// ---- sources of the difference of pred and target -------------------------------------------------------------------
 
-// Two images with unit stride along a row, every row at a multiple of 16 bytes, height and width multiples of 8.
+// Two images with unit stride along a row, rows aligned to 16 bytes, and height and width multiples of 8.
 template <class Pred, class Target>
 struct ImagePair {
   struct Runs {
     LaneRuns<Pred> pred;
     LaneRuns<Target> target;
   };
-  // Contiguous images to write gradients to; null: not wanted.
+  // Contiguous images that receive the gradients; null: not computed.
   struct Gradients {
     Image pred, target;
 
@@ -151,7 +151,7 @@ struct ImagePair {
   DECO_DEVICE static float difference(const Runs& runs, int c, int r, int i) {
     return runs.pred.run[c][r].value(i) - runs.target.run[c][r].value(i);
   }
-  // Whether a pixel belongs to the image rather than to its padding.
+  // Whether a pixel is in the image rather than in its padding.
   DECO_DEVICE static constexpr bool is_inside(uint32_t, uint32_t) { return true; }
 
   template <class V>
@@ -161,10 +161,10 @@ struct ImagePair {
   }
 };
 
-// The difference itself, float32, contiguous and padded by reflection to multiples of 8 (loss_padding.cu).
+// The difference of two images, float32, contiguous and padded by reflection to multiples of 8 (loss_padding.cu).
 struct PaddedDifference {
   using Runs = LaneRuns<float>;
-  // The gradient of the padded difference, which may take the place of the difference.
+  // Gradient of the padded difference; may overwrite the difference.
   struct Gradients {
     Image difference;
 
@@ -190,13 +190,13 @@ struct PaddedDifference {
   }
 };
 
-// Reads groups one after the other: what `fetch` asks for is on its way until `differences` uses it.
+// Reads groups one after the other. `fetch` issues the loads; `differences` waits for them.
 template <class Images>
 class GroupReader {
  public:
   DECO_DEVICE GroupReader(const Images& images, const BlockGrid& grid) : images_(images), grid_(grid) {}
 
-  // Nothing happens if the group does not exist.
+  // No effect if the group does not exist.
   DECO_DEVICE void fetch(uint32_t group) {
     if (group >= grid_.groups) return;
     place_ = locate(grid_, group);
@@ -221,13 +221,13 @@ class GroupReader {
   typename Images::Runs runs_ = {};
 };
 
-// ---- colours --------------------------------------------------------------------------------------------------------
+// ---- colors ---------------------------------------------------------------------------------------------------------
 
 struct Color {
   float r, g, b;
 };
 
-// The row of the RGB -> YCbCr matrix (ITU-R BT.601) that makes Y, Cb or Cr.
+// Row of the RGB -> YCbCr matrix (ITU-R BT.601) for Y, Cb or Cr.
 DECO_DEVICE Color ycbcr_row(int channel) {
   if (channel == 0) return {0.299f, 0.587f, 0.114f};
   if (channel == 1) return {-0.168736f, -0.331264f, 0.5f};
@@ -239,7 +239,7 @@ DECO_DEVICE float channel_value(const LanePixels& d, const Color& row, int r, in
 
 // ---- sums -----------------------------------------------------------------------------------------------------------
 
-// The sum over the lanes of a warp.
+// Sum over the lanes of a warp, in a fixed tree.
 DECO_DEVICE float warp_sum(float value) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);

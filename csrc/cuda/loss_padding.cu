@@ -1,10 +1,10 @@
-// The slow path of the flow-matching loss: images whose size is not a multiple of 8, whose rows are not runs of aligned
-// 16-byte words, or whose dtypes have no kernel of their own.
+// Slow path of the flow-matching loss, for images whose size is not a multiple of 8, whose rows are not contiguous and
+// aligned to 16 bytes, or whose dtypes ImagePair does not support.
 //
-// write_difference writes R·(pred - target), float32 and contiguous, R the reflection of the bottom and right edge;
-// fold_gradients applies Rᵀ to the gradient of that and adds the pixel loss's gradient. A thread owns one pixel at a
-// time and adds in a fixed order. Bytes per pixel: 6 values read and 12 bytes written; 6 values and 12 bytes read and 3
-// values written (6 with the gradient of target).
+// write_difference writes R·(pred - target) in float32, contiguous; R is the reflection padding of the bottom and right
+// edges. fold_gradients applies Rᵀ to its gradient and adds the gradient of the pixel loss. Persistent grids; a thread
+// owns one pixel at a time and adds in a fixed order. Per pixel: write_difference reads 6 values and writes 12 bytes;
+// fold_gradients reads 6 values and 12 bytes and writes 3 values (6 with the gradient of target).
 #include "cuda/loss_plan.h"
 
 namespace deco::cuda {
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kThreads = 256, kBlocksPerMultiprocessor = 8;
 
-// Numbers the pixels of a batch of planes, fewer than 2^31 in all.
+// Indices of the pixels of a batch of planes with fewer than 2^31 pixels in total.
 struct PixelGrid {
   Divider width, height;
   uint32_t pixels = 0;
@@ -38,7 +38,7 @@ DECO_DEVICE float difference(const Image& pred, const Image& target, const Pixel
 // ---- R --------------------------------------------------------------------------------------------------------------
 
 struct DifferenceParams {
-  Image pred, target, difference;  // the last one written
+  Image pred, target, difference;  // difference: written
   PixelGrid grid;                  // of the padded images
   int64_t batch = 0, height = 0, width = 0;
 
@@ -96,7 +96,7 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor) fold_kernel(const FoldParams p) 
   for (uint32_t pixel = block() * kThreads + thread(); pixel < p.grid.pixels; pixel += block_count() * kThreads) {
     const PixelPlace place = p.grid.place(pixel);
     const float factor = pixel_factor * weight_of(p.sample_weight, place.image);
-    // The row and the column of the padding that repeat this pixel, if there are any.
+    // Row and column of the padding that repeat this pixel, if any.
     const uint32_t mirror_y = 2 * (height - 1) - place.y, mirror_x = 2 * (width - 1) - place.x;
     const bool row_repeated = mirror_y >= height && mirror_y < p.padded_height;
     const bool column_repeated = mirror_x >= width && mirror_x < p.padded_width;

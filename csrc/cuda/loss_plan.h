@@ -1,4 +1,4 @@
-// What the launchers of the flow-matching loss share: sizes, the way images are read, and the gradients that come in.
+// Shared by the launchers of the flow-matching loss: sizes, access to the images, and the incoming gradients.
 #pragma once
 
 #include "cuda/decoder_geometry.h"
@@ -8,7 +8,7 @@
 
 namespace deco::cuda {
 
-// Kernels that multiply with the forms: one thread block per multiprocessor, so that it makes them once.
+// Kernels that use the frequency forms: one thread block per multiprocessor, which builds the forms once.
 constexpr int kLossThreads = 256, kLossWarps = kLossThreads / 32;
 
 struct LossPlan {
@@ -24,11 +24,11 @@ struct LossPlan {
 
   int64_t padded_pixels() const { return inputs.batch * padded_height * padded_width; }
   bool is_too_large() const { return padded_pixels() >= kPixelLimit; }
-  // 1 / the number of values that a mean is over.
+  // 1 / number of values in a mean.
   float pixel_norm() const { return static_cast<float>(1.0 / (3.0 * inputs.batch * inputs.height * inputs.width)); }
   float frequency_norm() const { return static_cast<float>(1.0 / (3.0 * padded_pixels())); }
 
-  // Whether ImagePair can read the images; else their padded difference is written to the workspace first.
+  // Whether ImagePair can read the images. If not, their padded difference is written to the workspace first.
   bool reads_in_place() const {
     const auto is_aligned = [](const ImageArray& image) {
       const Image bytes(image);
@@ -50,7 +50,7 @@ struct LossPlan {
     return single ? run(ImagePair<Float16, float>{pred, target}) : run(ImagePair<Float16, Float16>{pred, target});
   }
 
-  // [B, 3, H', W'] float32 in the workspace: the padded difference.
+  // The padded difference in the workspace: float32 [B, 3, H', W'].
   int64_t difference_values() const { return kColors * padded_pixels(); }
   PaddedDifference padded_difference(float* values) const {
     ImageArray image = contiguous_image({values, DType::kFloat32}, padded_height, padded_width);
@@ -66,7 +66,7 @@ struct LossPlan {
   }
 };
 
-// The weight of an image; 1 where there are no weights.
+// Weight of an image; 1 without sample weights.
 DECO_DEVICE float weight_of(const Array& sample_weight, uint32_t image) {
   return sample_weight.data == nullptr ? 1.0f : load_float(sample_weight, image);
 }
@@ -76,12 +76,12 @@ void visit_array(V& buffers, bool write, const Array& array, int64_t count) {
   write ? buffers.write(array.data, bytes) : buffers.read(array.data, bytes);
 }
 
-// The gradients of the three losses, and what follows for an image of weight 1.
+// Incoming gradients of the three losses, and the factors of the gradients of an image of weight 1.
 struct LossGradients {
   const float *total = nullptr, *pixel = nullptr, *frequency = nullptr;  // null: zero
   float frequency_scale = 0, pixel_norm = 0, frequency_norm = 0;
 
-  // Gradients of the image's sums of d² and of W·(F R M d)².
+  // Gradients with respect to the image's sums of d² and of W·(F R M d)².
   struct Factors {
     float pixel, frequency;
   };
@@ -100,7 +100,7 @@ struct LossGradients {
                 of_frequency = frequency == nullptr ? 0.0f : load(frequency);
     return {pixel_norm * (of_total + of_pixel), frequency_norm * fmaf(frequency_scale, of_total, of_frequency)};
   }
-  // Those of d and of Rᵀ Mᵀ Fᵀ(W·F R M d): both sums are of squares.
+  // Factors of d and of Rᵀ Mᵀ Fᵀ(W·F R M d) in the gradient of d: twice sum_factors, the sums being of squares.
   DECO_DEVICE Factors factors() const {
     const Factors of_sums = sum_factors();
     return {2.0f * of_sums.pixel, 2.0f * of_sums.frequency};
@@ -116,10 +116,10 @@ struct LossGradients {
 
 // Writes the padded difference of the images.
 Status write_difference(const Call& call, const LossPlan& plan, float* difference);
-// Writes two sums of every group, of d² and of W·(F R M d)², without sample weights: from the images or, where
-// `difference` is not null, from the padded difference.
+// Writes two sums per group, of d² and of W·(F R M d)², without sample weights: from the padded difference if
+// `difference` is not null, otherwise from the images.
 Status sum_groups(const Call& call, const LossPlan& plan, float* difference, Float2* sums);
-// Writes the gradients of the images from that of the padded difference and the gradient of the pixel loss.
+// Writes the gradients of the images from the gradient of the padded difference and that of the pixel loss.
 Status fold_gradients(const Call& call, const LossPlan& plan, const FlowMatchingLossBackward& op, float* difference);
 
 }  // namespace deco::cuda

@@ -1,5 +1,5 @@
-// Packs the weights; see packed_weights.h. One thread block packs one decoder block, one more the pixel weight, the
-// head and the pixel table. About 2·(5D² + D·(C + P)) elements move: nothing next to the kernels' own traffic.
+// Packs the weights (packed_weights.h). One thread block per decoder block, and one for pixel_weight, the head and the
+// pixel table. Moves about 2·(5D² + D·(C + P)) elements, negligible compared with the other kernels.
 #include "cuda/packed_weights.h"
 
 namespace deco::cuda {
@@ -11,7 +11,7 @@ constexpr int kThreads = 256;
 struct PackParams {
   PackedWeights packed;
   BlockWeightArrays blocks;
-  DecoderWeightArrays decoder;  // its blocks are not read
+  DecoderWeightArrays decoder;  // without its decoder blocks
   int depth = 0, width = 0, matrices = 0, channels = 0, pixels = 0;
 
   template <class V>
@@ -62,7 +62,7 @@ DECO_DEVICE void store_operand(void* array, int64_t index, float value) {
   store(static_cast<uint16_t*>(array) + index, static_cast<uint16_t>(pack<T>(value, 0.0f)));
 }
 
-// Number `slot` of the kBiasSlots behind a row: the parts add up to the bias in float32.
+// Value `slot` of the kBiasSlots after a row; the values sum to the bias in float32.
 template <class T>
 DECO_DEVICE float bias_part(float bias, int slot) {
   for (int i = 0; i < slot; ++i) bias -= low<T>(pack<T>(bias, 0.0f));

@@ -1,11 +1,12 @@
-// The weights as the kernels read them. A small kernel packs them into the workspace inside every call.
+// Weights in the layout of the kernels. Every call packs them into the workspace with a small kernel (pack_weights.cu).
 //
-// With n the normalised rows and w, b the affine of LayerNorm, (n·w + b)·(1 + scale) + shift = n·scale' + shift' for
+// With n the normalized rows and w, b the affine of LayerNorm, (n·w + b)·(1 + scale) + shift = n·scale' + shift' for
 //   scale' = w·(1 + scale):            W_scale' = diag(w)·W_scale,            bias' = w·(1 + b_scale)
 //   shift' = shift + b·(1 + scale):    W_shift' = W_shift + diag(b)·W_scale,  bias' = b_shift + b·(1 + b_scale)
-// so kernels know no affine. fc1 is halved: they evaluate SiLU(2x). Matrices are rounded to the compute dtype once, after
-// folding. A bias keeps its float32 value: it is split into three numbers of the compute dtype behind its row (tile.h).
-// The pixel table stays float32. Rows and columns of matrices are in the column order of tile.h.
+// so the kernels need no affine. fc1 is halved because the kernels evaluate SiLU(2x). Matrices are rounded to the
+// compute dtype once, after folding. A bias keeps its float32 value, split into three numbers of the compute dtype
+// after its row (tile.h). The pixel table stays float32. Rows and columns of matrices are in the column order of
+// tile.h.
 #pragma once
 
 #include "cuda/launch.h"
@@ -16,17 +17,17 @@
 namespace deco::cuda {
 
 enum BlockMatrix { kShift, kScale, kGate, kFc1, kFc2, kBlockMatrices };
-constexpr int kModulationMatrices = 3;  // the first three alone: without the MLP
+constexpr int kModulationMatrices = 3;  // the first three: without the MLP
 
 constexpr int kChannelSlots = 8;  // inner size of matmuls with image channels: four values, then four remainders
 constexpr int kMaxChannels = 4;
 
-// In global memory. Without a decoder around the blocks, `pixel` and what follows is null.
+// Packed weights in global memory. `pixel`, `head` and `table` are null for a single decoder block.
 struct PackedWeights {
   void* matrices = nullptr;  // [N, M, D, D + 8] of the compute dtype, M = 5, or 3 without the MLP
   void* pixel = nullptr;     // [D, 8]: the C columns of pixel_weight, twice
   void* head = nullptr;      // [8, D + 8]: the C rows of head_weight with bias, twice
-  float* table = nullptr;    // [P, D], channels in their own order
+  float* table = nullptr;    // [P, D], channels not permuted
 
   static PackedWeights take(WorkspaceParts& parts, int depth, int width, int matrices, int pixels = 0);
 
@@ -43,7 +44,7 @@ struct PackedWeights {
   }
 };
 
-// Enqueue the packing: of a decoder, or of one block with `matrices` matrices.
+// Launch the packing of a decoder, or of one decoder block with `matrices` matrices.
 Status pack_decoder(const Call& call, DType operand, const PackedWeights& packed, const DecoderWeightArrays& weights,
                     const DecoderShape& shape);
 Status pack_block(const Call& call, DType operand, const PackedWeights& packed, const BlockWeightArrays& weights,
@@ -51,13 +52,13 @@ Status pack_block(const Call& call, DType operand, const PackedWeights& packed, 
 
 // ---- in shared memory -----------------------------------------------------------------------------------------------
 
-// Copies packed weights to shared memory, all threads of the thread block together; barriers are the caller's.
+// Copies packed weights to shared memory. Called by all threads of the thread block; no barrier.
 DECO_DEVICE void copy_words(char* to, const void* from, int bytes) {
   for (int i = thread(); i < bytes / 16; i += block_threads())
     store(reinterpret_cast<Words4*>(to) + i, load(static_cast<const Words4*>(from) + i));
 }
 
-// One decoder block's matrices [M][D][kRowStride].
+// Matrices [M][D][kRowStride] of one decoder block.
 template <class T, int D>
 struct BlockWeights {
   const T* matrices;
@@ -67,7 +68,7 @@ struct BlockWeights {
   DECO_DEVICE Linear<T, D> linear(int which) const { return {matrix(which), bias_selector}; }
 };
 
-// Room for the weights of some decoder blocks: all of them, or one that is filled again for every block.
+// Shared memory for the weights of decoder blocks: one slot for each, or one slot that is refilled for each.
 template <class T, int D, int Matrices = kBlockMatrices>
 struct BlockSlots {
   static constexpr int kBytes = Matrices * D * kRowStride<D> * 2;  // of one decoder block
@@ -83,7 +84,7 @@ struct BlockSlots {
   }
 };
 
-// What surrounds the blocks of a decoder: pixel [D][8] and head [8][kRowStride].
+// Weights of the embedding and the head in shared memory: pixel [D][8] and head [8][kRowStride].
 template <class T, int D>
 struct DecoderEnds {
   static constexpr int kPixelBytes = D * kChannelSlots * 2, kHeadBytes = kChannelSlots * kRowStride<D> * 2;

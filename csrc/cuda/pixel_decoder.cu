@@ -1,11 +1,11 @@
-// pixel_decoder, forward: the whole decoder in one kernel.
+// Forward of pixel_decoder: the whole decoder in one kernel.
 //
 //   h = W_x·x + table[k];  N decoder blocks (block.h);  velocity = W_out·LayerNorm(h) + b_out
 //
-// A warp owns M tiles of 16 pixels at a time; a thread block walks over the pixels with the stride of the grid.
-// Activations stay in registers; the weights of all decoder blocks lie in shared memory, or those of one block at a time where
-// they do not all fit. Per pixel: 2·D bytes of cond, C values of the image and of the velocity; 2·(5·N·D² + 2·C·D)
-// FLOPs. Every pixel's result depends on that pixel alone: the same bits whatever the grid.
+// Persistent grid of one thread block per multiprocessor; a warp owns M tiles of 16 pixels at a time. Activations stay
+// in registers. Shared memory holds the weights of all decoder blocks, or of one decoder block at a time if they do not
+// fit. Per pixel: 2·D bytes of cond, C values of the image and of the velocity; 2·(5·N·D² + 2·C·D) FLOPs.
+// Deterministic: the result of a pixel depends only on that pixel, so the bits do not depend on the grid.
 #include "cuda/block.h"
 #include "cuda/decoder_geometry.h"
 
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kThreads = 256;
 template <int D>
-constexpr int kTiles = D <= 32 ? 2 : 1;  // of a warp: two share the loads of weights while registers last
+constexpr int kTiles = D <= 32 ? 2 : 1;  // per warp: two tiles share the loads of weights if they fit in registers
 template <int D>
 constexpr int kBlockPixels = kThreads / 32 * 16 * kTiles<D>;
 
@@ -27,7 +27,7 @@ struct ForwardParams {
   PatchGrid grid;
   DecoderShape shape;
   uint32_t pixels = 0;
-  bool resident = false;  // all decoder blocks fit into shared memory
+  bool resident = false;  // the weights of all decoder blocks fit in shared memory
   float eps = 0;
 
   template <class V>
@@ -59,7 +59,7 @@ forward_kernel(const ForwardParams p) {
 
   const uint32_t patch_mask = (1u << (2 * p.grid.log2_patch)) - 1;
   for (uint32_t begin = block() * kBlockPixels<D>; begin < p.pixels; begin += block_count() * kBlockPixels<D>) {
-    const uint32_t first = begin + warp() * (16 * M) + (lane() >> 2);  // the lane's rows: first + 8, + 16, + 24
+    const uint32_t first = begin + warp() * (16 * M) + (lane() >> 2);  // the lane's rows: first + 8·i, i < 2·M
     Tile<D> h[M];
     Operand<D> s[M];
     int64_t out[M][2];

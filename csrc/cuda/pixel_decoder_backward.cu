@@ -1,9 +1,10 @@
-// pixel_decoder, backward: nothing of the forward is kept but its inputs. For a chunk of tokens at a time:
-//   1. recompute (decoder_recompute.cu): the forward again; the inputs of the blocks go to the workspace; the head backward
-//   2. block_backward.cu, for each block from the last to the first
-//   3. embedding (decoder_embedding.cu)
-// Sums over pixels go to partial buffers that all chunks add to; at the end they are summed in a fixed order and turned
-// into the gradients of the op's weights (gradient_sums.cu). The workspace holds 2·D·(N + 2) bytes per pixel of a chunk.
+// Backward of pixel_decoder. The forward saves only its inputs. For one chunk of tokens at a time:
+//   1. decoder_recompute.cu: the forward, with the inputs of the decoder blocks written to the workspace, and the
+//      backward of the head
+//   2. block_backward.cu: the backward of each decoder block, in reverse order
+//   3. decoder_embedding.cu: the backward of the embedding
+// Chunks accumulate sums over pixels in partial buffers, which are added in a fixed order at the end and converted to
+// the gradients of the op's weights (gradient_sums.cu). The workspace holds 2·D·(N + 2) bytes per pixel of a chunk.
 #include "cuda/block_backward.h"
 #include "cuda/decoder_backward_kernels.h"
 #include "cuda/gradient_sums.h"
@@ -23,7 +24,7 @@ bool wants_weights(const DecoderWeightArrays& g) {
          g.head_weight.data != nullptr || g.head_bias.data != nullptr;
 }
 
-// Where everything lies in the workspace.
+// Layout of the workspace.
 struct Parts {
   PackedWeights packed;
   uint16_t *h, *s, *grad_h;              // operand tiles of a chunk
@@ -74,7 +75,7 @@ class Backward {
   }
 
  private:
-  // Keeps the first failure; says whether to go on.
+  // Stores the first failure; returns true if there has been none.
   bool add(const Status& status) {
     if (status_.ok()) status_ = status;
     return status_.ok();

@@ -1,4 +1,4 @@
-// Where a pixel's values lie: rows of channels in token order, and elements of images [B,C,H,W] with any strides.
+// Addresses of a pixel's values: rows of channels in token order, and elements of images [B, C, H, W] with any strides.
 //
 // Pixels are numbered in token order: pixel k = ky·p + kx of token T, P = p², has number T·P + k.
 #pragma once
@@ -33,9 +33,9 @@ DECO_DEVICE void store_float(const Array& array, int64_t index, float value) {
 struct PatchRows {
   void* data = nullptr;
   int64_t token_stride = 0, pixel_stride = 0;
-  int log2_pixels = 0;  // of a token: log2(P)
+  int log2_pixels = 0;  // log2(P)
 
-  // The address of channel `channel` of a pixel.
+  // Address of channel `channel` of a pixel.
   template <class T>
   DECO_DEVICE T* at(uint32_t pixel, int channel) const {
     const uint32_t token = pixel >> log2_pixels, k = pixel & ((1u << log2_pixels) - 1);
@@ -53,7 +53,7 @@ struct PatchRows {
   }
 };
 
-// [pixels, D] of the compute dtype with unit channel stride and one stride, in elements, from pixel to pixel.
+// [pixels, D] of the compute dtype with unit channel stride; the stride between pixels is in elements.
 struct RowsView {
   void* data = nullptr;
   int64_t stride = 0;
@@ -75,7 +75,7 @@ struct RowsView {
   }
 };
 
-// A lane's quarter of a row, one word for each column tile.
+// A lane's quarter of a row, one word per column tile.
 template <int D>
 struct RowWords {
   uint32_t word[D / 8];
@@ -117,8 +117,8 @@ DECO_DEVICE void store_row(const RowsView& rows, uint32_t pixel, const RowWords<
 
 // ---- operand tiles --------------------------------------------------------------------------------------------------
 
-// Scratch [tiles of 16 pixels][D / 16][lanes][4 words]: the registers of left operands as they are (tile.h), so that a
-// warp moves 512 bytes at once and matmuls can use them without rearranging.
+// Global scratch memory [tiles of 16 pixels][D / 16][lanes][4 words]: left operands (tile.h) in their register layout.
+// A warp moves 512 bytes per access, and matmuls use the words without shuffles.
 template <int D>
 DECO_DEVICE Operand<D> load_tile(const void* tiles, uint32_t tile) {
   Operand<D> operand;
@@ -142,7 +142,7 @@ DECO_DEVICE void store_tile(void* tiles, uint32_t tile, const Operand<D>& operan
 
 // ---- images ---------------------------------------------------------------------------------------------------------
 
-// Quotients by a divisor known at launch, exact for dividends below 2^31.
+// Division by a divisor known at launch, by multiplication and shift; exact for dividends below 2^31.
 struct Divider {
   uint32_t divisor = 1, multiplier = 0;
   int shift = 0;
@@ -159,7 +159,7 @@ struct Divider {
   }
 };
 
-// The patches of a batch of images. All pixels together are fewer than 2^31.
+// The patches of a batch of images with fewer than 2^31 pixels in total.
 struct PatchGrid {
   int log2_patch = 0;
   Divider tokens_per_image, columns;
@@ -178,7 +178,7 @@ DECO_DEVICE PixelPlace locate(const PatchGrid& grid, uint32_t pixel) {
   return {image, (row << log2_patch) + (k >> log2_patch), (column << log2_patch) + (k & ((1u << log2_patch) - 1))};
 }
 
-// An image whose strides are in bytes.
+// An image [B, C, H, W] with strides in bytes.
 struct Image {
   char* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -208,9 +208,9 @@ struct Image {
   }
 };
 
-// The left operand (16 pixels x 8) that carries up to four channels of the lane's two pixels without loss: columns 0 to
-// 3 hold the values rounded to T, columns 4 to 7 what the rounding left. Columns of channels that an image does not have
-// repeat another one; their weights are zero.
+// Left operand (16 pixels x 8) with up to four channels of the lane's two pixels: columns 0 to 3 are the values rounded
+// to T, columns 4 to 7 the remainders of the rounding. Columns of missing channels repeat another channel; their
+// weights are zero.
 template <class T>
 DECO_DEVICE void load_channels(uint32_t (&words)[2], const Image& image, int channels, const char* (&pixel)[2]) {
   const int first = 2 * (lane() & 1);
@@ -248,7 +248,7 @@ struct Planes {
   explicit Planes(const ImageArray& image)
       : data(image.data), stride_b(image.stride_b), stride_c(image.stride_c), stride_y(image.stride_y) {}
 
-  // The index of channel 0 of a pixel.
+  // Index of channel 0 of a pixel.
   DECO_DEVICE int64_t offset(const PixelPlace& place) const {
     return place.image * stride_b + place.y * stride_y + place.x;
   }
@@ -258,7 +258,7 @@ struct Planes {
   }
 };
 
-// Writes v0, v1 to channels 2t, 2t + 1 of a pixel; only lanes t < 2 hold channels.
+// Writes v0, v1 to channels 2t, 2t + 1 of a pixel; only lanes with t < 2 hold channels.
 template <class T>
 DECO_DEVICE void store_channels(const Planes& planes, int64_t offset, int channels, float v0, float v1) {
   const int channel = 2 * (lane() & 3);

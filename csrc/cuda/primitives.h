@@ -1,23 +1,23 @@
-// The vocabulary of the CUDA kernels. It has two implementations: on the device (cuda/primitives_device.h: inline
-// assembly) and on the host (emulation/primitives.h: every thread a fiber). Kernels use nothing below this layer.
+// Primitives of the CUDA kernels, with two implementations: on the device (cuda/primitives_device.h, inline assembly)
+// and on the host (emulation/primitives.h, one fiber per thread). Kernels use nothing below this layer.
 //
-// Who am I:      thread(), lane(), warp(), block(), block_count(), block_threads()
+// Indices:       thread(), lane(), warp(), block(), block_count(), block_threads(); block: thread block
 // Memory:        load(p), store(p, value), shared_memory(): every access of a kernel to shared and global memory;
-//                store_global(p, words): to global memory alone, in one access
+//                store_global(p, words): global memory only, in one access
 // Barriers:      block_barrier(), warp_barrier()
 // In a warp:     shuffle_xor(value, mask): the value of lane ^ mask
 // Arithmetic:    tanh_approximate(x) (largest relative error 2^-11), rsqrt_approximate(x)
-// Compute dtype:  pack<T>(low, high): two floats rounded to nearest even in one word; low<T>(word), high<T>(word)
+// Compute dtype: pack<T>(low, high): two floats rounded to nearest even in one word; low<T>(word), high<T>(word)
 //
-// Matrix instructions of a warp, on 8x8 matrices M of 16-bit elements. With g = lane / 4 and t = lane % 4, a lane holds
-// of each matrix one word: the elements (g, 2t) and (g, 2t + 1).
+// Matrix instructions of a warp, on 8x8 matrices of 16-bit elements. With g = lane / 4 and t = lane % 4, a lane holds
+// one word of each matrix: the elements (g, 2t) and (g, 2t + 1).
 //   load_matrices(words, row)             four matrices from shared memory; lanes 8i to 8i+7 give the addresses of the
 //                                         rows (16 bytes each) of matrix i
 //   load_matrices_transposed(words, row)  the same, each matrix transposed
 //   store_matrices(row, words)            the inverse of load_matrices
 //   transpose(word)                       one matrix transposed
-//   multiply<T>(d, a, b, c)               d = a·b + c; a is 16x16 as the quadrants (top left, bottom left, top right,
-//                                         bottom right), or 16x8 as (top, bottom); b is 16x8 or 8x8, held transposed
+//   multiply<T>(d, a, b, c)               d = a·b + c; a is 16x16 as quadrants (top left, bottom left, top right,
+//                                         bottom right), or 16x8 as (top, bottom); b is 16x8 or 8x8, transposed
 //                                         (lane: elements (2t, g) and (2t + 1, g)) as (top[, bottom]); c and d are 16x8
 //                                         float32: elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
 #pragma once
@@ -26,7 +26,7 @@
 
 namespace deco::cuda {
 
-// The 16-bit types a kernel computes with; `bits` is never interpreted outside this layer.
+// 16-bit compute dtypes; only this layer interprets `bits`.
 struct BFloat16 {
   uint16_t bits;
   static constexpr uint16_t kOne = 0x3f80;

@@ -1,11 +1,11 @@
-// The primitives on the device; see cuda/primitives.h.
+// Device implementation of cuda/primitives.h.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #define DECO_DEVICE __device__ __forceinline__
 #define DECO_HOST_DEVICE __host__ __device__ __forceinline__
-// `threads`: of the largest thread block; `blocks`: how many of them an SM should hold.
+// `threads`: size of the largest thread block; `blocks`: thread blocks that must fit on a multiprocessor at once.
 #define DECO_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 namespace deco::cuda {
@@ -54,7 +54,7 @@ DECO_DEVICE void store(Words4* address, Words4 v) {
   *reinterpret_cast<uint4*>(address) = make_uint4(v.x, v.y, v.z, v.w);
 }
 
-// Spelled as an intrinsic: the compiler is apt to split plain stores to global memory into words.
+// An intrinsic, because the compiler may split a plain store to global memory into words.
 DECO_DEVICE void store_global(Words2* address, Words2 v) {
   __stwb(reinterpret_cast<uint2*>(address), make_uint2(v.x, v.y));
 }
@@ -114,7 +114,7 @@ DECO_DEVICE float high<Float16>(uint32_t word) {
   return low<Float16>(word >> 16);
 }
 
-// Loads carry no memory clobber: a barrier always stands between a kernel's writes and its matrix loads of them.
+// Loads have no memory clobber: kernels always have a barrier between writes and matrix loads of the same memory.
 DECO_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 DECO_DEVICE void load_matrices(uint32_t (&words)[4], const void* row) {
@@ -127,7 +127,7 @@ DECO_DEVICE void load_matrices_transposed(uint32_t (&words)[4], const void* row)
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(shared_address(row)));
 }
-// stmatrix exists from sm_90 on. Before it, the lanes pass on the row addresses and write their words themselves.
+// stmatrix requires sm_90. On older architectures the lanes exchange row addresses and store their words.
 DECO_DEVICE void store_matrices(void* row, const uint32_t (&words)[4]) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),

@@ -1,5 +1,5 @@
-// What the ops on rows share, adaln_block and upsample_modulate: a row of h and cond is a pixel, and a warp of their
-// forward kernels owns M tiles of 16 rows at a time. Their backward is one step of block_backward.cu.
+// Shared by the ops on rows, adaln_block and upsample_modulate. A row of h and cond is a pixel; a warp of the forward
+// kernels owns M tiles of 16 rows at a time. The backward is one step of block_backward.cu.
 #pragma once
 
 #include "cuda/block_backward.h"
@@ -10,11 +10,11 @@ namespace deco::cuda {
 
 constexpr int kRowThreads = 256;
 template <int D>
-constexpr int kRowTiles = D <= 32 ? 2 : 1;  // M: two share the loads of weights while registers last
+constexpr int kRowTiles = D <= 32 ? 2 : 1;  // M: two tiles share the loads of weights if they fit in registers
 template <int D>
 constexpr int kBlockRows = kRowThreads / 32 * kTilePixels * kRowTiles<D>;
 
-// What a forward kernel reads.
+// Inputs of a forward kernel.
 struct RowsInput {
   PackedWeights packed;
   RowsView h, cond;
@@ -42,7 +42,7 @@ inline Status check_rows(const Call& call, const char* op, int64_t rows, int64_t
   return {};
 }
 
-// Packs the weights of a forward call `op` and calls launch_kernel(type, width, size, input) with the grid of its kernel.
+// Packs the weights of a forward call `op` and calls launch_kernel(type, width, size, input) with the launch size.
 template <class Op, class Launch>
 Status run_rows_forward(const Call& call, const char* name, const Op& op, int matrices, Launch&& launch_kernel) {
   const Status checked = check_rows(call, name, op.rows, rows_forward_workspace(op.width, matrices));
@@ -64,7 +64,7 @@ Status run_rows_forward(const Call& call, const char* name, const Op& op, int ma
   });
 }
 
-// Runs a backward call `op`; `block` holds the incoming gradients and says whether there is an MLP.
+// Runs a backward call `op`; `block` holds the incoming gradients and the `mlp` flag.
 template <class Op>
 Status run_rows_backward(const Call& call, const char* name, const Op& op, BlockBackward block) {
   const Status checked =

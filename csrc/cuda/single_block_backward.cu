@@ -1,4 +1,4 @@
-// The backward of one block on its own, for adaln_block and upsample_modulate; see block_backward.h.
+// Backward of a single decoder block, for adaln_block and upsample_modulate (block_backward.h).
 #include "cuda/block_backward.h"
 #include "cuda/gradient_sums.h"
 
@@ -6,7 +6,7 @@ namespace deco::cuda {
 
 namespace {
 
-// Where everything lies in the workspace.
+// Layout of the workspace.
 struct Parts {
   PackedWeights packed;
   int matrices, parts;

@@ -1,6 +1,7 @@
-// A warp's tile of 16 pixels x D channels, its matmuls with D x D matrices in shared memory, and its LayerNorm.
+// A warp's tile of 16 pixels x D channels in registers, its matmuls with D x D matrices in shared memory, and
+// LayerNorm.
 //
-// The layout of the tensor cores' fragments, with g = lane / 4 and t = lane % 4. A word holds two numbers, the lower column
+// Layout of the tensor core fragments, with g = lane / 4 and t = lane % 4. A word holds two elements, the lower column
 // in its low half.
 //
 //   register of a lane         row (pixel)   columns
@@ -15,16 +16,16 @@
 //   Weights8::k_step[k][0]     g             16k + 2t, 16k + 2t + 1
 //   Weights8::k_step[k][1]     g             16k + 8 + 2t, 16k + 8 + 2t + 1
 //
-// So column tiles 2k and 2k + 1 of a Tile, rounded to the compute dtype, are k-step k of the left operand of the next
-// matmul: activations never leave the registers. Columns are a permutation of the channels, so that each lane owns D / 4
-// consecutive channels of a pixel and rows move in 16-byte accesses. Packed weights are permuted alike.
+// Column tiles 2k and 2k + 1 of a Tile, rounded to the compute dtype, are k-step k of the left operand of the next
+// matmul, so activations stay in registers. Columns are permuted channels: each lane owns D / 4 consecutive channels of
+// a pixel, and rows move in 16-byte accesses. Packed weights have the same permutation.
 #pragma once
 
 #include "cuda/primitives.h"
 
 namespace deco::cuda {
 
-// Column 8j + 2t + e holds channel (D / 4)·t + 2j + e of D channels; the second function is the inverse of the first.
+// Column 8j + 2t + e holds channel (D / 4)·t + 2j + e of D channels. The two functions are inverses.
 DECO_DEVICE int channel_of_column(int column, int D) {
   return (D / 4) * ((column >> 1) & 3) + 2 * (column >> 3) + (column & 1);
 }
@@ -33,8 +34,8 @@ DECO_DEVICE int column_of_channel(int channel, int D) {
   return 8 * (within / 2) + 2 * t + within % 2;
 }
 
-// Rows of packed matrices: D weights, then the bias in kBiasSlots numbers (three that add up to it, then zeros). A row is
-// an odd multiple of 16 bytes, which keeps matrix loads from shared memory free of bank conflicts.
+// Rows of packed matrices: D weights, then the bias in kBiasSlots numbers (three that sum to it, then zeros). A row is
+// an odd multiple of 16 bytes, which avoids bank conflicts of matrix loads from shared memory.
 constexpr int kBiasSlots = 8, kBiasParts = 3;
 template <int D>
 constexpr int kRowStride = D + kBiasSlots;
@@ -54,7 +55,7 @@ DECO_DEVICE Tile<D> zeros() {
   return tile;
 }
 
-// A tile rounded to the compute dtype, as the left operand of a matmul over all D columns.
+// A tile rounded to the compute dtype: left operand of a matmul over all D columns.
 template <int D>
 struct Operand {
   uint32_t k_step[D / 16][4];
@@ -68,7 +69,7 @@ struct Operand {
   DECO_DEVICE void set(int j, const float (&v)[4]) {
     set<T>(j, v[0], v[1], v[2], v[3]);
   }
-  // Zero in row `which` (0: upper, 1: lower) of the lane's pair.
+  // Zeros row `which` (0: upper, 1: lower) of the lane's two rows.
   DECO_DEVICE void clear_row(int which) {
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) k_step[k][which] = k_step[k][2 + which] = 0u;
@@ -85,13 +86,13 @@ DECO_DEVICE Operand<D> rounded(const Tile<D>& tile) {
 
 // ---- matmuls ------------------------------------------------------------------------------------------------------
 
-// The right operand of a matmul with D inputs and 8 outputs.
+// Right operand of a matmul with D inputs and 8 outputs.
 template <int D>
 struct Weights8 {
   uint32_t k_step[D / 16][2];
 };
 
-// Of W [out][in] in shared memory, the eight outputs whose rows start at `rows`: for x·Wᵀ.
+// The eight outputs of W [out][in] in shared memory whose rows start at `rows`, for x·Wᵀ.
 template <class T, int D>
 DECO_DEVICE Weights8<D> weight_rows(const T* rows) {
   Weights8<D> w;
@@ -113,7 +114,7 @@ DECO_DEVICE Weights8<D> weight_rows(const T* rows) {
   return w;
 }
 
-// Of W [out][in] in shared memory, the eight inputs whose columns start at `columns`: for x·W.
+// The eight inputs of W [out][in] in shared memory whose columns start at `columns`, for x·W.
 template <class T, int D>
 DECO_DEVICE Weights8<D> weight_columns(const T* columns, int stride = kRowStride<D>) {
   Weights8<D> w;
@@ -142,15 +143,15 @@ DECO_DEVICE void multiply_add(float (&total)[4], const Operand<D>& x, const Weig
   for (int k = 0; k < D / 16; ++k) multiply<T>(total, x.k_step[k], w.k_step[k], total);
 }
 
-// A lane's word of a left operand (8 rows x 8) with ones in the columns of the parts of a bias.
+// A lane's word of a left operand (8 rows x 8) with ones in the columns of the bias parts.
 template <class T>
 DECO_DEVICE uint32_t bias_selector() {
   const int t = lane() & 3;
   return t == 0 ? T::kOne * 0x10001u : t == 1 ? T::kOne : 0u;
 }
 
-// A linear layer with D inputs and Outputs outputs whose packed matrix lies in shared memory. Its bias is one more step
-// of the matmul: cheaper than moving biases into the accumulators, and M tiles share it.
+// Linear layer with D inputs and Outputs outputs; the packed matrix is in shared memory. The bias is one more step of
+// the matmul, shared by M tiles, which is cheaper than moving biases into the accumulators.
 template <class T, int D, int Outputs = D>
 struct Linear {
   const T* matrix;
@@ -193,15 +194,15 @@ struct Linear {
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
-// One number for each of a lane's two pixel rows.
+// One value for each of a lane's two rows.
 struct RowPair {
   float upper, lower;
 
-  // That of the row of element i of Tile::v[j].
+  // Value for the row of element i of Tile::v[j].
   DECO_DEVICE float of(int i) const { return i < 2 ? upper : lower; }
 };
 
-// The sum over the four lanes that share a row.
+// Sum over the four lanes that share a row.
 DECO_DEVICE float quad_sum(float x) {
   // region: first_shuffle_of_quad_sum
   x += shuffle_xor(x, 1);
@@ -213,7 +214,7 @@ struct RowStatistics {
   RowPair mean, rstd;
 };
 
-// The sum of a lane's values of row i / 2 in N column tiles from j on, halves apart: of equal values it is exact.
+// Sum of a lane's values of row i / 2 in N column tiles from j on, as a balanced tree: exact for equal values.
 template <int N, int D>
 DECO_DEVICE float pairwise_sum(const Tile<D>& tile, int i, int j = 0) {
   if constexpr (N == 1)
@@ -222,14 +223,14 @@ DECO_DEVICE float pairwise_sum(const Tile<D>& tile, int i, int j = 0) {
     return pairwise_sum<N / 2>(tile, i, j) + pairwise_sum<N / 2>(tile, i, j + N / 2);
 }
 
-// 1 / sqrt(variance + eps) of D squares' sum; NaN for one that is not finite.
+// 1 / sqrt(variance + eps) from the sum of D squares; NaN if the sum is not finite.
 template <int D>
 DECO_DEVICE float reciprocal_deviation(float squares, float eps) {
   return fmaf(squares, 0.0f, rsqrt_approximate(fmaf(squares, 1.0f / D, eps)));
 }
 
-// LayerNorm's mean and 1 / sqrt(variance + eps) of each row, in two passes. An error of the mean is multiplied by rstd, up
-// to 1,000 at eps = 1e-6: the pairwise sum keeps it to a few roundings.
+// Mean and rstd = 1 / sqrt(variance + eps) of each row, in two passes. rstd multiplies the error of the mean, by up to
+// 1,000 at eps = 1e-6; the pairwise sum limits that error to a few roundings.
 template <int D>
 DECO_DEVICE RowStatistics statistics(const Tile<D>& h, float eps) {
   const RowPair mean = {quad_sum(pairwise_sum<D / 8>(h, 0)) * (1.0f / D),
@@ -248,7 +249,7 @@ DECO_DEVICE RowStatistics statistics(const Tile<D>& h, float eps) {
       {reciprocal_deviation<D>(quad_sum(squares.upper), eps), reciprocal_deviation<D>(quad_sum(squares.lower), eps)}};
 }
 
-// h becomes (h - mean)·rstd; returns rstd.
+// Replaces h by (h - mean)·rstd and returns rstd.
 template <int D>
 DECO_DEVICE RowPair normalize(Tile<D>& h, float eps) {
   const RowStatistics s = statistics(h, eps);
@@ -259,8 +260,8 @@ DECO_DEVICE RowPair normalize(Tile<D>& h, float eps) {
   return s.rstd;
 }
 
-// The gradient of what `normalize` was given, from its result, the gradient of that, and rstd:
-// rstd·(grad - mean(grad) - normalized·mean(grad·normalized)), added to `total`.
+// Gradient of the input of `normalize` from its result `normalized`, the gradient `grad` of the result, and rstd:
+// total += rstd·(grad - mean(grad) - normalized·mean(grad·normalized)).
 template <int D>
 DECO_DEVICE void add_normalize_gradient(Tile<D>& total, const Tile<D>& grad, const Tile<D>& normalized, RowPair rstd) {
   RowPair sum = {0, 0}, product = {0, 0};
@@ -285,11 +286,11 @@ DECO_DEVICE void add_normalize_gradient(Tile<D>& total, const Tile<D>& grad, con
 
 // ---- SiLU ---------------------------------------------------------------------------------------------------------
 
-// SiLU(2x) = x + x·tanh(x); the caller folds the factor 1/2 into what produces x.
+// SiLU(2x) = x + x·tanh(x); callers fold the factor 1/2 into the computation of x.
 DECO_DEVICE float silu_of_double(float x) { return fmaf(x, tanh_approximate(x), x); }
 
 struct SiluGradient {
-  float value, slope;  // SiLU(2x) and its derivative in x
+  float value, slope;  // SiLU(2x) and its derivative with respect to x
 };
 DECO_DEVICE SiluGradient silu_of_double_gradient(float x) {
   const float tanh = tanh_approximate(x);

@@ -1,10 +1,12 @@
-// upsample_modulate after its matmul: with s = SiLU(cond), per row
+// upsample_modulate after the upsample matmul. With s = SiLU(cond), per row:
 //
 //   shift, scale, gate = W_mod·s + b_mod;  modulated = LayerNorm(h)·(1 + scale) + shift
 //
-// A warp owns M tiles of 16 rows; SiLU(cond) and the modulation stay in registers. Forward: 8·D bytes and 6·D² FLOPs per
-// row; every row's result depends on that row alone. Backward: block_backward.cu without the MLP, then the sums of the
-// weight gradients in a fixed order.
+// Forward: a persistent grid of one thread block per multiprocessor; a warp owns M tiles of 16 rows at a time, with
+// SiLU(cond) and the modulation in registers and the packed weights in shared memory. Per row: 8·D bytes and 6·D²
+// FLOPs.
+// Deterministic: the result of a row depends only on that row.
+// Backward: block_backward.cu without the MLP, then the sums of the weight gradients in a fixed order.
 #include "cuda/block.h"
 #include "cuda/row_ops.h"
 #include "deco/cuda/upsample_modulate.h"

@@ -11,7 +11,7 @@ void emulation::set_device_limits(const cuda::DeviceLimits& limits) { emulated_l
 namespace cuda {
 
 const char* describe(int code) {
-  if (code == kWorkspaceTooSmall) return "the workspace is smaller than the op's workspace query says";
+  if (code == kWorkspaceTooSmall) return "the workspace is smaller than the size that the workspace query returns";
   if (code == kTooManyPixels) return "2^31 or more pixels in one call; split the batch";
   return "no CUDA error occurs in emulation";
 }
