@@ -1,4 +1,4 @@
-// Python module _native_cuda_emulated: the functions of _native_cuda, run on the host.
+// Python module _native_cuda_emulated: the functions of _native_cuda, emulated on the host.
 #include "bindings_cuda.h"
 #include "emulation/device.h"
 #include "emulation/machine.h"
@@ -34,11 +34,11 @@ PYBIND11_MODULE(_native_cuda_emulated, m) {
       "set_seed", [](uint32_t seed) { deco::emulation::Machine::instance().set_seed(seed); }, py::arg("seed"),
       "Seeds the order in which warps run");
   m.def("launches_of", &launches_of, py::arg("call"),
-        "The launches [(name, blocks, threads, bytes of shared memory)] of call(), none of which is run");
+        "Launches [(name, thread blocks, threads, bytes of shared memory)] of call(), without running them");
   m.def(
       "set_device_limits",
       [](int multiprocessors, int shared_bytes) {
         deco::emulation::set_device_limits({multiprocessors, shared_bytes});
       },
-      py::arg("multiprocessors"), py::arg("shared_bytes"), "Chooses what the emulated device has");
+      py::arg("multiprocessors"), py::arg("shared_bytes"), "Sets the limits of the emulated device");
 }

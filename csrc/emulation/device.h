@@ -1,4 +1,4 @@
-// The emulated device: limits that tests choose.
+// Limits of the emulated device, set by tests.
 #pragma once
 
 #include "deco/cuda/call.h"

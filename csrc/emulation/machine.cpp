@@ -8,7 +8,7 @@
 #error "the emulator switches fibers with x86-64 Linux assembly"
 #endif
 
-// Saves the callee-saved registers and the stack pointer to *from, continues where `to` was saved.
+// Saves the callee-saved registers and the stack pointer to *from and resumes the fiber whose stack pointer is `to`.
 extern "C" void deco_switch_fiber(void** from, void* to);
 asm(R"(
 .text
@@ -51,11 +51,12 @@ uint32_t Machine::draw(uint32_t limit) {
 }
 
 void Machine::fault(const std::string& what) const {
-  throw Fault(what + " (block " + std::to_string(block_) + ", thread " + std::to_string(current_) + ")");
+  throw Fault(what + " (thread block " + std::to_string(block_) + ", thread " + std::to_string(current_) + ")");
 }
 
 void Machine::launch(const LaunchSize& size, Buffers buffers, const std::function<void()>& body) {
-  if (size.threads <= 0 || size.threads % kLanes != 0) throw Fault("a block needs a multiple of 32 threads");
+  if (size.threads <= 0 || size.threads % kLanes != 0)
+    throw Fault("expected a multiple of 32 threads per thread block, got " + std::to_string(size.threads));
   size_ = size;
   buffers_ = std::move(buffers);
   body_ = body;
@@ -79,7 +80,7 @@ void Machine::run_block() {
     Fiber& fiber = fibers_[i];
     fiber.done = false;
     fiber.waiting = Waiting::kNothing;
-    // A fresh stack looks like one saved by deco_switch_fiber, with `enter` as the address to return to.
+    // A new stack has the layout that deco_switch_fiber saves, with `enter` as the return address.
     auto** top = reinterpret_cast<void**>(fiber.stack + kStackBytes);
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(&Machine::enter);
@@ -96,7 +97,7 @@ void Machine::run_block() {
   }
 }
 
-// Runs the lanes of a warp until all of them wait or, one time in 16, until a collective operation is done.
+// Runs the lanes of a warp until all of them wait or, with probability 1/16, until one collective operation is done.
 bool Machine::run_warp(int warp) {
   bool progress = false;
   for (bool again = true; again;) {
@@ -122,7 +123,7 @@ bool Machine::runnable(int thread) const {
   return true;
 }
 
-// The first function on every fiber's stack; an exception must not leave it.
+// First function on the stack of every fiber; no exception may leave it.
 void Machine::enter() {
   Machine& machine = instance();
   try {

@@ -1,12 +1,12 @@
-// Runs CUDA kernels on the host, one thread block after the other, every thread a fiber of its own.
+// Runs CUDA kernels on the host, one thread block after the other, with one fiber per thread.
 //
-// Threads run until they meet: at a collective operation of their warp, or at the barrier of their thread block. Which warp
-// runs next, and how far, is drawn from a seeded generator, so that results which depend on the order of warps differ
-// from seed to seed. Shared memory starts as NaN (all bits set). Every access is checked. What is wrong raises Fault:
-//   - lanes of one warp that meet in different collectives, or of which one never comes (divergence, deadlock)
+// A thread runs until it reaches a collective operation of its warp or a barrier of its thread block. A seeded
+// generator selects the next warp and how far it runs, so that results that depend on the order of warps differ between
+// seeds. Shared memory is initialized to NaN (all bits set). Every access is checked. Fault is raised for
+//   - lanes of one warp in different collective operations, or lanes that never arrive (divergence, deadlock)
 //   - a misaligned access, or one outside the thread block's shared memory and the buffers that the launch declares
 //   - a write to a buffer that the launch declares as read
-// Not covered: bank conflicts, timing, asynchronous copies, data races that no drawn order reveals.
+// Not covered: bank conflicts, timing, asynchronous copies, data races that none of the orders reveals.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +23,7 @@ class Fault : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The buffers in global memory that a launch may touch.
+// Buffers in global memory that a launch may access.
 class Buffers {
  public:
   void read(const void* data, int64_t bytes) { add(data, bytes, false); }
@@ -67,7 +67,7 @@ enum class Operation : int {
 
 constexpr int kLanes = 32;
 
-// What the lanes of a warp bring to a collective operation, and what they take away.
+// Inputs and results of a collective operation of a warp.
 struct Exchange {
   uint32_t in[kLanes][12];
   uint32_t out[kLanes][4];
@@ -82,9 +82,9 @@ class Machine {
 
   void set_seed(uint32_t seed) { random_ = seed; }
 
-  // While `list` is not null, launches are appended to it instead of being run.
+  // While `list` is not null, launches are appended to it and not run.
   void list_launches(std::vector<NamedLaunch>* list) { list_ = list; }
-  // Appends a launch to the list; false without one.
+  // Appends a launch to the list; returns false if there is no list.
   bool lists(const char* name, const LaunchSize& size) {
     if (list_ != nullptr) list_->push_back({name, size});
     return list_ != nullptr;
@@ -100,9 +100,9 @@ class Machine {
 
   void block_barrier();
 
-  // The current lane's operands of a collective operation; throws Fault if its warp is in another one.
+  // Operands of the current lane in a collective operation; throws Fault if its warp is in another one.
   uint32_t* arrive(Operation operation);
-  // Waits for all lanes; the last one to come runs execute(exchange). Returns the current lane's results.
+  // Waits for all lanes; the last lane to arrive runs execute(exchange). Returns the results of the current lane.
   template <class Execute>
   const uint32_t* meet(Execute&& execute) {
     Warp& warp = warps_[current_ / kLanes];
@@ -131,7 +131,7 @@ class Machine {
     char* stack = nullptr;
     bool done = false;
     Waiting waiting = Waiting::kNothing;
-    uint32_t generation = 0;  // of what it waits for
+    uint32_t generation = 0;  // of the barrier or collective operation that it waits for
   };
 
   static void enter();

@@ -1,4 +1,4 @@
-// The primitives on the host; see cuda/primitives.h and emulation/machine.h.
+// Host implementation of cuda/primitives.h on emulation/machine.h.
 #pragma once
 
 #include <algorithm>
@@ -52,7 +52,7 @@ inline uint16_t round_to<Float16>(float value) {
   return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
 }
 
-// Rows = the words' places (see primitives.h): 8x8 elements from one word of each lane.
+// 8x8 elements from one word of each lane, in the layout of cuda/primitives.h.
 inline void gather_matrix(uint16_t (&matrix)[8][8], const Exchange& exchange, int word) {
   for (int lane = 0; lane < kLanes; ++lane) {
     matrix[lane / 4][2 * (lane % 4)] = static_cast<uint16_t>(exchange.in[lane][word]);
@@ -159,7 +159,7 @@ inline float shuffle_xor(float value, int mask) {
   })[0]);
 }
 
-// The size of the hardware's error: the exact value rounded to 11 significant bits.
+// The exact value rounded to 11 significant bits: an error as large as that of the hardware.
 inline float tanh_approximate(float x) {
   if (std::isnan(x)) return x;
   return emulated::float_of((emulated::bits_of(std::tanh(x)) + 0x1000) & ~0x1fffu);

@@ -1,4 +1,4 @@
-// Small kernels for testing the emulator itself: each collective operation against its definition, and deliberate faults.
+// Small kernels that test the emulator: each collective operation against its definition, and deliberate faults.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -28,7 +28,7 @@ struct Params {
   }
 };
 
-// Every warp writes its number to shared memory and reads its neighbour's.
+// Every warp writes its index to shared memory and reads that of the next warp.
 DECO_KERNEL(128, 1) neighbour_kernel(const Params p) {
   auto* shared = reinterpret_cast<uint32_t*>(shared_memory());
   store(shared + thread(), static_cast<uint32_t>(warp()));
@@ -58,11 +58,11 @@ DECO_KERNEL(128, 1) fault_kernel(const Params p) {
     load_matrices(row, shared + 1);
   }
   if (p.fault == "write to what is read") store(const_cast<float*>(p.in), 0.0f);
-  if (p.fault == "uninitialised shared memory") store(p.out + thread(), load(shared + thread()));
+  if (p.fault == "uninitialized shared memory") store(p.out + thread(), load(shared + thread()));
   store(p.out + thread() % 32, load(p.out + thread() % 32));
 }
 
-// out = the words of op(in), for checking a collective against its definition.
+// out = the words of op(in), to check a collective operation against its definition.
 DECO_KERNEL(32, 1) collective_kernel(const Params p) {
   auto* shared = reinterpret_cast<uint16_t*>(shared_memory());
   for (int i = lane(); i < 256; i += 32) store(shared + i, static_cast<uint16_t>(i));

@@ -59,8 +59,8 @@ def test_faults_are_noticed(kernels, fault, said):
     kernels.fault("none")
 
 
-def test_uninitialised_shared_memory_is_nan(kernels):
-    words = kernels.fault("uninitialised shared memory")[32:]
+def test_uninitialized_shared_memory_is_nan(kernels):
+    words = kernels.fault("uninitialized shared memory")[32:]
     assert np.isnan(words.view(np.float32)).all() and np.isnan(words.view(np.float16)).all()
 
 
