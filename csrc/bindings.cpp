@@ -1,5 +1,5 @@
-// Python module _native_cpu. Tensors come as addresses and plain integers, already checked by the caller; the GIL is
-// released while a kernel runs.
+// Python module _native_cpu. Tensors are passed as addresses and integers, checked by the caller; kernels run without
+// the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,7 +14,7 @@ namespace py = pybind11;
 
 namespace {
 
-// The function `name` of the module: reads a call, releases the GIL, runs the kernel.
+// Defines function `name` of the module: reads a call, releases the GIL, runs the kernel.
 template <class Call>
 void bind(py::module_& m, const std::string& name, void (*kernel)(const Call&)) {
   const std::string arguments = deco::python::argument_names<Call>().text;
@@ -26,10 +26,10 @@ void bind(py::module_& m, const std::string& name, void (*kernel)(const Call&)) 
         py::gil_scoped_release release;
         kernel(call);
       },
-      ("Arguments: " + arguments + ". Written: the results; a gradient of address 0 is not wanted").c_str());
+      ("Arguments: " + arguments + ". Writes the results; gradients with address 0 are not computed").c_str());
 }
 
-// A loss with its workspace.
+// Runs a loss with a workspace of zeros.
 template <class Call, void (*kernel)(const Call&)>
 void with_workspace(const Call& given) {
   Call call = given;
@@ -44,11 +44,11 @@ void with_workspace(const Call& given) {
 PYBIND11_MODULE(_native_cpu, m) {
   using namespace deco::cpu;
   m.doc() = "CPU kernels of deco_kernels";
-  m.def("usable_isas", &usable_isas, "Instruction sets of this build that this processor runs, fastest first");
-  m.def("current_isa", &current_isa, "The instruction set in use");
+  m.def("usable_isas", &usable_isas, "Instruction sets of this build that this processor supports, fastest first");
+  m.def("current_isa", &current_isa, "The current instruction set");
   m.def("select_isa", &select_isa, py::arg("name"),
-        "Run every later call on this instruction set; ValueError if it is unknown or cannot run here");
-  m.def("vector_lanes", &vector_lanes, "Floats per vector of the instruction set in use");
+        "Select the instruction set of all later calls; ValueError if it is unknown or not usable here");
+  m.def("vector_lanes", &vector_lanes, "Floats per vector of the current instruction set");
 
   bind(m, "adaln_block_forward", &adaln_block_forward);
   bind(m, "adaln_block_backward", &adaln_block_backward);

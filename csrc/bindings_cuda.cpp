@@ -1,6 +1,6 @@
-// Python module _native_cuda. Tensors come as addresses and plain integers, already checked by the caller. A context is
+// Python module _native_cuda. Tensors are passed as addresses and integers, checked by the caller. A context is
 // (device, stream, workspace address, workspace bytes). Functions enqueue kernels and return; a failure raises
-// RuntimeError with the op, its sizes and what CUDA says.
+// RuntimeError with the op, its sizes and CUDA's message, 2^31 or more pixels ValueError.
 #include "bindings_cuda.h"
 
 #include <string>
@@ -61,7 +61,7 @@ auto sizes_of(const Op& op) -> decltype(std::to_string(op.rows)) {
   return "[" + std::to_string(op.rows) + ", " + std::to_string(op.width) + "]";
 }
 
-// Where a call runs.
+// Device, stream and workspace of a call.
 struct Context {
   int device = 0;
   cuda::Call call;
@@ -81,8 +81,7 @@ struct Device {
   }
 };
 
-// The function `name` of the module: enqueues an op on the context's device and raises what went wrong, calling the op
-// `title`.
+// Defines function `name` of the module: enqueues an op on the context's device. `title` names the op in errors.
 template <class Op>
 void bind(py::module_& m, const std::string& name, const std::string& title,
           cuda::Status (*launch)(const cuda::Call&, const Op&)) {
@@ -102,10 +101,10 @@ void bind(py::module_& m, const std::string& name, const std::string& title,
         if (status.code == cuda::kTooManyPixels) throw py::value_error(message);
         throw std::runtime_error(message);
       },
-      ("Arguments: " + arguments + ". Written: the results; a gradient of address 0 is not wanted").c_str());
+      ("Arguments: " + arguments + ". Writes the results; gradients with address 0 are not computed").c_str());
 }
 
-// Why no kernel of this build runs on a device, or None.
+// The reason why no kernel of this build runs on a device, or None.
 py::object problem(int device) {
   const DeviceGuard guard(device);
   const cuda::Status status = guard.status().ok() ? cuda::check_kernels() : guard.status();
@@ -125,7 +124,7 @@ DecoderShape shape_of(const std::string& op, const py::tuple& description) {
   return shape;
 }
 
-// The workspace queries: bytes of workspace that an op needs.
+// Workspace queries: bytes of workspace that an op needs.
 void bind_workspaces(py::module_& m) {
   m.def("adaln_block_forward_workspace", &cuda::adaln_block_forward_workspace, py::arg("D"));
   m.def("modulate_forward_workspace", &cuda::modulate_forward_workspace, py::arg("D"));
@@ -171,14 +170,14 @@ void bind_workspaces(py::module_& m) {
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  m.def("problem", &problem, py::arg("device"), "Why no kernel of this build runs on the device, or None");
+  m.def("problem", &problem, py::arg("device"), "The reason why no kernel of this build runs on the device, or None");
   m.def(
       "device_limits",
       [](int device) {
         const cuda::DeviceLimits limits = limits_of(device);
         return py::make_tuple(limits.multiprocessors, limits.shared_bytes);
       },
-      py::arg("device"), "(multiprocessors, largest shared memory of a block in bytes)");
+      py::arg("device"), "(multiprocessors, maximum shared memory per thread block in bytes)");
   bind_workspaces(m);
   bind(m, "adaln_block_forward", "adaln_block", &cuda::adaln_block_forward);
   bind(m, "adaln_block_backward", "adaln_block_backward", &cuda::adaln_block_backward);

@@ -1,4 +1,4 @@
-// The functions of the Python module _native_cuda, for it and for its emulated twin.
+// Functions of the Python modules _native_cuda and _native_cuda_emulated.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,5 +1,5 @@
-// Reads what Python hands to the native modules into the structs of a call. Every struct lists its fields,
-//   fields(visit): visit(name, field...) in order,
+// Reads the Python arguments of the native modules into the structs of a call. Every struct visits its fields in order,
+//   fields(visit): visit(name, field...),
 // where one visit is one argument: a number or an address, or a tuple of integers for a struct or several fields.
 #pragma once
 
@@ -22,7 +22,7 @@ constexpr bool has_fields = false;
 template <class T>
 constexpr bool has_fields<T, std::void_t<decltype(std::declval<T&>().fields(std::declval<AnyVisitor&>()))>> = true;
 
-// How many integers describe the fields.
+// Number of integers that describe the fields.
 struct IntegerCount {
   Py_ssize_t count = 0;
 
@@ -41,7 +41,7 @@ struct IntegerCount {
   }
 };
 
-// A number or an address; Python's own error for what is neither.
+// Reads a number or an address; Python's exception for any other type propagates.
 template <class Field>
 void read_number(PyObject* value, Field& field) {
   if constexpr (std::is_floating_point_v<Field>) {
@@ -56,7 +56,7 @@ void read_number(PyObject* value, Field& field) {
   if (PyErr_Occurred()) throw py::error_already_set();
 }
 
-// Reads the integers of a tuple from left to right.
+// Reads the integers of a tuple in order.
 class IntegerReader {
  public:
   explicit IntegerReader(PyObject* tuple) : tuple_(tuple) {}
@@ -79,7 +79,7 @@ class IntegerReader {
   Py_ssize_t index_ = 0;
 };
 
-// Reads the tuple that describes the fields of argument `name`; refuses one of another length.
+// Reads the tuple that describes the fields of argument `name`; ValueError if its length differs.
 template <class... Fields>
 void read_description(const std::string& op, const char* name, PyObject* value, Fields&... fields) {
   IntegerCount expected;
@@ -92,7 +92,7 @@ void read_description(const std::string& op, const char* name, PyObject* value, 
   reader(name, fields...);
 }
 
-// The names of the arguments, "rows, D, h", and how many there are.
+// Names of the arguments, "rows, D, h", and their number.
 struct ArgumentNames {
   std::string text;
   Py_ssize_t count = 0;
@@ -110,7 +110,7 @@ ArgumentNames argument_names() {
   return names;
 }
 
-// Reads the arguments of a call one after the other.
+// Reads the arguments of a call in order.
 class ArgumentReader {
  public:
   ArgumentReader(const std::string& op, const py::args& arguments) : op_(op), arguments_(arguments.ptr()) {}
@@ -130,7 +130,7 @@ class ArgumentReader {
   Py_ssize_t index_ = 0;
 };
 
-// Reads all arguments of op `op` into the fields of the calls, in order; refuses any other number of arguments.
+// Reads all arguments of op `op` into the fields of the calls, in order; TypeError if their number differs.
 template <class... Calls>
 void read_arguments(const std::string& op, const py::args& arguments, Calls&... calls) {
   static const ArgumentNames names = argument_names<Calls...>();

@@ -1,12 +1,11 @@
-// One block of the decoder on the CPU: modulation by the condition, MLP, gated residual (DeCo, arXiv 2511.19365,
-// section 3).
+// One decoder block on the CPU: modulation by the condition, MLP, gated residual (DeCo, arXiv 2511.19365, section 3).
 #pragma once
 
 #include "deco/array.h"
 
 namespace deco {
 
-// The weights of N blocks, or their gradients; every array is contiguous and has its own dtype.
+// Weights of N decoder blocks, or their gradients; every array is contiguous and has its own dtype.
 struct BlockWeightArrays {
   Array norm_weight;  // [N, D]
   Array norm_bias;    // [N, D]
@@ -23,7 +22,7 @@ struct BlockWeightArrays {
     visit("MLP", fc1_weight, fc1_bias, fc2_weight, fc2_bias);
   }
 
-  // The weights before the MLP, which are all that upsample_modulate has.
+  // Visits the weights before the MLP, the only ones of upsample_modulate.
   template <class Visit>
   void modulation(const char* name, Visit&& visit) {
     visit(name, norm_weight, norm_bias, mod_weight, mod_bias);
@@ -59,7 +58,7 @@ struct AdalnBlockBackward {
   int width = 0;
   Rows grad_out, h, cond;
   BlockWeightArrays weights;
-  // Written; a gradient whose data is null is not wanted.
+  // Written; gradients with null data are not computed.
   Rows grad_h, grad_cond;
   BlockWeightArrays grad_weights;
   float eps = 0;

@@ -1,5 +1,5 @@
-// Descriptions of memory that callers hand to the kernels. The kernels never own or keep any of it. `fields` lists the
-// fields of a struct by name and in order, for whoever fills it from outside (csrc/descriptions.h).
+// Descriptions of memory that callers pass to the kernels, which neither own it nor keep references to it. `fields`
+// visits the fields of a struct by name and in order; csrc/descriptions.h fills them.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// A dense row-major array; data may be null where a function says that it is optional.
+// A dense row-major array; data may be null where documented as optional.
 struct Array {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -21,7 +21,7 @@ struct Array {
   }
 };
 
-// [B,C,H,W] with any strides, counted in elements.
+// [B, C, H, W] with any strides, in elements.
 struct ImageArray {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -33,7 +33,7 @@ struct ImageArray {
   }
 };
 
-// [rows, channels] with unit channel stride; the row stride is counted in elements.
+// [rows, channels] with unit channel stride; the row stride is in elements.
 struct Rows {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -45,7 +45,7 @@ struct Rows {
   }
 };
 
-// [tokens, pixels per token, channels] with unit channel stride; the other two strides are counted in elements.
+// [tokens, pixels per token, channels] with unit channel stride; the other two strides are in elements.
 struct PixelRows {
   void* data = nullptr;
   DType dtype = DType::kFloat32;

@@ -1,11 +1,11 @@
-// The flow-matching loss in pixels and in the 8x8 DCT domain of YCbCr on the CPU (DeCo, arXiv 2511.19365, section 3).
+// Flow-matching loss in pixels and in the 8x8 DCT domain of YCbCr on the CPU (DeCo, arXiv 2511.19365, section 3).
 #pragma once
 
 #include "deco/array.h"
 
 namespace deco::cpu {
 
-// What both directions read. Images are [B, 3, H, W]; H and W are at least 5 or divisible by 8.
+// Inputs of forward and backward. Images are [B, 3, H, W]; H and W are at least 5 or divisible by 8.
 struct FlowMatchingLossInputs {
   int64_t batch = 0, height = 0, width = 0;
   ImageArray pred, target;
@@ -27,7 +27,7 @@ struct FlowMatchingLossInputs {
 struct FlowMatchingLossForward {
   FlowMatchingLossInputs inputs;
   double frequency_scale = 1;
-  // Written; null: not wanted.
+  // Written; null: not computed.
   float* total = nullptr;
   float* pixel = nullptr;
   float* frequency = nullptr;
@@ -45,9 +45,9 @@ struct FlowMatchingLossForward {
 
 struct FlowMatchingLossBackward {
   FlowMatchingLossInputs inputs;
-  double grad_pixel = 0;      // of the pixel loss, by every way it enters the result
-  double grad_frequency = 0;  // of the frequency loss
-  // Written; null: not wanted.
+  double grad_pixel = 0;      // gradient of the pixel loss, including its part of the total
+  double grad_frequency = 0;  // gradient of the frequency loss, likewise
+  // Written; null: not computed.
   Array grad_pred, grad_target;            // [B, 3, H, W] contiguous
   float* grad_frequency_weight = nullptr;  // [3, 8, 8]
   float* grad_sample_weight = nullptr;     // [B]
@@ -64,7 +64,7 @@ struct FlowMatchingLossBackward {
   }
 };
 
-// Doubles of workspace: the sums of every sample and every frequency, once per thread.
+// Doubles of workspace: the sums of every sample and every frequency, per thread.
 inline int64_t loss_workspace_size(int64_t batch, int threads) { return threads * (2 * batch + 3 * 8 * 8); }
 
 void flow_matching_loss_forward(const FlowMatchingLossForward& call);

@@ -1,4 +1,4 @@
-// The instruction set that the CPU kernels run on.
+// Instruction set of the CPU kernels.
 #pragma once
 
 #include <string>
@@ -6,16 +6,16 @@
 
 namespace deco::cpu {
 
-// Names of the instruction sets that this build holds and this processor can run, the fastest first.
+// Instruction sets that this build contains and this processor supports, fastest first.
 std::vector<std::string> usable_isas();
 
-// The one in use: the fastest usable one unless select_isa was called.
+// The current instruction set: the fastest usable one unless select_isa was called.
 std::string current_isa();
 
-// Makes every later call run on `name`. Throws std::invalid_argument if the name is unknown or cannot be run here.
+// Selects the instruction set of all later calls. Throws std::invalid_argument if `name` is unknown or not usable here.
 void select_isa(const std::string& name);
 
-// Floats per vector of the instruction set in use.
+// Floats per vector of the current instruction set.
 int vector_lanes();
 
 }  // namespace deco::cpu

@@ -1,4 +1,4 @@
-// The per-pixel decoder on the CPU (DeCo, arXiv 2511.19365, section 3).
+// Per-pixel decoder on the CPU (DeCo, arXiv 2511.19365, section 3).
 #pragma once
 
 #include "deco/adaln_block.h"
@@ -22,11 +22,11 @@ struct DecoderShape {
   }
 };
 
-// The weights, or their gradients; every array is contiguous and has its own dtype.
+// Weights of the decoder, or their gradients; every array is contiguous and has its own dtype.
 struct DecoderWeightArrays {
   Array pixel_weight;        // [D, C]
   Array pixel_table;         // [P, D]
-  BlockWeightArrays blocks;  // N blocks
+  BlockWeightArrays blocks;  // N decoder blocks
   Array head_weight;         // [C, D]
   Array head_bias;           // [C]
 
@@ -65,7 +65,7 @@ struct PixelDecoderBackward {
   ImageArray image;
   PixelRows cond;
   DecoderWeightArrays weights;
-  // Written; a gradient whose data is null is not wanted.
+  // Written; gradients with null data are not computed.
   ImageArray grad_image;
   PixelRows grad_cond;
   DecoderWeightArrays grad_weights;

@@ -1,4 +1,4 @@
-// The upsample and the per-pixel decoder as one op on the CPU (DeCo, arXiv 2511.19365, section 3).
+// Upsample and per-pixel decoder as one op on the CPU (DeCo, arXiv 2511.19365, section 3).
 #pragma once
 
 #include "deco/pixel_decoder.h"

@@ -1,4 +1,4 @@
-// The learned linear map from tokens to pixels (DeCo, arXiv 2511.19365, section 3) as an argument of the fused ops.
+// Learned linear map from tokens to pixels (DeCo, arXiv 2511.19365, section 3) as an argument of the fused ops.
 #pragma once
 
 #include "deco/array.h"
@@ -7,7 +7,7 @@ namespace deco {
 
 struct UpsampleArrays {
   int64_t tokens = 0;        // T
-  int64_t token_width = 0;   // Z, any
+  int64_t token_width = 0;   // Z: any
   int pixels_per_token = 0;  // P
   int width = 0;             // D: 16, 32 or 64
   Rows rows;                 // [T, Z]; its dtype is the activation dtype

@@ -1,4 +1,5 @@
-// Token-to-pixel upsample, modulation and LayerNorm of one decoder block on the CPU (DeCo, arXiv 2511.19365, section 3).
+// Token-to-pixel upsample, LayerNorm and modulation of one decoder block on the CPU (DeCo, arXiv 2511.19365,
+// section 3).
 #pragma once
 
 #include "deco/adaln_block.h"
@@ -9,7 +10,7 @@ namespace deco::cpu {
 struct UpsampleModulateForward {
   UpsampleArrays upsample;
   PixelRows h;                // [T, P, D]
-  BlockWeightArrays weights;  // N = 1, norm and mod alone
+  BlockWeightArrays weights;  // N = 1, only norm and mod
   PixelRows modulated, gate;  // written
   float eps = 0;
   int threads = 1;
@@ -30,7 +31,7 @@ struct UpsampleModulateBackward {
   UpsampleArrays upsample;
   PixelRows grad_modulated, grad_gate, h;  // [T, P, D]
   BlockWeightArrays weights;
-  // Written; a gradient whose data is null is not wanted. grad_cond is that of the upsampled tokens.
+  // Written; gradients with null data are not computed. grad_cond: gradient of the upsampled tokens.
   PixelRows grad_h, grad_cond;
   BlockWeightArrays grad_weights;
   float eps = 0;

@@ -6,13 +6,13 @@
 
 namespace deco::cuda {
 
-// h and cond are of one dtype, bfloat16 or float16, the compute dtype; their rows start at multiples of 16 bytes.
+// h and cond have one dtype, bfloat16 or float16, which is the compute dtype; their rows are aligned to 16 bytes.
 struct AdalnBlockForward {
   int64_t rows = 0;
   int width = 0;              // D: 16, 32 or 64
   Rows h, cond;               // [rows, D]
   BlockWeightArrays weights;  // N = 1
-  void* out = nullptr;        // written: [rows, D] contiguous, of h's dtype
+  void* out = nullptr;        // written: [rows, D] contiguous, dtype of h
   float eps = 0;
 
   template <class Visit>
@@ -34,7 +34,7 @@ struct AdalnBlockBackward {
   BlockWeightArrays weights;
   void* grad_h = nullptr;          // written: [rows, D] contiguous
   void* grad_cond = nullptr;       // written unless null
-  BlockWeightArrays grad_weights;  // written where not null
+  BlockWeightArrays grad_weights;  // written unless null
   float eps = 0;
 
   template <class Visit>

@@ -1,22 +1,22 @@
-// What every launcher of the CUDA kernels takes and returns. A launcher enqueues kernels on a stream of the current
-// device and returns; it allocates nothing and waits for nothing, so CUDA graphs can capture it.
+// Common argument and result of the launchers of the CUDA kernels. A launcher enqueues kernels on a stream of the
+// current device and returns. It does not allocate or synchronize, so CUDA graphs can capture it.
 #pragma once
 
 #include <cstdint>
 
 namespace deco::cuda {
 
-// What chooses between the variants of a kernel and sizes its grid.
+// Device properties that select the variant of a kernel and the size of its grid.
 struct DeviceLimits {
   int multiprocessors = 0;
-  int shared_bytes = 0;  // the most one thread block may use
+  int shared_bytes = 0;  // maximum per thread block
 };
 
 struct Call {
   DeviceLimits limits;
   void* stream = nullptr;  // a cudaStream_t
-  // Scratch memory, at least as large as the op's workspace query says and aligned to 256 bytes. What it holds is
-  // meaningless before and after.
+  // Scratch memory, aligned to 256 bytes and at least as large as the size that the op's workspace query returns. Its
+  // contents are undefined before and after the call.
   void* workspace = nullptr;
   int64_t workspace_bytes = 0;
 };
@@ -31,14 +31,14 @@ struct Status {
 constexpr int kWorkspaceTooSmall = -1;
 constexpr int kTooManyPixels = -2;  // 2^31 or more in one call
 
-// What a code means, in words.
+// Message of a status code.
 const char* describe(int code);
 
-// Makes `device` current for this thread and says which one was.
+// Makes `device` current for this thread; `previous` receives the device that was current.
 Status select_device(int device, int& previous);
-// The limits of a device.
+// Queries the limits of a device.
 Status device_limits(int device, DeviceLimits& limits);
-// Whether this build holds code for the current device.
+// Ok if this build contains code for the current device.
 Status check_kernels();
 
 }  // namespace deco::cuda

@@ -1,5 +1,4 @@
-// The flow-matching loss in pixels and in the 8x8 DCT domain of YCbCr on CUDA devices (DeCo, arXiv 2511.19365,
-// section 3).
+// Flow-matching loss in pixels and in the 8x8 DCT domain of YCbCr on CUDA devices (DeCo, arXiv 2511.19365, section 3).
 #pragma once
 
 #include "deco/array.h"
@@ -7,7 +6,7 @@
 
 namespace deco::cuda {
 
-// What both directions read. Images are [B, 3, H, W]; H and W are at least 5 or divisible by 8.
+// Inputs of forward and backward. Images are [B, 3, H, W]; H and W are at least 5 or divisible by 8.
 struct FlowMatchingLossInputs {
   int64_t batch = 0, height = 0, width = 0;
   ImageArray pred, target;
@@ -26,7 +25,7 @@ struct FlowMatchingLossInputs {
 struct FlowMatchingLossForward {
   FlowMatchingLossInputs inputs;
   float frequency_scale = 1;
-  // Written: scalars on the device; null: not wanted.
+  // Written: scalars on the device; null: not computed.
   float* total = nullptr;
   float* pixel = nullptr;
   float* frequency = nullptr;
@@ -46,8 +45,8 @@ struct FlowMatchingLossBackward {
   const float* grad_total = nullptr;
   const float* grad_pixel = nullptr;
   const float* grad_frequency = nullptr;
-  // Written; null: not wanted.
-  Array grad_pred, grad_target;  // [B, 3, H, W] contiguous, aligned to 16 bytes, each of its image's dtype
+  // Written; null: not computed.
+  Array grad_pred, grad_target;  // [B, 3, H, W] contiguous, aligned to 16 bytes, with the dtype of their image
   Array grad_frequency_weight;   // [3, 8, 8]
   Array grad_sample_weight;      // [B]
 

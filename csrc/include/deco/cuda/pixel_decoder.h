@@ -1,4 +1,4 @@
-// The per-pixel decoder on CUDA devices (DeCo, arXiv 2511.19365, section 3).
+// Per-pixel decoder on CUDA devices (DeCo, arXiv 2511.19365, section 3).
 #pragma once
 
 #include "deco/cuda/call.h"
@@ -6,13 +6,13 @@
 
 namespace deco::cuda {
 
-// cond's dtype, bfloat16 or float16, is the compute dtype; its rows start at multiples of 16 bytes.
+// The dtype of cond, bfloat16 or float16, is the compute dtype; rows of cond are aligned to 16 bytes.
 struct PixelDecoderForward {
   DecoderShape shape;
   ImageArray image;
   PixelRows cond;
   DecoderWeightArrays weights;
-  ImageArray velocity;  // written: of cond's dtype, with unit stride along a row
+  ImageArray velocity;  // written: dtype of cond, unit stride along a row
   float eps = 0;
 
   template <class Visit>
@@ -32,12 +32,12 @@ struct PixelDecoderBackward {
   ImageArray image;
   PixelRows cond;
   DecoderWeightArrays weights;
-  // Written; a gradient whose data is null is not wanted.
+  // Written; gradients with null data are not computed.
   ImageArray grad_image;
-  void* grad_cond = nullptr;  // [T, P, D] contiguous, of cond's dtype, aligned to 16 bytes
+  void* grad_cond = nullptr;  // [T, P, D] contiguous, dtype of cond, aligned to 16 bytes
   DecoderWeightArrays grad_weights;
   float eps = 0;
-  int64_t chunk_pixels = 0;  // pixels that share the workspace, rounded down to whole tokens
+  int64_t chunk_pixels = 0;  // pixels per chunk (size of the workspace), rounded down to whole tokens
 
   template <class Visit>
   void fields(Visit&& visit) {

@@ -1,5 +1,5 @@
 // LayerNorm and modulation of one decoder block on CUDA devices (DeCo, arXiv 2511.19365, section 3): upsample_modulate
-// without its matmul, which the caller has run: cond is the upsampled tokens.
+// after its matmul, which the caller runs. cond: the upsampled tokens.
 #pragma once
 
 #include "deco/adaln_block.h"
@@ -7,13 +7,13 @@
 
 namespace deco::cuda {
 
-// h and cond are of one dtype, bfloat16 or float16, the compute dtype; their rows start at multiples of 16 bytes.
+// h and cond have one dtype, bfloat16 or float16, which is the compute dtype; their rows are aligned to 16 bytes.
 struct ModulateForward {
   int64_t rows = 0;
   int width = 0;                               // D: 16, 32 or 64
   Rows h, cond;                                // [rows, D]
-  BlockWeightArrays weights;                   // N = 1, norm and mod alone
-  void *modulated = nullptr, *gate = nullptr;  // written: [rows, D] contiguous, of h's dtype
+  BlockWeightArrays weights;                   // N = 1, only norm and mod
+  void *modulated = nullptr, *gate = nullptr;  // written: [rows, D] contiguous, dtype of h
   float eps = 0;
 
   template <class Visit>
@@ -36,7 +36,7 @@ struct ModulateBackward {
   BlockWeightArrays weights;
   void* grad_h = nullptr;          // written: [rows, D] contiguous
   void* grad_cond = nullptr;       // written unless null
-  BlockWeightArrays grad_weights;  // written where not null
+  BlockWeightArrays grad_weights;  // written unless null
   float eps = 0;
 
   template <class Visit>
