@@ -1,4 +1,4 @@
-"""Training: configuration, images, data loading, checkpoints and the loop that `python/train.py` runs.
+"""Training: configuration, images, data loading, checkpoints and the loop of `python/train.py`.
 
-Needs the packages of the extra "train" (`pip install deco_kernels[train]`); nothing else in deco_kernels imports this.
+Needs the extra "train" (`pip install deco_kernels[train]`). No other package of deco_kernels imports this one.
 """

@@ -1,8 +1,8 @@
-"""Which images make up which training step: a pure function of (seed, step), the same for any number of processes.
+"""Assignment of images to training steps: a pure function of (seed, step) for any number of processes.
 
-Images are grouped by the size they are cropped to. Every group is an endless stream: its images in an order drawn anew
-for each pass. Steps come in rounds of about one pass over all images; in each round a group gives as many steps as it
-has batches, in an order drawn anew for each round. So the position in the data is the number of the step, nothing else.
+Images are grouped by crop size. Each group is an infinite stream of its images, reshuffled for each pass. Steps come in
+rounds of about one pass over all images. In each round a group has as many steps as it has batches, in an order that is
+reshuffled for each round. The step number therefore determines the position in the data.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import math
 
 import numpy as np
 
-ORDER_OF_IMAGES, ORDER_OF_STEPS, SUBSTITUTES = range(3)  # keeps the random streams of one seed apart
+ORDER_OF_IMAGES, ORDER_OF_STEPS, SUBSTITUTES = range(3)  # keys of the random streams of one seed
 
 
 class BatchPlan:
     """The images of each step.
 
     Args:
-        groups: crop (height, width) → numbers of its images; none empty.
+        groups: crop (height, width) in pixels → indices of its images, at least one.
         batch_size: images per step.
-        seed: of all orders.
+        seed: seed of all orders.
     """
 
     def __init__(self, groups: dict[tuple[int, int], np.ndarray], batch_size: int, seed: int):
@@ -31,7 +31,7 @@ class BatchPlan:
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def step(self, step: int) -> tuple[int, np.ndarray]:
-        """(group, numbers of the images [batch_size]) of a step, counted from 0."""
+        """(group, image indices int64 [batch_size]) of a step, counted from 0."""
         number, position = divmod(step, len(self._round))
         order = self._rng(ORDER_OF_STEPS, number).permutation(self._round)
         group = int(order[position])
@@ -40,12 +40,12 @@ class BatchPlan:
         return group, np.array([self._image(group, first + i) for i in range(self.batch_size)])
 
     def substitute(self, group: int, sample: int, attempt: int) -> int:
-        """The number of an image to take where that of a sample, and `attempt` substitutes, cannot be used."""
+        """Index of the image that replaces a sample's image after it and `attempt` substitutes were unusable."""
         members = self.members[group]
         return int(members[self._rng(SUBSTITUTES, sample, attempt).integers(len(members))])
 
     def _image(self, group: int, position: int) -> int:
-        """The image at a position of a group's stream."""
+        """Index of the image at a position of a group's stream."""
         members = self.members[group]
         number, offset = divmod(position, len(members))
         if self._orders.get(group, (None,))[0] != number:
@@ -57,7 +57,7 @@ class BatchPlan:
 
 
 def crop_shapes(size: int, multiple: int, max_aspect: float) -> list[tuple[int, int]]:
-    """Rectangles of sides divisible by `multiple` and of about size² pixels, from tall to wide."""
+    """Rectangles (height, width) with sides divisible by `multiple` and about size² pixels, from tall to wide."""
     shapes = {}
     for height in range(multiple, math.ceil(size * math.sqrt(max_aspect)) + multiple, multiple):
         width = max(multiple, round(size * size / height / multiple) * multiple)
@@ -69,10 +69,10 @@ def crop_shapes(size: int, multiple: int, max_aspect: float) -> list[tuple[int, 
 def group_by_shape(
     sizes: np.ndarray, shapes: list[tuple[int, int]], smallest_group: int
 ) -> dict[tuple[int, int], np.ndarray]:
-    """Give every image [n, (height, width)] the shape of nearest aspect ratio.
+    """Assign every image, sizes [n, (height, width)], to the shape of nearest aspect ratio.
 
-    Shapes that fewer than `smallest_group` images fall to are given up, rarest first, while there is another one.
-    Images of size (0, 0) are in no group.
+    Shapes with fewer than `smallest_group` images are dropped, rarest first, until one is left. Images of size (0, 0)
+    are in no group. Returns shape → image indices.
     """
     readable = np.flatnonzero(sizes.min(axis=1) > 0)
     aspect = np.log(sizes[readable, 1] / sizes[readable, 0])

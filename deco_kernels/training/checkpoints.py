@@ -1,8 +1,8 @@
-"""Checkpoints: a kill or a full disk at any moment leaves the last good one; weights have their published names.
+"""Checkpoints of a training run, written atomically: a killed process or a full disk leaves the previous one intact.
 
-A file holds "state_dict" (denoiser.*, ema_denoiser.*, diffusion_trainer.proj.0.*, as the published files do, so that
+A file holds "state_dict" (denoiser.*, ema_denoiser.*, diffusion_trainer.proj.0.*, the published names, so that
 `model.from_published` reads it), "optimizer" (by parameter name), "step", "config" and "skipped" (images already
-reported). It holds whole tensors: any number of processes, and either strategy, can resume from it.
+reported). Its tensors are unsharded, so any number of processes and either strategy can resume from it.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _PATTERN = re.compile(r"step_(\d+)\.ckpt")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint could not be written, read, or does not belong to the configuration."""
+    """A checkpoint cannot be written or read, or does not match the configuration."""
 
 
 @dataclass
 class Progress:
-    """What a run consists of between two steps, beyond its configuration."""
+    """State of a run between two steps."""
 
     module: TrainingModule
     optimizer: torch.optim.Optimizer
@@ -59,30 +59,30 @@ def found(folder: Path) -> list[Path]:
 
 
 def write_atomically(content: Mapping[str, Any], path: Path, resume: str = "--resume auto") -> None:
-    """torch.save to `path`, which holds either what it did before or all of the new content.
+    """torch.save to `path`, which afterwards holds either its previous content or all of the new content.
 
-    Raises CheckpointError, naming the free space where that is what is missing, and the option that resumes.
+    Raises CheckpointError with the free disk space and `resume`, the option that resumes the run.
     """
     try:
         with complete_or_absent(path, overwrite=True) as temporary:
             torch.save(content, temporary)
         folder = os.open(path.resolve().parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name is on the disk too
+            os.fsync(folder)  # makes the new name durable
         finally:
             os.close(folder)
     except OSError as error:
         place = next(each for each in path.parents if each.exists())
         raise CheckpointError(
             f"{error}; {shutil.disk_usage(place).free / 2**30:.2f} GiB are free in {place}. Earlier checkpoints are "
-            f"kept: make room and start again with {resume}"
+            f"kept: free disk space and start again with {resume}"
         ) from error
 
 
 def save(progress: Progress, config: dict[str, Any], folder: Path, keep: int, writer: bool) -> None:
-    """Write the present step's checkpoint and remove all but the newest `keep`.
+    """Write the checkpoint of the current step and remove all but the newest `keep`.
 
-    Collective: every process calls it; the one with `writer` writes.
+    Collective: every process must call it; only the process with `writer` writes.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(progress.module, options=options)
@@ -103,7 +103,7 @@ def save(progress: Progress, config: dict[str, Any], folder: Path, keep: int, wr
         "skipped": progress.skipped,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".step_*.part"):  # of killed processes
+    for leftover in folder.glob(".step_*.part"):  # left by killed processes
         leftover.unlink()
     write_atomically(content, folder / f"step_{progress.step:09d}.ckpt")
     for old in found(folder)[keep:]:
@@ -111,7 +111,7 @@ def save(progress: Progress, config: dict[str, Any], folder: Path, keep: int, wr
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, its tensors mapped from the file. Raises CheckpointError."""
+    """Content of a checkpoint, with memory-mapped tensors. Raises CheckpointError if it cannot be read."""
     if (kind := kind_at(path)) != "a file":
         raise CheckpointError(f"{path} cannot be read as a checkpoint: expected a file, found {kind}; check the path")
     try:
@@ -127,20 +127,23 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_latest(folder: Path) -> dict[str, Any] | None:
-    """The newest readable checkpoint in a folder; unreadable ones are named in a warning. None if there are none."""
+    """The newest readable checkpoint in a folder, or None if the folder has no checkpoints.
+
+    Warns of each unreadable one. Raises CheckpointError if all are unreadable.
+    """
     paths = found(folder)
     for path in paths:
         try:
             return read(path)
         except CheckpointError as error:
-            warnings.warn(f"{error}; trying the one before", stacklevel=2)
+            warnings.warn(f"{error}; trying the previous one", stacklevel=2)
     if paths:
         raise CheckpointError(f"none of the {len(paths)} checkpoints in {folder} can be read")
     return None
 
 
 def check_same_model(content: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless checkpoint and configuration describe the same model and alignment head."""
+    """Raise CheckpointError unless checkpoint and configuration have the same model and alignment head."""
     for key in ("model", "repa"):
         theirs, ours = (dict(each[key]) for each in (content["config"], config))
         if key == "repa":
@@ -148,14 +151,14 @@ def check_same_model(content: Mapping[str, Any], config: Mapping[str, Any]) -> N
         if theirs != ours:
             raise CheckpointError(
                 f"the checkpoint of step {content['step']} was written with {key} {theirs}, the configuration has "
-                f"{ours}; resume with the same one, or start anew elsewhere with out=FOLDER"
+                f"{ours}; resume with the same one, or start a new run with out=FOLDER"
             )
 
 
 def restore(content: Mapping[str, Any], progress: Progress) -> None:
-    """Put a checkpoint's content into a run that was set up with the same model. Collective.
+    """Load a checkpoint's content into a run with the same model. Collective.
 
-    Raises CheckpointError where names or shapes do not fit, as those of a head for another teacher.
+    Raises CheckpointError if names or shapes do not match, for example of a head for another teacher.
     """
     module, state = progress.module, content["state_dict"]
     options = StateDictOptions(full_state_dict=True, cpu_offload=False)
@@ -175,12 +178,12 @@ def restore(content: Mapping[str, Any], progress: Progress) -> None:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be sharded, in one piece on the CPU. Collective where it is."""
+    """The unsharded tensor on the CPU. Collective if the tensor is sharded."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 def _skeleton(model: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
-    """A model of the same configuration that holds the given whole parameters, or uninitialised ones."""
+    """A model of the same configuration with the given unsharded parameters, or with uninitialized ones."""
     with torch.device("meta"):
         skeleton = type(model)(**model.config)
     if parameters is None:
@@ -190,12 +193,12 @@ def _skeleton(model: nn.Module, parameters: Mapping[str, torch.Tensor] | None = 
 
 
 def _published(model: nn.Module, parameters: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Our whole parameters under their published names."""
+    """Unsharded parameters, renamed to their published names."""
     return models.to_published(_skeleton(model, parameters), prefix)
 
 
 def _ours(model: nn.Module, state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Published tensors as our whole parameters."""
+    """Tensors with published names, as unsharded parameters of the model."""
     skeleton = _skeleton(model)
     for name, place in models.to_published(skeleton, prefix).items():
         place.copy_(state[name])

@@ -1,4 +1,4 @@
-"""What is checked of a run before its processes start, which takes seconds: model, sizes, data, samples, checkpoint."""
+"""Checks of a configuration before the processes start, which takes seconds: model, sizes, data, samples, paths."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from deco_kernels.training.sources import check_source
 
 
 def check(config: TrainConfig, resumed: bool = False) -> None:
-    """Refuse what no run can be set up with, as far as names, sizes and paths show it. Nothing is loaded.
+    """Check names, sizes and paths of a configuration. Loads nothing.
 
-    A run that is `resumed` needs no `init_from`.
+    With `resumed`, `init_from` is not checked, since a resumed run does not read it.
 
     Raises:
-        ValueError, TypeError, OSError: the message names the key.
+        ValueError, TypeError, OSError: an invalid value; the message names its key.
     """
     if (found := kind_at(config.out)) not in ("nothing", "a folder"):
         raise ValueError(f"out: expected a folder, found {found} at {config.out}; choose another name")
     check_source(config.data)
-    with torch.device("meta"):  # whose random numbers import a part of PyTorch: after the paths
+    with torch.device("meta"):  # slow: imports more of PyTorch; hence after the paths
         network = model.build(config.model.name, **config.model.options)
     devices, nodes = setup.processes(config)
     check_batches(config, network.trunk.patch_size, devices * nodes)
@@ -46,7 +46,7 @@ def _check_alignment(config: RepaConfig, network: nn.Module) -> None:
 
 
 def _check_samples(config: SampleConfig, num_classes: int | None) -> None:
-    """Also what would stop the run at the step of its first samples."""
+    """Check the settings of the samples, which the run would otherwise use only at its first samples."""
     if setup.shown_conditions(config, num_classes):
         try:
             setup.make_sampler(config, velocity=torch.zeros_like)

@@ -1,4 +1,4 @@
-"""The configuration of a training run: typed defaults, a YAML file over them, `key=value` overrides over that.
+"""The configuration of a training run: typed defaults, overridden by a YAML file, overridden by `key=value` arguments.
 
 Source of the published values: DeCo (arXiv 2511.19365), section 4.
 """
@@ -26,7 +26,7 @@ LEAST = {
     **dict.fromkeys(("optimizer.lr", "optimizer.weight_decay", "optimizer.warmup_steps", "optimizer.clip_norm"), 0),
     "sample.every": 0,
 }
-"""The least value of a key. Values are finite, or null where the default is."""
+"""Minimum of each key. Values must be finite; null is allowed if it is the default."""
 
 
 @dataclass
@@ -39,17 +39,18 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Where images come from and what is asked of them.
+    """Source of the images and requirements on them.
 
     kind: "folder" (one folder per class), "table" (CSV or parquet) or "webdataset" (tar shards).
-    path: the folder, the table or tables, the shard or shards; wildcards are allowed for the latter two.
-    image_column, label_column, caption_column: of tables and shards; without image_column the first column that holds
-        images. One of label and caption is used: the label for class models, the caption for text models.
+    path: the folder, tables or shards; tables and shards may be given by wildcards.
+    image_column, label_column, caption_column: columns of tables and shards; without image_column, the first column of
+        images. Class models use the label, text models the caption.
     buckets: group images by aspect ratio into rectangles of about image_size² pixels instead of cropping squares.
-    max_aspect: of the rectangles, longer side over shorter.
-    min_side: images with a shorter side are skipped; others below the size are enlarged.
-    workers: loader processes per training process. prefetch: batches each of them keeps ready.
-    cache_dir: where `datasets` keeps converted tables and shards; its own default if null.
+    max_aspect: maximum aspect ratio of the rectangles, longer side over shorter.
+    min_side: images with a side shorter than this many pixels are skipped; other small images are enlarged.
+    workers: loader processes per training process.
+    prefetch: batches that each loader process prefetches.
+    cache_dir: cache of `datasets` for converted tables and shards; its default if null.
     """
 
     kind: str = "folder"
@@ -67,7 +68,7 @@ class DataConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """Times, dropped labels, and the frequency loss with its JPEG table (quality, mode, gamma)."""
+    """Training times, label dropout, and the frequency loss with its JPEG table (quality, mode, gamma)."""
 
     distribution: str = "lognormal"
     shift: float = 1.0
@@ -80,7 +81,7 @@ class ObjectiveConfig:
 
 @dataclass
 class RepaConfig:
-    """Alignment with the patch features of a frozen teacher; weight 0 switches it off."""
+    """Alignment with the patch features of a frozen teacher; weight 0 disables it."""
 
     weight: float = 0.5
     block: int = 8
@@ -89,14 +90,14 @@ class RepaConfig:
 
 @dataclass
 class TextConfig:
-    """The frozen encoder of captions, for text-to-image models."""
+    """The frozen caption encoder of text-to-image models."""
 
     encoder: str = "Qwen/Qwen3-1.7B"
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW; the rate rises linearly over `warmup_steps`, then stays. clip_norm bounds the norm of all gradients."""
+    """AdamW. The learning rate warms up linearly over `warmup_steps`; clip_norm bounds the global gradient norm."""
 
     lr: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -107,10 +108,10 @@ class OptimizerConfig:
 
 @dataclass
 class SampleConfig:
-    """Grids of samples from the averaged weights, every so many steps; 0 for none.
+    """Grids of samples from the EMA weights, `count` samples every `every` steps; 0 disables them.
 
-    labels: classes shown in turn; null spreads `count` evenly over the model's classes. prompts: captions shown in
-        turn, for text models.
+    labels: classes, repeated in turn; null spreads `count` evenly over the model's classes.
+    prompts: captions of text models, repeated in turn.
     """
 
     every: int = 10_000
@@ -126,14 +127,18 @@ class SampleConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything a run depends on.
+    """Configuration of a run.
 
-    batch_size: images per step over all processes and accumulated parts; accumulate: parts of a step.
-    precision: of Fabric, "bf16-mixed" or "32-true". compile: torch.compile of the trunk.
-    strategy: "auto" (one process, or DDP when there are several), "ddp" or "fsdp2".
-    accelerator, devices, num_nodes: of Fabric. backend: of the fused ops, see `deco_kernels.use_backend`.
-    init_from: checkpoint whose averaged weights a new run starts from, such as that of the previous stage.
-    save_every: steps between checkpoints; keep: how many of the newest stay.
+    batch_size: images per step, over all processes and accumulation parts.
+    accumulate: gradient accumulation parts per step.
+    precision: precision of Fabric, "bf16-mixed" or "32-true".
+    compile: compile the trunk with torch.compile.
+    strategy: "auto" (DDP for several processes), "ddp" or "fsdp2".
+    accelerator, devices, num_nodes: arguments of Fabric.
+    backend: backend of the fused ops, see `deco_kernels.use_backend`.
+    init_from: checkpoint whose EMA weights initialize a new run, for example that of the previous stage.
+    save_every: steps between checkpoints.
+    keep: number of checkpoints kept, the newest.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -168,7 +173,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown key (the nearest known one is named), a value of the wrong type, a key without a value.
+        ValueError: an unknown key (the message names the closest known one), a value of the wrong type or out of range,
+            or a required key without a value.
     """
     path = Path(path)
     if not path.is_file():
@@ -179,8 +185,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
             raise ValueError(f"override: expected key=value, got {override!r}")
     try:
         given = [OmegaConf.load(path), OmegaConf.from_dotlist(overrides)]
-    except Exception as error:  # YAML's own errors have several unrelated types
-        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    except Exception as error:  # YAML errors have several unrelated types
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
     config = OmegaConf.structured(TrainConfig)
     for source, part in zip((str(path), "command line"), given, strict=True):
         if not isinstance(part, DictConfig):
@@ -199,7 +205,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Nested plain dictionary, for checkpoints and comparison."""
+    """The configuration as nested dictionaries of plain values."""
     return OmegaConf.to_container(OmegaConf.structured(config))
 
 
@@ -222,7 +228,7 @@ def _refuse_unknown(given: dict[Any, Any], schema: type, source: str, prefix: st
 
 
 def _check(config: TrainConfig) -> None:
-    """Raise ValueError for values that no run can have."""
+    """Raise ValueError for values out of range."""
     for name, least in LEAST.items():
         value = functools.reduce(getattr, name.split("."), config)
         if value is not None and not least <= value < math.inf:

@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's parameters, sharded as they are."""
+"""Exponential moving average of a model's parameters, with the same sharding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 class MovingAverage:
     """average ← decay·average + (1 - decay)·parameter after every step, in the dtype of the parameters.
 
-    It starts at the parameters it is made with. Under FSDP2 each process averages its own shards.
+    Initialized with the current parameters. Under FSDP2 each process averages its own shards.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -21,14 +21,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take one step."""
+        """Update the averages after a step."""
         averages = [_local(average) for average in self.averages.values()]
         parameters = [_local(parameter) for parameter in self.model.parameters()]
         torch._foreach_lerp_(averages, parameters, 1 - self.decay)
 
     @contextlib.contextmanager
     def swapped(self):
-        """Inside, the model holds the averages."""
+        """Context in which the model's parameters are the averages."""
         self._exchange()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Decoding and cropping of photographs, and pictures of samples.
+"""Decoding and cropping of training images, and sample grids.
 
 Source of the crop: Dhariwal and Nichol (arXiv 2105.05233), as used for DeCo (arXiv 2511.19365), section 4.
 """
@@ -19,9 +19,9 @@ QUARTER_TURNS = (5, 6, 7, 8)  # values of the orientation tag that swap width an
 
 
 def open_image(stored: str | os.PathLike[str] | bytes | None) -> Image.Image:
-    """Open an image file, given by its path or its bytes; only its header is read.
+    """Open an image file given by its path or its bytes; reads only the header.
 
-    Raises ValueError where there is no file, and what Pillow raises for one that is no image.
+    Raises ValueError if there is no file, and Pillow's errors if it is not an image.
     """
     if stored is None:
         raise ValueError("no image is stored")
@@ -33,13 +33,13 @@ def open_image(stored: str | os.PathLike[str] | bytes | None) -> Image.Image:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) as the image is meant to be seen, from its header alone."""
+    """(height, width) in pixels after EXIF orientation, read from the header."""
     turned = image.getexif().get(ORIENTATION_TAG) in QUARTER_TURNS
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decoded, turned as its EXIF orientation says, and converted to RGB from whatever mode the file has."""
+    """Decode the image, apply its EXIF orientation and convert it to RGB from any mode."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -47,8 +47,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Halved by box filter while both sides are at least twice what is asked, then bicubic until one side fits, then
-    cropped around the center. Smaller images are enlarged by the same bicubic step."""
+    """Resize and center-crop an image to height x width pixels.
+
+    Halves it with a box filter while both sides are at least twice the target, resizes it bicubically until one side
+    matches (this also enlarges small images), and crops around the center.
+    """
     while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
@@ -63,18 +66,18 @@ def to_uint8(image: Image.Image) -> torch.Tensor:
 
 
 def to_signed(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 0..255 → float32 in [-1, 1]."""
+    """uint8 in [0, 255] → float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def to_pixels(images: torch.Tensor) -> np.ndarray:
-    """Images [n, 3, H, W] in [-1, 1], clamped → uint8 [n, H, W, 3]."""
+    """Clamp images [n, 3, H, W] to [-1, 1] and convert them → uint8 [n, H, W, 3]."""
     pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def as_grid(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [n, H, W, 3] → one picture [rows·H, columns·W, 3], nearly as many rows as columns, black where n ends."""
+    """uint8 [n, H, W, 3] → nearly square grid [rows·H, columns·W, 3]; unused cells are black."""
     count, height, width, _ = pixels.shape
     columns = int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)

@@ -1,4 +1,4 @@
-"""Loads the images of each step, in worker processes, from any step on."""
+"""Loads the images of each step in worker processes, starting at any step."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from deco_kernels.training.config import TrainConfig
 from deco_kernels.training.images import center_crop, open_image, to_uint8, upright_rgb
 from deco_kernels.training.sources import Source
 
-ATTEMPTS = 100  # images tried in place of one that cannot be used, before giving up
+ATTEMPTS = 100  # consecutive unusable images before an error
 
 
 @dataclass
 class Batch:
-    """What one process computes between two synchronisations.
+    """Batch of one process and one accumulation part.
 
-    images: uint8 [B, 3, H, W]. targets: labels int64 [B], or captions. samples: the number of every image in the whole
-    run, int64 [B]. skipped: name and reason of the images that could not be used, in whose place others were taken.
+    images: uint8 [B, 3, H, W].
+    targets: labels int64 [B], or B captions.
+    samples: index of every sample in the whole run, int64 [B].
+    skipped: unusable images that were replaced by others, name → reason.
     """
 
     images: torch.Tensor
@@ -38,7 +40,7 @@ class Batch:
 
 
 class Images(Dataset):
-    """Decoded and cropped images; an index is (group, number of the sample, number of the image)."""
+    """Decoded and cropped images, indexed by (group, sample index in the run, image index)."""
 
     def __init__(self, source: Source, plan: BatchPlan, min_side: int):
         self.source, self.plan, self.min_side = source, plan, min_side
@@ -50,15 +52,15 @@ class Images(Dataset):
             try:
                 stored, target = self.source.read(number)
                 return self._decode(stored, *self.plan.shapes[group]), target, sample, skipped
-            except Exception as error:  # Pillow's formats raise many unrelated types
+            except Exception as error:  # Pillow raises many unrelated types
                 skipped[self.source.name(number)] = str(error) or type(error).__name__
             number = self.plan.substitute(group, sample, attempt)
         examples = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
-        raise ValueError(f"data.path: {ATTEMPTS} images in a row cannot be used, such as {examples}")
+        raise ValueError(f"data.path: {ATTEMPTS} consecutive images cannot be used, such as {examples}")
 
     def _decode(self, stored: str | bytes | None, height: int, width: int) -> torch.Tensor:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata in images that decode
+            warnings.simplefilter("ignore")  # damaged metadata in images that decode
             with open_image(stored) as image:
                 if min(image.size) < self.min_side:
                     raise ValueError(f"{image.width}x{image.height} pixels, below data.min_side={self.min_side}")
@@ -66,7 +68,7 @@ class Images(Dataset):
 
 
 class Parts(Sampler):
-    """The indices of this process's part of each batch, from a step on: contiguous, in the order of the ranks."""
+    """Indices of this process's share of each batch: contiguous, in rank order, from `first_step` to `last_step`."""
 
     def __init__(self, plan: BatchPlan, first_step: int, last_step: int, accumulate: int, rank: int, world_size: int):
         self.plan, self.steps = plan, range(first_step, last_step)
@@ -86,7 +88,7 @@ class Parts(Sampler):
 
 
 def check_batches(config: TrainConfig, patch_size: int, world_size: int) -> None:
-    """Raise ValueError where batch_size cannot be divided among processes and parts, or image_size into patches."""
+    """Raise ValueError unless processes and parts divide batch_size and patch_size divides image_size."""
     if config.batch_size % (world_size * config.accumulate):
         raise ValueError(
             f"batch_size: expected a multiple of processes x accumulate = {world_size} x {config.accumulate}, got "
@@ -99,12 +101,12 @@ def check_batches(config: TrainConfig, patch_size: int, world_size: int) -> None
 def plan_batches(
     config: TrainConfig, count: int, sizes: np.ndarray | None, patch_size: int, world_size: int
 ) -> BatchPlan:
-    """Group `count` images by crop and lay out the steps.
+    """Group `count` images by crop size and plan the steps.
 
     Args:
-        sizes: (height, width) of every image [count, 2] for rectangular crops, None for square ones.
+        sizes: (height, width) in pixels of every image [count, 2] for rectangular crops, or None for square crops.
 
-    Raises ValueError as `check_batches` does, and where no image can be read.
+    Raises ValueError as `check_batches`, and if no image can be read.
     """
     check_batches(config, patch_size, world_size)
     size = config.image_size
@@ -121,7 +123,7 @@ def plan_batches(
 def loader(
     config: TrainConfig, source: Source, plan: BatchPlan, first_step: int, rank: int, world_size: int, pin: bool
 ) -> DataLoader:
-    """The batches of this process from `first_step` to the end of the run, config.accumulate of them per step."""
+    """Loader of this process's batches from `first_step` to the end of the run, config.accumulate per step."""
     workers = config.data.workers
     return DataLoader(
         Images(source, plan, config.data.min_side),
@@ -135,7 +137,7 @@ def loader(
 
 @contextlib.contextmanager
 def without_worker_traceback() -> Iterator[None]:
-    """A ValueError of a loader process holds that process's traceback in its message; what it says is raised on."""
+    """Re-raise a ValueError of a loader process without that process's traceback in the message."""
     try:
         yield
     except ValueError as error:

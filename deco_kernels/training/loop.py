@@ -1,4 +1,4 @@
-"""The training loop, on Lightning Fabric: the same losses from one process or many, uninterrupted or resumed."""
+"""The training loop on Lightning Fabric. Losses do not depend on the number of processes or on resuming."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ def train(
     teacher: setup.Teacher | None = None,
     encoder: setup.Encoder | None = None,
 ) -> None:
-    """Run a configuration to its end.
+    """Train as configured, up to config.steps.
 
     Args:
+        config: the configuration.
         resume: "never" (the run's folder must hold no checkpoint), "auto" (continue from the newest readable checkpoint
-            in the run's folder, or start where there is none) or the path of a checkpoint.
-        teacher: of the alignment loss, in place of the one that the configuration names; see `flow.Alignment`.
-        encoder: of captions, for text models, in place of the one that the configuration names.
+            in the run's folder, or start a new run if there is none) or the path of a checkpoint.
+        teacher: teacher of the alignment loss, instead of the configured one; see `flow.Alignment`.
+        encoder: caption encoder of text models, instead of the configured one.
 
     Raises:
         ValueError, TypeError, OSError: configuration, data or teacher cannot be used.
         checkpoints.CheckpointError: a checkpoint cannot be read or written, or belongs to another model.
-        FloatingPointError: the loss is not finite; the checkpoints written before are kept.
+        FloatingPointError: the loss or the gradient norm is not finite; earlier checkpoints are kept.
     """
     with deco_kernels.use_backend(config.backend) if config.backend else contextlib.nullcontext():
         try:
@@ -56,7 +57,7 @@ def train(
 
 
 class _Run:
-    """A run that is set up, from its present step on."""
+    """A prepared run, from its current step to the last."""
 
     def __init__(self, config: TrainConfig, fabric: setup.Fabric, parts: setup.Parts):
         self.config, self.fabric, self.parts, self.progress = config, fabric, parts, parts.progress
@@ -71,7 +72,7 @@ class _Run:
             self.report = Report(self.folder, self.progress.step, config.steps)
 
     def loop(self) -> None:
-        """Train to the last step."""
+        """Train up to the last step."""
         config, progress = self.config, self.progress
         if self.report:
             self.report.line(self._described())
@@ -94,7 +95,7 @@ class _Run:
             self.report.close()
 
     def _described(self) -> str:
-        """The run in one line: device, data, steps, folder."""
+        """One-line summary of the run: device, data, steps, folder."""
         config, fabric, first = self.config, self.fabric, self.progress.step
         on = f"{fabric.world_size} x {fabric.device.type}" if fabric.world_size > 1 else str(fabric.device)
         data = f"{len(self.parts.source):,} images of {config.data.path} at {config.image_size} pixels"
@@ -111,7 +112,7 @@ class _Run:
         return loader(self.config, parts.source, parts.plan, self.progress.step, **ranks, pin=pin)
 
     def _step(self, batch: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """One update of the weights. Returns this process's losses, as `names`, and the norm of all gradients."""
+        """Update the weights once. Returns this process's losses, ordered as `names`, and the global gradient norm."""
         fabric, parts, optimizer = self.fabric, self.parts, self.parts.optimizer
         for group in optimizer.param_groups:
             group["lr"] = self._rate()
@@ -121,7 +122,7 @@ class _Run:
             x = to_signed(part.images.to(fabric.device, non_blocking=True))
             y = self._conditions(part.targets)
             y, t, noise = draw_per_image(parts.objective, x, y, part.samples.tolist(), self.config.seed, self.generator)
-            with self._synchronised(number == len(batch)):
+            with self._synchronized(number == len(batch)):
                 losses = parts.forward(x, y, t, noise)
                 fabric.backward(losses["total"] / len(batch))
             found += torch.stack([losses[name].detach() for name in self.names])
@@ -132,30 +133,30 @@ class _Run:
         return found / len(batch), norm
 
     def _conditions(self, targets: torch.Tensor | list[str]) -> torch.Tensor:
-        """Labels as they are, captions as text features."""
+        """Labels on the device, or the text features of captions."""
         return targets.to(self.fabric.device) if self.parts.encoder is None else self.parts.encoder(targets)
 
     def _rate(self) -> float:
         given = self.config.optimizer
         return given.lr * min(1.0, (self.progress.step + 1) / max(1, given.warmup_steps))
 
-    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager:
-        """Gradients of several processes are exchanged once per step, with those of its last part."""
+    def _synchronized(self, last: bool) -> contextlib.AbstractContextManager:
+        """Context that synchronizes gradients across processes only in the last part of a step."""
         if self.fabric.world_size == 1:
             return contextlib.nullcontext()
         return self.fabric.no_backward_sync(self.parts.forward, enabled=not last)
 
     def _log(self, losses: torch.Tensor, norm: torch.Tensor, clock: _Clock) -> None:
-        """Record the losses over all processes, speed, and images skipped since the last time. Collective."""
+        """Record mean losses, speed, and images skipped since the last call. Collective."""
         losses = self.fabric.all_reduce(losses, reduce_op="mean").tolist()
         norm = checkpoints.whole(norm).item()
         seconds, waiting = clock.read()
         self._report_skipped()
         progress, step = self.progress, self.progress.step
-        if not (math.isfinite(losses[0]) and math.isfinite(norm)):  # else the weights are spoilt, or will be
+        if not (math.isfinite(losses[0]) and math.isfinite(norm)):  # the weights are or will become non-finite
             raise FloatingPointError(
-                f"the loss of step {step} is {losses[0]} and the norm of its gradients {norm}; nothing is saved from "
-                "here on, lower optimizer.lr or set optimizer.clip_norm and resume"
+                f"the loss of step {step} is {losses[0]} and its gradient norm is {norm}; nothing is saved from "
+                "here on. Lower optimizer.lr or set optimizer.clip_norm, and resume"
             )
         if self.report:
             steps = step - self.report.last_logged
@@ -169,7 +170,7 @@ class _Run:
             self.report.metrics(progress.step, {**values, "gradient_norm": norm, "lr": lr, **speed})
 
     def _report_skipped(self) -> None:
-        """Name every image that could not be used, once in the whole run, whichever process met it."""
+        """Report every skipped image of all processes, once per run. Collective."""
         met = [self.unreported]
         if self.fabric.world_size > 1:
             met = [None] * self.fabric.world_size
@@ -197,7 +198,7 @@ class _Run:
             raise checkpoints.CheckpointError(failure)
 
     def _sample(self) -> None:
-        """A grid from the averaged weights. Every process computes it, as sharded weights require."""
+        """Record a grid of samples from the EMA weights. Every process computes it, as sharded weights require."""
         given, size, encoder = self.config.sample, self.config.image_size, self.parts.encoder
         network, targets = self.progress.module.model, self.parts.shown
         cond = self._conditions(torch.tensor(targets) if encoder is None else targets)
@@ -211,7 +212,7 @@ class _Run:
 
 
 class _Clock:
-    """Seconds passed, and those of them spent waiting for data, since the last reading."""
+    """Measures elapsed seconds, and seconds spent waiting for data, between readings."""
 
     def __init__(self):
         self._started, self._waited = time.perf_counter(), 0.0

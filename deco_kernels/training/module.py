@@ -1,4 +1,4 @@
-"""What the training strategies wrap: the model and its objective as one module, and how FSDP2 shards it."""
+"""The module that training strategies wrap (model and objective), its FSDP2 sharding, and random draws per image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deco_kernels.model import PixelDecoder
 
 
 class TrainingModule(nn.Module):
-    """Losses or velocities, through one forward: gradients are synchronised and shards gathered around it."""
+    """Model and objective behind one forward, around which strategies synchronize gradients and gather shards."""
 
     def __init__(self, model: nn.Module, objective: Objective):
         super().__init__()
@@ -22,15 +22,17 @@ class TrainingModule(nn.Module):
     def forward(
         self, x: torch.Tensor, y: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """With noise: `Objective.losses` at clean images x. Without: the model's velocity at noised images x."""
+        """With noise, `Objective.losses` for clean images x; without, the model's velocity for noised images x."""
         if noise is None:
             return self.model(x, t, y)
         return self.objective.losses(self.model, x, y, t, noise)
 
 
 def shard(module: TrainingModule, mesh: DeviceMesh) -> TrainingModule:
-    """FSDP2 over the mesh's data-parallel dimension: every block of the trunk, the decoder, and the rest are one unit
-    each, all of them sharded again after the forward, so that sampling leaves none gathered."""
+    """Apply FSDP2 over the mesh's data-parallel dimension: one unit per trunk block, for the decoder, and for the rest.
+
+    All units are resharded after the forward, so that none stays gathered after sampling.
+    """
     mesh = mesh["data_parallel"]
     for part in module.model.modules():
         if isinstance(part, nn.ModuleList):
@@ -45,10 +47,10 @@ def shard(module: TrainingModule, mesh: DeviceMesh) -> TrainingModule:
 def draw_per_image(
     objective: Objective, x: torch.Tensor, y: torch.Tensor, samples: list[int], seed: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`Objective.draw` for images x [B, 3, H, W], each from its own random stream.
+    """`Objective.draw` for images x [B, 3, H, W], each with its own random stream.
 
-    The stream is that of (seed, number of the sample in the run): how many processes share a batch, and where a run is
-    resumed, changes nothing. The generator is only the place to draw with.
+    The stream depends only on (seed, sample index in the run), so the values do not depend on the number of processes
+    or on resuming. The generator is reseeded for every image.
     """
     draws = []
     for i, sample in enumerate(samples):

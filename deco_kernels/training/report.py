@@ -1,4 +1,4 @@
-"""What a run tells its user: TensorBoard scalars and sample grids, metrics.jsonl, a progress bar, skipped images."""
+"""Output of a run: TensorBoard scalars and sample grids, metrics.jsonl, progress bar, messages."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from deco_kernels.training.images import as_grid, to_pixels
 
 
 class Report:
-    """Writes into the run's folder, and shows a progress bar on a terminal, lines elsewhere; made by one process only.
+    """Writes to the run's folder; shows a progress bar on a terminal and prints lines elsewhere. For one process only.
 
     Args:
-        folder: of the run. first_step: where it starts or resumes; what was written for later steps is dropped.
-        steps: of the whole run.
+        folder: folder of the run.
+        first_step: steps already done; records of later steps are dropped.
+        steps: steps of the whole run.
     """
 
     def __init__(self, folder: Path, first_step: int, steps: int):
@@ -28,11 +29,11 @@ class Report:
         self._trim(first_step)
         self._metrics = open(folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-        # On a terminal only; disable=None asks tqdm to find out.
+        # disable=None shows the bar only on a terminal.
         self._bar = tqdm(total=steps, initial=first_step, unit="step", desc="training", disable=None)
 
     def step(self) -> None:
-        """Count a step."""
+        """Advance the progress bar by one step."""
         self._bar.update()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -54,7 +55,7 @@ class Report:
         Image.fromarray(grid).save(self.folder / "samples" / f"step_{step:09d}.png")
 
     def line(self, text: str) -> None:
-        """Print a line where output goes to a pipe or file, which the progress bar does not reach."""
+        """Print a line if output goes to a pipe or a file, where there is no progress bar."""
         if not (sys.stdout.isatty() and sys.stderr.isatty()):
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -69,7 +70,7 @@ class Report:
         self._metrics.close()
 
     def _trim(self, first_step: int) -> None:
-        """Drop the metrics of steps after `first_step`, and a last line cut short by a kill."""
+        """Drop the metrics of steps after `first_step` and an incomplete last line."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return

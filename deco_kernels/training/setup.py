@@ -1,4 +1,4 @@
-"""Puts a run together from its configuration: processes, data, model, objective, optimiser."""
+"""Builds a run from its configuration: processes, data, model, objective, optimizer."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 Teacher = Callable[[torch.Tensor], torch.Tensor]
 Encoder = Callable[[list[str]], torch.Tensor]
-"""Captions → text features [B, S, F]; its attribute `empty_prompt` [S, F] stands for no caption."""
+"""Captions → text features [B, S, F]; its attribute `empty_prompt` [S, F] holds those of the null condition."""
 
 
 @dataclass
 class Parts:
-    """What the loop works with. `forward` and `optimizer` are Fabric's wrappers of what `progress` holds bare.
+    """Objects of the training loop. `forward` and `optimizer` are Fabric's wrappers of those in `progress`.
 
     shown: the label or prompt of every sample in a grid.
     """
@@ -48,11 +48,14 @@ class Parts:
 
 
 def find_checkpoint(config: TrainConfig, resume: str) -> dict[str, Any] | None:
-    """The checkpoint to resume from, its model checked against the configuration's; None for a new run."""
+    """The checkpoint to resume from, or None for a new run.
+
+    Raises ValueError or CheckpointError if `resume` does not fit the folder, or the model not the configuration.
+    """
     folder = checkpoint_folder(config)
     if resume == "never":
         if checkpoints.found(folder):
-            raise ValueError(f"out: {folder} holds checkpoints already; resume with --resume auto or choose another")
+            raise ValueError(f"out: {folder} already holds checkpoints; resume with --resume auto or choose another")
         return None
     content = checkpoints.read_latest(folder) if resume == "auto" else checkpoints.read(Path(resume))
     if content is not None:
@@ -67,7 +70,7 @@ def checkpoint_folder(config: TrainConfig) -> Path:
 def processes(config: TrainConfig) -> tuple[int, int]:
     """(processes on this machine, machines).
 
-    Under torchrun they come from its environment; under SLURM, devices and num_nodes must say what srun does.
+    torchrun sets them in the environment. Under SLURM, devices and num_nodes must match srun.
     """
     local, world = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     if local:
@@ -79,8 +82,8 @@ def processes(config: TrainConfig) -> tuple[int, int]:
 
 
 def launch(config: TrainConfig) -> Fabric:
-    """Start, or join, the processes of the run."""
-    from lightning_fabric import Fabric  # seconds of imports, which mistakes in the configuration are spared
+    """Start or join the processes of the run."""
+    from lightning_fabric import Fabric  # takes seconds: imported after the checks
     from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
     devices, nodes = processes(config)
@@ -104,16 +107,16 @@ def launch(config: TrainConfig) -> Fabric:
 def prepare(
     config: TrainConfig, fabric: Fabric, teacher: Teacher | None, encoder: Encoder | None, resumed: bool
 ) -> Parts:
-    """Open the data, build model, objective and optimiser, and hand them to the strategy.
+    """Open the data, build model, objective and optimizer, and wrap them by the strategy.
 
-    A run that is `resumed` gets its weights from the checkpoint afterwards and needs no `init_from`.
+    With `resumed`, `init_from` is not read: the weights come from the checkpoint.
     """
     torch.manual_seed(config.seed)
     network = model.build(config.model.name, **config.model.options)
     target, num_classes = wanted(network)
     reads_text = target == "caption"
     shown = shown_conditions(config.sample, num_classes)
-    with fabric.rank_zero_first():  # the first process converts tables and shards, the others find them converted
+    with fabric.rank_zero_first():  # the first process converts tables and shards for all
         source = open_source(config.data, target, num_classes)
     sizes = None
     if config.data.buckets:  # one process reads the headers for all
@@ -126,7 +129,7 @@ def prepare(
     null_label = encoder.empty_prompt if reads_text else network.null_label
     objective = make_objective(config.objective, null_label, alignment)
     if config.init_from is not None and not resumed:
-        initialise(network, Path(config.init_from))
+        initialize(network, Path(config.init_from))
     if config.compile:
         network.compile_trunk()
     module = TrainingModule(network, objective)
@@ -145,14 +148,14 @@ def prepare(
 
 
 def wanted(network: nn.Module) -> tuple[str, int | None]:
-    """What the model is conditioned on: ("label", number of classes) or ("caption", None)."""
+    """Condition of the model: ("label", number of classes) or ("caption", None)."""
     return ("caption", None) if isinstance(network, model.DeCoTextToImage) else ("label", network.trunk.num_classes)
 
 
 def shown_conditions(config: SampleConfig, num_classes: int | None) -> list[int] | list[str]:
-    """The label, or with num_classes None the prompt, of each of the `count` samples; none where `every` is 0.
+    """The label, or the prompt if num_classes is None, of each of the `count` samples; empty if `every` is 0.
 
-    Raises ValueError where there is nothing to show, and for labels that are no classes of the model.
+    Raises ValueError if there is nothing to show, or for labels that are not classes of the model.
     """
     if not config.every:
         return []
@@ -170,7 +173,7 @@ def shown_conditions(config: SampleConfig, num_classes: int | None) -> list[int]
 
 
 def make_sampler(config: SampleConfig, velocity: Velocity) -> flow.Sampler:
-    """Draws the grids of samples. Raises ValueError or TypeError for settings that no sampler takes."""
+    """Sampler of the sample grids. Raises ValueError or TypeError for invalid settings."""
     return flow.Sampler(
         velocity,
         solver=config.solver,
@@ -183,7 +186,7 @@ def make_sampler(config: SampleConfig, velocity: Velocity) -> flow.Sampler:
 
 
 def make_alignment(config: RepaConfig, network: nn.Module, teacher: Teacher | None) -> flow.Alignment | None:
-    """The alignment loss with its head; None where its weight is 0."""
+    """The alignment loss with its head; None if its weight is 0."""
     if not config.weight:
         return None
     if teacher is None:
@@ -200,7 +203,7 @@ def make_alignment(config: RepaConfig, network: nn.Module, teacher: Teacher | No
 def make_objective(
     config: ObjectiveConfig, null_label: int | torch.Tensor, alignment: flow.Alignment | None = None
 ) -> flow.Objective:
-    """The objective. Raises ValueError for a frequency table or times that there are not."""
+    """The objective. Raises ValueError for invalid settings of the frequency table or the times."""
     return flow.Objective(
         ops.jpeg_frequency_weight(config.quality, config.mode, config.gamma),
         config.frequency_scale,
@@ -212,8 +215,11 @@ def make_objective(
     )
 
 
-def initialise(network: nn.Module, path: Path) -> None:
-    """Copy the averaged weights of a checkpoint, ours or a published one, into a model of the same kind and size."""
+def initialize(network: nn.Module, path: Path) -> None:
+    """Copy the EMA weights of a checkpoint of this package or a published one into a model of the same class and sizes.
+
+    Raises ValueError for another class or other sizes.
+    """
     found = model.load_model(path)
     if type(found) is not type(network):
         raise ValueError(f"init_from: {path} holds a {type(found).__name__}, expected a {type(network).__name__}")
@@ -224,7 +230,7 @@ def initialise(network: nn.Module, path: Path) -> None:
 
 
 def warn_of_changes(content: dict[str, Any], config: TrainConfig) -> None:
-    """Name the keys that differ from those the checkpoint was written with."""
+    """Warn of the keys whose values differ from those in the checkpoint."""
     before, now = (_flat(each) for each in (content["config"], to_dict(config)))
     changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key] and key != "out"]
     if changed:

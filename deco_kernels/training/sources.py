@@ -1,7 +1,7 @@
-"""Where training images come from: class folders, tables of images, WebDataset shards; all read through `datasets`.
+"""Sources of training images: class folders, tables of images, WebDataset shards; all read through `datasets`.
 
-Tables and shards are converted once into Arrow files, which processes map into memory, so that every image of every
-kind of source can be reached by its number.
+Tables and shards are converted once to Arrow files, which processes memory-map, so that every image of every source has
+random access by index.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from deco_kernels.training.images import open_image, upright_size
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_COLUMNS = ("image", "img", *(suffix[1:] for suffix in IMAGE_SUFFIXES))
 TABLE_FORMATS = {".csv": "csv", ".parquet": "parquet"}
-SCAN_PROCESSES_FROM = 10_000  # images; below, starting processes costs more than they save
+SCAN_PROCESSES_FROM = 10_000  # images; for fewer, starting processes takes longer than it saves
 
 
 @dataclass
 class Source:
-    """Images with a label or a caption each, undecoded.
+    """Undecoded images, each with a label or a caption.
 
-    rows: holds the image column and, for captions, the caption column.
-    base: what relative paths in the image column are relative to.
-    labels: int64 [n], or None where captions are wanted.
-    left_out: name and reason of what was found to be unusable before any of it was to be decoded.
+    rows: dataset with the image column and, for captions, the caption column.
+    base: folder of relative paths in the image column.
+    labels: int64 [n], or None for captions.
+    left_out: images found to be unusable before decoding, name → reason.
     """
 
     rows: datasets.Dataset
@@ -57,7 +57,7 @@ class Source:
         return str(self.base / stored) if isinstance(stored, str) else stored, target
 
     def name(self, index: int) -> str:
-        """What a message calls an image."""
+        """Name of an image in messages."""
         row = self.rows[index]
         stored = row[self.image_column]
         path = stored.get("path") if isinstance(stored, dict) else stored
@@ -66,13 +66,13 @@ class Source:
         return str(self.base / path) if isinstance(path, str) else f"row {index} of {self.base}"
 
     def sizes(self, processes: int) -> np.ndarray:
-        """(height, width) of every image from its header, [n, 2]; (0, 0), and left out, where it cannot be read."""
+        """(height, width) in pixels of every image, read from the header, [n, 2]; (0, 0) if it cannot be read."""
 
         def read(index: int) -> dict[str, Any]:
             try:
                 with open_image(self.read(index)[0]) as image:
                     return {"size": list(upright_size(image)), "reason": ""}
-            except Exception as error:  # Pillow's formats raise many unrelated types
+            except Exception as error:  # Pillow raises many unrelated types
                 return {"size": [0, 0], "reason": str(error) or type(error).__name__}
 
         numbers = datasets.Dataset.from_dict({"index": range(len(self))})
@@ -89,12 +89,13 @@ def open_source(config: DataConfig, target: str, num_classes: int | None = None)
     """Open the images that the configuration names.
 
     Args:
+        config: the data configuration.
         target: "label" or "caption".
-        num_classes: labels must be below it, where given.
+        num_classes: upper bound (exclusive) of labels, or None.
 
     Raises:
         FileNotFoundError: no such folder, table or shard.
-        ValueError: no image, an empty class folder, a missing column, more classes than the model has.
+        ValueError: no image, an empty class folder, a missing column, or more classes than the model has.
     """
     with _quiet():
         source = _open_folder(config, target) if config.kind == "folder" else _open_files(config, target)
@@ -106,7 +107,7 @@ def open_source(config: DataConfig, target: str, num_classes: int | None = None)
 
 
 def check_source(config: DataConfig, target: str = "label", num_classes: int | None = None) -> None:
-    """Raise what `open_source` raises for the path and the number of classes; no file is opened."""
+    """Raise the errors of `open_source` for the path and the number of classes, without opening a file."""
     if config.kind == "folder":
         _check_labels(config, 0, len(_class_folders(config, target)) - 1, num_classes)
     else:
@@ -122,7 +123,7 @@ def _check_labels(config: DataConfig, least: int, most: int, num_classes: int | 
 
 
 def _class_folders(config: DataConfig, target: str) -> list[Path]:
-    """One folder per class, in the order of their names, which numbers them."""
+    """One folder per class, sorted by name; the position is the label."""
     if target == "caption":
         raise ValueError("data.kind: folders hold classes, not captions; a text model needs a table or shards")
     root = Path(config.path)
@@ -151,8 +152,10 @@ def _open_folder(config: DataConfig, target: str) -> Source:
 
 
 def _images_in(folder: Path, root: Path, left_out: dict[str, str]) -> list[str]:
-    """Paths below a class folder, relative to the root, in the order of their names; hidden ones are none. Names that
-    Arrow cannot hold go to `left_out`."""
+    """Sorted paths of the images below a class folder, relative to the root, without hidden ones.
+
+    Names that are not UTF-8, which Arrow cannot hold, are added to `left_out`.
+    """
     found = []
     for file in folder.rglob("*"):
         path = file.relative_to(root)
@@ -168,14 +171,14 @@ def _images_in(folder: Path, root: Path, left_out: dict[str, str]) -> list[str]:
 
 
 def _data_files(config: DataConfig) -> list[str]:
-    """The tables or shards that the path names."""
+    """The tables or shards that the path or its wildcards match."""
     files = sorted(glob.glob(config.path, recursive=True))
     if not files:
         raise FileNotFoundError(f"data.path: expected a file, found none at {config.path}")
     for file in files:
         if (found := kind_at(file)) != "a file":
             raise ValueError(
-                f"data.path: expected files, found {found} at {file}; name the files, by wildcards if many"
+                f"data.path: expected files, found {found} at {file}; name the files, with wildcards if there are many"
             )
     if config.kind == "table" and Path(files[0]).suffix.lower() not in TABLE_FORMATS:
         raise ValueError(f"data.path: expected a table {list(TABLE_FORMATS)}, got {files[0]}")
@@ -183,7 +186,7 @@ def _data_files(config: DataConfig) -> list[str]:
 
 
 def _open_files(config: DataConfig, target: str) -> Source:
-    """A table or shards, one file or several."""
+    """Open one or more tables or shards."""
     files = _data_files(config)
     builder = "webdataset" if config.kind == "webdataset" else TABLE_FORMATS[Path(files[0]).suffix.lower()]
     try:
@@ -204,7 +207,7 @@ def _open_files(config: DataConfig, target: str) -> Source:
     if target == "caption":
         return Source(rows, image_column, base, caption_column=wanted, left_out=left_out)
     labels = values.to_numpy()
-    if labels.dtype.kind not in "iuf":  # names of classes, numbered in their order
+    if labels.dtype.kind not in "iuf":  # class names; the labels are their sorted positions
         labels = np.unique(labels.astype(str), return_inverse=True)[1]
     return Source(rows, image_column, base, labels.astype(np.int64), left_out=left_out)
 
@@ -222,13 +225,13 @@ def _image_column(rows: datasets.Dataset, config: DataConfig) -> str:
 
 
 def _field(row: dict[str, Any], column: str) -> Any:
-    """The value of a column; a dot reaches into a structured one, as in json.caption."""
+    """The value of a column; a dot selects a field of a structured column, as in json.caption."""
     outer, _, inner = column.partition(".")
     return row[column] if column in row else row[outer][inner]
 
 
 def _values(rows: datasets.Dataset, column: str, key: str) -> Any:
-    """A whole column as a pandas series, or a field of a structured one, as `_field` finds them."""
+    """A whole column, or a field of a structured column as in `_field`, as a pandas series."""
     outer, _, inner = column.partition(".")
     table = rows.data
     if column in rows.column_names:
@@ -240,7 +243,7 @@ def _values(rows: datasets.Dataset, column: str, key: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet():
-    """Without the progress bars of `datasets`."""
+    """Context without the progress bars of `datasets`."""
     shown = datasets.utils.is_progress_bar_enabled()
     datasets.utils.disable_progress_bars()
     try:

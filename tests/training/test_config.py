@@ -60,7 +60,7 @@ def test_file_then_overrides_over_defaults(file):
         ("sample.every=-1", "sample.every: expected at least 0, got -1"),
         ("steps", "expected key=value, got 'steps'"),
         ("optimizer=3", "optimizer"),
-        ("out=[", "not readable as YAML"),
+        ("out=[", "not valid YAML"),
     ],
 )
 def test_bad_overrides_are_refused(file, override, said):

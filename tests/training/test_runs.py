@@ -108,7 +108,7 @@ def test_backend_reference_gives_the_same_run(trainer, class_folders, tmp_path):
         (["sample.every=10", "sample.solver=rk4"], "error: sample.solver: expected one of"),
         (["sample.every=10", "sample.labels=[1,2]"], "sample.labels: expected classes of the model, from 0"),
         (["optimizer.lr=1e30", "steps=3"], "the loss of step"),
-        (["data.min_side=1000"], "error: data.path: 100 images in a row cannot be used, such as "),
+        (["data.min_side=1000"], "error: data.path: 100 consecutive images cannot be used, such as "),
         (["--backend", "abacus"], "abacus"),
         (["--resume", "/nowhere.ckpt"], "/nowhere.ckpt cannot be read"),
     ],

@@ -169,7 +169,7 @@ def test_unusable_images_are_named_and_replaced(tmp_path):
         assert torch.equal(pixels, again[0, 40 + number, number][0])
         assert (str(folder / f"0000{number}.jpg") in skipped) == (number in (1, 2, 3))
     assert "8x80 pixels, below data.min_side=16" in given[0, 43, 3][3].values()
-    with pytest.raises(ValueError, match="100 images in a row cannot be used"):
+    with pytest.raises(ValueError, match="100 consecutive images cannot be used"):
         Images(source, plan, min_side=1000)[0, 0, 0]
 
 
