@@ -6,7 +6,8 @@
 namespace deco::cuda {
 
 // Recomputes the decoder's forward and runs the backward of its head:
-//   n = LayerNorm(h_N);  δn = W_outᵀ·δvelocity;  δh_N = LayerNorm'(δn);  δW_out = Σ δvelocity ⊗ n;  δb_out = Σ δvelocity
+//   n = LayerNorm(h_N);  δn = W_outᵀ·δvelocity;  δh_N = LayerNorm'(δn)
+//   δW_out = Σ δvelocity ⊗ n;  δb_out = Σ δvelocity
 struct DecoderRecompute {
   PackedWeights packed;
   DecoderShape shape;  // of the whole batch
