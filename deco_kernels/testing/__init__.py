@@ -1,4 +1,4 @@
-"""Checks a backend against the float64 formula: random inputs, the rule of error, and a comparison of an op's results.
+"""Checks of a backend against the float64 formula: random inputs, rule of error, comparison of an op's results.
 
 The rule of error, for every output and gradient, with relative error |actual - exact| / |exact| (L2) against float64:
 
@@ -7,7 +7,7 @@ The rule of error, for every output and gradient, with relative error |actual - 
 
 where eager is plain PyTorch on the same device, in float32 or under autocast with float32 weights. For tensors of at
 least 1,000 elements the mean signed error is at most 0.25 x that bound x RMS(exact). Inputs are N(0, 1), weights
-N(0, 1/fan-in); the rule is meant for at least 4,096 pixels.
+N(0, 1/fan-in). Use the rule with at least 4,096 pixels.
 """
 
 from deco_kernels.testing.accuracy import (

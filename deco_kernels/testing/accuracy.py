@@ -1,4 +1,4 @@
-"""The rule of error, and an op's results held against it; `deco_kernels.testing` states the rule."""
+"""The rule of error, stated in `deco_kernels.testing`, and the comparison of an op's results with it."""
 
 import importlib
 import math
@@ -19,7 +19,7 @@ class Results(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One output or gradient held against the rule of error; `bias` is the mean signed error over RMS(exact)."""
+    """One output or gradient under the rule of error; `bias` is |mean signed error| / RMS(exact)."""
 
     name: str
     error: float
@@ -39,22 +39,22 @@ class Comparison(NamedTuple):
 
 
 def run(inputs: Inputs, backend: str | None = None) -> Results:
-    """The op through its public function, with every gradient."""
+    """Outputs and all gradients of the op, called through its public function."""
     return _differentiate(inputs, lambda tensors: getattr(ops, inputs.op)(**tensors, **inputs.options, backend=backend))
 
 
 def exact_results(inputs: Inputs) -> Results:
-    """The float64 formula on the same values."""
+    """Results of the float64 formula on the same values."""
     return run(in_float64(inputs), "reference")
 
 
 def eager_results(inputs: Inputs) -> Results:
-    """Plain PyTorch: in float32, or under autocast to the activation's dtype with the weights as they are."""
+    """Results of plain PyTorch: in float32, or under autocast to the activation dtype with unchanged weights."""
     return _differentiate(inputs, lambda tensors: eager(inputs.op, tensors, inputs.options))
 
 
 def eager(op: str, tensors: dict[str, torch.Tensor | None], options: dict[str, int | float]):
-    """The op's formula in plain PyTorch operations, as a training script under autocast computes it."""
+    """The op's formula in plain PyTorch, as computed by a training script under autocast."""
     module = "flow_matching_loss" if op in LOSSES else op
     reference = importlib.import_module(f"deco_kernels.backends.reference.{module}")
     formula = reference.frequency_formula if op == "frequency_loss" else reference.formula
@@ -91,7 +91,7 @@ def _differentiate(inputs: Inputs, function) -> Results:
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    """|actual - exact| / |exact| in L2 over all elements, in float64; infinite where a value is not finite."""
+    """|actual - exact| / |exact| in L2 over all elements, in float64; infinite if a value is not finite."""
     difference = torch.linalg.vector_norm(actual.double() - exact.double()).item()
     norm = torch.linalg.vector_norm(exact.double()).item()
     if difference == 0:
@@ -111,7 +111,7 @@ def relative_bias(actual: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def error_bound(dtype: torch.dtype, eager_error: float, *, gradient: bool) -> float:
-    """The rule of error for a result computed in `dtype`, given eager's relative error."""
+    """Bound of the rule of error for a result computed in `dtype`, given the relative error of eager PyTorch."""
     if dtype in (torch.bfloat16, torch.float16):
         return (1.5 if gradient else 1.2) * eager_error
     return max(2 * eager_error, 5e-6 if gradient else 2e-6)
@@ -120,9 +120,9 @@ def error_bound(dtype: torch.dtype, eager_error: float, *, gradient: bool) -> fl
 def compare(
     inputs: Inputs, actual: Results, exact: Results | None = None, eager_: Results | None = None
 ) -> list[Comparison]:
-    """Every output and gradient of `actual` against the rule of error.
+    """Compare every output and gradient of `actual` by the rule of error.
 
-    `exact` and `eager_` are computed unless given: `exact_results(inputs)` and `eager_results(inputs)`.
+    `exact` and `eager_` default to `exact_results(inputs)` and `eager_results(inputs)`.
     """
     exact = exact_results(inputs) if exact is None else exact
     eager_ = eager_results(inputs) if eager_ is None else eager_
@@ -147,6 +147,6 @@ def compare_tensors(
     dtype: torch.dtype,
     gradient: bool,
 ) -> Comparison:
-    """One output or gradient, computed in `dtype`, against the rule of error."""
+    """Compare one output or gradient, computed in `dtype`, by the rule of error."""
     bound = error_bound(dtype, relative_error(eager_, exact), gradient=gradient)
     return Comparison(name, relative_error(actual, exact), bound, relative_bias(actual, exact), 0.25 * bound)

@@ -1,6 +1,6 @@
 """Builds the CUDA kernels for the host and registers them as backend "cuda_emulated".
 
-The sources, csrc/emulation among them, are those of the tree that this file lies in: an installed wheel has none.
+Needs the sources in csrc, which a checkout has and an installed wheel does not.
 """
 
 import contextlib
@@ -23,28 +23,28 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulation"
 BACKEND = "cuda_emulated"
 MULTIPROCESSORS = 2
-LARGE_SHARED, SMALL_SHARED = 227 << 10, 99 << 10  # bytes one block may use on sm_90, and on small devices
+LARGE_SHARED, SMALL_SHARED = 227 << 10, 99 << 10  # bytes of shared memory per block: sm_90, small devices
 
 
 def unavailable_reason() -> str | None:
-    """Why the kernels cannot be emulated here, with the remedy, or None."""
+    """Reason, with remedy, why the kernels cannot be emulated on this machine, or None."""
     if not (ROOT / "csrc" / "emulation").is_dir():
         return (
-            f"the emulator is built from csrc/emulation, which {ROOT} does not hold; run in a checkout, or install the "
+            f"the emulator is built from csrc/emulation, which is missing in {ROOT}; run in a checkout, or install the "
             "package from one with `pip install -e .`"
         )
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
-        return f"the emulator runs on x86-64 Linux, this is {platform.machine()} {sys.platform}"
+        return f"the emulator runs on x86-64 Linux, not on {platform.machine()} {sys.platform}"
     if "f16c" not in Path("/proc/cpuinfo").read_text():
         return "the emulator needs a processor with F16C"
     if shutil.which("g++") is None:
-        return "no g++ to build the emulator with"
+        return "the emulator is built with g++, which is not on PATH; install it"
     return None
 
 
 def build(sources: Path, folder: Path):
-    """The emulated module of the tree `sources` (a csrc folder), in `folder`; compiled unless it lies there already,
-    from files of the same contents, whenever these were written."""
+    """The emulated module of `sources` (a csrc folder), built in `folder` unless it was built there from the same
+    contents, whatever the modification times."""
     written, contents = folder / "contents.sha256", contents_of(sources)
     with alone_in(folder):
         if not written.exists() or written.read_text() != contents:
@@ -57,7 +57,7 @@ def build(sources: Path, folder: Path):
 
 @contextlib.contextmanager
 def alone_in(folder: Path):
-    """Of the processes that build in a folder, one at a time; the others wait."""
+    """Lock on a build folder: one process builds at a time, the others wait."""
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def alone_in(folder: Path):
 
 
 def contents_of(sources: Path) -> str:
-    """SHA-256 of what a build depends on: names and contents of the files, compiler, processor, Python, pybind11."""
+    """SHA-256 of the inputs of a build: names and contents of the files, compiler, processor, Python, pybind11."""
     import pybind11
 
     compiler = os.environ.get("CXX", "g++")
@@ -81,7 +81,7 @@ def contents_of(sources: Path) -> str:
 
 
 def compile_tree(sources: Path, folder: Path) -> None:
-    """Compile csrc/emulation of the tree `sources` in `folder`, what is older than its sources alone."""
+    """Compile csrc/emulation of `sources` incrementally in `folder`. Raises RuntimeError if the build fails."""
     import pybind11
 
     beside = Path(sys.executable).parent
@@ -98,14 +98,14 @@ def compile_tree(sources: Path, folder: Path) -> None:
 
 
 def compile_command(*arguments: str | Path) -> list[str]:
-    """A command that runs the compiler as for the emulated module of this tree, which must be built, but with -O1."""
+    """The compiler command of this tree's emulated module, which must be built, with -O1 and other arguments."""
     command = shlex.split(json.loads((BUILD / "compile_commands.json").read_text())[0]["command"])
     return [*command[: command.index("-o")], "-O1", "-xc++", *map(str, arguments)]
 
 
 def load(library: Path):
-    """The module in a library."""
-    # Python would hand out the module of the same name again, wherever it lies.
+    """Import the module in a shared library."""
+    # Python returns the first module of a name for every path, so each folder gets its own name.
     name = f"emulation_{abs(hash(library.parent))}._native_cuda_emulated"
     spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
@@ -115,9 +115,9 @@ def load(library: Path):
 
 @functools.lru_cache(maxsize=1)
 def emulated_module():
-    """The emulated module of this tree, built when its sources have changed; registers the backend that uses it.
+    """The emulated module of this tree, rebuilt if its sources have changed. Registers the backend that uses it.
 
-    Raises RuntimeError where `unavailable_reason` gives a reason, or if the build fails.
+    Raises RuntimeError if `unavailable_reason` gives a reason or the build fails.
     """
     reason = unavailable_reason()
     if reason is not None:

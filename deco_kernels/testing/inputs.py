@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
     grad_outputs: tuple[torch.Tensor, ...]
 
     def groups(self) -> tuple:
-        """The tensors as backends receive them, weights in groups."""
+        """The tensors as passed to backends, with weights in groups."""
         return signatures.grouped(signatures.OPS[self.op].group, self.tensors.values())
 
 
@@ -41,13 +41,15 @@ def random_inputs(
     """Random arguments of an op.
 
     Args:
-        op: its name in `deco_kernels.ops`.
-        dtype: of the activation (cond, tokens, h; pred for the losses).
-        other_dtype: of the image (target for the losses); by default float32 (`dtype` for the losses).
-        weight_dtype: of the weights (float32 for norm weights, frequency and sample weights under half precision).
+        op: name of the op in `deco_kernels.ops`.
+        dtype: dtype of the activation (cond, tokens, h; pred for the losses).
+        other_dtype: dtype of the image (target for the losses); by default float32 (`dtype` for the losses).
+        weight_dtype: dtype of the weights. Norm, frequency and sample weights are float32 unless `dtype` is float64.
         width, depth, patch_size, channels: D, N, p, C.
-        image_size: (B, H, W); ops on rows work on its B*H*W pixels.
+        image_size: (B, H, W); ops on rows have B*H*W rows.
         token_width: Z.
+        device: device of the tensors; values do not depend on it.
+        seed: seed of the random generator.
     """
     draw = _Draw(dtype, dtype if dtype is torch.float64 else weight_dtype, device, seed)
     pixels = patch_size**2
@@ -87,10 +89,11 @@ def random_inputs(
 
 
 def with_equal_rows(inputs: Inputs, offset: float, deviation: float = 0.0, seed: int = 0) -> Inputs:
-    """The same call with LayerNorm's rows nearly equal: c (1 + deviation N(0, 1)), one c for the channels of a row.
+    """The same call with nearly equal channels in every row of LayerNorm: c (1 + deviation N(0, 1)), one c per row.
 
-    c is drawn between `offset` and twice that; at offset 0 the rows are deviation N(0, 1). They are h, or a decoder's
-    pixel_table with an image of zeros and gates of 0, so that the blocks and the head all see them. Not for the losses.
+    c is uniform between `offset` and 2 * `offset`; for offset 0 the rows are deviation N(0, 1). The rows are h, or the
+    pixel_table of a decoder with an image of zeros and zero gates, so that all blocks and the head get them. Not for
+    the losses.
     """
     tensors = dict(inputs.tensors)
     name = "h" if "h" in tensors else "pixel_table"
@@ -148,7 +151,7 @@ class _Draw:
 
 
 def in_float64(inputs: Inputs) -> Inputs:
-    """The same values in float64."""
+    """The same call with all tensors converted to float64."""
     return inputs._replace(
         tensors={name: None if t is None else t.double() for name, t in inputs.tensors.items()},
         grad_outputs=tuple(gradient.double() for gradient in inputs.grad_outputs),

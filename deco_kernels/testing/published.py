@@ -1,8 +1,8 @@
-"""The decoder and the losses as published, in eager PyTorch: what the fused ops are compared with and timed against.
+"""The published formulation of decoder and losses in eager PyTorch, the baseline of comparisons and timings.
 
 Source: DeCo (arXiv 2511.19365), section 3, and the published checkpoints. The decoder unfolds the image, concatenates
 pixels and positions, runs the two input linears one after the other and evaluates SiLU(cond) in every block; the losses
-transform prediction and target separately. `deco_kernels.testing.published_model` has the same as modules.
+transform prediction and target separately. `deco_kernels.testing.published_model` has the decoder as modules.
 """
 
 import copy
@@ -19,14 +19,16 @@ from deco_kernels.model import DeCo, PixelDecoder
 from deco_kernels.model.pixel_decoder import upsample
 from deco_kernels.signatures import OPS
 
-EPS = 1e-6  # of LayerNorm, as the ops default to
+EPS = 1e-6  # of LayerNorm, the default of the ops
 POSITION_FEATURES = 64
 _BLOCK_WEIGHTS = OPS["adaln_block"].names[2:]
 
 
 def position_features(patch_size: int) -> torch.Tensor:
-    """The class-conditional model's features of a patch's pixels, [P, 64]: cos(pi u f_i) cos(pi v f_j) / (1 + f_i f_j)
-    at index 8 i + j, i over the frequencies in x."""
+    """Position features of the class-conditional model for a patch's pixels, float32 [P, 64].
+
+    cos(pi u f_i) cos(pi v f_j) / (1 + f_i f_j) at index 8 i + j, i over the frequencies in x.
+    """
     frequencies = torch.linspace(0, 8, 8)
     waves = torch.cos(math.pi * torch.linspace(0, 1, patch_size)[:, None] * frequencies)
     decay = 1 / (1 + frequencies[:, None] * frequencies)
@@ -35,18 +37,18 @@ def position_features(patch_size: int) -> torch.Tensor:
 
 
 def fold(pixels: torch.Tensor, shape: torch.Size, patch_size: int) -> torch.Tensor:
-    """[T, P, C] -> [B, C, H, W], what F.fold does; torch.compile fails on F.fold on the CPU."""
+    """[T, P, C] -> [B, C, H, W], as F.fold, which fails under torch.compile on the CPU."""
     batch, channels, height, width = shape
     grid = pixels.reshape(batch, height // patch_size, width // patch_size, patch_size, patch_size, channels)
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(shape)
 
 
 def decoder(tensors: Mapping[str, torch.Tensor], cond: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """velocity [B, C, H, W].
+    """The published decoder: velocity [B, C, H, W].
 
     Args:
-        tensors: the arguments of `ops.pixel_decoder` by name; in place of pixel_weight and pixel_table the input
-            linears emb_weight [D, C + 64], emb_bias [D], in_weight [D, D], in_bias [D] and the positions [P, 64].
+        tensors: the arguments of `ops.pixel_decoder` by name, with pixel_weight and pixel_table replaced by the
+            input linears emb_weight [D, C + 64], emb_bias [D], in_weight [D, D], in_bias [D] and by positions [P, 64].
         cond: [..., P, D], one condition per pixel.
         patch_size: p.
     """
@@ -75,7 +77,7 @@ def block(h, cond, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1
 def losses(
     pred: torch.Tensor, target: torch.Tensor, frequency_weight: torch.Tensor, frequency_scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """total, pixel and frequency loss of [B, 3, H, W] in the dtype of `target`; frequency_weight is [3, 8, 8]."""
+    """(total, pixel, frequency), scalars in the dtype of target [B, 3, H, W]; frequency_weight is [3, 8, 8]."""
     pred = pred.to(target.dtype)
     pixel = ((pred - target) ** 2).mean()
     difference = _dct(pred) - _dct(target)
@@ -84,7 +86,7 @@ def losses(
 
 
 def _dct(image: torch.Tensor) -> torch.Tensor:
-    """DCT coefficients of YCbCr, [B, 3, H/8, W/8, 8, 8]: channel by channel, padded, cut into blocks."""
+    """DCT coefficients of YCbCr, [B, 3, H/8, W/8, 8, 8]: per channel, padded, split into blocks."""
     red, green, blue = image.unbind(1)
     ycbcr = torch.stack(
         [weights[0] * red + weights[1] * green + weights[2] * blue for weights in reference.RGB_TO_YCBCR], dim=1
@@ -115,21 +117,21 @@ class EagerDecoder(PixelDecoder):
 
 
 def eager_view(decoder: PixelDecoder) -> EagerDecoder:
-    """The decoder's own parameters behind the published forward."""
+    """An `EagerDecoder` that shares the decoder's parameters."""
     view = copy.copy(decoder)
     view.__class__ = EagerDecoder
     return view
 
 
 def eager_twin(model: DeCo) -> DeCo:
-    """A copy of the model, values included, whose decoder is an `EagerDecoder`."""
+    """A deep copy of the model whose decoder is an `EagerDecoder`."""
     twin = copy.deepcopy(model)
     twin.decoder = eager_view(twin.decoder)
     return twin
 
 
 class EagerObjective(flow.Objective):
-    """`flow.Objective` without label dropping and REPA, its losses in plain PyTorch.
+    """`flow.Objective` in plain PyTorch, without label dropout and REPA.
 
     Noise and times are drawn in the same order and precision, then cast to the dtype of the model's parameters.
     """

@@ -1,8 +1,8 @@
 """The class-to-image model in the published structure: module names, state_dict names and order of operations.
 
-Source: DeCo (arXiv 2511.19365), section 3, and the published checkpoints. The trunk's parts are those of
-`deco_kernels.model`; the decoder is plain PyTorch on [tokens, pixels of a patch, channels]. `swap_decoder` of
-`deco_kernels.integrations` puts the fused ops into it, and `deco_kernels.model.from_published` reads its state_dict.
+Source: DeCo (arXiv 2511.19365), section 3, and the published checkpoints. The trunk uses
+modules of `deco_kernels.model`; the decoder is plain PyTorch on [tokens, pixels of a patch, channels].
+`deco_kernels.integrations.swap_decoder` swaps its decoder and `deco_kernels.model.from_published` reads its state_dict.
 """
 
 import torch
@@ -15,7 +15,7 @@ from deco_kernels.testing.published import POSITION_FEATURES, fold, position_fea
 
 
 class PixelEmbedder(nn.Module):
-    """Pixels [T, P, C], P = p², → [T, P, D]: a linear map of the pixel's channels and its 64 position features."""
+    """Pixels [T, P, C], P = p², → [T, P, D]: a linear of the pixel's channels and its 64 position features."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -28,7 +28,7 @@ class PixelEmbedder(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """h + gate·mlp(in_ln(h)·(1 + scale) + shift), all three from the pixel's condition."""
+    """h + gate·mlp(in_ln(h)·(1 + scale) + shift); h and cond are [..., D], cond gives shift, scale and gate."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -42,7 +42,7 @@ class ResBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """[..., D] → velocity [..., C]: a norm without affine, then a linear map."""
+    """[..., D] → velocity [..., C]: LayerNorm without affine, then a linear."""
 
     def __init__(self, width: int, channels: int):
         super().__init__()
@@ -108,7 +108,7 @@ class LabelEmbedder(nn.Module):
 
 
 class TrunkBlock(nn.Module):
-    """Attention and SwiGLU, each with an adaptive RMS norm before and a gate behind."""
+    """Attention and SwiGLU, each after an adaptive RMS norm and followed by a gate."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -124,7 +124,7 @@ class TrunkBlock(nn.Module):
 
 
 class PublishedDeCo(nn.Module):
-    """Image [B, C, H, W], times [B], labels [B] → velocity [B, C, H, W], all in plain PyTorch."""
+    """Image [B, C, H, W], times [B], labels [B] → velocity [B, C, H, W], in plain PyTorch."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class PublishedDeCo(nn.Module):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """Decoder linears and patch embedding Xavier-uniform without bias, modulation and head of the decoder zero."""
+        """Decoder linears and patch embedding Xavier-uniform with zero bias; decoder modulation and head zero."""
         for part in (self.x_embedder, self.dec_net, self.s_embedder):
             for module in part.modules():
                 if isinstance(module, nn.Linear):

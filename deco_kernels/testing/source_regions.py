@@ -1,7 +1,7 @@
 """Named regions of the CUDA sources: the lines between a line `// region: NAME` and the next line `// end region`.
 
-Static analysis and the tests of planted faults address code by these names, never by its text. No two regions of
-csrc/cuda have the same name, and none lies in another.
+Static analysis and the tests of planted faults address code by these names. Names are unique in csrc/cuda, and regions
+do not nest.
 """
 
 import re
@@ -14,11 +14,11 @@ _MARKER = re.compile(r"// (?:region: (\w+)|end region)$")
 
 class Region(NamedTuple):
     path: Path
-    lines: range  # their numbers, the file's first line being 1
+    lines: range  # line numbers, from 1
 
 
 def all_regions() -> dict[str, Region]:
-    """Every region of csrc/cuda by its name; ValueError for an unpaired marker or a name that occurs twice."""
+    """Every region of csrc/cuda by name. Raises ValueError for an unpaired marker or a duplicate name."""
     regions = {}
     for path in sorted(CUDA_SOURCES.iterdir()):
         start = None  # name of the open region, number of its first line
@@ -27,7 +27,7 @@ def all_regions() -> dict[str, Region]:
                 continue
             name = marker[1]
             if (name is None) == (start is None) or name in regions:
-                raise ValueError(f"{path}:{number}: unpaired marker or a second region of this name: {line.strip()}")
+                raise ValueError(f"{path}:{number}: unpaired marker or duplicate region name: {line.strip()}")
             if name is None:
                 regions[start[0]] = Region(path, range(start[1], number))
             start = None if name is None else (name, number + 1)

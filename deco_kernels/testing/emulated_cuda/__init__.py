@@ -1,4 +1,4 @@
-"""Backend "cuda_emulated": the files of backends/cuda on CPU tensors, their kernels run by csrc/emulation."""
+"""Backend "cuda_emulated": the modules of backends/cuda on CPU tensors, with kernels run by csrc/emulation."""
 
 from deco_kernels.backends.cuda import unsupported_reason  # noqa: F401
 
