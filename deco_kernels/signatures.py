@@ -1,9 +1,9 @@
-"""What every op takes: the one description of its tensor arguments.
+"""Tensor arguments of every op.
 
-A field's annotation states its shape in symbols and how its value is rounded. The operators' schemas, the checks of
-shapes and their errors, the groups of weights that backends receive, and the tables in docs are made from it.
+The annotation of a field gives its shape in symbols and the rounding of its value. Operator schemas, shape checks and
+their errors, the groups of weights passed to backends, and the tables in docs are generated from these descriptions.
 
-Symbols: B, C, H, W of the image; P = p² pixels of a patch; D, the decoder's width; N, its depth; Z, the tokens' width.
+Symbols: B, C, H, W of the image; P = p² pixels of a patch; D, decoder width; N, decoder depth; Z, token width.
 """
 
 import functools
@@ -20,7 +20,7 @@ KEPT = "keeps its value"
 
 
 class UpsampleWeights(NamedTuple):
-    """The linear map from a token to its pixels; row k·D + d belongs to channel d of pixel k."""
+    """Upsample linear from a token to its pixels; row k·D + d belongs to channel d of pixel k."""
 
     up_weight: Annotated[Tensor, "[P*D, Z]", MATMUL]
     up_bias: Annotated[Tensor, "[P*D]", KEPT]
@@ -46,7 +46,7 @@ class BlockWeights(NamedTuple):
 
 
 class DecoderWeights(NamedTuple):
-    """The whole decoder: query, blocks and head."""
+    """The decoder: query, blocks and head."""
 
     pixel_weight: Annotated[Tensor, "[D, C]", MATMUL]
     pixel_table: Annotated[Tensor, "[P, D]", KEPT]
@@ -88,7 +88,7 @@ class Loss(NamedTuple):
     sample_weight: Annotated[Tensor | None, "[B]", KEPT]
 
 
-# --- what is read from the description -------------------------------------------------------------------------------
+# --- values derived from the descriptions ----------------------------------------------------------------------------
 
 Group = TypeVar("Group", bound=tuple[Any, ...])
 
@@ -100,8 +100,8 @@ class Argument(NamedTuple):
     shape: str
     rounding: str
     optional: bool
-    leading: bool  # any number of leading sizes, "..."
-    sizes: tuple[str, ...]  # those after the leading ones, such as ("N", "3D", "D")
+    leading: bool  # whether it has any number of leading sizes, "..."
+    sizes: tuple[str, ...]  # the sizes after the leading ones, such as ("N", "3D", "D")
     may_be_empty: bool
 
 
@@ -113,8 +113,12 @@ def _argument(name: str, shape: str, rounding: str, optional: bool) -> Argument:
 
 
 class Op(NamedTuple):
-    """`sized_by`: the arguments whose shapes give the symbols their sizes, which the others are checked against.
-    `computed`: the other sizes that appear, as (text, factor, symbols to multiply)."""
+    """Description of an op.
+
+    group: class of its tensor arguments.
+    sized_by: indices of the arguments whose shapes define the symbols; the others are checked against them.
+    computed: sizes that are products, as (text, factor, symbols to multiply).
+    """
 
     group: type[Any]
     arguments: tuple[Argument, ...]
@@ -148,7 +152,7 @@ def _arguments(group: type[Any], blocks: bool) -> Iterator[Argument]:
 
 
 def _op(group: type[Any], *sized_by: str, blocks: bool = True) -> Op:
-    """`blocks`: whether weights are stacked over N blocks; otherwise they are those of one."""
+    """`blocks`: whether weights are stacked over N blocks; otherwise they are those of one block."""
     arguments = tuple(_arguments(group, blocks))
     names = [argument.name for argument in arguments]
     texts = dict.fromkeys(size for argument in arguments for size in argument.sizes)
@@ -171,7 +175,7 @@ OPS = {
 
 
 def grouped(group: type[Group], tensors: Iterable[Any]) -> Group:
-    """The tensors, in order, as the fields of a group and of the groups in it."""
+    """Group the tensors, in order, into the fields of a group and its nested groups."""
     values = iter(tensors)
 
     def fill(group: type[Any]) -> Any:
@@ -183,7 +187,7 @@ def grouped(group: type[Group], tensors: Iterable[Any]) -> Group:
 
 
 def flat(group: Sequence[Any]) -> list[Any]:
-    """The tensors of a group in order: the inverse of `grouped`."""
+    """The tensors of a group in order; the inverse of `grouped`."""
     found = []
     for value in group:
         if isinstance(value, tuple):
@@ -194,5 +198,5 @@ def flat(group: Sequence[Any]) -> list[Any]:
 
 
 def mapped(function: Callable[[Any], Any], group: Group) -> Group:
-    """The group with the function applied to each of its tensors."""
+    """Apply the function to each tensor of a group."""
     return grouped(type(group), map(function, flat(group)))

@@ -23,14 +23,14 @@ def adaln_block(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """One decoder block of DeCo (arXiv 2511.19365, section 3), row by row:
+    """One decoder block of DeCo (arXiv 2511.19365, section 3), applied to every row:
 
         shift, scale, gate = chunk3(mod_weight @ SiLU(cond) + mod_bias)
         m = LayerNorm(h; norm_weight, norm_bias, eps) * (1 + scale) + shift
         out = h + gate * (fc2_weight @ SiLU(fc1_weight @ m + fc1_bias) + fc2_bias)
 
     Args:
-        h, cond: [..., D], same shape and dtype (the activation dtype; under autocast float32 is cast to the autocast
+        h, cond: [..., D], same shape and dtype (the activation dtype; under autocast, float32 is cast to the autocast
             dtype).
         norm_weight, norm_bias: [D].
         mod_weight, mod_bias: [3D, D], [3D], rows ordered shift, scale, gate.

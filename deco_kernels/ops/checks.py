@@ -1,7 +1,7 @@
-"""Argument checks shared by the public ops: made once, before anything is launched.
+"""Argument checks of the public ops, performed before any kernel is launched.
 
-TypeError: what is not a tensor, dtypes, layouts, mixed devices. ValueError: shapes and values. Every message names the
-argument, what was expected, what was given and what to do. Names and shapes are those of `deco_kernels.signatures`.
+TypeError: arguments that are not tensors, dtypes, layouts, mixed devices. ValueError: shapes and values. Every message
+has the argument, the expected and the given value, and the remedy. `deco_kernels.signatures` defines names and shapes.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from deco_kernels.signatures import OPS, Argument
 
 Sizes = dict[str, Any]
-"""The symbols' sizes; "..." are the leading ones."""
+"""Size of each symbol; "..." maps to the leading sizes."""
 
 _STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _DOUBLE = frozenset((torch.float64,))
@@ -23,7 +23,7 @@ _STRIDED = torch.strided
 
 
 def check_tensors(op: str, tensors: Sequence[torch.Tensor]) -> None:
-    """The tensors given of an op are strided and floating-point, on one device, and none or all of them are float64."""
+    """Check that an op's tensors are strided, floating-point, on one device, and either all or none float64."""
     first, names = tensors[0], OPS[op].names
     if not isinstance(first, torch.Tensor):
         _refuse_tensor(op, names[0], first, names[0], first)
@@ -44,7 +44,7 @@ def check_tensors(op: str, tensors: Sequence[torch.Tensor]) -> None:
 
 
 def _refuse_tensor(op: str, name: str, tensor: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
-    """Raises for what is wrong with the tensor; a well-behaved subclass of torch.Tensor passes."""
+    """Raise TypeError for an invalid tensor; valid subclasses of torch.Tensor pass."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{op}: {name}: expected a torch.Tensor, got {type(tensor).__name__}; pass a tensor")
     if tensor.dtype not in _STORAGE and tensor.dtype not in _DOUBLE:
@@ -84,7 +84,7 @@ def check_same_dtype(op: str, name: str, tensor: torch.Tensor, other_name: str, 
 
 
 def check_shapes(op: str, tensors: Sequence[torch.Tensor], sizes: Sizes | None = None) -> Sizes:
-    """The tensors given of an op fit each other and the sizes given. Returns every symbol's size."""
+    """Check an op's tensors against each other and the given sizes. Returns the size of every symbol."""
     described = OPS[op]
     sizes = dict(sizes or {})
     for index in described.sized_by:
@@ -112,7 +112,7 @@ def check_shapes(op: str, tensors: Sequence[torch.Tensor], sizes: Sizes | None =
 
 
 def _take_sizes(op: str, argument: Argument, tensor: torch.Tensor, sizes: Sizes) -> None:
-    """Adds the sizes of a tensor's symbols that are not known yet."""
+    """Add the sizes of a tensor's symbols that are not yet known."""
     check_rank(op, argument, tensor)
     rank = len(argument.sizes)
     if argument.leading:
@@ -131,7 +131,7 @@ def check_rank(op: str, argument: Argument, tensor: torch.Tensor) -> None:
 
 
 def check_patch_size(op: str, image: torch.Tensor, patch_size: int) -> int:
-    """patch_size as an int that divides the sides of the image [B, C, H, W]."""
+    """Check that patch_size is an integer that divides H and W of the image [B, C, H, W]; returns it as an int."""
     check_rank(op, OPS[op].arguments[0], image)
     remedy = "pass the patch side in pixels"
     try:
@@ -152,7 +152,7 @@ def check_patch_size(op: str, image: torch.Tensor, patch_size: int) -> int:
 
 
 def check_decoder(op: str, tensors: Sequence[torch.Tensor], patch_size: int) -> int:
-    """Everything about the tensors of a decoder and its patch size, which is returned as an int."""
+    """Check the tensors and the patch size of a decoder; returns the patch size as an int."""
     check_tensors(op, tensors)
     patch_size = check_patch_size(op, tensors[0], patch_size)
     sizes = check_shapes(op, tensors, {"P": patch_size**2})
@@ -189,9 +189,9 @@ def check_number(op: str, name: str, value: float) -> float:
 
 
 def autocast_activation(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Under autocast, float32 activations are cast to the autocast dtype, as a linear layer would."""
+    """Under autocast, cast float32 activations to the autocast dtype, as a linear layer does."""
     device_type = tensors[0].device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # autocast does not know "meta"
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # autocast does not support "meta"
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor.to(dtype) if tensor.dtype is torch.float32 else tensor for tensor in tensors)

@@ -43,8 +43,8 @@ def flow_matching_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Flow-matching loss of DeCo (arXiv 2511.19365, section 3): squared error in pixels plus frequency-weighted error.
 
-    With d = pred - target, R the reflection padding of bottom and right to multiples of 8, M the RGB -> YCbCr matrix
-    and F the orthonormal 8x8 block DCT-II (the mean of the frequency part is over the padded size):
+    With d = pred - target, R the reflection padding at bottom and right to multiples of 8, M the RGB -> YCbCr matrix
+    and F the orthonormal 8x8 block DCT-II (the frequency mean is over the padded size):
 
         pixel     = 1/B * sum_b sample_weight[b] * mean(d_b ** 2)
         frequency = 1/B * sum_b sample_weight[b] * mean(frequency_weight * F(R M d_b) ** 2)
@@ -54,12 +54,12 @@ def flow_matching_loss(
         pred, target: [B, 3, H, W], any strides, each float32, bfloat16 or float16; H and W at least 5.
         frequency_weight: [3, 8, 8] for Y, Cb, Cr; row = vertical frequency. See `jpeg_frequency_weight`.
         frequency_scale: weight of the frequency part.
-        sample_weight: [B], or None for ones; not renormalised.
+        sample_weight: [B], or None for ones; not renormalized.
         backend: as in `pixel_decoder`.
 
     Returns:
-        (total, pixel, frequency), float32 scalars, each differentiable with respect to every tensor argument; zeros for
-        an empty batch.
+        (total, pixel, frequency), float32 scalars (float64 for float64 arguments), each differentiable with respect to
+        every tensor argument; zeros for an empty batch.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as `pixel_decoder`.
@@ -79,7 +79,7 @@ def frequency_loss(
     sample_weight: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """The frequency part of `flow_matching_loss` alone, a float32 scalar; arguments and errors as there."""
+    """Only the frequency part of `flow_matching_loss`, a float32 scalar; arguments and errors are the same."""
     _check("frequency_loss", pred, target, frequency_weight, sample_weight)
     inputs = (pred, target, frequency_weight, sample_weight)
     frequency: torch.Tensor = _frequency_loss(*inputs, chosen_backend(backend))
@@ -89,7 +89,7 @@ def frequency_loss(
 def jpeg_frequency_weight(
     quality: int = 85, mode: str = "inv_gamma", gamma: float = 1.0, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """Frequency weights from the JPEG quantisation tables (DeCo, arXiv 2511.19365, section 3; ITU-T T.81, Annex K).
+    """Frequency weights from the JPEG quantization tables (DeCo, arXiv 2511.19365, section 3; ITU-T T.81, Annex K).
 
     Q = clamp(floor((table*s + 50)/100), 1, 255) with s = 5000/quality below 50, else 200 - 2*quality. The weight is 1/Q
     ("inv") or (mean(Q)/Q)**gamma ("inv_gamma"), divided by its mean, separately for luminance and chrominance.
@@ -98,14 +98,14 @@ def jpeg_frequency_weight(
         quality: 1 to 100. At 100 every weight is 1.
         mode: "inv_gamma" or "inv".
         gamma: exponent of "inv_gamma".
-        device: where the result lies.
+        device: device of the result.
 
     Returns:
         float32 [3, 8, 8] for Y, Cb, Cr; row = vertical frequency.
 
     Raises:
-        TypeError: quality or gamma is not a number. ValueError: quality outside 1..100, an unknown mode, a gamma
-            so large that the weights overflow.
+        TypeError: quality or gamma is not a number.
+        ValueError: quality outside 1 to 100, an unknown mode, or a gamma so large that the weights overflow.
     """
     name = "jpeg_frequency_weight"
     checks.check_number(name, "quality", quality)
@@ -119,11 +119,13 @@ def jpeg_frequency_weight(
     scale = 5000 / quality if quality < 50 else 200 - 2 * quality
     planes = []
     for table in (_LUMINANCE, _CHROMINANCE):
-        quantiser = ((torch.tensor(table, dtype=torch.float64) * scale + 50) / 100).floor().clamp(1, 255)
-        weight = 1 / quantiser if mode == "inv" else (quantiser.mean() / quantiser) ** gamma
+        quantizer = ((torch.tensor(table, dtype=torch.float64) * scale + 50) / 100).floor().clamp(1, 255)
+        weight = 1 / quantizer if mode == "inv" else (quantizer.mean() / quantizer) ** gamma
         planes.append(weight / weight.mean())
     if not all(plane.isfinite().all() for plane in planes):
-        raise ValueError(f"{name}: gamma: expected an exponent whose weights are finite, got {gamma}; 1 is published")
+        raise ValueError(
+            f"{name}: gamma: expected an exponent whose weights are finite, got {gamma}; 1 is the published choice"
+        )
     luminance, chrominance = planes
     return torch.stack((luminance, chrominance, chrominance)).to(dtype=torch.float32, device=device)
 

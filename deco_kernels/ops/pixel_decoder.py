@@ -43,7 +43,7 @@ def pixel_decoder(
     Args:
         image: [B, C, H, W], the noised image, any strides; float32, bfloat16 or float16.
         cond: [..., P, D], P = p*p; leading sizes multiply to B*(H/p)*(W/p), patches in row-major order. Its dtype is
-            the activation dtype; under autocast float32 is cast to the autocast dtype.
+            the activation dtype; under autocast, float32 is cast to the autocast dtype.
         pixel_weight, pixel_table: [D, C], [P, D], the query of a pixel.
         norm_weight, norm_bias: [N, D].
         mod_weight, mod_bias: [N, 3D, D] and [N, 3D], rows ordered shift, scale, gate.
@@ -51,18 +51,18 @@ def pixel_decoder(
         head_weight, head_bias: [C, D], [C].
         patch_size: p, a divisor of H and W.
         eps: added to the variance in LayerNorm.
-        backend: a backend's name, or None for the choice made by `use_backend`, the environment, or automatically.
+        backend: name of a backend, or None for the choice by `use_backend`, then DECO_KERNELS_BACKEND, then automatic.
 
     Returns:
         velocity [B, C, H, W], contiguous, in the activation dtype. Gradients flow to every tensor argument; the forward
-        keeps its inputs only.
+        saves only its inputs.
 
-    Weights may have any floating dtype. float64 needs every argument in float64 and runs on the reference backend.
+    Weights may have any floating dtype. float64 requires every argument in float64 and runs on the reference backend.
 
     Raises:
-        TypeError: not a tensor, a dtype that is not supported, mixed devices.
-        ValueError: sizes that do not fit each other, H or W not divisible by p.
-        BackendUnavailable: the backend chosen by name cannot serve the call.
+        TypeError: an argument that is not a tensor, an unsupported dtype, or mixed devices.
+        ValueError: sizes that do not match, or H or W not divisible by p.
+        BackendUnavailable: the explicitly chosen backend cannot run the call.
     """
     name = "pixel_decoder"
     blocks = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -96,14 +96,15 @@ def pixel_decoder_from_tokens(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """`pixel_decoder` with cond = tokens @ up_weight.T + up_bias, which never exists as a whole in memory.
+    """`pixel_decoder` with cond = tokens @ up_weight.T + up_bias, which is never stored as a whole.
 
     Args:
         image: [B, C, H, W], as in `pixel_decoder`.
         tokens: [..., Z]; leading sizes multiply to B*(H/p)*(W/p), patches in row-major order. Its dtype is the
-            activation dtype; under autocast float32 is cast to the autocast dtype.
+            activation dtype; under autocast, float32 is cast to the autocast dtype.
         up_weight, up_bias: [P*D, Z], [P*D]; row k*D + d belongs to channel d of pixel k.
-        The other arguments, the result and the errors are those of `pixel_decoder`.
+
+    The other arguments, the result and the errors are those of `pixel_decoder`.
     """
     name = "pixel_decoder_from_tokens"
     blocks = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)

@@ -1,9 +1,9 @@
 """The operator library "deco_kernels": registration with PyTorch, autograd, and the choice of backend.
 
-Each op is registered twice, as a forward and a backward operator, both functional and of fixed arity. A
+Each op is registered as a forward and a backward operator, both functional and of fixed arity. A
 `torch.autograd.Function` around them gives first derivatives; second derivatives raise `NotImplementedError`.
-The operators receive the backend as a string ("auto" or a name) and resolve it when they run, by one pure function of
-the device and the call's dtypes and sizes, so that forward and backward agree.
+The operators take the backend as a string ("auto" or a name) and resolve it when they run, by one pure function of the
+device, dtypes and sizes of the call, so that forward and backward agree.
 """
 
 import functools
@@ -32,15 +32,18 @@ _selected: str | None = None
 
 
 class BackendUnavailable(NotImplementedError):
-    """An explicitly chosen backend cannot serve a call; the message says why and what to do."""
+    """An explicitly chosen backend cannot run a call; the message has the reason and the remedy."""
 
 
 # --- choice of backend -----------------------------------------------------------------------------------------------
 
 
 def register_backend(name: str, package: str) -> None:
-    """Adds a backend: `package` is an importable package with `unavailable_reason(device)`,
-    `unsupported_reason(request)` and one module per op it serves. It is used only by name."""
+    """Add a backend, which is used only by name.
+
+    `package` is an importable package with `unavailable_reason(device)`, `unsupported_reason(request)` and one module
+    per op that it implements. Raises ValueError for the name "auto".
+    """
     if name == AUTO:
         raise ValueError(f'backend: "{AUTO}" is reserved for the automatic choice; choose another name')
     packages[name] = package
@@ -48,7 +51,7 @@ def register_backend(name: str, package: str) -> None:
 
 
 def backend_names() -> tuple[str, ...]:
-    """Every registered backend, whether or not this machine can run it."""
+    """All registered backends, including those that this machine cannot run."""
     return tuple(packages)
 
 
@@ -65,15 +68,15 @@ def _choices() -> str:
 
 
 class use_backend:
-    """Within `with use_backend("cpu"):` every op without a `backend=` argument uses that backend.
+    """Context manager: in `with use_backend("cpu"):`, every op without a `backend=` argument uses that backend.
 
-    The choice is process-wide, for all threads; "auto" restores the automatic choice inside an outer block. The
-    backward pass uses the backend its forward was given, also outside the block. Unknown names raise ValueError.
+    The choice applies to all threads of the process. "auto" restores the automatic choice in an outer block. The
+    backward pass uses the backend of its forward, also outside the block. Raises ValueError for unknown names.
     """
 
     def __init__(self, name: str) -> None:
         self.name = check_backend_name(name)
-        # one choice per level, as the same object may be entered again inside its block
+        # a stack: the same object may be entered again in its block
         self.previous: list[str | None] = []
 
     def __enter__(self) -> "use_backend":
@@ -91,8 +94,10 @@ _environment_choice = os.environ.get("DECO_KERNELS_BACKEND") or AUTO
 
 
 def chosen_backend(argument: str | None) -> str:
-    """The backend a call asks for: its argument, then `use_backend`, then the environment variable DECO_KERNELS_BACKEND
-    (read when the package is imported), then "auto"."""
+    """The requested backend: the argument, then `use_backend`, then DECO_KERNELS_BACKEND, then "auto".
+
+    The environment variable is read when the package is imported.
+    """
     if argument is not None:
         return check_backend_name(argument)
     if _selected is not None:
@@ -101,14 +106,14 @@ def chosen_backend(argument: str | None) -> str:
 
 
 def automatic_candidates(request: Request) -> tuple[str, ...]:
-    """The backends the automatic choice tries, best first."""
+    """Backends of the automatic choice, in order of preference."""
     if torch.float64 in request.dtypes:
         return ("reference",)
     return {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}.get(request.device_type, ("reference",))
 
 
 def refusal(name: str, request: Request, device: torch.device) -> str | None:
-    """Why backend `name` cannot serve the call, or None if it can."""
+    """Reason why backend `name` cannot run the call, or None if it can."""
     if importlib.util.find_spec(packages[name]) is None:
         return f"its package {packages[name]} is not installed; choose another backend or leave the choice automatic"
     package = importlib.import_module(packages[name])
@@ -143,7 +148,7 @@ def log_fallback(op: str, name: str, following: str | None, reason: str) -> None
 
 
 def serve(function: str, request: Request, device: torch.device, backend: str, *arguments: Any) -> Any:
-    """Calls `function` of the backend module that serves the request, with autocast off."""
+    """Call `function` of the backend module for the request, with autocast off."""
     implementation = getattr(serving_module(backend, request, device), function)
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
@@ -162,15 +167,15 @@ def define_op(
     fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
     functions: tuple[str, str] = ("forward", "backward"),
 ) -> Operation:
-    """Registers the operators `name` and `name_backward` and joins them into a function of (tensors, options, backend).
+    """Register the operators `name` and `name_backward`; returns one function of (tensors, options, backend).
 
     Args:
-        name: of the op, whose tensors `deco_kernels.signatures` describes.
-        options: schema of the scalar arguments, "int patch_size, float eps".
-        outputs: names of the results; the backward receives their gradients first.
-        request: (tensors, options) -> Request. Its op is the backend module, `functions` are the names in that module,
-            which take the tensors in the groups of the description.
-        fake: (tensors, options) -> results without data, of the real shapes, dtypes and strides.
+        name: name of the op; `deco_kernels.signatures` describes its tensors.
+        options: schema of the scalar arguments, such as "int patch_size, float eps".
+        outputs: names of the results; their gradients are the first arguments of the backward.
+        request: (tensors, options) -> Request, whose op names the backend module.
+        fake: (tensors, options) -> results without data, with the real shapes, dtypes and strides.
+        functions: names of forward and backward in that module; they take the tensors in the groups of the description.
     """
     group, described = OPS[name].group, OPS[name].arguments
     count = len(described)
@@ -183,7 +188,7 @@ def define_op(
         return serve(functions[0], request(*inputs), inputs[0].device, backend, *inputs_in_groups)
 
     def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        """A gradient that is not asked for is an empty placeholder, as an operator cannot return None."""
+        """Returns an empty placeholder for a gradient that is not needed, since an operator cannot return None."""
         gradients, (*inputs, backend, needs) = arguments[: len(outputs)], arguments[len(outputs) :]
         first = inputs[0]
         inputs_in_groups = (*grouped(group, inputs[:count]), *inputs[count:])
@@ -224,9 +229,11 @@ def _register(name: str, schema: str, implementation: Operation, fake: Operation
 
 
 def _differentiable(name: str, forward_op: Operation, backward_op: Operation, tensor_count: int) -> Operation:
-    """The autograd function around the two operators. Only the inputs are saved between forward and backward. It is
-    applied to every call outside torch.compile: inside functional transforms `requires_grad` does not say whether a
-    derivative will be asked for."""
+    """The autograd function around the two operators. Saves only the inputs between forward and backward.
+
+    It is applied to every call outside torch.compile: inside functional transforms, `requires_grad` does not show
+    whether a derivative is needed.
+    """
 
     class Backward(torch.autograd.Function):
         generate_vmap_rule = True
@@ -269,7 +276,7 @@ def _differentiable(name: str, forward_op: Operation, backward_op: Operation, te
             return (*wanted, *[None] * len(ctx.scalars))
 
     class ForwardWithJvp(Forward):
-        """Used outside torch.compile, which refuses any autograd function that defines jvp."""
+        """Used outside torch.compile, which rejects autograd functions that define jvp."""
 
         @staticmethod
         def jvp(ctx: Any, *tangents: torch.Tensor) -> None:
@@ -280,7 +287,7 @@ def _differentiable(name: str, forward_op: Operation, backward_op: Operation, te
 
     def apply(*arguments: Any) -> Any:
         compiling = torch.compiler.is_compiling()
-        if compiling:  # which does not trace an autograd function without a gradient
+        if compiling:  # torch.compile does not trace an autograd function without a gradient
             tensors = [tensor for tensor in arguments[:tensor_count] if tensor is not None]
             if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
                 return forward_op(*arguments)

@@ -21,18 +21,18 @@ def upsample_modulate(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first half of a decoder block, from tokens (DeCo, arXiv 2511.19365, section 3), for every pixel k of a token:
+    """First half of a decoder block from tokens (DeCo, arXiv 2511.19365, section 3), for every pixel k of a token:
 
         y = up_weight[k*D:(k+1)*D] @ token + up_bias[k*D:(k+1)*D]
         shift, scale, gate = chunk3(mod_weight @ SiLU(y) + mod_bias)
         modulated = LayerNorm(h; norm_weight, norm_bias, eps) * (1 + scale) + shift
 
-    Neither y nor the 3D-wide modulation reaches memory as a whole.
+    Neither y nor the 3D-wide modulation is stored as a whole.
 
     Args:
         h: [..., P, D], the pixels of every token.
-        tokens: [..., Z], same leading sizes and dtype as h (the activation dtype; under autocast float32 is cast to the
-            autocast dtype).
+        tokens: [..., Z], same leading sizes and dtype as h (the activation dtype; under autocast, float32 is cast to
+            the autocast dtype).
         up_weight, up_bias: [P*D, Z], [P*D]; row k*D + d belongs to channel d of pixel k.
         norm_weight, norm_bias: [D].
         mod_weight, mod_bias: [3D, D], [3D], rows ordered shift, scale, gate.
@@ -40,7 +40,8 @@ def upsample_modulate(
         backend: as in `pixel_decoder`.
 
     Returns:
-        (modulated, gate), both [..., P, D], contiguous, in the activation dtype. Gradients flow to every tensor.
+        (modulated, gate), both [..., P, D], contiguous, in the activation dtype. Gradients flow to every tensor
+        argument.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as `pixel_decoder`.
