@@ -1,15 +1,15 @@
-"""Small studies of DeCo's design on the CPU: two versions or more are trained alike and judged on held-out crops.
+"""Small ablation studies of DeCo on the CPU: variants are trained identically and evaluated on held-out crops.
 
-    python python/ablate.py interaction     AdaLN against addition in the pixel decoder
+    python python/ablate.py interaction     AdaLN vs. addition in the pixel decoder
     python python/ablate.py capacity        width D and depth N of the decoder: error and cost
     python python/ablate.py frequency       JPEG quality of the frequency weights, and learned weights
-    python python/ablate.py aspect          native aspect ratio against square crops
+    python python/ablate.py aspect          native aspect ratio vs. square crops
 
-Writes into out/ablate/STUDY: table.csv (one line per run), table.md (means over seeds, what the study can and cannot
-show), study.png, weights.json where frequency weights were learned, and runs/ with the averaged weights and figures
-of every run. The same command with --resume continues a study that was stopped or killed.
+Writes to out/ablate/STUDY: table.csv (one line per run), table.md (means over seeds, and what the study can and cannot
+show), study.png, weights.json if frequency weights were learned, and runs/ with the averaged weights and figures of
+every run. The same command with --resume continues a study that was stopped or killed.
 
-Exit status: 0; 2 if photographs, options or the folder cannot be used (one line says why); 130 when interrupted.
+Exit status: 0; 2 if photographs, options or the folder cannot be used (with one line on stderr); 130 if interrupted.
 """
 
 import argparse
@@ -41,19 +41,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python/ablate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", choices=STUDY_NAMES)
-    parser.add_argument("--image", type=Path, action="append", help="a photograph (repeatable); default: two")
-    parser.add_argument("--steps", type=positive, help="of every run (300 to 500, by study)")
-    parser.add_argument("--seeds", type=positive, help="runs of every variant (1 to 3, by study)")
-    parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--image-size", type=positive, default=64, help="a multiple of 16 (64)")
-    parser.add_argument("--preset", default="deco-demo", help="model that the variants change (deco-demo)")
-    parser.add_argument("--out", type=Path, help="folder of the study (out/ablate/STUDY)")
-    parser.add_argument("--resume", action="store_true", help="continue what is in the folder")
+    parser.add_argument(
+        "--image", type=Path, action="append", help="photograph (repeatable; default: two sample photographs)"
+    )
+    parser.add_argument("--steps", type=positive, help="training steps per run (default: 300 to 500, by study)")
+    parser.add_argument("--seeds", type=positive, help="runs per variant (default: 1 to 3, by study)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="images per step (default: 8)")
+    parser.add_argument(
+        "--image-size", type=positive, default=64, help="side of the images, a multiple of 16 (default: 64)"
+    )
+    parser.add_argument("--preset", default="deco-demo", help="model that the variants modify (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder of the study (default: out/ablate/STUDY)")
+    parser.add_argument("--resume", action="store_true", help="continue the study in the folder")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
-    """The whole study. Raises ValueError and OSError where options, photographs or the folder cannot be used."""
+    """Runs the study. Raises ValueError or OSError if options, photographs or the folder cannot be used."""
     from deco_kernels.model import PRESETS, DeCo
     from studies.catalog import STUDIES
     from studies.crops import native_shapes
@@ -87,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def run_all(study, recipe, seeds: int, photographs: list, shapes: list, held_out: dict, out: Path) -> list[dict]:
-    """What every run of the study found, those read back that were finished before."""
+    """Results of all runs of the study; finished runs are read from their folders."""
     from tqdm import tqdm
 
     from studies.crops import at_own_shape, at_square, cut
@@ -101,7 +105,7 @@ def run_all(study, recipe, seeds: int, photographs: list, shapes: list, held_out
                 folder = out / "runs" / f"{variant.name.replace(' ', '-')}-seed{seed}"
                 if (folder / "result.json").exists():
                     bar.update(recipe.steps)
-                    results.append(read_json(folder / "result.json", "remove it, and the run is repeated"))
+                    results.append(read_json(folder / "result.json", "remove it to repeat the run"))
                     continue
                 folder.mkdir(parents=True, exist_ok=True)
                 crops = cut(photographs, shapes, CROPS, seed, held_out=False)
@@ -113,7 +117,7 @@ def run_all(study, recipe, seeds: int, photographs: list, shapes: list, held_out
 
 
 def held_out_images(study, recipe, photographs: list, shapes: list[tuple[int, int]]) -> dict[str, dict]:
-    """What every run is judged on: squares, and rectangles where the study is about them."""
+    """Evaluation images: squares, and for the aspect study also rectangles."""
     from studies.crops import at_own_shape, at_square, cut
 
     crops = cut(photographs, shapes, HELD_OUT_CROPS, 0, held_out=True)
@@ -126,9 +130,9 @@ def held_out_images(study, recipe, photographs: list, shapes: list[tuple[int, in
 
 @contextlib.contextmanager
 def alone_in(out: Path):
-    """Keep a folder to this process, as long as it lives. Made if it does not exist.
+    """Locks the folder for this process; creates it if it does not exist.
 
-    Raises ValueError for a file, and where another process works on the study.
+    Raises ValueError if it is a file or if another process has locked it.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: expected a folder, {out} is a file; choose another name")
@@ -145,9 +149,9 @@ def alone_in(out: Path):
 
 
 def claim(out: Path, settings: dict, resume: bool) -> None:
-    """Take the folder for a study of these settings, and clear what a killed process left half written.
+    """Claims the folder for a study with these settings, and removes partial files of a killed process.
 
-    Raises ValueError where it holds something else, another study, or this one and `resume` is not asked for.
+    Raises ValueError if it contains other files or another study, or this study without `resume`.
     """
     from studies.run import read_json, write_json
 
@@ -168,9 +172,9 @@ def claim(out: Path, settings: dict, resume: bool) -> None:
 
 
 def number_of_seeds(asked: int | None, study, out: Path) -> int:
-    """As many as asked for, else the study's; what the folder holds is never left out of its tables.
+    """Number of seeds requested, by default that of the study, and at least the number in the folder.
 
-    Raises ValueError where fewer are asked for than there are.
+    Raises ValueError if fewer are requested than the folder contains.
     """
     found = [re.fullmatch(r".*-seed(\d+)", path.parent.name) for path in out.glob("runs/*/result.json")]
     present = max((int(match[1]) + 1 for match in found if match), default=0)
@@ -180,7 +184,7 @@ def number_of_seeds(asked: int | None, study, out: Path) -> int:
 
 
 def measured_costs(study, recipe, out: Path) -> dict[str, dict[str, float]]:
-    """What every variant costs, measured once per study; empty for studies that do not ask."""
+    """Cost of every variant, measured once per study; empty for studies without a cost."""
     from studies.run import read_json, write_json
 
     if study.cost is None:
@@ -188,7 +192,7 @@ def measured_costs(study, recipe, out: Path) -> dict[str, dict[str, float]]:
     path = out / "costs.json"
     if not path.exists():
         write_json({variant.name: study.cost(variant, recipe) for variant in study.variants}, path)
-    return read_json(path, "remove it, and costs are measured again")
+    return read_json(path, "remove it to measure the costs again")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A page to sample from a checkpoint: class or prompt, steps, guidance and seed; the image, its trajectory and spectra.
+"""Web page to sample from a checkpoint by class or prompt; shows the image, its trajectory and its spectra.
 
     python python/app.py CHECKPOINT [--size 256] [--port 7860]
 
-Needs gradio (`pip install 'deco_kernels[app]'`). The page is served on this machine only, unless --host says otherwise.
+Needs gradio (`pip install 'deco_kernels[app]'`). By default the page is served only on this machine; see --host.
 
-Exit status: 0; 2 if gradio is missing or checkpoint, size, device or port cannot be used (one line says why).
+Exit status: 0; 2 if gradio is missing or checkpoint, size, device or port cannot be used (with one line on stderr).
 """
 
 import argparse
@@ -32,22 +32,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python/app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, help="any that model.load_model reads")
-    parser.add_argument("--size", type=image_size, default=(256, 256), metavar="S|HxW", help="of images (256)")
-    parser.add_argument("--weights", choices=["ema", "raw"], help="default: averaged ones where there are both")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--threads", type=thread_count, help="of the CPU")
+    parser.add_argument("checkpoint", type=Path, help="any file that model.load_model reads")
     parser.add_argument(
-        "--text-encoder", default="Qwen/Qwen3-1.7B", metavar="FOLDER|ID", help="of a text-to-image model (%(default)s)"
+        "--size", type=image_size, default=(256, 256), metavar="S|HxW", help="image size (default: 256)"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve on (%(default)s)")
-    parser.add_argument("--port", type=positive, help="default: the first free one from 7860 on")
+    parser.add_argument("--weights", choices=["ema", "raw"], help="weights to load (default: ema if the file has both)")
+    parser.add_argument("--device", help="PyTorch device (default: cuda if available, else cpu)")
+    parser.add_argument("--threads", type=thread_count, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument(
+        "--text-encoder",
+        default="Qwen/Qwen3-1.7B",
+        metavar="FOLDER|ID",
+        help="text encoder of a text-to-image model (default: %(default)s)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on (default: %(default)s)")
+    parser.add_argument("--port", type=positive, help="port to serve on (default: the first free port from 7860)")
     parser.set_defaults(**dict.fromkeys(SAMPLER_OPTIONS))
     return parser.parse_args(arguments)
 
 
 def check_address(host: str, port: int | None) -> None:
-    """Raise ValueError where nothing can be served at a host and port; None is any port."""
+    """Raises ValueError if the page cannot be served at this host and port; None stands for any port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port or 0), family=family).close()
@@ -57,7 +62,7 @@ def check_address(host: str, port: int | None) -> None:
 
 
 def painter_of(options: argparse.Namespace):
-    """The `sampling.page.Painter` of a checkpoint. Raises ImportError without gradio, else as `inputs.load_network`."""
+    """The `sampling.page.Painter` of a checkpoint. Raises ImportError without gradio, or as `inputs.load_network`."""
     require_gradio()
     from sampling import inputs
     from sampling.page import Painter
@@ -71,7 +76,7 @@ def painter_of(options: argparse.Namespace):
 
 
 def require_gradio():
-    """The module gradio, or ImportError that says how to install it."""
+    """Imports and returns gradio. Raises ImportError with install instructions if it cannot be imported."""
     try:
         import gradio
     except ImportError as error:
@@ -82,7 +87,7 @@ def require_gradio():
 
 
 def build(painter):
-    """The page, a `gradio.Blocks`, for a `sampling.page.Painter`."""
+    """Builds the page, a `gradio.Blocks`, for a `sampling.page.Painter`."""
     gradio = require_gradio()
     from sampling.inputs import reads_text
 

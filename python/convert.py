@@ -1,11 +1,11 @@
-"""Converts checkpoints: published .ckpt files, safetensors, and the form of deco_kernels, in every direction.
+"""Converts checkpoints between published .ckpt files, safetensors, and the format of deco_kernels.
 
-    python python/convert.py published.ckpt                                # says what is in it
+    python python/convert.py published.ckpt                                # describes the file
     python python/convert.py published.ckpt model.safetensors --weights ema
     python python/convert.py model.safetensors again.ckpt --names published
 
-The ending of OUT chooses the container. Files are read memory-mapped and without running code from them. Every tensor
-must fit the model; values are copied bit for bit. Exit status: 0; 2 with one message and nothing written.
+The extension of OUT selects the container. Files are memory-mapped and read without executing code from them. Every
+tensor must fit the model; values are copied bit for bit. Exit status: 0; 2 with one message, and OUT is not written.
 """
 
 import argparse
@@ -41,15 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python/convert.py", description=__doc__.split("\n")[0])
-    parser.add_argument("source", metavar="IN", help="a torch or safetensors file, published or this package's")
-    parser.add_argument("out", metavar="OUT", nargs="?", help="file to write; without it IN is only described")
+    parser.add_argument("source", metavar="IN", help="torch or safetensors file, published or from this package")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="file to write; if omitted, IN is only described")
     parser.add_argument(
         "--weights",
         choices=["ema", "raw", "all"],
-        help="which weights to take (default: ema where there are both); all keeps every tensor and its published name",
+        help="weights to convert (default: ema if IN has both); all keeps every tensor and its published name",
     )
     parser.add_argument(
-        "--names", choices=NAMES, help=f"names of the tensors in OUT (default: {OURS}; with --weights all {PUBLISHED})"
+        "--names", choices=NAMES, help=f"tensor names in OUT (default: {OURS}; {PUBLISHED} with --weights all)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument(
@@ -57,13 +57,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME",
-        help="admit this global in the pickle of IN (repeatable); it may run code, so admit only what you trust",
+        help="allow this global in the pickle of IN (repeatable); it may run code, so allow only trusted names",
     )
     return parser.parse_args(arguments)
 
 
 def convert(checkpoint: Checkpoint, options: argparse.Namespace) -> None:
-    """Writes OUT. Raises ValueError for a combination that cannot be, and what reading and writing raise."""
+    """Writes OUT. Raises ValueError for invalid combinations of options, and the errors of reading and writing."""
     if options.weights != "all":
         kind = checkpoint.choose(options.weights) or options.weights or "ema"
         model = checkpoint.model(options.weights)

@@ -1,12 +1,12 @@
-"""Trains a small DeCo on photographs, with the fused ops and with eager PyTorch side by side, and reports. `make demo`
+"""Trains a small DeCo on photographs with fused ops and with eager PyTorch, and writes a report. Run by `make demo`.
 
-1. Both contenders start from the same weights and see the same noise. They take their first steps in turn: step times,
-   losses, then the gradient of every parameter against the published formulation in float64. The peak memory of each is
-   measured in a process of its own. out/demo/report.png then shows what was found so far.
-2. The fused one trains on until it reproduces the photographs, which are sampled from its averaged weights.
+1. Both contenders start from the same weights, see the same noise, and take their first steps alternately. Measures
+   step times, losses, the gradient of every parameter against the published formulation in float64, and the peak
+   memory of each contender in a separate process. Writes a first out/demo/report.png.
+2. The fused contender continues training until it reproduces the photographs, sampled from its averaged weights.
 3. out/demo/report.png shows photographs, samples, loss curves, PSNR and DCT energy spectra; report.json the figures.
 
-Exit status: 0; 1 if a promise is broken (PSNR, agreement of losses or gradients); 2 if there is no image to train on.
+Exit status: 0; 1 if a target is missed (PSNR, agreement of losses or gradients); 2 if there is no image to train on.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from images.spectra import diagonal_energies
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What losses and gradients in float32 may differ by: between two orders of summation, after the steps compared.
+# Bounds on float32 differences after the compared steps, due to different orders of summation.
 LOSS_DIFFERENCE = 1e-4
 GRADIENT_ERROR = 1e-5
 
@@ -72,21 +72,23 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python/demo.py", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--image", type=Path, action="append", help="train on this image (repeatable); default: two photographs"
+        "--image", type=Path, action="append", help="train on this image (repeatable; default: two sample photographs)"
     )
     parser.add_argument(
-        "--short", action="store_true", help="fewer steps and a lower PSNR required, for automatic tests"
+        "--short", action="store_true", help="fewer steps and a lower required PSNR, for automated tests"
     )
     parser.add_argument(
-        "--steps", type=positive, help="train this many steps instead of the recipe's; no PSNR is required"
+        "--steps", type=positive, help="number of training steps, without a required PSNR (default: the recipe's)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of initial weights, noise and times (default 0)")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo", help="folder of the report (out/demo)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, noise and times (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "out" / "demo", help="folder of the report (default: out/demo)"
+    )
     return parser.parse_args(arguments)
 
 
 def run(recipe: Recipe, names: list[str], photographs: torch.Tensor, seed: int, picture: Path) -> dict:
-    """Both stages, a picture after each. Returns the results as JSON holds them."""
+    """Runs both stages and writes a picture after each. Returns the results as written to JSON."""
     print(f"photographs: {', '.join(names)}; {recipe.steps} steps of {recipe.batch_size} images, {serving_backends()}")
     fused = Contender(recipe, photographs, seed, eager=False)
     eager = Contender(recipe, photographs, seed, eager=True)
@@ -113,11 +115,11 @@ def run(recipe: Recipe, names: list[str], photographs: torch.Tensor, seed: int, 
 
 
 def found(fused: Contender, eager: Contender, errors: dict, seed: int, curve: list, samples: torch.Tensor) -> dict:
-    """What the steps so far have shown, and whether the promises are kept.
+    """Results of the steps so far, and whether the targets are met.
 
     Args:
-        errors: of the gradients, see `gradient_errors`.
-        curve: [(step, PSNR of each photograph)], the last one that of `samples` [n, 3, S, S].
+        errors: result of `gradient_errors`.
+        curve: [(step, PSNR of each photograph)]; the last entry is for `samples` [n, 3, S, S].
     """
     reached, required = curve[-1][1], fused.recipe.required_psnr
     worst_fused, worst_eager = (max(pair[index] for pair in errors.values()) for index in (0, 1))
@@ -152,13 +154,13 @@ def promise(value: float, bound: float, kept: bool) -> dict:
 
 
 def serving_backends() -> str:
-    """Which backend runs the training's fused ops, and why it is not the CPU one where it is not."""
-    said = []
+    """The backend of each fused op in training, with the reason if it is not the CPU backend."""
+    served = []
     for op in ("pixel_decoder", "flow_matching_loss"):
         request = registry.Request(op, "cpu", (torch.float32,) * 2, width=32, depth=3, patch_size=16)
         reason = registry.refusal("cpu", request, torch.device("cpu"))
-        said.append(f"{op} on backend {'cpu' if reason is None else f'reference (cpu: {reason})'}")
-    return ", ".join(said)
+        served.append(f"{op} on backend {'cpu' if reason is None else f'reference (cpu: {reason})'}")
+    return ", ".join(served)
 
 
 def print_summary(results: dict) -> None:

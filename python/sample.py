@@ -1,12 +1,12 @@
-"""Samples images from a checkpoint: single files, a grid, animated trajectories, and the archive that FID suites read.
+"""Samples images from a checkpoint: single files, a grid, animated trajectories, and an archive for FID evaluation.
 
     python python/sample.py runs/small/checkpoints/step_000002000.ckpt --out out/samples --size 64 --animate 2
     python python/sample.py published.ckpt --out out/fid --count 50000 --npz
     python python/sample.py published.safetensors --out out/text --prompt "a red fox" --size 512
     torchrun --nproc_per_node 8 python/sample.py ...          or once for each i:  --shard i/8
 
-A run that was stopped or killed continues with the same command. Image i depends on the settings in run.json and on i,
-bit for bit on the same machine and thread count: not on sharding, and not on where a run was interrupted.
+A run that was stopped or killed continues with the same command. On the same machine and with the same thread count,
+image i depends bit for bit only on i and the settings in run.json, not on sharding or interruptions.
 
 Exit status: 0; 2 with a line that begins with "error:"; 130 when interrupted.
 """
@@ -39,7 +39,7 @@ from sampling.inputs import (
     solver_settings,
 )
 
-FRAMES = 25  # of an animation, at most
+FRAMES = 25  # maximum per animation
 BATCH = 16  # images at a time on a GPU
 
 
@@ -52,18 +52,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python/sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, help="this package's or a published file, see docs/checkpoints.md")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make, or to continue")
+    parser.add_argument("checkpoint", type=Path, help="published file or file of this package, see docs/checkpoints.md")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create or to continue")
     add_options(parser, batch=f"1 on the CPU, else {BATCH}")
-    made = parser.add_argument_group("what is made beside the single files")
-    made.add_argument("--grid", type=natural, default=16, metavar="N", help="one picture of the first N images (16)")
-    made.add_argument("--npz", action="store_true", help="all images in one array, as the ADM evaluation suite reads")
-    made.add_argument("--animate", type=natural, default=0, metavar="N", help="trajectories of the first N images (0)")
-    made.add_argument("--animation", choices=list(ANIMATIONS), default="gif", help="form of trajectories (gif)")
+    made = parser.add_argument_group("additional outputs")
+    made.add_argument("--grid", type=natural, default=16, metavar="N", help="grid of the first N images (default: 16)")
+    made.add_argument("--npz", action="store_true", help="all images in one array, for the ADM evaluation suite")
+    made.add_argument("--animate", type=natural, default=0, metavar="N", help="animate the first N images (default: 0)")
+    made.add_argument("--animation", choices=list(ANIMATIONS), default="gif", help="animation format (default: gif)")
     parser.add_argument(
-        "--shard", type=shard, metavar="I/N", help="do part I, from 0, of N; default: RANK and WORLD_SIZE, if set"
+        "--shard", type=shard, metavar="I/N", help="part I (from 0) of N (default: RANK and WORLD_SIZE if set)"
     )
-    parser.add_argument("--debug", action="store_true", help="show where an error was raised")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
     return parser.parse_args(arguments)
 
 
@@ -75,7 +75,7 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def share(options: argparse.Namespace) -> tuple[int, int]:
-    """(part, parts): what this process does, by --shard, else by RANK and WORLD_SIZE, else all."""
+    """(part, parts) of this process: from --shard, else from RANK and WORLD_SIZE, else (0, 1)."""
     rank, processes = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if options.shard or (rank is None and processes is None):
         return options.shard or (0, 1)
@@ -89,12 +89,12 @@ def share(options: argparse.Namespace) -> tuple[int, int]:
 
 
 def batch_of(options: argparse.Namespace, device: torch.device) -> int:
-    """Images computed together: whatever the count, so that a larger one continues."""
+    """Images computed together; independent of --count, so that a run can continue with a larger one."""
     return options.batch or (1 if device.type == "cpu" else BATCH)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Samples this process's share; the process that finds all images done assembles them."""
+    """Samples the share of this process; the process that completes the last image assembles them."""
     part, parts = share(options)
     device = device_of(options)
     network = load_network(options.checkpoint, options, device)
@@ -134,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def sample_groups(draw: "GroupSampler", folder: SampleFolder, groups: list[range], open_groups: list[range]) -> None:
-    """Samples the groups that lack an image, and writes what is missing, with time left."""
+    """Samples the groups with missing images and writes those images, with a progress bar."""
     total = sum(min(group.stop, folder.count) - group.start for group in groups)
     todo = sum(len(folder.missing(group)) for group in open_groups)
     with tqdm(total=total, initial=total - todo, desc="sampling", unit="image") as bar:
@@ -151,10 +151,10 @@ def sample_groups(draw: "GroupSampler", folder: SampleFolder, groups: list[range
 class GroupSampler:
     """Samples a whole group of images at a time.
 
-    The bits of a matrix product depend on how many rows it has. So images are always computed in the same company:
-    image i in group i // batch, whole also where the count ends inside it or only some of it is missing.
+    The bits of a matmul depend on its number of rows. Therefore image i is always computed in the full group
+    i // batch, even if the count ends inside the group or only some of its images are missing.
 
-    Where memory runs out, groups are computed in halves from then on, of which bits may differ in the last place.
+    When memory runs out, the group size is halved from then on, which may change the last bits.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class GroupSampler:
     def __call__(self, group: range, trajectory: bool):
         """(images uint8 [n, H, W, 3], frames uint8 [n, up to FRAMES, H, W, 3] or None) of a group.
 
-        Raises MemoryError where one image does not fit, FloatingPointError where one is not finite.
+        Raises MemoryError if a single image does not fit, FloatingPointError if one is not finite.
         """
         while True:
             try:
@@ -196,7 +196,7 @@ class GroupSampler:
         if not images.isfinite().all():
             raise FloatingPointError(
                 f"images {group[0]} to {group[-1]}: expected finite values, got infinity or NaN; try --dtype float32 "
-                "or a smaller --guidance, else the checkpoint is spoilt"
+                "or a smaller --guidance; otherwise the checkpoint is corrupted"
             )
         pixels = to_pixels(images)
         if not trajectory:
@@ -216,7 +216,7 @@ class GroupSampler:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content."""
+    """Hash of the content of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -1,10 +1,10 @@
-"""Compares what the DiT and the pixel decoder of one or two models do by frequency, while they sample.
+"""Compares the DCT spectra of DiT output and pixel velocity of one or two models during sampling.
 
     python python/spectrum.py deco.ckpt dit.ckpt --out out/spectrum
 
-At every step of sampling, the 8x8 DCT energies of the DiT's output (brought to full resolution) and of the conditional
-pixel velocity are averaged over the images. FOLDER/spectrum.csv holds them. FOLDER/spectrum.png shows the share of each
-coefficient in the energy, in zig-zag order, averaged over steps, and that of the upper half over time.
+At every sampling step, the 8x8 DCT energies of the DiT's output (upsampled to full resolution) and of the conditional
+pixel velocity are averaged over the images and written to FOLDER/spectrum.csv. FOLDER/spectrum.png shows the energy
+share of each coefficient in zig-zag order, averaged over steps, and the share of the upper half over time.
 
 Source: DeCo (arXiv 2511.19365), figure 4.
 
@@ -40,7 +40,7 @@ from sampling.inputs import (  # noqa: E402
 from sampling.spectrum_recorder import SIGNALS, SpectrumRecorder  # noqa: E402
 
 TITLES = {"dit_output": "output of the DiT", "velocity": "pixel velocity"}
-BATCH = 16  # images at a time
+BATCH = 16  # images computed together
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,17 +52,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python/spectrum.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, nargs="+", help="one or two, see docs/checkpoints.md")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--name", action="append", help="of a model in table and picture (repeatable); default: path")
+    parser.add_argument("checkpoint", type=Path, nargs="+", help="one or two files, see docs/checkpoints.md")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the results")
+    parser.add_argument("--name", action="append", help="name of a model in the results (repeatable; default: path)")
     add_options(parser, batch=f"{BATCH}", count=16)
-    parser.add_argument("--debug", action="store_true", help="show where an error was raised")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
     options = parser.parse_args(arguments)
     if len(options.checkpoint) > 2:
         parser.error(f"expected one or two checkpoints, got {len(options.checkpoint)}")
     options.name = options.name or [str(path) for path in options.checkpoint]
     if not len(set(options.name)) == len(options.name) == len(options.checkpoint):
-        parser.error(f"--name: expected a name of its own for each checkpoint, got {options.name}")
+        parser.error(f"--name: expected a unique name for each checkpoint, got {options.name}")
     return options
 
 
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     networks = {}
     for name, path in zip(options.name, options.checkpoint, strict=True):
         networks[name] = load_network(path, options, host)
-        read_conditions(options, networks[name])  # so that a mistake is named before the first of what may be hours
+        read_conditions(options, networks[name])  # report mistakes before hours of sampling
         solver_settings(options, networks[name])
     options.out.mkdir(parents=True, exist_ok=True)
     spectra = {name: measure(networks.pop(name).to(device), name, options, device) for name in options.name}
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure(network: torch.nn.Module, name: str, options: argparse.Namespace, device: torch.device) -> dict:
-    """Signal → time → energies [64], see `SpectrumRecorder.spectra`. FloatingPointError where one is not finite."""
+    """Signal → time → energies [64], see `SpectrumRecorder.spectra`. Raises FloatingPointError if one is not finite."""
     conditions, settings = read_conditions(options, network), solver_settings(options, network)
     conditioner = Conditioner.of(network, device, options.text_encoder)
     conditioner.check(conditions)
@@ -106,14 +106,14 @@ def measure(network: torch.nn.Module, name: str, options: argparse.Namespace, de
     spectra = recorder.spectra()
     if not all(energy.isfinite().all() for times in spectra.values() for energy in times.values()):
         raise FloatingPointError(
-            f"{name}: expected finite energies, got infinity or NaN; try --dtype float32 or a smaller --guidance, else "
-            "the checkpoint is spoilt"
+            f"{name}: expected finite energies, got infinity or NaN; try --dtype float32 or a smaller --guidance; "
+            "otherwise the checkpoint is corrupted"
         )
     return spectra
 
 
 def write_table(spectra: dict, path: Path) -> None:
-    """A row per model, signal, time and coefficient: its mean square and its share of the energy at that time."""
+    """One row per model, signal, time and coefficient: its mean square and its share of the energy at that time."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["model", "signal", "time", "zigzag", "vertical", "horizontal", "energy", "share"])
@@ -126,7 +126,7 @@ def write_table(spectra: dict, path: Path) -> None:
 
 
 def write_picture(spectra: dict, path: Path) -> None:
-    """Above the shares in zig-zag order, below that of the upper half over time; left the DiT, right the velocity."""
+    """Top: shares in zig-zag order; bottom: share of the upper half over time. Left: DiT; right: velocity."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharey="row")
     for column, signal in enumerate(SIGNALS):
         above, below = axes[:, column]

@@ -1,13 +1,13 @@
-"""Trains a DeCo from a folder of images, a table or shards, as a YAML configuration says.
+"""Trains a DeCo on a folder of images, a table or shards, as configured by a YAML file.
 
     python python/train.py python/configs/small.yaml data.path=PHOTOGRAPHS out=runs/small
     torchrun --nproc_per_node 8 python/train.py python/configs/deco_l.yaml data.path=IMAGENET/train out=runs/l
 
-Every key of the configuration can be given as KEY=VALUE, nested ones with dots. A run that was stopped or killed
-continues with the same command and --resume auto.
+KEY=VALUE overrides any key of the configuration; nested keys use dots. A run that was stopped or killed continues with
+the same command and --resume auto.
 
-Exit status: 0; 2 if configuration, data or checkpoint cannot be used, a checkpoint cannot be written or the loss is not
-finite (one line says why); 130 when interrupted.
+Exit status: 0; 2 if configuration, data or checkpoint cannot be used, a checkpoint cannot be written, or the loss is
+not finite (with one line on stderr); 130 if interrupted.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run() -> None:
         config = configuration.load(options.config, overrides)
-        from deco_kernels.training import loop  # seconds of imports, which --help and mistakes are spared
+        from deco_kernels.training import loop  # slow import; not needed for --help and invalid options
 
         loop.train(config, options.resume)
 
@@ -36,12 +36,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", type=Path, help="YAML file, see python/configs and docs/training.md")
-    parser.add_argument("override", nargs="*", metavar="KEY=VALUE", help="takes the place of what the file says")
+    parser.add_argument("override", nargs="*", metavar="KEY=VALUE", help="overrides a key of the file")
     parser.add_argument(
-        "--resume", default="never", metavar="auto|FILE", help="continue from the run's newest checkpoint, or this one"
+        "--resume",
+        default="never",
+        metavar="auto|FILE",
+        help="continue from the newest checkpoint of the run, or from FILE",
     )
-    parser.add_argument("--backend", help="of the fused ops; reference is plain PyTorch")
-    parser.add_argument("--debug", action="store_true", help="show where an error was raised")
+    parser.add_argument("--backend", help="backend of the fused ops; reference is plain PyTorch")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -1,1 +1,1 @@
-"""What every program does with its arguments and with failures that a user can mend."""
+"""Argument types and error handling shared by the programs."""

@@ -2,7 +2,7 @@
 
 import argparse
 
-MOST_THREADS = 1024  # tens of thousands end the process without a word
+MOST_THREADS = 1024  # tens of thousands end the process without a message
 
 
 def natural(text: str) -> int:

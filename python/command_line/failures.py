@@ -1,4 +1,4 @@
-"""What the programs do about failures that their users can mend."""
+"""Error handling of the programs."""
 
 import sys
 import warnings
@@ -9,8 +9,8 @@ _SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def exit_status(run: Callable[[], None], debug: bool = False, interrupted: str = "interrupted") -> int:
-    """0; 2 where `run` raises what a user can mend, said in one line on stderr, or raised on with `debug`; 130 after
-    Ctrl-C, with the line `interrupted`. Warnings take one line too."""
+    """Runs `run` and returns the exit status: 0; 2 if it raises an expected error, printed as one line to stderr
+    (re-raised with `debug`); 130 after Ctrl-C, with the line `interrupted`. Warnings are printed as one line too."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
@@ -21,18 +21,18 @@ def exit_status(run: Callable[[], None], debug: bool = False, interrupted: str =
     except (*EXPECTED, RuntimeError) as error:
         if debug or not (isinstance(error, EXPECTED) or out_of_memory(error)):
             raise
-        said = _in_one_line(error)
+        message = _in_one_line(error)
         if isinstance(error, RuntimeError):
-            said = f"out of memory ({said}); take smaller images or a smaller batch"
-        print(f"error: {said}", file=sys.stderr)
+            message = f"out of memory ({message}); use smaller images or a smaller batch"
+        print(f"error: {message}", file=sys.stderr)
         return 2
     return 0
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether the memory of this machine or of a device ran out."""
-    said = isinstance(error, RuntimeError) and any(shortage in str(error) for shortage in _SHORTAGES)
-    return said or isinstance(error, MemoryError)
+    """Whether the error means that host or device memory ran out."""
+    reported = isinstance(error, RuntimeError) and any(shortage in str(error) for shortage in _SHORTAGES)
+    return reported or isinstance(error, MemoryError)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -1,1 +1,1 @@
-"""What demo.py is made of."""
+"""Parts of demo.py."""

@@ -1,4 +1,4 @@
-"""Training a small DeCo on a few photographs: the recipe, one contender's state, and what is compared of two."""
+"""Training of a small DeCo on a few photographs: recipe, contenders, and comparisons of two contenders."""
 
 import dataclasses
 import statistics
@@ -14,22 +14,22 @@ from deco_kernels.testing.published import EagerObjective, eager_twin
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How the model is trained and sampled, and what the result must reach."""
+    """Settings of training and sampling, and the required PSNR."""
 
     image_size: int = 64
-    batch_size: int = 4  # or one of each photograph, if they are more
+    batch_size: int = 4  # at least one image of each photograph
     steps: int = 3000
-    learning_rate: float = 3e-3  # the peak of a one-cycle schedule, reached after `warmup` of the steps
+    learning_rate: float = 3e-3  # peak of a one-cycle schedule, reached after the fraction `warmup` of the steps
     warmup: float = 0.1
-    distribution: str = "uniform"  # of the training times: sampling starts and ends where "lognormal" seldom trains
+    distribution: str = "uniform"  # of the training times; "lognormal" rarely draws times near 0 and 1
     ema_decay: float = 0.995
     sample_steps: int = 50
-    compared_steps: int = 100  # taken by both contenders, in turn
+    compared_steps: int = 100  # steps of both contenders, alternating
     psnr_every: int = 250
-    required_psnr: float = 25.0  # dB, of every photograph
+    required_psnr: float = 25.0  # dB, for every photograph
 
     def shortened(self, steps: int) -> "Recipe":
-        """The same with another number of steps, of which nothing is required."""
+        """The recipe with another number of steps and without a required PSNR."""
         compared = min(steps, self.compared_steps)
         every = max(1, min(steps, self.psnr_every))
         return dataclasses.replace(self, steps=steps, compared_steps=compared, psnr_every=every, required_psnr=0.0)
@@ -43,11 +43,11 @@ SHORT = dataclasses.replace(FULL, steps=600, ema_decay=0.98, compared_steps=20, 
 
 
 class Contender:
-    """A model in training, with optimiser, schedule, averaged weights and its own random stream.
+    """A model in training, with optimizer, schedule, averaged weights and a separate random generator.
 
     Args:
-        photographs: [n, 3, S, S] in [-1, 1]; photograph i is class i. A batch holds them in turn.
-        eager: in plain PyTorch instead of the fused ops, otherwise identical: initial weights, noise, times, order.
+        photographs: [n, 3, S, S] in [-1, 1]; photograph i is class i. A batch cycles through them.
+        eager: use plain PyTorch instead of the fused ops; initial weights, noise, times and order are the same.
     """
 
     def __init__(self, recipe: Recipe, photographs: torch.Tensor, seed: int, *, eager: bool):
@@ -91,9 +91,9 @@ class Contender:
 
 
 def compare_steps(fused: Contender, eager: Contender) -> dict[str, float]:
-    """Lets both take `compared_steps`, in turn, so that what else the machine does meets both; returns the medians.
+    """Runs `compared_steps` of both, alternating, so that other load affects both equally; returns median times.
 
-    The first tenth of the steps warms up and is not counted.
+    The first tenth of the steps is warm-up and is not counted.
     """
     count = fused.recipe.compared_steps
     for _ in tqdm(range(count), desc="fused and eager side by side", unit="step"):
@@ -104,12 +104,12 @@ def compare_steps(fused: Contender, eager: Contender) -> dict[str, float]:
 
 
 def loss_difference(fused: Contender, eager: Contender) -> float:
-    """Largest relative difference of the two losses over the steps that both have taken."""
+    """Largest relative difference of the losses over the steps that both have taken."""
     return max(abs(one - other) / abs(other) for one, other in zip(fused.losses, eager.losses, strict=False))
 
 
 def gradient_errors(fused: Contender, seed: int) -> dict[str, tuple[float, float]]:
-    """Relative L2 error of the gradient of every parameter against the published formulation in float64, at the present
+    """Relative L2 error of the gradient of every parameter against the published formulation in float64, at the current
     weights of `fused`: {name: (fused, eager in float32)}."""
     twin = eager_twin(fused.model)
     eager_objective = EagerObjective(ops.jpeg_frequency_weight(), distribution=fused.recipe.distribution)
@@ -144,7 +144,7 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> list[float]:
 
 
 def train(contender: Contender, seed: int) -> tuple[list[tuple[int, list[float]]], torch.Tensor]:
-    """Runs the recipe to its end. Returns ([(step, PSNR of each photograph)], the last samples)."""
+    """Trains to the end of the recipe. Returns ([(step, PSNR of each photograph)], the last samples)."""
     recipe, curve = contender.recipe, []
     with tqdm(
         total=recipe.steps, initial=len(contender.losses), desc="training with the fused ops", unit="step"

@@ -1,7 +1,7 @@
-"""Peak memory growth of the first training steps of one contender; runs in a process of its own.
+"""Peak memory growth of the first training steps of one contender; runs in a separate process.
 
-`python -m demonstration.peak_memory fused|eager PHOTOGRAPHS SIZE BATCH THREADS` prints the growth in bytes: the
-process's highest resident memory during two steps, gradients and optimiser state included, less what it held before.
+`python -m demonstration.peak_memory fused|eager PHOTOGRAPHS SIZE BATCH THREADS` prints the growth in bytes: the peak
+resident memory during two steps, gradients and optimizer state included, minus the resident memory before them.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ STEPS = 2
 
 
 def measure(name: str, recipe: Recipe, photographs: int) -> float:
-    """Growth in MB (10^6 bytes), in a fresh process with glibc's default heap, which gives large blocks back."""
+    """Growth in MB (10^6 bytes), in a new process with glibc's default heap, which releases large blocks."""
     sizes = (photographs, recipe.image_size, recipe.batch_size, torch.get_num_threads())
     command = [sys.executable, "-m", "demonstration.peak_memory", name, *map(str, sizes)]
     answer = subprocess.run(command, cwd=PROGRAMS, env=default_heap(), capture_output=True, text=True, check=False)
@@ -33,7 +33,7 @@ def growth(name: str, photographs: int, size: int, batch: int) -> int:
     images = torch.rand(photographs, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     contender = Contender(recipe, images, seed=0, eager=name == "eager")
     with torch.no_grad():
-        contender.model(images[:1], torch.zeros(1), contender.labels[:1])  # loads code and starts the threads
+        contender.model(images[:1], torch.zeros(1), contender.labels[:1])  # loads the code and starts the threads
     before = reset_peak("cpu")
     for _ in range(STEPS):
         contender.step()

@@ -1,4 +1,4 @@
-"""The demo's report: one picture and one JSON file, both from the same dictionary of results."""
+"""Report of the demo: a picture and a JSON file from one dictionary of results."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def write_json(results: dict, path: Path) -> None:
 
 
 def write_picture(results: dict, photographs: torch.Tensor, samples: torch.Tensor, path: Path) -> None:
-    """Photographs and samples in the upper row; losses, PSNR and energy spectra below; the figures in the title."""
+    """Top row: photographs and samples. Bottom row: losses, PSNR and energy spectra. The title shows the figures."""
     count = len(photographs)
     figure = plt.figure(figsize=(15, 8), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.1))

@@ -21,13 +21,13 @@ def shipped_photographs() -> list[Path]:
 
 
 def readable(paths: Iterable[Path]) -> Iterator[tuple[Path, Image.Image]]:
-    """Every readable file with its photograph, RGB and upright; the others are named in a warning and left out."""
+    """Every readable file with its photograph, RGB and upright; other files are reported in a warning and skipped."""
     for path in paths:
         try:
             with open_image(path) as opened:
                 photograph = upright_rgb(opened)
         except Exception as error:  # Pillow raises many unrelated types for damaged files
-            warnings.warn(f"{path} is left out: it cannot be read as an image ({error})", stacklevel=2)
+            warnings.warn(f"{path} is skipped: it cannot be read as an image ({error})", stacklevel=2)
         else:
             yield path, photograph
 
@@ -36,7 +36,7 @@ def load_photographs(paths: list[Path], size: int) -> tuple[list[str], torch.Ten
     """Decodes and crops every readable file.
 
     Returns:
-        (file names, images [n, 3, size, size] float32 RGB in [-1, 1]), both empty if no file was readable.
+        (file names, images [n, 3, size, size] float32 RGB in [-1, 1]); both are empty if no file is readable.
     """
     found = [(path.name, to_tensor(center_crop(photograph, size, size))) for path, photograph in readable(paths)]
     names, images = [name for name, _ in found], [image for _, image in found]

@@ -1,4 +1,4 @@
-"""Energies of images by frequency, in the orthonormal DCT of 8x8 blocks."""
+"""Energy of images by frequency, in the orthonormal DCT of 8x8 blocks."""
 
 import torch
 
@@ -18,7 +18,7 @@ def zigzag() -> list[tuple[int, int]]:
 def energies(signal: torch.Tensor) -> torch.Tensor:
     """Mean squared DCT coefficients, over images, channels and 8x8 blocks, of [B, C, H, W] in zig-zag order, [64].
 
-    The DCT is orthonormal: their mean is the mean square of the signal (where no side had to be padded to 8).
+    The DCT is orthonormal: their mean is the mean square of the signal if no side is padded to a multiple of 8.
     """
     mean = block_dct(signal.float()).square().mean((0, 1, 2, 3))
     rows, columns = zip(*zigzag(), strict=True)
@@ -26,12 +26,12 @@ def energies(signal: torch.Tensor) -> torch.Tensor:
 
 
 def shares(spectra: dict[float, torch.Tensor]) -> torch.Tensor:
-    """Each coefficient's share of the energy at a time, averaged over times, [64]."""
+    """Share of each coefficient in the energy at one time, averaged over times, [64]."""
     return torch.stack([energy / energy.sum() for energy in spectra.values()]).mean(0)
 
 
 def high_share(energy: torch.Tensor) -> float:
-    """The share of the upper half of the coefficients, 32 to 63 in zig-zag order."""
+    """Energy share of the upper half of the coefficients, 32 to 63 in zig-zag order."""
     return (energy[BLOCK**2 // 2 :].sum() / energy.sum()).item()
 
 

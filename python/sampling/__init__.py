@@ -1,1 +1,1 @@
-"""What sample.py, spectrum.py and app.py are made of."""
+"""Parts of sample.py, spectrum.py and app.py."""

@@ -1,12 +1,12 @@
-"""The folder that sample.py writes: which images are there, animations, and the grid and archive made of them.
+"""The output folder of sample.py: images, animations, and the grid and archive assembled from them.
 
-    run.json                      every setting that the images depend on
+    run.json                      all settings that the images depend on
     images/000000.png             image 0, and so on
     animations/000000.gif         (or .png) its trajectory from noise
     grid_16.png                   the first 16 images
     samples_50000x256x256x3.npz   all images, uint8 [n, H, W, 3] under arr_0
 
-A file appears under its name when it is complete, and is never written again: what exists is done.
+A file gets its name when it is complete and is never rewritten.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ from deco_kernels.model.checkpoint_file import complete_or_absent
 from deco_kernels.training.images import as_grid, open_image
 
 FRAME_MS, LAST_FRAME_MS = 80, 1500
-ANIMATIONS = {"gif": "GIF", "png": "PNG"}  # ending → Pillow's name; an animated PNG is a PNG
+ANIMATIONS = {"gif": "GIF", "png": "PNG"}  # file extension → Pillow format
 
 
 class SampleFolder:
-    """Opens or makes a folder of samples.
+    """Opens or creates a folder of samples.
 
     Args:
-        folder: made if it does not exist; otherwise empty, or one whose run.json has the same settings.
-        settings: what the images depend on, as JSON has it; "size" is (height, width).
-        count: images in all.
-        animated: images from the first that have an animation. ending: of animations, "gif" or "png".
+        folder: created if it does not exist; otherwise it must be empty or have a run.json with the same settings.
+        settings: JSON-serializable settings that the images depend on; "size" is (height, width).
+        count: total number of images.
+        animated: number of images, from the first, with an animation. ending: of animations, "gif" or "png".
 
-    Raises ValueError for a folder of something else or of other settings.
+    Raises ValueError if the folder contains other files or samples with other settings.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], count: int, animated: int, ending: str):
@@ -47,20 +47,20 @@ class SampleFolder:
         self.shape = (*settings["size"], 3)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out: expected a folder, {folder} is a file; choose another name")
-        # Processes that begin together write run.json first; so it is looked for after the folder was listed.
+        # Concurrent processes write run.json first; list the folder before checking for run.json.
         names = os.listdir(folder) if folder.exists() else []
         if any(not name.startswith(".") for name in names) and not self.run.exists():
             raise ValueError(f"--out: {folder} holds other files and no run.json; choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OSError(f"--out: {folder} cannot be made ({error.strerror}); choose another folder") from error
+            raise OSError(f"--out: {folder} cannot be created ({error.strerror}); choose another folder") from error
         self._claim(settings)
         for each in (self.images, self.animations) if animated else (self.images,):
             each.mkdir(exist_ok=True)
 
     def _claim(self, settings: Mapping[str, Any]) -> None:
-        """Write run.json, or compare with what another process or an earlier run wrote."""
+        """Writes run.json, or compares with the existing one of another process or an earlier run."""
         content = json.dumps(settings, indent=1) + "\n"
         _write_once(self.run, lambda temporary: temporary.write_text(content, encoding="utf-8"))
         try:
@@ -84,7 +84,7 @@ class SampleFolder:
         return self.animations / f"{index:06d}.{self.ending}"
 
     def missing(self, indices: Sequence[int]) -> list[int]:
-        """Those of the indices below `count` that lack their image or animation."""
+        """The indices below `count` whose image or animation is missing."""
         return [
             index
             for index in indices
@@ -93,7 +93,7 @@ class SampleFolder:
         ]
 
     def write(self, index: int, pixels: np.ndarray, frames: np.ndarray | None) -> None:
-        """Write what is missing of an image: uint8 [H, W, 3], and its frames [n, H, W, 3], if any."""
+        """Writes the image, uint8 [H, W, 3], and its animation from frames [n, H, W, 3], unless they exist."""
         _write_once(self.image(index), lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))
         if frames is not None:
             first, *rest = map(Image.fromarray, frames)
@@ -103,7 +103,7 @@ class SampleFolder:
             _write_once(self.animation(index), lambda temporary: first.save(temporary, format=form, **options))
 
     def assemble(self, grid: int, npz: bool) -> list[Path]:
-        """Write grid and archive of a complete folder unless they exist; returns those written."""
+        """Writes grid and archive of a complete folder unless they exist; returns the paths written."""
         grid, made = min(grid, self.count), []
         path = self.folder / f"grid_{grid}.png"
         if grid:
@@ -117,7 +117,7 @@ class SampleFolder:
         return made
 
     def _write_npz(self, path: Path, shape: tuple[int, ...]) -> None:
-        """One image after the other, so that memory holds one, in the layout that numpy.savez writes."""
+        """Writes the layout of numpy.savez, one image at a time to limit memory."""
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, header)
@@ -125,25 +125,25 @@ class SampleFolder:
                 array.write(self._read(index).tobytes())
 
     def _read(self, index: int) -> np.ndarray:
-        """An image, uint8 [H, W, 3]. Raises ValueError for one that another program damaged or replaced."""
+        """Reads an image, uint8 [H, W, 3]. Raises ValueError if another program damaged or replaced it."""
         path = self.image(index)
         try:
             with open_image(path) as image:
                 pixels = np.asarray(image)
         except Exception as error:  # Pillow raises many unrelated types
-            raise ValueError(f"--out: {path} cannot be read ({error}); remove it and give the command again") from error
+            raise ValueError(f"--out: {path} cannot be read ({error}); remove it and run the command again") from error
         if pixels.shape != self.shape or pixels.dtype != np.uint8:
             raise ValueError(
                 f"--out: {path} was not written by this program: expected uint8 {self.shape}, got {pixels.dtype} "
-                f"{pixels.shape}; remove it and give the command again"
+                f"{pixels.shape}; remove it and run the command again"
             )
         return pixels
 
 
 def _write_once(path: Path, write: Callable[[Path], Any]) -> list[Path]:
-    """Let `write` fill a file that then takes its name; [path], or [] if it exists.
+    """Writes a file atomically with `write`; returns [path], or [] if it exists.
 
-    Should another process have written it meanwhile, its file, which has the same content, stays or is replaced.
+    If another process has written it in the meantime, its file has the same content and is kept or replaced.
     """
     if path.exists():
         return []

@@ -1,4 +1,4 @@
-"""What is sampled and with what: the model, conditions, solver settings, the noise of an image."""
+"""Inputs of sampling: model, conditions, solver settings and noise."""
 
 import argparse
 import csv
@@ -16,7 +16,7 @@ from command_line.arguments import image_size, natural, positive, thread_count
 from deco_kernels import flow, model
 from deco_kernels.files import kind_at
 
-# What the published checkpoints are sampled with (DeCo, arXiv 2511.19365, section 4).
+# Sampling settings of the published checkpoints (DeCo, arXiv 2511.19365, section 4).
 CLASS_SETTINGS = dict(solver="euler", steps=100, guidance=3.2, guidance_interval=(0.1, 1.0), shift=1.0)
 TEXT_SETTINGS = dict(solver="adams2", steps=25, guidance=4.0, guidance_interval=(0.0, 1.0), shift=3.0)
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,50 +29,55 @@ Condition = int | str
 
 
 def add_options(parser: argparse.ArgumentParser, batch: str, count: int | None = None) -> None:
-    """Options for what is sampled and how. Those of the solver are None where the model's defaults shall hold.
+    """Adds the sampling options. Solver options default to None, for the defaults of the model.
 
-    batch: what the program does without --batch. count: the default number of images; None for one of each class,
-    prompt or row.
+    batch: description of the default of --batch. count: the default number of images; None for one per class, prompt
+    or row.
     """
-    what = parser.add_argument_group("what is sampled (by default every class in turn)")
-    what.add_argument("--classes", metavar="LIST", help="such as 0,7,20-29; images take them in turn")
-    what.add_argument("--prompt", action="append", help="for a text-to-image model (repeatable)")
-    what.add_argument("--csv", type=Path, help="a table with a column label or prompt, one row per image")
-    default = count or "one of each class, prompt or row"
-    what.add_argument("--count", type=positive, default=count, help=f"images; default: {default}")
-    what.add_argument("--seed", type=natural, default=0, help="of all noise; every image has a stream of its own (0)")
-    what.add_argument("--size", type=image_size, default=(256, 256), metavar="S|HxW", help="of an image (256)")
-    how = parser.add_argument_group("how (by default as the paper samples models of the kind)")
+    what = parser.add_argument_group("samples (default: all classes)")
+    what.add_argument("--classes", metavar="LIST", help="such as 0,7,20-29; images cycle through them")
+    what.add_argument("--prompt", action="append", help="prompt for a text-to-image model (repeatable)")
+    what.add_argument("--csv", type=Path, help="table with a column label or prompt, one row per image")
+    default = count or "one per class, prompt or row"
+    what.add_argument("--count", type=positive, default=count, help=f"number of images (default: {default})")
+    what.add_argument("--seed", type=natural, default=0, help="seed; noise depends on seed and image (default: 0)")
+    what.add_argument("--size", type=image_size, default=(256, 256), metavar="S|HxW", help="image size (default: 256)")
+    how = parser.add_argument_group("sampling (solver defaults are those of the paper for the kind of model)")
     how.add_argument("--solver", choices=sorted(flow.SOLVERS))
-    how.add_argument("--steps", type=positive)
-    how.add_argument("--guidance", type=float, help="1 is none")
-    how.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"))
-    how.add_argument("--shift", type=float, help="of the times")
-    how.add_argument("--batch", type=positive, help=f"images computed together; default: {batch}")
-    how.add_argument("--dtype", choices=sorted(DTYPES), help="default: float32 on the CPU, else bfloat16")
-    how.add_argument("--device", help="default: cuda where there is one, else cpu")
-    how.add_argument("--threads", type=thread_count, help="of the CPU; bits may depend on it")
-    how.add_argument("--weights", choices=["ema", "raw"], help="default: averaged ones where there are both")
+    how.add_argument("--steps", type=positive, help="number of solver steps")
+    how.add_argument("--guidance", type=float, help="guidance scale; 1 disables guidance")
     how.add_argument(
-        "--text-encoder", default="Qwen/Qwen3-1.7B", metavar="FOLDER|ID", help="of a text-to-image model (%(default)s)"
+        "--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="interval of times with guidance"
+    )
+    how.add_argument("--shift", type=float, help="shift of the times")
+    how.add_argument("--batch", type=positive, help=f"images computed together (default: {batch})")
+    how.add_argument("--dtype", choices=sorted(DTYPES), help="default: float32 on the CPU, else bfloat16")
+    how.add_argument("--device", help="PyTorch device (default: cuda if available, else cpu)")
+    how.add_argument("--threads", type=thread_count, help="CPU threads; bits may depend on it")
+    how.add_argument("--weights", choices=["ema", "raw"], help="weights to load (default: ema if the file has both)")
+    how.add_argument(
+        "--text-encoder",
+        default="Qwen/Qwen3-1.7B",
+        metavar="FOLDER|ID",
+        help="text encoder of a text-to-image model (default: %(default)s)",
     )
 
 
 def solver_settings(options: argparse.Namespace, network: nn.Module) -> dict:
-    """Settings of `flow.Sampler`: the options, and where they are None what the paper uses for such a model.
+    """Settings of `flow.Sampler`: the given options, and the paper's settings for the kind of model otherwise.
 
-    Raises ValueError for those that no sampler takes.
+    Raises ValueError if `flow.Sampler` does not accept them.
     """
     defaults = TEXT_SETTINGS if reads_text(network) else CLASS_SETTINGS
     given = {name: getattr(options, name) for name in defaults}
     settings = {name: defaults[name] if value is None else value for name, value in given.items()}
     settings["guidance_interval"] = tuple(settings["guidance_interval"])
-    flow.Sampler(network, **settings)  # checks them
+    flow.Sampler(network, **settings)  # validates them
     return settings
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
-    """The device to sample on: of several GPUs the one of this process. Applies --threads."""
+    """The device to sample on; with several GPUs, that of the local rank. Also applies --threads."""
     if options.threads:
         torch.set_num_threads(options.threads)
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,8 +100,8 @@ def dtype_of(options: argparse.Namespace, device: torch.device) -> str:
 
 
 def load_network(path: Path, options: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The model of any checkpoint that `model.load_model` reads. Raises OSError or ValueError, naming the file, and
-    ValueError for an image size that the model does not take."""
+    """Loads the model of a checkpoint. Raises OSError or ValueError that names the file, and ValueError for an image
+    size that the model does not support."""
     network = model.load_model(path, weights=options.weights).to(device).eval().requires_grad_(False)
     patch_size = network.trunk.patch_size
     if any(side % patch_size for side in options.size):
@@ -112,9 +117,9 @@ def reads_text(network: nn.Module) -> bool:
 
 
 def read_conditions(options: argparse.Namespace, network: nn.Module) -> list[Condition]:
-    """Classes or prompts to sample, as the model wants; image i takes number i modulo their count.
+    """Classes or prompts to sample, by kind of model; image i uses entry i modulo their number.
 
-    Raises ValueError for a wrong kind, classes that the model has not, a table without the column, empty fields.
+    Raises ValueError for the wrong kind, unknown classes, a table without the column, or empty fields.
     """
     text = reads_text(network)
     foreign = options.classes if text else options.prompt
@@ -135,7 +140,7 @@ def read_conditions(options: argparse.Namespace, network: nn.Module) -> list[Con
 
 
 def _read_table(path: Path, column: str, network: nn.Module) -> list[Condition]:
-    if (found := kind_at(path)) not in ("a file", "a FIFO"):  # a FIFO is what a shell's <(command) gives
+    if (found := kind_at(path)) not in ("a file", "a FIFO"):  # a FIFO comes from the shell's <(command)
         raise ValueError(f"--csv: expected a table at {path}, found {found}; check the path")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -175,11 +180,11 @@ def _classes(field: str, count: int, place: str) -> range:
 
 @dataclass
 class Conditioner:
-    """Turns conditions into what the model takes.
+    """Converts conditions into tensors for the model.
 
     Attributes:
-        network: the model. device: of the tensors.
-        encoder: prompts → features, with `empty_prompt`, for text models; otherwise None.
+        network: the model. device: device of the tensors.
+        encoder: maps prompts to features and has `empty_prompt`; None for class-conditional models.
     """
 
     network: nn.Module
@@ -188,8 +193,8 @@ class Conditioner:
 
     @classmethod
     def of(cls, network: nn.Module, device: torch.device, text_encoder: str) -> "Conditioner":
-        """With the text encoder that a text model needs, loaded from a folder or the hub. Raises ImportError without
-        transformers, OSError and ValueError for an encoder that cannot be used."""
+        """Conditioner of a model; loads the text encoder of a text model from a folder or the hub. Raises ImportError
+        without transformers, and OSError or ValueError for an encoder that cannot be used."""
         if not reads_text(network):
             return cls(network, device)
         sizes = dict(max_length=network.trunk.text_length, width=network.trunk.text_width)
@@ -201,7 +206,7 @@ class Conditioner:
         return cls(network, device, encoder.to(device))
 
     def check(self, conditions: Sequence[Condition]) -> None:
-        """Raise ValueError for a prompt that the model does not take whole."""
+        """Raises ValueError for a prompt that is too long for the model."""
         if self.encoder is None:
             return
         longest = self.encoder.max_length
@@ -224,6 +229,6 @@ class Conditioner:
 
 
 def noise_of(index: int, seed: int, size: tuple[int, int], channels: int = 3) -> torch.Tensor:
-    """Noise [C, H, W] of an image, float32 on the CPU: a function of (seed, index) and the size alone."""
+    """Noise [C, H, W] of an image, float32 on the CPU; depends only on (seed, index) and the size."""
     state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
     return torch.randn(channels, *size, generator=torch.Generator().manual_seed(int(state) >> 1))

@@ -1,4 +1,4 @@
-"""What the page of app.py shows for one sample: the image, states on the way to it, and their DCT spectra."""
+"""Sampling for the page of app.py: the image, states of its trajectory, and their DCT spectra."""
 
 import math
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from deco_kernels.training.images import to_pixels
 from images.spectra import diagonal_energies
 from sampling.inputs import Conditioner, noise_of, reads_text
 
-FRAMES = 8  # states of the trajectory that are shown, noise and sample included
+FRAMES = 8  # states of the trajectory to show, noise and sample included
 
 
 @dataclass
 class Shown:
-    """image: uint8 [H, W, 3]. frames: [(image, caption)] from noise to sample. spectrum: of the frames."""
+    """image: uint8 [H, W, 3]. frames: [(image, caption)] from noise to sample. spectrum: plot for the frames."""
 
     image: np.ndarray
     frames: list[tuple[np.ndarray, str]]
@@ -29,7 +29,7 @@ class Shown:
 class Painter:
     """Samples one image at a time from a model.
 
-    steps, guidance: what the page begins with. settings: the other ones of `flow.sample`. size: (height, width).
+    steps, guidance: initial values on the page. settings: other settings of `flow.sample`. size: (height, width).
     """
 
     network: nn.Module
@@ -40,11 +40,10 @@ class Painter:
     size: tuple[int, int]
 
     def __call__(self, condition: float | str, steps: float, guidance: float, seed: float) -> Shown:
-        """Sample. Numbers may be floats, as a page's fields give them.
+        """Samples one image. Numbers may be floats, as the fields of the page return them.
 
         Raises:
-            ValueError: a condition the model does not take; numbers that are not what they must be; a sample that is
-                not finite.
+            ValueError: unsupported condition, invalid number, or a sample that is not finite.
         """
         condition = self._condition(condition)
         steps, seed, guidance = _integer("steps", steps, 1), _integer("seed", seed, 0), _number("guidance", guidance)
@@ -63,7 +62,7 @@ class Painter:
                 **self.settings,
             )
         if not states[-1].isfinite().all():
-            raise ValueError("the sample is not finite; take a smaller guidance, else the checkpoint is spoilt")
+            raise ValueError("the sample is not finite; use a smaller guidance; otherwise the checkpoint is corrupted")
         shown = sorted({round(i * steps / (FRAMES - 1)) for i in range(FRAMES)})
         times = [*flow.timesteps(steps, self.settings["shift"]).tolist()[:-1], 1.0]
         captions = [f"step {step}, t = {times[step]:.2f}" for step in shown]
@@ -73,7 +72,7 @@ class Painter:
     def _condition(self, given: float | str) -> int | str:
         if reads_text(self.network):
             if not str(given or "").strip():
-                raise ValueError("prompt: expected a text, got none")
+                raise ValueError("prompt: expected text, got none")
             self.conditioner.check([str(given)])
             return str(given)
         label, classes = _integer("class", given, 0), self.network.trunk.num_classes
@@ -83,7 +82,7 @@ class Painter:
 
 
 def spectrum(states: list[torch.Tensor], captions: list[str]) -> Figure:
-    """Mean energy of the 8x8 DCT of luminance on each diagonal, of every state [1, 3, H, W]."""
+    """Plots the mean energy of the 8x8 DCT of luminance on each diagonal, for every state [1, 3, H, W]."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for number, (state, caption) in enumerate(zip(states, captions, strict=True)):

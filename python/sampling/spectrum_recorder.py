@@ -1,4 +1,4 @@
-"""DCT energy spectra of what a model computes while it samples: of the DiT's output and of the pixel velocity.
+"""DCT energy spectra of the DiT's output and of the pixel velocity during sampling.
 
 Source: DeCo (arXiv 2511.19365), figure 4.
 """
@@ -16,19 +16,19 @@ SIGNALS = ("dit_output", "velocity")
 
 
 class SpectrumRecorder:
-    """A velocity for `flow.sample` that records the spectra of every call by its time.
+    """A velocity function for `flow.sample` that records the spectra of every call by its time.
 
-    The DiT's output is taken where it reaches full resolution: for DeCo the upsampled conditions of the pixels, D
-    channels; for the plain DiT, which has no decoder, it is the velocity.
+    The DiT's output is recorded at full resolution: for DeCo the upsampled conditioning of the pixels, D channels; for
+    the plain DiT, which has no decoder, the velocity.
 
     Args:
         network: DeCo, DeCoTextToImage or DiT.
-        dtype: to run under autocast with; None for none.
+        dtype: autocast dtype, or None to disable autocast.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype | None = None):
         self.network, self.dtype = network, dtype
-        self.images = 0  # of the present batch; guided calls hold them twice, the conditional half last
+        self.images = 0  # batch size; guided calls have twice as many images, the conditional half last
         self.sums: dict[float, dict[str, torch.Tensor]] = {}
         self.counts: dict[float, int] = {}
 
@@ -44,17 +44,17 @@ class SpectrumRecorder:
         return velocity
 
     def sample(self, noise: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor, **settings) -> None:
-        """Sample a batch as `flow.sample` does, and record."""
+        """Samples a batch with `flow.sample` and records the spectra."""
         self.images = len(noise)
         flow.sample(self, noise, cond, uncond, **settings)
 
     def spectra(self) -> dict[str, dict[float, torch.Tensor]]:
-        """Signal → time → energies [64] in zig-zag order, the mean over all images."""
+        """Signal → time → energies [64] in zig-zag order, averaged over all images."""
         return {name: {time: sums[name] / self.counts[time] for time, sums in self.sums.items()} for name in SIGNALS}
 
 
 def velocity_and_dit_output(network: nn.Module, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor):
-    """(velocity [B, 3, H, W], what the DiT hands over at full resolution [B, channels, H, W])."""
+    """(velocity [B, 3, H, W], output of the DiT at full resolution [B, channels, H, W])."""
     if isinstance(network, model.DiT):
         velocity = network(x, t, cond)
         return velocity, velocity

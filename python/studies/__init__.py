@@ -1,1 +1,1 @@
-"""What ablate.py is made of."""
+"""Parts of ablate.py."""

@@ -1,4 +1,4 @@
-"""The studies of `ablate.py`: what is compared, what the small form shows, and the figures that go with each."""
+"""The studies of `ablate.py`: variants, what the small form shows, and additional plots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from studies.run import Recipe, Variant
 
 ROOT = Path(__file__).resolve().parents[2]
 
-Results = list[dict[str, Any]]  # what every run wrote, see `studies.run.Run.finish`
+Results = list[dict[str, Any]]  # results of all runs, see `studies.run.Run.finish`
 Costs = dict[str, dict[str, float]]  # variant → column → value
 
 
@@ -26,8 +26,8 @@ Costs = dict[str, dict[str, float]]  # variant → column → value
 class Study:
     """A comparison of variants.
 
-    steps, seeds: of the small form. native: crops have the aspect ratios of `studies.crops.native_shapes`, not 1.
-    cost: measures what a variant costs, or None. draw: fills further axes; panels: their number.
+    steps, seeds: defaults of the study. native: crops have the aspect ratios of `studies.crops.native_shapes`, not 1.
+    cost: measures the cost of a variant, or None. draw: fills additional axes; panels: their number.
     """
 
     title: str
@@ -43,14 +43,14 @@ class Study:
 
 
 CANNOT = (
-    "The model has a few million parameters, sees crops of a few photographs and takes some hundred steps: it has not "
-    "converged, and the ranking may turn with more steps, data or width. The held-out crops come from another part of "
-    "the same photographs. Nothing here is an FID, and nothing is a measurement of the published models."
+    "The model has a few million parameters and trains for a few hundred steps on crops of a few photographs. It has "
+    "not converged, and the ranking may change with more steps, data or width. The held-out crops come from another "
+    "part of the same photographs. The errors are not FIDs and do not measure the published models."
 )
 
 
 def decoder_cost(variant: Variant, recipe: Recipe) -> dict[str, float]:
-    """Time and arithmetic of the decoder alone in a training step of the recipe's batch, float32, on this CPU."""
+    """Time and FLOPs of only the decoder in a training step of the recipe's batch, float32, on this CPU."""
     side, decoder = recipe.image_size, variant.model
     size = f"B={recipe.batch_size},H={side},W={side},D={decoder['decoder_width']},N={decoder['decoder_depth']}"
     command = [sys.executable, "-m", "benchmarks.models.decoder_cost", size]
@@ -66,12 +66,12 @@ def mean_error(results: Results, variant: str, images: str = "squares", metric: 
 
 
 def mean_weight(results: Results, variant: str) -> torch.Tensor:
-    """Frequency weights of a variant, the mean over its runs, [3, 8, 8]."""
+    """Frequency weights of a variant, averaged over its runs, [3, 8, 8]."""
     return torch.tensor([result["frequency_weight"] for result in results if result["variant"] == variant]).mean(0)
 
 
 def draw_capacity(axes: list[Axes], study: Study, results: Results, costs: Costs) -> None:
-    """Error and time over D x N, and one against the other."""
+    """Error and time over D x N, and error vs. time."""
     widths, depths = (sorted({v.model[key] for v in study.variants}) for key in ("decoder_width", "decoder_depth"))
     at = {(v.model["decoder_depth"], v.model["decoder_width"]): v.name for v in study.variants}
     surfaces = (
@@ -93,11 +93,11 @@ def draw_capacity(axes: list[Axes], study: Study, results: Results, costs: Costs
         point = costs[variant.name]["decoder, ms"], mean_error(results, variant.name)
         axes[2].plot(*point, "o", color="tab:blue")
         axes[2].annotate(variant.name, point, fontsize=7)
-    axes[2].set(title="error against cost", xlabel="ms", xscale="log")
+    axes[2].set(title="error vs. cost", xlabel="ms", xscale="log")
 
 
 def draw_weights(axes: list[Axes], study: Study, results: Results, costs: Costs) -> None:
-    """Luminance weights of JPEG quality 85 and of what was learned, on one logarithmic scale."""
+    """Luminance weights of JPEG quality 85 and learned ones, on the same logarithmic scale."""
     shown = [("JPEG 85", ops.jpeg_frequency_weight(85)[0])]
     shown += [(variant.name, mean_weight(results, variant.name)[0]) for variant in study.variants if variant.learned]
     for axis, (name, weight) in zip(axes, shown, strict=True):
@@ -108,12 +108,12 @@ def draw_weights(axes: list[Axes], study: Study, results: Results, costs: Costs)
 
 STUDIES = {
     "interaction": Study(
-        "AdaLN against addition in the pixel decoder",
+        "AdaLN vs. addition in the pixel decoder",
         (Variant("adaln"), Variant("add", {"interaction": "add"})),
         steps=500,
         seeds=3,
-        shows="Whether modulation by the tokens learns faster than adding them to the pixels' features, at the same "
-        "data, times and noise; the points are seeds, so that their spread can be compared with the difference.",
+        shows="Whether modulation by the tokens learns faster than adding them to the pixel features, with the same "
+        "data, times and noise. Points are seeds, so that their spread can be compared with the difference.",
         cannot=CANNOT,
     ),
     "capacity": Study(
@@ -127,8 +127,8 @@ STUDIES = {
         seeds=1,
         shows="How the error early in training and the decoder's cost on this machine change over D x N. With more "
         "than one seed (--seeds) also the spread.",
-        cannot=CANNOT + " Differences between neighbouring sizes at one seed may be chance. The upsample grows with D: "
-        "the models differ in parameters too.",
+        cannot=CANNOT + " Differences between neighboring sizes at one seed may be chance. The upsample grows with D, "
+        "so the models also differ in parameters.",
         cost=decoder_cost,
         draw=draw_capacity,
         panels=3,
@@ -142,24 +142,24 @@ STUDIES = {
         ),
         steps=400,
         seeds=2,
-        shows="Where the weights move the error between low and high frequencies, and what weights become that may be "
-        "chosen by training: descending on the loss they leave what is hard for what is easy; under the likelihood "
-        "they approach the inverse of the error.",
-        cannot=CANNOT + " Which weights look best to people is not asked: every column is an error of the velocity, "
-        "and a run tends to win in the column that its own weights resemble.",
+        shows="How the weights shift the error between low and high frequencies, and which weights training chooses: "
+        "descent on the loss moves weight from hard to easy coefficients; under the likelihood the weights approach "
+        "the inverse of the error.",
+        cannot=CANNOT + " The study does not measure perceived quality: every column is an error of the velocity, and "
+        "a run tends to be best in the column that its own weights resemble.",
         draw=draw_weights,
         panels=3,
     ),
     "aspect": Study(
-        "Native aspect ratio against the square center crop",
+        "Native aspect ratio vs. square center crop",
         (Variant("square"), Variant("native", native=True)),
         steps=500,
         seeds=3,
         native=True,
         shows="Whether training on rectangles of about the same number of pixels costs anything on squares, and what "
-        "training on squares alone costs on rectangles.",
+        "training only on squares costs on rectangles.",
         cannot=CANNOT
-        + " Aspect ratios reach 2:1 only, and all images have about the same number of pixels: larger sizes "
-        "are not tried.",
+        + " Aspect ratios reach only 2:1, and all images have about the same number of pixels: larger sizes "
+        "are not tested.",
     ),
 }

@@ -1,4 +1,4 @@
-"""Crops of photographs in memory for the small studies: training crops, and held-out ones from another region."""
+"""In-memory crops of photographs for the studies: training crops, and held-out crops from another region."""
 
 import random
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from deco_kernels.training.batches import crop_shapes
 from deco_kernels.training.images import center_crop, to_uint8
 
 TRAINING_PART = 0.75  # of a photograph's width, from the left; the rest is held out
-LARGEST_SIDE = 256  # of a crop before it is scaled down
+LARGEST_SIDE = 256  # of a crop before downscaling
 MAX_ASPECT = 2.0
 
 
@@ -21,11 +21,11 @@ class Images(NamedTuple):
     labels: torch.Tensor
 
 
-Crop = tuple[Image.Image, int, tuple[int, int]]  # region cut out, label, the (height, width) it is to have
+Crop = tuple[Image.Image, int, tuple[int, int]]  # cropped region, label, target (height, width)
 
 
 def cut(photographs: list[Image.Image], shapes: list[tuple[int, int]], count: int, seed: int, *, held_out: bool):
-    """Random crops, `count` of every photograph, whose aspect ratios are those of `shapes` in turn.
+    """Random crops, `count` per photograph; their aspect ratios cycle through `shapes`.
 
     Crops for training come from the left part of a photograph, held-out ones from the rest; none is enlarged.
 
@@ -53,7 +53,7 @@ def cut(photographs: list[Image.Image], shapes: list[tuple[int, int]], count: in
 
 
 def at_own_shape(crops: list[Crop]) -> dict[tuple[int, int], Images]:
-    """Every crop scaled to the shape it was cut for, grouped by shape."""
+    """Every crop scaled to its target shape, grouped by shape."""
     groups = {shape: [crop for crop in crops if crop[2] == shape] for shape in sorted({crop[2] for crop in crops})}
     return {shape: _stack(group, shape) for shape, group in groups.items()}
 

@@ -1,4 +1,4 @@
-"""Frequency weights that are learned with the model, positive and of mean 1 in each plane as the JPEG ones are."""
+"""Frequency weights learned with the model; positive and of mean 1 in each plane like the JPEG weights."""
 
 import torch
 from torch import nn
@@ -12,14 +12,14 @@ class LearnedWeightObjective(flow.Objective):
     """`flow.Objective` whose frequency_weight is weight = 64·softmax(logits) over the coefficients of each plane.
 
     Rules:
-        "loss": the logits descend on the loss itself.
-        "likelihood": on total - mean(log weight), the negative log-likelihood of errors of variance 1/weight. With
-            the mean fixed its minimum is weight = 1/(error + constant of the plane).
+        "loss": the logits minimize the loss itself.
+        "likelihood": they minimize total - mean(log weight), the negative log-likelihood of errors of variance
+            1/weight. With the mean fixed, the minimum is at weight = 1/(error + constant of the plane).
 
     `losses` reports the loss without the logarithm as "weighted" and adds it to "total".
 
     Args:
-        rule: as above. The other arguments are those of `flow.Objective`, without frequency_weight.
+        rule: see above. The other arguments are those of `flow.Objective`, without frequency_weight.
     """
 
     def __init__(self, rule: str, **options):

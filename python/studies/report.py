@@ -1,4 +1,4 @@
-"""What a finished study leaves: table.csv, table.md, study.png, and weights.json where weights were learned."""
+"""Report of a finished study: table.csv, table.md, study.png, and weights.json if weights were learned."""
 
 import csv
 import statistics
@@ -14,7 +14,7 @@ from studies.run import Recipe, write_json
 
 
 def write_report(study: Study, recipe: Recipe, results: Results, costs: Costs, out: Path) -> str:
-    """Write what a study leaves, each file whole or as it was before; returns the text of table.md."""
+    """Writes the report of a study, each file atomically; returns the text of table.md."""
     text = summary(study, recipe, results, costs)
     writers = {
         "table.csv": lambda path: write_csv(results, costs, path),
@@ -44,14 +44,14 @@ def write_csv(results: Results, costs: Costs, path: Path) -> None:
 
 
 def write_weights(study: Study, results: Results, path: Path) -> None:
-    """Variant → frequency weights [3][8][8] for Y, Cb, Cr, the mean over seeds; no file where none were learned."""
+    """Writes variant → frequency weights [3][8][8] for Y, Cb, Cr, averaged over seeds; no file if none were learned."""
     learned = {v.name: mean_weight(results, v.name).tolist() for v in study.variants if v.learned}
     if learned:
         write_json(learned, path)
 
 
 def summary(study: Study, recipe: Recipe, results: Results, costs: Costs) -> str:
-    """Means over seeds as Markdown, with the range where there are several, and what they mean."""
+    """Means over seeds as Markdown, with the range if there are several seeds, and notes."""
     columns = [(images, metric) for images, errors in results[0]["errors"].items() for metric in errors]
     heads = ["variant", "decoder parameters", *next(iter(costs.values()), {})]
     heads += [f"{metric}, {images}" for images, metric in columns]
@@ -66,12 +66,12 @@ def summary(study: Study, recipe: Recipe, results: Results, costs: Costs) -> str
             line.append(f"{statistics.fmean(errors):.4f}{spread}")
         lines.append(line)
     seeds = len(results) // len(study.variants)
-    spread = "; the spread over seeds is unknown" if seeds == 1 else f", in brackets the range over {seeds} seeds"
+    spread = "; the spread over seeds is unknown" if seeds == 1 else f"; parentheses: range over {seeds} seeds"
     notes = [
         f"{recipe.steps} steps of {recipe.batch_size} images of about {recipe.image_size}², {recipe.preset}, {seeds} "
         f"seed(s). Columns are held-out squared errors of the velocity (pixel: all channels; jpeg85: weighted DCT of "
         f"YCbCr; low, high: luminance coefficients with row + column below 4, from 4 on){spread}. Part of each error "
-        "is the noise that no model can know.",
+        "is noise that no model can predict.",
         *weight_notes(study, results),
         f"Shows: {study.shows}",
         f"Cannot show: {study.cannot}",
@@ -82,7 +82,7 @@ def summary(study: Study, recipe: Recipe, results: Results, costs: Costs) -> str
 
 
 def weight_notes(study: Study, results: Results) -> list[str]:
-    """What the learned weights became, next to the JPEG ones."""
+    """Notes on the learned weights compared with the JPEG weights."""
     jpeg, notes = ops.jpeg_frequency_weight(85), []
     for variant in study.variants:
         if not variant.learned:

@@ -1,4 +1,4 @@
-"""One run of a study: a small model is trained, averaged and judged on held-out crops. It survives a kill."""
+"""One run of a study: trains a small model and evaluates its averaged weights on held-out crops. Resumable."""
 
 import dataclasses
 import json
@@ -21,14 +21,14 @@ from studies.learned_weight import LearnedWeightObjective
 
 Groups = dict[tuple[int, int], Images]
 
-LOW_FREQUENCIES = 4  # u + v below it are "low"; of 8x8 coefficients, row + column
-WEIGHT_RATE = 0.02  # Adam's rate for learned frequency weights
+LOW_FREQUENCIES = 4  # 8x8 DCT coefficients with row + column below this are "low"
+WEIGHT_RATE = 0.02  # learning rate of the frequency weights
 _JUDGED_AT_ONCE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What all runs of a study share."""
+    """Settings shared by all runs of a study."""
 
     steps: int
     batch_size: int = 8
@@ -42,11 +42,11 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What one side of a comparison does differently.
+    """One variant of a comparison.
 
-    model: constructor arguments in place of the preset's.
-    quality: of the JPEG table behind the frequency weights; learned: the rule by which they are learned instead.
-    native: train on crops of their own shape instead of the square center.
+    model: constructor arguments that override the preset.
+    quality: JPEG quality of the frequency weights; learned: rule for learning them instead, or None.
+    native: train on crops at their native shape instead of the square center.
     """
 
     name: str
@@ -57,13 +57,13 @@ class Variant:
 
 
 class Run:
-    """A variant in training.
+    """Training of a variant.
 
-    All variants of a seed see the same images, times and noise in the same order; each starts from weights drawn with
-    that seed.
+    All variants with the same seed see the same images, times and noise in the same order, and draw their initial
+    weights with that seed.
 
     Args:
-        training: crops by shape. num_classes: of the model. folder: of the run, see `finish`.
+        training: crops by shape. num_classes: classes of the model. folder: folder of the run, see `finish`.
     """
 
     def __init__(self, variant: Variant, recipe: Recipe, seed: int, training: Groups, num_classes: int, folder: Path):
@@ -76,7 +76,7 @@ class Run:
             groups.append({"params": list(self.objective.parameters()), "rate": WEIGHT_RATE})
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=0.0, fused=True)
         self.average = MovingAverage(self.model, recipe.ema_decay)
-        # The plan numbers images within the groups one after another.
+        # The plan numbers the images consecutively across groups.
         members, first = {}, 0
         for shape, images in training.items():
             members[shape] = torch.arange(first, first + len(images.labels)).numpy()
@@ -88,7 +88,7 @@ class Run:
         self.losses: list[float] = []
 
     def train(self, progress: Callable[[int], object]) -> None:
-        """Take the steps after the last saved one; `progress` is told how many more are done, those saved first."""
+        """Trains from the last saved step; calls `progress` with the number of steps done, first with those saved."""
         self._restore()
         progress(len(self.losses))
         while len(self.losses) < self.recipe.steps:
@@ -98,7 +98,7 @@ class Run:
                 self._save()
 
     def finish(self, held_out: dict[str, Groups]) -> dict[str, Any]:
-        """Judge the averaged weights, write model.safetensors and, last, result.json; the saved state is removed."""
+        """Evaluates the averaged weights, writes model.safetensors, then result.json, and removes the saved state."""
         with self.average.swapped():
             errors = {name: velocity_errors(self.model, groups) for name, groups in held_out.items()}
             model.save_model(self.model, self.folder / "model.safetensors", overwrite=True)
@@ -152,7 +152,7 @@ class Run:
         write_atomically(state, self._state, resume="--resume")
 
     def _restore(self) -> None:
-        """Take over the saved state, if there is one. Raises ValueError for one that another program damaged."""
+        """Loads the saved state if there is one. Raises ValueError if it is damaged."""
         if not self._state.exists():
             return
         try:
@@ -163,14 +163,14 @@ class Run:
             for name, average in self.average.averages.items():
                 average.copy_(state["average"][name])
             self.losses = state["losses"]
-        except Exception as error:  # a damaged archive makes torch.load raise nearly anything
+        except Exception as error:  # torch.load raises many types for damaged archives
             raise ValueError(
-                f"--resume: {self._state} is damaged ({type(error).__name__}); remove it, and the run starts anew"
+                f"--resume: {self._state} is damaged ({type(error).__name__}); remove it to restart the run"
             ) from error
 
 
 def make_objective(variant: Variant) -> flow.Objective:
-    """Uniform times: runs this short never see the ends that lognormal times leave out."""
+    """The objective with uniform times: lognormal times rarely reach the ends in short runs."""
     if variant.learned:
         return LearnedWeightObjective(variant.learned, distribution="uniform")
     return flow.Objective(ops.jpeg_frequency_weight(variant.quality), distribution="uniform")
@@ -178,11 +178,11 @@ def make_objective(variant: Variant) -> flow.Objective:
 
 @torch.no_grad()
 def velocity_errors(network: torch.nn.Module, groups: Groups) -> dict[str, float]:
-    """Mean squared error of the velocity over all images: the same times and noise whatever the model.
+    """Mean squared error of the velocity over all images, with fixed times and noise.
 
     Returns:
         "pixel"; "jpeg85", weighted by `ops.jpeg_frequency_weight(85)`; "low" and "high", of the luminance coefficients
-        with row + column below, and from, LOW_FREQUENCIES on.
+        with row + column below LOW_FREQUENCIES, and from it on.
     """
     generator = torch.Generator().manual_seed(20)
     sums: dict[str, float] = dict.fromkeys(("pixel", "jpeg85", "low", "high"), 0.0)
@@ -210,7 +210,7 @@ def velocity_errors(network: torch.nn.Module, groups: Groups) -> dict[str, float
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a file of a study. Raises ValueError with the remedy for one that another program damaged."""
+    """Reads the JSON object of a file. Raises ValueError with the remedy if the file is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -221,6 +221,6 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def write_json(content: Any, path: Path) -> None:
-    """`path` holds the whole content or what it did before."""
+    """Writes JSON atomically."""
     with complete_or_absent(path, overwrite=True) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The studies: crops, learned weights, runs that resume, and every study in its smallest form."""
+"""The studies: crops, learned weights, resumed runs, and every study in its smallest form."""
 
 import csv
 import dataclasses
@@ -67,7 +67,7 @@ def test_crops_follow_the_seed(half_and_half):
 
 
 def losses_at_fixed_error(objective, error):
-    """The objective's losses for a model that misses the velocity by `error` [1, 3, 8, 8]."""
+    """Losses of the objective for a model whose velocity is off by `error` [1, 3, 8, 8]."""
     x, noise = torch.zeros_like(error), torch.ones_like(error)
     return objective.losses(lambda x_t, t, y: (x - noise) + error, x, torch.zeros(1), torch.full((1,), 0.5), noise)
 
@@ -203,7 +203,7 @@ def test_names_of_the_studies():
 
 @pytest.mark.parametrize("name", ablate.STUDY_NAMES)
 def test_smallest_run_of_every_study(name, tmp_path, monkeypatch, capsys):
-    """Of the capacity study only two sizes, since the cost of each is measured for a second."""
+    """Only two sizes of the capacity study, because measuring the cost of each takes a second."""
     monkeypatch.setattr(ablate, "CROPS", 12)
     monkeypatch.setattr(ablate, "HELD_OUT_CROPS", 10)
     study = catalog.STUDIES[name]
@@ -237,7 +237,7 @@ def test_smallest_run_of_every_study(name, tmp_path, monkeypatch, capsys):
 
 
 def test_a_killed_study_resumes_and_grows(tmp_path, monkeypatch, capsys):
-    """Killed by signal 9 after a saved state; then resumed; then continued with another seed, and nothing run twice."""
+    """Killed by SIGKILL after a saved state, resumed, then continued with another seed; nothing runs twice."""
     out = tmp_path / "out"
     arguments = ["interaction", *SMALLEST, "--image-size", "32", "--steps", "120", "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -311,7 +311,7 @@ def test_tables_never_leave_out_seeds_that_the_folder_holds(tmp_path):
         ablate.number_of_seeds(2, study, tmp_path)
 
 
-def test_files_that_other_programs_spoilt_are_named(tmp_path):
+def test_files_that_other_programs_damaged_are_named(tmp_path):
     for content in ("", "{", "[]", "\x00"):
         (tmp_path / "settings.json").write_text(content)
         with pytest.raises(ValueError, match="settings.json is damaged; choose another folder"):
@@ -320,12 +320,12 @@ def test_files_that_other_programs_spoilt_are_named(tmp_path):
     tiny_run(tmp_path / "run", variant, steps=2, save_every=2).train(lambda count: None)
     state = tmp_path / "run" / "state.pt"
     state.write_bytes(state.read_bytes()[:2000])
-    with pytest.raises(ValueError, match="state.pt is damaged .* remove it, and the run starts anew"):
+    with pytest.raises(ValueError, match="state.pt is damaged .* remove it to restart the run"):
         tiny_run(tmp_path / "run", variant).train(lambda count: None)
 
 
 def test_a_claimed_folder_is_cleared_of_what_was_half_written(tmp_path):
-    """A kill may come while settings.json, the first file, is written; then the folder is as good as empty."""
+    """A kill while settings.json, the first file, is written leaves a folder that counts as empty."""
     (tmp_path / ".settings.json.1.part").write_text("{")
     ablate.claim(tmp_path, {"study": "interaction"}, resume=False)
     (tmp_path / "runs" / "adaln-seed0").mkdir(parents=True)

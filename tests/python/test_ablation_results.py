@@ -1,4 +1,4 @@
-"""The figures of docs/ablations.md are those of the committed studies."""
+"""The figures of docs/ablations.md match the committed studies."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The page: what it shows for a sample, errors, and itself in a headless browser."""
+"""The page: outputs for a sample, errors, and a run in a headless browser."""
 
 import math
 import shutil
@@ -67,7 +67,7 @@ def test_wrong_fields_are_named(painter, values, message):
 
 
 class LengthEncoder(torch.nn.Module):
-    """Features that depend on the prompt's length alone; a token is a word."""
+    """Features that depend only on the length of the prompt; a token is a word."""
 
     empty_prompt, max_length = torch.zeros(7, 20), 7
 
@@ -86,7 +86,7 @@ def test_prompts_for_a_text_model():
     painter = Painter(network, conditioner, 25, 4.0, settings, (32, 32))
     short, long = (painter(prompt, 3, 2.0, 0) for prompt in ("a hill", "a hill behind a lake"))
     assert (short.image != long.image).any() and len(short.frames) == 4
-    with pytest.raises(ValueError, match="prompt: expected a text"):
+    with pytest.raises(ValueError, match="prompt: expected text"):
         painter(" ", 3, 2.0, 0)
     with pytest.raises(ValueError, match="prompt 'a a a a a a a a': expected at most 7 tokens, got 8; shorten it"):
         painter("a a a a a a a a", 3, 2.0, 0)
@@ -144,7 +144,7 @@ def served(painter):
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 def test_page_in_a_browser(served):
-    """Fields are filled in and the button pressed: image, trajectory and spectrum appear; a wrong class is named."""
+    """Fills in the fields and presses the button: image, trajectory and spectrum appear; a wrong class is reported."""
     api = pytest.importorskip("playwright.sync_api")
     with api.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])

@@ -1,4 +1,4 @@
-"""What the programs say and return when something fails."""
+"""Messages and exit statuses of failing programs."""
 
 import warnings
 
@@ -20,7 +20,7 @@ def raising(error):
         (ValueError("--out: expected a folder"), "error: --out: expected a folder"),
         (OSError("first line\n  second line\n"), "error: first line second line"),
         (MemoryError(), "error: MemoryError"),
-        (RuntimeError("can't allocate memory: 9 bytes"), "error: out of memory (can't allocate memory: 9 bytes); take"),
+        (RuntimeError("can't allocate memory: 9 bytes"), "error: out of memory (can't allocate memory: 9 bytes); use"),
     ],
 )
 def test_what_a_user_can_mend_takes_one_line(error, line, capsys):

@@ -1,4 +1,4 @@
-"""convert.py: every direction, what it says, exit statuses, and that bad input leaves nothing behind."""
+"""convert.py: every direction, output, exit statuses, and that bad input leaves no files."""
 
 import os
 
@@ -50,7 +50,7 @@ def test_a_global_is_admitted_on_request(tmp_path, capsys):
 
 
 def failing(tmp_path):
-    """Arguments (within tmp_path) and what the message says."""
+    """Arguments (within tmp_path) and expected messages."""
     published_file(tmp_path / "a.ckpt")
     model.save_model(random_model(), tmp_path / "own.safetensors")
     model.save_model(random_model(), tmp_path / "raw.safetensors", names="published", weights="raw")

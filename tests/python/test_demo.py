@@ -1,4 +1,4 @@
-"""The demo: photographs, the eager contender, the comparison, the report, exit statuses, what the recipe reaches."""
+"""The demo: photographs, eager contender, comparison, report, exit statuses, and the PSNR of the recipe."""
 
 import dataclasses
 import json
@@ -85,7 +85,7 @@ def test_energy_spectrum_holds_the_whole_luminance_energy():
 
 
 def test_gradient_errors_find_a_wrong_gradient(monkeypatch):
-    """Random weights, since a fresh model's gradients vanish; the planted fault scales one gradient by 1.001."""
+    """Random weights, because gradients vanish in a new model; the injected fault scales one gradient by 1.001."""
     contender = contenders.Contender(contenders.FULL, torch.rand(1, 3, 32, 32) * 2 - 1, seed=0, eager=False)
     randomise(contender.model)
     errors = contenders.gradient_errors(contender, seed=0)
@@ -100,13 +100,13 @@ def test_gradient_errors_find_a_wrong_gradient(monkeypatch):
 
 
 def test_demo_writes_the_report(tmp_path):
-    """End to end in a process of its own, peak memory included; one image of two cannot be read."""
+    """End to end in a separate process, peak memory included; one of two images cannot be read."""
     image, out = write_image(tmp_path / "own.png", 200, 100), tmp_path / "out"
     images = ["--image", str(tmp_path / "missing.jpg"), "--image", str(image)]
     command = [sys.executable, str(PROGRAMS / "demo.py"), "--steps", "3", "--out", str(out), *images]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "missing.jpg is left out" in result.stderr and "training" in result.stderr
+    assert "missing.jpg is skipped" in result.stderr and "training" in result.stderr
     assert result.stdout.index(f"wrote a first {out / 'report.png'}") < result.stdout.index("report.json after")
     report = json.loads((out / "report.json").read_text())
     assert report["photographs"] == ["own.png"] and report["steps"] == 3

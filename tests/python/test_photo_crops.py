@@ -1,4 +1,4 @@
-"""photo_crops.py: photographs of every kind, those that are left out, folders that are not touched."""
+"""photo_crops.py: photographs of every kind, skipped files, and folders that are not modified."""
 
 import struct
 from pathlib import Path
@@ -12,7 +12,7 @@ import photo_crops
 
 @pytest.fixture
 def red_over_blue():
-    """Red above, blue below, 128x128: every crop of 96 pixels or more shows both."""
+    """Red above, blue below, 128x128: every crop of at least 96 pixels contains both."""
     pixels = np.zeros((128, 128, 3), dtype=np.uint8)
     pixels[:64, :, 0] = pixels[64:, :, 2] = 255
     return Image.fromarray(pixels)
@@ -24,10 +24,10 @@ def crop(out: Path, *photographs: Path) -> int:
 
 
 def test_crops_are_upright_rgb_whatever_the_file_holds(red_over_blue, tmp_path):
-    """Turned by EXIF, with alpha, for print, in a palette, behind a link, with a name in another script."""
+    """EXIF rotation, alpha, CMYK, palette, a symlink, and a name in another script."""
     turned = red_over_blue.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
-    exif[274] = 6  # to be turned by 90 degrees clockwise
+    exif[274] = 6  # orientation: rotate by 90 degrees clockwise
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     alpha = red_over_blue.convert("RGBA")
     alpha.save(tmp_path / "alpha.png")
@@ -67,12 +67,12 @@ def test_what_cannot_be_cut_is_named_and_left_out(red_over_blue, tmp_path, capsy
     names = ["broken.png", "text.jpg", "narrow.png", "missing.png", "pipe.png"]
     assert crop(tmp_path / "out", *(tmp_path / name for name in [*names, "good.png"])) == 0
     said = capsys.readouterr().err.splitlines()
-    assert sorted(line.split(" is left out: ")[0] for line in said) == sorted(
+    assert sorted(line.split(" is skipped: ")[0] for line in said) == sorted(
         f"warning: {tmp_path / name}" for name in names
     )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good"]
     assert crop(tmp_path / "none", *(tmp_path / name for name in names)) == 2
-    assert "error: --image: no photograph to cut from" in capsys.readouterr().err
+    assert "error: --image: no usable photograph" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
@@ -81,7 +81,7 @@ def test_nothing_is_mixed_or_replaced(red_over_blue, tmp_path, capsys):
     for name in ("lake.png", "other/lake.jpg"):
         red_over_blue.save(tmp_path / name)
     assert crop(tmp_path / "out", tmp_path / "lake.png", tmp_path / "other" / "lake.jpg") == 2
-    assert "expected a name of its own for each class, got lake more than once" in capsys.readouterr().err
+    assert "expected a unique name for each class, got lake more than once" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert crop(tmp_path / "out", tmp_path / "lake.png") == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}

@@ -1,4 +1,4 @@
-"""sample.py: bits under sharding, batches, interruption and shortage of memory; conditions; what is refused."""
+"""sample.py: reproducibility under sharding, batches, interruption and out of memory; conditions; bad input."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from tests.tiny_qwen3 import save_tiny_qwen3
 PROGRAMS = Path(__file__).resolve().parents[2] / "python"
 SHORT = ["--size", "32", "--steps", "3"]
 
-# Bits depend on the number of threads, and this process's shall be those of others.
+# Bits depend on the number of threads; use the same number as in other processes.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -39,7 +39,7 @@ def draw(checkpoint: Path, out: Path, *options: str) -> int:
 
 
 def start(program: list[str], checkpoint: Path, out: Path, *options: str, **environment: str) -> subprocess.Popen:
-    """In a process of its own."""
+    """Starts sample.py in a separate process."""
     command = [sys.executable, *program, str(checkpoint), "--out", str(out), *SHORT, *options, "--threads", "1"]
     return subprocess.Popen(command, env={**os.environ, **environment}, cwd=PROGRAMS, stderr=subprocess.PIPE, text=True)
 
@@ -53,7 +53,7 @@ def pixels(out: Path) -> np.ndarray:
 
 
 def read_as_the_adm_suite(path: Path) -> np.ndarray:
-    """The member arr_0.npy, by header and row by row, without numpy.load."""
+    """Reads the member arr_0.npy by header and rows, without numpy.load."""
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         assert np.lib.format.read_magic(file) == (1, 0)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
@@ -83,7 +83,7 @@ def test_everything_is_made_and_a_second_run_changes_nothing(class_checkpoint, t
 
 
 def test_images_are_those_of_the_sampler(class_checkpoint, tmp_path):
-    """Class i % 3 of the list, noise of (seed, i), guidance in the interval."""
+    """Image i has class i % 3 of the list, noise from (seed, i), and guidance in the interval."""
     options = ["--count", "4", "--batch", "4", "--classes", "1,5,9", "--seed", "8", "--animate", "4"]
     assert draw(class_checkpoint, tmp_path, *options, "--animation", "png", "--dtype", "float32") == 0
     network = model.load_model(class_checkpoint)
@@ -100,7 +100,7 @@ def test_images_are_those_of_the_sampler(class_checkpoint, tmp_path):
 
 
 def test_sharded_equals_unsharded(class_checkpoint, tmp_path, capsys):
-    """Five groups of two in three shards: by option in this process, by RANK and WORLD_SIZE in one of its own."""
+    """Five groups of two in three shards: by option in this process, by RANK and WORLD_SIZE in another one."""
     options = ["--count", "9", "--batch", "2", "--npz", "--animate", "4"]
     third = start(["sample.py"], class_checkpoint, tmp_path / "sharded", *options, RANK="2", WORLD_SIZE="3")
     assert draw(class_checkpoint, tmp_path / "sharded", *options, "--shard", "1/3") == 0
@@ -129,7 +129,7 @@ sample.main()
 
 
 def test_killed_run_continues(class_checkpoint, tmp_path):
-    """Killed while it writes the second of a group of three: the group is drawn again, what was there stays."""
+    """Killed while writing the second image of a group of three: resampling the group keeps existing images."""
     options = ["--count", "7", "--batch", "3"]
     killed = start(["-c", KILLED_IN_ITS_FIFTH_IMAGE], class_checkpoint, tmp_path / "killed", *options)
     assert killed.wait(timeout=600) == -signal.SIGKILL, killed.stderr.read()
@@ -154,7 +154,7 @@ def test_interrupt_says_how_to_continue(class_checkpoint, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("shortage", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_out_of_memory_halves_the_batch_once(class_checkpoint, tmp_path, monkeypatch, capsys, shortage):
-    """Groups of 4 in halves are the groups of 2, bit for bit."""
+    """Halved groups of 4 equal groups of 2, bit for bit."""
     assert draw(class_checkpoint, tmp_path / "two", "--count", "8", "--batch", "2") == 0
     small = flow.Sampler.__call__
 
@@ -188,7 +188,7 @@ def test_other_runtime_errors_are_not_hidden(class_checkpoint, tmp_path, monkeyp
 
 
 def test_other_batches_change_few_last_places(class_checkpoint, tmp_path):
-    """Matrix products of other numbers of rows round differently; images of one seed stay the same to the eye."""
+    """Matmuls with another number of rows round differently; images of one seed look the same."""
     options = ["--size", "64", "--steps", "25", "--count", "4"]
     for batch in ("1", "4"):
         assert draw(class_checkpoint, tmp_path / batch, *options, "--batch", batch) == 0
@@ -211,7 +211,7 @@ def test_default_batch_does_not_depend_on_the_count():
 
 
 def test_processes_that_begin_together_share_a_new_folder(tmp_path, monkeypatch):
-    """Another process opens the folder as soon as this one has made a folder in it."""
+    """Another process opens the folder as soon as this one has created a subfolder."""
     settings, make_folder, made = {"size": (32, 32), "seed": 3}, Path.mkdir, []
 
     def make_folder_and_be_interrupted(path, *arguments, **options):
@@ -238,15 +238,15 @@ def cut_short(path: Path) -> None:
         (lambda path: Image.new("L", (32, 32)).save(path), "was not written by this program"),
     ],
 )
-def test_images_that_other_programs_spoilt_do_not_reach_the_archive(class_checkpoint, tmp_path, capsys, damage, said):
+def test_images_that_other_programs_damaged_do_not_reach_the_archive(class_checkpoint, tmp_path, capsys, damage, said):
     assert draw(class_checkpoint, tmp_path / "out", "--count", "3") == 0
     assert draw(class_checkpoint, tmp_path / "whole", "--count", "3", "--npz") == 0
-    spoilt = tmp_path / "out" / "images" / "000001.png"
-    damage(spoilt)
+    damaged = tmp_path / "out" / "images" / "000001.png"
+    damage(damaged)
     assert draw(class_checkpoint, tmp_path / "out", "--count", "3", "--npz") == 2
     message = capsys.readouterr().err
-    assert f"error: --out: {spoilt} {said}" in message and "remove it and give the command again" in message
-    spoilt.unlink()
+    assert f"error: --out: {damaged} {said}" in message and "remove it and run the command again" in message
+    damaged.unlink()
     assert draw(class_checkpoint, tmp_path / "out", "--count", "3", "--npz") == 0
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
@@ -264,14 +264,14 @@ def test_samples_that_are_not_finite_are_refused(tmp_path, capsys):
     network = random_model()
     with torch.no_grad():
         network.decoder.head_bias[0] = math.nan
-    model.save_model(network, tmp_path / "spoilt.safetensors")
-    assert draw(tmp_path / "spoilt.safetensors", tmp_path / "out", "--count", "1") == 2
+    model.save_model(network, tmp_path / "corrupted.safetensors")
+    assert draw(tmp_path / "corrupted.safetensors", tmp_path / "out", "--count", "1") == 2
     assert "error: images 0 to 0: expected finite values" in capsys.readouterr().err
     assert not list((tmp_path / "out" / "images").iterdir())
 
 
 def test_tables_as_other_programs_write_them(class_checkpoint, tmp_path):
-    """A byte order mark, CRLF, quotes, empty rows, spaces, more fields than columns."""
+    """Byte order mark, CRLF, quotes, empty rows, spaces, more fields than columns."""
     table = tmp_path / "labels.csv"
     table.write_bytes(b'\xef\xbb\xbf"name","label"\r\n"a, b","4"\r\n\r\n"c ""d""", 2 ,9\r\n')
     assert draw(class_checkpoint, tmp_path / "out", "--csv", str(table)) == 0
@@ -280,7 +280,7 @@ def test_tables_as_other_programs_write_them(class_checkpoint, tmp_path):
 
 
 def test_text_encoders_and_prompts_are_looked_at_first(tmp_path, capsys):
-    """Nothing is made for a prompt that is too long; another encoder gives other images, so it is refused."""
+    """A prompt that is too long creates no files; another encoder would give other images and is rejected."""
     model.save_model(random_model("deco-text-tiny"), tmp_path / "text.safetensors")
     for name in ("qwen", "other"):
         save_tiny_qwen3(tmp_path / name)

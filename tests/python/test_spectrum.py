@@ -1,4 +1,4 @@
-"""spectrum.py: signals and models of known spectrum, what is recorded, table and picture, what is refused."""
+"""spectrum.py: signals and models of known spectrum, recorded signals, table and picture, bad input."""
 
 import csv
 import math
@@ -41,7 +41,7 @@ def test_a_basis_function_has_one_coefficient(frequency):
 
 
 def test_white_noise_is_flat_and_energy_is_kept():
-    """1,536 blocks in 4 channels: the spread of a mean of n squares of N(0, 1) is sqrt(2/n), about 1.8 %."""
+    """1,536 blocks in 4 channels: the deviation of a mean of n squares of N(0, 1) is sqrt(2/n), about 1.8 %."""
     signal = 2 * torch.randn(6, 4, 128, 128, generator=torch.Generator().manual_seed(0))
     found = spectra.energies(signal)
     assert (found / 4 - 1).abs().max() < 5 * math.sqrt(2 / 6144)
@@ -58,7 +58,7 @@ def test_shares_weigh_all_times_alike():
 
 @pytest.mark.parametrize("options", [{}, {"decoder_patch": 2}, {"save_memory": True}])
 def test_dit_output_of_a_deco_lies_on_its_pixel_grid(options):
-    """A decoder whose upsample gives the same basis function for every token and channel; the velocity is untouched."""
+    """The upsample gives the same basis function for every token and channel; the velocity is unchanged."""
     network = random_model(**options)
     decoder, grid = network.decoder, network.decoder.grid
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_dit_output_of_the_plain_dit_is_the_velocity():
 
 
 def test_recorded_are_conditional_velocities_along_the_samples():
-    """With guidance, batches of unequal size; the states are those that flow.sample visits."""
+    """With guidance and batches of unequal size; the states are those of flow.sample."""
     network = random_model("dit-tiny")
     noise, _, y = random_batch(batch=3)
     null, settings = torch.full_like(y, network.null_label), dict(steps=4, guidance=3.0)
@@ -131,7 +131,7 @@ def test_table_and_picture(two_checkpoints, tmp_path, capsys):
 
 
 def test_mistakes_are_named_before_anything_is_measured(two_checkpoints, tmp_path, monkeypatch, capsys):
-    """Of the folder, of settings, and of the second model, which has fewer classes than the first."""
+    """Mistakes in the folder, in settings, and for the second model, which has fewer classes than the first."""
     monkeypatch.setattr(spectrum, "measure", lambda *_: pytest.fail("a model was measured"))
     model.save_model(random_model("dit-tiny", num_classes=2), tmp_path / "few.safetensors")
     (tmp_path / "file").write_text("mine")
@@ -150,9 +150,9 @@ def test_energies_that_are_not_finite_are_refused(tmp_path, capsys):
     network = random_model()
     with torch.no_grad():
         network.decoder.head_bias[0] = math.nan
-    model.save_model(network, tmp_path / "spoilt.safetensors")
+    model.save_model(network, tmp_path / "corrupted.safetensors")
     options = ["--name", "DeCo", "--out", str(tmp_path / "out"), "--size", "32", "--steps", "1", "--count", "1"]
-    assert spectrum.main([str(tmp_path / "spoilt.safetensors"), *options]) == 2
+    assert spectrum.main([str(tmp_path / "corrupted.safetensors"), *options]) == 2
     assert "error: DeCo: expected finite energies, got infinity or NaN" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
 
