@@ -14,7 +14,7 @@ from deco_kernels import native
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """The same random numbers in whatever order and process the tests run."""
+    """The same random numbers in any order and process of the tests."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -22,7 +22,7 @@ def seeded():
 
 @pytest.fixture
 def poisoned_memory():
-    """Fresh tensors are filled with NaN, so that an element nobody wrote is noticed."""
+    """New tensors are filled with NaN, so that unwritten elements are detected."""
     previous = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -31,7 +31,7 @@ def poisoned_memory():
 
 @pytest.fixture
 def make_fifo():
-    """Makes a FIFO at a path. No test waits longer than ten minutes for a writer that will not come."""
+    """Creates a FIFO at a path. No test waits longer than ten minutes for a missing writer."""
 
     def give_up(*_):
         raise TimeoutError("something was opened that is not a file")
@@ -45,7 +45,7 @@ def make_fifo():
 
 @contextlib.contextmanager
 def threads(count: int):
-    """PyTorch with so many threads, whatever the machine."""
+    """Runs PyTorch with the given number of threads."""
     previous = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -62,14 +62,14 @@ def two_threads():
 
 @pytest.fixture
 def one_thread():
-    """Small tensors do not wait for threads, and bits are those of any other process."""
+    """One thread: small tensors do not wait for threads, and bits match those of any other process."""
     with threads(1):
         yield
 
 
 @contextlib.contextmanager
 def instruction_set(name: str | None):
-    """Runs the native CPU kernels compiled for one instruction set; None leaves the choice as it is."""
+    """Selects the native CPU kernels compiled for one instruction set; None keeps the default."""
     if name is None:
         yield
         return
@@ -84,7 +84,7 @@ def instruction_set(name: str | None):
 
 @pytest.fixture
 def implementation(request):
-    """The backend name of a `tests.ops.cases.IMPLEMENTATIONS` entry, its instruction set selected."""
+    """The backend name of a `tests.ops.cases.IMPLEMENTATIONS` entry, with its instruction set selected."""
     backend, isa = request.param
     with instruction_set(isa):
         yield backend

@@ -1,4 +1,4 @@
-"""The golden tensors: those of this repository, and those in the folder named by DECO_GOLDEN."""
+"""Golden tensors of this repository and of the folder named by DECO_GOLDEN."""
 
 import os
 from pathlib import Path
@@ -33,7 +33,7 @@ def golden_cases(pattern: str) -> list:
 
 def load_golden(path: Path) -> Golden:
     """Reads one golden file."""
-    from safetensors import safe_open  # tests that run on a GPU's machine import this module without it
+    from safetensors import safe_open  # GPU tests import this module without safetensors
 
     with safe_open(path, framework="pt") as file:
         return Golden({name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {}))

@@ -1,4 +1,4 @@
-"""Models with every parameter random: at initialisation the zero layers would hide most of what a test looks at."""
+"""Models with random parameters: zero-initialized layers would hide most results from a test."""
 
 import math
 

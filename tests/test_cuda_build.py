@@ -1,4 +1,4 @@
-"""How setup.py and CMake choose what the CUDA module is built for; nothing here needs nvcc."""
+"""Choice of CUDA architectures by setup.py and CMake; no nvcc needed."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def tool(folder: Path, name: str, text: str) -> None:
 
 @pytest.fixture
 def build(tmp_path):
-    """Runs setup.py with an nvcc that does nothing and a cmake that writes down its arguments and empty modules."""
+    """Runs setup.py with an nvcc that does nothing and a cmake that records its arguments and writes empty modules."""
     tool(tmp_path, "nvcc", "#!/bin/sh\n")
     tool(tmp_path, "ninja", "#!/bin/sh\n")
     tool(
@@ -63,7 +63,7 @@ def test_without_a_choice_an_earlier_one_is_forgotten(build):
 
 
 def gencode(tmp_path, architectures, version):
-    """CMake's result for a list of architectures and a version of nvcc."""
+    """Result of CMake for a list of architectures and a version of nvcc."""
     beside = str(Path(sys.executable).parent)
     script = tmp_path / "script.cmake"
     lines = (

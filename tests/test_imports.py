@@ -1,4 +1,4 @@
-"""The order of the packages: nothing imports upward, in a circle, or a private name of another module."""
+"""Order of the packages: no upward imports, no cycles, no private names of other modules."""
 
 import ast
 import functools
@@ -6,8 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# From the bottom up; packages on one line do not import each other. What lies in none of them, as native.py of
-# deco_kernels, stands below them all.
+# From the bottom up; packages on one line do not import each other. Modules in none of them, such as native.py of
+# deco_kernels, are below all of them.
 ORDER = (
     ("deco_kernels.backends",),
     ("deco_kernels.ops",),
@@ -36,7 +36,7 @@ MODULES = {
 
 @functools.cache
 def imports_of(importer: str) -> list[tuple[str, str]]:
-    """(module of ours, name taken from it or "") of every import of a module, also inside its functions."""
+    """(own module, imported name or "") of every import of a module, including imports in functions."""
     found = []
     for node in ast.walk(ast.parse(MODULES[importer].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -50,18 +50,18 @@ def imports_of(importer: str) -> list[tuple[str, str]]:
 
 
 def source_of(importer: str, node: ast.ImportFrom) -> str:
-    """The absolute name of what an import takes names from."""
+    """Absolute name of the module of an import."""
     parts = importer.split(".") + [""] * (MODULES[importer].name == "__init__.py")
     return ".".join([*parts[: -node.level], *filter(None, [node.module])] if node.level else [str(node.module)])
 
 
 def own(importer: str, module: str) -> str:
-    """A module's name in MODULES."""
+    """Name of a module in MODULES."""
     return f"python.{module}" if importer.startswith("python.") and f"python.{module}" in MODULES else module
 
 
 def place_of(module: str) -> tuple[int, str]:
-    """Index in ORDER and name of the smallest package there that holds the module; (-1, "") below them all."""
+    """Index and name of the innermost package in ORDER that contains the module; (-1, "") if none does."""
     places = [(index, package) for index, packages in enumerate(ORDER) for package in packages]
     holding = [place for place in places if f"{module}.".startswith(f"{place[1]}.")]
     return max(holding, key=lambda place: len(place[1]), default=(-1, ""))
@@ -78,7 +78,7 @@ def test_nothing_imports_upward():
 
 
 def test_no_circle():
-    """Modules are removed as soon as all that they import is removed; what stays is in a circle or above one."""
+    """Modules are removed once all their imports are removed; the rest is in a cycle or above one."""
     left = {name: {module for module, _ in imports_of(name)} - {name} for name in MODULES}
     while removable := [name for name, needed in left.items() if not needed & left.keys()]:
         for name in removable:
@@ -106,13 +106,13 @@ def test_the_order_is_that_of_the_tree():
     assert place_of("benchmarks.harness.timing")[0] < place_of("benchmarks.__main__")[0] < place_of("python.demo")[0]
 
 
-# Private names that belong to an interface: of named tuples, of os and of nn.Module.
+# Private names of public interfaces: named tuples, os and nn.Module.
 ALLOWED = {"_replace", "_asdict", "_fields", "_exit", "_parameters"}
-OF_OTHERS = {"self", "cls", "torch", "driver"}  # what may begin a private name: a test's own class, PyTorch, Triton
+OF_OTHERS = {"self", "cls", "torch", "driver"}  # allowed owners of private names: test classes, PyTorch, Triton
 
 
 def private_names_in(test: Path) -> list[str]:
-    """Private attributes that a test file reads, or sets by `monkeypatch.setattr(owner, "_name", ...)`."""
+    """Private attributes that a test file reads, or sets with `monkeypatch.setattr(owner, "_name", ...)`."""
 
     def begins(node: ast.expr) -> str:
         while isinstance(node, ast.Attribute):

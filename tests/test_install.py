@@ -22,7 +22,7 @@ NOT_SOURCES = shutil.ignore_patterns(
 
 
 def python(*arguments, cwd=ROOT, **environment):
-    """Runs this Python, the tree's package first on its path; `environment` is added to the inherited one."""
+    """Runs this Python with the tree first on its path; `environment` is added to the inherited one."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
@@ -35,7 +35,7 @@ def python(*arguments, cwd=ROOT, **environment):
 
 @pytest.fixture(scope="module")
 def source_tree(tmp_path_factory):
-    """A copy of the tree, so that building in it leaves no trace."""
+    """A copy of the tree to build in."""
     tree = tmp_path_factory.mktemp("source") / "deco_kernels"
     shutil.copytree(ROOT, tree, ignore=NOT_SOURCES)
     return tree
@@ -43,7 +43,7 @@ def source_tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def no_compiler(tmp_path_factory):
-    """Environment variables under which neither a compiler nor cmake of the system is found."""
+    """Environment variables that hide the system's compiler and cmake."""
     empty = tmp_path_factory.mktemp("empty")
     return {"PATH": str(empty), "CC": str(empty / "cc"), "CXX": str(empty / "c++")}
 
@@ -61,7 +61,7 @@ print(time.process_time() - started)
 
 @pytest.mark.timing
 def test_import_adds_little_to_importing_torch():
-    """Processor time, least of five processes: what else the machine does must not count."""
+    """Minimum CPU time of five processes, to be insensitive to other load."""
     seconds = min(float(python("-c", IMPORT_SECONDS).stdout) for _ in range(5))
     assert seconds <= 0.15
 
@@ -82,7 +82,7 @@ assert not torch.cuda.is_initialized()
     packages, count = result.stdout.splitlines()
     assert not {"triton", "numpy", "matplotlib", "tqdm", "sklearn"} & set(packages.split())
     assert "deco_kernels._native_cpu" not in result.stdout
-    assert int(count) <= 24  # of this package alone; each costs the import a millisecond or so
+    assert int(count) <= 24  # modules of this package; each adds about a millisecond
 
 
 # --- installation ----------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_report_names_versions_backends_threads_and_instruction_set():
 
 @pytest.fixture
 def planted_backend(tmp_path, monkeypatch):
-    """Registers a backend "planted" that serves adaln_block by the given module source."""
+    """Registers a backend "planted" that implements adaln_block with the given module source."""
 
     def plant(source):
         package = tmp_path / "planted_backend"
@@ -227,7 +227,7 @@ BROKEN = REFERENCE_COPY + "def forward(*arguments): raise RuntimeError('no such 
     ids=["right", "wrong", "broken"],
 )
 def test_selftest_finds_a_wrong_backend(planted_backend, capsys, source, passed, said):
-    """An error of 0.1 % in one gradient breaks the bound of float32; half precision hides it below its rounding."""
+    """An error of 0.1 % in one gradient exceeds the float32 bound; in half precision it is below rounding."""
     planted_backend(source)
     assert report.main(["--selftest"]) == (0 if passed == 3 else 1)
     output = capsys.readouterr().out

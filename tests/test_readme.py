@@ -1,4 +1,4 @@
-"""The code blocks of README.md run as they stand, in order, with small models under the names of the published ones."""
+"""The code blocks of README.md run unchanged, in order, with small models under the published names."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""From prompts to samples: a tiny text-to-image model is trained on encoded prompts, then sampled by every solver."""
+"""From prompts to samples: trains a tiny text-to-image model on encoded prompts and samples with every solver."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ COLOURS = {"red": (0.8, -0.6, -0.6), "green": (-0.6, 0.7, -0.5), "blue": (-0.6, 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(network, encoder, losses of 20 steps): four prompts and flat images of the colour each names."""
+    """(network, encoder, losses of 20 steps): four prompts, each with a flat image of the color it names."""
     folder = save_tiny_qwen3(tmp_path_factory.mktemp("qwen3"))
     encoder = model.Qwen3TextEncoder(folder, max_length=12, width=HIDDEN, dtype=torch.float32)
     features = encoder([f"a {colour} cat" for colour in COLOURS]).repeat(2, 1, 1)

@@ -1,4 +1,4 @@
-"""A tiny DINOv2 with random weights, made on the spot."""
+"""A tiny DINOv2 with random weights."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ TEACHER_WIDTH = 12
 
 
 def save_tiny_dinov2(folder: Path) -> Path:
-    """Writes config and weights as `from_pretrained` reads them; features are TEACHER_WIDTH wide."""
+    """Writes config and weights for `from_pretrained`; features have TEACHER_WIDTH channels."""
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(

@@ -1,4 +1,4 @@
-"""A tiny Qwen3 with random weights and a byte-level tokenizer, made on the spot."""
+"""A tiny Qwen3 with random weights and a byte-level tokenizer."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ HIDDEN = 20
 
 
 def save_tiny_qwen3(folder: Path) -> Path:
-    """Writes config, weights and tokenizer as `from_pretrained` reads them; hidden states are HIDDEN wide."""
+    """Writes config, weights and tokenizer for `from_pretrained`; hidden states have HIDDEN channels."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 

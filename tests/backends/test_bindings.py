@@ -1,4 +1,4 @@
-"""Descriptions of calls: the native modules refuse a tuple with one integer more or fewer, and an argument too many."""
+"""Call descriptions: the native modules reject tuples with one integer more or fewer, and an extra argument."""
 
 import re
 
@@ -11,7 +11,7 @@ from tests.ops.cases import OPS, small_inputs
 
 
 class Recorder:
-    """Stands for a native module: keeps the arguments of the calls that pass through it."""
+    """Wraps a native module and records the arguments of its calls."""
 
     def __init__(self, module):
         self.module, self.calls = module, {}
@@ -25,7 +25,7 @@ class Recorder:
 
 
 def refuses_other_numbers(recorder):
-    """Every function called refuses one argument and one integer more or fewer, naming itself and the argument."""
+    """Every function rejects an extra argument and one integer more or fewer, with its name and the argument's."""
     assert recorder.calls
     for name, arguments in recorder.calls.items():
         function = getattr(recorder.module, name)

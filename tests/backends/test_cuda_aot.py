@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for every architecture and keep to their recorded budgets; nothing here needs a GPU."""
+"""The CUDA kernels compile for every architecture and keep their recorded budgets; no GPU needed."""
 
 import subprocess
 
@@ -26,8 +26,8 @@ def compiled(architecture: str, only_width: int | None = None) -> dict[str, Figu
 
 
 def assert_kernels_fit_their_budgets(architecture: str, found: dict[str, Figures], wanted: set[tuple[int, str]]):
-    """`found` holds every kernel; all can be launched, and those for the (width, dtype) of `wanted`, which are the ones
-    recorded, keep to the record if it is of this toolchain."""
+    """`found` contains every kernel. All can be launched, and those with a recorded (width, dtype) in `wanted` keep the
+    record if the toolchain is the same."""
     assert {name.split("/")[0] for name in found} == {CUDA_PREFIX + name for name in cuda_kernels.KERNELS}
     for name, figures in found.items():
         assert figures.registers <= 255 and figures.shared_bytes <= SHARED_LIMIT[architecture.removesuffix("a")], name
@@ -51,7 +51,7 @@ def test_kernels_for_d32_in_bfloat16_fit_their_budgets(architecture):
 @pytest.mark.aot_all
 @pytest.mark.parametrize("architecture", cuda_kernels.ARCHITECTURES)
 def test_kernels_for_every_width_and_dtype_fit_their_budgets(architecture):
-    """All are recorded on sm_90a, elsewhere those for D 32 in bfloat16."""
+    """On sm_90a all kernels are recorded, elsewhere only those for D 32 in bfloat16."""
     found = compiled(architecture)
     cases = {(width, dtype) for width in triton_kernels.WIDTHS for dtype in ("bfloat16", "float16")}
     for width, dtype in cases:
@@ -62,8 +62,8 @@ def test_kernels_for_every_width_and_dtype_fit_their_budgets(architecture):
 
 
 def test_the_record_reaches_its_goals():
-    """D 32, N 3, bfloat16 on sm_90a: slots per 16 pixels of the decoder's forward, of its backward altogether, and of
-    either pass of the loss."""
+    """D 32, N 3, bfloat16 on sm_90a: issue slots per 16 pixels of the decoder's forward, of its whole backward, and of
+    both passes of the loss."""
 
     def record(kernel, case="D32/bfloat16"):
         return BUDGETS[f"{CUDA_PREFIX}{kernel}/{case}"]["sm_90a"]
@@ -80,14 +80,14 @@ def test_the_record_reaches_its_goals():
 
 
 def code_of(*opcodes: str) -> sass.Code:
-    """A kernel of these instructions; "BRA 2" jumps to the third of them."""
+    """A kernel with these instructions; "BRA 2" jumps to the third."""
     texts = [f"BRA {16 * int(text.split()[1]):#x}" if text.startswith("BRA") else text for text in opcodes]
     instructions = [sass.Instruction(16 * i, text.split()[0], text) for i, text in enumerate(texts)]
     return sass.Code(32, 0, instructions)
 
 
 def test_slots_of_a_loop_inside_the_steady_loop():
-    """Two warps of 32 pixels each: six instructions once a turn, two of them three times, and one that is skipped."""
+    """Two warps of 32 pixels each: six instructions per iteration, two of them three times, and a skipped one."""
     code = code_of("MOV", "FADD", "HMMA.16816", "BRA 2", "MOV", "FMUL", "BRA 1", "EXIT")
     launch = cuda_kernels.Launch(warps=2, shared_bytes=0, turn_pixels=64)
     pipes, tensor_cycles = cuda_kernels.per_16_pixels(code, launch, 3, lambda address: address == 16 * 4)
@@ -95,7 +95,7 @@ def test_slots_of_a_loop_inside_the_steady_loop():
 
 
 def test_slots_of_warps_with_two_roles():
-    """Seven warps run the larger loop on a tile each, five the other one, which turns seven times inside."""
+    """Seven warps run the larger loop on one tile each; five run the other, whose inner loop has seven iterations."""
     chain = ["FADD"] * 9 + ["HMMA.16816", "BRA 0"]
     sums = ["BAR", "HMMA.16816", "BRA 12", "BRA 11"]
     launch = cuda_kernels.Launch(warps=12, shared_bytes=0, turn_pixels=7 * 16)
@@ -104,7 +104,7 @@ def test_slots_of_warps_with_two_roles():
 
 
 def test_the_module_imports_without_a_driver():
-    """The runtime is linked statically: a machine that built the module can import it without libcuda."""
+    """The runtime is linked statically: the module can be imported without libcuda."""
     native = pytest.importorskip("deco_kernels._native_cuda", reason="the CUDA module is not built in this tree")
     linked = subprocess.run(["ldd", native.__file__], capture_output=True, text=True, check=True).stdout
     assert "libcuda" not in linked

@@ -1,4 +1,4 @@
-"""The emulator of csrc/emulation itself: collective operations do what they are defined to do, faults are noticed."""
+"""The emulator in csrc/emulation: collective operations match their definitions, and faults are detected."""
 
 import importlib.util
 import os
@@ -30,7 +30,7 @@ def kernels(emulated_session, tmp_path_factory):
 
 
 def test_a_missing_barrier_shows_in_the_order_of_warps(kernels):
-    """With the barrier every seed gives the neighbour's number; without it some warp reads NaN bits or a stale word."""
+    """With the barrier every seed gives the neighbor's number; without it some warp reads NaN bits or a stale word."""
     expected = np.repeat([1, 2, 3, 0], 32)
     for seed in range(8):
         assert (kernels.neighbour("", seed) == expected).all()
@@ -107,7 +107,7 @@ def tree(tmp_path):
 
 
 def test_the_module_is_compiled_again_where_contents_have_changed(tree, tmp_path, monkeypatch):
-    """Not where files are only newer, as those of every checkout are."""
+    """Files that are only newer, as in every checkout, do not trigger a compilation."""
     folder, compiled = tmp_path / "build", []
 
     def compile_tree(sources, folder):

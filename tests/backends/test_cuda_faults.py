@@ -1,4 +1,4 @@
-"""Faults planted in the real kernels are noticed: by the emulator, by the order of warps, or by the rule of error."""
+"""Faults injected into the real kernels are detected by the emulator, the order of warps, or the rule of error."""
 
 import string
 import subprocess
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.emulate
 
 
 def changed_files(changes: dict[str, str]) -> dict[str, str]:
-    """Contents by name of the files of csrc/cuda whose regions `changes` replaces: a new text for each, in which $name
-    stands for what the region of that name holds."""
+    """File name -> new content of the csrc/cuda files with regions in `changes`; $name in a replacement expands to the
+    original content of that region."""
     regions = source_regions.all_regions()
     files = {region.path: region.path.read_text().splitlines(keepends=True) for region in regions.values()}
     contents = {name: "".join(files[path][lines.start - 1 : lines.stop - 1]) for name, (path, lines) in regions.items()}
@@ -28,7 +28,7 @@ def changed_files(changes: dict[str, str]) -> dict[str, str]:
 
 
 def build_with_fault(source: str, changes: dict[str, str], folder: Path):
-    """The emulated module of this tree with csrc/cuda/SOURCE.cu compiled again after `changes` in that folder."""
+    """The emulated module of this tree with csrc/cuda/SOURCE.cu recompiled after `changes` in that folder."""
     changed = folder / "cuda"
     changed.mkdir()
     unchanged = {f"{source}.cu": (source_regions.CUDA_SOURCES / f"{source}.cu").read_text()}
@@ -49,7 +49,7 @@ def build_with_fault(source: str, changes: dict[str, str], folder: Path):
 
 @pytest.fixture
 def plant(emulated, tmp_path):
-    """A function that changes regions of csrc/cuda and makes the module so built serve CPU tensors."""
+    """A function that changes regions of csrc/cuda and registers the resulting module for CPU tensors."""
 
     def build(source, **changes):
         module = build_with_fault(source, changes, tmp_path)
@@ -90,7 +90,7 @@ def test_a_missing_barrier_before_the_weight_gradients(plant):
 
 
 def test_swapped_fragments(plant):
-    """Two quadrants of the left operand of the gradient of pixel_weight change places."""
+    """Swaps two quadrants of the left operand of the gradient of pixel_weight."""
     plant(
         "decoder_embedding",
         bottom_left_quadrant="$top_right_quadrant",
@@ -102,7 +102,7 @@ def test_swapped_fragments(plant):
 
 
 def test_rows_read_one_pixel_outside(plant):
-    """255 pixels: the last row of the last tile alone has no pixel."""
+    """255 pixels: only the last row of the last tile has no pixel."""
     module = plant("pixel_decoder", last_pixel_for_missing_ones="")
     with pytest.raises(module.Fault, match="pixel_decoder_forward: read outside"):
         run_forward(decoder_inputs(patch_size=1, image_size=(1, 15, 17)))

@@ -104,7 +104,7 @@ def test_loss_bits_do_not_depend_on_the_order_of_warps(emulated, op, size, dtype
 
 @each_path
 def test_losses_and_image_gradients_do_not_depend_on_the_device(emulated, size):
-    """Sums have a place per group of blocks. The gradient of frequency_weight has one per warp of the grid."""
+    """Partial sums are stored per group of blocks; the gradient of frequency_weight has one per warp of the grid."""
     inputs = testing.random_inputs("flow_matching_loss", dtype=BF16, image_size=size)
     results = []
     for multiprocessors in (1, 3):
@@ -162,7 +162,7 @@ def test_loss_of_expanded_images_and_strided_weights(emulated, size):
 
 
 def test_loss_offsets_beyond_2_to_the_31_elements(emulated):
-    """Two samples whose distance in memory exceeds 2**31 elements; only the pages that are touched become real."""
+    """Two samples more than 2**31 elements apart in memory; only touched pages are backed by memory."""
     distance = 2**31 + 64
     far = torch.empty(distance + 3 * 64, dtype=BF16).as_strided((2, 3, 8, 8), (distance, 64, 8, 1))
     near = torch.randn(2, 3, 8, 8).to(BF16)
@@ -249,7 +249,7 @@ def test_float16_gradients_survive_a_loss_scale_of_2_to_the_16(emulated, size):
 @pytest.mark.parametrize("size", [(2, 16, 40), (2, 9, 16)], ids=["in-place", "repeated in the block below"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_reach_the_losses(emulated, op, size, value):
-    """Where gradients are not finite the one product may yield NaN, and DCT, weighting and inverse infinities."""
+    """For non-finite gradients the single matmul may give NaN where DCT, weighting and inverse give infinity."""
     inputs = testing.random_inputs(op, dtype=BF16, image_size=size)
     inputs.tensors["pred"][1, 0, 4, 3] = value
     results, expected = testing.run(inputs, BACKEND), testing.exact_results(inputs)

@@ -52,7 +52,7 @@ def test_rule_of_error(device, op, case):
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("width", [16, 32, 64])
 def test_agrees_with_the_emulator(device, emulated, op, dtype, width):
-    """The same values but for rounding: the hardware's tanh and its order of additions differ from the emulator's."""
+    """Same values up to rounding: tanh and the order of additions of the hardware differ from the emulator's."""
     inputs = testing.random_inputs(op, dtype=dtype, width=width, patch_size=8, image_size=(1, 32, 32))
     there, here = testing.run(on(device, inputs), "cuda"), testing.run(inputs, emulation.BACKEND)
     bound = 2 * torch.finfo(dtype).eps
@@ -70,7 +70,7 @@ def test_repeated_runs_give_the_same_bits(device, op):
 
 @each_op
 def test_a_stream_of_the_caller(device, op):
-    """Work is enqueued on the current stream: after a long kernel there, results still come after it."""
+    """Work is enqueued on the current stream: results are ordered after a long kernel on it."""
     inputs = on(device, testing.random_inputs(op, dtype=BF16, patch_size=4, image_size=(2, 32, 32)))
     expected = testing.run(inputs, "cuda")
     torch.cuda.synchronize()

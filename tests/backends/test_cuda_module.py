@@ -1,4 +1,4 @@
-"""The real module _native_cuda where there is nvcc but no driver: it imports, and calls say what is missing."""
+"""The real module _native_cuda with nvcc but without a driver: it imports, and calls report what is missing."""
 
 import importlib.util
 import shutil
@@ -22,7 +22,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def module(tmp_path_factory):
-    """Built for sm_80 alone."""
+    """The module built only for sm_80."""
     import pybind11
 
     folder = tmp_path_factory.mktemp("cuda")

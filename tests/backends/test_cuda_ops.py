@@ -72,8 +72,8 @@ def test_rule_of_error(emulated, op, case, poisoned_memory):
 @each_op
 @pytest.mark.parametrize("width", [32, 64])
 def test_small_shared_memory_and_chunks(emulated, op, width, monkeypatch):
-    """A device of 99 KB runs variants that hold less at once; chunks of pixels add up to the same sums."""
-    depth = 8 if width == 32 else 3  # both more than 99 KB hold at once
+    """A device with 99 KB runs variants that need less shared memory; chunks of pixels give the same sums."""
+    depth = 8 if width == 32 else 3  # neither fits in 99 KB at once
     inputs = testing.random_inputs(op, dtype=BF16, width=width, depth=depth, patch_size=8, image_size=(1, 24, 40))
     large = testing.run(inputs, BACKEND)
     emulated.set_device_limits(3, emulation.SMALL_SHARED)
@@ -240,8 +240,8 @@ SMALL_SHAPE, LARGE_SHAPE = (2, 3, 16, 32, 16, 32, 3), (1, 3, 1 << 16, 1 << 15, 1
 
 
 def _native_calls(module):
-    """Name -> (workspace it needs for 64 rows or a small image, its sizes in words, arguments for small and for 2^31
-    pixels): everything but the context, nothing of which is read before sizes are checked."""
+    """Name -> (workspace for 64 rows or a small image, sizes in words, arguments for small sizes and for 2^31 pixels);
+    all but the context. Sizes are checked before any argument is read."""
     decoder = (IMAGE, (0, 1, 0, 0), DECODER_WEIGHTS)
 
     def rows_of(*others):

@@ -1,4 +1,4 @@
-"""What the CUDA backend refuses, and how: no module, no driver, another GPU; nothing here needs a GPU."""
+"""Refusals of the CUDA backend: no module, no driver, unsupported GPU; no GPU needed."""
 
 import importlib
 import types
@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda", 0)
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """A machine with one GPU of compute capability 9.0 and a module that says it has no problem there."""
+    """A machine with one GPU of compute capability 9.0 and a module that reports no problem."""
     module = types.SimpleNamespace(problem=lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Pretended GPU")

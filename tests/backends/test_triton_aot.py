@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles ahead of time for every architecture and keeps to its recorded budget; no GPU needed."""
+"""Every Triton kernel compiles ahead of time for every architecture and keeps its recorded budget; no GPU needed."""
 
 import os
 
@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 BUDGETS = recorded_budgets("triton")
-# What is compiled here for the other widths and dtypes; `python -m benchmarks static --everywhere` compiles everything.
+# Kernels compiled for the other widths and dtypes; `python -m benchmarks static --everywhere` compiles all.
 CORE = ("pixel_decoder.forward_kernel", "adaln_block.backward_kernel/", "flow_matching_loss.gradient_kernel")
 OTHERS = [
     pytest.param("sm_90", width, dtype, CORE if width == 32 else CORE[:2], id=f"sm_90-D{width}-{dtype}")
@@ -29,7 +29,7 @@ OTHERS = [
 
 
 def checked_figures(architecture: str, width: int, dtype: str, parts: tuple[str, ...]) -> dict[str, Figures]:
-    """Figures of the kernels whose names start with one of `parts`; all fit the device and the record."""
+    """Figures of the kernels whose names start with one of `parts`, after checking device limits and the record."""
     pytest.importorskip("triton")
     found = triton_kernels.case_figures(architecture, width, dtype, parts)
     for name, figures in found.items():
@@ -58,7 +58,7 @@ ONE_TOKEN = {"depth": 1, "width": 16, "image_size": (1, 16, 16)}
 @pytest.mark.parametrize("op", [op for op in testing.OPS if "loss" not in op])
 @pytest.mark.parametrize("sizes", [ONES, ONE_TOKEN], ids=["ones", "one_token"])
 def test_sizes_of_one_compile(op, sizes):
-    """Triton turns an argument of 1 into a compile-time constant, which is another type inside the kernel."""
+    """Triton turns an argument of 1 into a compile-time constant, which has another type in the kernel."""
     pytest.importorskip("triton")
     for launch in triton_kernels.launches_of(testing.random_inputs(op, dtype=torch.bfloat16, **sizes), "sm_90"):
         triton_kernels.compile_launch(launch, "sm_90")
@@ -76,7 +76,7 @@ def test_channels_last_and_padded_images_compile(op):
 
 
 def test_the_record_reaches_its_goals():
-    """Slots per 16 pixels on sm_90: the decoder's forward and every block's backward, the loss with its gradient."""
+    """Issue slots per 16 pixels on sm_90: decoder forward, backward of every block, and loss with its gradient."""
     record = {
         name.removesuffix("/D32/bfloat16"): entry["sm_90"]
         for name, entry in BUDGETS.items()

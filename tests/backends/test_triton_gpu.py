@@ -44,7 +44,7 @@ def transposed(inputs):
 
 
 def run_once(op, case, view):
-    """Compile what a test will launch; a failure is left to the test."""
+    """Compiles the kernels that a test will launch; failures are reported by the test."""
     inputs = on_gpu(case.inputs(op) if isinstance(case, Case) else small_inputs(op, case))
     testing.run(inputs, "triton")
     if view:
@@ -53,7 +53,7 @@ def run_once(op, case, view):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(request):
-    """Fills Triton's cache by several processes: kernel after kernel it would take most of the GPU check's time."""
+    """Fills Triton's cache with several processes; sequential compilation takes most of the time of the GPU check."""
     runs = set()
     for item in request.session.items:
         parameters = getattr(item, "callspec", None) and item.callspec.params
@@ -67,7 +67,7 @@ def compiled(request):
 
 
 def few_cases():
-    """Every dtype and width, but not every case: the GPU check has eight minutes in all."""
+    """Every dtype and width, but not every case: the GPU check has a limit of eight minutes."""
     for op, cases in CASES.items():
         for case in cases if "loss" in op else cases[:3] + cases[4::3]:
             yield pytest.param(op, case, id=f"{op}-{case.label}")

@@ -1,6 +1,6 @@
 """The Triton kernels, executed on the CPU by Triton's interpreter: forward and every gradient.
 
-They run where Python was started with TRITON_INTERPRET=1, which changes Triton as a whole: a run of its own.
+They run only if Python was started with TRITON_INTERPRET=1, which changes all of Triton and needs a separate run.
 """
 
 import os
@@ -34,14 +34,14 @@ pytestmark = [
     ),
 ]
 
-# About a thousand pixels each, still with rows of patches, several tiles and a ragged last one.
+# About 1,000 pixels each, with rows of patches, several tiles and a partial last tile.
 SMALL_SIZES = {16: (1, 32, 32), 8: (1, 24, 40), 4: (1, 28, 36), 2: (1, 30, 34), 1: (1, 29, 31)}
 DECODERS = ("pixel_decoder", "pixel_decoder_from_tokens")
 
 
 def small(case: Case) -> Case:
     if case.width * case.depth == 16:
-        return case  # fast enough as it is
+        return case  # already small enough
     return case._replace(image_size=SMALL_SIZES[case.patch_size])
 
 
@@ -86,7 +86,7 @@ def test_inf_propagates(op):
 
 @pytest.mark.parametrize("op", ["flow_matching_loss", "frequency_loss"])
 def test_inf_makes_losses_infinite(op):
-    """The one product that stands for DCT, weighting and inverse yields infinities where the three steps yield NaN."""
+    """The single matmul for DCT, weighting and inverse gives infinity where the three steps give NaN."""
     inputs = small_inputs(op)
     inputs.tensors["pred"].flatten()[5] = float("inf")
     results, expected = testing.run(inputs, "triton"), testing.exact_results(inputs)
@@ -145,7 +145,7 @@ def test_repeated_runs_give_the_same_bits(op):
 
 @pytest.mark.parametrize("op", ["pixel_decoder", "pixel_decoder_from_tokens", "upsample_modulate"])
 def test_chunks_of_tokens_add_up(op, monkeypatch):
-    """Seven tokens at a time, the last chunk shorter, against all at once."""
+    """Chunks of seven tokens, the last one shorter, vs. all tokens at once."""
     from deco_kernels.backends.triton import pixel_decoder, pixel_decoder_from_tokens, upsample_modulate
 
     inputs = small_inputs(op, image_size=(2, 20, 24))
@@ -170,7 +170,7 @@ def test_the_workspace_stays_below_150_mb():
 
 
 def test_one_chunk_of_conditions_exists_at_a_time():
-    """The buffer of a chunk is used again, so the condition of all tokens never exists."""
+    """The buffer of a chunk is reused, so that cond is never materialized for all tokens."""
     from deco_kernels.backends.triton.upsample import Upsample
     from deco_kernels.signatures import UpsampleWeights
 
@@ -186,7 +186,7 @@ def test_one_chunk_of_conditions_exists_at_a_time():
 
 
 def test_offsets_beyond_2_31_elements():
-    """Strides that need 64 bits; only the touched pages of the 4 GB of storage are ever backed by memory."""
+    """Strides that need 64 bits; only touched pages of the 4 GB of storage are backed by memory."""
     inputs = small_inputs("pixel_decoder", BF16, image_size=(2, 4, 4), other_dtype=BF16)
     expected = testing.run(inputs, "triton")
     far = 2**31 + 24
@@ -222,7 +222,7 @@ def test_float64_is_refused_by_name():
 
 
 def test_missing_rows_do_no_harm_without_eps():
-    """A ragged last tile computes on rows that do not exist; their LayerNorm must not divide by zero."""
+    """The last tile also computes on rows beyond the end; their LayerNorm must not divide by zero."""
     for op in ("adaln_block", "upsample_modulate", "pixel_decoder"):
         inputs = small_inputs(op, BF16, image_size=(1, 8, 12))
         inputs.options["eps"] = 0.0
@@ -253,7 +253,7 @@ def test_dot_multiplies_bfloat16_values():
 
 
 def test_the_stand_in_for_the_approximate_tanh_has_its_error():
-    """tanh.approx.f32 is specified with a largest relative error of 2^-11; the stand-in comes close to it."""
+    """tanh.approx.f32 has a specified maximum relative error of 2^-11; the substitute comes close to it."""
     from tests.backends.small_kernels import fast_tanh
 
     x = torch.linspace(-4, 4, 4096)

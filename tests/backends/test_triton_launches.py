@@ -1,4 +1,4 @@
-"""What the host code of the Triton backend launches: parameters, grids and workspace; nothing is compiled or run."""
+"""Launches by the host code of the Triton backend: parameters, grids and workspace; nothing is compiled or run."""
 
 import itertools
 import os
@@ -55,7 +55,7 @@ def test_every_kernel_has_launch_parameters(op):
 @pytest.mark.parametrize("images", [12, 24])
 @pytest.mark.parametrize("op", ["pixel_decoder", "pixel_decoder_from_tokens"])
 def test_the_workspace_does_not_grow_with_the_batch(op, images):
-    """One image of 256x256 holds 256 tokens; what a chunk holds besides inputs and outputs is at most 150 MB."""
+    """A 256x256 image has 256 tokens; a chunk uses at most 150 MB besides inputs and outputs."""
     inputs = testing.random_inputs(op, dtype=torch.bfloat16, token_width=8, image_size=(1, 256, 256))
     recomputes = [
         launch.args

@@ -1,4 +1,4 @@
-"""What the Triton backend refuses, and how: without a GPU, without Triton, during a capture."""
+"""Refusals of the Triton backend: without a GPU, without Triton, during a capture."""
 
 import builtins
 import logging
@@ -112,7 +112,7 @@ def test_an_old_triton_is_refused(monkeypatch):
 
 
 class PretendedDriver:
-    """What Triton asks of a driver: an sm_90 on which launching a kernel only counts it."""
+    """A driver for Triton: an sm_90 device on which launches are only counted."""
 
     def __init__(self):
         self.utils, self.launches = self, 0
@@ -156,7 +156,7 @@ def pretended_driver(monkeypatch):
 
 @uninterpreted
 def test_a_compile_during_capture_is_refused(pretended_driver, monkeypatch):
-    """Through Triton's own launch: refused before the kernel was called with these arguments, served after."""
+    """With Triton's own launch: refused before the kernel has been called with these arguments, accepted afterwards."""
     from deco_kernels.backends.triton import launching
     from deco_kernels.backends.triton.table import Launch
     from tests.backends.small_kernels import to_bfloat16

@@ -1,4 +1,4 @@
-"""Small tensors: one thread, so that the tests do not wait for each other's threads."""
+"""One thread for small tensors, so that concurrent tests do not wait for each other's threads."""
 
 import pytest
 

@@ -73,7 +73,7 @@ def test_what_no_time_is_left_for_is_said(tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert answer.stderr.splitlines()[-1].startswith("benchmarks: left out, for lack of time: adaln_block")
     result = json.loads(path.read_text())
-    assert {row["pass"] for row in result["rows"]} == {"forward"}  # the first part is measured whatever the time
+    assert {row["pass"] for row in result["rows"]} == {"forward"}  # the first part is always measured
     assert len(result["left_out"]) == 1 and "## Skipped for lack of time" in answer.stdout
 
 
@@ -83,7 +83,7 @@ def test_through_pytest_benchmark(tmp_path):
     one = ["-k", "adaln_block and float32 and forward and published and not backward", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--benchmark-max-time=0.01", "-q"]
     command += [*one, f"--benchmark-json={path}"]
-    # Inside a process of pytest-xdist pytest-benchmark measures nothing.
+    # pytest-benchmark measures nothing in pytest-xdist workers.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout

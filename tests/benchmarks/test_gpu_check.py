@@ -1,4 +1,4 @@
-"""make gpu-check: the line it prints without a GPU, and that every failing step fails it."""
+"""make gpu-check: its message without a GPU, and that every failing step fails it."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def test_one_line_without_gpu():
     assert "nothing was checked" in line and "no GPU" in line
 
 
-# What the machine of a GPU may lack: everything but PyTorch with Triton, NumPy and pytest.
+# Packages that a GPU machine may lack: all but PyTorch with Triton, NumPy and pytest.
 OTHER_PACKAGES = (
     "safetensors transformers lightning lightning_fabric jsonargparse datasets omegaconf tensorboard matplotlib PIL "
     "tqdm sklearn scipy gradio playwright pytest_benchmark"
@@ -37,7 +37,7 @@ def without_other_packages(program: str, *arguments: str) -> subprocess.Complete
 
 
 def test_gpu_tests_need_no_other_packages():
-    """All tests marked gpu are in the files that are run, and these are collected."""
+    """All tests marked gpu are in the files that are run, and these files can be collected."""
     files = [str(path) for path in gpu_check.gpu_tests()]
     marked = [str(path) for path in gpu_check.ROOT.glob("tests/**/test_*.py") if "pytest.mark.gpu" in path.read_text()]
     assert sorted({*marked} - {__file__}) == files
@@ -48,7 +48,7 @@ def test_gpu_tests_need_no_other_packages():
 
 
 def test_benchmarks_need_no_other_packages(tmp_path):
-    """Those of a whole step use most of the package."""
+    """The end-to-end benchmarks use most of the package."""
     arguments = ["end_to_end", "--device", "cpu", "--quick", "--no-compile", "--stop-after", "1"]
     program = "import runpy; runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)"
     result = without_other_packages(program, *arguments, "--output", str(tmp_path / "result.json"))
@@ -62,7 +62,7 @@ NAMES += ["end_to_end", "other_ops", "scaling", "sampling", "racecheck"]
 
 @pytest.fixture
 def pretended_gpu(monkeypatch, tmp_path):
-    """A GPU and the CUDA toolkit. Steps end with the statuses returned here; benchmarks write a stored result."""
+    """A GPU and the CUDA toolkit. Steps exit with the returned statuses; benchmarks write a stored result."""
     statuses = {}
     result = gpu_check.ROOT / "tests" / "benchmarks" / "result.json"
 
@@ -147,7 +147,7 @@ def test_the_cuda_module_is_built_for_the_present_architecture(monkeypatch, tmp_
 
 
 def test_step_past_its_limit_is_stopped():
-    """The step would sleep for an hour. A busy machine may need a higher limit to begin it at all."""
+    """The step would sleep for an hour. A busy machine may need a higher limit just to start it."""
     command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(3600)"]
     for limit in (1, 10, 100, 1000):
         step = gpu_check.run_step(gpu_check.Step("slow", command, limit), time.perf_counter() + 3600)

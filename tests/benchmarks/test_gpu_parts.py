@@ -1,4 +1,4 @@
-"""What only a GPU machine has, with stand-ins for NVML, Liger-Kernel, CUDA graphs and the device."""
+"""GPU parts of the benchmarks, with fakes for NVML, Liger-Kernel, CUDA graphs and the device."""
 
 import importlib.machinery
 import itertools
@@ -117,7 +117,7 @@ def test_graph_times_are_per_call_and_a_failed_capture_is_said(monkeypatch, devi
 
 
 def test_host_time_is_per_call(device, monkeypatch):
-    """On a clock that each call moves on by a millisecond."""
+    """With a clock that each call advances by a millisecond."""
     now = [0.0]
 
     def call(count):
@@ -129,7 +129,7 @@ def test_host_time_is_per_call(device, monkeypatch):
 
 @pytest.fixture
 def liger(monkeypatch):
-    """A package of Liger-Kernel's layout with its function in plain PyTorch, off by `function.factor`."""
+    """A package with Liger-Kernel's layout and its function in plain PyTorch, scaled by `function.factor`."""
 
     def liger_modulated_rms_norm(X, W, scale, shift=None, eps=1e-6, offset=0.0, casting_mode="llama", in_place=True):
         assert not in_place
@@ -234,7 +234,7 @@ def test_profiled_launches_are_told_apart_by_their_order():
 
 
 def test_launches_of_the_triton_backend_are_timed_one_by_one(monkeypatch):
-    """The recorded launches of the real backend, with a stand-in for running them."""
+    """The recorded launches of the real backend, with a fake for running them."""
     pytest.importorskip("triton")
     ran = []
     monkeypatch.setattr(timed_kernels, "run_launch", lambda launch: ran.append(launch))

@@ -1,4 +1,4 @@
-"""The objective: its losses by formula, what the model is given, label dropping."""
+"""The objective: losses by formula, inputs of the model, label dropping."""
 
 import math
 
@@ -11,7 +11,7 @@ from tests.random_models import random_model
 
 
 class Recorder(nn.Module):
-    """Returns a scaled input and keeps what it was called with."""
+    """Returns a scaled input and records its arguments."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ def test_objective_drops_labels():
 
 
 def test_dropped_text_becomes_the_empty_prompt():
-    """Whole prompts are replaced, at the rate asked for, by the same draws as labels; features keep their dtype."""
+    """Whole prompts are replaced at the requested rate, by the same draws as labels; features keep their dtype."""
     features = torch.randn(2000, 3, 4, dtype=torch.bfloat16)
     empty = torch.full((3, 4), 7.0)
     kept = features.clone()
@@ -135,7 +135,7 @@ def test_bad_options():
 @pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_labels_out_of_range_never_pass(name, dropout, wrapped):
-    """Whatever is dropped: with all labels dropped the model would not see them."""
+    """They are rejected even if all labels are dropped and the model does not see them."""
     net = random_model(name)
     wrapper = nn.Module()
     wrapper.module, wrapper.forward = net, net.forward

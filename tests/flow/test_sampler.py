@@ -1,4 +1,4 @@
-"""flow.Sampler: the samples of flow.sample, weights cast once, calls replayed as CUDA graphs."""
+"""flow.Sampler: same samples as flow.sample, weights cast once, calls replayed as CUDA graphs."""
 
 import copy
 import logging
@@ -49,7 +49,7 @@ def test_cast_weights_give_the_samples_of_autocast(name):
     assert torch.equal(sampler(noise, cond, uncond), expected)
     full = flow.sample(net, noise, cond, uncond, **GUIDED)
     assert 1e-5 < relative_error(expected, full) < 5e-2
-    # The copy is cast and frozen, its norms are not cast; the original is as it was.
+    # The copy is cast and frozen, except for its norms; the original is unchanged.
     block = sampler.model.trunk.blocks[0]
     assert block.attn.qkv.weight.dtype == torch.bfloat16 and block.norm1.weight.dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in sampler.model.parameters())

@@ -1,4 +1,4 @@
-"""flow.Sampler on a GPU: graphs against direct calls, no waiting between steps, the fallback."""
+"""flow.Sampler on a GPU: graphs vs. direct calls, no synchronization between steps, the fallback."""
 
 import copy
 import logging
@@ -19,8 +19,8 @@ pytestmark = [
 @pytest.mark.parametrize("name", ["deco-tiny", "deco-text-tiny"])
 @pytest.mark.parametrize("solver", ["euler", "heun", "heun_exact", "adams2"])
 def test_graphs_give_the_same_samples_on_a_gpu(name, solver):
-    """Captured, and replayed with other arguments: as near to samples in float64 as the direct calls, by the rule of
-    error. Bits may differ, as libraries may choose other kernels while a graph is captured."""
+    """Captured, and replayed with other arguments: as close to float64 samples as direct calls, by the rule of error.
+    Bits may differ, because libraries may choose other kernels during capture."""
     net, noise, cond, uncond = sampling_case(name, "cuda", batch=4)
     options = dict(solver=solver, dtype=torch.bfloat16, **GUIDED)
     sampler, direct = flow.Sampler(net, **options), flow.Sampler(net, cuda_graph=False, **options)
@@ -34,7 +34,7 @@ def test_graphs_give_the_same_samples_on_a_gpu(name, solver):
 
 
 def test_steps_do_not_wait_for_the_gpu():
-    """After the captures, a second sample runs with every synchronising call forbidden from the first step on."""
+    """After the captures, a second sample runs with synchronizing calls forbidden from the first step on."""
     net, noise, cond, uncond = sampling_case("deco-tiny", "cuda")
     sampler = flow.Sampler(net, dtype=torch.bfloat16, **GUIDED)
     expected = sampler(noise, cond, uncond)

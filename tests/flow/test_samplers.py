@@ -1,4 +1,4 @@
-"""Samplers: golden samples, which calls the velocity sees, and bad input."""
+"""Samplers: golden samples, calls of the velocity, and bad input."""
 
 import re
 
@@ -64,7 +64,7 @@ def test_timesteps_match_golden(path):
 
 
 class Recorder:
-    """A velocity that notes what it is called with."""
+    """A velocity that records its arguments."""
 
     def __init__(self):
         self.calls = []
@@ -109,7 +109,7 @@ CALLS_OF_FOUR_STEPS = {
     ("interval", "guided"), [((0.0, 1.0), (0.25, 0.5, 0.75)), ((0.3, 0.5), (0.5,)), ((0.8, 1.0), ())]
 )
 def test_calls_of_every_solver(solver, interval, guided):
-    """As many calls as the solver needs, doubled in the steps that start inside the interval and in no other."""
+    """Number of calls per solver, doubled only in steps that start inside the interval."""
     if solver.startswith("adams"):
         guided = tuple(t for t in guided if t < interval[1])
     velocity, one = Recorder(), torch.ones(2)

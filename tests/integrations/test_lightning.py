@@ -1,4 +1,4 @@
-"""The Lightning callback, configured from a file, in a training of two steps under DDP."""
+"""The Lightning callback, configured from a file, in a two-step training run under DDP."""
 
 import copy
 import os
@@ -60,7 +60,7 @@ class Training(lightning.LightningModule):
 
 @pytest.fixture
 def process_group_of_its_own():
-    """Lightning starts one, and sets its variables, in this process."""
+    """Cleans up the process group and environment variables that Lightning sets in this process."""
     environment = dict(os.environ)
     yield
     if torch.distributed.is_initialized():

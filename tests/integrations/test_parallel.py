@@ -22,7 +22,7 @@ def whole_batch():
 
 
 def expected_gradients():
-    """Of the model's own forward, in one process; the mean over processes is that of half batches."""
+    """Gradients of the original forward in one process; the mean over processes is the mean over half batches."""
     batch, grad_output = whole_batch()
     _, gradients = gradients_of(published_model(), batch, grad_output / PROCESSES)
     return gradients
@@ -55,7 +55,7 @@ def ddp(rank: int) -> None:
 
 
 def fsdp(rank: int) -> None:
-    """Blocks and decoder are units of their own; x_embedder belongs to the root."""
+    """Blocks and decoder are separate FSDP units; x_embedder belongs to the root."""
     from torch.distributed.fsdp import fully_shard
 
     model = published_model()

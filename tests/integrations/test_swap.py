@@ -1,4 +1,4 @@
-"""The fused decoder inside models of the published structure: same function, same names, and back again."""
+"""The fused decoder in models of the published structure: same function, same names, and undo."""
 
 import copy
 import io
@@ -79,7 +79,7 @@ def test_same_output_and_gradients_in_float64(sizes):
 
 
 def test_position_features_of_the_text_model(monkeypatch):
-    """They are taken from the model, whatever they are."""
+    """They are always taken from the model."""
     monkeypatch.setattr(published_structure, "position_features", lambda p: model.pixel_position_features(p, "text"))
     net = DecoderAlone(published_model()).double()
     inputs, _ = decoder_inputs(published_model())
@@ -92,7 +92,7 @@ def test_position_features_of_the_text_model(monkeypatch):
 @pytest.mark.parametrize("save_memory", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swapped_decoder_keeps_the_rule_of_error(dtype, save_memory):
-    """Against float64, next to the model's own forward, in float32 and under autocast to bfloat16."""
+    """Compared with float64 and the model's own forward, in float32 and under autocast to bfloat16."""
     net = DecoderAlone(published_model())
     inputs, grad_output = decoder_inputs(published_model())
     exact, exact_gradients = gradients_of(
@@ -227,7 +227,7 @@ def test_random_state_is_left_alone():
 
 
 def test_compiled_without_graph_break():
-    """Compiled after the swap, in one graph; undo is noticed by the compiled model."""
+    """Compiled after the swap as a single graph; the compiled model follows the undo."""
     net, batch = published_model(depth=1), random_batch()
     grad_output = torch.randn(batch[0].shape, generator=torch.Generator().manual_seed(2))
     own = net(*batch).detach()
@@ -319,7 +319,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("formula", FORMULAS)
 def test_another_formula_in_the_same_structure_is_found(formula, monkeypatch):
-    """Even where the model is fresh, so that modulation and head are zero."""
+    """Even in a new model, whose modulation and head are zero."""
     modulate = FORMULAS[formula]
     net = PublishedDeCo(width=24, depth=1, heads=2)
 
@@ -334,7 +334,7 @@ def test_another_formula_in_the_same_structure_is_found(formula, monkeypatch):
 
 
 class BlockWithModes(nn.Module):
-    """A block of the published formula that passes its result through `training` or `evaluation`, as the mode is."""
+    """A block with the published formula that applies `training` or `evaluation` to its result, by mode."""
 
     def __init__(self, block: nn.Module, training: nn.Module, evaluation: nn.Module):
         super().__init__()
@@ -378,7 +378,7 @@ def test_weights_that_a_hook_computes_are_refused(place):
 
 
 def test_parametrized_weights_are_followed():
-    """Those of nn.utils.parametrizations are computed whenever they are read."""
+    """Weights of nn.utils.parametrizations are recomputed whenever they are read."""
     net, batch = published_model(), random_batch()
     nn.utils.parametrizations.weight_norm(net.dec_net.res_blocks[2].mlp[0])
     grad_output = torch.randn(batch[0].shape, generator=torch.Generator().manual_seed(2))

@@ -1,4 +1,4 @@
-"""Published checkpoints: recognition, bit-exact round trips, and what is said of those that do not fit."""
+"""Published checkpoints: recognition, bit-exact round trips, and errors for checkpoints that do not fit."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ VARIANTS = [
     ("deco-text-tiny", dict(text_depth=2, text_width=12, text_length=3, mlp_width=40, patch_size=8, decoder_depth=2)),
 ]
 
-# Each of them alone shows a size: the number of classes, the width and the length of the text.
+# Each of these keys determines a size: number of classes, text width and text length.
 ONLY_WITNESS = ("y_embedder.embedding_table.weight", "y_embedder.proj.weight", "y_pos_embedding")
 
 
@@ -103,7 +103,7 @@ def assert_only_named(key, error):
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_any_single_damage_names_the_key(name, options):
-    """Each key in turn removed or misshapen: the error names exactly that key."""
+    """Each key in turn is removed or reshaped: the error names exactly that key."""
     state = model.to_published(model.build(name, **options))
     for key, value in state.items():
         if key in ONLY_WITNESS:
@@ -133,7 +133,7 @@ def test_a_size_nothing_shows(name, key, size):
 
 
 def test_class_and_text_checkpoints_are_not_confused():
-    """Either kind with one part of the other: the error names what does not belong."""
+    """Either kind with one part of the other: the error names the foreign key."""
     class_state, text_state = (model.to_published(model.build(name)) for name in ("deco-tiny", "deco-text-tiny"))
     with pytest.raises(ValueError, match="extra: y_embedder.embedding_table.weight"):
         model.from_published({**text_state, "y_embedder.embedding_table.weight": torch.zeros(11, 24)})

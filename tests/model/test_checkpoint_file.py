@@ -1,4 +1,4 @@
-"""Files of checkpoints: every form round trips bit for bit, what does not fit is refused, nothing is half written."""
+"""Checkpoint files: every format round-trips bit for bit, invalid files are rejected, writes are atomic."""
 
 import collections
 import json
@@ -29,7 +29,7 @@ def same_bits(actual, expected):
 
 
 def published_file(path: Path, raw=None, averaged=None, **entries) -> dict[str, torch.Tensor]:
-    """A training file as published: raw and averaged weights, alignment head, other entries. Returns its state_dict."""
+    """Writes a published training file with raw and averaged weights and other entries; returns its state_dict."""
     raw = random_model(seed=1).to(torch.bfloat16) if raw is None else raw
     averaged = random_model(seed=2) if averaged is None else averaged
     head = {f"diffusion_trainer.proj.0.{i}.weight": torch.randn(3, 3) for i in (0, 2, 4)}
@@ -144,7 +144,7 @@ def test_another_size_lists_every_difference(tmp_path):
 
 @pytest.mark.parametrize("ending", ["ckpt", "safetensors"])
 def test_own_form_of_another_size_lists_every_difference(tmp_path, ending, monkeypatch):
-    """Tensors and arguments that do not belong together."""
+    """Tensors that do not match the arguments."""
     path, net = tmp_path / f"model.{ending}", random_model()
     net.config = {**net.config, "num_classes": 12, "depth": 1}
     model.save_model(net, path)
@@ -225,7 +225,7 @@ class Malicious:
 
 
 class Options:
-    """Stands for a class of a training program."""
+    """Represents a class of a training program."""
 
 
 def test_code_in_a_file_is_not_run(tmp_path):
@@ -446,7 +446,7 @@ for path in sys.argv[1:]:
 
 
 def test_a_write_that_fails_leaves_nothing_and_keeps_the_old_file(tmp_path):
-    """The system refuses to write more than 100 kB, as it would on a full disk."""
+    """The system refuses to write more than 100 kB, as on a full disk."""
     paths = [tmp_path / "model.ckpt", tmp_path / "model.safetensors"]
     for path in paths:
         path.write_bytes(b"old")

@@ -1,4 +1,4 @@
-"""compile_trunk: one compilation for each kind of block, the same results and gradients, nothing else changed."""
+"""compile_trunk: one compilation per kind of block, same results and gradients, no other changes."""
 
 import copy
 
@@ -49,7 +49,7 @@ def test_a_copy_is_not_compiled_and_a_sampler_compiles_its_own():
 
 
 def test_sampler_compiles_on_request(monkeypatch):
-    """Its copy, not the model it was given."""
+    """The sampler compiles its copy, not the given model."""
     net, counter, compile_blocks = random_model(), CompileCounterWithBackend("eager"), PatchTransformer.compile_blocks
     monkeypatch.setattr(PatchTransformer, "compile_blocks", lambda trunk: compile_blocks(trunk, backend=counter))
     noise, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])

@@ -1,4 +1,4 @@
-"""Whole models and the decoder module against the golden tensors: outputs and all gradients."""
+"""Whole models and the decoder module vs. golden tensors: outputs and all gradients."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.golden_files import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, golden_case
 
 
 def assert_gradients(module, published_names, expected):
-    """Every parameter's gradient, read under its published name, against the expected ones."""
+    """Compares the gradient of every parameter, under its published name, with the expected one."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(parameter.grad)

@@ -1,4 +1,4 @@
-"""DeCo, the plain DiT and the presets: sizes, initialisation, attention, rectangular images, dtypes, bad input."""
+"""DeCo, the plain DiT and the presets: sizes, initialization, attention, rectangular images, dtypes, bad input."""
 
 import copy
 import math
@@ -139,7 +139,7 @@ def test_attention_by_formula():
 
 @pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])
 def test_transposed_sizes_are_not_confused(name):
-    """A wide image, its batch split, and the same model on a tall one: shapes hold and the images do not mix."""
+    """Wide images, the same batch split, and tall images: shapes are right and images do not mix."""
     net = random_model(name)
     for height, width in ((16, 64), (64, 16), (48, 32)):
         x, t, y = random_batch(2, height, width)

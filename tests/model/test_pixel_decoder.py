@@ -1,4 +1,4 @@
-"""The decoder module: variants against the formulas written out pixel by pixel, fold, initialisation, dtypes."""
+"""The decoder module: variants vs. formulas written out pixel by pixel, fold, initialization, dtypes."""
 
 import math
 
@@ -130,7 +130,7 @@ def test_fold_ignores_autocast():
 @pytest.mark.parametrize("interaction", ["adaln", "add"])
 @pytest.mark.parametrize("training", [False, True])
 def test_activation_dtype(interaction, training):
-    """bf16 by autocast and by bf16 parameters: output dtype, and the accuracy bf16 allows."""
+    """bf16 by autocast and by bf16 parameters: output dtype, and accuracy within bf16 rounding."""
     decoder = random_decoder(interaction=interaction)
     image, tokens = random_input(32, 48, batch=2)
     exact = decoder(image, tokens)

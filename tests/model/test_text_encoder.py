@@ -1,4 +1,4 @@
-"""Qwen3TextEncoder: features against the language model run by hand, widths, the empty prompt, errors."""
+"""Qwen3TextEncoder: features vs. direct calls of the language model, widths, the empty prompt, errors."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def encoder(tiny_qwen3):
 
 
 def test_features_are_the_last_hidden_states(encoder, tiny_qwen3):
-    """A position sees those before it alone: up to its length, a prompt has the features it has without padding."""
+    """Attention is causal: up to its length, a prompt has the same features as without padding."""
     features = encoder(PROMPTS)
     assert features.shape == (3, 12, HIDDEN) and features.dtype == torch.float32 and not features.requires_grad
     language_model = transformers.Qwen3Model.from_pretrained(tiny_qwen3, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The text-to-image model: initialisation, its attention, rotary modes, gradients, dtypes, bad input."""
+"""The text-to-image model: initialization, attention, rotary modes, gradients, dtypes, bad input."""
 
 import copy
 import math
@@ -38,12 +38,12 @@ def test_every_parameter_and_input_matters():
     x, t, y = text_batch()
     net(x.requires_grad_(), t, y.requires_grad_()).square().sum().backward()
     assert not [key for key, parameter in net.named_parameters() if parameter.grad is None or not parameter.grad.any()]
-    # No position of the text is masked, whatever it holds.
+    # No text position is masked, whatever its features.
     assert x.grad.any() and y.grad.any(dim=2).all()
 
 
 def test_text_attention_by_formula():
-    """Head by head with the softmax written out, in float64: patches rotated, text not, one norm for both keys."""
+    """Head by head, with explicit softmax, in float64: patches are rotated, text is not; both keys share one norm."""
     width, heads, text_length = 24, 2, 5
     attention = randomise(TextAttention(width, heads).double())
     x, text = torch.randn(1, 6, width, dtype=torch.float64), torch.randn(1, text_length, width, dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_text_attention_by_formula():
 
 @pytest.mark.parametrize(("mode", "x_end", "y_end"), [("published", 2, 3), ("corrected", 3, 2)])
 def test_rotary_modes_of_a_rectangle(mode, x_end, y_end):
-    """2 rows and 3 columns of patches: columns end at H/p = 2 as published, at W/p = 3 corrected; rows the other."""
+    """2 rows and 3 columns of patches: columns end at H/p = 2 as published, at W/p = 3 corrected; rows conversely."""
     trunk = model.build("deco-text-tiny", rotary=mode).trunk
     angles = trunk.rotary_angles(2, 3, torch.device("cpu"))
     assert angles.shape == (6, 6)
@@ -83,7 +83,7 @@ def test_rotary_modes_differ_on_rectangles_alone():
         square, wide = text_batch(2, 32, 32), text_batch(2, 32, 48)
         assert torch.equal(published(*square), corrected(*square))
         assert relative_error(published(*wide), corrected(*wide)) > 1e-3
-    # A checkpoint does not say which mode; the published one is assumed.
+    # A checkpoint does not store the mode; the published one is assumed.
     assert model.from_published(model.to_published(corrected)).trunk.rotary == "published"
 
 

@@ -1,4 +1,4 @@
-"""The shared list of cases: every backend and instruction set of this machine runs every op through them."""
+"""Shared list of cases for every op, backend and instruction set of this machine."""
 
 from collections.abc import Callable, Iterable
 from itertools import combinations, product
@@ -13,7 +13,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def implementations() -> list:
-    """(backend, instruction set or None) of everything this machine can run on CPU tensors, as pytest parameters."""
+    """(backend, instruction set or None) of all implementations for CPU tensors here, as pytest parameters."""
     found = [pytest.param(("reference", None), id="reference")]
     if native.cpu_unavailable_reason() is None:
         found += [pytest.param(("cpu", isa), id=f"cpu-{isa}") for isa in native.cpu().usable_isas()]
@@ -54,7 +54,7 @@ def in_layout(inputs: testing.Inputs, view: Callable[[torch.Tensor], torch.Tenso
 
 
 class Case(NamedTuple):
-    """Arguments of `testing.random_inputs` and a layout; at least 4,096 pixels, as the rule of error asks."""
+    """Arguments of `testing.random_inputs` and a layout; at least 4,096 pixels, as the rule of error requires."""
 
     dtype: torch.dtype
     width: int = 32
@@ -133,7 +133,7 @@ VALUES = {
 
 
 def uncovered_pairs(cases: Iterable[Case], **values) -> list[tuple]:
-    """Pairs of settings that no case has together; `values` replaces entries of VALUES."""
+    """Pairs of settings that no case combines; `values` replaces entries of VALUES."""
     found = set()
     for case in cases:
         settings = case._asdict() | {"blocks": "one" if case.depth == 1 else "few" if case.depth <= 3 else "many"}
@@ -143,6 +143,6 @@ def uncovered_pairs(cases: Iterable[Case], **values) -> list[tuple]:
 
 
 def small_inputs(op: str, dtype: torch.dtype = F32, **changes) -> testing.Inputs:
-    """A few pixels of every op, for tests that are not about accuracy."""
+    """Inputs of a few pixels, for tests that do not check accuracy."""
     changes = {"patch_size": 4, "image_size": (2, 8, 12), "depth": 2, "token_width": 7} | changes
     return testing.random_inputs(op, dtype=dtype, **changes)

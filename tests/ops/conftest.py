@@ -1,4 +1,4 @@
-"""Two threads, so that the kernels divide their work."""
+"""Two threads, so that the kernels split their work."""
 
 import pytest
 

@@ -35,7 +35,7 @@ def test_cases_have_all_pairs_of_settings():
 
 @functools.cache
 def expected(op: str, case: Case) -> tuple[testing.Results, testing.Results]:
-    """(exact, eager), the same for every implementation."""
+    """(exact, eager), shared by all implementations."""
     inputs = case.inputs(op)
     return testing.exact_results(inputs), testing.eager_results(inputs)
 
@@ -168,7 +168,7 @@ def test_weights_changed_in_place_are_seen(implementation, op):
 
 @each_implementation
 def test_float16_extremes_do_not_overflow_inside(implementation):
-    """Large conditions saturate SiLU and the gate, not the float32 arithmetic inside."""
+    """Large cond values saturate SiLU and the gate, but do not overflow the float32 arithmetic."""
     inputs = small_inputs("pixel_decoder", F16)
     inputs.tensors["cond"].mul_(30)
     rows = testing.compare(inputs, testing.run(inputs, implementation))
@@ -178,7 +178,7 @@ def test_float16_extremes_do_not_overflow_inside(implementation):
 @each_implementation
 @pytest.mark.parametrize("op", ["adaln_block", "upsample_modulate", "pixel_decoder", "pixel_decoder_from_tokens"])
 def test_eps_zero_on_ragged_rows(implementation, op):
-    """Rows that fill up a vector or tile must not reach the weights' gradients as NaN."""
+    """Padding rows of a vector or tile must not add NaN to the gradients of the weights."""
     inputs = small_inputs(op, patch_size=1, image_size=(1, 5, 13))
     inputs.options["eps"] = 0.0
     assert_close(testing.run(inputs, implementation), testing.run(inputs, "reference"))

@@ -1,4 +1,4 @@
-"""Results of the CPU kernels that are too large for the caches, which are written in another way than small ones."""
+"""Results of the CPU kernels larger than the caches, which are written with non-temporal stores."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def part_of(inputs, images, tokens):
     ("dtype", "width", "height"), [(F32, 32, 160), (F32, 16, 320), (BF16, 32, 320), (BF16, 64, 160)]
 )
 def test_a_batch_gives_what_its_halves_give(op, dtype, width, height):
-    """Outputs and gradients of the activations of two images, 5.2 MB each, and of either image alone, bit for bit."""
+    """Outputs and activation gradients of two images, 5.2 MB each, equal those of each image alone, bit for bit."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

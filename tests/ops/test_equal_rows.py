@@ -1,4 +1,4 @@
-"""LayerNorm where it is hard: rows whose channels are equal or nearly so, and rows whose variance overflows."""
+"""Hard cases of LayerNorm: rows of equal or nearly equal channels, and rows whose variance overflows."""
 
 import functools
 import itertools
@@ -43,9 +43,9 @@ def expected(op, *case):
 @pytest.mark.parametrize("op", OPS[:3])
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_nearly_equal_channels(implementation, op, case):
-    """Of a decoder what each pixel has of its own, and the table. The error of a mean is common to the channels of a
-    row, so that the errors of the weights' gradients hang on as few numbers as the image has channels: chance decides
-    which implementation has the smaller one."""
+    """For a decoder, checks only per-pixel results and the table. The error of a mean is common to the channels of a
+    row, so that the errors of the weight gradients depend on as few numbers as the image has channels, and which
+    implementation has the smaller error is random."""
     inputs = inputs_of(op, *case)
     rows = testing.compare(inputs, testing.run(inputs, implementation), *expected(op, *case))
     if op == "pixel_decoder":
@@ -59,13 +59,13 @@ def test_nearly_equal_channels(implementation, op, case):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_equal_channels_normalize_to_zero(implementation, op, dtype, width):
-    """Exactly, whatever their value: 1 / sqrt(eps) = 1,000 would multiply an error of the mean."""
+    """Exactly, for any value: 1 / sqrt(eps) = 1,000 would multiply an error of the mean."""
     inputs = small_inputs(op, dtype, width=width, depth=1)
     zero = testing.run(testing.with_equal_rows(inputs, 0.0), implementation)
     for offset in OFFSETS[1:]:
         rows = testing.with_equal_rows(inputs, offset)
         results = testing.run(rows, implementation)
-        if op == "adaln_block":  # h' is h and the same update, rounded once
+        if op == "adaln_block":  # h' is h plus the same update, rounded once
             h = rows.tensors["h"]
             error = (results.outputs[0].double() - h.double() - zero.outputs[0].double()).abs()
             assert (error <= 1.01 * torch.finfo(dtype).eps * (h.double().abs() + zero.outputs[0].double().abs())).all()
@@ -81,7 +81,7 @@ def test_equal_channels_normalize_to_zero(implementation, op, dtype, width):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("size", [1e19, 1e25])
 def test_a_variance_that_overflows_gives_nan(implementation, op, dtype, size):
-    """As if that pixel had been NaN. PyTorch's LayerNorm, the reference, may give 0 as long as no square overflows."""
+    """Same result as for a NaN pixel. The reference, PyTorch's LayerNorm, may give 0 if no square overflows."""
     if implementation == "reference" and size < 1e20:
         pytest.skip("PyTorch's LayerNorm divides by infinity")
     inputs = small_inputs(op, dtype)

@@ -1,4 +1,4 @@
-"""Bad input: the type of error, and that the message names the argument."""
+"""Bad input: the error type, and that the message names the argument."""
 
 import numpy as np
 import pytest
@@ -97,7 +97,7 @@ def test_patch_size_of_numpy(op):
 
 
 def test_patches_that_are_not_square():
-    """P is 6 in all arguments: the reference computes it, a backend with kernels for square patches says so."""
+    """P is 6 in all arguments: the reference computes it, backends that need square patches refuse it."""
     inputs = small_inputs("upsample_modulate", patch_size=4)
     tensors = dict(inputs.tensors, h=inputs.tensors["h"][:, :6])
     for name in ("up_weight", "up_bias"):

@@ -1,4 +1,4 @@
-"""What only the losses have: golden tensors, Parseval, padding, each loss alone, loss scaling, JPEG tables."""
+"""Tests specific to the losses: golden tensors, Parseval, padding, separate losses, loss scaling, JPEG tables."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ TENSORS = ("pred", "target", "frequency_weight", "sample_weight")
 
 
 def random_loss_inputs(size=(2, 21, 30), **changes):
-    """Fewer than 4,096 pixels unless asked for; height and width are not multiples of 8."""
+    """By default fewer than 4,096 pixels; height and width are not multiples of 8."""
     return testing.random_inputs("flow_matching_loss", image_size=size, **changes)
 
 
@@ -219,7 +219,7 @@ def test_float16_with_a_loss_scale_of_2_to_the_16(implementation):
 
 @each_implementation
 def test_gradients_larger_than_the_caches(implementation):
-    """They are written past the caches, from rows whose ends are not aligned to a vector."""
+    """They are written with non-temporal stores, from rows whose ends are not aligned to a vector."""
     for size, dtype in (((2, 250, 701), F32), ((2, 360, 512), F32), ((3, 333, 709), BF16)):
         inputs = random_loss_inputs(size, dtype=dtype)
         found = gradients(inputs, implementation, COMBINATIONS["total"])
@@ -234,7 +234,7 @@ def in_float32(inputs):
 
 @each_implementation
 def test_offsets_beyond_2_to_the_31_elements(implementation):
-    """Two samples whose distance in memory exceeds 2**31 elements; only the pages that are touched become real."""
+    """Two samples more than 2**31 elements apart in memory; only touched pages are backed by memory."""
     distance = 2**31 + 64
     storage = torch.empty(distance + 3 * 8 * 8, dtype=BF16)
     far = storage.as_strided((2, 3, 8, 8), (distance, 64, 8, 1))
@@ -265,7 +265,7 @@ def test_offsets_beyond_2_to_the_31_elements(implementation):
     ],
 )
 def test_jpeg_quantisers(quality, first_row):
-    """In mode "inv" the weights of a row are in proportion to 1 / quantiser."""
+    """In mode "inv" the weights of a row are proportional to 1 / quantizer."""
     weight = ops.jpeg_frequency_weight(quality, "inv")
     assert weight.shape == (3, 8, 8) and weight.dtype is F32
     expected = 1 / torch.tensor(first_row, dtype=torch.float64)
@@ -275,7 +275,7 @@ def test_jpeg_quantisers(quality, first_row):
 
 
 def test_jpeg_weight_modes():
-    """ "inv_gamma" is a power of "inv" up to the normalisation; the published choice is the default."""
+    """ "inv_gamma" is a power of "inv" up to normalization; the published choice is the default."""
     inverse = ops.jpeg_frequency_weight(85, "inv").double()
     for gamma in (0.0, 0.5, 1.0, 2.0):
         power = inverse**gamma

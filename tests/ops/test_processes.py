@@ -32,7 +32,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.parametrize("op", ["adaln_block", "pixel_decoder", "flow_matching_loss"])
 def test_a_forked_child_computes_the_same_bits(op):
-    """On the cpu backend: PyTorch's own parallel loops do not survive a fork."""
+    """Only on the cpu backend: PyTorch's parallel loops do not work after a fork."""
     if len(IMPLEMENTATIONS) == 1:
         pytest.skip("the native CPU module is not built")
     code = FORK.format(op=op, backend="cpu")
@@ -88,7 +88,7 @@ def test_concurrent_threads_give_the_same_bits(implementation, op, two_threads):
 
 
 def _far_apart(tensor):
-    """The same values, the two halves of the first axis more than 2**31 elements apart in (mostly untouched) memory."""
+    """The same values, with the halves of the first axis more than 2**31 elements apart in mostly untouched memory."""
     distance = 2**31 + 64
     half = tensor.shape[0] // 2
     storage = torch.empty(distance + half * tensor[0].numel(), dtype=tensor.dtype)
@@ -101,7 +101,7 @@ def _far_apart(tensor):
 @each_implementation
 @pytest.mark.parametrize("op", ["pixel_decoder", "flow_matching_loss", "adaln_block"])
 def test_strides_beyond_31_bits(implementation, op):
-    """A batch of two whose second sample, and whose incoming gradient's, lies beyond 2**31 elements."""
+    """A batch of two whose second sample, also of the incoming gradient, is beyond 2**31 elements."""
     inputs = small_inputs(op, BF16, image_size=(2, 8, 12), other_dtype=BF16)
     expected = testing.run(inputs, implementation)
     far = {"pixel_decoder": ("image",), "flow_matching_loss": ("pred", "target"), "adaln_block": ("h", "cond")}[op]
@@ -116,7 +116,7 @@ def test_strides_beyond_31_bits(implementation, op):
 
 @pytest.mark.long
 def test_more_than_2_to_the_31_elements():
-    """cond has 2**31 + elements (expanded along the tokens); the last patch equals the same patch decoded alone."""
+    """cond has more than 2**31 elements (expanded along tokens); the last patch equals the same patch decoded alone."""
     inputs = testing.random_inputs("pixel_decoder", dtype=BF16, image_size=(1, 16, 16), other_dtype=BF16)
     batch = 2**31 // (256 * 32) + 1
     image = inputs.tensors["image"].expand(batch, -1, -1, -1)

@@ -1,4 +1,4 @@
-"""The ops inside PyTorch: opcheck, gradcheck, compile, export, autocast, checkpointing, functional transforms."""
+"""The ops in PyTorch: opcheck, gradcheck, compile, export, autocast, checkpointing, functional transforms."""
 
 import pytest
 import torch
@@ -125,7 +125,7 @@ def test_export(op):
 @each_backend
 @each_op
 def test_pending_negations_are_resolved(implementation, op):
-    """Views such as z.conj().imag hold the negated values: as arguments and as gradients of the outputs."""
+    """Views such as z.conj().imag have the negative bit: as arguments and as gradients of the outputs."""
 
     def pending(tensor):
         return torch._neg_view(tensor.neg())
@@ -148,7 +148,7 @@ def test_pending_negations_are_resolved(implementation, op):
 @each_backend
 @each_op
 def test_zeros_without_memory(implementation, op):
-    """PyTorch's formulas of derivatives pass zeros that have no storage."""
+    """PyTorch's derivative formulas pass zero tensors without storage."""
     inputs = small_inputs(op)
     leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors.values()]
     outputs = getattr(ops, op)(
@@ -248,7 +248,7 @@ def operators_in_a_profile(call):
     "observe", [operators_in_a_dispatch_mode, operators_in_a_function_mode, operators_in_a_profile]
 )
 def test_observers_see_the_operators(op, observe):
-    """Under a mode or the profiler, calls give the same results and the operators can be seen."""
+    """Under a mode or the profiler, calls give the same results and the operators are observed."""
     inputs = small_inputs(op)
     results = []
     seen = observe(lambda: results.append(gradients_of(loss_of, inputs)))
@@ -383,7 +383,7 @@ def test_anomaly_mode(implementation, op):
 
 @each_op
 def test_meta_tensors_give_shapes(op):
-    """Without FakeTensorMode: outputs and gradients on the meta device, of the real shapes and dtypes."""
+    """Without FakeTensorMode: outputs and gradients on the meta device have the real shapes and dtypes."""
     inputs = small_inputs(op, BF16)
     meta = inputs._replace(
         tensors={name: tensor.to("meta") for name, tensor in inputs.tensors.items()},

@@ -1,4 +1,4 @@
-"""The choice of backend: argument, block, environment, automatic; what falls back and how it is said."""
+"""Choice of backend: argument, context manager, environment, automatic; fallbacks and their log lines."""
 
 import inspect
 import logging
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_no_private_name_of_pytorch():
-    """A rename inside PyTorch must not break the ops, whose lowest version alone is fixed."""
+    """Renames inside PyTorch must not break the ops, which fix only the lowest version."""
     for path in Path(ops.__file__).parent.glob("*.py"):
         names = set(re.findall(r"\b\w+\._[a-zA-Z]\w*", path.read_text()))
         assert all(name.endswith("._replace") for name in names), (path, names)
@@ -154,7 +154,7 @@ def test_the_name_auto_is_reserved():
 
 
 def test_a_native_module_that_was_built_loads():
-    """Otherwise every test of the cpu backend would silently be left out."""
+    """Otherwise all tests of the cpu backend would be skipped silently."""
     if not list(Path(deco_kernels.__file__).parent.glob("_native_cpu*")):
         pytest.skip("the native CPU module is not built")
     assert native.cpu_unavailable_reason() is None

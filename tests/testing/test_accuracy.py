@@ -1,4 +1,4 @@
-"""The rule of error itself: it must notice what it is there to notice."""
+"""The rule of error: it detects errors and bias above its bounds."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The published formulation in eager PyTorch: its position features, and that it computes what the fused ops do."""
+"""The published formulation in eager PyTorch: position features, and agreement with the fused ops."""
 
 import pytest
 import torch

@@ -19,7 +19,7 @@ SHORT = [
 
 
 def write_images(folder: Path, count: int, seed: int = 0, size: tuple[int, int] = (40, 48)) -> Path:
-    """JPEG files of smooth random colours, 00000.jpg and so on."""
+    """Writes JPEG files of smooth random colors, 00000.jpg and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = np.random.default_rng(seed)
     for number in range(count):
@@ -38,13 +38,13 @@ def class_folders(tmp_path_factory) -> Path:
 
 
 class Trainer:
-    """Starts training runs in the forking process."""
+    """Starts training runs through the forking process."""
 
     def __init__(self, process: subprocess.Popen):
         self.process = process
 
     def jobs(self, jobs: list[dict]) -> list[int]:
-        """Run jobs side by side; returns their exit statuses."""
+        """Runs jobs concurrently; returns their exit statuses."""
         self.process.stdin.write(json.dumps(jobs) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -59,9 +59,9 @@ class Trainer:
         resume: bool = False,
         **job,
     ) -> int:
-        """Train into `out`, with further arguments; what it prints is appended to out.log.
+        """Trains into `out` with additional arguments; appends the output to out.log.
 
-        By default the tiny class model is trained; otherwise what `config` says, made as short.
+        Trains the tiny class model by default, otherwise `config`, equally shortened.
         """
         command = [str(config or ROOT / "python/configs/small.yaml"), *([] if config else ["model.name=deco-tiny"])]
         command += [*SHORT, f"out={out}", *arguments]
@@ -109,5 +109,5 @@ def losses(out: Path) -> dict[int, float]:
 
 
 def log(out: Path) -> str:
-    """What the run printed."""
+    """Output of the run."""
     return Path(f"{out}.log").read_text()

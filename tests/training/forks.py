@@ -1,10 +1,10 @@
-"""Runs python/train.py in forks of a process that has imported everything, so that a test does not pay for imports.
+"""Runs python/train.py in forks of a process that has imported all modules, to save the import time in tests.
 
     python -m tests.training.forks
 
-Reads a JSON list of jobs per line, runs them side by side, and answers with the JSON list of their exit statuses
-(negative: the signal that ended them). A job has "arguments", "output" (file) and may have "env", "file_size_limit"
-(bytes) and "kill": [FILE, LINES, SECONDS], to be killed so long after FILE has so many lines.
+Reads a JSON list of jobs per line, runs them concurrently, and answers with a JSON list of exit statuses (negative: the
+signal that ended the job). A job has "arguments" and "output" (file), and optionally "env", "file_size_limit" (bytes)
+and "kill": [FILE, LINES, SECONDS], to kill it SECONDS after FILE has LINES lines.
 """
 
 import json
@@ -23,7 +23,7 @@ from deco_kernels.training import loop  # noqa: F401
 
 
 def start(job: dict) -> int:
-    """Fork; the child runs the job and never returns."""
+    """Forks; the child runs the job and never returns."""
     pid = os.fork()
     if pid:
         return pid
@@ -45,13 +45,13 @@ def start(job: dict) -> int:
 
 
 def limit_files(job: dict) -> None:
-    """Limit the size of the files that the child may write, as a full disk would."""
+    """Limits the size of files that the child may write, like a full disk."""
     if job.get("file_size_limit"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size_limit"],) * 2)
 
 
 def finish(pid: int, job: dict) -> int:
-    """Wait for a child, killing it when its job says so; returns its exit status."""
+    """Waits for a child, kills it if its job requires, and returns its exit status."""
     if "kill" in job:
         path, lines, seconds = job["kill"]
         while not os.path.exists(path) or len(open(path).readlines()) < lines:

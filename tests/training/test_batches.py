@@ -1,4 +1,4 @@
-"""The order of images: complete, reproducible from any step, the same for any number of processes; buckets."""
+"""Order of images: complete, reproducible from any step, independent of the number of processes; buckets."""
 
 from collections import Counter
 

@@ -110,7 +110,7 @@ def test_every_recipe_loads():
 
 
 def test_conditions_of_the_samples():
-    """In turn as configured; classes spread evenly by default."""
+    """Conditions cycle as configured; by default, classes are spread evenly."""
 
     def shown(num_classes=None, **sample):
         return setup.shown_conditions(config.SampleConfig(**sample), num_classes)
@@ -164,7 +164,7 @@ def test_samples_that_cannot_be_drawn(num_classes, sample, said):
     ],
 )
 def test_what_no_run_can_be_set_up_with(file, override, said):
-    """Noticed before processes start; and nothing is to be said of the same configuration without the override."""
+    """Reported before processes start; the same configuration without the override is valid."""
     for name in ("ant", "bee"):
         (file.parent / "images" / name).mkdir(parents=True)
     given = [f"data.path={file.parent / 'images'}", "repa.block=1", "accelerator=cpu"]

@@ -1,4 +1,4 @@
-"""Two processes, DDP and FSDP2, compute the losses of one; checkpoints pass from one strategy to the other."""
+"""Two processes, with DDP and FSDP2, compute the losses of one; checkpoints work across strategies."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A killed run goes on with the losses of an uninterrupted one; a full disk leaves the last checkpoint."""
+"""A killed run continues with the losses of an uninterrupted one; a full disk leaves the last checkpoint."""
 
 import random
 import signal
@@ -43,7 +43,7 @@ def test_every_resume_continues_with_identical_losses(kills, trainer, class_fold
 
 
 def losses_before_a_cut(out):
-    """As `losses`, of a file whose last line a kill may have cut short."""
+    """As `losses`, for a file whose last line may be truncated by a kill."""
     path = out / "metrics.jsonl"
     text = path.read_text()
     path.write_text(text[: text.rfind("\n") + 1])

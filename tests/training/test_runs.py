@@ -25,7 +25,7 @@ def test_a_thousand_images_with_corrupt_ones(trainer, tmp_path):
     named = [line.split(": ")[0].removeprefix("skipped ") for line in log(out).splitlines() if "skipped" in line]
     assert sorted(named) == [str(path) for path in corrupt]
     assert list(losses(out)) == [5, 10, 15, 20]
-    # A second pass over the images, in a resumed run, names none of them again.
+    # A second pass over the images, in a resumed run, reports none of them again.
     assert trainer.run(out, *arguments, "steps=30", resume=True) == 0, log(out)
     assert sum("skipped" in line for line in log(out).splitlines()) == len(corrupt)
 
@@ -120,7 +120,7 @@ def test_errors_say_what_to_do(arguments, said, trainer, class_folders, tmp_path
 
 
 def test_output_that_is_no_terminal_gets_lines(trainer, class_folders, tmp_path):
-    """One when the run starts, one for each line of metrics.jsonl, one at the end; after a resume the same."""
+    """One line at the start, one per line of metrics.jsonl, one at the end; the same after resuming."""
     out = tmp_path / "run"
     assert trainer.run(out, f"data.path={class_folders}", "log_every=4", "save_every=6", "steps=6") == 0, log(out)
     start, *steps, end = log(out).splitlines()

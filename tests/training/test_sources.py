@@ -1,4 +1,4 @@
-"""Class folders, tables and shards; what is missing, empty or unusable."""
+"""Class folders, tables and shards; missing, empty or unusable sources."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ def configure(tmp_path, kind, path, **options):
 
 
 def gray_levels(source):
-    """Mean level of every image, as a check of which one it is."""
+    """Mean level of every image, which identifies it."""
     return [int(np.asarray(Image.open(io.BytesIO(s) if isinstance(s, bytes) else s)).mean()) for s, _ in read(source)]
 
 
@@ -174,7 +174,7 @@ def test_unusable_images_are_named_and_replaced(tmp_path):
 
 
 def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, make_fifo):
-    """Opening a FIFO that nobody writes would never return."""
+    """Opening a FIFO without a writer would never return."""
     folder = write_images(tmp_path / "ant", 2, size=(50, 30))
     make_fifo(folder / "pipe.png")
     (folder / "zero.png").symlink_to("/dev/zero")

@@ -1,4 +1,4 @@
-"""Result files: written, read, put together, compared. The figures of result.json are made up."""
+"""Result files: write, read, merge, compare. The figures of result.json are made up."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Time per pixel against size."""
+"""Time per pixel vs. size."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Taking turns, cold buffers, sizes."""
+"""Interleaving, cold buffers, sizes."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Nothing wrong is timed: planted faults are refused, the twins and the reference pass."""
+"""Verification: injected faults are refused; eager formulations and the reference pass."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def planted(op, change):
-    """The op's problem with a fault in what the backend returns."""
+    """The op's problem with a fault in the backend's results."""
     problem = problem_of(op)
 
     class Faulty(type(problem)):

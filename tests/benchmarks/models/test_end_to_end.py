@@ -1,4 +1,4 @@
-"""Whole training steps and samplings, at sizes where their times mean nothing."""
+"""Whole training steps and sampling, at sizes too small for meaningful times."""
 
 import pytest
 import torch

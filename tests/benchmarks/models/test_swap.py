@@ -1,4 +1,4 @@
-"""`python -m benchmarks swap`: a short form of its comparison, its parts, and the committed result against the page."""
+"""`python -m benchmarks swap`: a short comparison, its parts, and the committed result vs. the page."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ TINY = swap.Recipe(image_size=32, batch=2, width=24, depth=1, heads=2)
 
 
 def test_losses_of_a_short_training_agree():
-    """Swapped and published differ by at most three times what published on one and on two threads differ, where the
-    latter is at least a unit in the last place of float32."""
+    """Swapped and published differ by at most three times the difference of published on one and on two threads, but at
+    least one unit in the last place of float32."""
     recipe = swap.Recipe(image_size=64, batch=4, width=64, depth=1, heads=2, learning_rate=1e-3)
     losses = swap.measure_losses(recipe, steps=20, threads=2)
     assert list(losses) == ["published, 2 threads", "swapped, 2 threads", "published, 1 threads"]
@@ -32,7 +32,7 @@ def test_differences_find_a_wrong_loss():
 
 
 def test_both_contenders_train_and_sample_alike():
-    """After two steps, from which on head and modulation are no longer zero."""
+    """After two steps, when head and modulation are no longer zero."""
     published, swapped = (swap.Training(TINY, fused=fused) for fused in (False, True))
     for training in (published, swapped):
         training.step()

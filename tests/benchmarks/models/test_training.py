@@ -1,4 +1,4 @@
-"""The figures of data loading in the documentation are those of the committed result, and the program runs."""
+"""The documented figures of data loading match the committed result, and the program runs."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""compile_trunk's figures in the documentation are those of the committed result."""
+"""The documented figures of compile_trunk match the committed result."""
 
 import json
 from pathlib import Path

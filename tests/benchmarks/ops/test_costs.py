@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of the benchmarks against what is counted while the op runs."""
+"""Bytes and FLOPs of the benchmarks vs. counts while the op runs."""
 
 import pytest
 import torch

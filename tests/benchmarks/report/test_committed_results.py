@@ -1,4 +1,4 @@
-"""Committed results are complete, and the figures in README and docs are those of the files they name."""
+"""Committed results are complete, and the figures in README and docs match the files they name."""
 
 import json
 import re

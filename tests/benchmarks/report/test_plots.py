@@ -1,4 +1,4 @@
-"""Plots from a stored result alone. The figures of result.json are made up."""
+"""Plots from a stored result. The figures of result.json are made up."""
 
 import pathlib
 

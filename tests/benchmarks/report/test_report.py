@@ -1,4 +1,4 @@
-"""The report from a stored result alone. The figures of tests/benchmarks/result.json are made up, not measured."""
+"""The report from a stored result. The figures of tests/benchmarks/result.json are made up, not measured."""
 
 import json
 import pathlib

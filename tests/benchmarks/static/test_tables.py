@@ -1,4 +1,4 @@
-"""The compiler's figures in docs/triton.md and docs/cuda.md are those of benchmarks/budgets.json."""
+"""The compiler's figures in docs/triton.md and docs/cuda.md match benchmarks/budgets.json."""
 
 import copy
 import json
