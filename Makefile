@@ -1,32 +1,32 @@
-# make test        the test suite, no GPU needed: first all tests that a CPU can run, then the Triton kernels in Triton's
-#                  interpreter. The second part runs even if the first fails; a failure of either is the exit status
-# make demo        trains a small model on a photograph, fused and eager side by side -> out/demo/report.png, report.json
-# make bench       the CPU benchmark table
-# make test-long   the tests marked long
-# make test-timing the tests that assert times; they need a machine without other work
-# make aot-all     compiles every Triton and CUDA kernel for every width, dtype and architecture and compares budgets
-# make gpu-check   what only a GPU can show, with this machine's own Python and no network -> out/gpu-check
-# make lint        style
+# make test        test suite without a GPU: first all CPU tests, then the Triton kernels in Triton's interpreter;
+#                  both parts always run, and the target fails if either fails
+# make demo        train a small model on photographs, fused and eager -> out/demo/report.png, report.json
+# make bench       CPU benchmark table
+# make test-long   tests marked long
+# make test-timing tests that assert times; they need a machine without other load
+# make aot-all     compile every Triton and CUDA kernel for every width, dtype and architecture, and check budgets
+# make gpu-check   checks that need a GPU, with the system's Python and without network -> out/gpu-check
+# make lint        style checks
 #
-# All but gpu-check work in .venv, which they make. Each adds the pinned packages that it needs (requirements/) where they
-# are missing or a pin has changed: demo, bench and lint few, the others all of them.
-# PYTHON=/path/to/python3 chooses the interpreter (3.10 or later), ARGS="..." adds arguments:
+# All targets except gpu-check create and use .venv. Each installs the pinned packages that it needs (requirements/) if
+# they are missing or a pin has changed; demo, bench and lint need few packages, the others all.
+# PYTHON=/path/to/python3 selects the interpreter (3.10 or later), ARGS="..." adds arguments:
 # make test ARGS="-k pixel_decoder", make demo ARGS=--short, make bench ARGS="pixel_decoder --quick".
 
 VENV := .venv
 RUN  := $(VENV)/bin/python
 
-# The first Python on PATH that is new enough and can make virtual environments.
+# First Python on PATH that is new enough and can create virtual environments.
 USABLE := import sys, venv, ensurepip; assert sys.version_info >= (3, 10)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
             $$p -c '$(USABLE)' 2>/dev/null && { echo $$p; break; }; done)
 
-# Like PYTHON, for gpu-check: the interpreter that already has PyTorch.
+# Interpreter for gpu-check; it must have PyTorch.
 GPU_PYTHON ?= python3
 
-# Two test processes share the tests; each, and what it starts, computes with one thread where a test asks for no other.
+# Two processes share the tests; they and their children use one thread unless a test sets another number.
 PYTEST    := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal --durations=25
-# The exit status of pytest when ARGS selects no test.
+# Exit status of pytest if ARGS selects no test.
 NO_TESTS  := 5
 LEFT_OUT  := not gpu and not long and not timing and not aot_all
 
@@ -78,7 +78,7 @@ $(VENV)/.created:
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# These are installed without what they depend on.
+# Installed without dependencies.
 ALONE := photographs triton
 
 $(VENV)/.%-installed: requirements/%.txt $(VENV)/.created
@@ -88,7 +88,7 @@ $(VENV)/.%-installed: requirements/%.txt $(VENV)/.created
 $(VENV)/.test-installed $(VENV)/.lint-installed: $(VENV)/.demo-installed
 $(VENV)/.triton-installed: $(VENV)/.test-installed
 
-# The package points into this tree; its native module is then built in place, which recompiles changed sources alone.
+# Editable install; the native module is then built in place, which recompiles only changed sources.
 $(VENV)/.package: pyproject.toml setup.py $(VENV)/.demo-installed
 	DECO_KERNELS_BUILD=none $(RUN) -m pip install --no-build-isolation --no-deps -e .
 	@touch $@

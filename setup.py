@@ -1,12 +1,12 @@
 """Builds the native modules with CMake and Ninja; everything else is declared in pyproject.toml.
 
 DECO_KERNELS_BUILD chooses what is built:
-  auto  (default) whatever this machine has the tools for; if that fails, the pure-Python package is installed
-        and the reason and the log are named
+  auto  (default) the modules for which this machine has the tools; if a build fails, the pure-Python package is
+        installed, and the reason and the log file are printed
   cpu   the CPU module; a failure is an error
-  cuda  the CUDA module and the CPU module; a failure is an error
-  none  nothing: pure Python
-Neither PyTorch nor a GPU is needed here. DECO_KERNELS_CUDA_ARCHS chooses what the CUDA module is built for, by default
+  cuda  the CPU and CUDA modules; a failure is an error
+  none  no native module, only Python
+Needs neither PyTorch nor a GPU. DECO_KERNELS_CUDA_ARCHS selects the architectures of the CUDA module, by default
 "80+PTX,90a,100"; +PTX adds code that newer GPUs compile when they first load it.
 """
 
@@ -42,12 +42,12 @@ def cuda_options() -> list[str]:
         raise RuntimeError("nvcc was not found; install the CUDA toolkit, put nvcc on PATH or set CUDA_HOME")
     options = ["-DDECO_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
     architectures = os.environ.get("DECO_KERNELS_CUDA_ARCHS", "").replace(",", ";").replace(" ", "")
-    # Without a choice, one that an earlier build in the same folder remembers is dropped.
+    # Without a choice, drop the cached one of an earlier build in the same folder.
     return options + [f"-DDECO_CUDA_ARCHS={architectures}" if architectures else "-UDECO_CUDA_ARCHS"]
 
 
 class NativeModule(Extension):
-    """A Python module that the CMake target of the same name builds; `optional` ones may fail."""
+    """A Python module built by the CMake target of the same name; builds of `optional` modules may fail."""
 
     def __init__(self, name: str, target: str, optional: bool):
         super().__init__(name, sources=[], optional=optional)
@@ -55,7 +55,7 @@ class NativeModule(Extension):
 
 
 def find_tool(name: str) -> str | None:
-    """An executable on PATH or next to the running Python (a virtual environment that is not activated)."""
+    """An executable on PATH or next to the current Python (a virtual environment that is not activated)."""
     beside_python = os.path.dirname(sys.executable)
     return shutil.which(name) or shutil.which(name, path=beside_python)
 
@@ -75,8 +75,8 @@ class CMakeBuild(build_ext):
             if not ext.optional:
                 raise SystemExit(message) from error
             sys.stderr.write(
-                f"{message}  Installing without it: the ops run through the other backends, at least the reference "
-                "backend. Install what is missing (a C++17 compiler, cmake, ninja, pybind11) and build again; "
+                f"{message}  Installing without it: the ops use the other backends, at least the reference backend. "
+                "Install the missing tools (a C++17 compiler, cmake, ninja, pybind11) and build again; "
                 f"DECO_KERNELS_BUILD={ext.target.removeprefix('_native_')} makes this an error.\n"
             )
 
