@@ -1,6 +1,6 @@
-"""Describes tensors to the native modules: addresses, dtype codes and strides as plain integers.
+"""Descriptions of tensors for the native modules: addresses, dtype codes and strides as plain integers.
 
-A description holds no reference, so the tensor must outlive the call it is made for.
+A description holds no reference: the tensor must outlive the call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from deco_kernels.signatures import DecoderWeights, Group, flat, mapped
 
 Gradients = tuple[torch.Tensor | None, ...]
-"""Of every tensor argument in order; None where none was asked for."""
+"""Gradients of every tensor argument in order; None if not needed."""
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -45,31 +45,31 @@ def contiguous(weights: Group) -> Group:
 
 
 def empty_gradients(inputs: Sequence[Any], needs: Sequence[bool]) -> Gradients:
-    """A contiguous tensor like each of the inputs to write its gradient to, or None where `needs` is False."""
+    """Uninitialized contiguous tensors for the gradients of the inputs; None where `needs` is False."""
     return tuple([_empty_like(tensor) if need else None for tensor, need in zip(flat(inputs), needs, strict=True)])
 
 
 def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous one; asking for the format takes time, which a tensor that is contiguous already can save."""
+    """Uninitialized contiguous tensor; passing the memory format is slow, so contiguous tensors omit it."""
     if tensor.is_contiguous():
         return torch.empty_like(tensor)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def add_gradients(totals: Gradients, gradients: Gradients) -> None:
-    """Adds the gradients of a part of the work to the float32 `totals`; None where one is not wanted."""
+    """Add the gradients of one chunk to the float32 `totals`; None if not needed."""
     for total, gradient in zip(totals, gradients, strict=True):
         if total is not None and gradient is not None:
             total += gradient
 
 
 def zeroed(gradients: Gradients) -> Gradients:
-    """For an empty batch."""
+    """Gradients of an empty batch: fill them with zeros in place."""
     return tuple(None if gradient is None else gradient.zero_() for gradient in gradients)
 
 
 def zero_totals(weights: Sequence[Any], needs: Sequence[bool]) -> Gradients:
-    """Zeros in float32 like each of the weights to add gradients of chunks to, or None where `needs` is False."""
+    """Float32 zeros of the weights' shapes, to accumulate gradients in; None where `needs` is False."""
     return tuple(
         torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need else None
         for weight, need in zip(flat(weights), needs, strict=True)
@@ -77,25 +77,25 @@ def zero_totals(weights: Sequence[Any], needs: Sequence[bool]) -> Gradients:
 
 
 def empty_parts(totals: Gradients) -> Gradients:
-    """Memory for the gradients of one chunk."""
+    """Uninitialized tensors for the gradients of one chunk."""
     return tuple(None if total is None else torch.empty_like(total) for total in totals)
 
 
 def cast_gradients(totals: Gradients, weights: Sequence[Any]) -> Gradients:
-    """Each of `totals` in the dtype of the weight it belongs to."""
+    """Cast each of `totals` to the dtype of its weight."""
     pairs = zip(totals, flat(weights), strict=True)
     return tuple(None if total is None else total.to(weight.dtype) for total, weight in pairs)
 
 
 def image(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    """(address, dtype, strides of B, C, H, W) of [B, C, H, W] with any strides."""
+    """(address, dtype, strides of B, C, H, W in elements) of [B, C, H, W] with any strides."""
     if tensor is None:
         return (0, 0, 0, 0, 0, 0)
     return (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], *tensor.stride())
 
 
 def pixel_rows(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    """(address, dtype, stride of a token, stride of a pixel) of [..., P, D] as `readable_pixel_rows` returns it."""
+    """(address, dtype, token stride, pixel stride in elements) of [..., P, D] from `readable_pixel_rows`."""
     if tensor is None:
         return (0, 0, 0, 0)
     if tensor.is_contiguous():
@@ -105,7 +105,7 @@ def pixel_rows(tensor: torch.Tensor | None) -> tuple[int, ...]:
 
 
 def readable_pixel_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` [..., P, D] itself if its channels are adjacent and one stride leads from token to token, or a copy."""
+    """`tensor` [..., P, D], copied unless it has unit channel stride and a single token stride."""
     if tensor.is_contiguous():
         return tensor
     if tensor.stride(-1) == 1 and collapsed_stride(tensor, 2) is not None:
@@ -114,12 +114,12 @@ def readable_pixel_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def rows(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    """(address, dtype, stride of a row) of [..., D] as `readable_rows` returns it."""
+    """(address, dtype, row stride in elements) of [..., D] from `readable_rows`."""
     return (0, 0, 0) if tensor is None else (*array(tensor), collapsed_stride(tensor, 1) or 0)
 
 
 def readable_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` [..., D] itself if its channels are adjacent and one stride leads from row to row, or a copy."""
+    """`tensor` [..., D], copied unless it has unit channel stride and a single row stride."""
     if tensor.is_contiguous() or (tensor.stride(-1) == 1 and collapsed_stride(tensor, 1) is not None):
         return tensor
     return tensor.contiguous()
@@ -144,7 +144,7 @@ def upsample_sizes(tokens: torch.Tensor, pixels: int, width: int) -> tuple[int, 
 
 
 def collapsed_stride(tensor: torch.Tensor, trailing: int) -> int | None:
-    """The one stride that walks over all dimensions but the last `trailing`, in order, or None if there is none."""
+    """Stride of all dimensions except the last `trailing`, collapsed into one; None if they cannot be collapsed."""
     if tensor.numel() == 0:
         return 0
     stride, expected = 0, None

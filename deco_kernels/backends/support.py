@@ -1,4 +1,4 @@
-"""What a backend serves: one description, from which its refusals and the README's table of backends are made."""
+"""Dtypes and sizes that a backend supports, the source of its refusals and of the README's table of backends."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Request(NamedTuple):
-    """What a backend must know of a call to say whether it can serve it."""
+    """Properties of a call that determine whether a backend can run it."""
 
     op: str
     device_type: str
-    dtypes: tuple[torch.dtype, ...]  # of the activation, then of the image, prediction and target where there are any
-    width: int | None = None  # D; here and below None where the op has no such size
+    dtypes: tuple[torch.dtype, ...]  # of the activation (pred), then of the image (target) if any
+    width: int | None = None  # D; None here and below if the op has no such size
     depth: int | None = None  # N
     patch_size: int | None = None  # p
     channels: int | None = None  # C
-    pixels: int | None = None  # P, where any number of pixels makes a patch
-    called_as: str = ""  # the public function, where it is another than `op`
+    pixels: int | None = None  # P, if patches need not be square
+    called_as: str = ""  # the public function if its name is not `op`
 
     @property
     def public_name(self) -> str:
@@ -32,9 +32,9 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class Support:
-    """Dtypes and sizes that a backend has kernels for; sizes are checked where a call has them.
+    """Dtypes and sizes that a backend has kernels for.
 
-    `activations` are the dtypes of cond, tokens and h, and of pred of a loss; `images` those of image and target.
+    `activations` are the dtypes of cond, tokens and h, and of pred of a loss; `images` are those of image and target.
     """
 
     runs_on: str
@@ -46,7 +46,7 @@ class Support:
     channels: tuple[int, ...] = (1, 3, 4)
 
     def refusal(self, request: Request) -> str | None:
-        """Why the backend has no kernel for a call, with the remedy, or None."""
+        """Reason, with remedy, why the backend has no kernel for a call, or None. Skips sizes that the call lacks."""
         activation, *images = request.dtypes
         sizes, widths, channels = _words(self.patch_sizes), _words(self.widths), _words(self.channels)
         areas = [size**2 for size in self.patch_sizes]
@@ -67,7 +67,7 @@ class Support:
         return None
 
     def serves(self) -> str:
-        """One cell of the README's table."""
+        """The supported sizes and dtypes, as a cell of the README's table."""
         dtypes = "activations in " + _words(self.activations)
         if self.images != self.activations:
             dtypes += ", images in " + _words(self.images)
@@ -78,7 +78,7 @@ class Support:
 
 
 def backends_table(names: Iterable[str]) -> str:
-    """The backends of this package as a Markdown table."""
+    """Markdown table of the backends of this package."""
     rows = []
     for name in names:
         package = importlib.import_module(f"deco_kernels.backends.{name}")

@@ -1,5 +1,4 @@
-"""What the ops with an upsample share where its matmul runs in PyTorch: cond is built, and its gradient used, in chunks
-of tokens, so that neither exists as a whole."""
+"""Upsample by PyTorch's matmul in chunks of tokens, so that neither cond nor its gradient is stored as a whole."""
 
 from __future__ import annotations
 
@@ -15,13 +14,15 @@ MIN_VALUES = 1 << 23
 
 
 def chunk_tokens(up: UpsampleWeights) -> int:
-    """How many tokens a chunk should have: 1,024, or more while its cond stays below 2^23 values."""
+    """Tokens per chunk: 1,024, or more while its cond has at most 2^23 values."""
     return max(MIN_TOKENS, MIN_VALUES // up.up_weight.shape[0])
 
 
 def image_chunks(shape: torch.Size, patch_size: int, tokens: int) -> Iterator[tuple[slice, slice]]:
-    """Cuts a batch [B, C, H, W] into (images, lines) whose tokens are consecutive: whole images, or whole rows of
-    patches of one image, about `tokens` tokens each; nothing where there are no tokens."""
+    """Split a batch [B, C, H, W] into (images, lines) slices of consecutive tokens, about `tokens` tokens each.
+
+    A chunk is whole images, or whole rows of patches of one image. Yields nothing if there are no tokens.
+    """
     batch, _, height, width = shape
     per_row = width // patch_size
     per_image = height // patch_size * per_row
@@ -39,13 +40,13 @@ def image_chunks(shape: torch.Size, patch_size: int, tokens: int) -> Iterator[tu
 
 
 class UpsampleGradients:
-    """The gradients of tokens [T, Z], up_weight [P*D, Z] and up_bias [P*D], summed over chunks of tokens in order.
+    """Gradients of tokens [T, Z], up_weight [P*D, Z] and up_bias [P*D], accumulated over chunks of tokens in order.
 
-    The products run in PyTorch, in the dtype of tokens (on the CPU float16 in float32). Sums over chunks are float32.
+    Matmuls run in PyTorch in the dtype of tokens (float16 on the CPU in float32). Sums over chunks are float32.
     """
 
     def __init__(self, tokens: torch.Tensor, up: UpsampleWeights, needs: Sequence[bool]):
-        """`needs` says which of the three are wanted."""
+        """`needs`: which of the three gradients are needed."""
         up_weight, up_bias = up
         self.inputs = (tokens, up_weight, up_bias)
         self.dtype = tokens.dtype if tokens.is_cuda or tokens.dtype is torch.bfloat16 else torch.float32
@@ -61,23 +62,23 @@ class UpsampleGradients:
 
     @functools.cached_property
     def weight(self) -> torch.Tensor:
-        """up_weight rounded to the dtype of tokens, in the dtype of the products."""
+        """up_weight [P*D, Z] rounded to the dtype of tokens, in the compute dtype."""
         tokens, up_weight, _ = self.inputs
         return up_weight.to(tokens.dtype).to(self.dtype)
 
     def cond(self, first: int, last: int) -> torch.Tensor:
-        """[last - first, P*D] in the dtype of tokens."""
+        """Conditions [last - first, P*D] of tokens first to last - 1, in the dtype of tokens."""
         tokens, _, up_bias = self.inputs
         products = torch.nn.functional.linear(self.rows[first:last].to(self.dtype), self.weight)
         return products.add_(up_bias).to(tokens.dtype)
 
     def new_grad_cond(self, tokens: int, pixels: int) -> torch.Tensor | None:
-        """Uninitialised [tokens, P, D] for a chunk's gradient of cond; None if nothing here depends on it."""
+        """Uninitialized [tokens, P, D] for the gradient of a chunk's cond; None if no gradient needs it."""
         width = self.inputs[1].shape[0] // pixels
         return self.rows.new_empty(tokens, pixels, width, dtype=self.dtype) if self.wanted else None
 
     def add(self, first: int, grad_cond: torch.Tensor | None) -> None:
-        """Takes the gradient of cond of the tokens from `first` on."""
+        """Accumulate the gradients from that of the cond of tokens `first` onward, [tokens, P, D]."""
         if grad_cond is None:
             return
         grad = grad_cond.flatten(1).to(self.dtype)
@@ -90,7 +91,7 @@ class UpsampleGradients:
             self.grad_bias += grad.sum(0, dtype=torch.float32)
 
     def results(self) -> tuple[torch.Tensor | None, ...]:
-        """(grad_tokens, grad_up_weight, grad_up_bias), each like its tensor, or None."""
+        """(grad_tokens, grad_up_weight, grad_up_bias), each like its tensor, or None if not needed."""
         tokens, up_weight, up_bias = self.inputs
         return (
             None if self.grad_tokens is None else self.grad_tokens.view(tokens.shape),

@@ -1,7 +1,7 @@
 """Backend "cpu": C++ kernels (csrc/cpu) through the native module, for CPU tensors.
 
-The kernels read float32, bfloat16 and float16 and compute in float32, or in bfloat16 products accumulated in float32
-where the processor has them (AVX512-BF16) and the activation is bfloat16.
+The kernels read float32, bfloat16 and float16 and compute in float32. With AVX512-BF16 and bfloat16 activations,
+matmuls take bfloat16 inputs and accumulate in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ unsupported_reason = SUPPORT.refusal
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why this backend cannot run on `device` at all, with the remedy, or None."""
+    """Reason, with remedy, why this backend cannot run on `device`, or None."""
     if device.type != "cpu":
-        return f"it computes on CPU tensors, these are on {device}; move them with .cpu() or choose another backend"
+        return f"it runs on CPU tensors, got tensors on {device}; move them with .cpu() or choose another backend"
     return native.cpu_unavailable_reason()

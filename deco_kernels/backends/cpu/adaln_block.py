@@ -12,7 +12,7 @@ from deco_kernels.signatures import BlockWeights
 
 
 def forward(h: torch.Tensor, cond: torch.Tensor, weights: BlockWeights, eps: float) -> torch.Tensor:
-    """h' like h."""
+    """h' with the shape and dtype of h."""
     h, cond = arguments.readable_rows(h), arguments.readable_rows(cond)
     weights = arguments.contiguous(weights)
     out = torch.empty(h.shape, dtype=h.dtype)
@@ -36,7 +36,7 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (h, cond, the weights) where `needs` asks."""
+    """Gradients of (h, cond, weights); None where `needs` is False."""
     grads = arguments.empty_gradients((h, cond, weights), needs)
     grad_out, h, cond = (arguments.readable_rows(tensor) for tensor in (grad_out, h, cond))
     weights = arguments.contiguous(weights)

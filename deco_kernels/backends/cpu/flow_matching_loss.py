@@ -44,7 +44,7 @@ def backward(
     frequency_scale: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of pred, target, frequency_weight and sample_weight where `needs` asks for them."""
+    """Gradients of pred, target, frequency_weight and sample_weight; None where `needs` is False."""
     total = grad_total.item()
     return _gradients(
         total + grad_pixel.item(),
@@ -62,12 +62,12 @@ def frequency_loss_backward(
     sample_weight: torch.Tensor | None,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """As `backward`, of the frequency loss."""
+    """`backward` of the frequency loss."""
     return _gradients(0.0, grad.item(), Loss(pred, target, frequency_weight, sample_weight), needs)
 
 
 def _losses(inputs: Loss, frequency_scale: float, *losses: torch.Tensor | None) -> None:
-    """Writes total, pixel and frequency where they are wanted (not None)."""
+    """Write total, pixel and frequency to `losses`; None skips a loss."""
     pred, target, *weights = inputs
     weights_in_float32 = [_in_float32(weight) for weight in weights]
     native.cpu().flow_matching_loss_forward(
@@ -82,7 +82,7 @@ def _losses(inputs: Loss, frequency_scale: float, *losses: torch.Tensor | None) 
 
 
 def _gradients(grad_pixel: float, grad_frequency: float, inputs: Loss, needs: Sequence[bool]) -> arguments.Gradients:
-    """`grad_pixel` and `grad_frequency`: of the two losses, by every way they enter the result."""
+    """`grad_pixel` and `grad_frequency` are the gradients of the two parts, including through the total."""
     pred, target, *weights = inputs
     grad_images = [
         torch.empty(tensor.shape, dtype=tensor.dtype) if need else None

@@ -14,7 +14,7 @@ from deco_kernels.signatures import DecoderWeights
 def forward(
     image: torch.Tensor, cond: torch.Tensor, weights: DecoderWeights, patch_size: int, eps: float
 ) -> torch.Tensor:
-    """velocity [B, C, H, W] in cond's dtype."""
+    """velocity [B, C, H, W] in the dtype of cond."""
     cond = arguments.readable_pixel_rows(cond)
     weights = arguments.contiguous(weights)
     velocity = torch.empty_like(image, dtype=cond.dtype, memory_format=torch.contiguous_format)
@@ -39,7 +39,7 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (image, cond, the weights) where `needs` asks."""
+    """Gradients of (image, cond, weights); None where `needs` is False."""
     grads = arguments.empty_gradients((image, cond, weights), needs)
     cond = arguments.readable_pixel_rows(cond)
     weights = arguments.contiguous(weights)

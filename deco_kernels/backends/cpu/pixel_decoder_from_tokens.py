@@ -1,4 +1,4 @@
-"""pixel_decoder_from_tokens on the CPU: csrc/cpu/pixel_decoder_from_tokens.cpp; the backward rebuilds cond in chunks
+"""pixel_decoder_from_tokens on the CPU: csrc/cpu/pixel_decoder_from_tokens.cpp. The backward recomputes cond in chunks
 and runs csrc/cpu/pixel_decoder_backward.cpp on each."""
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (image, tokens, the upsample's and the decoder's weights) where `needs` asks."""
+    """Gradients of (image, tokens, upsample weights, decoder weights); None where `needs` is False."""
     weights = arguments.contiguous(weights)
     pixels, width = weights.pixel_table.shape
     grad_image = torch.empty(image.shape, dtype=image.dtype) if needs[0] else None

@@ -15,7 +15,7 @@ from deco_kernels.signatures import ModulationWeights, UpsampleWeights
 def forward(
     h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(modulated, gate) like h."""
+    """(modulated, gate) with the shape and dtype of h."""
     h, tokens = arguments.readable_pixel_rows(h), arguments.readable_rows(tokens)
     up, weights = arguments.contiguous(up), arguments.contiguous(weights)
     modulated, gate = torch.empty(h.shape, dtype=h.dtype), torch.empty(h.shape, dtype=h.dtype)
@@ -43,7 +43,7 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (h, tokens, the upsample's weights, the modulation's) where `needs` asks."""
+    """Gradients of (h, tokens, upsample weights, modulation weights); None where `needs` is False."""
     up, weights = arguments.contiguous(up), arguments.contiguous(weights)
     pixels, width = h.shape[-2:]
     grad_modulated, grad_gate, h_rows = (_token_rows(tensor) for tensor in (grad_modulated, grad_gate, h))
@@ -78,5 +78,5 @@ def backward(
 
 
 def _token_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """[..., P, D] as [T, P, D] that the kernels can read."""
+    """Reshape [..., P, D] to [T, P, D] in a layout that the kernels can read."""
     return arguments.readable_pixel_rows(tensor.reshape(-1, *tensor.shape[-2:]))

@@ -1,6 +1,6 @@
 """Backend "cuda": CUDA C++ kernels (csrc/cuda) through the native module _native_cuda, for NVIDIA GPUs from sm_80 on.
 
-bfloat16 and float16 activations; products run on the tensor cores with float32 accumulation. It is used by name only.
+Activations are bfloat16 or float16; matmuls run on tensor cores with float32 accumulation. Used only by name.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ unsupported_reason = SUPPORT.refusal
 
 @functools.cache
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why no kernel of this backend can run on `device`, with the remedy, or None."""
+    """Reason, with remedy, why no kernel of this backend can run on `device`, or None."""
     if device.type != "cuda" or torch.version.hip:
-        return f"its kernels are for NVIDIA GPUs, the tensors are on {device}; choose another backend"
+        return f"its kernels run on NVIDIA GPUs, got tensors on {device}; choose another backend"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return (

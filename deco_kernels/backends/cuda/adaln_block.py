@@ -12,7 +12,7 @@ from deco_kernels.signatures import BlockWeights
 
 
 def forward(h: torch.Tensor, cond: torch.Tensor, weights: BlockWeights, eps: float) -> torch.Tensor:
-    """h' like h."""
+    """h' with the shape and dtype of h."""
     module = calls.module_for(h)
     rows, width = arguments.row_sizes(h)
     out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
@@ -41,7 +41,7 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (h, cond, the weights) where `needs` asks."""
+    """Gradients of (h, cond, weights); None where `needs` is False."""
     module = calls.module_for(h)
     rows, width = arguments.row_sizes(h)
     grads = arguments.empty_gradients((h, cond, weights), (True, *needs[1:]))

@@ -1,4 +1,4 @@
-"""What the calls of the native CUDA module share: device, stream, workspace, and rows that the kernels can read."""
+"""Helpers of calls to the native CUDA module: device, stream, workspace, and row layouts that the kernels can read."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ import torch
 from deco_kernels import native
 from deco_kernels.backends import arguments
 
-_ROW_ALIGNMENT = 16  # bytes: a row of channels is read in accesses of this size
+_ROW_ALIGNMENT = 16  # bytes of one memory access to a row of channels
 
 
 def module_for(tensor: torch.Tensor) -> ModuleType:
-    """The native module that runs kernels where `tensor` lies."""
+    """The native module that runs kernels on the device of `tensor`."""
     return native.cuda(tensor.device)
 
 
 def launch(
     function: Callable[..., None], workspace_bytes: int, like: torch.Tensor, *description: int | float | tuple[int, ...]
 ) -> None:
-    """Calls a native function on `like`'s device and current stream with scratch memory of that size."""
+    """Call a native function on the device and current stream of `like`, with a workspace of `workspace_bytes`."""
     workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=like.device)
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     function((like.device.index or 0, stream, workspace.data_ptr(), workspace_bytes), *description)
 
 
 def readable_pixel_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` [..., P, D] itself if the kernels can read its rows in place, or a contiguous copy."""
+    """`tensor` [..., P, D], copied unless the kernels can read its rows in place."""
     rows = arguments.readable_pixel_rows(tensor)
     return _aligned(rows, (arguments.collapsed_stride(rows, 2), rows.stride(-2)))
 
 
 def readable_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` [..., D] itself if the kernels can read its rows in place, or a contiguous copy."""
+    """`tensor` [..., D], copied unless the kernels can read its rows in place."""
     rows = arguments.readable_rows(tensor)
     return _aligned(rows, (arguments.collapsed_stride(rows, 1),))
 
 
 def _aligned(tensor: torch.Tensor, strides: tuple[int | None, ...]) -> torch.Tensor:
-    """`tensor`, or a copy if its rows do not all start at a multiple of 16 bytes."""
+    """`tensor`, copied unless all its rows start at a multiple of 16 bytes."""
     size = tensor.element_size()
     offsets = (tensor.data_ptr(), *((stride or 0) * size for stride in strides))
     if all(offset % _ROW_ALIGNMENT == 0 for offset in offsets):

@@ -46,7 +46,7 @@ def backward(
     frequency_scale: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of pred, target, frequency_weight and sample_weight where `needs` asks for them."""
+    """Gradients of pred, target, frequency_weight and sample_weight; None where `needs` is False."""
     inputs = Loss(pred, target, frequency_weight, sample_weight)
     return _gradients((grad_total, grad_pixel, grad_frequency), frequency_scale, inputs, needs)
 
@@ -59,12 +59,12 @@ def frequency_loss_backward(
     sample_weight: torch.Tensor | None,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """As `backward`, of the frequency loss."""
+    """`backward` of the frequency loss."""
     return _gradients((None, None, grad), 0.0, Loss(pred, target, frequency_weight, sample_weight), needs)
 
 
 def _losses(inputs: Loss, frequency_scale: float, losses: Sequence[torch.Tensor | None]) -> None:
-    """Writes total, pixel and frequency where they are wanted (not None)."""
+    """Write total, pixel and frequency to `losses`; None skips a loss."""
     if inputs.pred.numel() == 0:
         for loss in losses:
             if loss is not None:
@@ -76,7 +76,7 @@ def _losses(inputs: Loss, frequency_scale: float, losses: Sequence[torch.Tensor 
 def _gradients(
     grad_losses: Sequence[torch.Tensor | None], frequency_scale: float, inputs: Loss, needs: Sequence[bool]
 ) -> arguments.Gradients:
-    """`grad_losses`: of total, pixel and frequency; None: zero."""
+    """`grad_losses`: gradients of total, pixel and frequency; None for zero."""
     wanted = [need and tensor is not None for tensor, need in zip(inputs, needs, strict=True)]
     grads = arguments.empty_gradients(inputs, wanted)
     if inputs.pred.numel() == 0:

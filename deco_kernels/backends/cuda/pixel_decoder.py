@@ -11,13 +11,13 @@ from deco_kernels.backends.cuda import calls
 from deco_kernels.signatures import DecoderWeights
 
 CHUNK_PIXELS = 1 << 19
-"""Pixels that the backward takes at a time; its workspace holds 2·D·(N + 2) bytes for each of them."""
+"""Pixels per pass of the backward; its workspace has 2·D·(N + 2) bytes per pixel."""
 
 
 def forward(
     image: torch.Tensor, cond: torch.Tensor, weights: DecoderWeights, patch_size: int, eps: float
 ) -> torch.Tensor:
-    """velocity [B, C, H, W] in cond's dtype."""
+    """velocity [B, C, H, W] in the dtype of cond."""
     velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
     cond, weights = calls.readable_pixel_rows(cond), arguments.contiguous(weights)
     run_forward(image, cond, weights, velocity, patch_size, eps)
@@ -33,7 +33,7 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (image, cond, the weights) where `needs` asks."""
+    """Gradients of (image, cond, weights); None where `needs` is False."""
     grads = arguments.empty_gradients((image, cond, weights), needs)
     if image.numel() == 0:
         return arguments.zeroed(grads)
@@ -50,7 +50,7 @@ def run_forward(
     patch_size: int,
     eps: float,
 ) -> None:
-    """Writes velocity, of any strides but unit stride along a row; cond as `readable_pixel_rows` returns it."""
+    """Write velocity, any strides with unit stride in W; cond must come from `readable_pixel_rows`."""
     module = calls.module_for(cond)
     shape = arguments.decoder_sizes(image, weights, patch_size)
     calls.launch(
@@ -77,7 +77,7 @@ def run_backward(
     patch_size: int,
     eps: float,
 ) -> None:
-    """Writes the gradients that are not None: grad_image of any strides, grad_cond and grad_weights contiguous."""
+    """Write the gradients that are not None: grad_image with any strides, grad_cond and grad_weights contiguous."""
     module = calls.module_for(cond)
     shape = arguments.decoder_sizes(image, weights, patch_size)
     calls.launch(

@@ -1,5 +1,5 @@
-"""pixel_decoder_from_tokens on CUDA devices: PyTorch's matmul and the kernels of pixel_decoder, chunk by chunk of
-tokens; a chunk's conditions stay in the cache of a data-centre GPU between the two."""
+"""pixel_decoder_from_tokens on CUDA devices: PyTorch's matmul and the kernels of pixel_decoder, in chunks of tokens
+whose conditions stay in the L2 cache of a data-center GPU between the two."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (image, tokens, the upsample's and the decoder's weights) where `needs` asks."""
+    """Gradients of (image, tokens, upsample weights, decoder weights); None where `needs` is False."""
     upsample = UpsampleGradients(tokens, up, needs=needs[1:4])
     weights = arguments.contiguous(weights)
     totals = arguments.zero_totals(weights, needs[4:])
@@ -67,7 +67,7 @@ def backward(
 
 
 def _chunks(shape: torch.Size, patch_size: int) -> Iterator[tuple[tuple[slice, slice, slice], int, int]]:
-    """(index into [B, C, H, W], first and last token) of consecutive pieces of the batch."""
+    """(index into [B, C, H, W], first token, end token) of consecutive chunks of the batch."""
     first = 0
     for images, lines in image_chunks(shape, patch_size, max(1, pixel_decoder.CHUNK_PIXELS // patch_size**2)):
         height = len(range(shape[2])[lines])

@@ -1,4 +1,4 @@
-"""upsample_modulate on CUDA devices: PyTorch's matmul and csrc/cuda/upsample_modulate.cu, chunk by chunk of tokens."""
+"""upsample_modulate on CUDA devices: PyTorch's matmul and csrc/cuda/upsample_modulate.cu, in chunks of tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from deco_kernels.backends.upsample import UpsampleGradients
 from deco_kernels.signatures import ModulationWeights, UpsampleWeights
 
 CHUNK_PIXELS = 1 << 19
-"""Pixels whose conditions exist at a time."""
+"""Pixels per chunk, whose conditions are stored at a time."""
 
 
 def forward(
     h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(modulated, gate) like h."""
+    """(modulated, gate) with the shape and dtype of h."""
     module = calls.module_for(h)
     modulated, gate = (torch.empty(h.shape, dtype=h.dtype, device=h.device) for _ in range(2))
     upsample = UpsampleGradients(tokens, up, needs=(False, False, False))
@@ -54,7 +54,7 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (h, tokens, the upsample's weights, the modulation's) where `needs` asks."""
+    """Gradients of (h, tokens, upsample weights, modulation weights); None where `needs` is False."""
     module = calls.module_for(h)
     upsample = UpsampleGradients(tokens, up, needs=needs[1:4])
     weights = arguments.contiguous(weights)
@@ -92,12 +92,12 @@ def backward(
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """[..., P, D] as [T·P, D] that the kernels can read."""
+    """Reshape [..., P, D] to [T·P, D] in a layout that the kernels can read."""
     return calls.readable_rows(tensor.reshape(-1, tensor.shape[-1]))
 
 
 def _token_chunks(tokens: int, pixels: int) -> Iterator[tuple[int, int]]:
-    """(first, last) of consecutive chunks of tokens."""
+    """(first, end) of consecutive chunks of tokens."""
     size = max(1, CHUNK_PIXELS // pixels)
     for first in range(0, tokens, size):
         yield first, min(first + size, tokens)

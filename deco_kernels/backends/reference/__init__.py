@@ -1,7 +1,7 @@
-"""Plain PyTorch, line by line the formulas: the oracle of the tests and the fallback on any device.
+"""Backend "reference": the formulas in plain PyTorch, the reference of the tests and the fallback on any device.
 
-Every op is a `formula` on tensors of one dtype, float64 when the inputs are float64, else float32: activations are
-widened, matmul weights are first rounded to the activation dtype as eager autocast would. Results are rounded once.
+Every op is a `formula` on tensors of one dtype, float64 for float64 inputs and float32 otherwise. Matmul weights are
+first rounded to the activation dtype, as in eager autocast. Results are rounded once.
 """
 
 import torch

@@ -16,14 +16,14 @@ def formula(h: Tensor, cond: Tensor, weights: BlockWeights, eps: float) -> Tenso
 
 
 def block(h: Tensor, silu_cond: Tensor, weights: BlockWeights, eps: float) -> Tensor:
-    """The block given SiLU(cond), which all blocks of a decoder share."""
+    """The block for a given SiLU(cond), which all blocks of a decoder share."""
     modulation, fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     modulated, gate = modulate(h, silu_cond, modulation, eps)
     return h + gate * F.linear(F.silu(F.linear(modulated, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
 
 
 def modulate(h: Tensor, silu_cond: Tensor, weights: ModulationWeights, eps: float) -> tuple[Tensor, Tensor]:
-    """(modulated, gate), like h."""
+    """(modulated, gate), each with the shape of h."""
     shift, scale, gate = F.linear(silu_cond, weights.mod_weight, weights.mod_bias).chunk(3, dim=-1)
     normed = F.layer_norm(h, h.shape[-1:], weights.norm_weight, weights.norm_bias, eps)
     return normed * (1 + scale) + shift, gate

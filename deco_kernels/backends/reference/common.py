@@ -1,4 +1,4 @@
-"""What the reference ops share: the precision they compute in, and gradients by differentiating the formula."""
+"""Helpers of the reference ops: compute dtype, and gradients by differentiating the formula."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ def prepare(op: str, inputs: Group, activation: torch.Tensor) -> Group:
 
 @contextlib.contextmanager
 def _recording_gradients() -> Iterator[None]:
-    """Autograd records inside, also where the caller runs below the autograd dispatch keys, as compiled graphs do."""
+    """Context in which autograd records, even if the caller runs below the autograd dispatch keys (compiled graphs)."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
         excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
@@ -43,9 +43,9 @@ def differentiate(
     needs: Sequence[bool],
     grad_outputs: Sequence[torch.Tensor],
 ) -> Gradients:
-    """Gradients of formula(*inputs, *options) where `needs` asks, contiguous, each in the dtype of its original.
+    """Gradients of formula(*inputs, *options), contiguous, each in the dtype of its original; None where not needed.
 
-    `inputs` are `originals` in the compute dtype; an input may be None if it is not needed.
+    `inputs` are `originals` in the compute dtype; an input that is not needed may be None.
     """
     with _recording_gradients():
         leaves = [
@@ -59,7 +59,9 @@ def differentiate(
     grad_outputs = [gradient.to(output.dtype) for output, gradient in used]
     asked = [leaf for leaf, need in zip(leaves, needs, strict=True) if leaf is not None and need]
     if asked and not used:
-        raise RuntimeError("autograd did not record the reference formula: no output depends on the inputs asked for")
+        raise RuntimeError(
+            "autograd did not record the reference formula: no output depends on the inputs that need gradients"
+        )
     found = iter(torch.autograd.grad(outputs, asked, grad_outputs, materialize_grads=True) if asked else ())
     return tuple(
         next(found).to(original.dtype).contiguous() if need else None

@@ -73,7 +73,7 @@ def _batch_mean(values: Tensor, sample_weight: Tensor | None) -> Tensor:
 
 
 def _empty_loss(*tensors: Tensor | None) -> Tensor:
-    """0, differentiable with respect to every tensor given."""
+    """Zero, differentiable with respect to every given tensor."""
     return functools.reduce(torch.add, [0 * tensor.sum() for tensor in tensors if tensor is not None])
 
 
