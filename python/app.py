@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def check_address(host: str, port: int | None) -> None:
-    """Raises ValueError if the page cannot be served at this host and port; None stands for any port."""
+    """Raises ValueError if the page cannot be served at this host and port; None means any port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port or 0), family=family).close()

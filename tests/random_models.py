@@ -9,7 +9,7 @@ from deco_kernels import model
 
 
 @torch.no_grad()
-def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     """Fills all parameters in place: matrices N(0, 1/fan-in), norm weights N(1, 0.1²), biases N(0, 0.3²)."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
@@ -25,7 +25,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 def random_model(name: str = "deco-tiny", seed: int = 0, **overrides) -> nn.Module:
     """A preset with random parameters."""
-    return randomise(model.build(name, **overrides), seed)
+    return randomize(model.build(name, **overrides), seed)
 
 
 def random_batch(batch: int = 2, height: int = 32, width: int = 48, seed: int = 1):

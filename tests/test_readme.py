@@ -32,6 +32,6 @@ def test_python_blocks(small_models, capsys, one_thread):
     printed = ast.literal_eval(capsys.readouterr().out)
     assert list(printed) == ["total", "pixel", "frequency"] and all(value > 0 for value in printed.values())
     assert all(parameter.grad is not None for name, parameter in found["net"].named_parameters() if "head" in name)
-    assert torch.equal(found["samples"], found["noise"])  # as the text below the block says
+    assert torch.equal(found["samples"], found["noise"])  # as stated below the block
     exec(second, found)
     assert found["samples"].shape == (1, 3, 512, 512) and found["samples"].isfinite().all()

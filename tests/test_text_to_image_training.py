@@ -7,7 +7,7 @@ from deco_kernels import flow, model, ops
 from tests.tiny_qwen3 import HIDDEN, save_tiny_qwen3
 
 pytest.importorskip("transformers")
-COLOURS = {"red": (0.8, -0.6, -0.6), "green": (-0.6, 0.7, -0.5), "blue": (-0.6, -0.5, 0.9), "grey": (0.1, 0.1, 0.1)}
+COLORS = {"red": (0.8, -0.6, -0.6), "green": (-0.6, 0.7, -0.5), "blue": (-0.6, -0.5, 0.9), "grey": (0.1, 0.1, 0.1)}
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +15,8 @@ def trained(tmp_path_factory):
     """(network, encoder, losses of 20 steps): four prompts, each with a flat image of the color it names."""
     folder = save_tiny_qwen3(tmp_path_factory.mktemp("qwen3"))
     encoder = model.Qwen3TextEncoder(folder, max_length=12, width=HIDDEN, dtype=torch.float32)
-    features = encoder([f"a {colour} cat" for colour in COLOURS]).repeat(2, 1, 1)
-    images = torch.tensor(list(COLOURS.values())).repeat(2, 1)[:, :, None, None].expand(-1, -1, 32, 32).contiguous()
+    features = encoder([f"a {color} cat" for color in COLORS]).repeat(2, 1, 1)
+    images = torch.tensor(list(COLORS.values())).repeat(2, 1)[:, :, None, None].expand(-1, -1, 32, 32).contiguous()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = model.build("deco-text-tiny", text_width=HIDDEN, text_length=12)

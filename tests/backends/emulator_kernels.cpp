@@ -29,7 +29,7 @@ struct Params {
 };
 
 // Every warp writes its index to shared memory and reads that of the next warp.
-DECO_KERNEL(128, 1) neighbour_kernel(const Params p) {
+DECO_KERNEL(128, 1) neighbor_kernel(const Params p) {
   auto* shared = reinterpret_cast<uint32_t*>(shared_memory());
   store(shared + thread(), static_cast<uint32_t>(warp()));
   if (p.fault != "missing barrier") block_barrier();
@@ -120,8 +120,7 @@ py::array_t<uint32_t> run(void (*kernel)(Params), int threads, const std::string
 
 PYBIND11_MODULE(emulator_kernels, m) {
   py::register_exception<deco::emulation::Fault>(m, "Fault", PyExc_RuntimeError);
-  m.def("neighbour",
-        [](const std::string& f, uint32_t seed) { return run(neighbour_kernel, 32 * kWarps, f, seed, {}); });
+  m.def("neighbor", [](const std::string& f, uint32_t seed) { return run(neighbor_kernel, 32 * kWarps, f, seed, {}); });
   m.def("fault", [](const std::string& f) { return run(fault_kernel, 32 * kWarps, f, 1, py::array_t<float>(32)); });
   m.def("collective", [](const std::string& op) { return run(collective_kernel, 32, op, 1, {}); });
   m.def("multiply", [](const std::string& type, int k, const py::array_t<float>& in) {

@@ -33,8 +33,8 @@ def test_a_missing_barrier_shows_in_the_order_of_warps(kernels):
     """With the barrier every seed gives the neighbor's number; without it some warp reads NaN bits or a stale word."""
     expected = np.repeat([1, 2, 3, 0], 32)
     for seed in range(8):
-        assert (kernels.neighbour("", seed) == expected).all()
-    without = [kernels.neighbour("missing barrier", seed) for seed in range(8)]
+        assert (kernels.neighbor("", seed) == expected).all()
+    without = [kernels.neighbor("missing barrier", seed) for seed in range(8)]
     assert all((result != expected).any() for result in without)
     assert any((result != without[0]).any() for result in without)
 

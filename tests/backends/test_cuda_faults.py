@@ -37,7 +37,7 @@ def build_with_fault(source: str, changes: dict[str, str], folder: Path):
     compiled = folder / f"{source}.o"
     good = [path for path in emulation.BUILD.rglob("*.o") if path.name != f"{source}.cu.o"]
     library = folder / f"_native_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    # -iquote: the compiler looks for headers there before it looks in the tree. It serves D 16 in bfloat16 alone.
+    # -iquote: this folder precedes the tree in the search for headers. The build supports only D 16 in bfloat16.
     command = emulation.compile_command("-DDECO_ONLY_WIDTH=16", "-iquote", folder)
     command += ["-c", changed / f"{source}.cu", "-o", compiled]
     subprocess.run(command, check=True)

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.interpret,
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") != "1",
-        reason="needs a run of its own: TRITON_INTERPRET=1 python -m pytest -m interpret",
+        reason="needs a separate run: TRITON_INTERPRET=1 python -m pytest -m interpret",
     ),
 ]
 

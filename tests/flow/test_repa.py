@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from deco_kernels import flow, ops
-from tests.random_models import random_model, randomise
+from tests.random_models import random_model, randomize
 from tests.tiny_dinov2 import TEACHER_WIDTH, save_tiny_dinov2
 
 
@@ -22,7 +22,7 @@ def test_loss_by_formula():
     target = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1))
     seen = []
     alignment = flow.Alignment(8, lambda x: seen.append(x) or target, teacher_width=5, block=1, weight=0.5)
-    randomise(alignment)
+    randomize(alignment)
     features, x = torch.randn(2, 6, 8, requires_grad=True), random_images()
     h = features
     for layer in (0, 2, 4):
@@ -55,10 +55,10 @@ def test_dinov2_features_by_formula(tiny_dinov2):
     assert found.shape == (2, 2 * 3, TEACHER_WIDTH) and teacher.width == TEACHER_WIDTH and not found.requires_grad
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     small = F.interpolate(x / 2 + 0.5, (28, 42), mode="bicubic")
-    normalised = (small - mean[:, None, None]) / std[:, None, None]
+    normalized = (small - mean[:, None, None]) / std[:, None, None]
     network = Dinov2Model.from_pretrained(tiny_dinov2).eval()
     with torch.no_grad():
-        expected = network(normalised).last_hidden_state[:, 1:]
+        expected = network(normalized).last_hidden_state[:, 1:]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -66,7 +66,7 @@ def test_dinov2_features_by_formula(tiny_dinov2):
 def test_objective_with_dinov2(name, tiny_dinov2):
     teacher = flow.DinoV2Teacher(str(tiny_dinov2))
     model = random_model(name)
-    alignment = randomise(flow.Alignment(model.trunk.width, teacher, teacher_width=teacher.width, block=1))
+    alignment = randomize(flow.Alignment(model.trunk.width, teacher, teacher_width=teacher.width, block=1))
     objective = flow.Objective(ops.jpeg_frequency_weight(85), repa=alignment)
     losses = objective(model, random_images(), torch.arange(2), torch.Generator().manual_seed(3))
     torch.testing.assert_close(losses["total"], losses["pixel"] + losses["frequency"] + 0.5 * losses["repa"])

@@ -138,7 +138,7 @@ def test_trajectory_on_request(solver):
     noise, cond = torch.randn(2, 3, 4, 4, dtype=torch.bfloat16), torch.tensor([0.3, -0.2])
     alone = flow.sample(analytic, noise, cond, solver=solver, steps=3)
     final, states = flow.sample(analytic, noise, cond, solver=solver, steps=3, trajectory=True)
-    assert states[0].data_ptr() != noise.data_ptr()  # changing a state leaves the caller's noise alone
+    assert states[0].data_ptr() != noise.data_ptr()  # changing a state does not change the caller's noise
     assert torch.equal(final, alone) and len(states) == 4
     assert torch.equal(states[0], noise) and torch.equal(states[-1], final)
     assert all(state.dtype == noise.dtype for state in states) and not torch.equal(states[1], states[2])

@@ -11,7 +11,7 @@ from deco_kernels import model
 from deco_kernels.model.dit import Attention
 from deco_kernels.model.position import rotate_pairs
 from tests.golden_files import relative_error
-from tests.random_models import random_batch, random_model, randomise
+from tests.random_models import random_batch, random_model, randomize
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_rotation_is_the_complex_product():
 def test_attention_by_formula():
     """Queries, keys and values head by head, softmax written out, in float64."""
     width, heads, length = 24, 2, 6
-    attention = randomise(Attention(width, heads).double())
+    attention = randomize(Attention(width, heads).double())
     x, angles = torch.randn(1, length, width, dtype=torch.float64), model.rotary_angles(2, 3, 12).double()
     q, k, v = (x[0] @ attention.qkv.weight.T).split(width, dim=1)
     results = []

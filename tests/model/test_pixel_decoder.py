@@ -8,12 +8,12 @@ import torch.nn.functional as F
 
 from deco_kernels import model
 from tests.golden_files import relative_error
-from tests.random_models import randomise
+from tests.random_models import randomize
 
 
 def layer_norm(h):
-    centred = h - h.mean()
-    return centred / torch.sqrt(centred.square().mean() + 1e-6)
+    centered = h - h.mean()
+    return centered / torch.sqrt(centered.square().mean() + 1e-6)
 
 
 def pixel_by_pixel(decoder, image, tokens):
@@ -48,7 +48,7 @@ def pixel_by_pixel(decoder, image, tokens):
 
 
 def random_decoder(**options):
-    return randomise(model.PixelDecoder(12, **{**dict(width=16, depth=2), **options}), seed=4)
+    return randomize(model.PixelDecoder(12, **{**dict(width=16, depth=2), **options}), seed=4)
 
 
 def random_input(height=16, width=32, channels=3, batch=1):

@@ -10,7 +10,7 @@ from deco_kernels import model
 from deco_kernels.model.position import rotate_pairs
 from deco_kernels.model.text_to_image import TextAttention
 from tests.golden_files import relative_error
-from tests.random_models import random_batch, random_model, randomise
+from tests.random_models import random_batch, random_model, randomize
 
 LENGTH, WIDTH = 7, 20  # of the text features of the preset "deco-text-tiny"
 
@@ -45,22 +45,22 @@ def test_every_parameter_and_input_matters():
 def test_text_attention_by_formula():
     """Head by head, with explicit softmax, in float64: patches are rotated, text is not; both keys share one norm."""
     width, heads, text_length = 24, 2, 5
-    attention = randomise(TextAttention(width, heads).double())
+    attention = randomize(TextAttention(width, heads).double())
     x, text = torch.randn(1, 6, width, dtype=torch.float64), torch.randn(1, text_length, width, dtype=torch.float64)
     angles = model.rotary_angles(2, 3, 12, extent=(3.0, 2.0)).double()
     rotation = (angles.cos(), angles.sin())
     q, k, v = (x[0] @ attention.qkv.weight.T).split(width, dim=1)
     text_k, text_v = (text[0] @ attention.text_kv.weight.T).split(width, dim=1)
 
-    def normalise(u, norm):
+    def normalize(u, norm):
         return u / torch.sqrt(u.square().mean(1, keepdim=True) + 1e-6) * norm.weight
 
     results = []
     for head in range(heads):
         part = slice(head * 12, head * 12 + 12)
-        queries = rotate_pairs(normalise(q[:, part], attention.q_norm), *rotation)
-        patch_keys = rotate_pairs(normalise(k[:, part], attention.k_norm), *rotation)
-        keys = torch.cat((normalise(text_k[:, part], attention.k_norm), patch_keys))
+        queries = rotate_pairs(normalize(q[:, part], attention.q_norm), *rotation)
+        patch_keys = rotate_pairs(normalize(k[:, part], attention.k_norm), *rotation)
+        keys = torch.cat((normalize(text_k[:, part], attention.k_norm), patch_keys))
         scores = queries @ keys.T / math.sqrt(12)
         results.append(scores.softmax(1) @ torch.cat((text_v[:, part], v[:, part])))
     expected = torch.cat(results, dim=1) @ attention.proj.weight.T + attention.proj.bias

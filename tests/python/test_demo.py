@@ -16,7 +16,7 @@ import demo
 from demonstration import contenders
 from images.photographs import center_crop, load_photographs, shipped_photographs, to_tensor
 from images.spectra import diagonal_energies
-from tests.random_models import randomise
+from tests.random_models import randomize
 
 PROGRAMS = Path(__file__).resolve().parents[2] / "python"
 
@@ -87,7 +87,7 @@ def test_energy_spectrum_holds_the_whole_luminance_energy():
 def test_gradient_errors_find_a_wrong_gradient(monkeypatch):
     """Random weights, because gradients vanish in a new model; the injected fault scales one gradient by 1.001."""
     contender = contenders.Contender(contenders.FULL, torch.rand(1, 3, 32, 32) * 2 - 1, seed=0, eager=False)
-    randomise(contender.model)
+    randomize(contender.model)
     errors = contenders.gradient_errors(contender, seed=0)
     assert errors.keys() == dict(contender.model.named_parameters()).keys()
     assert max(max(pair) for pair in errors.values()) < demo.GRADIENT_ERROR

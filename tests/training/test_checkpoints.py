@@ -5,7 +5,7 @@ import torch
 
 from deco_kernels.training import checkpoints
 from deco_kernels.training.ema import MovingAverage
-from tests.random_models import random_model, randomise
+from tests.random_models import random_model, randomize
 
 CONTENT = {"state_dict": {}, "optimizer": {}, "step": 3, "config": {}, "skipped": {}}
 
@@ -70,7 +70,7 @@ def test_moving_average_by_formula():
     network = random_model()
     start = {name: p.detach().clone() for name, p in network.named_parameters()}
     average = MovingAverage(network, 0.75)
-    randomise(network, seed=1)
+    randomize(network, seed=1)
     average.update()
     now = {name: p.detach().clone() for name, p in network.named_parameters()}
     with average.swapped():
