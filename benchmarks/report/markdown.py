@@ -9,7 +9,7 @@ _TITLES = {
     AUTOTUNED: "published, torch.compile max-autotune",
     LIGER: "Liger-Kernel",
     LIMIT: "limit: without decoder and loss",
-    BACKWARD_ALONE: "backward kernel alone",
+    BACKWARD_ALONE: "backward kernel only",
     TRAINING: "forward and backward",
 }
 

@@ -129,4 +129,4 @@ def targets_table(result: dict) -> str:
         verdict = "–" if target.reached is None else "yes" if target.met else "no"
         best = "–" if target.against_best is None else f"{target.against_best:.3g} x"
         lines.append([target.text, f"{sign} {target.value:g} {target.unit}", reached, verdict, best])
-    return "## Targets\n\n" + table(["what", "target", "reached", "met", "against best eager"], lines)
+    return "## Targets\n\n" + table(["what", "target", "reached", "met", "vs. best eager"], lines)

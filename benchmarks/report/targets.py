@@ -13,7 +13,7 @@ BACKEND = "cpu"
 _PASS_TEXT = {
     FORWARD: "forward",
     TRAINING: "forward and backward",
-    BACKWARD_ALONE: "backward kernel alone, against eager forward and backward",
+    BACKWARD_ALONE: "backward kernel only, vs. eager forward and backward",
 }
 
 

@@ -32,7 +32,7 @@ def text():
         "| cpu | 12.5 | 12.4 to 12.6 | 3.52 | 2.88 | 0.8 | 160 | 80 % of compute |",
         "## pixel_decoder, float32, forward, ours with avx2",
         "- cpu: wrong: output 0: relative error 1.00e+00, allowed 4.00e-03",
-        "| cpu, backward kernel alone | 5 | 4.95 to 5.05 | 20.00 | 20.00 | 20.0 | 80 | 50 % of memory |",
+        "| cpu, backward kernel only | 5 | 4.95 to 5.05 | 20.00 | 20.00 | 20.0 | 80 | 50 % of memory |",
         "| published eager, float32 | 2600.0 | 1.00 |",
         "| cpu, float32 | 80.0 | 32.50 |",
         "- reference, float32: unavailable: the process was killed",
