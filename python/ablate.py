@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     photographs = list(found.values())
     if not photographs:
         named = f" among {', '.join(map(str, paths))}" if paths else ""
-        raise ValueError(f"no readable photograph{named}; name one with --image FILE, or install scikit-learn's")
+        raise ValueError(f"no readable photograph{named}; name one with --image FILE, or install scikit-learn")
     shapes = native_shapes(recipe.image_size, 16) if study.native else [(recipe.image_size,) * 2]
     held_out = held_out_images(study, recipe, photographs, shapes)
     out = options.out or ROOT / "out" / "ablate" / options.study

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     names, photographs = load_photographs(options.image or shipped_photographs(), recipe.image_size)
     if not names:
-        print("error: no readable image; name one with --image FILE, or install scikit-learn's", file=sys.stderr)
+        print("error: no readable image; name one with --image FILE, or install scikit-learn", file=sys.stderr)
         return 2
     started = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
