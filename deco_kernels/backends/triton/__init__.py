@@ -1,6 +1,6 @@
-"""Triton backend: kernels for NVIDIA (sm_80 and later) and AMD GPUs, compiled at the first call, nothing at install.
+"""Backend "triton": kernels for NVIDIA (sm_80 and later) and AMD GPUs, compiled at the first call.
 
-Importing this package imports neither Triton nor the kernels; `unavailable_reason` tries to import Triton once.
+Importing this package imports neither Triton nor the kernels. `unavailable_reason` tries to import Triton once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deco_kernels.backends.support import Support
 SUPPORT = Support("NVIDIA GPUs from sm_80; AMD GPUs through ROCm")
 unsupported_reason = SUPPORT.refusal
 
-_OLDEST = (3, 3)  # the oldest that kernels were compiled with
+_OLDEST = (3, 3)  # oldest tested version
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def import_failure() -> str | None:
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":
             return "Triton is not installed; install it with `pip install triton`"
         return f"Triton is installed but cannot be imported ({error}); reinstall it with `pip install -U triton`"
-    except Exception as error:  # a broken installation may fail in any way
+    except Exception as error:  # a broken installation can raise anything
         return f"Triton is installed but fails on import ({type(error).__name__}: {error}); reinstall it"
     version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
     if version < _OLDEST:
@@ -36,12 +36,12 @@ def import_failure() -> str | None:
 
 
 def driver_failure() -> str | None:
-    """Why Triton cannot launch on a GPU of this machine: it builds its launcher with the system's C compiler."""
+    """Reason why Triton cannot launch on this machine's GPU, or None. It builds its launcher with the C compiler."""
     from triton.runtime import driver
 
     try:
         driver.active.get_current_target()
-    except Exception as error:  # whatever the compiler or the driver says
+    except Exception as error:  # compiler and driver errors have many types
         return (
             f"Triton cannot drive the GPU ({type(error).__name__}: {error}); it needs a C compiler (gcc, clang or the "
             "one named by CC), Python's headers and the GPU's driver library"
@@ -51,7 +51,7 @@ def driver_failure() -> str | None:
 
 @functools.cache
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why no kernel of this backend can run on the device, with the remedy; None if they can."""
+    """Reason, with remedy, why no kernel of this backend can run on `device`, or None."""
     interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
     if device.type == "cpu" and not interpreted:
         return (
@@ -59,7 +59,7 @@ def unavailable_reason(device: torch.device) -> str | None:
             "otherwise move the tensors to a GPU or choose another backend"
         )
     if device.type not in ("cpu", "cuda"):
-        return f"its kernels are for CUDA and ROCm devices, not {device.type!r}; choose another backend"
+        return f"its kernels run on CUDA and ROCm devices, not on {device.type!r}; choose another backend"
     if device.type == "cuda" and not torch.version.hip:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):

@@ -1,13 +1,13 @@
-"""adaln_block on Triton: one decoder block, and the device functions the whole decoder is made of.
+"""adaln_block on Triton: one decoder block, and the device functions shared with pixel_decoder.
 
     s = SiLU(cond);  shift, scale, gate = s·W_mod + b_mod;  m = LN(h)·(1 + scale) + shift
     h' = h + gate·(W_2·SiLU(W_1·m + b_1) + b_2)
 
-A persistent program walks over tiles of `block` rows; a row is one pixel. The tile's activations stay in registers, the
-five D×D matrices pass through shared memory. Forward: 10·D² FLOPs per row, 3·D values moved (h, cond, h'). Backward:
-30·D² FLOPs, 5·D values (h, cond, grad in; two gradients out). Sums over rows (weight and bias gradients) stay in
-registers for all tiles of a program, go to a partial buffer of that program and are added over programs in fixed order:
-the same device gives the same bits.
+A persistent program iterates over tiles of `block` rows; a row is one pixel. The activations of a tile stay in
+registers; the five D×D matrices pass through shared memory. Forward: 10·D² FLOPs per row, 3·D values moved (h, cond,
+h'). Backward: 30·D² FLOPs, 5·D values (h, cond, grad in; two gradients out). Sums over rows (weight and bias gradients)
+stay in registers for all tiles of a program, go to a partial buffer per program and are added over programs in fixed
+order: results on the same device are bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def block_forward(
     h, s, matrices_ptr, biases_ptr, block,
     D: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
 ):  # fmt: skip
-    """h' [BLOCK, D] of packed block number `block`; h float32, s = SiLU(cond) in the compute dtype."""
+    """h' [BLOCK, D] of packed block `block`; h is float32, s = SiLU(cond) has the compute dtype."""
     first = 5 * block
     shift = linear(s, matrices_ptr, biases_ptr, first + SHIFT, D, PRECISION)
     scale = linear(s, matrices_ptr, biases_ptr, first + SCALE, D, PRECISION)
@@ -64,9 +64,9 @@ def block_backward(
     h, s, grad, shift_matrix, scale_matrix, gate_matrix, fc1_matrix, fc2_matrix, biases_ptr,
     D: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block, recomputed from h [BLOCK, D] float32 and s in the compute dtype, for the gradient of h'.
+    """Backward of a block, recomputed from h [BLOCK, D] float32 and s in the compute dtype, given the gradient of h'.
 
-    Returns the gradient of h, float32, and in the compute dtype what the other gradients are products of: those of
+    Returns the gradient of h in float32 and, in the compute dtype, the factors of the other gradients: the gradients of
     shift, scale, gate, t and u, and the inputs m and a of the two linears.
     """
     normalized, rstd = normalize(h, D, EPS)
@@ -94,7 +94,7 @@ def block_backward(
 def modulation_backward(
     grad_s, grad_shift, grad_scale, grad_gate, shift_matrix, scale_matrix, gate_matrix, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """grad_s [BLOCK, D] float32 with what comes to s through shift, scale and gate added."""
+    """grad_s [BLOCK, D] float32 plus the gradients of s through shift, scale and gate."""
     grad_s = tl.dot(grad_shift, tl.trans(shift_matrix), grad_s, input_precision=PRECISION)
     grad_s = tl.dot(grad_scale, tl.trans(scale_matrix), grad_s, input_precision=PRECISION)
     return tl.dot(grad_gate, tl.trans(gate_matrix), grad_s, input_precision=PRECISION)
@@ -102,7 +102,7 @@ def modulation_backward(
 
 @triton.jit
 def partial_sums(grad_matrix_ptr, grad_bias_ptr, grad_program_stride, bias_program_stride, D: tl.constexpr):
-    """Where this program's sums lie: (first of its matrices [D, D], its biases [16, D], which of their rows exist)."""
+    """Pointers to this program's sums: (its first matrix [D, D], its biases [16, D], mask of their valid rows)."""
     d = tl.arange(0, D)
     program = tl.program_id(0).to(tl.int64)
     square = grad_matrix_ptr + program * grad_program_stride + d[:, None] * D + d[None, :]
@@ -113,7 +113,7 @@ def partial_sums(grad_matrix_ptr, grad_bias_ptr, grad_program_stride, bias_progr
 
 @triton.jit
 def load_sums(square, line, exists, D: tl.constexpr):
-    """A program's sums so far: weights [D, D] of shift, scale, gate, fc1 and fc2, and their biases [16, D]."""
+    """Load a program's sums: weights [D, D] of shift, scale, gate, fc1 and fc2, and their biases [16, D]."""
     shift_weight = tl.load(square + SHIFT * D * D)
     scale_weight = tl.load(square + SCALE * D * D)
     gate_weight = tl.load(square + GATE * D * D)
@@ -127,7 +127,7 @@ def load_sums(square, line, exists, D: tl.constexpr):
 def store_sums(
     square, line, exists, shift_weight, scale_weight, gate_weight, fc1_weight, fc2_weight, biases, D: tl.constexpr
 ):  # fmt: skip
-    """Write back what `load_sums` read."""
+    """Store a program's sums, the inverse of `load_sums`."""
     tl.store(square + SHIFT * D * D, shift_weight)
     tl.store(square + SCALE * D * D, scale_weight)
     tl.store(square + GATE * D * D, gate_weight)
@@ -164,22 +164,22 @@ def backward_kernel(
     cond_ptr, cond_token_stride, cond_pixel_stride,  # [n_tokens, PIXELS, D], unit channel stride
     grad_ptr, grad_stride,  # [n_tokens·PIXELS, D], unit channel stride: gradient of h'
     matrices_ptr, biases_ptr,  # [5, D, D] (in, out), [5, D] of this block
-    grad_h_ptr,  # out [n_tokens·PIXELS, D] contiguous; may be the memory of grad
-    grad_cond_ptr,  # in and out [n_tokens·PIXELS, D] contiguous: gradient of s from later blocks, then with this one's
+    grad_h_ptr,  # out [n_tokens·PIXELS, D] contiguous; may alias grad
+    grad_cond_ptr,  # in and out [n_tokens·PIXELS, D] contiguous: sum of the gradients of s, to which this block adds
     grad_matrix_ptr, grad_bias_ptr,  # in and out [programs, 5, D, D] (out, in), [programs, 5, D] float32
     grad_program_stride, bias_program_stride,  # elements between two programs' partial sums
     n_tokens,
-    FIRST: tl.constexpr,  # nothing came before: grad_cond holds no sum yet
-    LAST: tl.constexpr,  # nothing comes after: turn the gradient of s into that of cond
-    COND_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr,  # what is asked for
-    CONTIGUOUS: tl.constexpr,  # the rows of h, cond and grad lie as those of the results
+    FIRST: tl.constexpr,  # first launched block: grad_cond holds no sum yet
+    LAST: tl.constexpr,  # last launched block: convert the gradient of s to that of cond
+    COND_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr,  # which gradients are needed
+    CONTIGUOUS: tl.constexpr,  # h, cond and grad have the layout of the results
     D: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
     EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
 ):  # fmt: skip
-    """Recompute one block, then run it backwards.
+    """Recompute one block, then run its backward.
 
     A stored gradient depends on the whole loaded row, so grad_h may overwrite grad. The order of the weight gradients
-    was chosen for the registers: the operands that nothing else needs go first.
+    minimizes registers: operands without further uses come first.
     """
     if WEIGHT_GRAD:
         square, line, exists = partial_sums(grad_matrix_ptr, grad_bias_ptr, grad_program_stride, bias_program_stride, D)
@@ -218,7 +218,7 @@ def backward_kernel(
                 grad_s, grad_shift, grad_scale, grad_gate, shift_matrix, scale_matrix, gate_matrix, PRECISION
             )
             if LAST:
-                # cond is read again rather than kept: its registers are needed in between.
+                # cond is loaded again, which frees its registers in between.
                 t = 0.5 * tl.load(cond_ptr + cond_rows, mask=mask, other=0.0).to(tl.float32)
                 grad_s *= 0.5 * silu_of_double_grad(t, twice_sigmoid(t, FAST_TANH))
             tl.store(grad_cond_ptr + rows, grad_s, mask=mask)
@@ -239,7 +239,7 @@ def run_block_backward(h, cond, grad, packed, grad_h, grad_cond, partials, *, fi
     """Launch backward_kernel for one block.
 
     h and grad [tokens·pixels, D], cond [tokens, pixels, D]; partials: (matrix [programs, 5, D, D],
-    bias [programs, 5, D]) sums to add to, or None where no weight gradient is asked for.
+    bias [programs, 5, D]) sums to add to, or None if no weight gradient is needed.
     """
     tokens, pixels, _ = cond.shape
     grad_matrix, grad_bias = partials or (grad_cond, grad_cond)
@@ -253,7 +253,7 @@ def run_block_backward(h, cond, grad, packed, grad_h, grad_cond, partials, *, fi
 
 
 def forward(h: torch.Tensor, cond: torch.Tensor, weights: BlockWeights, eps: float) -> torch.Tensor:
-    """h' like h."""
+    """h' with the shape and dtype of h."""
     out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     with device_guard(h):
         packed = pack(one_block(weights), h.dtype)
@@ -273,7 +273,7 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients of (h, cond, the weights); None where `needs` is False."""
+    """Gradients of (h, cond, weights); None where `needs` is False."""
     stacked = one_block(weights)
     grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     grad_cond = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)

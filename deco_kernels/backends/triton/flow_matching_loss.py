@@ -1,17 +1,17 @@
-"""flow_matching_loss and frequency_loss on Triton: one pass over pred and target, one more for the gradient.
+"""flow_matching_loss and frequency_loss on Triton: one pass over pred and target, and another for the gradient.
 
 With d = pred - target, M the RGB -> YCbCr matrix and F the orthonormal 8x8 block DCT-II,
     pixel = mean(d²),  frequency = mean(w·F(M d)²),  total = pixel + frequency_scale·frequency,
 per sample, weighted by sample_weight and averaged over the batch. F is linear: with K its 64x64 matrix on a flattened
 block, the sum of w·F² over a block of one YCbCr channel is ⟨x, A x⟩ with A = Kᵀ·diag(w)·K, and its gradient is 2·A x.
-One 64x64 matmul per channel serves both; float32 images get it in three TF32 products, 16-bit ones in three of
-bfloat16.
+One 64x64 matmul per channel gives both, computed as three TF32 matmuls for float32 images and as three bfloat16 matmuls
+for 16-bit images.
 
-A persistent program walks over tiles of `block` 8x8 blocks of one sample; A (48 kB in all) passes through shared
+A persistent program iterates over tiles of `block` 8x8 blocks of one sample; A (48 kB in total) passes through shared
 memory, the tile stays in registers. Bytes per pixel, bfloat16: 12 in the forward, 18 in the backward. FLOPs per pixel:
 1,200 in either. Every tile writes its own two sums, which one program adds in fixed order: same sizes, same bits.
 
-Sizes that are not multiples of 8 are padded right and bottom by reflection while loading. Their backward writes the
+Sizes that are not multiples of 8 are padded right and bottom by reflection during loads. Their backward writes the
 gradient of the padded image (float32) to a workspace and then folds it.
 """
 
@@ -60,7 +60,7 @@ def coefficients_kernel(
     batch,
     SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Factors of d and of A·(M d) in the gradient of one sample, but for its weight."""
+    """Factors of d and of A·(M d) in the gradient of one sample, without its weight."""
     grad_total = tl.load(grad_total_ptr)
     grad_pixel = grad_total + tl.load(grad_pixel_ptr)
     grad_frequency = SCALE * grad_total + tl.load(grad_frequency_ptr)
@@ -77,7 +77,7 @@ def sums_kernel(
     height, width,
     PADDED: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, g) takes every G-th tile of sample b."""
+    """Program (b, g) processes every G-th tile of sample b."""
     sample = tl.program_id(0).to(tl.int64)
     pred_ptr += sample * pred_stride_b
     target_ptr += sample * target_stride_b
@@ -93,14 +93,14 @@ def sums_kernel(
             real = (block_y[:, None] * 8 + e // 8 < height) & (block_x[:, None] * 8 + e % 8 < width)
             squares = tl.where(real, squares, 0.0)
         energy = tl.zeros([BLOCK, 64], tl.float32)
-        for channel in range(3):  # a loop, not unrolled: one channel's operands at a time fit in the registers
+        for channel in range(3):  # not unrolled: the operands of one channel at a time fit in registers
             of_r, of_g, of_b = ycbcr_row(channel)
             x = of_r * r + of_g * g + of_b * b
             energy += x * form_product(x, forms_ptr, channel, PRECISION)
         place = (sample * n_tiles + tile) * 2
         pixel_sum = tl.sum(tl.sum(squares, 1), 0)
         frequency_sum = tl.sum(tl.sum(energy, 1), 0)
-        # An infinite difference makes every squared coefficient infinite, but x·A·x the difference of infinities.
+        # For an infinite difference, x·A·x is a difference of infinities, but every squared coefficient is infinite.
         infinite = float("inf")
         tl.store(sums_ptr + place, pixel_sum)
         tl.store(sums_ptr + place + 1, tl.where(pixel_sum == infinite, infinite, frequency_sum))
@@ -141,7 +141,7 @@ def losses_kernel(
 def store_gradients(
     grad_pred_ptr, grad_target_ptr, offsets, grad, mask, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr
 ):
-    """grad to the gradient of pred and its negative to that of target, where asked for."""
+    """Store grad as the gradient of pred and its negative as that of target, if needed."""
     if PRED_GRAD:
         tl.store(grad_pred_ptr + offsets, grad, mask=mask)
     if TARGET_GRAD:
@@ -161,7 +161,7 @@ def gradient_kernel(
     PADDED: tl.constexpr, WEIGHTED: tl.constexpr, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, g) takes every G-th tile of sample b."""
+    """Program (b, g) processes every G-th tile of sample b."""
     e = tl.arange(0, 64)
     sample = tl.program_id(0).to(tl.int64)
     pred_ptr += sample * pred_stride_b
@@ -259,7 +259,7 @@ def spectrum_kernel(
     height, width,
     PADDED: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, tile): what the gradient of the frequency weight is made of."""
+    """Program (b, tile): sums of squared coefficients, for the gradient of the frequency weight."""
     sample = tl.program_id(0).to(tl.int64)
     r, g, b, _, _, _ = load_tile(
         pred_ptr + sample * pred_stride_b, pred_stride_c, pred_stride_h, pred_stride_w,
@@ -304,7 +304,7 @@ class _Loss:
         return self.pred, *self.pred.stride(), self.target, *self.target.stride()
 
     def grid(self, parameters):
-        """Persistent programs of every sample. Samples come first: a grid's first size alone may exceed 65,535."""
+        """Persistent grid (samples, programs per sample). Only the first size of a grid may exceed 65,535."""
         programs = triton.cdiv(program_limit(self.pred.device, parameters), self.batch)
         return self.batch, min(triton.cdiv(self.blocks, parameters.block), programs)
 
@@ -378,7 +378,7 @@ class _Loss:
         return grad.view(3, 8, 8).to(self.frequency_weight.dtype)
 
     def grad_sample_weight(self, coefficients):
-        """0.5·coefficients are the derivatives of the weighted loss by a sample's two sums."""
+        """Gradient of sample_weight; 0.5·coefficients are the derivatives of the loss by a sample's two sums."""
         return ((self.sums().sum(1) * (0.5 * coefficients)).sum(1)).to(self.sample_weight.dtype)
 
 

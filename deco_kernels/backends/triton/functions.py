@@ -1,6 +1,6 @@
-"""Device functions that the Triton kernels share. Importing this module imports Triton.
+"""Device functions shared by the Triton kernels. Importing this module imports Triton.
 
-Inline assembly cannot be interpreted, so `tanh_fast` has a second spelling for TRITON_INTERPRET=1.
+Inline assembly cannot be interpreted, so `tanh_fast` has a second implementation for TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from triton.runtime.jit import JITFunction
 
 @triton.jit
 def tanh_fast(x, ONCE: tl.constexpr = False):
-    """tanh by the special-function unit (PTX tanh.approx.f32, largest relative error 2^-11).
+    """tanh by the special-function unit (PTX tanh.approx.f32, maximum relative error 2^-11).
 
-    ONCE keeps the compiler from computing it a second time where its result is needed in two register layouts.
+    ONCE prevents the compiler from computing it twice if the result is needed in two register layouts.
     """
     if INTERPRETED:
-        # The same size of error: the exact value rounded to 11 significant bits.
+        # An error of the same size: the exact value rounded to 11 significant bits.
         bits = (2 * tl.sigmoid(2 * x) - 1).to(tl.int32, bitcast=True)
         y = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     else:
@@ -39,7 +39,7 @@ def twice_sigmoid(t, FAST_TANH: tl.constexpr):
 
 @triton.jit
 def silu_of_double(t, FAST_TANH: tl.constexpr):
-    """SiLU(2t); the factor 2 lets a caller fold ½ into the weights that produce t."""
+    """SiLU(2t); callers fold the factor ½ into the weights that produce t."""
     if FAST_TANH:
         y = t + t * tanh_fast(t)
     else:
@@ -55,7 +55,7 @@ def silu_of_double_grad(t, w):
 
 @triton.jit
 def pairwise_sum(x, D: tl.constexpr):
-    """Sum over the last axis of x [BLOCK, D], halves apart, so that of equal values it is exact."""
+    """Sum over the last axis of x [BLOCK, D] by pairwise halving, which is exact for equal values."""
     if not SUMS_IN_PAIRS:
         for level in tl.static_range(1, 6 if D == 64 else 5 if D == 32 else 4):
             x = tl.sum(tl.reshape(x, [x.shape[0], 2, D >> level]), 1)
@@ -64,9 +64,9 @@ def pairwise_sum(x, D: tl.constexpr):
 
 @triton.jit
 def normalize(h, D: tl.constexpr, EPS: tl.constexpr):
-    """LayerNorm without affine over the last axis of h [BLOCK, D]: the normalised rows and 1/std [BLOCK].
+    """LayerNorm without affine over the last axis of h [BLOCK, D]: the normalized rows and 1/std [BLOCK].
 
-    NaN where the variance is not finite. 1/std multiplies the error of the mean, by up to 1,000 at eps 1e-6.
+    NaN if the variance is not finite. 1/std amplifies the error of the mean by up to 1,000 at eps 1e-6.
     """
     centered = h - (pairwise_sum(h, D) * (1.0 / D))[:, None]
     variance = tl.sum(centered * centered, 1) * (1.0 / D)
@@ -84,31 +84,31 @@ def normalize_grad(grad, normalized, rstd, D: tl.constexpr):
 
 @triton.jit
 def packed_matrix(matrices_ptr, index, D: tl.constexpr):
-    """Packed matrix number `index`, [in, out]."""
+    """Packed matrix `index`, [in, out]."""
     d = tl.arange(0, D)
     return tl.load(matrices_ptr + index * D * D + d[:, None] * D + d[None, :])
 
 
 @triton.jit
 def affine(x, matrix, biases_ptr, index, D: tl.constexpr, PRECISION: tl.constexpr):
-    """x [BLOCK, D] times matrix [in, out] plus packed bias number `index`, float32."""
+    """x [BLOCK, D] times matrix [in, out] plus packed bias `index`, float32."""
     bias = tl.load(biases_ptr + index * D + tl.arange(0, D))
     return tl.dot(x, matrix, input_precision=PRECISION) + bias[None, :]
 
 
 @triton.jit
 def linear(x, matrices_ptr, biases_ptr, index, D: tl.constexpr, PRECISION: tl.constexpr):
-    """x [BLOCK, D] through packed linear number `index`, float32."""
+    """Packed linear `index` of x [BLOCK, D], float32."""
     return affine(x, packed_matrix(matrices_ptr, index, D), biases_ptr, index, D, PRECISION)
 
 
 @triton.jit
 def add_linear_grad(weight, biases, grad, x, number: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums over pixels of a linear's gradients, with those of one tile added.
+    """Add one tile's gradients of a linear to the sums over pixels.
 
     weight [out, in] += gradᵀ·x; row `number` of biases [16, out] += sum of grad [BLOCK, out] over its rows. The tensor
-    cores compute both: a matmul with ones yields the sum in all 16 rows; the choice afterwards keeps a NaN out of the
-    sums of other linears.
+    cores compute both: a matmul with ones gives the sum in all 16 rows, and the selection afterward keeps NaN out of
+    the sums of other linears.
     """
     weight = tl.dot(tl.trans(grad), x, weight, input_precision=PRECISION)
     sums = tl.dot(tl.full([16, BLOCK], 1.0, grad.dtype), grad, biases, input_precision=PRECISION)
@@ -117,15 +117,15 @@ def add_linear_grad(weight, biases, grad, x, number: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def add_to(pointers, value, mask=None):
-    """Add to memory that this program alone owns."""
+    """Add to memory that only this program writes."""
     tl.store(pointers, tl.load(pointers, mask=mask) + value, mask=mask)
 
 
 @triton.jit
 def tile_pixels(tile, n_tokens, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
-    """Tile number -> (token, pixel of the patch, whether it exists), for BLOCK consecutive pixels.
+    """Tile index -> (token, pixel of the patch, whether it is valid), for BLOCK consecutive pixels.
 
-    A tile lies inside one token (token is then a scalar) or covers BLOCK / PIXELS whole tokens.
+    A tile is part of one token (token is then a scalar) or covers BLOCK / PIXELS whole tokens.
     """
     tile = tl.full((), 0, tl.int32) + tile  # the interpreter's loop counters are Python integers
     lane = tl.arange(0, BLOCK)
@@ -149,18 +149,18 @@ def row_offsets(token, pixel, token_stride, pixel_stride, D: tl.constexpr):
 
 @triton.jit
 def load_states(h_ptr, offsets, mask, D: tl.constexpr):
-    """h [BLOCK, D], float32; missing rows are 0, 1, 0, 1, ..., so that their LayerNorm is finite even with eps 0."""
+    """h [BLOCK, D], float32; masked rows are 0, 1, 0, 1, ..., so that their LayerNorm is finite even for eps 0."""
     filler = (tl.arange(0, D) % 2)[None, :].to(h_ptr.dtype.element_ty)
     return tl.load(h_ptr + offsets, mask=mask, other=filler).to(tl.float32)
 
 
 INTERPRETED = tl.constexpr(not isinstance(tanh_fast, JITFunction))
 
-# Compiled by Triton 3.8 and later, tl.sum adds the values of a thread in pairs, pairs of pairs and so on; earlier
-# versions and the interpreter add one after the other.
+# In Triton 3.8 and later, compiled tl.sum adds the values of a thread pairwise; earlier versions and the interpreter
+# add them sequentially.
 SUMS_IN_PAIRS = tl.constexpr(
     not INTERPRETED.value and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
 )
 
 if INTERPRETED:
-    from . import interpreter  # noqa: F401  repairs Triton's interpreter
+    from . import interpreter  # noqa: F401  fixes Triton's interpreter

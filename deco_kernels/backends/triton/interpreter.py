@@ -1,8 +1,8 @@
-"""Repairs of Triton's interpreter, which runs kernels on the CPU, operation by operation in NumPy (TRITON_INTERPRET=1).
+"""Fixes of Triton's interpreter, which runs kernels on the CPU with NumPy (TRITON_INTERPRET=1).
 
-The faults, seen in 3.6 to 3.9, are all about bfloat16, which it holds as uint16 bit patterns. Conversion from float32
-drops the low bits instead of rounding to nearest even, conversion from and to other types takes the bit pattern for a
-number, and so does `tl.dot`. Importing this module replaces the interpreter's functions.
+The defects, present in 3.6 to 3.9, concern bfloat16, which the interpreter stores as uint16 bit patterns. Conversion
+from float32 truncates instead of rounding to nearest even; conversion from and to other types and `tl.dot` treat the
+bit pattern as a number. Importing this module replaces the interpreter's functions.
 """
 
 import numpy as np
@@ -37,8 +37,8 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return _original_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
 
-# Every call of a device function prepares triton.language for interpretation anew, most of the run time. Once per
-# module is enough, as a launch does it for the kernel's own module.
+# Every call of a device function patches triton.language for interpretation, which takes most of the run time. Once per
+# module is enough, since a launch does it for the kernel's module.
 _prepared: set[int] = set()
 
 

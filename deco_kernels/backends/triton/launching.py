@@ -1,4 +1,4 @@
-"""Launching the Triton kernels, recording launches instead, and the views of tensors that kernels take."""
+"""Launching and recording of Triton kernels, and tensor layouts that the kernels accept."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from triton.runtime.jit import JITFunction
 
 from .table import Launch, launch_parameters
 
-# The interpreter runs programs one after the other; two of them still exercise the sums over partial buffers.
+# The interpreter runs programs sequentially; two suffice to test the sums over partial buffers.
 _INTERPRETED_PROGRAMS = 2
 
 
 class RecordedLaunch(NamedTuple):
-    """One kernel launch as the host code asked for it."""
+    """One kernel launch as requested by the host code."""
 
     kernel: Any
     args: dict[str, Any]
@@ -31,9 +31,9 @@ _recording: tuple[str, list[RecordedLaunch]] | None = None
 
 @contextlib.contextmanager
 def record_launches(architecture: str) -> Iterator[list[RecordedLaunch]]:
-    """Collect what the host code would launch on `architecture` ("sm_90", "gfx942"); nothing runs.
+    """Record the launches of the host code for `architecture` ("sm_90", "gfx942") without running them.
 
-    For ahead-of-time compilation: tensors may lie on the CPU, results hold undefined values.
+    For ahead-of-time compilation: tensors may be on the CPU, and results are undefined.
     """
     global _recording
     launches: list[RecordedLaunch] = []
@@ -53,7 +53,7 @@ def _device_architecture(device: torch.device) -> str:
 
 
 def architecture_of(device: torch.device) -> str:
-    """The name the launch table uses: "sm_90", "gfx942" and the like; "interpreter" for CPU tensors."""
+    """Architecture name of the launch table: "sm_90", "gfx942" and the like; "interpreter" for CPU tensors."""
     if _recording is not None:
         return _recording[0]
     return _device_architecture(device) if device.type == "cuda" else "interpreter"
@@ -65,21 +65,21 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def program_limit(device: torch.device, parameters: Launch) -> int:
-    """How many programs a persistent kernel starts at most."""
+    """Maximum number of programs of a persistent kernel."""
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return _multiprocessors(device) * parameters.programs_per_multiprocessor
 
 
 def parameters_for(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> Launch:
-    """The shipped launch parameters of a kernel on this device."""
+    """Launch parameters of a kernel on this device."""
     return launch_parameters(kernel, width, dtype, architecture_of(device))
 
 
 def math_options(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """PRECISION of float32 dots and FAST_TANH, the kernels' two numerical switches.
+    """PRECISION of float32 matmuls and FAST_TANH, the numerical options of the kernels.
 
-    Three TF32 products make a float32-accurate one; a single one is used where PyTorch's own setting allows it.
+    Three TF32 matmuls give float32 accuracy; a single one is used if PyTorch's setting allows TF32.
     """
     architecture = architecture_of(device)
     nvidia = not architecture.startswith("gfx")
@@ -94,14 +94,14 @@ def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 
 def _refuse_compilation(*, repr: str, **_: Any) -> bool:
     raise RuntimeError(
-        f"deco_kernels: the Triton kernel {repr} has to be compiled for these arguments, which cannot happen while a "
+        f"deco_kernels: the Triton kernel {repr} has to be compiled for these arguments, which is not possible while a "
         "CUDA graph is being captured; call the op once with the same shapes, strides and dtypes before the capture"
     )
 
 
 @contextlib.contextmanager
 def _compilation_refused() -> Iterator[None]:
-    """Within, a kernel that has to be compiled raises RuntimeError; Triton calls its hook before every compilation."""
+    """Context in which a kernel that has to be compiled raises RuntimeError, by Triton's hook before compilation."""
     knobs = getattr(triton, "knobs", None)  # Triton 3.3 keeps the hook in JITFunction
     holder, name = (JITFunction, "cache_hook") if knobs is None else (knobs.runtime, "jit_cache_hook")
     previous = getattr(holder, name)
@@ -113,7 +113,7 @@ def _compilation_refused() -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], parameters: Launch, *args: Any, **constexprs: Any) -> None:
-    """Run `kernel` on the current stream with the table's warps and stages; an empty grid does nothing."""
+    """Run `kernel` on the current stream with the given warps and stages; an empty grid does nothing."""
     if 0 in grid:
         return
     options = {"num_warps": parameters.warps, "num_stages": parameters.stages, "enable_fp_fusion": True}
@@ -128,12 +128,12 @@ def launch(kernel: Any, grid: tuple[int, ...], parameters: Launch, *args: Any, *
 
 
 def persistent_grid(rows: int, parameters: Launch, device: torch.device) -> tuple[int]:
-    """One program per tile of `rows` rows, at most as many as `program_limit` says."""
+    """One program per tile of `rows` rows, at most `program_limit`."""
     return (min(triton.cdiv(rows, parameters.block), program_limit(device, parameters)),)
 
 
 def launch_over_rows(kernel: Any, name: str, rows: int, like: torch.Tensor, *args: Any, **constexprs: Any) -> None:
-    """Launch a persistent kernel that walks over tiles of `rows` rows, with the table's parameters of `name`.
+    """Launch a persistent kernel that iterates over tiles of `rows` rows, with the parameters of `name`.
 
     D, the dtype and the device are those of `like` [..., D]; D, BLOCK, PRECISION and FAST_TANH are added to
     `constexprs`.
@@ -147,7 +147,7 @@ def launch_over_rows(kernel: Any, name: str, rows: int, like: torch.Tensor, *arg
 
 
 def weight_partials(name: str, like: torch.Tensor, blocks: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeroed sums of each program of kernel `name`, for the weight gradients of `count` linears in each of `blocks`.
+    """Zeroed sums per program of kernel `name`, for the weight gradients of `count` linears in each of `blocks`.
 
     [programs, blocks, count, D, D] and [programs, blocks, count, D], float32; D, dtype and device are those of `like`.
     """
@@ -161,7 +161,7 @@ def weight_partials(name: str, like: torch.Tensor, blocks: int, count: int) -> t
 
 
 def collapsed_rows(tensor: torch.Tensor, trailing: int) -> torch.Tensor:
-    """[..., *trailing dims] as [rows, *trailing dims] with unit channel stride; a copy only where no view exists."""
+    """[..., *trailing dims] as [rows, *trailing dims] with unit channel stride; copied only if no view exists."""
     shape = tensor.shape[-trailing:]
     if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
         tensor = tensor.contiguous()
@@ -173,11 +173,11 @@ def collapsed_rows(tensor: torch.Tensor, trailing: int) -> torch.Tensor:
 
 
 def contiguous(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors, copied only where they are not contiguous."""
+    """The tensors, copied if they are not contiguous."""
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
 def chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, length) of consecutive pieces of at most `size`."""
+    """(start, length) of consecutive chunks of at most `size`."""
     for start in range(0, count, size):
         yield start, min(size, count - start)

@@ -1,6 +1,6 @@
-"""Device functions of the loss kernels: tiles of 8x8 blocks, color transform, DCT, and the quadratic forms.
+"""Device functions of the loss kernels: tiles of 8x8 blocks, color transform, DCT and quadratic forms.
 
-d, M, F and A are those of flow_matching_loss.py.
+flow_matching_loss.py defines d, M, F and A.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 @triton.jit
 def dct_entries(frequency, sample):
     """Entries of the orthonormal 8-point DCT-II: sqrt((1 or 2)/8)·cos(π(2·sample + 1)·frequency/16)."""
-    angle = ((2 * sample + 1) * frequency) % 32  # in units of π/16, then brought to 0..8
+    angle = ((2 * sample + 1) * frequency) % 32  # in units of π/16, then reduced to 0..8
     angle = tl.where(angle > 16, 32 - angle, angle)
     sign = tl.where(angle > 8, -1.0, 1.0)
     angle = tl.where(angle > 8, 16 - angle, angle)
@@ -46,13 +46,13 @@ def ycbcr_row(channel):
 
 @triton.jit
 def reflected(index, size):
-    """Index into the unpadded axis of an index into the padded one."""
+    """Map an index into the padded axis to the unpadded axis."""
     return tl.where(index < size, index, 2 * (size - 1) - index)
 
 
 @triton.jit
 def block_offsets(block_y, block_x, height, width, stride_h, stride_w, PADDED: tl.constexpr):
-    """Element offsets [BLOCK, 64] of the pixels of 8x8 blocks inside one plane."""
+    """Element offsets [BLOCK, 64] of the pixels of 8x8 blocks in one plane."""
     e = tl.arange(0, 64)
     if PADDED:
         row = reflected(block_y[:, None] * 8 + (e // 8)[None, :], height)
@@ -84,7 +84,7 @@ def load_tile(
     tile, height, width,
     PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tile `tile` of BLOCK 8x8 blocks: differences R, G, B [BLOCK, 64], the blocks' row and column, which exist."""
+    """Tile `tile` of BLOCK 8x8 blocks: differences R, G, B [BLOCK, 64], the blocks' row and column, valid mask."""
     blocks_x = tl.cdiv(width, 8)
     block = tile * BLOCK + tl.arange(0, BLOCK)
     block_y, block_x = block // blocks_x, block % blocks_x
@@ -109,7 +109,7 @@ def form_product(x, forms_ptr, channel, PRECISION: tl.constexpr):
     """x [BLOCK, 64] times the form A of a channel, float32.
 
     float32 forms [3, 64, 64]: one matmul of PRECISION. bfloat16 forms [3, 2, 64, 64], high and low parts: three
-    bfloat16 matmuls, with a relative error of 5e-6 still far below the rounding of 16-bit images.
+    bfloat16 matmuls with a relative error of 5e-6, far below the rounding of 16-bit images.
     """
     e = tl.arange(0, 64)
     pointers = e[:, None] * 64 + e[None, :]

@@ -2,18 +2,18 @@
 
     h = W_x·rgb + table[pixel];  N times h = adaln_block(h, cond);  velocity = W_out·LN(h) + b_out
 
-Forward: a persistent program walks over tiles of `block` pixels; h and SiLU(cond) of a tile stay in registers, weights
-pass through shared memory, nothing is written but the velocity. The image is read and the velocity written in place, by
-strides. Per pixel at D 32, N 3, C 3, bfloat16: 76 bytes moved, 31 kFLOP.
+Forward: a persistent program iterates over tiles of `block` pixels; h and SiLU(cond) of a tile stay in registers,
+weights pass through shared memory, and only the velocity is written. The image is read and the velocity written in
+place, by strides. Per pixel at D 32, N 3, C 3, bfloat16: 76 bytes moved, 31 kFLOP.
 
 Backward, per chunk of tokens (at most 2,048, workspace at most 150 MB):
-    recompute_kernel       forward again; stores h before each block and runs the head backwards
+    recompute_kernel    recomputes the forward, stores h before each block and runs the backward of the head
     backward_kernel     of adaln_block.py, once per block, last block first; the gradient of h stays in one buffer
     embedding_kernel    gradients of the image, pixel_weight and pixel_table
 Per pixel at D 32, N 3, bfloat16: 1.1 kB moved, about 125 kFLOP.
 
-Every sum over pixels goes to a place that one program owns (registers, then its partial buffer) and partial buffers are
-added in fixed order: the same device gives the same bits.
+Every sum over pixels is owned by one program (registers, then its partial buffer), and partial buffers are added in
+fixed order: results on the same device are bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from .launching import (
 )
 from .weights import pack, unpack_grad
 
-LAUNCH_TOKENS = 2**22  # tokens of one forward launch, so that pixels are counted in 32 bits
-CHUNK_TOKENS = 2048  # tokens of one pass of the backward
+LAUNCH_TOKENS = 2**22  # tokens per forward launch, so that pixel indices fit in 32 bits
+CHUNK_TOKENS = 2048  # tokens per chunk of the backward
 WORKSPACE_BYTES = 150_000_000
 
 # ---------------------------------------------------------------------------------------------------------- forward
@@ -52,7 +52,7 @@ WORKSPACE_BYTES = 150_000_000
 
 @triton.jit
 def image_offsets(token, pixel, tokens_y, tokens_x, stride_b, stride_h, stride_w, PATCH: tl.constexpr):
-    """Element offsets [BLOCK] of the pixels' first channel in a [B, C, H, W] tensor of any strides."""
+    """Element offsets [BLOCK] of the pixels' first channel in a [B, C, H, W] tensor with any strides."""
     image = token // (tokens_y * tokens_x)
     place = token - image * (tokens_y * tokens_x)
     row = (place // tokens_x) * PATCH + pixel // PATCH
@@ -139,11 +139,11 @@ def recompute_kernel(
     grad_h_ptr,  # out [n_tokens, P, D]: gradient of h after the last block
     grad_head_weight_ptr, grad_head_bias_ptr,  # in and out [programs, C, D], [programs, C] float32
     first_token, n_tokens, tokens_y, tokens_x,  # cond row 0 is token `first_token` of the images
-    WEIGHT_GRAD: tl.constexpr,  # the head's gradients are asked for
+    WEIGHT_GRAD: tl.constexpr,  # whether gradients of the head are needed
     D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr,
     EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
 ):  # fmt: skip
-    """The forward once more, keeping what the block kernels need, then the head backwards."""
+    """Recompute the forward, storing the states that the block kernels need, then run the backward of the head."""
     PIXELS: tl.constexpr = PATCH * PATCH
     d = tl.arange(0, D)
     channel = tl.arange(0, 16)  # channels padded to the smallest tile of a tensor-core matmul
@@ -198,7 +198,7 @@ def embedding_kernel(
     grad_pixel_weight_ptr,  # in and out [slices, groups, C, D] float32
     grad_pixel_table_ptr,  # in and out [slices, max(P, BLOCK), D] float32
     first_token, n_tokens, tokens_y, tokens_x,
-    IMAGE_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr,  # what is asked for
+    IMAGE_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr,  # which gradients are needed
     D: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (group, slice) owns one group of BLOCK pixel positions in every slices-th token (or set of tokens)."""
@@ -247,13 +247,13 @@ def query_and_head(weights: DecoderWeights) -> tuple[torch.Tensor, ...]:
 
 
 class DecoderBackward:
-    """Gradients of the decoder, collected over chunks of tokens.
+    """Gradients of the decoder, accumulated over chunks of tokens.
 
     Args:
         image, grad_velocity: [B, C, H, W], any strides.
-        weights: those of pixel_decoder.
-        dtype: of the activations.
-        needs: which of (image, cond, any weight) need a gradient.
+        weights: weights of pixel_decoder.
+        dtype: activation dtype.
+        needs: whether (image, cond, any weight) need a gradient.
     """
 
     def __init__(self, image, grad_velocity, weights, dtype, patch_size, eps, needs):
@@ -283,9 +283,9 @@ class DecoderBackward:
             )
 
     def chunk_tokens(self, more: int = 0) -> int:
-        """Tokens per chunk: CHUNK_TOKENS, or fewer where the workspace would exceed WORKSPACE_BYTES.
+        """Tokens per chunk: CHUNK_TOKENS, or fewer if the workspace would exceed WORKSPACE_BYTES.
 
-        The workspace holds N + 1 activations of the chunk, and `more` that the caller adds.
+        The workspace holds N + 1 activations of the chunk, plus `more` of the caller.
         """
         token_bytes = (self.depth + 1 + more) * self.patch_size**2 * self.width * self.dtype.itemsize
         tokens = min(CHUNK_TOKENS, WORKSPACE_BYTES // token_bytes)
@@ -349,7 +349,7 @@ class DecoderBackward:
 def forward(
     image: torch.Tensor, cond: torch.Tensor, weights: DecoderWeights, patch_size: int, eps: float
 ) -> torch.Tensor:
-    """velocity [B, C, H, W] in cond's dtype."""
+    """velocity [B, C, H, W] in the dtype of cond."""
     velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
     with device_guard(cond):
         packed = pack(weights.blocks, cond.dtype)
@@ -370,7 +370,7 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients of (image, cond, the weights); None where `needs` is False."""
+    """Gradients of (image, cond, weights); None where `needs` is False."""
     grad_cond = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
     with device_guard(cond):
         needed = (needs[0], needs[1], any(needs[2:]))

@@ -1,7 +1,7 @@
-"""pixel_decoder_from_tokens on Triton: PyTorch's matmul for the upsample and the fused decoder, chunk by chunk.
+"""pixel_decoder_from_tokens on Triton: PyTorch's matmul for the upsample and the fused decoder, in chunks.
 
-See upsample.py and pixel_decoder.py. The backward holds one chunk of conditions and of their gradients besides the
-decoder's own workspace.
+See upsample.py and pixel_decoder.py. The backward holds one chunk of conditions and of their gradients in addition to
+the workspace of the decoder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def forward(
     patch_size: int,
     eps: float,
 ) -> torch.Tensor:
-    """velocity [B, C, H, W] in tokens' dtype."""
+    """velocity [B, C, H, W] in the dtype of tokens."""
     velocity = torch.empty(image.shape, dtype=tokens.dtype, device=tokens.device)
     with device_guard(tokens), torch.no_grad():
         packed = pack(weights.blocks, tokens.dtype)
@@ -49,7 +49,7 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients of (image, tokens, the upsample's and the decoder's weights); None where `needs` is False."""
+    """Gradients of (image, tokens, upsample weights, decoder weights); None where `needs` is False."""
     upsample_needs = tuple(needs[1:4])
     needed = (needs[0], any(upsample_needs), any(needs[4:]))
     with device_guard(tokens), torch.no_grad():

@@ -1,7 +1,7 @@
 """Launch parameters of the Triton kernels, by kernel, decoder width, storage size and architecture.
 
-Chosen from the code the compiler produced (registers, spills, issue slots; `python -m benchmarks static`); nothing is
-tuned at run time. A row without an architecture serves every architecture that has no row of its own.
+Chosen from the compiled code (registers, spills, issue slots; `python -m benchmarks static`); nothing is tuned at run
+time. A row without an architecture applies to every architecture without a separate row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ import torch
 
 
 class Launch(NamedTuple):
-    """block: pixels, rows or 8x8 blocks per tile; programs_per_multiprocessor: the size of a persistent grid."""
+    """Launch parameters.
+
+    block: pixels, rows or 8x8 blocks per tile.
+    programs_per_multiprocessor: size of a persistent grid.
+    """
 
     block: int
     warps: int
@@ -69,8 +73,8 @@ _TABLE: dict[tuple[str, int, int], Launch] = {
     ("flow_matching_loss_backward", 0, 2): Launch(64, 8, 1, 1),
     ("flow_matching_loss_backward", 0, 4): Launch(64, 8, 1, 1),
 }
-# Where the table above asks for more shared memory than there is: 64 kB on gfx942, 99 kB on NVIDIA's GPUs outside data
-# centres, 227 kB on Blackwell's (under Triton 3.6, which takes more than 3.9).
+# Architectures on which the table above exceeds the shared memory: 64 kB on gfx942, 99 kB on NVIDIA GPUs outside data
+# centers, 227 kB on Blackwell data-center GPUs (under Triton 3.6, which uses more than 3.9).
 _ARCHITECTURE_TABLE: dict[tuple[str, int, int, str], Launch] = {
     ("pixel_decoder", 32, 4, "gfx942"): Launch(64, 8, 1, 2),
     ("pixel_decoder_recompute", 32, 4, "gfx942"): Launch(64, 4, 1, 2),
@@ -84,6 +88,6 @@ _ARCHITECTURE_TABLE: dict[tuple[str, int, int, str], Launch] = {
 
 
 def launch_parameters(kernel: str, width: int, dtype: torch.dtype, architecture: str) -> Launch:
-    """Parameters for a kernel; `architecture` as "sm_90", "gfx942" or "interpreter"."""
+    """Parameters of a kernel; `architecture` is "sm_90", "gfx942" and the like, or "interpreter"."""
     key = (kernel, width, dtype.itemsize)
     return _ARCHITECTURE_TABLE.get((*key, architecture), _TABLE[key])

@@ -1,7 +1,7 @@
-"""The linear upsample tokens -> per-pixel conditions by PyTorch's matmul, in chunks of tokens.
+"""Upsample linear from tokens to per-pixel conditions by PyTorch's matmul, in chunks of tokens.
 
-A chunk of conditions (2,048 tokens of 256 pixels and 32 channels: 34 MB in bfloat16) is consumed by the kernel that
-follows while it still lies in a data-centre GPU's L2 cache, and its buffer is used again: the full tensor never exists.
+The next kernel reads a chunk of conditions (2,048 tokens of 256 pixels and 32 channels: 34 MB in bfloat16) while it is
+in the L2 cache of a data-center GPU, and the next chunk reuses its buffer: the full tensor is never stored.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .launching import collapsed_rows
 
 
 class Upsample:
-    """cond = tokens·up_weightᵀ + up_bias and its gradients, chunk by chunk.
+    """cond = tokens·up_weightᵀ + up_bias and its gradients, in chunks of tokens.
 
     Args:
-        tokens: [..., Z]; its dtype is that of cond and its gradient.
-        up: its weights.
+        tokens: [..., Z]; cond and its gradient have its dtype.
+        up: weights of the upsample.
         shape: (P, D).
     """
 
@@ -35,7 +35,7 @@ class Upsample:
         self.token_shape = tokens.shape
 
     def cond(self, start: int, length: int) -> torch.Tensor:
-        """Conditions [length, P, D] of the tokens from `start` on; valid until the next call."""
+        """Conditions [length, P, D] of the tokens from `start` onward; valid until the next call."""
         if self.buffer is None:
             self.buffer = self.tokens.new_empty(length, self.weight.shape[0])
         out = self.buffer[:length]
@@ -43,7 +43,7 @@ class Upsample:
         return out.view(length, *self.shape)
 
     def add_gradients(self, start: int, grad_cond: torch.Tensor, needs: tuple[bool, bool, bool]) -> None:
-        """Take grad_cond [length, P, D] of the chunk from `start` on; needs: of (tokens, up_weight, up_bias)."""
+        """Accumulate from grad_cond [length, P, D] of tokens `start` onward; needs: of (tokens, up_weight, up_bias)."""
         rows = grad_cond.view(grad_cond.shape[0], -1)
         if needs[0]:
             if self.grad_tokens is None:
@@ -55,7 +55,7 @@ class Upsample:
             self.bias_sum = _added(self.bias_sum, rows.sum(0, dtype=torch.float32))
 
     def grads(self, needs: tuple[bool, bool, bool]) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of (tokens, up_weight, up_bias); None where not needed, zeros where there were no tokens."""
+        """Gradients of (tokens, up_weight, up_bias); None where not needed, zeros if there are no tokens."""
         sums = (self.grad_tokens, self.weight_sum, self.bias_sum)
         like = (self.tokens, self.up_weight, self.up_bias)
         shapes = (self.token_shape, self.up_weight.shape, self.up_bias.shape)
@@ -66,7 +66,7 @@ class Upsample:
 
 
 def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
-    """Sums over chunks are float32 from the second chunk on; a single chunk keeps the matmul's own rounding."""
+    """total + part in float32; a single chunk keeps the dtype of the matmul."""
     if total is None:
         return part
     return total.add_(part) if total.dtype is torch.float32 else total.float().add_(part)

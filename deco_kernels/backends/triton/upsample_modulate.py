@@ -3,10 +3,10 @@
     y = up_weight·token + up_bias (per pixel);  shift, scale, gate = W_mod·SiLU(y) + b_mod
     modulated = LN(h)·(1 + scale) + shift
 
-A persistent program walks over tiles of `block` pixels; SiLU(y), the modulation and LN(h) of a tile stay in registers,
-the three D×D matrices pass through shared memory. Forward: 6·D² FLOPs and 3·D values moved per pixel besides y, which
-comes from the L2 cache. Backward: y again, 18·D² FLOPs, 5·D values. Weight gradients as in adaln_block.py: registers,
-partial buffers, a sum in fixed order.
+A persistent program iterates over tiles of `block` pixels; SiLU(y), the modulation and LN(h) of a tile stay in
+registers; the three D×D matrices pass through shared memory. Forward: 6·D² FLOPs and 3·D values moved per pixel in
+addition to y, which comes from the L2 cache. Backward: recomputes y, 18·D² FLOPs, 5·D values. Weight gradients as in
+adaln_block.py: registers, partial buffers, a sum in fixed order.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def backward_kernel(
     grad_h_ptr, grad_cond_ptr,  # out [n_tokens, P, D] contiguous
     grad_matrix_ptr, grad_bias_ptr,  # in and out [programs, 3, D, D] (out, in), [programs, 3, D] float32
     n_tokens,
-    COND_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr,  # what is asked for
+    COND_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr,  # which gradients are needed
     D: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
     EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +128,7 @@ def backward_kernel(
 def forward(
     h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(modulated, gate), both like h."""
+    """(modulated, gate), both with the shape and dtype of h."""
     modulated, gate = (torch.empty(h.shape, dtype=h.dtype, device=h.device) for _ in range(2))
     with device_guard(h), torch.no_grad():
         packed = pack(one_block(weights), h.dtype)
@@ -156,7 +156,7 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients of (h, tokens, the upsample's weights, the modulation's); None where `needs` is False."""
+    """Gradients of (h, tokens, upsample weights, modulation weights); None where `needs` is False."""
     stacked = one_block(weights)
     upsample_needs = tuple(needs[1:4])
     cond_needed, weights_needed = any(upsample_needs), any(needs[4:])

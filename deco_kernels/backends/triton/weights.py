@@ -1,12 +1,12 @@
-"""Packing of block weights for the kernels, and the way back for their gradients.
+"""Packing of block weights for the kernels, and unpacking of their gradients.
 
-The affine part of LayerNorm folds exactly into the modulation linear. With n the normalised rows, w and b the affine,
+The affine part of LayerNorm folds exactly into the modulation linear. With n the normalized rows, w and b the affine,
     (n·w + b)·(1 + scale) + shift = n·scale' + shift'
     scale' = w·(1 + scale),  shift' = shift + b·(1 + scale),
-so the kernels see modified rows of the modulation weight and bias and no affine at all. fc1 is packed halved, because
+so the kernels use modified rows of the modulation weight and bias and no affine. fc1 is packed with a factor 1/2, since
 the kernels evaluate SiLU(2t) from t. A packed set holds the matrices [shift', scale', gate, fc1/2, fc2] as [in, out] in
-the compute dtype and their biases in float32; packing happens inside every call, so weights may change between calls
-and between replays of a CUDA graph.
+the compute dtype and their biases in float32. Every call packs the weights, so they may change between calls and
+between replays of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from deco_kernels.signatures import BlockWeights, Group, ModulationWeights, flat
 from .launching import contiguous, launch
 from .table import Launch
 
-# Numbers of the packed matrices and biases of a block.
+# Indices of the packed matrices and biases of a block.
 SHIFT, SCALE, GATE, FC1, FC2 = (tl.constexpr(number) for number in range(5))
 
 _ONE_PROGRAM = Launch(block=0, warps=4, stages=1, programs_per_multiprocessor=1)
@@ -35,7 +35,7 @@ class PackedWeights(NamedTuple):
     biases: torch.Tensor
 
     def block(self, index: int) -> PackedWeights:
-        """The weights of one block."""
+        """Packed weights of one block."""
         return PackedWeights(self.matrices[index], self.biases[index])
 
 
@@ -89,7 +89,7 @@ def unpack_grad_kernel(
     grad_fc1_weight_ptr, grad_fc1_bias_ptr, grad_fc2_weight_ptr, grad_fc2_bias_ptr,  # out; unused without MLP
     D: tl.constexpr, MLP: tl.constexpr,
 ):  # fmt: skip
-    """The transpose of pack_kernel; one program per block."""
+    """Backward of pack_kernel; one program unpacks one block."""
     n = tl.program_id(0)
     d = tl.arange(0, D)
     square = d[:, None] * D + d[None, :]
@@ -127,12 +127,12 @@ def unpack_grad_kernel(
 
 
 def one_block(weights: Group) -> Group:
-    """The weights of one block, stacked as those of N = 1."""
+    """Weights of one block with a leading size N = 1."""
     return mapped(lambda weight: weight[None], weights)
 
 
 def pack(group: BlockWeights | ModulationWeights, dtype: torch.dtype) -> PackedWeights:
-    """Pack the weights of N blocks, or their modulations alone."""
+    """Pack the weights of N blocks, or only their modulations."""
     weights = contiguous(*flat(group))
     norm_weight = weights[0]
     blocks, width = norm_weight.shape
