@@ -117,7 +117,7 @@ def selftest() -> int:
 
 
 def check(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """(largest error as a share of its bound, "ok" or what failed) over the outputs and gradients of a call, and of
+    """(largest error / bound, "ok" or the failures) over the outputs and gradients of a call, and of
     one with equal channels where the op has a LayerNorm."""
     try:
         calls = [testing.random_inputs(op, dtype=dtype, device=device, image_size=(1, 64, 64))]

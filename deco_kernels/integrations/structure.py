@@ -193,7 +193,7 @@ def _sequence(module: nn.Module, path: str, kinds: Sequence[type[nn.Module]]) ->
 
 
 def _require_plain(path: str, module: nn.Module, kind: type[nn.Module]) -> None:
-    """A module of the kind that computes what the kind computes, a linear one with its bias.
+    """Raise ValueError unless the module is of the given class with its forward; a linear must have a bias.
 
     Its weights are parameters or parametrizations, which are computed at every read. A weight that a forward hook
     computes, as in the older `nn.utils.weight_norm`, would be stale, because the module's forward no longer runs.

@@ -43,8 +43,10 @@ def unavailable_reason() -> str | None:
 
 
 def build(sources: Path, folder: Path):
-    """The emulated module of `sources` (a csrc folder), built in `folder` unless it was built there from the same
-    contents, whatever the modification times."""
+    """The emulated module of `sources` (a csrc folder), built in `folder` unless the build there has the same contents.
+
+    Modification times do not count.
+    """
     written, contents = folder / "contents.sha256", contents_of(sources)
     with alone_in(folder):
         if not written.exists() or written.read_text() != contents:

@@ -59,7 +59,7 @@ def found(folder: Path) -> list[Path]:
 
 
 def write_atomically(content: Mapping[str, Any], path: Path, resume: str = "--resume auto") -> None:
-    """torch.save to `path`, which afterwards holds either its previous content or all of the new content.
+    """torch.save to `path`, which afterward holds either its previous content or all of the new content.
 
     Raises CheckpointError with the free disk space and `resume`, the option that resumes the run.
     """
