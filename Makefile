@@ -6,7 +6,7 @@
 # make test-timing tests that assert times; they need a machine without other load
 # make aot-all     compile every Triton and CUDA kernel for every width, dtype and architecture, and check budgets
 # make gpu-check   checks that need a GPU, with the system's Python and without network -> out/gpu-check
-# make lint        style checks
+# make lint        style and type checks
 #
 # All targets except gpu-check create and use .venv. Each installs the pinned packages that it needs (requirements/) if
 # they are missing or a pin has changed; demo, bench and lint need few packages, the others all.
@@ -63,6 +63,7 @@ lint: $(VENV)/.demo-installed $(VENV)/.lint-installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	git ls-files '*.c' '*.cpp' '*.cu' '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(RUN) -m mypy
 
 gpu-check:
 	@$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)

@@ -6,6 +6,7 @@ Importing this package loads no compiler, no Triton and no GPU driver; submodule
 """
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -15,7 +16,7 @@ _REGISTRY_NAMES = ("use_backend", "BackendUnavailable")
 __all__ = ["BackendUnavailable", "__version__", "flow", "integrations", "model", "ops", "use_backend"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in _REGISTRY_NAMES:
@@ -23,5 +24,5 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

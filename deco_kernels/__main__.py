@@ -14,6 +14,7 @@ import time
 import torch
 
 from deco_kernels import __version__, native, testing
+from deco_kernels.backends.support import Request
 from deco_kernels.machine import processor_name
 from deco_kernels.ops import registry
 
@@ -44,9 +45,9 @@ def refusals(backend: str, device: torch.device, dtype: torch.dtype = torch.floa
     return {op: registry.refusal(backend, request(op, device, dtype), device) for op in OPS}
 
 
-def request(op: str, device: torch.device, dtype: torch.dtype) -> registry.Request:
+def request(op: str, device: torch.device, dtype: torch.dtype) -> Request:
     module = "flow_matching_loss" if op == "frequency_loss" else op
-    return registry.Request(module, device.type, (dtype, dtype), width=32, depth=3, patch_size=16, channels=3)
+    return Request(module, device.type, (dtype, dtype), width=32, depth=3, patch_size=16, channels=3)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

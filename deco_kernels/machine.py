@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from deco_kernels import __version__
 
@@ -36,7 +37,7 @@ def default_heap() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in KEPT_HEAP}
 
 
-def description(device: str, checkout: Path) -> dict:
+def description(device: str, checkout: Path) -> dict[str, Any]:
     """Machine, software and settings of this process, as JSON values.
 
     Args:

@@ -140,7 +140,7 @@ def _fields(group: Hashable) -> dict[str, Any]:
     return get_type_hints(group, include_extras=True)
 
 
-def _arguments(group: type[Any], blocks: bool) -> Iterator[Argument]:
+def _arguments(group: Callable[..., Any], blocks: bool) -> Iterator[Argument]:
     for name, hint in _fields(group).items():
         if get_origin(hint) is Annotated:
             shape, rounding = hint.__metadata__
@@ -178,7 +178,7 @@ def grouped(group: type[Group], tensors: Iterable[Any]) -> Group:
     """Group the tensors, in order, into the fields of a group and its nested groups."""
     values = iter(tensors)
 
-    def fill(group: type[Any]) -> Any:
+    def fill(group: Callable[..., Any]) -> Any:
         hints = _fields(group).values()
         return group(*[next(values) if get_origin(hint) is Annotated else fill(hint) for hint in hints])
 

@@ -57,7 +57,7 @@ class GraphedVelocity:
 
     def __init__(self, velocity: Velocity, capture: Callable[..., Velocity]):
         self.velocity, self.capture = velocity, capture
-        self.graphs: dict[tuple, Velocity] = {}
+        self.graphs: dict[tuple[object, ...], Velocity] = {}
         self.failed = False
 
     def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:

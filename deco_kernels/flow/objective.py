@@ -6,6 +6,7 @@ Source: DeCo (arXiv 2511.19365), sections 3.3 and 4.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -36,6 +37,15 @@ def drop_labels(
     return torch.where(dropped.reshape(-1, *[1] * (y.dim() - 1)), null, y)
 
 
+class AlignmentLoss(Protocol):
+    """(features [B, L, Z], clean image x) → scalar, such as `Alignment`."""
+
+    block: int
+    weight: float
+
+    def __call__(self, features: torch.Tensor, x: torch.Tensor, /) -> torch.Tensor: ...
+
+
 class Objective(nn.Module):
     """Samples noise and times, runs the model and returns its losses.
 
@@ -56,11 +66,14 @@ class Objective(nn.Module):
     Raises TypeError or ValueError for invalid arguments.
     """
 
+    frequency_weight: torch.Tensor
+    null_label: int | torch.Tensor | None
+
     def __init__(
         self,
         frequency_weight: torch.Tensor,
         frequency_scale: float = 1.0,
-        repa: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        repa: AlignmentLoss | None = None,
         *,
         distribution: str = "lognormal",
         shift: float = 1.0,
@@ -99,6 +112,7 @@ class Objective(nn.Module):
         _check_images(x)
         require_tensors(y=y)
         if self.label_dropout:
+            assert self.null_label is not None
             y = drop_labels(y, self.null_label, self.label_dropout, generator)
         t = sample_time(len(x), distribution=self.distribution, shift=self.shift, generator=generator, device=x.device)
         noise_device = x.device if generator is None else generator.device
@@ -119,7 +133,7 @@ class Objective(nn.Module):
         total, pixel, frequency = ops.flow_matching_loss(
             velocity, v, self.frequency_weight, frequency_scale=self.frequency_scale, backend=self.backend
         )
-        if alignment:
+        if self.repa is not None:
             total = total + self.repa.weight * alignment["repa"]
         return {"total": total, "pixel": pixel, "frequency": frequency, **alignment, "t": t}
 
@@ -156,6 +170,6 @@ def _check_images(x: torch.Tensor) -> None:
         )
 
 
-def _method(model: nn.Module, name: str) -> Callable | None:
+def _method(model: nn.Module, name: str) -> Callable[..., None] | None:
     """A method of the model or of its attribute `module` (as in DDP); None if neither has it."""
     return getattr(model, name, None) or getattr(getattr(model, "module", None), name, None)

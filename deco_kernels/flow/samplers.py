@@ -50,13 +50,13 @@ class _GuidedVelocity:
         like: torch.Tensor,
     ):
         self.velocity, self.cond, self.guidance, self.guided = velocity, cond, guidance, guided
-        self.both = torch.cat((uncond, cond)) if any(guided) else None
+        self.both = torch.cat((uncond, cond)) if uncond is not None and any(guided) else None
         self.times, self.dtype = times.to(like.device), like.dtype
 
     def __call__(self, x: torch.Tensor, at: int, step: int | None = None) -> torch.Tensor:
         """The velocity at x [B, ...] and time index `at` in the dtype of x, guided if step `step` (else `at`) is."""
         x_in = x.to(self.dtype)
-        if not self.guided[at if step is None else step]:
+        if self.both is None or not self.guided[at if step is None else step]:
             return self._call(x_in, at, self.cond).to(x.dtype)
         v_uncond, v_cond = self._call(torch.cat((x_in, x_in)), at, self.both).to(x.dtype).chunk(2)
         return v_uncond + self.guidance * (v_cond - v_uncond)
@@ -207,11 +207,12 @@ class Sampler:
             steps=steps, solver=solver, guidance=guidance, guidance_interval=guidance_interval, shift=shift
         )
         self.dtype, self.cuda_graph = dtype, cuda_graph
-        self.model = model if dtype is None else _cast_copy(model, dtype)
+        self.model: Velocity = model if dtype is None else _cast_copy(model, dtype)
         if compile_trunk:
-            if not hasattr(self.model, "compile_trunk"):
+            compile_blocks = getattr(self.model, "compile_trunk", None)
+            if compile_blocks is None:
                 raise TypeError(f"model: expected one that has compile_trunk, such as DeCo, got {type(model).__name__}")
-            self.model.compile_trunk()
+            compile_blocks()
         self.graphed = GraphedVelocity(self._call_model, CudaGraph)
 
     def __call__(
@@ -238,7 +239,7 @@ def _is_cuda(noise: torch.Tensor) -> bool:
     return isinstance(noise, torch.Tensor) and noise.is_cuda
 
 
-def _cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _cast_copy(model: Velocity, dtype: torch.dtype) -> nn.Module:
     """A frozen copy for inference whose weights that autocast would cast in every call already have `dtype`."""
     if dtype not in SAMPLING_DTYPES:
         raise TypeError(f"dtype: expected None or one of {list(SAMPLING_DTYPES)}, got {dtype}")

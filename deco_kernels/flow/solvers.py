@@ -62,9 +62,8 @@ def adams_weights(nodes: list[float], end: float) -> list[float]:
     They give the mean of the interpolating polynomial. With τ the time in units of the step, τ = 0 at the last node,
     the weights w solve Σ_j w_j·τ_j^k = ∫₀¹ τ^k dτ = 1/(k + 1) for k below the number of nodes.
     """
-    float64 = dict(dtype=torch.float64, device="cpu")
-    tau = (torch.tensor(nodes, **float64) - nodes[-1]) / (end - nodes[-1])
-    power = torch.arange(len(nodes), **float64)
+    tau = (torch.tensor(nodes, dtype=torch.float64, device="cpu") - nodes[-1]) / (end - nodes[-1])
+    power = torch.arange(len(nodes), dtype=torch.float64, device="cpu")
     return torch.linalg.solve(tau ** power[:, None], 1 / (power + 1)).tolist()
 
 

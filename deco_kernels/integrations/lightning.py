@@ -42,12 +42,12 @@ class SwapDecoder(Callback):
     def __init__(self, modules: list[str] | None = None, save_memory: bool = False, backend: str | None = None):
         self.modules, self.save_memory, self.backend = modules, save_memory, backend
 
-    def setup(self, trainer, pl_module: nn.Module, stage: str) -> None:
+    def setup(self, trainer: object, pl_module: nn.Module, stage: str) -> None:
         """Swap the decoders."""
         for model in self._models(pl_module):
             swap_decoder(model, save_memory=self.save_memory, backend=self.backend)
 
-    def teardown(self, trainer, pl_module: nn.Module, stage: str) -> None:
+    def teardown(self, trainer: object, pl_module: nn.Module, stage: str) -> None:
         """Undo the swaps, including those in copies made after `setup`."""
         for module in list(pl_module.modules()):
             if is_swapped(module):

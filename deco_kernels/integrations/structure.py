@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -23,8 +24,17 @@ _WRAPPERS = {
     "ScriptModule": "torch.jit",
 }
 _SAME = 1e-4  # relative L2 difference allowed in float32 between the model's own decoder and the fused formula
-_ON_CPU = dict(device="cpu", dtype=torch.float32)
+_ON_CPU: dict[str, Any] = dict(device="cpu", dtype=torch.float32)
 _COPIED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+Kind = TypeVar("Kind", bound=nn.Module)
+
+
+class Decoder(Protocol):
+    """Pixels [T, P, C] and tokens [T, Z] → velocity [T, P, C]."""
+
+    def decode(self, pixels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass
@@ -48,7 +58,7 @@ class DecoderParts:
     def channels(self) -> int:
         return self.head.out_features
 
-    def with_parameters(self) -> list[nn.Module]:
+    def with_parameters(self) -> list[nn.Linear | nn.LayerNorm]:
         """The linears and norms that hold the decoder's parameters."""
         linears = [self.embed, self.up, self.input, self.head, *self.mods, *self.fc1s, *self.fc2s]
         return [*linears, *self.norms]
@@ -112,7 +122,7 @@ def find_parts(model: nn.Module) -> DecoderParts:
 def _embedder(x_embedder: nn.Module) -> nn.Linear:
     embedder = _child(x_embedder, "x_embedder", "embedder")
     if isinstance(embedder, nn.Sequential):
-        (linear,) = _sequence(embedder, "x_embedder.embedder", (nn.Linear,))
+        (linear,) = _linears(embedder, "x_embedder.embedder", (nn.Linear,))
         return linear
     return _linear(x_embedder, "x_embedder", "embedder")
 
@@ -126,13 +136,12 @@ def _blocks(dec_net: nn.Module) -> list[nn.Module]:
 
 def _block(block: nn.Module, path: str, width: int) -> tuple[nn.LayerNorm, nn.Linear, nn.Linear, nn.Linear]:
     """The norm, the modulation and the two MLP linears of a block."""
-    norm = _child(block, path, "in_ln")
-    _require_norm(f"{path}.in_ln", norm, width, affine=True)
-    fc1, _, fc2 = _sequence(_child(block, path, "mlp"), f"{path}.mlp", (nn.Linear, nn.SiLU, nn.Linear))
+    norm = _require_norm(f"{path}.in_ln", _child(block, path, "in_ln"), width, affine=True)
+    fc1, fc2 = _linears(_child(block, path, "mlp"), f"{path}.mlp", (nn.Linear, nn.SiLU, nn.Linear))
     _require_sizes(f"{path}.mlp[0]", fc1, width, width)
     _require_sizes(f"{path}.mlp[2]", fc2, width, width)
     modulation = _child(block, path, "adaLN_modulation")
-    _, mod = _sequence(modulation, f"{path}.adaLN_modulation", (nn.SiLU, nn.Linear))
+    (mod,) = _linears(modulation, f"{path}.adaLN_modulation", (nn.SiLU, nn.Linear))
     _require_sizes(f"{path}.adaLN_modulation[1]", mod, width, 3 * width)
     return norm, mod, fc1, fc2
 
@@ -147,8 +156,7 @@ def _final_layer(dec_net: nn.Module, width: int) -> tuple[nn.Linear, float]:
     if len(norms) != 1:
         _differs(path, "a norm and a linear", ", ".join(name for name, _ in layer.named_children()))
     name, norm = norms[0]
-    _require_norm(f"{path}.{name}", norm, width, affine=False)
-    return head, norm.eps
+    return head, _require_norm(f"{path}.{name}", norm, width, affine=False).eps
 
 
 def _require_nothing_else(parts: DecoderParts) -> None:
@@ -176,12 +184,11 @@ def _child(parent: nn.Module, path: str, name: str) -> nn.Module:
 
 
 def _linear(parent: nn.Module, path: str, name: str) -> nn.Linear:
-    module = _child(parent, path, name)
-    _require_plain(f"{path}.{name}", module, nn.Linear)
-    return module
+    return _require_plain(f"{path}.{name}", _child(parent, path, name), nn.Linear)
 
 
-def _sequence(module: nn.Module, path: str, kinds: Sequence[type[nn.Module]]) -> list[nn.Module]:
+def _linears(module: nn.Module, path: str, kinds: Sequence[type[nn.Module]]) -> list[nn.Linear]:
+    """The linear modules of a Sequential of these kinds."""
     expected = "Sequential of " + ", ".join(kind.__name__ for kind in kinds)
     if not isinstance(module, nn.Sequential):
         _differs(path, expected, type(module).__name__)
@@ -189,10 +196,10 @@ def _sequence(module: nn.Module, path: str, kinds: Sequence[type[nn.Module]]) ->
         _differs(path, expected, "Sequential of " + ", ".join(type(part).__name__ for part in module))
     for number, (part, kind) in enumerate(zip(module, kinds, strict=True)):
         _require_plain(f"{path}[{number}]", part, kind)
-    return list(module)
+    return [part for part in module if isinstance(part, nn.Linear)]
 
 
-def _require_plain(path: str, module: nn.Module, kind: type[nn.Module]) -> None:
+def _require_plain(path: str, module: nn.Module, kind: type[Kind]) -> Kind:
     """Raise ValueError unless the module is of the given class with its forward; a linear must have a bias.
 
     Its weights are parameters or parametrizations, which are computed at every read. A weight that a forward hook
@@ -206,6 +213,7 @@ def _require_plain(path: str, module: nn.Module, kind: type[nn.Module]) -> None:
         if isinstance(vars(module).get(name), torch.Tensor):
             own = ", ".join(each for each, _ in module.named_parameters() if each.startswith(f"{name}_"))
             _differs(f"{path}.{name}", "a parameter", f"a tensor that a hook computes from {own}")
+    return module
 
 
 def _require_sizes(path: str, linear: nn.Linear, inputs: int, outputs: int) -> None:
@@ -213,16 +221,17 @@ def _require_sizes(path: str, linear: nn.Linear, inputs: int, outputs: int) -> N
         _differs(path, f"Linear from {inputs} to {outputs}", f"{linear.in_features} to {linear.out_features}")
 
 
-def _require_norm(path: str, norm: nn.Module, width: int, affine: bool) -> None:
-    _require_plain(path, norm, nn.LayerNorm)
+def _require_norm(path: str, module: nn.Module, width: int, affine: bool) -> nn.LayerNorm:
+    norm = _require_plain(path, module, nn.LayerNorm)
     if tuple(norm.normalized_shape) != (width,):
         _differs(path, f"LayerNorm over {width}", f"over {list(norm.normalized_shape)}")
     if (norm.weight is not None) != affine or (norm.bias is not None) != affine:
         wanted = "with weight and bias" if affine else "without weight and bias"
         _differs(path, f"LayerNorm {wanted}", "LayerNorm with other parameters")
+    return norm
 
 
-def _differs(path: str, expected: str, found: str) -> None:
+def _differs(path: str, expected: str, found: str) -> NoReturn:
     raise ValueError(
         f"model: {path} differs from the published structure: expected {expected}, got {found}; only models whose "
         "decoder is built like the published one can be swapped"
@@ -253,7 +262,7 @@ def position_features(parts: DecoderParts) -> torch.Tensor:
 
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)
-def require_same_function(parts: DecoderParts, fused_forward: Callable[[DecoderParts], object]) -> None:
+def require_same_function(parts: DecoderParts, fused_forward: Callable[[DecoderParts], Decoder]) -> None:
     """Raise ValueError unless the modules' own forward, in training and evaluation mode, agrees with the fused one.
 
     Compares them on random weights and inputs, on one copy on the CPU in float32. The model's own weights would not do:
@@ -283,12 +292,12 @@ def require_same_function(parts: DecoderParts, fused_forward: Callable[[DecoderP
             _differs("dec_net", "the published formula", found)
 
 
-def _run(name: str, module: nn.Module, *inputs: torch.Tensor):
+def _run(name: str, module: nn.Module, *inputs: torch.Tensor) -> Any:
     try:
         return module(*inputs)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in inputs)
-        return _differs(name, f"to run on {shapes}", f"{type(error).__name__}: {error}")
+        _differs(name, f"to run on {shapes}", f"{type(error).__name__}: {error}")
 
 
 def _copy(parts: DecoderParts) -> DecoderParts:

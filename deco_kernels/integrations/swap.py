@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,7 +79,7 @@ class FusedForward:
             )
         images = pixels.transpose(1, 2).unflatten(2, (p, p))
         up = parts.up
-        options = dict(patch_size=p, eps=parts.eps, save_memory=self.save_memory, backend=self.backend)
+        options: dict[str, Any] = dict(patch_size=p, eps=parts.eps, save_memory=self.save_memory, backend=self.backend)
         velocity = decode(images, tokens, up.weight, up.bias, self._weights(), **options)
         return velocity.flatten(2).transpose(1, 2)
 
@@ -86,7 +87,9 @@ class FusedForward:
         """The weights of `pixel_decoder` from pixel_weight on: input linears folded, blocks stacked."""
         parts = self.parts
         embed, project, head = parts.embed, parts.input, parts.head
-        query = fold_query(embed.weight, embed.bias, project.weight, project.bias, parts.x_embedder.fused_positions)
+        positions = parts.x_embedder.fused_positions
+        assert isinstance(positions, torch.Tensor)
+        query = fold_query(embed.weight, embed.bias, project.weight, project.bias, positions)
         stacked = [
             torch.stack([getattr(module, kind) for module in modules])
             for modules in (parts.norms, parts.mods, parts.fc1s, parts.fc2s)
@@ -148,7 +151,8 @@ def undo_swap(model: nn.Module) -> None:
     """Restore a swapped model, or a deep copy of one. Raises ValueError if it is not swapped."""
     if not is_swapped(model):
         raise ValueError("model: expected one that swap_decoder has swapped, got one that runs its own decoder")
-    del model.x_embedder.forward, model.dec_net.forward, model.x_embedder.fused_positions
+    x_embedder, dec_net = model.get_submodule("x_embedder"), model.get_submodule("dec_net")
+    del x_embedder.forward, dec_net.forward, x_embedder.fused_positions
 
 
 def _places(root: str, top: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:

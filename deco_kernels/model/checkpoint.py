@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from deco_kernels.model.deco import DeCo, PixelDiffusion
 from deco_kernels.model.dit import DiT
 from deco_kernels.model.position import NUM_POSITION_FEATURES
+from deco_kernels.model.presets import Model
 from deco_kernels.model.text_to_image import DeCoTextToImage
 
 # Accepted dtypes of parameters; they must be dense.
@@ -99,7 +100,7 @@ _DECODER_BLOCK = {
 class _Layout:
     """Published parameter names of a model class, and how its constructor arguments follow from shapes."""
 
-    model: type[nn.Module]
+    model: type[Model]
     names: dict[str, str]
     stacked: dict[str, str]
     sizes: Callable[[_Evidence], dict[str, Any]]
@@ -110,7 +111,9 @@ class _Layout:
             if "{i}" not in name:
                 yield name, ours
                 continue
-            for i in takewhile(lambda i, ours=ours: ours.format(i=i) in parameters, count()):
+            for i in count():
+                if ours.format(i=i) not in parameters:
+                    break
                 yield name.format(i=i), ours.format(i=i)
 
 
@@ -283,7 +286,7 @@ def to_published(model: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
     return published
 
 
-def from_published(state_dict: Mapping[str, Any], *, ema: bool = True) -> nn.Module:
+def from_published(state_dict: Mapping[str, Any], *, ema: bool = True) -> Model:
     """Build the model of a published checkpoint. Its class and sizes are inferred from keys and shapes.
 
     Args:
@@ -314,7 +317,7 @@ def from_published(state_dict: Mapping[str, Any], *, ema: bool = True) -> nn.Mod
     return fill(model, ours)
 
 
-def published_model_on_meta(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+def published_model_on_meta(tensors: Mapping[str, torch.Tensor]) -> Model:
     """The model that published names without prefix and shapes describe, on the meta device.
 
     Raises as `from_published`.
@@ -322,7 +325,7 @@ def published_model_on_meta(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     return _fit(tensors)[1]
 
 
-def from_config(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+def from_config(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Model:
     """The model of class `name` and constructor arguments `config`, with copies of the tensors of its `state_dict`.
 
     Raises ValueError for an unknown class, invalid arguments, or names or shapes that differ, and TypeError for entries
@@ -331,7 +334,7 @@ def from_config(name: str, config: Mapping[str, Any], tensors: Mapping[str, torc
     return fill(config_model_on_meta(name, config, tensors), tensors)
 
 
-def config_model_on_meta(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+def config_model_on_meta(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Model:
     """The model of `from_config` on the meta device, without values. Raises as `from_config`."""
     cls = {layout.model.__name__: layout.model for layout in _LAYOUTS}.get(name)
     if cls is None:
@@ -364,7 +367,7 @@ def _require_blocks(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
             )
 
 
-def fill(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
+def fill(model: Model, state: Mapping[str, torch.Tensor]) -> Model:
     """Fill a model on the meta device with copies of the tensors of its `state_dict` and with its fixed buffers."""
     model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, strict=True, assign=True)
     if isinstance(model, PixelDiffusion):
@@ -372,7 +375,7 @@ def fill(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
     return model
 
 
-def _fit(tensors: Mapping[str, torch.Tensor]) -> tuple[_Layout, nn.Module]:
+def _fit(tensors: Mapping[str, torch.Tensor]) -> tuple[_Layout, Model]:
     """The layout of these names and its model on the meta device; raises ValueError if the shapes do not fit it."""
     layout, shapes = _recognize(tensors), _shapes(tensors)
     config = layout.sizes(_Evidence(shapes))

@@ -14,9 +14,10 @@ import operator
 import os
 import pickle
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from deco_kernels.model.checkpoint import (
     select,
     to_published,
 )
+from deco_kernels.model.presets import Model
 
 PUBLISHED, OURS = "published", "deco_kernels"
 NAMES = (PUBLISHED, OURS)
@@ -91,21 +93,21 @@ class Checkpoint:
             raise ValueError(f"{self.path}: expected {weights} weights, found {', '.join(sets)} weights only")
         return weights if weights in sets else ""
 
-    def model(self, weights: str | None = None) -> nn.Module:
+    def model(self, weights: str | None = None) -> Model:
         """The model, with copies of the tensors.
 
         Raises as `from_published`, with the file's name in the message, and ValueError for weights that the file lacks.
         """
         kind = self.choose(weights)
         with self._named():
-            if self.names == OURS:
+            if self.model_class is not None and self.config is not None:
                 return from_config(self.model_class, self.config, self.tensors)
             return from_published(self.tensors, ema=kind != "raw")
 
-    def check(self) -> dict[str, nn.Module]:
+    def check(self) -> dict[str, Model]:
         """The model of each of `sets`, on the meta device, without values. Raises as `model`."""
         with self._named():
-            if self.names == OURS:
+            if self.model_class is not None and self.config is not None:
                 return {self.weights or "": config_model_on_meta(self.model_class, self.config, self.tensors)}
             return {kind: published_model_on_meta(select(self.tensors, ema=kind != "raw")) for kind in self.sets}
 
@@ -139,7 +141,7 @@ def _described(tensors: Mapping[str, torch.Tensor]) -> str:
     return f"{len(tensors)} tensors, {count:,} values, {', '.join(dtypes)}"
 
 
-def _model_described(model: nn.Module) -> str:
+def _model_described(model: Model) -> str:
     config = ", ".join(f"{name}={value!r}" for name, value in model.config.items())
     return f"{type(model).__name__}({config})"
 
@@ -180,9 +182,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, allow_globals: Sequence[str
     )
 
 
-def load_model(
-    path: str | os.PathLike[str], *, weights: str | None = None, allow_globals: Sequence[str] = ()
-) -> nn.Module:
+def load_model(path: str | os.PathLike[str], *, weights: str | None = None, allow_globals: Sequence[str] = ()) -> Model:
     """Load the model of a file on the CPU.
 
     Args:
@@ -213,9 +213,11 @@ def _read_torch(path: Path, allow_globals: Sequence[str]) -> Checkpoint:
     return Checkpoint(path, "torch", state, left_out=left_out, **description)
 
 
-def _unpickle(path: Path, allow_globals: Sequence[str]):
+def _unpickle(path: Path, allow_globals: Sequence[str]) -> Any:
     """The content of a torch archive, with memory-mapped tensors."""
-    allowed = [(_import(name), name) for name in allow_globals]
+    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+        (_import(name), name) for name in allow_globals
+    ]
     with torch.serialization.safe_globals(allowed):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -286,7 +288,7 @@ def _read_description(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]
     return description
 
 
-def _safetensors():
+def _safetensors() -> ModuleType:
     try:
         import safetensors
         import safetensors.torch

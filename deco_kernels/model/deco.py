@@ -22,6 +22,8 @@ class PixelDiffusion(nn.Module):
     Subclasses differ in the trunk and in the kind of condition.
     """
 
+    config: dict[str, Any]
+
     def __init__(self, trunk: PatchTransformer, decoder: PixelDecoder):
         super().__init__()
         self.trunk = trunk
@@ -81,6 +83,8 @@ class DeCo(PixelDiffusion):
     another model of the same configuration.
     """
 
+    trunk: Trunk
+
     def __init__(
         self,
         *,
@@ -99,9 +103,13 @@ class DeCo(PixelDiffusion):
         backend: str | None = None,
     ):
         require_sizes(decoder_width=decoder_width, decoder_depth=decoder_depth)
-        image = dict(patch_size=patch_size, channels=channels)
-        trunk = dict(width=width, depth=depth, heads=heads, num_classes=num_classes, mlp_width=mlp_width)
-        shared = dict(decoder_patch=decoder_patch, interaction=interaction, save_memory=save_memory, backend=backend)
+        image: dict[str, Any] = dict(patch_size=patch_size, channels=channels)
+        trunk: dict[str, Any] = dict(
+            width=width, depth=depth, heads=heads, num_classes=num_classes, mlp_width=mlp_width
+        )
+        shared: dict[str, Any] = dict(
+            decoder_patch=decoder_patch, interaction=interaction, save_memory=save_memory, backend=backend
+        )
         super().__init__(
             Trunk(**trunk, **image),
             PixelDecoder(width, width=decoder_width, depth=decoder_depth, **image, **shared),

@@ -327,7 +327,7 @@ class DiT(nn.Module):
         mlp_width: int | None = None,
     ):
         super().__init__()
-        self.config = dict(
+        self.config: dict[str, Any] = dict(
             width=width,
             depth=depth,
             heads=heads,

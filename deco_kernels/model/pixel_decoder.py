@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ def decode(
     Calls `pixel_decoder_from_tokens` with `save_memory` or if no gradient is needed, and otherwise the upsample and
     `pixel_decoder`. `weights` are the weights of `pixel_decoder` in its order, from pixel_weight on.
     """
-    options = dict(patch_size=patch_size, eps=eps, backend=backend)
+    options: dict[str, Any] = dict(patch_size=patch_size, eps=eps, backend=backend)
     tensors = (image, tokens, up_weight, up_bias, *weights)
     if save_memory or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return ops.pixel_decoder_from_tokens(*tensors, **options)
@@ -241,7 +242,7 @@ class PixelDecoder(nn.Module):
                 self.head_weight,
                 self.head_bias,
             )
-            options = dict(patch_size=self.grid, eps=self.eps, backend=self.backend)
+            options: dict[str, Any] = dict(patch_size=self.grid, eps=self.eps, backend=self.backend)
             velocity = decode(
                 image, tokens, self.up_weight, self.up_bias, weights, save_memory=self.save_memory, **options
             )
@@ -269,11 +270,13 @@ class PixelDecoder(nn.Module):
         pixels = to_patches(image, self.grid).transpose(-1, -2)
         cond = cond.reshape(*pixels.shape[:-1], self.width)
 
-        def normalize(h: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None):
-            affine = [None if p is None else p.to(residual_dtype) for p in (weight, bias)]
-            return F.layer_norm(h, (self.width,), *affine, eps=self.eps).to(dtype)
+        def normalize(
+            h: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            weight, bias = (None if p is None else p.to(residual_dtype) for p in (weight, bias))
+            return F.layer_norm(h, (self.width,), weight, bias, self.eps).to(dtype)
 
-        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None):
+        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
         h = linear(pixels.to(dtype), pixel_weight).to(residual_dtype) + pixel_table + cond

@@ -8,13 +8,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import nn
-
 from deco_kernels.model.deco import DeCo
 from deco_kernels.model.dit import DiT
 from deco_kernels.model.text_to_image import DeCoTextToImage
 
-PRESETS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+Model = DeCo | DeCoTextToImage | DiT
+
+PRESETS: dict[str, tuple[type[Model], dict[str, Any]]] = {
     "deco-l/16": (DeCo, dict(width=1024, depth=22, heads=16, num_classes=1000)),
     "deco-xl/16": (DeCo, dict(width=1152, depth=28, heads=16, num_classes=1000)),
     "deco-xxl/16": (DeCoTextToImage, dict(width=1536, depth=16, heads=24)),
@@ -30,7 +30,7 @@ PRESETS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 """Name → (class, constructor arguments)."""
 
 
-def build(name: str, **overrides: Any) -> nn.Module:
+def build(name: str, **overrides: Any) -> Model:
     """Build a newly initialized model.
 
     Args:

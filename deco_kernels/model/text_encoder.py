@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from deco_kernels.model.arguments import require_sizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen3Model
 
 
 class Qwen3TextEncoder(nn.Module):
@@ -37,6 +41,8 @@ class Qwen3TextEncoder(nn.Module):
         ValueError: the model is not a Qwen3, lacks weights, or does not support `max_length`; or a size is below 1.
         TypeError: a size that is not an integer.
     """
+
+    _empty_prompt: torch.Tensor | None
 
     def __init__(
         self,
@@ -104,7 +110,7 @@ class Qwen3TextEncoder(nn.Module):
         return F.pad(hidden, (0, self.width - hidden.shape[-1]))  # a negative padding truncates
 
 
-def _load(path_or_id: str, dtype: torch.dtype):
+def _load(path_or_id: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, Qwen3Model]:
     """Load the tokenizer and the frozen model."""
     try:
         from transformers import AutoConfig, AutoTokenizer, Qwen3Model

@@ -5,6 +5,8 @@ Source: DeCo (arXiv 2511.19365), section 4, and the published text-to-image chec
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -41,7 +43,9 @@ class TextAttention(Attention):
         super().__init__(width, heads)
         self.text_kv = nn.Linear(width, 2 * width, bias=False)
 
-    def forward(self, x: torch.Tensor, rotation: Rotation, text: torch.Tensor) -> torch.Tensor:
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, rotation: Rotation, text: torch.Tensor
+    ) -> torch.Tensor:
         q, k, v = self.queries_keys_values(x, rotation)
         text_k, text_v = self.text_kv(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.attend(q, torch.cat((k, self.k_norm(text_k)), dim=2), torch.cat((v, text_v), dim=2))
@@ -176,10 +180,10 @@ class DeCoTextToImage(PixelDiffusion):
         backend: str | None = None,
     ):
         require_sizes(decoder_width=decoder_width, decoder_depth=decoder_depth)
-        image = dict(patch_size=patch_size, channels=channels)
+        image: dict[str, Any] = dict(patch_size=patch_size, channels=channels)
         text = dict(text_depth=text_depth, text_width=text_width, text_length=text_length)
-        trunk = dict(width=width, depth=depth, heads=heads, mlp_width=mlp_width, rotary=rotary, **text)
-        shared = dict(save_memory=save_memory, backend=backend)
-        decoder = dict(width=decoder_width, depth=decoder_depth, position_features="text")
+        trunk: dict[str, Any] = dict(width=width, depth=depth, heads=heads, mlp_width=mlp_width, rotary=rotary, **text)
+        shared: dict[str, Any] = dict(save_memory=save_memory, backend=backend)
+        decoder: dict[str, Any] = dict(width=decoder_width, depth=decoder_depth, position_features="text")
         super().__init__(TextTrunk(**trunk, **image), PixelDecoder(width, **decoder, **image, **shared))
         self.config = {**trunk, **image, "decoder_width": decoder_width, "decoder_depth": decoder_depth, **shared}

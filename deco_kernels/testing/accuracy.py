@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ class Results(NamedTuple):
 
     outputs: tuple[torch.Tensor, ...]
     gradients: dict[str, torch.Tensor]
+
+
+Outputs = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 class Comparison(NamedTuple):
@@ -53,7 +57,7 @@ def eager_results(inputs: Inputs) -> Results:
     return _differentiate(inputs, lambda tensors: eager(inputs.op, tensors, inputs.options))
 
 
-def eager(op: str, tensors: dict[str, torch.Tensor | None], options: dict[str, int | float]):
+def eager(op: str, tensors: dict[str, torch.Tensor | None], options: dict[str, int | float]) -> Outputs:
     """The op's formula in plain PyTorch, as computed by a training script under autocast."""
     module = "flow_matching_loss" if op in LOSSES else op
     reference = importlib.import_module(f"deco_kernels.backends.reference.{module}")
@@ -62,22 +66,23 @@ def eager(op: str, tensors: dict[str, torch.Tensor | None], options: dict[str, i
     if op in LOSSES:
         tensors = {name: None if t is None else t.to(_loss_dtype(t)) for name, t in tensors.items()}
         return formula(*tensors.values(), *options.values())
-    activation = next(tensors[name] for name in ("cond", "tokens", "h") if name in tensors)
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    activation = next(given[name] for name in ("cond", "tokens", "h") if name in given)
     group = OPS[op].group
     if activation.dtype in (torch.float32, torch.float64):
-        inputs = grouped(group, (tensor.to(activation.dtype) for tensor in tensors.values()))
+        inputs = grouped(group, (tensor.to(activation.dtype) for tensor in given.values()))
         return formula(*inputs, *options.values())
-    if "pixel_table" in tensors:
-        tensors = {**tensors, "pixel_table": tensors["pixel_table"].to(activation.dtype)}
+    if "pixel_table" in given:
+        given["pixel_table"] = given["pixel_table"].to(activation.dtype)
     with torch.autocast(activation.device.type, activation.dtype):
-        return formula(*grouped(group, tensors.values()), *options.values())
+        return formula(*grouped(group, given.values()), *options.values())
 
 
 def _loss_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
-def _differentiate(inputs: Inputs, function) -> Results:
+def _differentiate(inputs: Inputs, function: Callable[[dict[str, torch.Tensor | None]], Outputs]) -> Results:
     leaves = {
         name: None if tensor is None else tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()
     }
@@ -132,7 +137,8 @@ def compare(
         tensors = actual.outputs[index], eager_.outputs[index], output
         rows.append(compare_tensors(f"output {index}", *tensors, dtype=activation, gradient=False))
     for name, gradient in exact.gradients.items():
-        dtype = inputs.tensors[name].dtype if inputs.op in LOSSES else activation
+        tensor = inputs.tensors[name]
+        dtype = tensor.dtype if inputs.op in LOSSES and tensor is not None else activation
         tensors = actual.gradients[name], eager_.gradients[name], gradient
         rows.append(compare_tensors(f"grad {name}", *tensors, dtype=dtype, gradient=True))
     return rows

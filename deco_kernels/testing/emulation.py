@@ -14,7 +14,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 from deco_kernels import native
 from deco_kernels.ops import registry
@@ -42,7 +44,7 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def build(sources: Path, folder: Path):
+def build(sources: Path, folder: Path) -> ModuleType:
     """The emulated module of `sources` (a csrc folder), built in `folder` unless the build there has the same contents.
 
     Modification times do not count.
@@ -58,7 +60,7 @@ def build(sources: Path, folder: Path):
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path):
+def alone_in(folder: Path) -> Iterator[None]:
     """Lock on a build folder: one process builds at a time, the others wait."""
     import fcntl
 
@@ -105,18 +107,19 @@ def compile_command(*arguments: str | Path) -> list[str]:
     return [*command[: command.index("-o")], "-O1", "-xc++", *map(str, arguments)]
 
 
-def load(library: Path):
+def load(library: Path) -> ModuleType:
     """Import the module in a shared library."""
     # Python returns the first module of a name for every path, so each folder gets its own name.
     name = f"emulation_{abs(hash(library.parent))}._native_cuda_emulated"
     spec = importlib.util.spec_from_file_location(name, library)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @functools.lru_cache(maxsize=1)
-def emulated_module():
+def emulated_module() -> ModuleType:
     """The emulated module of this tree, rebuilt if its sources have changed. Registers the backend that uses it.
 
     Raises RuntimeError if `unavailable_reason` gives a reason or the build fails.

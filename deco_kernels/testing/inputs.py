@@ -1,6 +1,6 @@
 """Random arguments of every op: inputs N(0, 1), weights N(0, 1/fan-in)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ class Inputs(NamedTuple):
     options: dict[str, int | float]
     grad_outputs: tuple[torch.Tensor, ...]
 
-    def groups(self) -> tuple:
+    def groups(self) -> tuple[Any, ...]:
         """The tensors as passed to backends, with weights in groups."""
         return signatures.grouped(signatures.OPS[self.op].group, self.tensors.values())
 
@@ -56,6 +56,8 @@ def random_inputs(
     batch, rows, columns = image_size
     token_count = batch * (rows // patch_size) * (columns // patch_size)
     image_shape, row_shape = (batch, channels, rows, columns), (token_count, pixels, width)
+    tensors: dict[str, torch.Tensor | None]
+    options: dict[str, int | float]
     up = {
         "up_weight": draw.weight(pixels * width, token_width),
         "up_bias": draw.bias(pixels * width),
@@ -95,7 +97,7 @@ def with_equal_rows(inputs: Inputs, offset: float, deviation: float = 0.0, seed:
     pixel_table of a decoder with an image of zeros and zero gates, so that all blocks and the head get them. Not for
     the losses.
     """
-    tensors = dict(inputs.tensors)
+    tensors = {name: tensor for name, tensor in inputs.tensors.items() if tensor is not None}
     name = "h" if "h" in tensors else "pixel_table"
     rows = tensors[name]
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +109,7 @@ def with_equal_rows(inputs: Inputs, offset: float, deviation: float = 0.0, seed:
         for parameter in ("mod_weight", "mod_bias"):
             tensors[parameter] = tensors[parameter].clone()
             tensors[parameter][:, 2 * rows.shape[-1] :] = 0
-    return inputs._replace(tensors=tensors)
+    return inputs._replace(tensors={**tensors})
 
 
 class _Draw:

@@ -15,8 +15,9 @@ from torch import nn
 
 from deco_kernels import flow
 from deco_kernels.backends.reference import flow_matching_loss as reference
-from deco_kernels.model import DeCo, PixelDecoder
-from deco_kernels.model.pixel_decoder import upsample
+from deco_kernels.flow.objective import Objective
+from deco_kernels.model.deco import DeCo
+from deco_kernels.model.pixel_decoder import PixelDecoder, upsample
 from deco_kernels.signatures import OPS
 
 EPS = 1e-6  # of LayerNorm, the default of the ops
@@ -66,7 +67,18 @@ def decoder(tensors: Mapping[str, torch.Tensor], cond: torch.Tensor, patch_size:
     return fold(velocity, image.shape, patch_size)
 
 
-def block(h, cond, norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+def block(
+    h: torch.Tensor,
+    cond: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    mod_weight: torch.Tensor,
+    mod_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+) -> torch.Tensor:
     """One decoder block on h and cond [..., D]."""
     shift, scale, gate = F.linear(F.silu(cond), mod_weight, mod_bias).chunk(3, dim=-1)
     normed = F.layer_norm(h, h.shape[-1:], norm_weight, norm_bias, EPS)
@@ -120,6 +132,7 @@ def eager_view(decoder: PixelDecoder) -> EagerDecoder:
     """An `EagerDecoder` that shares the decoder's parameters."""
     view = copy.copy(decoder)
     view.__class__ = EagerDecoder
+    assert isinstance(view, EagerDecoder)
     return view
 
 
@@ -130,13 +143,15 @@ def eager_twin(model: DeCo) -> DeCo:
     return twin
 
 
-class EagerObjective(flow.Objective):
+class EagerObjective(Objective):
     """`flow.Objective` in plain PyTorch, without label dropout and REPA.
 
     Noise and times are drawn in the same order and precision, then cast to the dtype of the model's parameters.
     """
 
-    def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator | None = None):
+    def forward(
+        self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, torch.Tensor]:
         drawn = flow.sample_time(
             len(x), distribution=self.distribution, shift=self.shift, generator=generator, device=x.device
         )

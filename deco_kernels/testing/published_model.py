@@ -93,7 +93,9 @@ class TimeEmbedder(nn.Module):
         half = TIME_FEATURES // 2
         angle = t[:, None] * 10.0 ** (-torch.arange(half, device=t.device) / half)
         features = torch.cat((angle.cos(), angle.sin()), dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        first = self.mlp[0]
+        assert isinstance(first, nn.Linear)
+        return self.mlp(features.to(first.weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -156,9 +158,11 @@ class PublishedDeCo(nn.Module):
                 if isinstance(module, nn.Linear):
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
-        for linear in (*(b.adaLN_modulation[1] for b in self.dec_net.res_blocks), self.dec_net.final_layer.linear):
-            nn.init.zeros_(linear.weight)
-        for weight in (self.y_embedder.embedding_table.weight, *(self.t_embedder.mlp[i].weight for i in (0, 2))):
+        modulations = [block.get_parameter("adaLN_modulation.1.weight") for block in self.dec_net.res_blocks]
+        for weight in (*modulations, self.dec_net.final_layer.linear.weight):
+            nn.init.zeros_(weight)
+        times = [self.t_embedder.get_parameter(f"mlp.{i}.weight") for i in (0, 2)]
+        for weight in (self.y_embedder.embedding_table.weight, *times):
             nn.init.normal_(weight, std=0.02)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -19,18 +19,20 @@ class Region(NamedTuple):
 
 def all_regions() -> dict[str, Region]:
     """Every region of csrc/cuda by name. Raises ValueError for an unpaired marker or a duplicate name."""
-    regions = {}
+    regions: dict[str, Region] = {}
     for path in sorted(CUDA_SOURCES.iterdir()):
-        start = None  # name of the open region, number of its first line
+        start: tuple[str, int] | None = None  # name of the open region, number of its first line
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if (marker := _MARKER.search(line)) is None:
                 continue
             name = marker[1]
-            if (name is None) == (start is None) or name in regions:
-                raise ValueError(f"{path}:{number}: unpaired marker or duplicate region name: {line.strip()}")
-            if name is None:
+            if start is None and name is not None and name not in regions:
+                start = name, number + 1
+            elif start is not None and name is None:
                 regions[start[0]] = Region(path, range(start[1], number))
-            start = None if name is None else (name, number + 1)
+                start = None
+            else:
+                raise ValueError(f"{path}:{number}: unpaired marker or a second region of this name: {line.strip()}")
         if start is not None:
             raise ValueError(f"{path}: region {start[0]} has no end")
     return regions

@@ -58,7 +58,7 @@ class BatchPlan:
 
 def crop_shapes(size: int, multiple: int, max_aspect: float) -> list[tuple[int, int]]:
     """Rectangles (height, width) with sides divisible by `multiple` and about size² pixels, from tall to wide."""
-    shapes = {}
+    shapes: dict[tuple[int, int], None] = {}
     for height in range(multiple, math.ceil(size * math.sqrt(max_aspect)) + multiple, multiple):
         width = max(multiple, round(size * size / height / multiple) * multiple)
         if max(height, width) <= max_aspect * min(height, width):

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,6 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from deco_kernels import model as models
 from deco_kernels.files import kind_at
 from deco_kernels.model.checkpoint_file import complete_or_absent
+from deco_kernels.model.presets import Model
 from deco_kernels.training.ema import MovingAverage
 from deco_kernels.training.module import TrainingModule
 
@@ -90,7 +90,11 @@ def save(progress: Progress, config: dict[str, Any], folder: Path, keep: int, wr
     averages = {name: whole(average) for name, average in progress.average.averages.items()}
     if not writer:
         return
-    raw = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    raw = {
+        name.removeprefix("model."): value
+        for name, value in state.items()
+        if name.startswith("model.") and isinstance(value, torch.Tensor)
+    }
     content = {
         "state_dict": {
             **_published(progress.module.model, raw, RAW),
@@ -145,9 +149,8 @@ def read_latest(folder: Path) -> dict[str, Any] | None:
 def check_same_model(content: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless checkpoint and configuration have the same model and alignment head."""
     for key in ("model", "repa"):
-        theirs, ours = (dict(each[key]) for each in (content["config"], config))
-        if key == "repa":
-            theirs, ours = bool(theirs["weight"]), bool(ours["weight"])
+        described = (each[key] for each in (content["config"], config))
+        theirs, ours = (bool(each["weight"]) if key == "repa" else dict(each) for each in described)
         if theirs != ours:
             raise CheckpointError(
                 f"the checkpoint of step {content['step']} was written with {key} {theirs}, the configuration has "
@@ -163,7 +166,7 @@ def restore(content: Mapping[str, Any], progress: Progress) -> None:
     module, state = progress.module, content["state_dict"]
     options = StateDictOptions(full_state_dict=True, cpu_offload=False)
     try:
-        weights = {f"model.{name}": v for name, v in _ours(module.model, state, RAW).items()}
+        weights: dict[str, Any] = {f"model.{name}": v for name, v in _ours(module.model, state, RAW).items()}
         weights |= {name.replace(ALIGNMENT, _PROJECTOR): v for name, v in state.items() if name.startswith(ALIGNMENT)}
         set_model_state_dict(module, weights, options=options)
         set_optimizer_state_dict(module, progress.optimizer, content["optimizer"], options=options)
@@ -182,7 +185,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
-def _skeleton(model: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+def _skeleton(model: Model, parameters: Mapping[str, torch.Tensor] | None = None) -> Model:
     """A model of the same configuration with the given unsharded parameters, or with uninitialized ones."""
     with torch.device("meta"):
         skeleton = type(model)(**model.config)
@@ -192,12 +195,12 @@ def _skeleton(model: nn.Module, parameters: Mapping[str, torch.Tensor] | None = 
     return skeleton
 
 
-def _published(model: nn.Module, parameters: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def _published(model: Model, parameters: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Unsharded parameters, renamed to their published names."""
     return models.to_published(_skeleton(model, parameters), prefix)
 
 
-def _ours(model: nn.Module, state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def _ours(model: Model, state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Tensors with published names, as unsharded parameters of the model."""
     skeleton = _skeleton(model)
     for name, place in models.to_published(skeleton, prefix).items():

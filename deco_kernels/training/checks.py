@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from deco_kernels import model
 from deco_kernels.files import kind_at
+from deco_kernels.model.presets import Model
 from deco_kernels.training import setup
 from deco_kernels.training.config import RepaConfig, SampleConfig, TrainConfig
 from deco_kernels.training.loading import check_batches
@@ -39,7 +39,7 @@ def check(config: TrainConfig, resumed: bool = False) -> None:
         )
 
 
-def _check_alignment(config: RepaConfig, network: nn.Module) -> None:
+def _check_alignment(config: RepaConfig, network: Model) -> None:
     blocks = len(network.trunk.blocks)
     if config.weight and not 1 <= config.block <= blocks:
         raise ValueError(f"repa.block: expected a block from 1 to {blocks}, got {config.block}")
@@ -49,6 +49,6 @@ def _check_samples(config: SampleConfig, num_classes: int | None) -> None:
     """Check the settings of the samples, which the run would otherwise use only at its first samples."""
     if setup.shown_conditions(config, num_classes):
         try:
-            setup.make_sampler(config, velocity=torch.zeros_like)
+            setup.make_sampler(config, velocity=lambda x, t, cond: x)
         except (TypeError, ValueError) as error:
             raise type(error)(f"sample.{error}") from None

@@ -221,16 +221,17 @@ def _refuse_unknown(given: dict[Any, Any], schema: type, source: str, prefix: st
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(prefix + k for k in known)}"
             raise ValueError(f"{source}: unknown key {prefix}{key}; {hint}")
-        if is_dataclass(known[key]):
+        below = known[key]
+        if isinstance(below, type) and is_dataclass(below):
             if not isinstance(value, dict):
                 raise ValueError(f"{source}: {prefix}{key}: expected keys below it, got {value!r}")
-            _refuse_unknown(value, known[key], source, f"{prefix}{key}.")
+            _refuse_unknown(value, below, source, f"{prefix}{key}.")
 
 
 def _check(config: TrainConfig) -> None:
     """Raise ValueError for values out of range."""
     for name, least in LEAST.items():
-        value = functools.reduce(getattr, name.split("."), config)
+        value: Any = functools.reduce(getattr, name.split("."), config)
         if value is not None and not least <= value < math.inf:
             kind = "a finite number of at least" if isinstance(value, float) else "at least"
             raise ValueError(f"{name}: expected {kind} {least}, got {value}")

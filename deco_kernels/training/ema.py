@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ class MovingAverage:
         torch._foreach_lerp_(averages, parameters, 1 - self.decay)
 
     @contextlib.contextmanager
-    def swapped(self):
+    def swapped(self) -> Iterator[None]:
         """Context in which the model's parameters are the averages."""
         self._exchange()
         try:

@@ -19,6 +19,13 @@ from deco_kernels.training.sources import Source
 ATTEMPTS = 100  # consecutive unusable images before an error
 
 
+Index = tuple[int, int, int]
+"""(group, number of the sample, number of the image)."""
+
+Item = tuple[torch.Tensor, int | str, int, dict[str, str]]
+"""(image, label or caption, number of the sample, what was skipped for it)."""
+
+
 @dataclass
 class Batch:
     """Batch of one process and one accumulation part.
@@ -39,13 +46,13 @@ class Batch:
         return self
 
 
-class Images(Dataset):
+class Images(Dataset[Item]):
     """Decoded and cropped images, indexed by (group, sample index in the run, image index)."""
 
     def __init__(self, source: Source, plan: BatchPlan, min_side: int):
         self.source, self.plan, self.min_side = source, plan, min_side
 
-    def __getitem__(self, index: tuple[int, int, int]) -> tuple[torch.Tensor, int | str, int, dict[str, str]]:
+    def __getitem__(self, index: Index) -> Item:
         group, sample, number = index
         skipped: dict[str, str] = {}
         for attempt in range(ATTEMPTS):
@@ -67,7 +74,7 @@ class Images(Dataset):
                 return to_uint8(center_crop(upright_rgb(image), height, width))
 
 
-class Parts(Sampler):
+class Parts(Sampler[list[Index]]):
     """Indices of this process's share of each batch: contiguous, in rank order, from `first_step` to `last_step`."""
 
     def __init__(self, plan: BatchPlan, first_step: int, last_step: int, accumulate: int, rank: int, world_size: int):
@@ -77,7 +84,7 @@ class Parts(Sampler):
     def __len__(self) -> int:
         return len(self.steps) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[list[Index]]:
         size = self.plan.batch_size
         for step in self.steps:
             group, numbers = self.plan.step(step)
@@ -122,7 +129,7 @@ def plan_batches(
 
 def loader(
     config: TrainConfig, source: Source, plan: BatchPlan, first_step: int, rank: int, world_size: int, pin: bool
-) -> DataLoader:
+) -> DataLoader[Item]:
     """Loader of this process's batches from `first_step` to the end of the run, config.accumulate per step."""
     workers = config.data.workers
     return DataLoader(
@@ -144,7 +151,7 @@ def without_worker_traceback() -> Iterator[None]:
         raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from error
 
 
-def _collate(items: list[tuple[torch.Tensor, int | str, int, dict[str, str]]]) -> Batch:
+def _collate(items: list[Item]) -> Batch:
     images, targets, samples, skipped = zip(*items, strict=True)
     numeric = isinstance(targets[0], int)
     together = {name: reason for each in skipped for name, reason in each.items()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,9 +17,12 @@ import deco_kernels
 from deco_kernels.training import checkpoints, checks, setup
 from deco_kernels.training.config import TrainConfig, to_dict, to_yaml
 from deco_kernels.training.images import to_signed
-from deco_kernels.training.loading import Batch, loader, without_worker_traceback
+from deco_kernels.training.loading import Batch, Item, loader, without_worker_traceback
 from deco_kernels.training.module import draw_per_image
 from deco_kernels.training.report import Report
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 def train(
@@ -59,7 +64,7 @@ def train(
 class _Run:
     """A prepared run, from its current step to the last."""
 
-    def __init__(self, config: TrainConfig, fabric: setup.Fabric, parts: setup.Parts):
+    def __init__(self, config: TrainConfig, fabric: Fabric, parts: setup.Parts):
         self.config, self.fabric, self.parts, self.progress = config, fabric, parts, parts.progress
         self.names = ["total", "pixel", "frequency"] + (["repa"] if parts.objective.repa else [])
         self.folder = setup.checkpoint_folder(config).parent
@@ -105,7 +110,7 @@ class _Run:
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
 
-    def _loader(self) -> DataLoader:
+    def _loader(self) -> DataLoader[Item]:
         fabric, parts = self.fabric, self.parts
         ranks = dict(rank=fabric.global_rank, world_size=fabric.world_size)
         pin = fabric.device.type == "cuda"
@@ -134,13 +139,16 @@ class _Run:
 
     def _conditions(self, targets: torch.Tensor | list[str]) -> torch.Tensor:
         """Labels on the device, or the text features of captions."""
-        return targets.to(self.fabric.device) if self.parts.encoder is None else self.parts.encoder(targets)
+        if isinstance(targets, torch.Tensor):
+            return targets.to(self.fabric.device)
+        assert self.parts.encoder is not None
+        return self.parts.encoder(targets)
 
     def _rate(self) -> float:
         given = self.config.optimizer
         return given.lr * min(1.0, (self.progress.step + 1) / max(1, given.warmup_steps))
 
-    def _synchronized(self, last: bool) -> contextlib.AbstractContextManager:
+    def _synchronized(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Context that synchronizes gradients across processes only in the last part of a step."""
         if self.fabric.world_size == 1:
             return contextlib.nullcontext()
@@ -149,13 +157,13 @@ class _Run:
     def _log(self, losses: torch.Tensor, norm: torch.Tensor, clock: _Clock) -> None:
         """Record mean losses, speed, and images skipped since the last call. Collective."""
         losses = self.fabric.all_reduce(losses, reduce_op="mean").tolist()
-        norm = checkpoints.whole(norm).item()
+        size = checkpoints.whole(norm).item()
         seconds, waiting = clock.read()
         self._report_skipped()
         progress, step = self.progress, self.progress.step
-        if not (math.isfinite(losses[0]) and math.isfinite(norm)):  # the weights are or will become non-finite
+        if not (math.isfinite(losses[0]) and math.isfinite(size)):  # the weights are or will become non-finite
             raise FloatingPointError(
-                f"the loss of step {step} is {losses[0]} and its gradient norm is {norm}; nothing is saved from "
+                f"the loss of step {step} is {losses[0]} and its gradient norm is {size}; nothing is saved from "
                 "here on. Lower optimizer.lr or set optimizer.clip_norm, and resume"
             )
         if self.report:
@@ -167,13 +175,13 @@ class _Run:
                 "images_per_second": steps * self.config.batch_size / seconds,
                 "waiting": waiting / seconds,
             }
-            self.report.metrics(progress.step, {**values, "gradient_norm": norm, "lr": lr, **speed})
+            self.report.metrics(progress.step, {**values, "gradient_norm": size, "lr": lr, **speed})
 
     def _report_skipped(self) -> None:
         """Report every skipped image of all processes, once per run. Collective."""
         met = [self.unreported]
         if self.fabric.world_size > 1:
-            met = [None] * self.fabric.world_size
+            met = [{}] * self.fabric.world_size
             dist.all_gather_object(met, self.unreported)
         self.unreported = {}
         for name, reason in (item for each in met for item in each.items()):
@@ -200,9 +208,13 @@ class _Run:
     def _sample(self) -> None:
         """Record a grid of samples from the EMA weights. Every process computes it, as sharded weights require."""
         given, size, encoder = self.config.sample, self.config.image_size, self.parts.encoder
-        network, targets = self.progress.module.model, self.parts.shown
-        cond = self._conditions(torch.tensor(targets) if encoder is None else targets)
-        uncond = torch.full_like(cond, network.null_label) if encoder is None else encoder.empty_prompt.expand_as(cond)
+        if encoder is None:
+            cond, null_label = self._conditions(torch.tensor(self.parts.shown)), self.parts.objective.null_label
+            assert isinstance(null_label, int)
+            uncond = torch.full_like(cond, null_label)
+        else:
+            cond = self._conditions([str(prompt) for prompt in self.parts.shown])
+            uncond = encoder.empty_prompt.expand_as(cond)
         noise = torch.randn(given.count, 3, size, size, generator=torch.Generator().manual_seed(self.config.seed))
         with self.progress.average.swapped():
             sampler = setup.make_sampler(given, lambda x, t, y: self.parts.forward(x, y, t))
@@ -214,11 +226,11 @@ class _Run:
 class _Clock:
     """Measures elapsed seconds, and seconds spent waiting for data, between readings."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._started, self._waited = time.perf_counter(), 0.0
 
     @contextlib.contextmanager
-    def waiting(self):
+    def waiting(self) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self._waited += time.perf_counter() - started

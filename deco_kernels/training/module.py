@@ -10,12 +10,13 @@ from torch.distributed.fsdp import fully_shard
 
 from deco_kernels.flow import Objective
 from deco_kernels.model import PixelDecoder
+from deco_kernels.model.presets import Model
 
 
 class TrainingModule(nn.Module):
     """Model and objective behind one forward, around which strategies synchronize gradients and gather shards."""
 
-    def __init__(self, model: nn.Module, objective: Objective):
+    def __init__(self, model: Model, objective: Objective):
         super().__init__()
         self.model, self.objective = model, objective
 
@@ -41,7 +42,8 @@ def shard(module: TrainingModule, mesh: DeviceMesh) -> TrainingModule:
     for part in module.model.modules():
         if isinstance(part, PixelDecoder):
             fully_shard(part, mesh=mesh)
-    return fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    return module
 
 
 def draw_per_image(

@@ -7,13 +7,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from deco_kernels import flow, model, ops
 from deco_kernels.flow.cuda_graphs import Velocity
+from deco_kernels.model.presets import Model
+from deco_kernels.model.text_to_image import DeCoTextToImage
 from deco_kernels.training import checkpoints
 from deco_kernels.training.batches import BatchPlan
 from deco_kernels.training.config import ObjectiveConfig, RepaConfig, SampleConfig, TrainConfig, to_dict
@@ -25,9 +27,17 @@ from deco_kernels.training.sources import Source, open_source
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+Shown = TypeVar("Shown")
 Teacher = Callable[[torch.Tensor], torch.Tensor]
-Encoder = Callable[[list[str]], torch.Tensor]
-"""Captions → text features [B, S, F]; its attribute `empty_prompt` [S, F] holds those of the null condition."""
+
+
+class Encoder(Protocol):
+    """Captions → text features [B, S, F]; its attribute `empty_prompt` [S, F] holds those of the null condition."""
+
+    @property
+    def empty_prompt(self) -> torch.Tensor: ...
+
+    def __call__(self, captions: list[str], /) -> torch.Tensor: ...
 
 
 @dataclass
@@ -122,11 +132,13 @@ def prepare(
     if config.data.buckets:  # one process reads the headers for all
         sizes = fabric.broadcast(source.sizes(config.data.workers) if fabric.is_global_zero else None)
     plan = plan_batches(config, len(source), sizes, network.trunk.patch_size, fabric.world_size)
-    if reads_text and encoder is None:
+    if not reads_text:
+        encoder = None
+    elif encoder is None:
         sizes = dict(max_length=network.trunk.text_length, width=network.trunk.text_width)
         encoder = model.Qwen3TextEncoder(config.text.encoder, **sizes, truncate=True).to(fabric.device)
     alignment = make_alignment(config.repa, network, teacher)
-    null_label = encoder.empty_prompt if reads_text else network.null_label
+    null_label = network.null_label if encoder is None else encoder.empty_prompt
     objective = make_objective(config.objective, null_label, alignment)
     if config.init_from is not None and not resumed:
         initialize(network, Path(config.init_from))
@@ -134,22 +146,23 @@ def prepare(
         network.compile_trunk()
     module = TrainingModule(network, objective)
     forward = fabric.setup_module(module)
+    beta1, beta2 = config.optimizer.betas
     optimizer = torch.optim.AdamW(
         module.parameters(),
         lr=config.optimizer.lr,
-        betas=tuple(config.optimizer.betas),
+        betas=(beta1, beta2),
         weight_decay=config.optimizer.weight_decay,
         fused=True,
     )
     average = MovingAverage(network, config.ema_decay)
     progress = checkpoints.Progress(module, optimizer, average, step=0, skipped={})
     optimizer = fabric.setup_optimizers(optimizer)
-    return Parts(source, plan, objective, encoder if reads_text else None, shown, forward, optimizer, progress)
+    return Parts(source, plan, objective, encoder, shown, forward, optimizer, progress)
 
 
-def wanted(network: nn.Module) -> tuple[str, int | None]:
+def wanted(network: Model) -> tuple[str, int | None]:
     """Condition of the model: ("label", number of classes) or ("caption", None)."""
-    return ("caption", None) if isinstance(network, model.DeCoTextToImage) else ("label", network.trunk.num_classes)
+    return ("caption", None) if isinstance(network, DeCoTextToImage) else ("label", network.trunk.num_classes)
 
 
 def shown_conditions(config: SampleConfig, num_classes: int | None) -> list[int] | list[str]:
@@ -161,15 +174,20 @@ def shown_conditions(config: SampleConfig, num_classes: int | None) -> list[int]
         return []
     if config.count < 1:
         raise ValueError(f"sample.count: expected at least 1, got {config.count}; sample.every=0 draws no samples")
-    name, shown = ("prompts", config.prompts) if num_classes is None else ("labels", config.labels)
-    if shown is None:
+    if num_classes is None:
+        return _cycled("prompts", config.prompts, config.count)
+    if config.labels is None:
         return [i * num_classes // config.count for i in range(config.count)]
-    if not shown:
-        raise ValueError(f"sample.{name}: expected at least one, got none; sample.every=0 draws no samples")
-    wrong = [label for label in shown if num_classes is not None and not 0 <= label < num_classes]
+    wrong = [label for label in config.labels if not 0 <= label < num_classes]
     if wrong:
         raise ValueError(f"sample.labels: expected classes of the model, from 0 to {num_classes - 1}, got {wrong}")
-    return [shown[i % len(shown)] for i in range(config.count)]
+    return _cycled("labels", config.labels, config.count)
+
+
+def _cycled(name: str, shown: list[Shown], count: int) -> list[Shown]:
+    if not shown:
+        raise ValueError(f"sample.{name}: expected at least one, got none; sample.every=0 draws no samples")
+    return [shown[i % len(shown)] for i in range(count)]
 
 
 def make_sampler(config: SampleConfig, velocity: Velocity) -> flow.Sampler:
@@ -185,7 +203,7 @@ def make_sampler(config: SampleConfig, velocity: Velocity) -> flow.Sampler:
     )
 
 
-def make_alignment(config: RepaConfig, network: nn.Module, teacher: Teacher | None) -> flow.Alignment | None:
+def make_alignment(config: RepaConfig, network: Model, teacher: Teacher | None) -> flow.Alignment | None:
     """The alignment loss with its head; None if its weight is 0."""
     if not config.weight:
         return None
@@ -238,7 +256,7 @@ def warn_of_changes(content: dict[str, Any], config: TrainConfig) -> None:
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in nested.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

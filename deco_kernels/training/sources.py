@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,12 @@ class Source:
         stored = row[self.image_column]
         if isinstance(stored, dict):
             stored = stored.get("bytes") or stored.get("path")
-        target = int(self.labels[index]) if self.labels is not None else _field(row, self.caption_column)
-        return str(self.base / stored) if isinstance(stored, str) else stored, target
+        if isinstance(stored, str):
+            stored = str(self.base / stored)
+        if self.labels is not None:
+            return stored, int(self.labels[index])
+        assert self.caption_column is not None
+        return stored, _field(row, self.caption_column)
 
     def name(self, index: int) -> str:
         """Name of an image in messages."""
@@ -242,7 +247,7 @@ def _values(rows: datasets.Dataset, column: str, key: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """Context without the progress bars of `datasets`."""
     shown = datasets.utils.is_progress_bar_enabled()
     datasets.utils.disable_progress_bars()
