@@ -7,6 +7,7 @@
 # make aot-all     compile every Triton and CUDA kernel for every width, dtype and architecture, and check budgets
 # make gpu-check   checks that need a GPU, with the system's Python and without network -> out/gpu-check
 # make lint        style and type checks
+# make sanitize    CPU module under AddressSanitizer and UndefinedBehaviorSanitizer, on a short list of cases
 #
 # All targets except gpu-check create and use .venv. Each installs the pinned packages that it needs (requirements/) if
 # they are missing or a pin has changed; demo, bench and lint need few packages, the others all.
@@ -28,11 +29,11 @@ GPU_PYTHON ?= python3
 PYTEST    := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal --durations=25
 # Exit status of pytest if ARGS selects no test.
 NO_TESTS  := 5
-LEFT_OUT  := not gpu and not long and not timing and not aot_all
+LEFT_OUT  := not gpu and not long and not timing and not aot_all and not sanitize
 
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: test test-long test-timing aot-all demo bench gpu-check lint env env-demo clean
+.PHONY: test sanitize test-long test-timing aot-all demo bench gpu-check lint env env-demo clean
 .DELETE_ON_ERROR:
 
 test: env
@@ -46,6 +47,9 @@ test-long: env
 
 test-timing: env
 	$(RUN) -m pytest -q -m timing $(ARGS)
+
+sanitize: env
+	$(RUN) -m pytest -q -m sanitize tests/sanitize $(ARGS)
 
 aot-all: env
 	@status=0; \
