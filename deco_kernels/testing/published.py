@@ -159,5 +159,5 @@ class EagerObjective(Objective):
         dtype = next(model.parameters()).dtype
         x_t, target = (tensor.to(dtype) for tensor in flow.interpolate(x, noise, drawn))
         pred = model(x_t, drawn, y)
-        total, pixel, frequency = losses(pred, target, self.frequency_weight.to(dtype))
+        total, pixel, frequency = losses(pred, target, self.frequency_weight.to(dtype), self.frequency_scale)
         return {"total": total, "pixel": pixel, "frequency": frequency, "t": drawn}

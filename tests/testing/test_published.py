@@ -31,8 +31,8 @@ def test_eager_contender_computes_the_same_function():
     x = torch.randn(3, 3, 32, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     y = torch.tensor([0, 1, 2])
     weight = ops.jpeg_frequency_weight()
-    fused, fused_gradients = losses_and_gradients(network, flow.Objective(weight.double()), x, y)
-    eager, eager_gradients = losses_and_gradients(twin, published.EagerObjective(weight), x, y)
+    fused, fused_gradients = losses_and_gradients(network, flow.Objective(weight.double(), 0.3), x, y)
+    eager, eager_gradients = losses_and_gradients(twin, published.EagerObjective(weight, 0.3), x, y)
     for name in ("total", "pixel", "frequency"):
         assert eager[name].item() == pytest.approx(fused[name].item(), rel=1e-12)
     assert fused_gradients.keys() == eager_gradients.keys()
