@@ -57,7 +57,7 @@ class PixelDiffusion(nn.Module):
             TypeError, ValueError: arguments that do not fit the model or each other.
         """
         require_tensors(x=x)
-        dtype = self.decoder.head_weight.dtype
+        dtype = next(self.parameters()).dtype
         if (x.dtype is torch.float64) != (dtype is torch.float64):
             raise TypeError(
                 f"x: expected {dtype} like the model's parameters, got {x.dtype}; convert one of them, float64 is "

@@ -55,6 +55,7 @@ ONES = {"depth": 1, "width": 16, "channels": 1, "patch_size": 1, "image_size": (
 ONE_TOKEN = {"depth": 1, "width": 16, "image_size": (1, 16, 16)}
 
 
+@pytest.mark.aot_all
 @pytest.mark.parametrize("op", [op for op in testing.OPS if "loss" not in op])
 @pytest.mark.parametrize("sizes", [ONES, ONE_TOKEN], ids=["ones", "one_token"])
 def test_sizes_of_one_compile(op, sizes):
@@ -64,6 +65,7 @@ def test_sizes_of_one_compile(op, sizes):
         triton_kernels.compile_launch(launch, "sm_90")
 
 
+@pytest.mark.aot_all
 @pytest.mark.parametrize("op", testing.OPS)
 def test_channels_last_and_padded_images_compile(op):
     pytest.importorskip("triton")

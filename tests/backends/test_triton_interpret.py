@@ -106,7 +106,7 @@ def test_weights_changed_in_place_are_seen(op):
     shared.test_weights_changed_in_place_are_seen("triton", op)
 
 
-@pytest.mark.parametrize("case", equal_rows.cases()[::4], ids=str)
+@pytest.mark.parametrize("case", equal_rows.cases()[::8], ids=str)
 @pytest.mark.parametrize("op", equal_rows.OPS[:3])
 def test_nearly_equal_channels(op, case):
     equal_rows.test_nearly_equal_channels("triton", op, case)
