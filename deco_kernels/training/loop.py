@@ -56,6 +56,7 @@ def train(
                 if fabric.is_global_zero:
                     setup.warn_of_changes(content, config)
             _Run(config, fabric, parts).loop()
+            fabric.barrier()  # a process that exits early would leave collectives of the others unfinished
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
