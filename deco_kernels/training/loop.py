@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import time
 from collections.abc import Iterator
@@ -47,19 +48,25 @@ def train(
     """
     with deco_kernels.use_backend(config.backend) if config.backend else contextlib.nullcontext():
         try:
-            content = setup.find_checkpoint(config, resume)
-            checks.check(config, resumed=content is not None)
-            fabric = setup.launch(config)
-            parts = setup.prepare(config, fabric, teacher, encoder, resumed=content is not None)
-            if content is not None:
-                checkpoints.restore(content, parts.progress)
-                if fabric.is_global_zero:
-                    setup.warn_of_changes(content, config)
-            _Run(config, fabric, parts).loop()
-            fabric.barrier()  # a process that exits early would leave collectives of the others unfinished
+            _train(config, resume, teacher, encoder)
         finally:
             if dist.is_initialized():
+                # The reducer of DDP also owns the process group. If it is freed last, it waits for the group's threads
+                # while it holds the GIL that they need, so the wrapped model must be gone before the group is.
+                gc.collect()
                 dist.destroy_process_group()
+
+
+def _train(config: TrainConfig, resume: str, teacher: setup.Teacher | None, encoder: setup.Encoder | None) -> None:
+    content = setup.find_checkpoint(config, resume)
+    checks.check(config, resumed=content is not None)
+    fabric = setup.launch(config)
+    parts = setup.prepare(config, fabric, teacher, encoder, resumed=content is not None)
+    if content is not None:
+        checkpoints.restore(content, parts.progress)
+        if fabric.is_global_zero:
+            setup.warn_of_changes(content, config)
+    _Run(config, fabric, parts).loop()
 
 
 class _Run:

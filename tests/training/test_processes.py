@@ -36,6 +36,34 @@ def test_with_the_variables_of_slurm(trainer, class_folders, one_process, tmp_pa
     assert losses(out) == pytest.approx(one_process, rel=1e-5)
 
 
+def test_the_wrapped_model_is_freed_before_the_process_group(class_folders, tmp_path):
+    """Else the reducer of DDP frees the group, holding the GIL that the group's threads may need, and both wait."""
+    program = """
+import gc, sys
+import torch.distributed as dist
+import train
+
+destroy = dist.destroy_process_group
+
+def checked(*group):
+    alive = [type(each).__name__ for each in gc.get_objects() if type(each).__name__ == "DistributedDataParallel"]
+    print("at the end of the group:", alive)
+    destroy(*group)
+
+dist.destroy_process_group = checked
+sys.exit(train.main(sys.argv[1:]))
+"""
+    arguments = ["python/configs/small.yaml", "model.name=deco-tiny", *SHORT, f"data.path={class_folders}"]
+    arguments += ["strategy=ddp", "steps=2", f"out={tmp_path / 'run'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'python'}{os.pathsep}{ROOT}"}
+    answer = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    ends = [line for line in answer.stdout.splitlines() if line.startswith("at the end")]
+    assert ends and set(ends) == {"at the end of the group: []"}, ends
+
+
 @pytest.mark.long
 def test_compiled_trunk(trainer, class_folders, one_process, tmp_path):
     out = tmp_path / "run"
