@@ -14,8 +14,11 @@ _MODULE_OF = {
     "DinoV2Teacher": "repa",
     "SOLVERS": "solvers",
     "Sampler": "samplers",
+    "choose_trunk_steps": "calibration",
     "sample": "samplers",
     "timesteps": "samplers",
+    "read_trunk_steps": "trunk_steps",
+    "write_trunk_steps": "trunk_steps",
 }
 
 __all__ = list(_MODULE_OF)

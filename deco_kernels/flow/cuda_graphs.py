@@ -1,9 +1,10 @@
-"""Replay of a velocity's calls as CUDA graphs: at small batches a step is bound by kernel launches."""
+"""Replay of a model's calls as CUDA graphs: at small batches a step is bound by kernel launches."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -18,14 +19,14 @@ class CaptureFailed(Exception):
 
 
 class CudaGraph:
-    """One captured call of `velocity`: static copies of its arguments, the graph and its output.
+    """One captured call of `velocity`: static copies of its arguments, the graph and its output, a tensor or a tuple.
 
     Raises CaptureFailed if the call cannot be captured.
     """
 
     WARM_UP_CALLS = 3
 
-    def __init__(self, velocity: Velocity, *arguments: torch.Tensor):
+    def __init__(self, velocity: Callable[..., Any], *arguments: torch.Tensor):
         self.arguments = [argument.clone(memory_format=torch.contiguous_format) for argument in arguments]
         with torch.cuda.device(arguments[0].device):
             # Lazy initialization (kernel compilation, library handles, workspaces) must precede the capture.
@@ -42,25 +43,27 @@ class CudaGraph:
             except RuntimeError as error:
                 raise CaptureFailed(str(error)) from error
 
-    def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *arguments: torch.Tensor) -> Any:
         for static, argument in zip(self.arguments, arguments, strict=True):
             static.copy_(argument)
         self.graph.replay()
+        if isinstance(self.output, tuple):
+            return tuple(part.clone() for part in self.output)
         return self.output.clone()
 
 
 class GraphedVelocity:
     """Captures `velocity` once per shapes, dtypes and devices and replays it; calls it directly after a failed capture.
 
-    The result is a new tensor: solvers keep velocities while later replays overwrite the output of the graph.
+    The result is new tensors: solvers keep velocities while later replays overwrite the output of the graph.
     """
 
-    def __init__(self, velocity: Velocity, capture: Callable[..., Velocity]):
+    def __init__(self, velocity: Callable[..., Any], capture: Callable[..., Callable[..., Any]]):
         self.velocity, self.capture = velocity, capture
-        self.graphs: dict[tuple[object, ...], Velocity] = {}
+        self.graphs: dict[tuple[object, ...], Callable[..., Any]] = {}
         self.failed = False
 
-    def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *arguments: torch.Tensor) -> Any:
         if self.failed:
             return self.velocity(*arguments)
         key = tuple((argument.shape, argument.dtype, argument.device) for argument in arguments)

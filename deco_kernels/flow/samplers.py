@@ -5,16 +5,18 @@ Source: DeCo (arXiv 2511.19365), section 4, as used for sampling from the publis
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from deco_kernels.flow.cuda_graphs import CudaGraph, GraphedVelocity, Velocity
 from deco_kernels.flow.path import shift_time
-from deco_kernels.flow.solvers import SOLVERS
+from deco_kernels.flow.solvers import SOLVERS, Evaluate
+from deco_kernels.flow.trunk_steps import TrunkSteps, resolve_trunk_steps
 from deco_kernels.model.pixel_decoder import PixelDecoder
 
 SAMPLING_DTYPES = (torch.bfloat16, torch.float16)
@@ -70,6 +72,43 @@ class _GuidedVelocity:
         return v
 
 
+class Halves(NamedTuple):
+    """The two halves of a model, each as one call."""
+
+    both: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # (x, t, cond) → (velocity, tokens)
+    decode: Callable[..., torch.Tensor]  # (x, t, tokens) → velocity
+
+
+class _ReusedTrunk(_GuidedVelocity):
+    """`_GuidedVelocity` of a model whose trunk runs at some time indices only.
+
+    An evaluation at a time index in `trunk_steps` encodes: it runs trunk and decoder. All others run the decoder on the
+    newest tokens of each condition. A condition that has no tokens yet is encoded.
+    """
+
+    def __init__(
+        self, halves: Halves, trunk_steps: list[int], cond: torch.Tensor, uncond: torch.Tensor | None, *rest: Any
+    ):
+        super().__init__(halves.decode, cond, uncond, *rest)
+        self.halves, self.trunk_steps = halves, frozenset(trunk_steps)
+        self.tokens: dict[str, torch.Tensor] = {}
+        self.conditions = {"uncond": uncond, "cond": cond}
+
+    def _call(self, x: torch.Tensor, at: int, cond: torch.Tensor) -> torch.Tensor:
+        names = ["uncond", "cond"] if cond is self.both else ["cond"]
+        t = self.times[at].expand(len(x))
+        if at in self.trunk_steps:
+            velocity, tokens = self.halves.both(x, t, cond)
+            self.tokens.update(zip(names, tokens.chunk(len(names)), strict=True))
+            return velocity
+        for name in names:
+            if name not in self.tokens:
+                count = len(x) // len(names)
+                self.tokens[name] = self.halves.both(x[:count], t[:count], self.conditions[name])[1]
+        newest = [self.tokens[name] for name in names]
+        return self.halves.decode(x, t, torch.cat(newest) if len(newest) > 1 else newest[0])
+
+
 @torch.no_grad()
 def sample(
     velocity: Velocity,
@@ -112,17 +151,28 @@ def sample(
     """
     times = _check_settings(solver, steps, guidance, guidance_interval, shift)
     _check_tensors(noise, cond, uncond, guidance)
-    lo, hi = guidance_interval
+    guided = _guided_steps(times, solver, guidance, guidance_interval)
+    evaluate = _GuidedVelocity(velocity, cond, uncond, guidance, guided, times, noise)
+    return _integrate(evaluate, noise, times, solver, trajectory, progress)
+
+
+def _guided_steps(times: torch.Tensor, solver: str, guidance: float, interval: tuple[float, float]) -> list[bool]:
+    lo, hi = interval
     starts = times[:-1]
     before_end = starts <= hi if SOLVERS[solver].guides_end else starts < hi
-    guided = ((starts > lo) & before_end).tolist() if guidance != 1 else [False] * steps
-    evaluate = _GuidedVelocity(velocity, cond, uncond, guidance, guided, times, noise)
+    return ((starts > lo) & before_end).tolist() if guidance != 1 else [False] * len(starts)
+
+
+def _integrate(
+    evaluate: Evaluate, noise: torch.Tensor, times: torch.Tensor, solver: str, trajectory: bool, progress: bool
+) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+    """Run the solver; results as in `sample`."""
     state = noise.to(torch.promote_types(noise.dtype, torch.float32))
     states: Iterable[torch.Tensor] = SOLVERS[solver].advance(evaluate, state, times.tolist())
     if progress:
         from tqdm import tqdm
 
-        states = tqdm(states, total=steps, desc=f"sampling ({solver})", unit="step")
+        states = tqdm(states, total=len(times) - 1, desc=f"sampling ({solver})", unit="step")
     visited = [noise.clone()] if trajectory else []
     for state in states:
         if trajectory:
@@ -181,6 +231,11 @@ class Sampler:
         compile_trunk: compile the trunk's blocks with torch.compile, see `DeCo.compile_trunk`. Without `dtype` this
             compiles the given model in place.
         cuda_graph: capture CUDA graphs on a GPU.
+        trunk_steps: steps at which the trunk runs; the decoder runs in every evaluation, on the newest tokens. None:
+            every step. K: K steps spread evenly in the shifted time, the first among them. A sequence: these indices,
+            from 0, such as those of `choose_trunk_steps`. An evaluation encodes if its time index is among them: in
+            both Heun solvers the corrector of step s has index s + 1. Fewer than all steps are an approximation. The
+            model needs `encode` and `decode`, as DeCo has them. On a GPU two calls are captured, encoding and not.
 
     A copied model does not follow later changes to the original. A captured model follows in-place changes to its
     parameters, but not replaced parameters.
@@ -201,19 +256,28 @@ class Sampler:
         dtype: torch.dtype | None = None,
         compile_trunk: bool = False,
         cuda_graph: bool = True,
+        trunk_steps: TrunkSteps | None = None,
     ):
-        _check_settings(solver, steps, guidance, guidance_interval, shift)
+        times = _check_settings(solver, steps, guidance, guidance_interval, shift)
         self.settings: dict[str, Any] = dict(
             steps=steps, solver=solver, guidance=guidance, guidance_interval=guidance_interval, shift=shift
         )
         self.dtype, self.cuda_graph = dtype, cuda_graph
-        self.model: Velocity = model if dtype is None else _cast_copy(model, dtype)
+        self.model: Any = model if dtype is None else _cast_copy(model, dtype)
         if compile_trunk:
             compile_blocks = getattr(self.model, "compile_trunk", None)
             if compile_blocks is None:
                 raise TypeError(f"model: expected one that has compile_trunk, such as DeCo, got {type(model).__name__}")
             compile_blocks()
+        self.trunk_steps = None if trunk_steps is None else resolve_trunk_steps(trunk_steps, times)
+        if self.trunk_steps is not None and not has_halves(self.model):
+            raise TypeError(
+                f"model: expected one with encode and decode, such as DeCo, for trunk_steps; got {type(model).__name__}"
+            )
         self.graphed = GraphedVelocity(self._call_model, CudaGraph)
+        self.graphed_halves = Halves(
+            GraphedVelocity(self._call_both, CudaGraph), GraphedVelocity(self._call_decode, CudaGraph)
+        )
 
     def __call__(
         self,
@@ -225,14 +289,55 @@ class Sampler:
         progress: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
         """Sample from noise [B, ...] and conditions [B, ...] on the model's device; returns and raises as `sample`."""
-        velocity = self.graphed if self.cuda_graph and _is_cuda(noise) else self._call_model
-        return sample(velocity, noise, cond, uncond, **self.settings, trajectory=trajectory, progress=progress)
+        graphed = self.cuda_graph and _is_cuda(noise)
+        if self.trunk_steps is None:
+            velocity = self.graphed if graphed else self._call_model
+            return sample(velocity, noise, cond, uncond, **self.settings, trajectory=trajectory, progress=progress)
+        halves = self.graphed_halves if graphed else Halves(self._call_both, self._call_decode)
+        return self.sample_halves(halves, noise, cond, uncond, trajectory=trajectory, progress=progress)
+
+    @torch.no_grad()
+    def sample_halves(
+        self,
+        halves: Halves,
+        noise: torch.Tensor,
+        cond: torch.Tensor,
+        uncond: torch.Tensor | None = None,
+        *,
+        trajectory: bool = False,
+        progress: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Sample through the given halves of the model, running the trunk at `trunk_steps`."""
+        solver, guidance = self.settings["solver"], self.settings["guidance"]
+        _check_tensors(noise, cond, uncond, guidance)
+        times = timesteps(self.settings["steps"], self.settings["shift"])
+        guided = _guided_steps(times, solver, guidance, self.settings["guidance_interval"])
+        assert self.trunk_steps is not None
+        evaluate = _ReusedTrunk(halves, self.trunk_steps, cond, uncond, guidance, guided, times, noise)
+        return _integrate(evaluate, noise, times, solver, trajectory, progress)
 
     def _call_model(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        with self._autocast(x):
+            return self.model(x, t, cond)
+
+    def _call_both(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._autocast(x):
+            tokens = self.model.encode(x, t, cond)
+            return self.model.decode(x, t, tokens), tokens
+
+    def _call_decode(self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        with self._autocast(x):
+            return self.model.decode(x, t, tokens)
+
+    def _autocast(self, x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
         if self.dtype is None:
-            return self.model(x, t, cond)
-        with torch.autocast(x.device.type, dtype=self.dtype, cache_enabled=False):
-            return self.model(x, t, cond)
+            return contextlib.nullcontext()
+        return torch.autocast(x.device.type, dtype=self.dtype, cache_enabled=False)
+
+
+def has_halves(model: object) -> bool:
+    """Whether a model has `encode` and `decode`, so that its trunk can run at some steps only."""
+    return callable(getattr(model, "encode", None)) and callable(getattr(model, "decode", None))
 
 
 def _is_cuda(noise: torch.Tensor) -> bool:

@@ -19,6 +19,7 @@ from deco_kernels.model.pixel_decoder import PixelDecoder
 class PixelDiffusion(nn.Module):
     """A trunk and the per-pixel decoder: velocity = decoder(x, SiLU(time embedding + trunk tokens)).
 
+    `encode` runs the trunk alone, `decode` the decoder on given tokens; `forward` is their composition, bit for bit.
     Subclasses differ in the trunk and in the kind of condition.
     """
 
@@ -56,6 +57,42 @@ class PixelDiffusion(nn.Module):
         Raises:
             TypeError, ValueError: arguments that do not fit the model or each other.
         """
+        tokens, time, _, features = self._run_trunk(x, t, y, features_after)
+        velocity = self.decoder(x, F.silu(time[:, None] + tokens))
+        return velocity if features is None else (velocity, features)
+
+    def encode(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, L, Z] of the trunk alone, in row-major patch order; arguments and errors as in `forward`."""
+        return self._run_trunk(x, t, y)[0]
+
+    def decode(self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Velocity [B, C, H, W] of the decoder alone.
+
+        Args:
+            x, t: as in `forward`.
+            tokens: result [B, L, Z] of `encode`, also of another x and t; L = H·W/patch_size².
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit the model or each other.
+        """
+        self._check_dtype(x)
+        self.trunk.check_image(x, t)
+        require_tensors(tokens=tokens)
+        expected = (x.shape[0], x[0, 0].numel() // self.trunk.patch_size**2, self.trunk.width)
+        if tokens.shape != expected:
+            raise ValueError(
+                f"tokens: expected shape {expected} for an image {tuple(x.shape)}, as `encode` returns it, got "
+                f"{tuple(tokens.shape)}"
+            )
+        return self.decoder(x, F.silu(self.trunk.time_embed(t)[:, None] + tokens))
+
+    def _run_trunk(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, features_after: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        self._check_dtype(x)
+        return self.trunk(x, t, y, features_after)
+
+    def _check_dtype(self, x: torch.Tensor) -> None:
         require_tensors(x=x)
         dtype = next(self.parameters()).dtype
         if (x.dtype is torch.float64) != (dtype is torch.float64):
@@ -63,9 +100,6 @@ class PixelDiffusion(nn.Module):
                 f"x: expected {dtype} like the model's parameters, got {x.dtype}; convert one of them, float64 is "
                 "computed only when both are float64"
             )
-        tokens, time, _, features = self.trunk(x, t, y, features_after)
-        velocity = self.decoder(x, F.silu(time[:, None] + tokens))
-        return velocity if features_after is None else (velocity, features)
 
 
 class DeCo(PixelDiffusion):

@@ -33,6 +33,17 @@ def test_graphs_give_the_same_samples_on_a_gpu(name, solver):
     assert len(sampler.graphed.graphs) == 2 and not sampler.graphed.failed
 
 
+def test_reused_tokens_with_two_graphs_per_batch():
+    net, noise, cond, uncond = sampling_case("deco-tiny", "cuda", batch=4)
+    options = dict(dtype=torch.bfloat16, trunk_steps=[0, 2], **GUIDED)
+    sampler, direct = flow.Sampler(net, **options), flow.Sampler(net, cuda_graph=False, **options)
+    expected = direct(noise, cond, uncond)
+    for _ in range(2):
+        assert relative_error(sampler(noise, cond, uncond), expected) <= 0.02
+    assert not any(half.failed for half in sampler.graphed_halves)
+    assert [len(half.graphs) for half in sampler.graphed_halves] == [1, 1]
+
+
 def test_steps_do_not_wait_for_the_gpu():
     """After the captures, a second sample runs with synchronizing calls forbidden from the first step on."""
     net, noise, cond, uncond = sampling_case("deco-tiny", "cuda")
