@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compare", metavar="OLD.json", help="list rows that moved beyond the spread since that result"
     )
+    parser.add_argument("--stream", action="store_true", help="print every row as a line of JSON once it is measured")
     parser.add_argument("--output", metavar="FILE.json", help="write the result to this file, again after each part")
     return parser
 

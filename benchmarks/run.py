@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -67,6 +68,9 @@ def run(options: argparse.Namespace) -> int:
             result[section] = found
         else:
             result[section] += found
+        if options.stream:
+            for entry in found if isinstance(found, list) else [found]:
+                print(json.dumps({"benchmark": section} | entry), flush=True)
         if options.output:
             results.save(result, options.output)
         torch.compiler.reset()

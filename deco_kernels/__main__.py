@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -91,16 +92,14 @@ def backend_lines(backend: str, reasons: dict[str, str | None]) -> list[str]:
 # --- the self-test ---------------------------------------------------------------------------------------------------
 
 
-def selftest() -> int:
-    """Print one row per device, backend (except the reference), op and dtype; returns the number of failures."""
+def selftest(backends: Sequence[str], dtypes: Sequence[torch.dtype]) -> int:
+    """Print one row per device, backend, op and dtype; returns the number of failures."""
     started, failures, checked = time.perf_counter(), 0, 0
     print(f"{'device':<7}{'backend':<11}{'op':<27}{'dtype':<10}{'error/bound':>11}  result")
     for device in devices():
-        for backend in registry.backend_names():
-            if backend == "reference":
-                continue
+        for backend in backends:
             for op in OPS:
-                for dtype in SELFTEST_DTYPES:
+                for dtype in dtypes:
                     reason = registry.refusal(backend, request(op, device, dtype), device)
                     if reason is None:
                         ratio, verdict = check(backend, op, device, dtype)
@@ -141,10 +140,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--selftest", action="store_true", help="compare every backend of this machine with the reference"
     )
-    if not parser.parse_args(arguments).selftest:
+    compared = [name for name in registry.backend_names() if name != "reference"]
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in SELFTEST_DTYPES}
+    only = "of the self-test; repeatable (default: all)"
+    parser.add_argument("--backend", action="append", choices=compared, help=f"backend {only}")
+    parser.add_argument("--dtype", action="append", choices=tuple(dtypes), help=f"dtype {only}")
+    options = parser.parse_args(arguments)
+    if not options.selftest:
         print_report()
         return 0
-    return 1 if selftest() else 0
+    return 1 if selftest(options.backend or compared, [dtypes[name] for name in options.dtype or dtypes]) else 0
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def compiled(request):
 
 
 def few_cases():
-    """Every dtype and width, but not every case: the GPU check has a limit of eight minutes."""
+    """Every dtype and width, but not every case: the GPU check gives all tests two minutes."""
     for op, cases in CASES.items():
         for case in cases if "loss" in op else cases[:3] + cases[4::3]:
             yield pytest.param(op, case, id=f"{op}-{case.label}")

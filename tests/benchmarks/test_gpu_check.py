@@ -1,22 +1,27 @@
-"""make gpu-check: its message without a GPU, and that every failing step fails it."""
+"""make gpu-check: its message without a GPU, its stages with pretended steps, and time limits with slow ones."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import running, stages
+from benchmarks.gpu_check.running import Journal
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_one_line_without_gpu():
     command = [sys.executable, "-m", "benchmarks.gpu_check"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=gpu_check.ROOT)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=running.ROOT)
     assert result.returncode == 1 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert "nothing was checked" in line and "no GPU" in line
@@ -33,14 +38,14 @@ def without_other_packages(program: str, *arguments: str) -> subprocess.Complete
     hidden = f"import sys; sys.modules.update(dict.fromkeys({OTHER_PACKAGES}))\n"
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-c", hidden + program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=gpu_check.ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=running.ROOT)
 
 
 def test_gpu_tests_need_no_other_packages():
     """All tests marked gpu are in the files that are run, and these files can be collected."""
-    files = [str(path) for path in gpu_check.gpu_tests()]
-    marked = [str(path) for path in gpu_check.ROOT.glob("tests/**/test_*.py") if "pytest.mark.gpu" in path.read_text()]
-    assert sorted({*marked} - {__file__}) == files
+    files = [str(path) for path in stages.gpu_tests()]
+    marked = [str(path) for path in running.ROOT.glob("tests/**/test_*.py") if "pytest.mark.gpu" in path.read_text()]
+    assert sorted({*marked} - {__file__}) == sorted(files) and "cuda" in files[0]
     program = "import pytest; raise SystemExit(pytest.main(sys.argv[1:]))"
     result = without_other_packages(program, "-q", "-m", "gpu", "--collect-only", *files)
     assert result.returncode == 0, result.stdout[-2000:]
@@ -49,134 +54,224 @@ def test_gpu_tests_need_no_other_packages():
 
 def test_benchmarks_need_no_other_packages(tmp_path):
     """The end-to-end benchmarks use most of the package."""
-    arguments = ["end_to_end", "--device", "cpu", "--quick", "--no-compile", "--stop-after", "1"]
+    arguments = ["end_to_end", "--device", "cpu", "--quick", "--no-compile", "--stop-after", "1", "--stream"]
     program = "import runpy; runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)"
     result = without_other_packages(program, *arguments, "--output", str(tmp_path / "result.json"))
     assert result.returncode == 0, result.stderr[-2000:]
-    assert json.loads((tmp_path / "result.json").read_text())["end_to_end"]
-
-
-NAMES = ["build", "selftest", "pixel_decoder", "loss", "kernels", "tests", "memcheck"]
-NAMES += ["end_to_end", "other_ops", "scaling", "sampling", "racecheck"]
+    rows = json.loads((tmp_path / "result.json").read_text())["end_to_end"]
+    streamed = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert rows and streamed == [{"benchmark": "end_to_end", **row} for row in rows]
 
 
 @pytest.fixture
-def pretended_gpu(monkeypatch, tmp_path):
-    """A GPU and the CUDA toolkit. Steps exit with the returned statuses; benchmarks write a stored result."""
-    statuses = {}
-    result = gpu_check.ROOT / "tests" / "benchmarks" / "result.json"
+def toolkit(monkeypatch):
+    """Every program and package of the steps is found."""
+    monkeypatch.setattr(stages, "cuda_tool", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: object())
 
-    def run_step(step, deadline):
-        says = f"print('said by {step.name}')"
-        writes = ""
-        if "--output" in step.command:
-            writes = (
-                f"import shutil; shutil.copy({str(result)!r}, {step.command[step.command.index('--output') + 1]!r})"
-            )
-        program = f"{says}\n{writes}\nraise SystemExit({statuses.get(step.name, 0)})"
-        return real(step._replace(command=[sys.executable, "-c", program]), deadline)
 
-    real = gpu_check.run_step
+@pytest.fixture
+def pretended_gpu(monkeypatch, tmp_path, toolkit):
+    """A GPU and the CUDA toolkit. Steps exit with the statuses and print the lines that are set by name; benchmarks
+    write a stored result if `measured` is set."""
+    pretended = types.SimpleNamespace(statuses={}, lines={}, measured=False)
+    result = running.ROOT / "tests" / "benchmarks" / "result.json"
+
+    def run_step(step, *arguments):
+        program = f"print('said by {step.name}'); print({pretended.lines.get(step.name, '')!r})\n"
+        if pretended.measured and "--output" in step.command:
+            output = step.command[step.command.index("--output") + 1]
+            program += f"import shutil; shutil.copy({str(result)!r}, {output!r})\n"
+        program += f"raise SystemExit({pretended.statuses.get(step.name, 0)})"
+        return real(step._replace(command=[sys.executable, "-S", "-c", program]), *arguments)
+
+    real = running.run_step
     about = {"device": "pretended", "compute_capability": "9.0"}
     monkeypatch.setattr(gpu_check, "missing_gpu", lambda: None)
-    monkeypatch.setattr(gpu_check, "machine", lambda: about)
-    monkeypatch.setattr(gpu_check, "cuda_tool", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(gpu_check, "run_step", run_step)
+    monkeypatch.setattr(gpu_check, "about_machine", lambda: about)
+    monkeypatch.setattr(running, "run_step", run_step)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setenv("OUT", str(tmp_path))
-    return statuses
+    return pretended
 
 
-def read(folder: Path) -> dict:
-    return json.loads((folder / "gpu-check.json").read_text())
+def read(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "gpu-check.jsonl").read_text().splitlines()]
 
 
-def test_all_steps_pass(pretended_gpu, tmp_path):
+def ended(folder: Path) -> dict[str, dict]:
+    return {entry["ended"]: entry for entry in read(folder) if "ended" in entry}
+
+
+def names_of(*stage_names: str) -> list[str]:
+    machine = stages.Machine("9.0", Path())
+    steps = [stages.setup(machine), *(stages.STAGES[name](machine) for name in stage_names)]
+    return [step.name for part in steps for step in part]
+
+
+def test_all_stages_run_and_the_report_is_written_and_printed(pretended_gpu, tmp_path, capsys):
+    pretended_gpu.measured = True
     assert gpu_check.main([]) == 0
-    report = read(tmp_path)
-    assert report["passed"] and report["machine"]["device"] == "pretended"
-    assert [step["name"] for step in report["steps"]] == NAMES
-    assert "said by tests" in report["steps"][NAMES.index("tests")]["output"]
+    assert list(ended(tmp_path)) == names_of("first", "second", "third")
+    assert "said by tests" in ended(tmp_path)["tests"]["output"]
     written = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     pictures = {f"{name}.png" for name in ("speedups", "roofline", "scaling", "memory", "end_to_end")}
-    assert set(written) == {"gpu-check.json", "benchmarks.json", "report.md"} | pictures
+    assert set(written) == {"gpu-check.jsonl", "benchmarks.json", "report.md"} | pictures
     assert len(written) <= 8 and max(written.values()) < 16e6
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| kernels | passed |" in text and "measured / modeled" in text and "## pixel_decoder, float32" in text
+    output = capsys.readouterr().out
+    assert text in output
+    assert output.index("  racecheck ") < output.index("gpu-check: memcheck: small calls")  # listed before it starts
 
 
-@pytest.mark.parametrize("broken", ["build", "tests", "scaling"])
-def test_one_failing_step_fails_the_check_and_the_others_still_run(pretended_gpu, tmp_path, capsys, broken):
-    pretended_gpu[broken] = 3
-    assert gpu_check.main([]) == 1
-    assert {step["name"]: step["passed"] for step in read(tmp_path)["steps"]} == {
-        name: name != broken for name in NAMES
+def test_a_failing_step_fails_the_check_and_the_others_still_run(pretended_gpu, tmp_path, capsys):
+    pretended_gpu.statuses["tests"] = 3
+    assert gpu_check.main(["first"]) == 1
+    found = ended(tmp_path)
+    assert {name: entry["passed"] for name, entry in found.items()} == {
+        name: name != "tests" for name in names_of("first")
     }
     output = capsys.readouterr().out
-    assert f"{broken} FAILED (exit status 3)" in output and f"said by {broken}" in output
-    assert f"| {broken} | 3 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "tests FAILED (3)" in output and "said by tests" in output
+    assert "| tests | 3 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def test_a_missing_toolkit_is_said(pretended_gpu, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gpu_check, "cuda_tool", lambda name: None)
-    monkeypatch.setattr(gpu_check, "steps", lambda folder, capability, full: [])
-    assert gpu_check.main([]) == 0
-    output = capsys.readouterr().out
-    assert "no nvcc on PATH or in $CUDA_HOME/bin: the CUDA module is not built" in output
-    assert "no compute-sanitizer" in output
-    assert "No benchmark wrote a result." in (tmp_path / "report.md").read_text(encoding="utf-8")
+def test_results_are_kept_by_test_and_failed_tests_run_again(pretended_gpu, tmp_path):
+    line = {"test": "tests/test_x.py::test_y", "outcome": "failed", "seconds": 1.0, "message": "AssertionError: 1\n2"}
+    pretended_gpu.lines["tests"] = json.dumps(line)
+    assert gpu_check.main(["first", "third"]) == 0
+    assert [entry for entry in read(tmp_path) if "test" in entry] == [{"step": "tests", **line}]
+    assert ended(tmp_path)["failures"]["status"] == 0
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "0 passed, 1 failed" in text and "- tests/test_x.py::test_y: failed: AssertionError: 1 2" in text
+    gpu_check.main(["third"])
+    pretended_gpu.lines.clear()
+    assert ended(tmp_path)["failures"]["status"] == "left out: no test has failed"
 
 
-def test_help(capsys):
+def test_missing_tools_and_packages_leave_steps_out_by_name(pretended_gpu, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stages, "cuda_tool", lambda name: None)
+    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None)
+    assert gpu_check.main(["first", "second"]) == 0
+    left_out = {name: entry["status"] for name, entry in ended(tmp_path).items() if entry["status"] != 0}
+    tool, package = "left out: no {} on PATH or in $CUDA_HOME/bin", "left out: the package {} is not installed"
+    sanitizer, ncu = tool.format("compute-sanitizer"), tool.format("ncu")
+    assert left_out == {
+        "build": tool.format("nvcc"),
+        "tests": package.format("pytest"),
+        **dict.fromkeys(["memcheck", "racecheck"], sanitizer),
+        **dict.fromkeys(["ncu pixel_decoder", "ncu adaln_block", "ncu flow_matching_loss"], ncu),
+    }
+    assert f"gpu-check: memcheck {sanitizer}" in capsys.readouterr().out
+
+
+def test_help_names_the_stages(capsys):
     with pytest.raises(SystemExit, match="0"):
         gpu_check.main(["--help"])
-    assert "--full" in capsys.readouterr().out
+    assert "first, second, third" in capsys.readouterr().out
 
 
-def test_full_adds_steps_and_time(tmp_path):
-    short = {step.name: step for step in gpu_check.steps(tmp_path, "9.0", full=False)}
-    full = {step.name: step for step in gpu_check.steps(tmp_path, "9.0", full=True)}
-    assert "--full" in full["kernels"].command and "--stop-after" in short["kernels"].command
-    assert all(full[name].seconds > step.seconds for name, step in short.items())
+def test_an_unknown_stage_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main(["fourth"])
+    assert "unknown stage 'fourth'; use first, second, third" in capsys.readouterr().err
 
 
-def test_the_cuda_module_is_built_for_the_present_architecture(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_check, "cuda_tool", lambda name: f"/usr/bin/{name}")
+@pytest.mark.parametrize("name", stages.STAGES)
+def test_the_limits_of_a_stage_fit_its_time(toolkit, name):
+    """With the end of a step that ran out of time; for the first stage also with the build."""
+    machine = stages.Machine("9.0", Path(), ready=name != "first", failed=("tests/test_x.py::test_y",))
+    steps = [*stages.setup(machine), *stages.STAGES[name](machine)]
+    assert sum(step.seconds for step in steps) + running.GRACE_SECONDS <= stages.STAGE_SECONDS == 9 * 60
+    assert len({step.name for step in steps}) == len(steps) and not any(step.missing for step in steps)
+
+
+def test_the_cuda_module_is_built_for_the_present_architecture(toolkit):
     for capability, architecture in {"9.0": "90a", "8.0": "80", "10.0": "100"}.items():
-        build = gpu_check.steps(tmp_path, capability, full=False)[0]
+        (build,) = stages.setup(stages.Machine(capability, Path()))
         assert build.environment["DECO_KERNELS_CUDA_ARCHS"] == architecture
 
 
-def test_step_past_its_limit_is_stopped():
-    """The step would sleep for an hour. A busy machine may need a higher limit just to start it."""
-    command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(3600)"]
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_options_of_the_benchmarks_are_accepted(toolkit, tmp_path, capsys):
+    """They are refused only for lack of a GPU, after they have been checked."""
+    steps = [step for stage in stages.STAGES.values() for step in stage(stages.Machine("9.0", tmp_path))]
+    for step in steps:
+        if step.command[1:3] == ["-m", "benchmarks"]:
+            assert benchmarks_main(step.command[3:]) == 2
+            assert "no GPU: PyTorch sees no CUDA device here" in capsys.readouterr().err, step.name
+
+
+# --- one step -----------------------------------------------------------------------------------------------------
+
+
+def run_until_it_says(tmp_path: Path, command: list[str], said: str, grace: float = 3600) -> Journal:
+    """Runs a step that would sleep for an hour. A busy machine may need a higher limit just to start it."""
     for limit in (1, 10, 100, 1000):
-        step = gpu_check.run_step(gpu_check.Step("slow", command, limit), time.perf_counter() + 3600)
-        assert not step["passed"] and step["seconds"] < 3600 and "stopped" in step["exit_status"]
-        if step["output"]:
+        journal = Journal(tmp_path / "journal.jsonl")
+        step = running.Step("slow", "sleeps", command, limit)
+        running.run_step(step, time.monotonic() + 3600, journal, {}, grace)
+        assert journal.entries[-1]["status"] == f"stopped after {limit} s" and not journal.entries[-1]["passed"]
+        if said in (tmp_path / "journal.jsonl").read_text():
             break
-    assert step["output"] == "begun\n"
+    return journal
 
 
-@pytest.mark.parametrize("extra", (False, True))
-def test_without_time_left_only_extra_steps_may_be_left_out(extra):
-    step = gpu_check.Step("late", [sys.executable, "-c", ""], 60, extra=extra)
-    record = gpu_check.run_step(step, time.perf_counter() + 0.5)
-    assert record["exit_status"] == "left out for lack of time" and record["passed"] == extra
+def test_a_step_past_its_limit_may_still_report(tmp_path):
+    program = """
+import json, signal, time
+def report(*_):
+    print(json.dumps({"probe": "last words"}), flush=True)
+    raise SystemExit
+signal.signal(signal.SIGINT, report)
+print(json.dumps({"probe": "first"}), flush=True)
+time.sleep(3600)
+"""
+    journal = run_until_it_says(tmp_path, [sys.executable, "-S", "-c", program], "last words")
+    assert [entry["probe"] for entry in journal.having("probe")] == ["first", "last words"]
 
 
-def test_outcomes_of_tests_are_read(tmp_path):
-    (tmp_path / "test_one.py").write_text(
-        "import pytest\ndef test_right(): pass\ndef test_wrong(): assert 1 == 2\n"
+def test_a_step_that_ignores_the_interrupt_is_killed_with_its_children(tmp_path):
+    program = """
+import signal, subprocess, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen(["sleep", "3600"])
+print("child", child.pid, "begun", flush=True)
+time.sleep(3600)
+"""
+    journal = run_until_it_says(tmp_path, [sys.executable, "-S", "-c", program], "begun", grace=0.1)
+    child = Path("/proc") / journal.entries[-1]["output"].split()[1] / "stat"
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_tests_before_one_that_hangs_are_recorded(tmp_path):
+    (tmp_path / "test_slow.py").write_text(
+        "import pytest, time\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 == 2\n"
         "@pytest.mark.skip(reason='not here')\ndef test_left_out(): pass\n"
+        "@pytest.fixture\ndef broken(): raise ValueError('setup')\n"
+        "def test_broken(broken): pass\n"
+        "def test_slow(): time.sleep(3600)\n"
     )
-    junit = tmp_path / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}", str(tmp_path)]
-    subprocess.run(command, capture_output=True, timeout=600)
-    outcomes = {case["test"].split("::")[-1]: case for case in gpu_check.test_outcomes(junit)}
-    assert {name: case["outcome"] for name, case in outcomes.items()} == {
-        "test_right": "passed",
-        "test_wrong": "failure",
-        "test_left_out": "skipped",
+    plugin = ["-p", "benchmarks.gpu_check.streamed_tests", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugin, f"--rootdir={tmp_path}", str(tmp_path / "test_slow.py")]
+    journal = run_until_it_says(tmp_path, command, "test_broken")
+    found = {
+        entry["test"].split("::")[-1]: (entry["outcome"], entry.get("message")) for entry in journal.having("test")
     }
-    assert "1 == 2" in outcomes["test_wrong"]["message"] and outcomes["test_left_out"]["message"] == "not here"
-    assert gpu_check.test_outcomes(tmp_path / "absent.xml") == []
+    assert found == {
+        "test_right": ("passed", None),
+        "test_wrong": ("failed", "assert 1 == 2"),
+        "test_left_out": ("skipped", "not here"),
+        "test_broken": ("error", "ValueError: setup"),
+    }
+
+
+def test_without_time_left_a_step_is_left_out_by_name(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    step = running.Step("late", "does nothing", [sys.executable, "-S", "-c", ""], 60)
+    running.run_step(step, time.monotonic() + 0.5, journal, {}, 15)
+    (entry,) = journal.entries
+    assert entry["status"] == "left out: no time is left in this stage" and entry["passed"]
