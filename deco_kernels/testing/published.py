@@ -15,6 +15,7 @@ from torch import nn
 
 from deco_kernels import flow
 from deco_kernels.backends.reference import flow_matching_loss as reference
+from deco_kernels.backends.reference.common import constant
 from deco_kernels.flow.objective import Objective
 from deco_kernels.model.deco import DeCo
 from deco_kernels.model.pixel_decoder import PixelDecoder, upsample
@@ -107,7 +108,7 @@ def _dct(image: torch.Tensor) -> torch.Tensor:
     side = reference.BLOCK
     ycbcr = F.pad(ycbcr, (0, -width % side, 0, -height % side), mode="reflect")
     blocks = ycbcr.unflatten(-1, (-1, side)).unflatten(-3, (-1, side)).transpose(-2, -3)
-    dct = reference.dct_matrix(image)
+    dct = constant(reference.DCT, image)
     return dct @ blocks @ dct.T
 
 
@@ -152,10 +153,7 @@ class EagerObjective(Objective):
     def forward(
         self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator | None = None
     ) -> dict[str, torch.Tensor]:
-        drawn = flow.sample_time(
-            len(x), distribution=self.distribution, shift=self.shift, generator=generator, device=x.device
-        )
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        y, drawn, noise = self.draw(x, y, generator)
         dtype = next(model.parameters()).dtype
         x_t, target = (tensor.to(dtype) for tensor in flow.interpolate(x, noise, drawn))
         pred = model(x_t, drawn, y)

@@ -48,3 +48,20 @@ def test_eager_contender_runs_no_fused_op(monkeypatch):
     x = torch.randn(1, 3, 32, 32)
     losses, _ = losses_and_gradients(network, published.EagerObjective(torch.ones(3, 8, 8)), x, torch.tensor([0]))
     assert losses["total"] > 0
+
+
+class Identity(torch.nn.Module):
+    """A model with parameters, as the objective expects."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x, t, y):
+        return x
+
+
+def test_eager_objective_draws_on_the_device_of_the_images():
+    """The device without data stands for a GPU."""
+    objective, images = published.EagerObjective(torch.ones(3, 8, 8)).to("meta"), torch.zeros(2, 3, 8, 8, device="meta")
+    assert objective(Identity(), images, torch.zeros(2, device="meta"))["total"].device.type == "meta"

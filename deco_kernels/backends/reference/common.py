@@ -1,4 +1,4 @@
-"""Helpers of the reference ops: compute dtype, and gradients by differentiating the formula."""
+"""Helpers of the reference ops: compute dtype, constants, and gradients by differentiating the formula."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +22,34 @@ def prepare(op: str, inputs: Group, activation: torch.Tensor) -> Group:
         for argument, tensor in zip(OPS[op].arguments, flat(inputs), strict=True)
     ]
     return grouped(type(inputs), tensors)
+
+
+Matrix = tuple[tuple[float, ...], ...]
+
+_constants: dict[tuple[Matrix, torch.dtype, torch.device], torch.Tensor] = {}
+
+
+def constant(values: Matrix, like: torch.Tensor) -> torch.Tensor:
+    """A matrix in the dtype and on the device of `like`, copied there once: a CUDA graph cannot capture the copy.
+
+    Where operations are traced or transformed instead of executed, it is a new tensor in every call.
+    """
+    if not _executed(like):
+        return like.new_tensor(values)
+    key = values, like.dtype, like.device
+    if key not in _constants:
+        with torch.inference_mode(False):
+            made = torch.tensor(values, dtype=like.dtype, device=like.device)
+        if not _executed(made):
+            return made
+        _constants[key] = made
+    return _constants[key]
+
+
+def _executed(tensor: torch.Tensor) -> bool:
+    """Whether operations on the tensor run at once: nothing is compiled or traced, and it is no subclass or wrapper."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not tracing and type(tensor) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 @contextlib.contextmanager

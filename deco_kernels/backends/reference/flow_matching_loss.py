@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deco_kernels.backends.arguments import Gradients
-from deco_kernels.backends.reference.common import compute_dtype, differentiate
+from deco_kernels.backends.reference.common import compute_dtype, constant, differentiate
 from deco_kernels.signatures import Loss, grouped
 
 BLOCK = 8
@@ -20,17 +20,14 @@ RGB_TO_YCBCR = (
 )
 
 
-def dct_matrix(like: Tensor) -> Tensor:
-    """Orthonormal 8-point DCT-II, [frequency, sample]."""
-    rows = [
-        [
-            math.sqrt((1 if frequency == 0 else 2) / BLOCK)
-            * math.cos(math.pi * (2 * sample + 1) * frequency / (2 * BLOCK))
-            for sample in range(BLOCK)
-        ]
-        for frequency in range(BLOCK)
-    ]
-    return like.new_tensor(rows)
+DCT = tuple(
+    tuple(
+        math.sqrt((1 if frequency == 0 else 2) / BLOCK) * math.cos(math.pi * (2 * sample + 1) * frequency / (2 * BLOCK))
+        for sample in range(BLOCK)
+    )
+    for frequency in range(BLOCK)
+)
+"""Orthonormal 8-point DCT-II, [frequency, sample]."""
 
 
 def block_dct(planes: Tensor) -> Tensor:
@@ -38,13 +35,13 @@ def block_dct(planes: Tensor) -> Tensor:
     height, width = planes.shape[-2:]
     padded = F.pad(planes, (0, -width % BLOCK, 0, -height % BLOCK), mode="reflect")
     blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK)).transpose(-2, -3)
-    dct = dct_matrix(planes)
+    dct = constant(DCT, planes)
     return dct @ blocks @ dct.T
 
 
 def block_dct_ycbcr(image: Tensor) -> Tensor:
     """RGB [B, 3, H, W] -> DCT coefficients of YCbCr [B, 3, ceil(H/8), ceil(W/8), 8, 8], see `block_dct`."""
-    return block_dct(torch.einsum("kc,bchw->bkhw", image.new_tensor(RGB_TO_YCBCR), image))
+    return block_dct(torch.einsum("kc,bchw->bkhw", constant(RGB_TO_YCBCR, image), image))
 
 
 def frequency_formula(pred: Tensor, target: Tensor, frequency_weight: Tensor, sample_weight: Tensor | None) -> Tensor:
