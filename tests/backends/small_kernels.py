@@ -1,9 +1,9 @@
-"""Kernels of one operation each, for the tests of Triton's interpreter."""
+"""Small kernels for the tests of Triton's interpreter and of compiled code."""
 
 import triton
 import triton.language as tl
 
-from deco_kernels.backends.triton.functions import tanh_fast
+from deco_kernels.backends.triton.functions import pairwise_sum, tanh_fast
 
 
 @triton.jit
@@ -23,3 +23,13 @@ def product(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
 def fast_tanh(x_ptr, y_ptr, SIZE: tl.constexpr):
     place = tl.arange(0, SIZE)
     tl.store(y_ptr + place, tanh_fast(tl.load(x_ptr + place)))
+
+
+@triton.jit
+def row_sums(x_ptr, sums_ptr, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Sums over the channels of x [BLOCK, D] as loaded, and of a matrix product."""
+    row, d = tl.arange(0, BLOCK), tl.arange(0, D)
+    x = tl.load(x_ptr + row[:, None] * D + d[None, :])
+    matrix = tl.load(x_ptr + d[:, None] * D + d[None, :])
+    tl.store(sums_ptr + row, pairwise_sum(x.to(tl.float32), D))
+    tl.store(sums_ptr + BLOCK + row, pairwise_sum(tl.dot(x, matrix), D))
