@@ -16,6 +16,7 @@ from pathlib import Path
 
 from command_line.failures import exit_status
 from deco_kernels.training import config as configuration
+from deco_kernels.training import paths
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run() -> None:
         config = configuration.load(options.config, overrides)
-        from deco_kernels.training import loop  # slow import; not needed for --help and invalid options
+        paths.check(config, options.resume)
+        from deco_kernels.training import loop  # takes seconds: imported after what can be checked without
 
         loop.train(config, options.resume)
 

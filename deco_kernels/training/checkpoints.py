@@ -8,7 +8,6 @@ reported). Its tensors are unsharded, so any number of processes and either stra
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -32,10 +31,10 @@ from deco_kernels.model.checkpoint_file import complete_or_absent
 from deco_kernels.model.presets import Model
 from deco_kernels.training.ema import MovingAverage
 from deco_kernels.training.module import TrainingModule
+from deco_kernels.training.paths import checkpoints_in
 
 RAW, AVERAGED, ALIGNMENT = "denoiser.", "ema_denoiser.", "diffusion_trainer.proj.0."
 _PROJECTOR = "objective.repa.projector."
-_PATTERN = re.compile(r"step_(\d+)\.ckpt")
 
 
 class CheckpointError(ValueError):
@@ -51,11 +50,6 @@ class Progress:
     average: MovingAverage
     step: int
     skipped: dict[str, str]
-
-
-def found(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first."""
-    return sorted((path for path in folder.glob("step_*.ckpt") if _PATTERN.fullmatch(path.name)), reverse=True)
 
 
 def write_atomically(content: Mapping[str, Any], path: Path, resume: str = "--resume auto") -> None:
@@ -110,7 +104,7 @@ def save(progress: Progress, config: dict[str, Any], folder: Path, keep: int, wr
     for leftover in folder.glob(".step_*.part"):  # left by killed processes
         leftover.unlink()
     write_atomically(content, folder / f"step_{progress.step:09d}.ckpt")
-    for old in found(folder)[keep:]:
+    for old in checkpoints_in(folder)[keep:]:
         old.unlink()
 
 
@@ -135,7 +129,7 @@ def read_latest(folder: Path) -> dict[str, Any] | None:
 
     Warns of each unreadable one. Raises CheckpointError if all are unreadable.
     """
-    paths = found(folder)
+    paths = checkpoints_in(folder)
     for path in paths:
         try:
             return read(path)

@@ -1,30 +1,27 @@
-"""Checks of a configuration before the processes start, which takes seconds: model, sizes, data, samples, paths."""
+"""Checks of a configuration before the processes start, which takes seconds: model, sizes, data, samples."""
 
 from __future__ import annotations
 
 import torch
 
 from deco_kernels import model
-from deco_kernels.files import kind_at
 from deco_kernels.model.presets import Model
-from deco_kernels.training import setup
+from deco_kernels.training import paths, setup
 from deco_kernels.training.config import RepaConfig, SampleConfig, TrainConfig
 from deco_kernels.training.loading import check_batches
 from deco_kernels.training.sources import check_source
 
 
-def check(config: TrainConfig, resumed: bool = False) -> None:
-    """Check names, sizes and paths of a configuration. Loads nothing.
+def check(config: TrainConfig, pretrained: bool = True) -> None:
+    """Check what the paths (`paths.check`) do not show: names, sizes, and data for the model. Loads nothing.
 
-    With `resumed`, `init_from` is not checked, since a resumed run does not read it.
+    Args:
+        pretrained: whether the configured encoder is used.
 
     Raises:
         ValueError, TypeError, OSError: an invalid value; the message names its key.
     """
-    if (found := kind_at(config.out)) not in ("nothing", "a folder"):
-        raise ValueError(f"out: expected a folder, found {found} at {config.out}; choose another name")
-    check_source(config.data)
-    with torch.device("meta"):  # slow: imports more of PyTorch; hence after the paths
+    with torch.device("meta"):
         network = model.build(config.model.name, **config.model.options)
     devices, nodes = setup.processes(config)
     check_batches(config, network.trunk.patch_size, devices * nodes)
@@ -33,10 +30,8 @@ def check(config: TrainConfig, resumed: bool = False) -> None:
     target, num_classes = setup.wanted(network)
     _check_samples(config.sample, num_classes)
     check_source(config.data, target, num_classes)
-    if config.init_from is not None and not resumed and (found := kind_at(config.init_from)) != "a file":
-        raise FileNotFoundError(
-            f"init_from: expected a checkpoint file at {config.init_from}, found {found}; check the path"
-        )
+    if pretrained and target == "caption":
+        paths.check_pretrained("text.encoder", config.text.encoder)
 
 
 def _check_alignment(config: RepaConfig, network: Model) -> None:

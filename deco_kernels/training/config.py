@@ -16,6 +16,8 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from deco_kernels.files import kind_at
+
 STRATEGIES = ("auto", "ddp", "fsdp2")
 DATA_KINDS = ("folder", "table", "webdataset")
 LEAST = {
@@ -176,17 +178,23 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
         ValueError: an unknown key (the message names the closest known one), a value of the wrong type or out of range,
             or a required key without a value.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"configuration: expected a YAML file, found none at {path}")
+    if (found := kind_at(path)) != "a file":
+        raise FileNotFoundError(f"configuration: expected a YAML file, found {found} at {path}")
     overrides = list(overrides)
+    try:
+        given = [OmegaConf.load(path)]
+    except Exception as error:  # YAML errors have several unrelated types
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override: expected key=value, got {override!r}")
-    try:
-        given = [OmegaConf.load(path), OmegaConf.from_dotlist(overrides)]
-    except Exception as error:  # YAML errors have several unrelated types
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+        try:
+            OmegaConf.from_dotlist([override])
+        except Exception as error:
+            raise ValueError(
+                f"override: the value of {override!r} is not valid YAML; quote it, as in 'data.path=\"*.csv\"'"
+            ) from error
+    given.append(OmegaConf.from_dotlist(overrides))
     config = OmegaConf.structured(TrainConfig)
     for source, part in zip((str(path), "command line"), given, strict=True):
         if not isinstance(part, DictConfig):

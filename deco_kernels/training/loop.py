@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 import deco_kernels
-from deco_kernels.training import checkpoints, checks, setup
+from deco_kernels.training import checkpoints, checks, paths, setup
 from deco_kernels.training.config import TrainConfig, to_dict, to_yaml
 from deco_kernels.training.images import to_signed
 from deco_kernels.training.loading import Batch, Item, loader, without_worker_traceback
@@ -58,8 +58,9 @@ def train(
 
 
 def _train(config: TrainConfig, resume: str, teacher: setup.Teacher | None, encoder: setup.Encoder | None) -> None:
+    paths.check(config, resume, pretrained=teacher is None)
     content = setup.find_checkpoint(config, resume)
-    checks.check(config, resumed=content is not None)
+    checks.check(config, pretrained=encoder is None)
     fabric = setup.launch(config)
     parts = setup.prepare(config, fabric, teacher, encoder, resumed=content is not None)
     if content is not None:
@@ -75,7 +76,7 @@ class _Run:
     def __init__(self, config: TrainConfig, fabric: Fabric, parts: setup.Parts):
         self.config, self.fabric, self.parts, self.progress = config, fabric, parts, parts.progress
         self.names = ["total", "pixel", "frequency"] + (["repa"] if parts.objective.repa else [])
-        self.folder = setup.checkpoint_folder(config).parent
+        self.folder = paths.checkpoint_folder(config).parent
         self.generator = torch.Generator(fabric.device)
         self.unreported = dict(parts.source.left_out)
         self.report: Report | None = None
@@ -104,7 +105,7 @@ class _Run:
             if config.sample.every and self._due(config.sample.every):
                 self._sample()
         if self.report:
-            self.report.line(f"finished {config.steps} steps; the model is in {setup.checkpoint_folder(config)}")
+            self.report.line(f"finished {config.steps} steps; the model is in {paths.checkpoint_folder(config)}")
             self.report.close()
 
     def _described(self) -> str:
@@ -203,7 +204,7 @@ class _Run:
             checkpoints.save(
                 self.progress,
                 to_dict(self.config),
-                setup.checkpoint_folder(self.config),
+                paths.checkpoint_folder(self.config),
                 self.config.keep,
                 writer=self.fabric.is_global_zero,
             )

@@ -22,6 +22,7 @@ from deco_kernels.training.config import ObjectiveConfig, RepaConfig, SampleConf
 from deco_kernels.training.ema import MovingAverage
 from deco_kernels.training.loading import plan_batches
 from deco_kernels.training.module import TrainingModule, shard
+from deco_kernels.training.paths import checkpoint_folder
 from deco_kernels.training.sources import Source, open_source
 
 if TYPE_CHECKING:
@@ -58,23 +59,14 @@ class Parts:
 
 
 def find_checkpoint(config: TrainConfig, resume: str) -> dict[str, Any] | None:
-    """The checkpoint to resume from, or None for a new run.
-
-    Raises ValueError or CheckpointError if `resume` does not fit the folder, or the model not the configuration.
-    """
-    folder = checkpoint_folder(config)
+    """The checkpoint to resume from, or None for a new run. Raises CheckpointError if its model is another."""
     if resume == "never":
-        if checkpoints.found(folder):
-            raise ValueError(f"out: {folder} already holds checkpoints; resume with --resume auto or choose another")
         return None
+    folder = checkpoint_folder(config)
     content = checkpoints.read_latest(folder) if resume == "auto" else checkpoints.read(Path(resume))
     if content is not None:
         checkpoints.check_same_model(content, to_dict(config))
     return content
-
-
-def checkpoint_folder(config: TrainConfig) -> Path:
-    return Path(config.out) / "checkpoints"
 
 
 def processes(config: TrainConfig) -> tuple[int, int]:

@@ -7,8 +7,6 @@ random access by index.
 from __future__ import annotations
 
 import contextlib
-import glob
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +16,10 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
-from deco_kernels.files import kind_at
+from deco_kernels.training import paths
 from deco_kernels.training.config import DataConfig
 from deco_kernels.training.images import open_image, upright_size
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-IMAGE_COLUMNS = ("image", "img", *(suffix[1:] for suffix in IMAGE_SUFFIXES))
-TABLE_FORMATS = {".csv": "csv", ".parquet": "parquet"}
 SCAN_PROCESSES_FROM = 10_000  # images; for fewer, starting processes takes longer than it saves
 
 
@@ -111,12 +106,12 @@ def open_source(config: DataConfig, target: str, num_classes: int | None = None)
     return source
 
 
-def check_source(config: DataConfig, target: str = "label", num_classes: int | None = None) -> None:
-    """Raise the errors of `open_source` for the path and the number of classes, without opening a file."""
+def check_source(config: DataConfig, target: str, num_classes: int | None) -> None:
+    """Raise the errors of `open_source`, as far as names of files and columns show them."""
     if config.kind == "folder":
         _check_labels(config, 0, len(_class_folders(config, target)) - 1, num_classes)
     else:
-        _data_files(config)
+        paths.check_columns(config, (target,))
 
 
 def _check_labels(config: DataConfig, least: int, most: int, num_classes: int | None) -> None:
@@ -128,72 +123,24 @@ def _check_labels(config: DataConfig, least: int, most: int, num_classes: int | 
 
 
 def _class_folders(config: DataConfig, target: str) -> list[Path]:
-    """One folder per class, sorted by name; the position is the label."""
     if target == "caption":
         raise ValueError("data.kind: folders hold classes, not captions; a text model needs a table or shards")
-    root = Path(config.path)
-    if not root.is_dir():
-        raise FileNotFoundError(f"data.path: expected a folder with one folder per class, found none at {root}")
-    classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise _not_class_folders(root, "no class folder")
-    return classes
-
-
-def _not_class_folders(root: Path, what: str) -> ValueError:
-    return ValueError(f"data.path: {what} in {root}; expected {root}/CLASS/IMAGE with suffixes {IMAGE_SUFFIXES}")
+    return paths.class_folders(config)
 
 
 def _open_folder(config: DataConfig, target: str) -> Source:
     root, classes = Path(config.path), _class_folders(config, target)
     left_out: dict[str, str] = {}
-    files = [_images_in(folder, root, left_out) for folder in classes]
-    empty = [folder.name for folder, found in zip(classes, files, strict=True) if not found]
-    if empty:
-        raise _not_class_folders(root, f"class folders without an image: {', '.join(empty)}")
+    files = [sorted(paths.images_below(folder, root, left_out)) for folder in classes]
     rows = datasets.Dataset.from_dict({"image": [file for found in files for file in found]})
     labels = np.repeat(np.arange(len(classes)), [len(found) for found in files])
     return Source(rows, "image", root, labels, left_out=left_out)
 
 
-def _images_in(folder: Path, root: Path, left_out: dict[str, str]) -> list[str]:
-    """Sorted paths of the images below a class folder, relative to the root, without hidden ones.
-
-    Names that are not UTF-8, which Arrow cannot hold, are added to `left_out`.
-    """
-    found = []
-    for file in folder.rglob("*"):
-        path = file.relative_to(root)
-        if file.suffix.lower() not in IMAGE_SUFFIXES or any(part.startswith(".") for part in path.parts):
-            continue
-        try:
-            str(path).encode()
-            found.append(str(path))
-        except UnicodeEncodeError:
-            name = os.fsencode(file).decode("utf-8", "backslashreplace")
-            left_out[name] = "its name is not UTF-8; rename it"
-    return sorted(found)
-
-
-def _data_files(config: DataConfig) -> list[str]:
-    """The tables or shards that the path or its wildcards match."""
-    files = sorted(glob.glob(config.path, recursive=True))
-    if not files:
-        raise FileNotFoundError(f"data.path: expected a file, found none at {config.path}")
-    for file in files:
-        if (found := kind_at(file)) != "a file":
-            raise ValueError(
-                f"data.path: expected files, found {found} at {file}; name the files, with wildcards if there are many"
-            )
-    if config.kind == "table" and Path(files[0]).suffix.lower() not in TABLE_FORMATS:
-        raise ValueError(f"data.path: expected a table {list(TABLE_FORMATS)}, got {files[0]}")
-    return files
-
-
 def _open_files(config: DataConfig, target: str) -> Source:
     """Open one or more tables or shards."""
-    files = _data_files(config)
-    builder = "webdataset" if config.kind == "webdataset" else TABLE_FORMATS[Path(files[0]).suffix.lower()]
+    files = paths.data_files(config)
+    builder = "webdataset" if config.kind == "webdataset" else paths.TABLE_FORMATS[Path(files[0]).suffix.lower()]
     try:
         rows = datasets.load_dataset(builder, data_files=files, split="train", cache_dir=config.cache_dir)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
@@ -201,9 +148,13 @@ def _open_files(config: DataConfig, target: str) -> Source:
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
-    image_column = _image_column(rows, config)
+    columns = {name: list(feature) if isinstance(feature, dict) else [] for name, feature in rows.features.items()}
+    images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    image_column = paths.image_column(config, columns, images)
     wanted = config.label_column if target == "label" else config.caption_column
-    values = _values(rows, wanted, f"data.{target}_column")
+    if not paths.has_column(columns, wanted):
+        raise paths.missing_column({f"data.{target}_column": wanted}, columns)
+    values = _values(rows, wanted)
     usable = values.notna() & (values.astype(str).str.strip() != "")
     left_out = {f"row {row} of {config.path}": f"no {target}" for row in np.flatnonzero(~usable)}
     if left_out:
@@ -217,33 +168,18 @@ def _open_files(config: DataConfig, target: str) -> Source:
     return Source(rows, image_column, base, labels.astype(np.int64), left_out=left_out)
 
 
-def _image_column(rows: datasets.Dataset, config: DataConfig) -> str:
-    if config.image_column is not None:
-        candidates = [config.image_column]
-    else:
-        images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-        candidates = [*images, *IMAGE_COLUMNS]
-    found = next((name for name in candidates if name in rows.column_names), None)
-    if found is None:
-        raise ValueError(f"data.image_column: none of {candidates} in {config.path}; it has {rows.column_names}")
-    return found
-
-
 def _field(row: dict[str, Any], column: str) -> Any:
     """The value of a column; a dot selects a field of a structured column, as in json.caption."""
     outer, _, inner = column.partition(".")
     return row[column] if column in row else row[outer][inner]
 
 
-def _values(rows: datasets.Dataset, column: str, key: str) -> Any:
+def _values(rows: datasets.Dataset, column: str) -> Any:
     """A whole column, or a field of a structured column as in `_field`, as a pandas series."""
     outer, _, inner = column.partition(".")
-    table = rows.data
     if column in rows.column_names:
-        return table.column(column).to_pandas()
-    if outer in rows.column_names and inner in (rows.features[outer] if inner else ()):
-        return pc.struct_field(table.column(outer), inner).to_pandas()
-    raise ValueError(f"{key}: no column {column!r}; there are {rows.column_names}")
+        return rows.data.column(column).to_pandas()
+    return pc.struct_field(rows.data.column(outer), inner).to_pandas()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import torch
 
 from deco_kernels import model
 from deco_kernels.training import checks, config, setup
+from tests.training.conftest import write_images
 
 CONFIGS = Path(__file__).resolve().parents[2] / "python" / "configs"
 
@@ -60,7 +61,8 @@ def test_file_then_overrides_over_defaults(file):
         ("sample.every=-1", "sample.every: expected at least 0, got -1"),
         ("steps", "expected key=value, got 'steps'"),
         ("optimizer=3", "optimizer"),
-        ("out=[", "not valid YAML"),
+        ("out=[", "override: the value of 'out=[' is not valid YAML; quote it"),
+        ("data.path=*.csv", "override: the value of 'data.path=*.csv' is not valid YAML; quote it"),
     ],
 )
 def test_bad_overrides_are_refused(file, override, said):
@@ -154,20 +156,32 @@ def test_samples_that_cannot_be_drawn(num_classes, sample, said):
         ("sample.guidance=nan", "sample.guidance: expected a finite number, got nan"),
         ("sample.guidance_interval=[0.5]", "sample.guidance_interval: expected (lo, hi)"),
         ("sample.shift=0", "sample.shift: expected a positive finite number, got 0"),
-        ("data.path=/nowhere", "data.path: expected a folder with one folder per class, found none at /nowhere"),
-        ("out=/dev/null", "out: expected a folder, found a device at /dev/null; choose another name"),
-        ("data.kind=table", "data.path: expected files, found a folder at"),
         ("model.options.num_classes=1", "has labels from 0 to 1, the model has 1 classes; see model.options.num_class"),
         ("model.name=deco-text-tiny", "data.kind: folders hold classes, not captions"),
-        ("init_from=/nowhere.ckpt", "init_from: expected a checkpoint file at /nowhere.ckpt, found nothing"),
-        ("init_from=/tmp", "init_from: expected a checkpoint file at /tmp, found a folder"),
     ],
 )
 def test_what_no_run_can_be_set_up_with(file, override, said):
     """Reported before processes start; the same configuration without the override is valid."""
     for name in ("ant", "bee"):
-        (file.parent / "images" / name).mkdir(parents=True)
+        write_images(file.parent / "images" / name, 1)
     given = [f"data.path={file.parent / 'images'}", "repa.block=1", "accelerator=cpu"]
     checks.check(config.load(file, given))
     with pytest.raises((ValueError, TypeError, OSError), match="(?s)" + re.escape(said)):
+        checks.check(config.load(file, [*given, override]))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("text.encoder=./nowhere", "text.encoder: expected a folder with a model of transformers, or an id of"),
+        ("data.caption_column=title", "data.caption_column: no column 'title'; there are ['image', 'caption']"),
+        ("model.name=deco-tiny", "data.label_column: no column 'label'; there are ['image', 'caption']"),
+    ],
+)
+def test_what_no_text_model_can_be_set_up_with(file, override, said):
+    table = file.with_name("table.csv")
+    table.write_text("image,caption\na.jpg,a cat\n")
+    given = ["model.name=deco-text-tiny", "data.kind=table", f"data.path={table}", "repa.block=1", "accelerator=cpu"]
+    checks.check(config.load(file, given))
+    with pytest.raises((ValueError, OSError), match=re.escape(said)):
         checks.check(config.load(file, [*given, override]))

@@ -83,7 +83,7 @@ def test_missing_and_empty(tmp_path):
     with pytest.raises(ValueError, match="captions"):
         open_source(configure(tmp_path, "folder", tmp_path), "caption")
     (tmp_path / "table.txt").write_text("image,label\n")
-    with pytest.raises(ValueError, match="expected a table"):
+    with pytest.raises(ValueError, match="expected tables"):
         open_source(configure(tmp_path, "table", tmp_path / "table.txt"), "label")
 
 
