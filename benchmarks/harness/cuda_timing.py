@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.harness.timing import interleaved
 from benchmarks.ops.problem import Operands
+from deco_kernels.flow import cuda_graphs
 
 _CALLS = 10  # few enough not to fill the launch queue
 _REPEATS = 5
@@ -37,10 +38,10 @@ def graph_columns(
         try:
             graphs.append(capture(step, buffers))
             columns.append({})
-        except RuntimeError as error:  # includes CUDA errors
-            torch.cuda.synchronize()
+        except RuntimeError as error:  # of the capture or the warm-up, CUDA's among them
             graphs.append(None)
-            columns.append({"graph_ms": None, "graph_reason": str(error).strip().splitlines()[0]})
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            columns.append({"graph_ms": None, "graph_reason": lines[0]})
     replays = [lambda count, graph=graph: graph.replay() for graph in graphs if graph is not None]
     times = iter(interleaved(replays, "cuda", budget_s, min_rounds) if replays else ())
     for graph, column in zip(graphs, columns, strict=True):
@@ -50,17 +51,13 @@ def graph_columns(
 
 
 def capture(step: Callable[[Operands], object], buffers: list[Operands]) -> torch.cuda.CUDAGraph:
-    """A graph with one call per buffer, after the warm-up on a side stream that capture requires."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for operands in buffers[:3]:
+    """A graph with one call per buffer."""
+
+    def calls(some: list[Operands]) -> None:
+        for operands in some:
             step(operands)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for operands in buffers:
-            step(operands)
+
+    graph, _ = cuda_graphs.capture(lambda: calls(buffers), warm_up=lambda: calls(buffers[:3]))
     for operands in buffers:
         for tensor in operands.tensors().values():
             tensor.grad = None

@@ -1,10 +1,11 @@
-"""Replay of a model's calls as CUDA graphs: at small batches a step is bound by kernel launches."""
+"""Capture of calls as CUDA graphs, and their replay: at small batches a step is bound by kernel launches."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,8 +15,58 @@ Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 logger = logging.getLogger(__name__)
 
 
-class CaptureFailed(Exception):
+Result = TypeVar("Result")
+_abandoned: list[torch.cuda.CUDAGraph] = []
+
+
+class CaptureFailed(RuntimeError):
     """The call runs, but cannot be captured."""
+
+
+def capture(call: Callable[[], Result], warm_up: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Capture `call` on the current device, after `warm_up` on a side stream.
+
+    Lazy initialization (kernel compilation, library handles, workspaces) must precede the capture.
+
+    Returns the graph and the result of the call, which every replay overwrites.
+
+    Raises:
+        CaptureFailed: the call cannot be captured. Then the device can be used as before.
+    """
+    current = torch.cuda.current_stream()
+    side = torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        warm_up()
+    current.wait_stream(side)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    cause: Exception | None = None
+    try:
+        # PyTorch leaves its own stream current where ending the capture raises; the outer context does not.
+        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):
+            try:
+                result = call()
+            except Exception as error:  # ending the capture then raises another one
+                cause = error
+                raise
+    except RuntimeError as error:
+        _abandon(graph, pool)
+        cause = cause or error
+        raise CaptureFailed(str(cause)) from cause
+    finally:
+        del cause  # its traceback holds this frame, and with it the memory of the capture
+    return graph, result
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Undo what a capture leaves behind if ending it raised: `pool` takes allocations, the generator is capturing."""
+    native: Any = torch._C
+    with contextlib.suppress(RuntimeError):  # raised if the capture ended after all
+        native._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        native._cuda_releasePool(torch.cuda.current_device(), pool)
+        _abandoned.append(graph)  # the allocator of pinned memory still asks it whether its capture is under way
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # the end of a capture that succeeds resets the generator
+        torch.zeros(1, device="cuda")
 
 
 class CudaGraph:
@@ -29,19 +80,10 @@ class CudaGraph:
     def __init__(self, velocity: Callable[..., Any], *arguments: torch.Tensor):
         self.arguments = [argument.clone(memory_format=torch.contiguous_format) for argument in arguments]
         with torch.cuda.device(arguments[0].device):
-            # Lazy initialization (kernel compilation, library handles, workspaces) must precede the capture.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(self.WARM_UP_CALLS):
-                    velocity(*self.arguments)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(self.graph):
-                    self.output = velocity(*self.arguments)
-            except RuntimeError as error:
-                raise CaptureFailed(str(error)) from error
+            self.graph, self.output = capture(
+                call=lambda: velocity(*self.arguments),
+                warm_up=lambda: [velocity(*self.arguments) for _ in range(self.WARM_UP_CALLS)],
+            )
 
     def __call__(self, *arguments: torch.Tensor) -> Any:
         for static, argument in zip(self.arguments, arguments, strict=True):

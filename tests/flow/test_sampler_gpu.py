@@ -1,5 +1,6 @@
 """flow.Sampler on a GPU: graphs vs. direct calls, no synchronization between steps, the fallback."""
 
+import contextlib
 import copy
 import logging
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from deco_kernels import flow, testing
+from deco_kernels.flow import cuda_graphs
 from tests.flow.test_sampler import GUIDED, sampling_case
 from tests.golden_files import relative_error
 
@@ -71,3 +73,38 @@ def test_a_model_that_cannot_be_captured_runs_without(caplog):
         actual = flow.Sampler(velocity, steps=3)(noise, cond)
     assert torch.equal(actual, flow.sample(velocity, noise, cond, steps=3))
     assert len(caplog.records) == 1
+
+
+def hidden_wait(x):
+    with contextlib.suppress(RuntimeError):
+        x.sum().item()
+    return x
+
+
+FAILING = {
+    "wait": lambda x: x * x.sum().item(),
+    "host copy": lambda x: x @ x.new_tensor([[1.0] * 8] * 8),
+    "hidden wait": hidden_wait,
+}
+
+
+@pytest.mark.parametrize("call", FAILING.values(), ids=FAILING)
+def test_a_failed_capture_leaves_the_gpu_as_it_was(call):
+    """Stream, random generator and memory: random numbers, an earlier graph with random numbers, a new capture."""
+    x, stream = torch.randn(8, 8, device="cuda"), torch.cuda.current_stream()
+    before, noise = cuda_graphs.capture(lambda: torch.randn_like(x), warm_up=lambda: torch.randn_like(x))
+    with pytest.raises(cuda_graphs.CaptureFailed):
+        cuda_graphs.capture(lambda: call(x) + torch.randn_like(x), warm_up=lambda: torch.randn_like(x))
+    assert torch.cuda.current_stream() == stream and not torch.cuda.is_current_stream_capturing()
+    first = torch.randn(8, 8, device="cuda")
+    assert not torch.equal(torch.randn(8, 8, device="cuda"), first)
+    before.replay()
+    first = noise.clone()
+    before.replay()
+    assert not torch.equal(noise, first)
+    torch.cuda.empty_cache()
+    assert torch.empty(1 << 20, pin_memory=True).is_pinned()
+    after, doubled = cuda_graphs.capture(lambda: 2 * x, warm_up=lambda: 2 * x)
+    x.fill_(3.0)
+    after.replay()
+    assert doubled.eq(6.0).all()
