@@ -24,8 +24,7 @@ struct ForwardParams {
 };
 
 template <class T, int D>
-DECO_KERNEL(kRowThreads, 1)
-forward_kernel(const ForwardParams p) {
+DECO_KERNEL(kRowThreads, 1, forward_kernel, const ForwardParams p) {
   constexpr int M = kRowTiles<D>;
   const BlockSlots<T, D> slots{shared_memory()};
   slots.fill(0, p.in.packed, 0);

@@ -280,7 +280,9 @@ struct Chain {
   }
   // Reads back an operand of `put`, to shorten the lifetime of its registers.
   DECO_DEVICE Operand<D> reload(int which) const {
+    // region: barrier_before_reload
     warp_barrier();
+    // end region
     return load_operand_tile<T, D>(operands + which * operand_stride);
   }
 
@@ -340,8 +342,8 @@ struct Chain {
 };
 
 template <class T, int D, bool Mlp, bool Tiled>
-DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor))
-backward_kernel(const BackwardParams p) {
+DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), backward_kernel,
+            const BackwardParams p) {
   using P = Plan<D, Mlp>;
   const BlockSlots<T, D, P::kMatrices> slots{shared_memory()};
   auto* operands = reinterpret_cast<T*>(shared_memory() + slots.kBytes);

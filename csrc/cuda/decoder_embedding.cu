@@ -62,8 +62,7 @@ DECO_DEVICE void write_table(const Tile<D>& sum, float* rows, int table_rows, bo
 }
 
 template <class T, int D>
-DECO_KERNEL(kThreads, kBlocksPerMultiprocessor)
-embedding_kernel(const EmbeddingParams p) {
+DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, embedding_kernel, const EmbeddingParams p) {
   const DecoderEmbedding& op = p.op;
   const DecoderEnds<T, D> ends{shared_memory()};
   ends.fill(op.packed);
@@ -132,7 +131,7 @@ struct TableParams {
 
 // A thread block sums one row of the table over the warps that have it: in slices of `width` threads, then the slices
 // in order.
-DECO_KERNEL(kThreads, 1) table_kernel(const TableParams p) {
+DECO_KERNEL(kThreads, 1, table_kernel, const TableParams p) {
   auto* shared = reinterpret_cast<float*>(shared_memory());
   const int k = block(), rows = min(p.pixels_per_token, kTilePixels), classes = p.pixels_per_token / rows;
   const int channel = thread() % p.width, slice = thread() / p.width, slices = block_threads() / p.width;

@@ -65,8 +65,7 @@ DECO_DEVICE Tile<D> head_backward(const uint32_t (&x)[2], const Tile<D>& normali
 }
 
 template <class T, int D>
-DECO_KERNEL(kThreads, 1)
-recompute_kernel(const RecomputeParams p) {
+DECO_KERNEL(kThreads, 1, recompute_kernel, const RecomputeParams p) {
   constexpr int M = kTiles<D>;
   const DecoderRecompute& op = p.op;
   const DecoderEnds<T, D> ends{shared_memory()};

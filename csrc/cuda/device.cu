@@ -1,19 +1,7 @@
 // Device queries through the CUDA runtime; csrc/emulation/device.cpp replaces this file on the host.
-#include <cuda_runtime.h>
-
-#include "deco/cuda/call.h"
+#include "cuda/launch.h"
 
 namespace deco::cuda {
-
-namespace {
-
-Status status(cudaError_t error, const char* stage) {
-  if (error == cudaSuccess) return {};
-  cudaGetLastError();  // clears the error, so that later calls do not return it
-  return {static_cast<int>(error), stage};
-}
-
-}  // namespace
 
 const char* describe(int code) {
   if (code == kWorkspaceTooSmall) return "the workspace is smaller than the size that the workspace query returns";
@@ -24,14 +12,14 @@ const char* describe(int code) {
 Status select_device(int device, int& previous) {
   cudaError_t error = cudaGetDevice(&previous);
   if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
-  return status(error, "selecting the device");
+  return status_of(error, "selecting the device");
 }
 
 Status device_limits(int device, DeviceLimits& limits) {
   cudaError_t error = cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return status(error, "reading the device's limits");
+  return status_of(error, "reading the device's limits");
 }
 
 }  // namespace deco::cuda

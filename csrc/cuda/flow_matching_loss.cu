@@ -78,8 +78,7 @@ DECO_DEVICE LaneSums lane_sums(const Images& images, const FrequencyForms& forms
 }
 
 template <class Images>
-DECO_KERNEL(kLossThreads, 1)
-sums_kernel(const SumsParams<Images> p) {
+DECO_KERNEL(kLossThreads, 1, sums_kernel, const SumsParams<Images> p) {
   const FrequencyForms forms(shared_memory());
   const uint32_t stride = block_count() * kLossWarps;
   uint32_t group = block() * kLossWarps + warp();
@@ -136,7 +135,7 @@ struct LossesParams {
 };
 
 // One thread block: each thread sums every 512th group, then the threads are added in a fixed order.
-DECO_KERNEL(kTotalThreads, 1) losses_kernel(const LossesParams p) {
+DECO_KERNEL(kTotalThreads, 1, losses_kernel, const LossesParams p) {
   auto* warps = reinterpret_cast<Float2*>(shared_memory());
   Float2 sum = {0, 0};
   for (uint32_t group = thread(); group < p.groups; group += kTotalThreads) {

@@ -106,8 +106,7 @@ DECO_DEVICE LanePixels gradient(const LanePixels& d, const FrequencyForms& forms
 }
 
 template <class Images>
-DECO_KERNEL(kLossThreads, 1)
-gradient_kernel(const GradientParams<Images> p) {
+DECO_KERNEL(kLossThreads, 1, gradient_kernel, const GradientParams<Images> p) {
   const FrequencyForms forms(shared_memory());
   const uint32_t stride = block_count() * kLossWarps;
   uint32_t group = block() * kLossWarps + warp();
@@ -163,7 +162,7 @@ struct SpectrumParams {
 };
 
 // A warp sums w·(F M d)² over its groups; a lane holds frequencies 8j + 2t and 8j + 2t + 1 of its 8x8 blocks.
-DECO_KERNEL(kLossThreads, 1) spectrum_kernel(const SpectrumParams p) {
+DECO_KERNEL(kLossThreads, 1, spectrum_kernel, const SpectrumParams p) {
   const SplitMatrix dct{reinterpret_cast<BFloat16*>(shared_memory())};
   build_dct(dct);
   const uint32_t first = block() * kLossWarps + warp(), stride = block_count() * kLossWarps;
@@ -210,7 +209,7 @@ struct FrequencyWeightParams {
   }
 };
 
-DECO_KERNEL(kColors* kSlots, 1) frequency_weight_kernel(const FrequencyWeightParams p) {
+DECO_KERNEL(kColors* kSlots, 1, frequency_weight_kernel, const FrequencyWeightParams p) {
   store_float(p.gradient, thread(), p.gradients.sum_factors().frequency * load(p.sums + thread()));
 }
 
@@ -251,7 +250,7 @@ struct SampleWeightParams {
 };
 
 // A warp adds the sums of an image: each lane every 32nd group, then the lanes in a fixed order.
-DECO_KERNEL(kLossThreads, 1) sample_weight_kernel(const SampleWeightParams p) {
+DECO_KERNEL(kLossThreads, 1, sample_weight_kernel, const SampleWeightParams p) {
   const LossGradients::Factors factors = p.gradients.sum_factors();
   for (int64_t image = block() * kLossWarps + warp(); image < p.batch; image += block_count() * kLossWarps) {
     Float2 sum = {0, 0};

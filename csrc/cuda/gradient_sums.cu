@@ -26,7 +26,7 @@ struct SumParams {
 };
 
 // A thread block sums 32 numbers: each of eight slices adds every eighth part, then the slices are added in order.
-DECO_KERNEL(kThreads, 1) sum_kernel(const SumParams p) {
+DECO_KERNEL(kThreads, 1, sum_kernel, const SumParams p) {
   auto* slices = reinterpret_cast<float*>(shared_memory());
   const int column = thread() % kColumns, slice = thread() / kColumns;
   const int64_t i = int64_t{block()} * kColumns + column;
@@ -143,7 +143,7 @@ DECO_DEVICE void unpack_ends(const UnpackParams& p) {
 
 // One thread block per decoder block, whose warps take the output channels in turn, and one for pixel_weight and the
 // head.
-DECO_KERNEL(kThreads, 1) unpack_kernel(const UnpackParams p) {
+DECO_KERNEL(kThreads, 1, unpack_kernel, const UnpackParams p) {
   if (block() == p.depth) {
     unpack_ends(p);
     return;

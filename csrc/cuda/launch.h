@@ -24,59 +24,93 @@ struct LaunchSize {
   int shared_bytes = 0;
 };
 
-#ifdef __CUDACC__
-
+// Shared memory that a thread block may use without a request; cudaFuncSetAttribute requests more.
 constexpr int kSharedWithoutRequest = 48 << 10;
 
-template <class Params>
-Status launch(const char* name, void (*kernel)(Params), const LaunchSize& size, void* stream, Params params) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaSuccess;
-  if (size.shared_bytes > kSharedWithoutRequest)
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, size.shared_bytes);
-  if (error == cudaSuccess) {
-    void* arguments[] = {&params};
-    error = cudaLaunchKernel(function, dim3(size.blocks), dim3(size.threads), arguments, size.shared_bytes,
-                             static_cast<cudaStream_t>(stream));
-  }
+#ifdef __CUDACC__
+
+// `stage` names the kernel or query.
+inline Status status_of(cudaError_t error, const char* stage) {
   if (error == cudaSuccess) return {};
   cudaGetLastError();  // clears the error, so that later calls do not return it
-  return {static_cast<int>(error), name};
+  return {static_cast<int>(error), stage};
+}
+
+template <class Params>
+Status request_shared(const char* name, void (*kernel)(Params), int bytes) {
+  return status_of(
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+      name);
+}
+
+template <class Params>
+Status start(const char* name, void (*kernel)(Params), const LaunchSize& size, void* stream, Params params) {
+  void* arguments[] = {&params};
+  return status_of(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(size.blocks), dim3(size.threads),
+                                    arguments, size.shared_bytes, static_cast<cudaStream_t>(stream)),
+                   name);
 }
 
 // Ok if this build contains the kernel for the current device.
 template <class Params>
 Status check(const char* name, void (*kernel)(Params)) {
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
-  if (error == cudaSuccess) return {};
-  cudaGetLastError();
-  return {static_cast<int>(error), name};
+  return status_of(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), name);
 }
 
 #else
 
-template <class Params>
-Status launch(const char* name, void (*kernel)(Params), const LaunchSize& size, void*, Params params) {
-  emulation::Machine& machine = emulation::Machine::instance();
-  const emulation::LaunchSize emulated_size = {size.blocks, size.threads, size.shared_bytes};
-  if (machine.lists(name, emulated_size)) return {};
-  emulation::Buffers buffers;
-  params.visit(buffers);
+// Calls run(), and adds the kernel's name to a fault.
+template <class Run>
+void with_kernel_name(const char* name, Run&& run) {
   try {
-    machine.launch(emulated_size, std::move(buffers), [&] { kernel(params); });
+    run();
   } catch (const emulation::Fault& fault) {
     throw emulation::Fault(std::string(name) + ": " + fault.what());
   }
+}
+
+template <class Params, int MaxThreads>
+using Kernel = void (*)(Params, emulation::LaunchBounds<MaxThreads>);
+
+template <class Params, int MaxThreads>
+Status request_shared(const char* name, Kernel<Params, MaxThreads> kernel, int bytes) {
+  with_kernel_name(
+      name, [&] { emulation::Machine::instance().request_shared(reinterpret_cast<const void*>(kernel), bytes); });
   return {};
 }
 
-template <class Params>
-Status check(const char*, void (*)(Params)) {
+template <class Params, int MaxThreads>
+Status start(const char* name, Kernel<Params, MaxThreads> kernel, const LaunchSize& size, void*, Params params) {
+  emulation::Machine& machine = emulation::Machine::instance();
+  const emulation::LaunchSize emulated_size = {size.blocks, size.threads, size.shared_bytes};
+  with_kernel_name(name, [&] {
+    machine.check_launch(emulated_size, MaxThreads, reinterpret_cast<const void*>(kernel), kSharedWithoutRequest);
+    if (machine.lists(name, emulated_size)) return;
+    emulation::Buffers buffers;
+    params.visit(buffers);
+    machine.launch(name, emulated_size, std::move(buffers), [&] { kernel(params, {}); });
+  });
+  return {};
+}
+
+template <class Params, int MaxThreads>
+Status check(const char*, Kernel<Params, MaxThreads>) {
   return {};
 }
 
 #endif
+
+// Enqueues a kernel; `name` is its name in errors.
+template <class Params, class... Bounds>
+Status launch(const char* name, void (*kernel)(Params, Bounds...), const LaunchSize& size, void* stream,
+              const Params& params) {
+  if (size.shared_bytes > kSharedWithoutRequest) {
+    const Status status = request_shared(name, kernel, size.shared_bytes);
+    if (!status.ok()) return status;
+  }
+  return start(name, kernel, size, stream, params);
+}
 
 // Bump allocator over a workspace; every part is aligned to 256 bytes. Without memory it only counts bytes.
 class WorkspaceParts {

@@ -50,7 +50,7 @@ struct DifferenceParams {
   }
 };
 
-DECO_KERNEL(kThreads, kBlocksPerMultiprocessor) difference_kernel(const DifferenceParams p) {
+DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, difference_kernel, const DifferenceParams p) {
   const auto height = static_cast<uint32_t>(p.height), width = static_cast<uint32_t>(p.width);
   for (uint32_t pixel = block() * kThreads + thread(); pixel < p.grid.pixels; pixel += block_count() * kThreads) {
     const PixelPlace padded = p.grid.place(pixel);
@@ -90,7 +90,7 @@ DECO_DEVICE void store_element(const Image& image, const PixelPlace& place, int 
   if (image.data != nullptr) store_float(Array{image.at(place) + channel * image.stride_c, image.dtype}, 0, value);
 }
 
-DECO_KERNEL(kThreads, kBlocksPerMultiprocessor) fold_kernel(const FoldParams p) {
+DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, fold_kernel, const FoldParams p) {
   const float pixel_factor = p.gradients.factors().pixel;
   const uint32_t height = p.grid.height.divisor, width = p.grid.width.divisor;
   for (uint32_t pixel = block() * kThreads + thread(); pixel < p.grid.pixels; pixel += block_count() * kThreads) {

@@ -100,8 +100,7 @@ DECO_DEVICE void pack_ends(const PackParams& p) {
 }
 
 template <class T>
-DECO_KERNEL(kThreads, 1)
-pack_kernel(const PackParams p) {
+DECO_KERNEL(kThreads, 1, pack_kernel, const PackParams p) {
   if (block() < p.depth)
     pack_one_block<T>(p, block());
   else

@@ -45,8 +45,7 @@ int shared_bytes(int slots) {
 }
 
 template <class T, int D>
-DECO_KERNEL(kThreads, 1)
-forward_kernel(const ForwardParams p) {
+DECO_KERNEL(kThreads, 1, forward_kernel, const ForwardParams p) {
   constexpr int M = kTiles<D>;
   const DecoderEnds<T, D> ends{shared_memory()};
   const BlockSlots<T, D> slots{shared_memory() + DecoderEnds<T, D>::kBytes};

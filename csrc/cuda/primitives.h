@@ -1,6 +1,8 @@
 // Primitives of the CUDA kernels, with two implementations: on the device (cuda/primitives_device.h, inline assembly)
 // and on the host (emulation/primitives.h, one fiber per thread). Kernels use nothing below this layer.
 //
+// Kernels:       DECO_KERNEL(threads, blocks, name, parameters) { ... }; threads: size of the largest thread block, blocks:
+//                thread blocks that must fit on a multiprocessor at once, parameters: one struct by value
 // Indices:       thread(), lane(), warp(), block(), block_count(), block_threads(); block: thread block
 // Memory:        load(p), store(p, value), shared_memory(): every access of a kernel to shared and global memory;
 //                store_global(p, words): global memory only, in one access

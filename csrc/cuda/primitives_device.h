@@ -5,8 +5,8 @@
 
 #define DECO_DEVICE __device__ __forceinline__
 #define DECO_HOST_DEVICE __host__ __device__ __forceinline__
-// `threads`: size of the largest thread block; `blocks`: thread blocks that must fit on a multiprocessor at once.
-#define DECO_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define DECO_KERNEL(threads, blocks, name, parameters) \
+  __global__ void __launch_bounds__(threads, blocks) name(parameters)
 
 namespace deco::cuda {
 

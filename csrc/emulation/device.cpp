@@ -1,14 +1,8 @@
-#include "emulation/device.h"
+// Device queries of the emulated device, in place of cuda/device.cu.
+#include "deco/cuda/call.h"
+#include "emulation/machine.h"
 
-namespace deco {
-
-namespace {
-cuda::DeviceLimits emulated_limits{2, 227 << 10};
-}
-
-void emulation::set_device_limits(const cuda::DeviceLimits& limits) { emulated_limits = limits; }
-
-namespace cuda {
+namespace deco::cuda {
 
 const char* describe(int code) {
   if (code == kWorkspaceTooSmall) return "the workspace is smaller than the size that the workspace query returns";
@@ -20,9 +14,8 @@ Status select_device(int device, int& previous) {
   return {};
 }
 Status device_limits(int, DeviceLimits& limits) {
-  limits = emulated_limits;
+  limits = emulation::Machine::instance().limits();
   return {};
 }
 
-}  // namespace cuda
-}  // namespace deco
+}  // namespace deco::cuda

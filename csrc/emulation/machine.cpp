@@ -1,5 +1,6 @@
 #include "emulation/machine.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
@@ -54,9 +55,39 @@ void Machine::fault(const std::string& what) const {
   throw Fault(what + " (thread block " + std::to_string(block_) + ", thread " + std::to_string(current_) + ")");
 }
 
-void Machine::launch(const LaunchSize& size, Buffers buffers, const std::function<void()>& body) {
+void Machine::check_launch(const LaunchSize& size, int max_threads, const void* kernel,
+                           int shared_without_request) const {
+  const auto refuse = [](const std::string& expected, int given) {
+    throw Fault("launch: expected " + expected + ", got " + std::to_string(given));
+  };
+  if (size.blocks < 1) refuse("at least 1 thread block", size.blocks);
   if (size.threads <= 0 || size.threads % kLanes != 0)
-    throw Fault("expected a multiple of 32 threads per thread block, got " + std::to_string(size.threads));
+    refuse("a multiple of 32 threads per thread block", size.threads);
+  if (size.threads > max_threads)
+    refuse("at most " + std::to_string(max_threads) + " threads per thread block (the kernel's launch bounds)",
+           size.threads);
+  const auto requested = requested_shared_.find(kernel);
+  const int allowed = requested == requested_shared_.end() ? shared_without_request : requested->second;
+  if (size.shared_bytes > std::min(allowed, limits_.shared_bytes))
+    refuse("at most " + std::to_string(std::min(allowed, limits_.shared_bytes)) +
+               " bytes of shared memory per thread block (as requested for the kernel)",
+           size.shared_bytes);
+}
+
+void Machine::request_shared(const void* kernel, int bytes) {
+  if (bytes > limits_.shared_bytes)
+    throw Fault("request of shared memory: expected at most " + std::to_string(limits_.shared_bytes) +
+                " bytes per thread block (the device's limit), got " + std::to_string(bytes));
+  requested_shared_[kernel] = bytes;
+}
+
+std::vector<RecordedLaunch> Machine::stop_recording() {
+  std::vector<RecordedLaunch> launches = recorder_->take();
+  recorder_.reset();
+  return launches;
+}
+
+void Machine::launch(const char* name, const LaunchSize& size, Buffers buffers, const std::function<void()>& body) {
   size_ = size;
   buffers_ = std::move(buffers);
   body_ = body;
@@ -67,6 +98,7 @@ void Machine::launch(const LaunchSize& size, Buffers buffers, const std::functio
   shared_storage_.resize(size.shared_bytes + kSharedAlignment);
   const auto begin = reinterpret_cast<uintptr_t>(shared_storage_.data());
   shared_ = reinterpret_cast<char*>((begin + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment);
+  start_notes(name);
   for (block_ = 0; block_ < size.blocks; ++block_) run_block();
 }
 
@@ -87,6 +119,7 @@ void Machine::run_block() {
     for (int r = 0; r < kSavedRegisters; ++r) *--top = nullptr;
     fiber.stack_pointer = top;
   }
+  shadow_.start_block();
   std::vector<int> order(warps_.size());
   std::iota(order.begin(), order.end(), 0);
   while (alive_ > 0) {
@@ -95,15 +128,19 @@ void Machine::run_block() {
     for (int warp : order) progress |= run_warp(warp);
     if (!progress) fault("deadlock: not all threads reach a barrier or a collective operation");
   }
+  if (recorder_) recorder_->finish_block();
 }
 
 // Runs the lanes of a warp until all of them wait or, with probability 1/16, until one collective operation is done.
+// Of the orders of lanes, those of the form i -> i * step + first with an odd step are drawn.
 bool Machine::run_warp(int warp) {
   bool progress = false;
   for (bool again = true; again;) {
     again = false;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int thread = warp * kLanes + lane;
+    const int drawn = static_cast<int>(draw(kLanes * kLanes / 2));
+    const int first = drawn % kLanes, step = 2 * (drawn / kLanes) + 1;
+    for (int i = 0; i < kLanes; ++i) {
+      const int thread = warp * kLanes + (i * step + first) % kLanes;
       if (!runnable(thread)) continue;
       current_ = thread;
       deco_switch_fiber(&scheduler_stack_pointer_, fibers_[thread].stack_pointer);
@@ -152,6 +189,8 @@ void Machine::wait_for_warp() {
 
 void Machine::block_barrier() {
   if (++barrier_arrived_ == size_.threads) {
+    shadow_.block_barrier();
+    if (recorder_) recorder_->finish_block();
     barrier_arrived_ = 0;
     ++barrier_generation_;
     return;
@@ -175,8 +214,7 @@ uint32_t* Machine::arrive(Operation operation) {
 void Machine::check(const void* address, size_t bytes, size_t alignment, bool write) {
   const auto begin = reinterpret_cast<uintptr_t>(address), end = begin + bytes;
   if (begin % alignment != 0) fault("misaligned access of " + std::to_string(bytes) + " bytes");
-  const auto shared = reinterpret_cast<uintptr_t>(shared_);
-  if (begin >= shared && end <= shared + static_cast<uintptr_t>(size_.shared_bytes)) return;
+  if (is_shared(begin, bytes)) return;
   const auto& spans = buffers_.spans_;
   const auto holds = [&](const Buffers::Span& s) { return begin >= s.begin && end <= s.end && (s.writable || !write); };
   if (last_span_ < spans.size() && holds(spans[last_span_])) return;
@@ -188,6 +226,58 @@ void Machine::check(const void* address, size_t bytes, size_t alignment, bool wr
   for (const Buffers::Span& s : spans)
     if (begin >= s.begin && end <= s.end) fault("write to a buffer that is only read");
   fault(std::string(write ? "write" : "read") + " outside shared memory and the buffers of the launch");
+}
+
+void Machine::start_notes(const char* name) {
+  if (check_races_) shadow_.start_launch(size_.shared_bytes, size_.threads / kLanes);
+  if (!recorder_) return;
+  RecordedLaunch launch = {name, size_.blocks, size_.threads, size_.shared_bytes, {}, {}};
+  for (const Buffers::Span& s : buffers_.spans_)
+    launch.buffers.push_back({s.begin, static_cast<int64_t>(s.end - s.begin), s.writable, {}, {}});
+  recorder_->start_launch(std::move(launch));
+}
+
+void Machine::access(const void* address, size_t bytes, size_t alignment, bool write) {
+  check(address, bytes, alignment, write);
+  if (!check_races_ && !recorder_) return;
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  const bool shared = is_shared(begin, bytes);
+  if (shared) note_shared(current_, begin - shared_begin(), bytes, write);
+  if (!recorder_) return;
+  const void* place = __builtin_return_address(0);
+  if (shared) return recorder_->access(current_, place, Recorder::kShared, begin - shared_begin(), bytes, write);
+  const auto& spans = buffers_.spans_;
+  const auto span = std::find_if(spans.begin(), spans.end(), [&](const Buffers::Span& s) {
+    return begin >= s.begin && begin + bytes <= s.end && (s.writable || !write);
+  });
+  recorder_->access(current_, place, static_cast<int>(span - spans.begin()), begin - span->begin, bytes, write);
+}
+
+void Machine::note_shared(int thread, size_t offset, size_t bytes, bool write) {
+  if (!check_races_) return;
+  for (size_t byte = offset; byte < offset + bytes; ++byte) {
+    const int other = shadow_.access(thread, byte, write);
+    if (other == SharedShadow::kNoThread) continue;
+    const bool same_warp = other / kLanes == thread / kLanes;
+    fault("race: thread " + std::to_string(thread) + (write ? " writes" : " reads") + " byte " + std::to_string(byte) +
+          " of shared memory after thread " + std::to_string(other) + ", without a " +
+          (same_warp ? "barrier of the warp" : "barrier of the thread block") + " between");
+  }
+}
+
+void Machine::note_matrices(const uintptr_t (&offsets)[kLanes], bool write) {
+  const int first = current_ / kLanes * kLanes;
+  for (int row = 0; row < kLanes; ++row) {
+    for (int word = 0; word < 4; ++word) note_shared(first + row % 8 * 4 + word, offsets[row] + 4 * word, 4, write);
+    if (!write) note_shared(first + row, offsets[row], 16, write);
+  }
+  if (recorder_) recorder_->access_matrices(offsets);
+}
+
+void Machine::note_collective(Operation operation) {
+  const int warp = current_ / kLanes;
+  if (operation == Operation::kWarpBarrier) shadow_.warp_barrier(warp);
+  if (recorder_) recorder_->finish_warp(warp);
 }
 
 }  // namespace deco::emulation

@@ -1,20 +1,29 @@
 // Runs CUDA kernels on the host, one thread block after the other, with one fiber per thread.
 //
 // A thread runs until it reaches a collective operation of its warp or a barrier of its thread block. A seeded
-// generator selects the next warp and how far it runs, so that results that depend on the order of warps differ between
-// seeds. Shared memory is initialized to NaN (all bits set). Every access is checked. Fault is raised for
+// generator selects the next warp, the order of its lanes, and how far it runs, so that results that depend on the order
+// of threads differ between seeds. Shared memory is initialized to NaN (all bits set). Every access is checked. Fault is
+// raised for
+//   - a launch that the device would refuse: no thread blocks, too many threads, too much shared memory
 //   - lanes of one warp in different collective operations, or lanes that never arrive (divergence, deadlock)
 //   - a misaligned access, or one outside the thread block's shared memory and the buffers that the launch declares
 //   - a write to a buffer that the launch declares as read
-// Not covered: bank conflicts, timing, asynchronous copies, data races that none of the orders reveals.
+//   - while races are checked: accesses of shared memory that no barrier orders, whether or not an order reveals them
+// Not covered: timing, asynchronous copies, races in global memory.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "deco/cuda/call.h"
+#include "emulation/recorder.h"
+#include "emulation/shadow.h"
 
 namespace deco::emulation {
 
@@ -48,6 +57,12 @@ struct LaunchSize {
   int shared_bytes = 0;
 };
 
+// Type of the last parameter of an emulated kernel, which carries the size of its largest thread block.
+template <int MaxThreads>
+struct LaunchBounds {
+  static_assert(MaxThreads % 32 == 0 && MaxThreads <= 1024, "launch bounds: expected a multiple of 32, at most 1024");
+};
+
 struct NamedLaunch {
   std::string name;
   LaunchSize size;
@@ -77,10 +92,30 @@ class Machine {
  public:
   static Machine& instance();
 
+  // Throws Fault unless the device accepts the launch of a kernel with these launch bounds. Without a request, a thread
+  // block may use shared_without_request bytes of shared memory.
+  void check_launch(const LaunchSize& size, int max_threads, const void* kernel, int shared_without_request) const;
+
+  // Lets a kernel use this much shared memory; throws Fault if the device has less.
+  void request_shared(const void* kernel, int bytes);
+
   // Runs body() once per thread. Throws Fault.
-  void launch(const LaunchSize& size, Buffers buffers, const std::function<void()>& body);
+  void launch(const char* name, const LaunchSize& size, Buffers buffers, const std::function<void()>& body);
 
   void set_seed(uint32_t seed) { random_ = seed; }
+  const cuda::DeviceLimits& limits() const { return limits_; }
+  void set_limits(const cuda::DeviceLimits& limits) { limits_ = limits; }
+
+  // Checks all launches for races in shared memory from now on, or no longer.
+  void check_races(bool on) { check_races_ = on; }
+
+  // Between these two calls, the accesses of all launches are counted.
+  void start_recording() { recorder_.emplace(); }
+  std::vector<RecordedLaunch> stop_recording();
+
+  // Truncates as tensor cores and tanh.approx may, instead of rounding to nearest.
+  void set_truncating(bool on) { truncating_ = on; }
+  bool truncating() const { return truncating_; }
 
   // While `list` is not null, launches are appended to it and not run.
   void list_launches(std::vector<NamedLaunch>* list) { list_ = list; }
@@ -98,6 +133,26 @@ class Machine {
   // Throws Fault unless the current thread may access [address, address + bytes).
   void check(const void* address, size_t bytes, size_t alignment, bool write);
 
+  // The same for an address that must be in shared memory.
+  void check_shared(const void* address, size_t bytes, size_t alignment) {
+    check(address, bytes, alignment, false);
+    if (!is_shared(reinterpret_cast<uintptr_t>(address), bytes)) fault("matrix row outside shared memory");
+  }
+
+  // Checks an access of the current thread and notes it for the checks that are on.
+  void access(const void* address, size_t bytes, size_t alignment, bool write);
+
+  // Notes an access of the current warp to four 8x8 matrices of 16-bit elements, whose 32 rows of 16 bytes start at
+  // row(i). Lane 4r + w of the warp owns word w of row r of each matrix. PTX does not say which lane reads a row: a race
+  // with the owners or with the lane that gives the address is reported.
+  template <class Row>
+  void access_matrices(Row&& row, bool write) {
+    if (!check_races_ && !recorder_) return;
+    uintptr_t offsets[kLanes];
+    for (int i = 0; i < kLanes; ++i) offsets[i] = reinterpret_cast<uintptr_t>(row(i)) - shared_begin();
+    note_matrices(offsets, write);
+  }
+
   void block_barrier();
 
   // Operands of the current lane in a collective operation; throws Fault if its warp is in another one.
@@ -108,6 +163,7 @@ class Machine {
     Warp& warp = warps_[current_ / kLanes];
     if (++warp.arrived == kLanes) {
       execute(warp.exchange);
+      if (check_races_ || recorder_) note_collective(warp.operation);
       warp.arrived = 0;
       ++warp.generation;
     } else {
@@ -142,6 +198,17 @@ class Machine {
   void suspend();
   uint32_t draw(uint32_t limit);
 
+  uintptr_t shared_begin() const { return reinterpret_cast<uintptr_t>(shared_); }
+  bool is_shared(uintptr_t begin, size_t bytes) const {
+    return begin >= shared_begin() && begin + bytes <= shared_begin() + static_cast<uintptr_t>(size_.shared_bytes);
+  }
+  void note_shared(int thread, size_t offset, size_t bytes, bool write);
+  void note_matrices(const uintptr_t (&offsets)[kLanes], bool write);
+  void note_collective(Operation operation);
+  void start_notes(const char* name);
+
+  cuda::DeviceLimits limits_{2, 227 << 10};
+  std::map<const void*, int> requested_shared_;  // by kernel
   LaunchSize size_;
   Buffers buffers_;
   std::function<void()> body_;
@@ -158,6 +225,10 @@ class Machine {
   std::vector<NamedLaunch>* list_ = nullptr;
   bool failed_ = false;
   std::string failure_;
+
+  bool check_races_ = false, truncating_ = false;
+  SharedShadow shadow_;
+  std::optional<Recorder> recorder_;
 };
 
 }  // namespace deco::emulation

@@ -14,7 +14,8 @@
 
 #define DECO_DEVICE inline __attribute__((always_inline))
 #define DECO_HOST_DEVICE inline
-#define DECO_KERNEL(threads, blocks) inline void
+#define DECO_KERNEL(threads, blocks, name, parameters) \
+  inline void name(parameters, deco::emulation::LaunchBounds<(threads)>)
 
 namespace deco::cuda {
 
@@ -29,6 +30,16 @@ inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   return bits;
+}
+inline int64_t bits_of(double value) {
+  int64_t bits;
+  std::memcpy(&bits, &value, 8);
+  return bits;
+}
+inline double double_of(int64_t bits) {
+  double value;
+  std::memcpy(&value, &bits, 8);
+  return value;
 }
 inline float float_of(uint32_t bits) {
   float value;
@@ -50,6 +61,12 @@ inline uint16_t round_to<BFloat16>(float value) {
 template <>
 inline uint16_t round_to<Float16>(float value) {
   return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+}
+
+// The nearest float that is not larger in magnitude.
+inline float toward_zero(double value) {
+  const auto nearest = static_cast<float>(value);
+  return std::abs(nearest) > std::abs(value) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
 // 8x8 elements from one word of each lane, in the layout of cuda/primitives.h.
@@ -75,6 +92,30 @@ inline char* address_of(const Exchange& exchange, int lane) {
   return address;
 }
 
+// sum[n] += Σ a[k]·b[k][n] over eight k, as tensor cores add: all nine terms are aligned to the largest exponent, cut to
+// 24 bits toward zero, and added; the total is cut likewise. (M. Fasi et al., "Numerical behavior of NVIDIA tensor
+// cores", 2021; without the extra bits that some architectures keep.)
+inline void add_products_truncating(float (&sum)[8], const float* a, const float (*b)[8]) {
+  constexpr int64_t kExponentOne = 1023, kMantissaBits = 52, kKeptBits = 23;
+  for (int n = 0; n < 8; ++n) {
+    double terms[9] = {sum[n]}, largest = std::abs(terms[0]), plain = terms[0], total = 0;
+    for (int k = 0; k < 8; ++k) {
+      terms[k + 1] = static_cast<double>(a[k]) * b[k][n];
+      largest = std::max(largest, std::abs(terms[k + 1]));
+      plain += terms[k + 1];
+    }
+    if (largest == 0 || !std::isfinite(plain)) {
+      sum[n] = static_cast<float>(plain);
+      continue;
+    }
+    const int64_t exponent = (bits_of(largest) >> kMantissaBits) - kExponentOne - kKeptBits;
+    const double unit = double_of((kExponentOne + exponent) << kMantissaBits);
+    const double inverse = double_of((kExponentOne - exponent) << kMantissaBits);
+    for (const double term : terms) total += std::trunc(term * inverse);
+    sum[n] = toward_zero(total * unit);
+  }
+}
+
 // d = a·b + c with K = 8·KTiles: in = a (2·KTiles words), b (KTiles words), c (4 words).
 template <class T, int KTiles>
 void multiply_tiles(Exchange& exchange) {
@@ -91,12 +132,17 @@ void multiply_tiles(Exchange& exchange) {
     for (int n = 0; n < 8; ++n)
       for (int k = 0; k < 8; ++k) b[k + 8 * tile][n] = widen(T{matrix[n][k]});
   }
+  const bool truncating = Machine::instance().truncating();
   for (int row = 0; row < 16; ++row) {
     float sum[8];
     const auto lane_of = [&](int n) { return 4 * (row % 8) + n / 2; };
     for (int n = 0; n < 8; ++n) sum[n] = float_of(exchange.in[lane_of(n)][3 * KTiles + 2 * (row / 8) + n % 2]);
-    for (int k = 0; k < 8 * KTiles; ++k)
-      for (int n = 0; n < 8; ++n) sum[n] += a[row][k] * b[k][n];
+    if (truncating) {
+      for (int k = 0; k < 8 * KTiles; k += 8) add_products_truncating(sum, a[row] + k, b + k);
+    } else {
+      for (int k = 0; k < 8 * KTiles; ++k)
+        for (int n = 0; n < 8; ++n) sum[n] += a[row][k] * b[k][n];
+    }
     for (int n = 0; n < 8; ++n) exchange.out[lane_of(n)][2 * (row / 8) + n % 2] = bits_of(sum[n]);
   }
 }
@@ -104,9 +150,10 @@ void multiply_tiles(Exchange& exchange) {
 template <bool Transposed>
 void load_matrices(uint32_t (&words)[4], const void* row) {
   Machine& machine = Machine::instance();
-  machine.check(row, 16, 16, false);
+  machine.check_shared(row, 16, 16);
   bring_address(machine.arrive(Transposed ? Operation::kLoadMatricesTransposed : Operation::kLoadMatrices), row);
-  const uint32_t* out = machine.meet([](Exchange& exchange) {
+  const uint32_t* out = machine.meet([&machine](Exchange& exchange) {
+    machine.access_matrices([&](int i) { return address_of(exchange, i); }, false);
     for (int m = 0; m < 4; ++m) {
       uint16_t matrix[8][8];
       for (int i = 0; i < 8; ++i) std::memcpy(matrix[i], address_of(exchange, 8 * m + i), 16);
@@ -131,12 +178,12 @@ DECO_DEVICE char* shared_memory() { return emulated::Machine::instance().shared_
 
 template <class V>
 DECO_DEVICE V load(const V* address) {
-  emulated::Machine::instance().check(address, sizeof(V), alignof(V), false);
+  emulated::Machine::instance().access(address, sizeof(V), alignof(V), false);
   return *address;
 }
 template <class V>
 DECO_DEVICE void store(V* address, V value) {
-  emulated::Machine::instance().check(address, sizeof(V), alignof(V), true);
+  emulated::Machine::instance().access(address, sizeof(V), alignof(V), true);
   *address = value;
 }
 
@@ -159,10 +206,11 @@ inline float shuffle_xor(float value, int mask) {
   })[0]);
 }
 
-// The exact value rounded to 11 significant bits: an error as large as that of the hardware.
+// The exact value rounded to 11 significant bits, or cut to 12: an error as large as that of the hardware.
 inline float tanh_approximate(float x) {
   if (std::isnan(x)) return x;
-  return emulated::float_of((emulated::bits_of(std::tanh(x)) + 0x1000) & ~0x1fffu);
+  const uint32_t exact = emulated::bits_of(std::tanh(x));
+  return emulated::float_of(emulated::Machine::instance().truncating() ? exact & ~0xfffu : (exact + 0x1000) & ~0x1fffu);
 }
 inline float rsqrt_approximate(float x) { return 1.0f / std::sqrt(x); }
 
@@ -185,11 +233,12 @@ inline void load_matrices_transposed(uint32_t (&words)[4], const void* row) {
 }
 inline void store_matrices(void* row, const uint32_t (&words)[4]) {
   emulated::Machine& machine = emulated::Machine::instance();
-  machine.check(row, 16, 16, true);
+  machine.check_shared(row, 16, 16);
   uint32_t* in = machine.arrive(emulated::Operation::kStoreMatrices);
   emulated::bring_address(in, row);
   std::memcpy(in + 2, words, sizeof(words));
-  machine.meet([](emulated::Exchange& exchange) {
+  machine.meet([&machine](emulated::Exchange& exchange) {
+    machine.access_matrices([&](int i) { return emulated::address_of(exchange, i); }, true);
     for (int m = 0; m < 4; ++m) {
       uint16_t matrix[8][8];
       emulated::gather_matrix(matrix, exchange, 2 + m);

@@ -14,9 +14,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from deco_kernels import native
 from deco_kernels.ops import registry
@@ -132,3 +133,100 @@ def emulated_module() -> ModuleType:
     native.emulate_cuda(module)
     registry.register_backend(BACKEND, "deco_kernels.testing.emulated_cuda")
     return module
+
+
+# ------------------------------------------------------------------------------------------------------------- accesses
+
+
+class Traffic(NamedTuple):
+    """Bytes that a launch reads from a buffer in global memory, or writes to it."""
+
+    requested: int  # summed over threads
+    sectors: int  # of whole 32-byte sectors, each once per access of a warp: between L1 and L2, if L1 never hits
+    distinct: int  # each byte once: the least that moves between L2 and memory
+
+
+class BufferTraffic(NamedTuple):
+    """Accesses of one buffer that the launch declares; buffers have the order of the kernel's `visit`."""
+
+    address: int
+    bytes: int
+    read: Traffic
+    written: Traffic
+
+
+class SharedTraffic(NamedTuple):
+    """Accesses of warps to shared memory, which has 32 banks of 4 bytes.
+
+    Lanes of 8 bytes access it in two phases of 16 lanes, lanes of 16 bytes and rows of matrices in four of 8. A phase
+    takes one wavefront per distinct word in its busiest bank; all but the first are conflicts.
+    """
+
+    accesses: int
+    wavefronts: int
+    conflicts: int
+
+
+class RecordedLaunch(NamedTuple):
+    name: str
+    blocks: int
+    threads: int  # per block
+    shared_bytes: int  # per block
+    buffers: list[BufferTraffic]
+    shared: SharedTraffic
+
+    @property
+    def read(self) -> Traffic:
+        """Sum over the buffers."""
+        return _sum_of([buffer.read for buffer in self.buffers])
+
+    @property
+    def written(self) -> Traffic:
+        """Sum over the buffers."""
+        return _sum_of([buffer.written for buffer in self.buffers])
+
+
+def _sum_of(parts: list[Traffic]) -> Traffic:
+    return Traffic(*(sum(values) for values in zip(*parts, strict=True))) if parts else Traffic(0, 0, 0)
+
+
+def record_accesses(call: Callable[[], object]) -> list[RecordedLaunch]:
+    """The emulated launches of `call()` in order, with the accesses of every buffer and of shared memory.
+
+    PyTorch's own operators are not recorded. Overlapping buffers count as the first that a launch declares.
+    """
+    return [
+        RecordedLaunch(
+            name,
+            blocks,
+            threads,
+            shared_bytes,
+            [
+                BufferTraffic(address, size, Traffic(*read), Traffic(*written))
+                for address, size, read, written in buffers
+            ],
+            SharedTraffic(*shared),
+        )
+        for name, blocks, threads, shared_bytes, buffers, shared in emulated_module().record_accesses(call)
+    ]
+
+
+@contextlib.contextmanager
+def checked_for_races(module: ModuleType) -> Iterator[None]:
+    """Inside, the launches of an emulated module raise Fault for accesses of shared memory that no barrier orders."""
+    module.check_races(True)
+    try:
+        yield
+    finally:
+        module.check_races(False)
+
+
+@contextlib.contextmanager
+def truncating(module: ModuleType) -> Iterator[None]:
+    """Inside, an emulated module cuts toward zero what it rounds to nearest otherwise: the sums of matrix products, as
+    tensor cores do, and tanh."""
+    module.set_truncating(True)
+    try:
+        yield
+    finally:
+        module.set_truncating(False)

@@ -15,7 +15,8 @@ def emulated_session():
 
 @pytest.fixture
 def emulated(emulated_session):
-    """The emulated module in its initial state: warp order seed 1 and a large device."""
+    """The emulated module in its initial state: seed 1 of the order of threads, rounding to nearest, a large device."""
     emulated_session.set_seed(1)
+    emulated_session.set_truncating(False)
     emulated_session.set_device_limits(emulation.MULTIPROCESSORS, emulation.LARGE_SHARED)
     return emulated_session

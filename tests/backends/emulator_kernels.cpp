@@ -20,6 +20,7 @@ struct Params {
   const float* in = nullptr;
   int64_t in_words = 0;
   std::string fault = "";
+  int stride = 1;
 
   template <class V>
   void visit(V& buffers) const {
@@ -29,14 +30,14 @@ struct Params {
 };
 
 // Every warp writes its index to shared memory and reads that of the next warp.
-DECO_KERNEL(128, 1) neighbor_kernel(const Params p) {
+DECO_KERNEL(128, 1, neighbor_kernel, const Params p) {
   auto* shared = reinterpret_cast<uint32_t*>(shared_memory());
   store(shared + thread(), static_cast<uint32_t>(warp()));
   if (p.fault != "missing barrier") block_barrier();
   store(p.out + thread(), load(shared + (thread() + 32) % block_threads()));
 }
 
-DECO_KERNEL(128, 1) fault_kernel(const Params p) {
+DECO_KERNEL(128, 1, fault_kernel, const Params p) {
   auto* shared = reinterpret_cast<uint32_t*>(shared_memory());
   const int words = block_threads();
   if (p.fault == "shuffle under divergence" && lane() < 16) shuffle_xor(1.0f, 1);
@@ -57,13 +58,46 @@ DECO_KERNEL(128, 1) fault_kernel(const Params p) {
     uint32_t row[4];
     load_matrices(row, shared + 1);
   }
+  if (p.fault == "row of global memory") {
+    uint32_t row[4];
+    load_matrices(row, p.in);
+  }
   if (p.fault == "write to what is read") store(const_cast<float*>(p.in), 0.0f);
   if (p.fault == "uninitialized shared memory") store(p.out + thread(), load(shared + thread()));
   store(p.out + thread() % 32, load(p.out + thread() % 32));
 }
 
+// Every lane writes a word of shared memory and reads that of the next lane. All lanes meet in between, so that the
+// emulator's results are right in every order, but only warp_barrier() makes them so on the device.
+DECO_KERNEL(128, 1, next_lane_kernel, const Params p) {
+  auto* shared = reinterpret_cast<uint32_t*>(shared_memory());
+  store(shared + thread(), static_cast<uint32_t>(thread()));
+  if (p.fault == "shuffle in place of a barrier")
+    shuffle_xor(1.0f, 1);
+  else
+    warp_barrier();
+  if (p.fault == "matrices of the next warp") {
+    uint32_t row[4];
+    load_matrices(row, shared + (thread() / 32 + 1) % 4 * 32 + lane() % 8 * 4);
+  }
+  store(p.out + thread(), load(shared + (thread() & ~31) + (lane() + 1) % 32));
+  if (p.fault == "write after the reader") store(shared + thread(), 0u);
+}
+
+// Lane i loads V number i * stride of shared memory; "matrices": 16 bytes, in load_matrices.
+template <class V>
+DECO_KERNEL(32, 1, strided_kernel, const Params p) {
+  const char* address = shared_memory() + p.stride * lane() * static_cast<int>(sizeof(V));
+  uint32_t words[4];
+  if (p.fault == "matrices")
+    load_matrices(words, address);
+  else
+    load(reinterpret_cast<const V*>(address));
+  store(p.out + lane(), load(p.in + p.stride * lane() % p.in_words) != 0.0f ? 1u : 0u);
+}
+
 // out = the words of op(in), to check a collective operation against its definition.
-DECO_KERNEL(32, 1) collective_kernel(const Params p) {
+DECO_KERNEL(32, 1, collective_kernel, const Params p) {
   auto* shared = reinterpret_cast<uint16_t*>(shared_memory());
   for (int i = lane(); i < 256; i += 32) store(shared + i, static_cast<uint16_t>(i));
   warp_barrier();
@@ -86,8 +120,7 @@ DECO_KERNEL(32, 1) collective_kernel(const Params p) {
 
 // out [16][8] = a [16][K]·b [K][8] + c [16][8], K = 16 or 8, values rounded to T.
 template <class T, int K>
-DECO_KERNEL(32, 1)
-multiply_kernel(const Params p) {
+DECO_KERNEL(32, 1, multiply_kernel, const Params p) {
   const int g = lane() / 4, t = 2 * (lane() % 4);
   const auto a = [&](int row, int k) { return load(p.in + row * K + k); };
   const auto b = [&](int k, int n) { return load(p.in + 16 * K + k * 8 + n); };
@@ -107,7 +140,8 @@ multiply_kernel(const Params p) {
   for (int i = 0; i < 4; ++i) store(out + (g + 8 * (i / 2)) * 8 + t + i % 2, d[i]);
 }
 
-py::array_t<uint32_t> run(void (*kernel)(Params), int threads, const std::string& fault, uint32_t seed,
+template <int MaxThreads>
+py::array_t<uint32_t> run(Kernel<Params, MaxThreads> kernel, int threads, const std::string& fault, uint32_t seed,
                           const py::array_t<float>& in) {
   py::array_t<uint32_t> out(128);
   Params p{out.mutable_data(), 128, in.data(), in.size(), fault};
@@ -116,11 +150,46 @@ py::array_t<uint32_t> run(void (*kernel)(Params), int threads, const std::string
   return out;
 }
 
+// Launches a kernel whose launch bounds are 128 threads. `requested`: bytes of shared memory; 0: without a request, which
+// no launch of this kernel makes.
+void launch_sizes(int blocks, int threads, int shared_bytes, int requested) {
+  uint32_t out[128];
+  const Params p{out, 128};
+  const auto kernel = requested > 0 ? neighbor_kernel : next_lane_kernel;
+  if (requested > 0) request_shared("test", kernel, requested);
+  start("test", kernel, {blocks, threads, shared_bytes}, nullptr, p);
+}
+
+// (accesses, wavefronts, conflicts) of shared memory, and (requested, sectors, distinct) bytes read from `in`.
+py::tuple strided(const std::string& type, int stride) {
+  alignas(32) const float in[64] = {};
+  uint32_t out[32];
+  const Params p{out, 32, in, 64, type, stride};
+  const auto kernel = type == "2 bytes"   ? strided_kernel<uint16_t>
+                      : type == "4 bytes" ? strided_kernel<uint32_t>
+                      : type == "8 bytes" ? strided_kernel<Words2>
+                                          : strided_kernel<Words4>;
+  auto& machine = deco::emulation::Machine::instance();
+  machine.start_recording();
+  launch("test", kernel, {1, 32, 32 << 10}, nullptr, p);
+  const auto launch = machine.stop_recording().at(0);
+  const auto& read = launch.buffers.at(1).read;
+  return py::make_tuple(py::make_tuple(launch.shared.accesses, launch.shared.wavefronts, launch.shared.conflicts),
+                        py::make_tuple(read.requested, read.sectors, read.distinct));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(emulator_kernels, m) {
+  auto& machine = deco::emulation::Machine::instance();
   py::register_exception<deco::emulation::Fault>(m, "Fault", PyExc_RuntimeError);
+  m.def("check_races", [&](bool on) { machine.check_races(on); });
+  m.def("set_truncating", [&](bool on) { machine.set_truncating(on); });
+  m.def("launch_sizes", &launch_sizes);
+  m.def("strided", &strided);
+  m.def("tanh", [](float x) { return tanh_approximate(x); });
   m.def("neighbor", [](const std::string& f, uint32_t seed) { return run(neighbor_kernel, 32 * kWarps, f, seed, {}); });
+  m.def("next_lane", [](const std::string& f, uint32_t seed) { return run(next_lane_kernel, 128, f, seed, {}); });
   m.def("fault", [](const std::string& f) { return run(fault_kernel, 32 * kWarps, f, 1, py::array_t<float>(32)); });
   m.def("collective", [](const std::string& op) { return run(collective_kernel, 32, op, 1, {}); });
   m.def("multiply", [](const std::string& type, int k, const py::array_t<float>& in) {

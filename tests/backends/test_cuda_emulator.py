@@ -21,7 +21,8 @@ pytestmark = [
 def kernels(emulated_session, tmp_path_factory):
     library = tmp_path_factory.mktemp("emulator") / f"emulator_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
     csrc, here = emulation.ROOT / "csrc", emulation.ROOT / "tests" / "backends"
-    sources = (here / "emulator_kernels.cpp", csrc / "emulation" / "machine.cpp")
+    machine = (csrc / "emulation" / name for name in ("machine.cpp", "recorder.cpp"))
+    sources = (here / "emulator_kernels.cpp", *machine)
     subprocess.run(emulation.compile_command("-shared", *sources, "-o", library), check=True)
     spec = importlib.util.spec_from_file_location("emulator_kernels", library)
     module = importlib.util.module_from_spec(spec)
@@ -49,6 +50,7 @@ def test_a_missing_barrier_shows_in_the_order_of_warps(kernels):
         ("global memory, one element outside", "write outside"),
         ("misaligned", "misaligned"),
         ("misaligned row", "misaligned"),
+        ("row of global memory", "outside shared memory"),
         ("write to what is read", "only read"),
     ],
 )
@@ -57,6 +59,111 @@ def test_faults_are_noticed(kernels, fault, said):
     with pytest.raises(kernels.Fault, match=said):
         kernels.fault(fault)
     kernels.fault("none")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "threads", "shared_bytes", "requested", "said"),
+    [
+        (0, 128, 512, 0, "at least 1 thread block, got 0"),
+        (1, 48, 512, 0, "a multiple of 32 threads per thread block, got 48"),
+        (1, 160, 512, 0, "at most 128 threads per thread block .*launch bounds.*, got 160"),
+        (1, 128, (48 << 10) + 1, 0, "at most 49152 bytes of shared memory .*requested.*, got 49153"),
+        (1, 128, 1 + 50_000, 50_000, "at most 50000 bytes of shared memory .*requested.*, got 50001"),
+        (1, 128, 232_449, 232_449, "at most 232448 bytes .*device's limit.*, got 232449"),
+    ],
+)
+def test_launches_that_the_device_refuses(kernels, blocks, threads, shared_bytes, requested, said):
+    kernels.launch_sizes(1, 128, 232_448, 232_448)
+    with pytest.raises(kernels.Fault, match=f"^test: .*expected {said}"):
+        kernels.launch_sizes(blocks, threads, shared_bytes, requested)
+
+
+@pytest.fixture
+def checked_for_races(kernels):
+    kernels.check_races(True)
+    yield
+    kernels.check_races(False)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("shuffle in place of a barrier", r"thread \d+ (reads|writes) byte \d+ .* after thread \d+, .*of the warp"),
+        ("matrices of the next warp", r"thread \d+ (reads|writes) byte \d+ .* after thread \d+, .*of the thread block"),
+        ("write after the reader", r"thread \d+ (reads|writes) byte \d+ .* after thread \d+, .*of the warp"),
+    ],
+)
+def test_races_that_no_order_reveals(kernels, checked_for_races, fault, said):
+    """The results are right in every order of threads; the shadow of shared memory names the byte and the threads."""
+    expected = np.arange(128).reshape(4, 32)
+    expected = np.roll(expected, -1, axis=1).ravel()
+    for seed in range(4):
+        assert (kernels.next_lane("", seed) == expected).all()
+        with pytest.raises(kernels.Fault, match=f"^test: race: {said}"):
+            kernels.next_lane(fault, seed)
+    kernels.check_races(False)
+    if fault == "shuffle in place of a barrier":
+        assert all((kernels.next_lane(fault, seed) == expected).all() for seed in range(8))
+
+
+def test_a_missing_barrier_is_a_race_in_every_order(kernels, checked_for_races):
+    for seed in range(4):
+        kernels.neighbor("", seed)
+        with pytest.raises(kernels.Fault, match="of the thread block"):
+            kernels.neighbor("missing barrier", seed)
+
+
+@pytest.mark.parametrize(
+    ("access", "stride", "wavefronts", "phases"),
+    [
+        ("2 bytes", 1, 1, 1),  # two lanes share a word
+        ("4 bytes", 1, 1, 1),
+        ("4 bytes", 0, 1, 1),  # one word for all lanes
+        ("4 bytes", 2, 2, 1),
+        ("4 bytes", 32, 32, 1),
+        ("4 bytes", 33, 1, 1),
+        ("8 bytes", 1, 2, 2),
+        ("8 bytes", 2, 4, 2),
+        ("8 bytes", 16, 32, 2),
+        ("16 bytes", 1, 4, 4),
+        ("16 bytes", 2, 8, 4),
+        ("16 bytes", 9, 4, 4),
+        ("matrices", 1, 4, 4),
+        ("matrices", 4, 16, 4),
+        ("matrices", 5, 4, 4),
+    ],
+)
+def test_bank_conflicts(kernels, access, stride, wavefronts, phases):
+    shared, _ = kernels.strided(access, stride)
+    assert shared == (1, wavefronts, wavefronts - phases)
+
+
+@pytest.mark.parametrize(("stride", "sectors", "distinct"), [(0, 32, 4), (1, 128, 128), (2, 256, 128), (8, 256, 32)])
+def test_bytes_of_global_memory(kernels, stride, sectors, distinct):
+    """32 lanes read one float32 each, `stride` apart, of 64: 8 sectors of 32 bytes, which start at multiples of 32."""
+    _, read = kernels.strided("4 bytes", stride)
+    assert read == (128, sectors, distinct)
+
+
+def test_truncation(kernels):
+    """c + a·b with c = 1 and one product of 1.5 units in the last place: nearest rounds up, truncation down."""
+    c, unit = torch.ones(16, 8), 2.0**-23
+    a, b = torch.zeros(16, 8), torch.zeros(8, 8)
+    a[:, 0], b[0] = 1.5 * unit, 1.0
+    packed = torch.cat([a.flatten(), b.flatten(), c.flatten()]).numpy()
+
+    def result():
+        return kernels.multiply("bfloat16", 8, packed).view(np.float32)
+
+    assert (result() == 1 + 2 * unit).all()
+    kernels.set_truncating(True)
+    try:
+        assert (result() == 1 + unit).all()
+        x = np.random.default_rng(1).normal(size=1000).astype(np.float32)
+        errors = np.array([kernels.tanh(value) for value in x]) / np.tanh(x.astype(np.float64)) - 1
+        assert (errors <= 1e-7).all() and -(2.0**-11) <= errors.min() < -(2.0**-12)
+    finally:
+        kernels.set_truncating(False)
 
 
 def test_uninitialized_shared_memory_is_nan(kernels):

@@ -27,8 +27,9 @@ def changed_files(changes: dict[str, str]) -> dict[str, str]:
     return {path.name: "".join(files[path]) for path in {regions[name].path for name in changes}}
 
 
-def build_with_fault(source: str, changes: dict[str, str], folder: Path):
-    """The emulated module of this tree with csrc/cuda/SOURCE.cu recompiled after `changes` in that folder."""
+def build_with_fault(source: str, changes: dict[str, str], folder: Path, *options: str):
+    """The emulated module of this tree with csrc/cuda/SOURCE.cu recompiled after `changes` in that folder, with further
+    compiler options."""
     changed = folder / "cuda"
     changed.mkdir()
     unchanged = {f"{source}.cu": (source_regions.CUDA_SOURCES / f"{source}.cu").read_text()}
@@ -38,7 +39,7 @@ def build_with_fault(source: str, changes: dict[str, str], folder: Path):
     good = [path for path in emulation.BUILD.rglob("*.o") if path.name != f"{source}.cu.o"]
     library = folder / f"_native_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     # -iquote: this folder precedes the tree in the search for headers. The build supports only D 16 in bfloat16.
-    command = emulation.compile_command("-DDECO_ONLY_WIDTH=16", "-iquote", folder)
+    command = emulation.compile_command("-DDECO_ONLY_WIDTH=16", "-iquote", folder, *options)
     command += ["-c", changed / f"{source}.cu", "-o", compiled]
     subprocess.run(command, check=True)
     subprocess.run(["g++", "-shared", compiled, *good, "-o", library], check=True)
@@ -70,23 +71,58 @@ def run_forward(inputs):
         return ops.pixel_decoder(**inputs.tensors, **inputs.options, backend=emulation.BACKEND)
 
 
+PLANTED = "DECO_PLANTED_FAULT"  # environment variable: the region that the switchable module leaves out
+
+
+@pytest.fixture(scope="module")
+def switchable(emulated_session, tmp_path_factory):
+    """A module in which PLANTED names the barrier that block_backward.cu leaves out, or none."""
+    barriers = ("barrier_before_weight_gradients", "barrier_before_reload")
+    left_out = f'std::getenv("{PLANTED}") != nullptr && std::getenv("{PLANTED}") == std::string_view'
+    changes = {name: f'if (!({left_out}("{name}"))) ${name}' for name in barriers}
+    includes = ("-include", "cstdlib", "-include", "string_view")
+    return build_with_fault("block_backward", changes, tmp_path_factory.mktemp("switchable"), *includes)
+
+
+@pytest.fixture
+def switched(switchable, emulated):
+    native.emulate_cuda(switchable)
+    yield switchable
+    native.emulate_cuda(emulated)
+
+
 def gradients_of_two_seeds(module):
     for seed in (1, 2):
         module.set_seed(seed)
         yield testing.run(decoder_inputs(), emulation.BACKEND).gradients["fc1_weight"]
 
 
-def test_without_a_fault_the_results_are_right(plant, emulated):
-    expected = testing.run(decoder_inputs(), emulation.BACKEND).gradients["fc1_weight"]
-    module = plant("block_backward", barrier_before_weight_gradients="$barrier_before_weight_gradients")
-    assert module is not emulated
-    assert all(torch.equal(gradient, expected) for gradient in gradients_of_two_seeds(module))
+@pytest.fixture
+def expected(emulated):
+    return testing.run(decoder_inputs(), emulation.BACKEND).gradients["fc1_weight"]
 
 
-def test_a_missing_barrier_before_the_weight_gradients(plant):
-    module = plant("block_backward", barrier_before_weight_gradients="")
-    first, second = gradients_of_two_seeds(module)
+def test_without_a_fault_the_results_are_right(expected, switched):
+    with emulation.checked_for_races(switched):
+        assert all(torch.equal(gradient, expected) for gradient in gradients_of_two_seeds(switched))
+
+
+def test_a_missing_barrier_before_the_weight_gradients(switched, monkeypatch):
+    monkeypatch.setenv(PLANTED, "barrier_before_weight_gradients")
+    first, second = gradients_of_two_seeds(switched)
     assert not torch.isfinite(first).all() or not torch.equal(first, second)
+    race = "block_backward: race: thread .* byte .* after thread .*of the thread block"
+    with emulation.checked_for_races(switched), pytest.raises(switched.Fault, match=race):
+        testing.run(decoder_inputs(), emulation.BACKEND)
+
+
+def test_a_missing_barrier_of_a_warp(expected, switched, monkeypatch):
+    """Every order of threads gives the right results, because lanes meet in other operations in between."""
+    monkeypatch.setenv(PLANTED, "barrier_before_reload")
+    assert all(torch.equal(gradient, expected) for gradient in gradients_of_two_seeds(switched))
+    race = "block_backward: race: thread .* byte .* after thread .*of the warp"
+    with emulation.checked_for_races(switched), pytest.raises(switched.Fault, match=race):
+        testing.run(decoder_inputs(), emulation.BACKEND)
 
 
 def test_swapped_fragments(plant):

@@ -44,8 +44,10 @@ def assert_close(first: testing.Results, second: testing.Results):
 @each_op
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.label) for case in (*IN_PLACE, *PADDED, *SHARED)])
 def test_loss_rule_of_error(emulated, op, case, poisoned_memory):
+    """What kernels read in place also with truncated sums of products."""
     inputs = case.inputs(op)
     before = {name: tensor.clone() for name, tensor in inputs.tensors.items()}
+    emulated.set_truncating(case in IN_PLACE)
     results = testing.run(inputs, BACKEND)
     failed = [str(row) for row in testing.compare(inputs, results) if not row.passed]
     assert not failed, "\n".join(failed)
@@ -54,6 +56,14 @@ def test_loss_rule_of_error(emulated, op, case, poisoned_memory):
     for name, gradient in results.gradients.items():
         tensor = inputs.tensors[name]
         assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape and gradient.is_contiguous(), name
+
+
+@each_op
+@each_path
+def test_barriers_order_all_accesses_of_shared_memory(emulated, op, size):
+    inputs = testing.random_inputs(op, dtype=BF16, image_size=size)
+    with emulation.checked_for_races(emulated):
+        testing.run(inputs, BACKEND)
 
 
 @pytest.mark.parametrize("path", golden_cases("freq_*"))

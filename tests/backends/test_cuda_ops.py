@@ -30,6 +30,8 @@ def accuracy_cases():
             yield pytest.param(op, case, id=f"{op}-{case.label}", marks=marks)
 
 
+TRUNCATED = (HALF_CASES["pixel_decoder"] + OTHER_CASES)[::2]
+
 each_op = pytest.mark.parametrize("op", OPS)
 
 
@@ -59,8 +61,10 @@ def test_cases_have_all_pairs_of_settings():
 
 @pytest.mark.parametrize(("op", "case"), list(accuracy_cases()))
 def test_rule_of_error(emulated, op, case, poisoned_memory):
+    """Every second case runs with truncated sums of products and truncated tanh."""
     inputs = case.inputs(op)
     before = {name: tensor.clone() for name, tensor in inputs.tensors.items()}
+    emulated.set_truncating(case in TRUNCATED)
     results = testing.run(inputs, BACKEND)
     assert_rule_of_error(inputs, results)
     assert all(torch.equal(tensor, before[name]) for name, tensor in inputs.tensors.items())
@@ -204,6 +208,34 @@ def test_weights_changed_in_place_are_seen(emulated, op):
     after = testing.run(inputs, BACKEND)
     assert not torch.equal(after.outputs[0], before.outputs[0])
     assert_close(after, testing.run(inputs, "reference"), 0.1)
+
+
+@each_op
+@pytest.mark.parametrize(("width", "shared_bytes"), [(32, emulation.LARGE_SHARED), (64, emulation.SMALL_SHARED)])
+def test_barriers_order_all_accesses_of_shared_memory(emulated, op, width, shared_bytes):
+    emulated.set_device_limits(emulation.MULTIPROCESSORS, shared_bytes)
+    with emulation.checked_for_races(emulated):
+        testing.run(testing.random_inputs(op, dtype=BF16, width=width, depth=2, image_size=(1, 16, 32)), BACKEND)
+
+
+def test_recorded_accesses(emulated):
+    """adaln_block reads and writes every row once, without bank conflicts."""
+    inputs = testing.random_inputs("adaln_block", dtype=BF16, width=32, image_size=(1, 16, 32))
+    h, cond = inputs.tensors["h"], inputs.tensors["cond"]
+    with torch.no_grad():
+        pack, forward = emulation.record_accesses(
+            lambda: ops.adaln_block(**inputs.tensors, **inputs.options, backend=BACKEND)
+        )
+    assert (pack.name, forward.name) == ("pack_weights", "adaln_block_forward")
+    buffers = {buffer.address: buffer for buffer in forward.buffers}
+    for rows in (h, cond):
+        assert buffers[rows.data_ptr()].bytes == rows.nbytes
+        assert buffers[rows.data_ptr()].read == (rows.nbytes,) * 3
+    assert forward.written == (h.nbytes,) * 3
+    assert pack.written.distinct > 0 and pack.read.distinct == sum(
+        tensor.nbytes for name, tensor in inputs.tensors.items() if name not in ("h", "cond")
+    )
+    assert forward.shared.accesses > 0 and forward.shared.conflicts == 0
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
