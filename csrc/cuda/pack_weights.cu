@@ -1,12 +1,12 @@
-// Packs the weights (packed_weights.h). One thread block per decoder block, and one for pixel_weight, the head and the
-// pixel table. Moves about 2·(5D² + D·(C + P)) elements, negligible compared with the other kernels.
+// Packs the weights (packed_weights.h). One warp per row of a packed tensor, so that N·M·D + D + 8 + P warps share the
+// latency of few loads each: at batch 1 the kernels behind it wait for this one.
 #include "cuda/packed_weights.h"
 
 namespace deco::cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
 
 struct PackParams {
   PackedWeights packed;
@@ -69,46 +69,61 @@ DECO_DEVICE float bias_part(float bias, int slot) {
   return slot < kBiasParts ? bias : 0.0f;
 }
 
-template <class T>
-DECO_DEVICE void pack_one_block(const PackParams& p, int n) {
-  const int D = p.width, stride = D + kBiasSlots, rows = p.matrices * D;
-  for (int i = thread(); i < rows * stride; i += block_threads()) {
-    const int row = i / stride, column = i % stride, which = row / D, out = channel_of_column(row % D, D);
-    const float value = column < D ? packed_element(p, n, which, out, channel_of_column(column, D))
-                                   : bias_part<T>(packed_bias(p, n, which, out), column - D);
-    store_operand<T>(p.packed.matrices, int64_t{n} * rows * stride + i, value);
-  }
+// The D weights and the bias slots behind them, in packed order.
+template <class T, class Weight>
+DECO_DEVICE void pack_row(void* array, int64_t row, int D, float bias, const Weight& weight) {
+  const int stride = D + kBiasSlots;
+  for (int column = lane(); column < stride; column += 32)
+    store_operand<T>(array, row * stride + column,
+                     column < D ? weight(channel_of_column(column, D)) : bias_part<T>(bias, column - D));
 }
 
 template <class T>
-DECO_DEVICE void pack_ends(const PackParams& p) {
-  const int D = p.width, C = p.channels, stride = D + kBiasSlots;
-  for (int i = thread(); i < D * kChannelSlots; i += block_threads()) {
-    const int out = channel_of_column(i / kChannelSlots, D), channel = i % kMaxChannels;
-    store_operand<T>(p.packed.pixel, i, channel < C ? load_float(p.decoder.pixel_weight, out * C + channel) : 0.0f);
-  }
-  for (int i = thread(); i < kChannelSlots * stride; i += block_threads()) {
-    const int channel = (i / stride) % kMaxChannels, column = i % stride;
-    float value = 0.0f;
-    if (channel < C)
-      value = column < D ? load_float(p.decoder.head_weight, channel * D + channel_of_column(column, D))
-                         : bias_part<T>(load_float(p.decoder.head_bias, channel), column - D);
-    store_operand<T>(p.packed.head, i, value);
-  }
-  for (int i = thread(); i < p.pixels * D; i += block_threads())
+DECO_DEVICE void pack_matrix_row(const PackParams& p, int row) {
+  const int D = p.width, matrix = row / D, n = matrix / p.matrices, which = matrix % p.matrices;
+  const int out = channel_of_column(row % D, D);
+  pack_row<T>(p.packed.matrices, row, D, packed_bias(p, n, which, out),
+              [&](int in) { return packed_element(p, n, which, out, in); });
+}
+
+template <class T>
+DECO_DEVICE void pack_pixel_row(const PackParams& p, int row) {
+  const int out = channel_of_column(row, p.width), C = p.channels, channel = lane() % kMaxChannels;
+  if (lane() < kChannelSlots)
+    store_operand<T>(p.packed.pixel, row * kChannelSlots + lane(),
+                     channel < C ? load_float(p.decoder.pixel_weight, out * C + channel) : 0.0f);
+}
+
+template <class T>
+DECO_DEVICE void pack_head_row(const PackParams& p, int row) {
+  const int D = p.width, channel = row % kMaxChannels;
+  const bool given = channel < p.channels;
+  pack_row<T>(p.packed.head, row, D, given ? load_float(p.decoder.head_bias, channel) : 0.0f,
+              [&](int in) { return given ? load_float(p.decoder.head_weight, channel * D + in) : 0.0f; });
+}
+
+DECO_DEVICE void pack_table_row(const PackParams& p, int row) {
+  for (int i = row * p.width + lane(); i < (row + 1) * p.width; i += 32)
     store(p.packed.table + i, load_float(p.decoder.pixel_table, i));
 }
 
 template <class T>
 DECO_KERNEL(kThreads, 1, pack_kernel, const PackParams p) {
-  if (block() < p.depth)
-    pack_one_block<T>(p, block());
-  else
-    pack_ends<T>(p);
+  int row = block() * kWarps + warp();
+  const int matrix_rows = p.depth * p.matrices * p.width;
+  if (row < matrix_rows) return pack_matrix_row<T>(p, row);
+  row -= matrix_rows;
+  if (p.pixels == 0) return;  // weights of a single decoder block
+  if (row < p.width) return pack_pixel_row<T>(p, row);
+  row -= p.width;
+  if (row < kChannelSlots) return pack_head_row<T>(p, row);
+  row -= kChannelSlots;
+  if (row < p.pixels) pack_table_row(p, row);
 }
 
-Status launch_pack(const Call& call, DType operand, const PackParams& p, int blocks) {
-  const LaunchSize size = {blocks, kThreads, 0};
+Status launch_pack(const Call& call, DType operand, const PackParams& p) {
+  const int rows = p.depth * p.matrices * p.width + (p.pixels > 0 ? p.width + kChannelSlots + p.pixels : 0);
+  const LaunchSize size = {(rows + kWarps - 1) / kWarps, kThreads, 0};
   return operand == DType::kBFloat16 ? launch("pack_weights", pack_kernel<BFloat16>, size, call.stream, p)
                                      : launch("pack_weights", pack_kernel<Float16>, size, call.stream, p);
 }
@@ -138,7 +153,7 @@ Status pack_decoder(const Call& call, DType operand, const PackedWeights& packed
   p.matrices = kBlockMatrices;
   p.channels = shape.channels;
   p.pixels = shape.pixels_per_token();
-  return launch_pack(call, operand, p, shape.depth + 1);
+  return launch_pack(call, operand, p);
 }
 
 Status pack_block(const Call& call, DType operand, const PackedWeights& packed, const BlockWeightArrays& weights,
@@ -149,7 +164,7 @@ Status pack_block(const Call& call, DType operand, const PackedWeights& packed, 
   p.depth = 1;
   p.width = width;
   p.matrices = matrices;
-  return launch_pack(call, operand, p, 1);
+  return launch_pack(call, operand, p);
 }
 
 Status check_kernels() { return check("pack_weights", pack_kernel<BFloat16>); }

@@ -238,6 +238,16 @@ def test_recorded_accesses(emulated):
     assert forward.shared.accesses > 0 and forward.shared.conflicts == 0
 
 
+def test_packing_has_a_warp_for_every_row(emulated):
+    """Rows of five matrices of N blocks, the embedding, the head and the pixel table: the whole GPU packs them."""
+    depth, width, patch_size = 3, 32, 16
+    inputs = testing.random_inputs("pixel_decoder", dtype=BF16, width=width, depth=depth, patch_size=patch_size)
+    launches = emulated.launches_of(lambda: ops.pixel_decoder(**inputs.tensors, **inputs.options, backend=BACKEND))
+    ((blocks, threads),) = [(blocks, threads) for name, blocks, threads, _ in launches if name == "pack_weights"]
+    assert blocks >= 132  # multiprocessors of an H100
+    assert blocks * threads // 32 >= 5 * depth * width + width + 8 + patch_size**2
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
