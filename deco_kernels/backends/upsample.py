@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from deco_kernels.backends import l2_cache
 from deco_kernels.signatures import UpsampleWeights
 
 MIN_TOKENS = 1024
@@ -16,6 +17,18 @@ MIN_VALUES = 1 << 23
 def chunk_tokens(up: UpsampleWeights) -> int:
     """Tokens per chunk: 1,024, or more while its cond has at most 2^23 values."""
     return max(MIN_TOKENS, MIN_VALUES // up.up_weight.shape[0])
+
+
+def forward_chunk_pixels(tokens: torch.Tensor, up: UpsampleWeights, pixels: int) -> int:
+    """Pixels per chunk of a forward on a GPU; `pixels` per token.
+
+    The conditions of a chunk stay in the L2 cache between the matmul and the kernel that reads them. Every chunk reads
+    up_weight again, which costs less than conditions outside the cache if the chunk has at least Z / 2 tokens.
+    """
+    values, token_width = up.up_weight.shape
+    return l2_cache.chunk_pixels(
+        tokens.device, values // pixels * tokens.element_size(), least=token_width // 2 * pixels
+    )
 
 
 def image_chunks(shape: torch.Size, patch_size: int, tokens: int) -> Iterator[tuple[slice, slice]]:

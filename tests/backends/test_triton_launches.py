@@ -55,20 +55,16 @@ def test_every_kernel_has_launch_parameters(op):
 @pytest.mark.parametrize("images", [12, 24])
 @pytest.mark.parametrize("op", ["pixel_decoder", "pixel_decoder_from_tokens"])
 def test_the_workspace_does_not_grow_with_the_batch(op, images):
-    """A 256x256 image has 256 tokens; a chunk uses at most 150 MB besides inputs and outputs."""
+    """A 256x256 image has 256 tokens; the workspace fills 0.6 of an H100's L2 cache, besides a chunk of conditions."""
     inputs = testing.random_inputs(op, dtype=torch.bfloat16, token_width=8, image_size=(1, 256, 256))
     recomputes = [
         launch.args
         for launch in triton_kernels.launches_of(many_images(inputs, images), "sm_90")
         if launch.kernel.fn.__name__ == "recompute_kernel"
     ]
-    workspaces = [args["states_ptr"].untyped_storage().nbytes() for args in recomputes]
+    assert {args["states_ptr"].untyped_storage().nbytes() for args in recomputes} == {int(0.6 * 50 * 2**20)}
     if op == "pixel_decoder_from_tokens":
-        workspaces = [
-            size + 2 * args["cond_ptr"].untyped_storage().nbytes()
-            for size, args in zip(workspaces, recomputes, strict=True)
-        ]
-    assert 100e6 < max(workspaces) <= 150e6
+        assert {args["cond_ptr"].untyped_storage().nbytes() for args in recomputes} == {2**19 * 64}
     assert sum(args["n_tokens"] for args in recomputes) == images * 256
 
 

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from deco_kernels.backends import arguments
+from deco_kernels import native
+from deco_kernels.backends import arguments, l2_cache
 from deco_kernels.backends.cuda import calls
 from deco_kernels.signatures import DecoderWeights
-
-CHUNK_PIXELS = 1 << 19
-"""Pixels per pass of the backward; its workspace has 2·D·(N + 2) bytes per pixel."""
 
 
 def forward(
@@ -80,9 +78,10 @@ def run_backward(
     """Write the gradients that are not None: grad_image with any strides, grad_cond and grad_weights contiguous."""
     module = calls.module_for(cond)
     shape = arguments.decoder_sizes(image, weights, patch_size)
+    chunk_pixels = backward_chunk_pixels(cond.device, *shape[-2:])
     calls.launch(
         module.pixel_decoder_backward,
-        module.pixel_decoder_backward_workspace(cond.device.index or 0, shape, CHUNK_PIXELS),
+        module.pixel_decoder_backward_workspace(cond.device.index or 0, shape, chunk_pixels),
         cond,
         shape,
         arguments.image(grad_velocity),
@@ -93,5 +92,15 @@ def run_backward(
         *arguments.addresses((grad_cond,)),
         arguments.arrays(grad_weights),
         eps,
-        CHUNK_PIXELS,
+        chunk_pixels,
     )
+
+
+def backward_chunk_pixels(device: torch.device, width: int, depth: int) -> int:
+    """Pixels per chunk of the backward, whose kernels hand on 2·D·(N + 2) bytes per pixel.
+
+    At least two tiles for every thread block of the recompute kernel, which has the largest tiles.
+    """
+    multiprocessors, _ = native.cuda(device).device_limits(device.index or 0)
+    tile = 256 if width <= 32 else 128
+    return l2_cache.chunk_pixels(device, 2 * width * (depth + 2), least=2 * tile * multiprocessors)

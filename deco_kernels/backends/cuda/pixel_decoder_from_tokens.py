@@ -1,5 +1,8 @@
-"""pixel_decoder_from_tokens on CUDA devices: PyTorch's matmul and the kernels of pixel_decoder, in chunks of tokens
-whose conditions stay in the L2 cache of a data-center GPU between the two."""
+"""pixel_decoder_from_tokens on CUDA devices: PyTorch's matmul and the kernels of pixel_decoder, in chunks of tokens.
+
+In the forward, the conditions of a chunk stay in the L2 cache between the two. The backward uses larger chunks: every
+chunk reads and writes the sum of up_weight's gradients, and the decoder splits it into chunks of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from deco_kernels.backends import arguments
+from deco_kernels.backends import arguments, l2_cache
 from deco_kernels.backends.cuda import pixel_decoder
-from deco_kernels.backends.upsample import UpsampleGradients, image_chunks
+from deco_kernels.backends.upsample import UpsampleGradients, forward_chunk_pixels, image_chunks
 from deco_kernels.signatures import DecoderWeights, UpsampleWeights
 
 
@@ -25,7 +28,7 @@ def forward(
     upsample = UpsampleGradients(tokens, up, needs=(False, False, False))
     weights = arguments.contiguous(weights)
     velocity = torch.empty(image.shape, dtype=tokens.dtype, device=tokens.device)
-    for part, first, last in _chunks(image.shape, patch_size):
+    for part, first, last in _chunks(image.shape, patch_size, forward_chunk_pixels(tokens, up, patch_size**2)):
         cond = upsample.cond(first, last).view(last - first, *weights.pixel_table.shape)
         pixel_decoder.run_forward(image[part], cond, weights, velocity[part], patch_size, eps)
     return velocity
@@ -46,7 +49,7 @@ def backward(
     weights = arguments.contiguous(weights)
     totals = arguments.zero_totals(weights, needs[4:])
     grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device) if needs[0] else None
-    for part, first, last in _chunks(image.shape, patch_size):
+    for part, first, last in _chunks(image.shape, patch_size, l2_cache.LARGE_PIXELS):
         cond = upsample.cond(first, last).view(last - first, *weights.pixel_table.shape)
         grad_cond = torch.empty_like(cond) if upsample.wanted else None
         grads = arguments.empty_parts(totals)
@@ -66,10 +69,10 @@ def backward(
     return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, weights))
 
 
-def _chunks(shape: torch.Size, patch_size: int) -> Iterator[tuple[tuple[slice, slice, slice], int, int]]:
-    """(index into [B, C, H, W], first token, end token) of consecutive chunks of the batch."""
+def _chunks(shape: torch.Size, patch_size: int, pixels: int) -> Iterator[tuple[tuple[slice, slice, slice], int, int]]:
+    """(index into [B, C, H, W], first token, end token) of consecutive chunks of about `pixels` pixels."""
     first = 0
-    for images, lines in image_chunks(shape, patch_size, max(1, pixel_decoder.CHUNK_PIXELS // patch_size**2)):
+    for images, lines in image_chunks(shape, patch_size, max(1, pixels // patch_size**2)):
         height = len(range(shape[2])[lines])
         last = first + len(range(shape[0])[images]) * (height // patch_size) * (shape[3] // patch_size)
         if last > first:

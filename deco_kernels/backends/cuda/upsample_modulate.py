@@ -6,13 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from deco_kernels.backends import arguments
+from deco_kernels.backends import arguments, l2_cache
 from deco_kernels.backends.cuda import calls
-from deco_kernels.backends.upsample import UpsampleGradients
+from deco_kernels.backends.upsample import UpsampleGradients, forward_chunk_pixels
 from deco_kernels.signatures import ModulationWeights, UpsampleWeights
-
-CHUNK_PIXELS = 1 << 19
-"""Pixels per chunk, whose conditions are stored at a time."""
 
 
 def forward(
@@ -25,7 +22,7 @@ def forward(
     weights = arguments.contiguous(weights)
     pixels, width = h.shape[-2:]
     h_rows, modulated_rows, gate_rows = _rows(h), modulated.view(-1, width), gate.view(-1, width)
-    for first, last in _token_chunks(len(upsample.rows), pixels):
+    for first, last in _token_chunks(len(upsample.rows), pixels, forward_chunk_pixels(tokens, up, pixels)):
         rows = slice(first * pixels, last * pixels)
         cond = upsample.cond(first, last).view(-1, width)
         calls.launch(
@@ -63,7 +60,7 @@ def backward(
     grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     grad_h_rows = grad_h.view(-1, width)
     inputs = [_rows(tensor) for tensor in (grad_modulated, grad_gate, h)]
-    for first, last in _token_chunks(len(upsample.rows), pixels):
+    for first, last in _token_chunks(len(upsample.rows), pixels, l2_cache.LARGE_PIXELS):
         rows = slice(first * pixels, last * pixels)
         cond = upsample.cond(first, last).view(-1, width)
         grad_cond = torch.empty_like(cond) if upsample.wanted else None
@@ -96,8 +93,8 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return calls.readable_rows(tensor.reshape(-1, tensor.shape[-1]))
 
 
-def _token_chunks(tokens: int, pixels: int) -> Iterator[tuple[int, int]]:
-    """(first, end) of consecutive chunks of tokens."""
-    size = max(1, CHUNK_PIXELS // pixels)
+def _token_chunks(tokens: int, pixels: int, chunk_pixels: int) -> Iterator[tuple[int, int]]:
+    """(first, end) of consecutive chunks of tokens with at most `chunk_pixels` pixels; `pixels` per token."""
+    size = max(1, chunk_pixels // pixels)
     for first in range(0, tokens, size):
         yield first, min(first + size, tokens)

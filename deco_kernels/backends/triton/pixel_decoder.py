@@ -6,7 +6,7 @@ Forward: a persistent program iterates over tiles of `block` pixels; h and SiLU(
 weights pass through shared memory, and only the velocity is written. The image is read and the velocity written in
 place, by strides. Per pixel at D 32, N 3, C 3, bfloat16: 76 bytes moved, 31 kFLOP.
 
-Backward, per chunk of tokens (at most 2,048, workspace at most 150 MB):
+Backward, per chunk of tokens whose workspace stays in the L2 cache (l2_cache.py):
     recompute_kernel    recomputes the forward, stores h before each block and runs the backward of the head
     backward_kernel     of adaln_block.py, once per block, last block first; the gradient of h stays in one buffer
     embedding_kernel    gradients of the image, pixel_weight and pixel_table
@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from deco_kernels.backends import l2_cache
 from deco_kernels.backends.arguments import Gradients
 from deco_kernels.signatures import DecoderWeights, flat
 
@@ -44,8 +45,6 @@ from .launching import (
 from .weights import pack, unpack_grad
 
 LAUNCH_TOKENS = 2**22  # tokens per forward launch, so that pixel indices fit in 32 bits
-CHUNK_TOKENS = 2048  # tokens per chunk of the backward
-WORKSPACE_BYTES = 150_000_000
 
 # ---------------------------------------------------------------------------------------------------------- forward
 
@@ -247,7 +246,7 @@ def query_and_head(weights: DecoderWeights) -> tuple[torch.Tensor, ...]:
 
 
 class DecoderBackward:
-    """Gradients of the decoder, accumulated over chunks of tokens.
+    """Gradients of the decoder, accumulated over chunks of at most `chunk_tokens` tokens.
 
     Args:
         image, grad_velocity: [B, C, H, W], any strides.
@@ -272,8 +271,15 @@ class DecoderBackward:
         self.embedding = parameters_for("pixel_decoder_embedding", self.width, dtype, device)
         self.groups = max(1, pixels // self.embedding.block)
         self.slices = triton.cdiv(program_limit(device, self.embedding), self.groups)
+        recompute = parameters_for("pixel_decoder_recompute", self.width, dtype, device)
+        programs = program_limit(device, recompute)
+        # The workspace of a chunk holds N + 1 activations. At least two tiles for every program of recompute_kernel,
+        # which has the largest tiles.
+        chunk_pixels = l2_cache.chunk_pixels(
+            device, (self.depth + 1) * self.width * dtype.itemsize, least=2 * recompute.block * programs
+        )
+        self.chunk_tokens = max(1, chunk_pixels // pixels)
         if self.needs_weights:
-            programs = program_limit(device, parameters_for("pixel_decoder_recompute", self.width, dtype, device))
             self.grad_head_weight = zeros(programs, channels, self.width)
             self.grad_head_bias = zeros(programs, channels)
             self.grad_pixel_weight = zeros(self.slices, self.groups, channels, self.width)
@@ -282,19 +288,16 @@ class DecoderBackward:
                 "adaln_block_backward", self.packed.matrices, self.depth, 5
             )
 
-    def chunk_tokens(self, more: int = 0) -> int:
-        """Tokens per chunk: CHUNK_TOKENS, or fewer if the workspace would exceed WORKSPACE_BYTES.
-
-        The workspace holds N + 1 activations of the chunk, plus `more` of the caller.
-        """
-        token_bytes = (self.depth + 1 + more) * self.patch_size**2 * self.width * self.dtype.itemsize
-        tokens = min(CHUNK_TOKENS, WORKSPACE_BYTES // token_bytes)
-        return tokens // 64 * 64 or max(1, tokens)
-
     def add(self, cond: torch.Tensor, first_token: int, grad_cond: torch.Tensor) -> None:
         """Process the tokens of cond [tokens, P, D] and write their rows of grad_cond [tokens, P, D], contiguous."""
         tokens, pixels, width = cond.shape
-        workspace = cond.new_empty(self.depth + 1, tokens, pixels, width)
+        workspace = cond.new_empty(self.depth + 1, min(tokens, self.chunk_tokens), pixels, width)
+        for start, length in chunks(tokens, self.chunk_tokens):
+            part = slice(start, start + length)
+            self._add_chunk(cond[part], first_token + start, grad_cond[part], workspace[:, :length])
+
+    def _add_chunk(self, cond, first_token, grad_cond, workspace):
+        width = cond.shape[-1]
         grad_h = workspace[self.depth]
         grad_h_rows = grad_h.view(-1, width)
         self._recompute(cond, first_token, workspace, grad_h)
@@ -376,9 +379,7 @@ def backward(
         needed = (needs[0], needs[1], any(needs[2:]))
         sums = DecoderBackward(image, grad_velocity, weights, cond.dtype, patch_size, eps, needed)
         tokens = collapsed_rows(cond, 2)
-        grad_rows = grad_cond.view(tokens.shape)
-        for start, length in chunks(tokens.shape[0], sums.chunk_tokens()):
-            sums.add(tokens[start : start + length], start, grad_rows[start : start + length])
+        sums.add(tokens, 0, grad_cond.view(tokens.shape))
         grad_weights = sums.grad_weights() if needed[2] else (None,) * len(needs[2:])
     grads = (sums.grad_image, grad_cond, *grad_weights)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

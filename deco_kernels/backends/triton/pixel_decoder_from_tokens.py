@@ -1,7 +1,8 @@
 """pixel_decoder_from_tokens on Triton: PyTorch's matmul for the upsample and the fused decoder, in chunks.
 
 See upsample.py and pixel_decoder.py. The backward holds one chunk of conditions and of their gradients in addition to
-the workspace of the decoder.
+the workspace of the decoder. Its chunks are larger than the L2 cache: every chunk reads and writes the sum of
+up_weight's gradients.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from collections.abc import Sequence
 
 import torch
 
+from deco_kernels.backends import l2_cache
 from deco_kernels.backends.arguments import Gradients
+from deco_kernels.backends.upsample import forward_chunk_pixels
 from deco_kernels.signatures import DecoderWeights, UpsampleWeights
 
 from .launching import chunks, device_guard
-from .pixel_decoder import CHUNK_TOKENS, DecoderBackward, query_and_head, run_forward
+from .pixel_decoder import DecoderBackward, query_and_head, run_forward
 from .upsample import Upsample
 from .weights import pack
 
@@ -33,7 +36,8 @@ def forward(
         packed = pack(weights.blocks, tokens.dtype)
         decoder_weights = query_and_head(weights)
         upsample = Upsample(tokens, up, weights.pixel_table.shape)
-        for start, length in chunks(upsample.tokens.shape[0], CHUNK_TOKENS):
+        chunk_tokens = max(1, forward_chunk_pixels(tokens, up, patch_size**2) // patch_size**2)
+        for start, length in chunks(upsample.tokens.shape[0], chunk_tokens):
             cond = upsample.cond(start, length)
             run_forward(image, cond, packed, decoder_weights, velocity, start, patch_size, eps)
     return velocity
@@ -55,7 +59,8 @@ def backward(
     with device_guard(tokens), torch.no_grad():
         sums = DecoderBackward(image, grad_velocity, weights, tokens.dtype, patch_size, eps, needed)
         upsample = Upsample(tokens, up, weights.pixel_table.shape)
-        for start, length in chunks(upsample.tokens.shape[0], sums.chunk_tokens(more=2)):
+        chunk_tokens = max(1, l2_cache.large_pixels(2 * sums.width * tokens.element_size()) // patch_size**2)
+        for start, length in chunks(upsample.tokens.shape[0], chunk_tokens):
             cond = upsample.cond(start, length)
             grad_cond = torch.empty_like(cond)
             sums.add(cond, start, grad_cond)

@@ -1,7 +1,7 @@
 """Upsample linear from tokens to per-pixel conditions by PyTorch's matmul, in chunks of tokens.
 
-The next kernel reads a chunk of conditions (2,048 tokens of 256 pixels and 32 channels: 34 MB in bfloat16) while it is
-in the L2 cache of a data-center GPU, and the next chunk reuses its buffer: the full tensor is never stored.
+In the forward, the next kernel reads a chunk of conditions while it is in the L2 cache (l2_cache.py). The next chunk
+reuses its buffer: the full tensor is never stored.
 """
 
 from __future__ import annotations

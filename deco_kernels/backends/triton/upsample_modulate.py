@@ -17,7 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from deco_kernels.backends import l2_cache
 from deco_kernels.backends.arguments import Gradients
+from deco_kernels.backends.upsample import forward_chunk_pixels
 from deco_kernels.signatures import ModulationWeights, UpsampleWeights
 
 from .functions import (
@@ -35,7 +37,6 @@ from .functions import (
     twice_sigmoid,
 )
 from .launching import chunks, collapsed_rows, device_guard, launch_over_rows, weight_partials
-from .pixel_decoder import CHUNK_TOKENS
 from .upsample import Upsample
 from .weights import GATE, SCALE, SHIFT, one_block, pack, unpack_grad
 
@@ -136,7 +137,7 @@ def forward(
         pixels, width = h.shape[1:]
         upsample = Upsample(tokens, up, (pixels, width))
         modulated_rows, gate_rows = modulated.view(h.shape), gate.view(h.shape)
-        for start, length in chunks(h.shape[0], CHUNK_TOKENS):
+        for start, length in chunks(h.shape[0], max(1, forward_chunk_pixels(tokens, up, pixels) // pixels)):
             part = slice(start, start + length)
             launch_over_rows(
                 forward_kernel, "upsample_modulate", length * pixels, h,
@@ -168,7 +169,8 @@ def backward(
         upsample = Upsample(tokens, up, (pixels, width))
         sums = weight_partials("upsample_modulate_backward", h, 1, 3) if weights_needed else (grad_h, grad_h)
         grad_h_rows = grad_h.view(h.shape)
-        for start, length in chunks(h.shape[0], CHUNK_TOKENS):
+        chunk_tokens = max(1, l2_cache.large_pixels(2 * width * h.element_size()) // pixels)
+        for start, length in chunks(h.shape[0], chunk_tokens):
             part = slice(start, start + length)
             cond = upsample.cond(start, length)
             grad_cond = torch.empty_like(cond)
