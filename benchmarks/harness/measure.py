@@ -10,7 +10,7 @@ from benchmarks.harness.cuda_timing import graph_columns, host_microseconds
 from benchmarks.harness.gpu_state import Watch
 from benchmarks.harness.steps import Contender, Step, contenders_of, require_gradients
 from benchmarks.harness.timing import buffer_count, interleaved
-from benchmarks.harness.verification import SEED, verify
+from benchmarks.harness.verification import SEED, can_be_timed, flagged, verify
 from benchmarks.names import BACKWARD_ALONE, TRAINING
 from benchmarks.ops.problem import Operands, Problem
 from benchmarks.ops.sizes import Size
@@ -29,21 +29,23 @@ class Options:
 
 
 def measure(problem: Problem, size: Size, dtype: torch.dtype, pass_: str, options: Options) -> list[dict]:
-    """Rows of one group, in the format of the result file: every contender verified, those that passed timed."""
+    """Rows of one group in the format of the result file, every contender verified and timed, and flagged if wrong."""
     contenders = contenders_of(problem, size, options.backends, options.compiled)
     verification = verify(problem, size, dtype, options.device, pass_ == TRAINING, contenders)
-    admitted = [contender for contender in contenders if contender.name not in verification.refused]
-    rows = time_contenders(problem, size, dtype, pass_, options, admitted)
-    for name, (status, reason) in verification.refused.items():
-        row = {"contender": name, "status": status, "reason": reason}
-        rows.append(row_of(problem, size, dtype, pass_) | row)
+    refused = verification.refused
+    running = [contender for contender in contenders if can_be_timed(refused, contender.name)]
+    rows = time_contenders(problem, size, dtype, pass_, options, running)
+    for contender in contenders:
+        if contender not in running:
+            rows.append(row_of(problem, size, dtype, pass_) | {"contender": contender.name})
+    rows = flagged(rows, refused)
     return [row | {"errors": verification.worst.get(row["contender"])} for row in rows]
 
 
 def time_contenders(
     problem: Problem, size: Size, dtype: torch.dtype, pass_: str, options: Options, contenders: list[Contender]
 ) -> list[dict]:
-    """Rows of verified contenders, timed interleaved."""
+    """Rows of contenders, timed interleaved."""
     if not contenders:
         return []
     device, training = options.device, pass_ == TRAINING

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.harness.measure import Options, available_memory, eager_bytes, row_of, time_contenders
 from benchmarks.harness.steps import Contender, contenders_of
-from benchmarks.harness.verification import verify
+from benchmarks.harness.verification import can_be_timed, flagged, verify
 from benchmarks.names import FORWARD, TRAINING
 from benchmarks.ops.problem import Problem, problem_of
 from benchmarks.ops.sizes import Size
@@ -27,12 +27,13 @@ def measure_scaling(
     rows = [
         row_of(problem, CHECKED, dtype, pass_) | {"contender": name, "status": status, "reason": reason}
         for name, (status, reason) in refused.items()
+        if not can_be_timed(refused, name)
     ]
     for height, width in sides or SIDES[options.device]:
         size = Size(height=height, width=width)
         fitting = []
         for contender in contenders_of(problem, size, options.backends):
-            if contender.name in refused:
+            if not can_be_timed(refused, contender.name):
                 continue
             needed, available = bytes_needed(problem, size, pass_, contender), available_memory(options.device)
             if needed <= available:
@@ -41,7 +42,7 @@ def measure_scaling(
             reason = f"needs about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
             row = {"contender": contender.name, "status": "unavailable", "reason": reason}
             rows.append(row_of(problem, size, dtype, pass_) | row)
-        rows += time_contenders(problem, size, dtype, pass_, options, fitting)
+        rows += flagged(time_contenders(problem, size, dtype, pass_, options, fitting), refused)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Verification before timing: only contenders that compute the op correctly are timed."""
+"""Verification before timing: whether contenders compute the op correctly."""
 
 import dataclasses
 
@@ -36,6 +36,17 @@ class Verification:
         except Exception as error:
             self.refused[name] = refusal(error)
         return None
+
+
+def can_be_timed(refused: dict[str, tuple[str, str]], name: str) -> bool:
+    """Whether a contender runs: a wrong one is timed, and its rows say that it is wrong."""
+    return refused.get(name, ("wrong", ""))[0] == "wrong"
+
+
+def flagged(rows: list[dict], refused: dict[str, tuple[str, str]]) -> list[dict]:
+    """Rows of timed contenders, with status and reason of those that are wrong."""
+    marks = {name: {"status": status, "reason": reason} for name, (status, reason) in refused.items()}
+    return [row | marks.get(row["contender"], {}) for row in rows]
 
 
 def refusal(error: Exception) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from benchmarks.harness.clock import Clock, Marks
 from benchmarks.harness.measure import Options, statistics_of
 from benchmarks.harness.timing import interleaved
-from benchmarks.harness.verification import SEED, refusal
+from benchmarks.harness.verification import SEED, can_be_timed, flagged, refusal
 from benchmarks.names import COMPILED, LIMIT, PUBLISHED, SAMPLING, TRAINING_STEP
 from deco_kernels import flow, model, ops
 from deco_kernels.testing import published, relative_error
@@ -203,8 +203,8 @@ def measure_end_to_end(case: Case, dtype: torch.dtype, options: Options) -> list
         workload = Workload(case, dtype, options.device)
         contenders = workload.contenders(options.backends, bool(options.compiled))
         refused = _refusals(workload, contenders, case)
-        admitted = [contender for contender in contenders if contender.name not in refused]
-        rows = _timed(workload, admitted, options)
+        running = [contender for contender in contenders if can_be_timed(refused, contender.name)]
+        rows = flagged(_timed(workload, running, options), refused)
     except torch.OutOfMemoryError as error:
         reason = f"does not fit the GPU's memory: {str(error).splitlines()[0]}"
         refused, rows = dict.fromkeys((PUBLISHED, *options.backends), ("unavailable", reason)), []
@@ -212,7 +212,8 @@ def measure_end_to_end(case: Case, dtype: torch.dtype, options: Options) -> list
     what["dtype"] = str(dtype).removeprefix("torch.")
     if case.pass_ == SAMPLING:
         what["steps"] = case.steps
-    rows += [{"contender": name, "status": status, "reason": reason} for name, (status, reason) in refused.items()]
+    timed = {row["contender"] for row in rows}
+    rows += flagged([{"contender": name} for name in refused if name not in timed], refused)
     return [what | row for row in rows]
 
 

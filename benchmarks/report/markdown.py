@@ -32,6 +32,11 @@ def section(head: str, body: str, notes: list[str]) -> str:
     return "\n\n".join(part for part in (head, body, "\n".join(f"- {note}" for note in notes)) if part)
 
 
+def refusal_of(row: dict) -> str:
+    """Why a row has no time among the others; a wrong contender's time follows."""
+    return f"{row['status']}: {row['reason']}" + (f"; {row['ms']:.3g} ms" if "ms" in row else "")
+
+
 def ratio(reference: float | None, value: float) -> str:
     return "–" if reference is None else f"{reference / value:.2f}"
 

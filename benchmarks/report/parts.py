@@ -1,7 +1,7 @@
 """Markdown of the parts beyond single ops: scaling, end to end, kernels."""
 
 from benchmarks.names import COMPILED, LIMIT, PUBLISHED, SAMPLING
-from benchmarks.report.markdown import ratio, section, table, title_of
+from benchmarks.report.markdown import ratio, refusal_of, section, table, title_of
 from benchmarks.report.rows import EAGER, FLAT_FROM, curves, end_to_end_groups, flatness, pixels_of
 
 
@@ -38,7 +38,7 @@ def scaling(result: dict) -> str:
         heads = ["ns per pixel at", *(f"{pixels:,} px" for pixels in sizes)]
         heads += [f"µs per call at {sizes[0]:,} px", f"largest / smallest from {FLAT_FROM[device]:,} px"]
         notes = [
-            f"{title_of(row['contender'])}, {pixels_of(row):,} px: {row['status']}: {row['reason']}"
+            f"{title_of(row['contender'])}, {pixels_of(row):,} px: {refusal_of(row)}"
             for row in result["scaling"]
             if row["status"] != "ok" and (row["op"], row["dtype"], row["pass"]) == (op, dtype, pass_)
         ]
@@ -85,7 +85,7 @@ def _end_to_end_group(preset, pass_, batch, image_size, dtype, steps, rows: list
     what = f"{pass_} of {steps} steps, guided" if pass_ == SAMPLING else pass_
     head = f"## {preset}: {what}, batch {batch}, {image_size} x {image_size}, {dtype}"
     heads = ["contender", "ms", "20 to 80 %", "× published", "ms beyond the limit", *(f"ms {name}" for name in names)]
-    notes = [f"{title_of(row['contender'])}: {row['status']}: {row['reason']}" for row in rows if row["status"] != "ok"]
+    notes = [f"{title_of(row['contender'])}: {refusal_of(row)}" for row in rows if row["status"] != "ok"]
     return section(head, table(heads, lines), notes)
 
 

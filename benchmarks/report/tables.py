@@ -2,7 +2,7 @@
 
 from benchmarks.names import BACKWARD_ALONE, PUBLISHED, TRAINING
 from benchmarks.report import parts
-from benchmarks.report.markdown import ratio, section, size_text, table, title_of
+from benchmarks.report.markdown import ratio, refusal_of, section, size_text, table, title_of
 from benchmarks.report.rows import eager_medians, groups, share_of_ceiling
 from benchmarks.report.targets import targets_in
 
@@ -48,7 +48,7 @@ def _timings(rows: list[dict], ceilings: dict) -> str:
         if row["pass"] == BACKWARD_ALONE:
             name += f", {title_of(BACKWARD_ALONE)}"
         if row["status"] != "ok":
-            notes.append(f"{name}: {row['status']}: {row['reason']}")
+            notes.append(f"{name}: {refusal_of(row)}")
             continue
         if row.get("throttled"):
             notes.append(f"{name}: the GPU lowered its clocks: {', '.join(row['throttled'])}")

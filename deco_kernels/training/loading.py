@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,7 +43,16 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         self.images = self.images.pin_memory()
+        if isinstance(self.targets, torch.Tensor):
+            self.targets = self.targets.pin_memory()
         return self
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with images and labels on the device; copies from pinned memory do not wait for the device."""
+        targets = self.targets
+        if isinstance(targets, torch.Tensor):
+            targets = targets.to(device, non_blocking=True)
+        return replace(self, images=self.images.to(device, non_blocking=True), targets=targets)
 
 
 class Images(Dataset[Item]):

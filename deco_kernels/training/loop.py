@@ -133,8 +133,8 @@ class _Run:
         found = torch.zeros(len(self.names), device=fabric.device)
         for number, part in enumerate(batch, start=1):
             self.unreported |= part.skipped
-            x = to_signed(part.images.to(fabric.device, non_blocking=True))
-            y = self._conditions(part.targets)
+            moved = part.to(fabric.device)
+            x, y = to_signed(moved.images), self._conditions(moved.targets)
             y, t, noise = draw_per_image(parts.objective, x, y, part.samples.tolist(), self.config.seed, self.generator)
             with self._synchronized(number == len(batch)):
                 losses = parts.forward(x, y, t, noise)

@@ -4,9 +4,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from deco_kernels.training.batches import BatchPlan, crop_shapes, group_by_shape
-from deco_kernels.training.loading import Parts
+from deco_kernels.training.loading import Batch, Parts
 
 
 def plan(batch_size=4, seed=0, **groups):
@@ -87,3 +88,17 @@ def test_images_go_to_the_nearest_aspect():
     merged = group_by_shape(sizes, shapes, 2)
     assert {shape: members.tolist() for shape, members in merged.items()} == {(24, 24): [0, 2, 3], (16, 32): [4, 5]}
     assert list(group_by_shape(sizes, shapes, 100)) != [] and len(group_by_shape(sizes, shapes, 100)) == 1
+
+
+def test_images_and_labels_move_without_waiting(monkeypatch):
+    """Both are pinned, and copied from pinned memory in the order of the stream."""
+    pinned, moved = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *target, **options: moved.append((target, options)) or self)
+    images, labels, device = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([1, 2]), torch.device("cuda")
+    batch = Batch(images, labels, samples=torch.tensor([0, 1]), skipped={})
+    assert batch.pin_memory() is batch and {id(tensor) for tensor in pinned} == {id(images), id(labels)}
+    assert batch.to(device).targets is labels
+    assert moved == [((device,), {"non_blocking": True})] * 2
+    captions = Batch(images, ["a", "b"], samples=torch.tensor([0, 1]), skipped={})
+    assert captions.pin_memory().to(device).targets == ["a", "b"]

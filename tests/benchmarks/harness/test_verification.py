@@ -91,13 +91,14 @@ def test_a_wrong_published_twin_is_refused():
     assert set(refusals(Faulty(), torch.float32, training=False)) == {PUBLISHED}
 
 
-def test_refused_contenders_are_rows_without_times():
+def test_a_wrong_contender_is_timed_and_flagged():
     problem = planted("flow_matching_loss", lambda output: output * 1.5)
     size = dataclasses.replace(SIZE, height=16, width=16)
     options = Options("cpu", ("reference", "triton"), compiled=(), budget_s=0.0, min_rounds=2)
     rows = {(row["contender"], row["pass"]): row for row in measure(problem, size, torch.float32, FORWARD, options)}
-    assert rows["reference", FORWARD]["status"] == "wrong" and "ms" not in rows["reference", FORWARD]
+    assert rows["reference", FORWARD]["status"] == "wrong" and rows["reference", FORWARD]["ms"] > 0
     assert rows["triton", FORWARD]["status"] == "unavailable" and "triton" in rows["triton", FORWARD]["reason"]
+    assert "ms" not in rows["triton", FORWARD]
     assert rows[PUBLISHED, FORWARD]["ms"] > 0 and rows[BEST_EAGER, FORWARD]["rounds"] == 2
 
 
