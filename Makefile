@@ -6,11 +6,13 @@
 # make test-timing tests that assert times; they need a machine without other load
 # make aot-all     compile every Triton and CUDA kernel for every width, dtype and architecture, and check budgets
 # make gpu-check   checks that need a GPU, with the system's Python and without network -> out/gpu-check
+# make env-gpu     Python 3.12, PyTorch 2.11 and Triton 3.6 -> .venv-gpu (about 3 GB to download)
+# make test-gpu-env tests of the ops and backends in .venv-gpu
 # make lint        style and type checks
 # make sanitize    CPU module under AddressSanitizer and UndefinedBehaviorSanitizer, on a short list of cases
 #
-# All targets except gpu-check create and use .venv. Each installs the pinned packages that it needs (requirements/) if
-# they are missing or a pin has changed; demo, bench and lint need few packages, the others all.
+# The other targets than gpu-check and those of .venv-gpu create and use .venv. Each installs the pinned packages that
+# it needs (requirements/) if they are missing or a pin has changed; demo, bench and lint need few, the others all.
 # PYTHON=/path/to/python3 selects the interpreter (3.10 or later), ARGS="..." adds arguments:
 # make test ARGS="-k pixel_decoder", make demo ARGS=--short, make bench ARGS="pixel_decoder --quick".
 
@@ -25,6 +27,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 # Interpreter for gpu-check; it must have PyTorch.
 GPU_PYTHON ?= python3
 
+# Environment of env-gpu, and the Python that it is created with.
+GPU_VENV       := .venv-gpu
+GPU_ENV_PYTHON ?= python3.12
+
 # Two processes share the tests; they and their children use one thread unless a test sets another number.
 PYTEST    := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal --durations=25
 # Exit status of pytest if ARGS selects no test.
@@ -33,7 +39,7 @@ LEFT_OUT  := not gpu and not long and not timing and not aot_all and not sanitiz
 
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: test sanitize test-long test-timing aot-all demo bench gpu-check lint env env-demo clean
+.PHONY: env-gpu test-gpu-env test sanitize test-long test-timing aot-all demo bench gpu-check lint env env-demo clean
 .DELETE_ON_ERROR:
 
 test: env
@@ -71,6 +77,17 @@ lint: $(VENV)/.demo-installed $(VENV)/.lint-installed
 
 gpu-check:
 	@$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+env-gpu: $(GPU_VENV)/.installed
+
+$(GPU_VENV)/.installed: requirements/gpu.txt
+	$(GPU_ENV_PYTHON) -m venv --clear $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install -r $<
+	@touch $@
+
+test-gpu-env: env-gpu
+	DECO_KERNELS_BUILD=cpu $(GPU_VENV)/bin/python setup.py build_ext --inplace
+	@$(MAKE) -o env test RUN=$(GPU_VENV)/bin/python ARGS="tests/ops tests/backends $(ARGS)"
 
 env: env-demo $(VENV)/.triton-installed
 

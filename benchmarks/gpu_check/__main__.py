@@ -1,6 +1,9 @@
 """Checks and measurements that need a GPU, in stages of at most nine minutes. Run by `make gpu-check`.
 
 Uses the current Python (with PyTorch; steps that need another package or tool are left out by name) and no network.
+`python -m benchmarks.gpu_check prepare` builds what a check needs on a machine without a GPU; --prepared uses it.
+Without it, the first stage builds the CUDA module and compiles the Triton kernels on all cores.
+
 Every step runs in a separate process with a time limit; a failed step does not stop the others. Results are printed
 and written as soon as they are known, to $OUT or out/gpu-check, at most 8 files:
 
@@ -9,7 +12,7 @@ and written as soon as they are known, to $OUT or out/gpu-check, at most 8 files
     report.md        all of it as tables, with modeled and measured times of the budgeted kernels; also printed
     *.png            plots of the benchmarks, if matplotlib is installed
 
-Exit status: 0 if every step passed or was left out, 1 if one failed or if there is no GPU.
+Exit status: 0 if every step passed or was left out, 1 if one failed or if there is no GPU, 2 for bad arguments.
 """
 
 import argparse
@@ -21,8 +24,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.gpu_check import running, stages, summary
+from benchmarks.gpu_check import prepare, prepared, running, stages, summary
 from benchmarks.gpu_check.running import ROOT, Journal, say
+
+CACHE = ROOT / "build" / "gpu_check" / "triton"
+"""Triton's cache during a check."""
 
 
 def missing_gpu() -> str | None:
@@ -43,6 +49,7 @@ def about_machine() -> dict[str, str | int | None]:
     return {
         "device": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "driver": first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
         "python": sys.version.split()[0],
@@ -66,17 +73,29 @@ def run_stage(name: str, machine: stages.Machine, journal: Journal, with_setup: 
     seconds = stages.STAGE_SECONDS
     say(f"stage {name}, at most {seconds} s: {(stages.STAGES[name].__doc__ or '').strip()}")
     for step in steps:
-        print(f"  {step.name:<16}{step.seconds:>4} s  {step.missing or step.purpose}", flush=True)
+        print(f"  {step.name:<20}{step.seconds:>4} s  {step.missing or step.purpose}", flush=True)
     deadline = time.monotonic() + seconds - running.GRACE_SECONDS
     for step in steps:
-        running.run_step(step, deadline, journal, {}, running.GRACE_SECONDS)
+        before = cached_kernels()
+        running.run_step(step, deadline, journal, {"TRITON_CACHE_DIR": str(CACHE)}, running.GRACE_SECONDS)
+        if step.name != "compile":  # which lists its kernels
+            for kernel in sorted(cached_kernels() - before):
+                journal.add(step=step.name, kernel=kernel, cache="compiled")
+
+
+def cached_kernels() -> set[str]:
+    """The kernels in Triton's cache, as KEY/NAME."""
+    return {f"{path.parent.name}/{path.stem}" for path in CACHE.glob("*/*.cubin")}
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["prepare"]:
+        return prepare.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="make gpu-check", description="Checks and benchmarks that need a GPU.")
     parser.add_argument(
         "stages", nargs="*", metavar="STAGE", help=f"{', '.join(stages.STAGES)} (default: all, in this order)"
     )
+    parser.add_argument("--prepared", type=Path, metavar="FILE", help="archive of `gpu_check prepare` for this machine")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.stages if name not in stages.STAGES]
     if unknown:
@@ -85,13 +104,21 @@ def main(arguments: list[str]) -> int:
     if reason is not None:
         print(f"gpu-check: nothing was checked: {reason}", file=sys.stderr)
         return 1
+    about = about_machine()
+    machine = stages.Machine(about["compute_capability"], Path(), about["multiprocessors"], bool(options.prepared))
+    if options.prepared:
+        try:
+            prepared.unpack(options.prepared, machine.architecture, CACHE)
+        except ValueError as error:
+            print(f"gpu-check: {error}", file=sys.stderr)
+            return 2
     out = Path(os.environ.get("OUT") or ROOT / "out" / "gpu-check")
     out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     journal = Journal(out / "gpu-check.jsonl")
-    about = journal.add(machine=about_machine())["machine"]
+    journal.add(machine=about)
     with tempfile.TemporaryDirectory() as folder:
-        machine = stages.Machine(about["compute_capability"], Path(folder))
+        machine = machine._replace(folder=Path(folder))
         chosen = options.stages or list(stages.STAGES)
         try:
             for name in chosen:

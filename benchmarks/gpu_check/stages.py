@@ -26,12 +26,14 @@ class Machine(NamedTuple):
     Attributes:
         capability: compute capability, such as "9.0".
         folder: folder for the result files of the benchmarks, NAME.json each.
+        multiprocessors: their number.
         ready: whether a prepared archive has brought the CUDA module.
         failed: IDs of tests that failed in earlier stages.
     """
 
     capability: str
     folder: Path
+    multiprocessors: int = 132
     ready: bool = False
     failed: tuple[str, ...] = ()
 
@@ -42,46 +44,48 @@ class Machine(NamedTuple):
         return {"90": "90a"}.get(number, number)
 
 
-def setup(machine: Machine) -> list[Step]:
-    """What has to be built on this machine before the steps of a stage."""
-    build = {"DECO_KERNELS_BUILD": "cuda", "DECO_KERNELS_CUDA_ARCHS": machine.architecture}
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    missing = _lacking("nvcc") or _lacking_package("pybind11")
-    return [] if machine.ready else [Step("build", "native modules", command, 120, build, missing)]
+def setup(machine: Machine) -> Iterator[Step]:
+    """What has to be compiled on this machine before the steps of a stage."""
+    if not machine.ready:
+        build = {"DECO_KERNELS_BUILD": "cuda", "DECO_KERNELS_CUDA_ARCHS": machine.architecture}
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        yield Step("build", "native modules", command, 120, build, _lacking("nvcc") or _lacking_package("pybind11"))
+    command = _module("benchmarks.gpu_check.compiling", machine.architecture, str(machine.multiprocessors))
+    yield Step("compile", "Triton kernels that are not in the cache", command, 60, missing=_lacking_package("triton"))
 
 
 def first(machine: Machine) -> Iterator[Step]:
     """Correctness and the times that matter most, without torch.compile."""
     selftest = _module("deco_kernels", "--selftest", "--dtype", "bfloat16", "--backend", "cuda", "--backend", "triton")
-    yield Step("selftest", "bfloat16 of cuda and triton against float64", selftest, 60)
-    yield _benchmark(machine, "pixel_decoder", 55, "pixel_decoder", *_TRAINING, "--dtype", "bfloat16", "--no-compile")
-    yield _benchmark(machine, "loss", 45, "flow_matching_loss", *_TRAINING, "--dtype", "bfloat16", "--no-compile")
+    yield Step("selftest", "bfloat16 of cuda and triton against float64", selftest, 50)
+    yield _benchmark(machine, "pixel_decoder", 50, "pixel_decoder", *_TRAINING, "--dtype", "bfloat16", "--no-compile")
+    yield _benchmark(machine, "loss", 40, "flow_matching_loss", *_TRAINING, "--dtype", "bfloat16", "--no-compile")
     yield _tests("tests", 120, *map(str, gpu_tests()), "-k", "not emulator")
-    yield _benchmark(machine, "kernels", 45, "kernels", "--dtype", "bfloat16")
+    yield _benchmark(machine, "kernels", 40, "kernels", "--dtype", "bfloat16")
 
 
 def second(machine: Machine) -> Iterator[Step]:
     """Sanitizers, whole steps, sizes, and counters of three kernels."""
     for check in ("memcheck", "racecheck"):
-        yield _sanitizer(check, 90)
-    yield _benchmark(machine, "end_to_end", 90, "end_to_end", "--dtype", "bfloat16", "--no-compile")
-    yield _benchmark(machine, "graphs", 40, "pixel_decoder", "overhead", "--size", "sample-256", "--quick")
-    yield _benchmark(machine, "scaling", 60, "scaling", "--dtype", "bfloat16")
+        yield _sanitizer(check, 80)
+    yield _benchmark(machine, "end_to_end", 80, "end_to_end", "--dtype", "bfloat16", "--no-compile")
+    yield _benchmark(machine, "graphs", 30, "pixel_decoder", "overhead", "--size", "sample-256", "--quick")
+    yield _benchmark(machine, "scaling", 55, "scaling", "--dtype", "bfloat16")
     for op, kernel in _PROFILED.items():
-        yield _counters(op, kernel, 35)
+        yield _counters(op, kernel, 30)
     others = ("pixel_decoder_from_tokens", "adaln_block", "upsample_modulate", "memory")
-    yield _benchmark(machine, "other_ops", 50, *others, *_TRAINING, "--dtype", "bfloat16", "--no-compile")
+    yield _benchmark(machine, "other_ops", 40, *others, *_TRAINING, "--dtype", "bfloat16", "--no-compile")
 
 
 def third(machine: Machine) -> Iterator[Step]:
     """Baselines with torch.compile, other dtypes and widths, the emulator, and what failed before."""
     ops = ("pixel_decoder", "flow_matching_loss")
-    yield _benchmark(machine, "compiled", 150, *ops, *_TRAINING, "--dtype", "bfloat16")
-    yield _benchmark(machine, "float16", 70, *ops, *_TRAINING, "--dtype", "float16", "--no-compile")
+    yield _benchmark(machine, "compiled", 130, *ops, *_TRAINING, "--dtype", "bfloat16")
+    yield _benchmark(machine, "float16", 55, *ops, *_TRAINING, "--dtype", "float16", "--no-compile")
     widths = [word for width in (16, 64) for word in ("--size", f"B=32,D={width}")]
-    yield _benchmark(machine, "widths", 90, "pixel_decoder", *widths, "--dtype", "bfloat16", "--no-compile")
-    yield _tests("emulator", 130, *map(str, gpu_tests()), "-k", "emulator")
-    again = _tests("failures", 80, *machine.failed, "--tb=long")
+    yield _benchmark(machine, "widths", 75, "pixel_decoder", *widths, "--dtype", "bfloat16", "--no-compile")
+    yield _tests("emulator", 120, *map(str, gpu_tests()), "-k", "emulator")
+    again = _tests("failures", 60, *machine.failed, "--tb=long")
     yield again if machine.failed else again._replace(missing="no test has failed")
 
 

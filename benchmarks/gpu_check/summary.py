@@ -48,9 +48,10 @@ def _kernels(journal: Journal) -> str:
     kernels = journal.having("kernel")
     if not kernels:
         return ""
-    compiled = [kernel["kernel"] for kernel in kernels if kernel["cache"] != "hit"]
-    counts = f"{len(kernels) - len(compiled)} of {len(kernels)} found in the cache"
-    return section("## Triton kernels", counts, [f"compiled here: {name}" for name in compiled])
+    missed = [kernel for kernel in kernels if kernel["cache"] != "hit"]
+    counts = f"{len(kernels) - len(missed)} of {len(kernels)} found in the cache"
+    notes = [f"{kernel['cache']} in the step {kernel['step']}: {kernel['kernel']}" for kernel in missed]
+    return section("## Triton kernels", counts, notes)
 
 
 def _benchmarks(folder: Path, out: Path) -> str:

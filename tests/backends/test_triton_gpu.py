@@ -1,10 +1,8 @@
 """The Triton backend on a GPU: the shared cases, PyTorch's machinery, CUDA graphs, streams, devices, processes."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,8 @@ import torch
 
 from deco_kernels import ops, testing
 from deco_kernels.ops.registry import BackendUnavailable
-from tests.ops.cases import BF16, CASES, F16, F32, OPS, Case, small_inputs
+from tests.backends.triton_calls import MANY_PIXELS, copied, few_cases, with_views
+from tests.ops.cases import BF16, CASES, F16, F32, OPS, small_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,10 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def on_gpu(inputs, device="cuda"):
-    return inputs._replace(
-        tensors={name: None if t is None else t.to(device) for name, t in inputs.tensors.items()},
-        grad_outputs=tuple(gradient.to(device) for gradient in inputs.grad_outputs),
-    )
+    return copied(inputs, device)
 
 
 def assert_equal(actual, expected):
@@ -34,46 +30,7 @@ def assert_equal(actual, expected):
         assert torch.equal(gradient, expected.gradients[name]), name
 
 
-def transposed(inputs):
-    """The same values with the last two dimensions of every tensor exchanged in memory."""
-    tensors = {
-        name: t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t
-        for name, t in inputs.tensors.items()
-    }
-    return inputs._replace(tensors=tensors)
-
-
-def run_once(op, case, view):
-    """Compiles the kernels that a test will launch; failures are reported by the test."""
-    inputs = on_gpu(case.inputs(op) if isinstance(case, Case) else small_inputs(op, case))
-    testing.run(inputs, "triton")
-    if view:
-        testing.run(transposed(inputs), "triton")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(request):
-    """Fills Triton's cache with several processes; sequential compilation takes most of the time of the GPU check."""
-    runs = set()
-    for item in request.session.items:
-        parameters = getattr(item, "callspec", None) and item.callspec.params
-        if item.path == Path(__file__) and parameters and "op" in parameters:
-            case = parameters.get("case") or parameters.get("dtype", BF16)
-            runs.add((parameters["op"], case, "views" in item.name))
-    workers = min(8, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in [pool.submit(run_once, *run) for run in sorted(runs, key=str)]:
-            future.exception()
-
-
-def few_cases():
-    """Every dtype and width, but not every case: the GPU check gives all tests two minutes."""
-    for op, cases in CASES.items():
-        for case in cases if "loss" in op else cases[:3] + cases[4::3]:
-            yield pytest.param(op, case, id=f"{op}-{case.label}")
-
-
-@pytest.mark.parametrize(("op", "case"), list(few_cases()))
+@pytest.mark.parametrize(("op", "case"), [pytest.param(op, case, id=f"{op}-{case.label}") for op, case in few_cases()])
 def test_rule_of_error(op, case):
     inputs = on_gpu(case.inputs(op))
     failed = [str(row) for row in testing.compare(inputs, testing.run(inputs, "triton")) if not row.passed]
@@ -85,7 +42,7 @@ def test_rule_of_error(op, case):
 def test_views_give_the_same_result(op, dtype):
     inputs = on_gpu(small_inputs(op, dtype))
     expected = testing.run(inputs, "triton")
-    assert_equal(testing.run(transposed(inputs), "triton"), expected)
+    assert_equal(testing.run(with_views(inputs), "triton"), expected)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -207,7 +164,7 @@ assert all(row.passed for row in testing.compare(inputs, testing.run(inputs, "tr
 
 
 def test_memory_grows_by_the_outputs_and_the_workspace():
-    inputs = on_gpu(testing.random_inputs("pixel_decoder", dtype=BF16, image_size=(16, 256, 256)))
+    inputs = on_gpu(testing.random_inputs("pixel_decoder", dtype=BF16, image_size=MANY_PIXELS))
     testing.run(inputs, "triton")
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -218,7 +175,7 @@ def test_memory_grows_by_the_outputs_and_the_workspace():
 
 
 def test_the_condition_of_all_tokens_never_exists_at_inference():
-    inputs = on_gpu(testing.random_inputs("pixel_decoder_from_tokens", dtype=BF16, image_size=(16, 256, 256)))
+    inputs = on_gpu(testing.random_inputs("pixel_decoder_from_tokens", dtype=BF16, image_size=MANY_PIXELS))
 
     def velocity():
         with torch.no_grad():

@@ -53,14 +53,20 @@ def test_gpu_tests_need_no_other_packages():
 
 
 def test_benchmarks_need_no_other_packages(tmp_path):
-    """The end-to-end benchmarks use most of the package."""
-    arguments = ["end_to_end", "--device", "cpu", "--quick", "--no-compile", "--stop-after", "1", "--stream"]
-    program = "import runpy; runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)"
+    """A small run, which streams its rows; all modules can be imported."""
+    program = (
+        "import importlib, pkgutil, runpy, benchmarks\n"
+        "for module in pkgutil.walk_packages(benchmarks.__path__, 'benchmarks.'):\n"
+        "    if not module.name.endswith(('__main__', 'conftest', 'test_ops', 'plots')):\n"
+        "        importlib.import_module(module.name)\n"
+        "runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)"
+    )
+    arguments = ["flow_matching_loss", "--size", "H=16,W=16", "--pass", "forward", "--quick", "--stream"]
     result = without_other_packages(program, *arguments, "--output", str(tmp_path / "result.json"))
     assert result.returncode == 0, result.stderr[-2000:]
-    rows = json.loads((tmp_path / "result.json").read_text())["end_to_end"]
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     streamed = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert rows and streamed == [{"benchmark": "end_to_end", **row} for row in rows]
+    assert rows and streamed == [{"benchmark": "rows", **row} for row in rows]
 
 
 @pytest.fixture
@@ -72,13 +78,17 @@ def toolkit(monkeypatch):
 
 @pytest.fixture
 def pretended_gpu(monkeypatch, tmp_path, toolkit):
-    """A GPU and the CUDA toolkit. Steps exit with the statuses and print the lines that are set by name; benchmarks
-    write a stored result if `measured` is set."""
-    pretended = types.SimpleNamespace(statuses={}, lines={}, measured=False)
+    """A GPU and the CUDA toolkit.
+
+    Steps exit with the statuses, print the lines and run the programs that are set by name; benchmarks write a stored
+    result if `measured` is set.
+    """
+    pretended = types.SimpleNamespace(statuses={}, lines={}, programs={}, measured=False)
     result = running.ROOT / "tests" / "benchmarks" / "result.json"
 
     def run_step(step, *arguments):
         program = f"print('said by {step.name}'); print({pretended.lines.get(step.name, '')!r})\n"
+        program += pretended.programs.get(step.name, "") + "\n"
         if pretended.measured and "--output" in step.command:
             output = step.command[step.command.index("--output") + 1]
             program += f"import shutil; shutil.copy({str(result)!r}, {output!r})\n"
@@ -86,13 +96,20 @@ def pretended_gpu(monkeypatch, tmp_path, toolkit):
         return real(step._replace(command=[sys.executable, "-S", "-c", program]), *arguments)
 
     real = running.run_step
-    about = {"device": "pretended", "compute_capability": "9.0"}
+    about = {"device": "pretended", "compute_capability": "9.0", "multiprocessors": 132}
     monkeypatch.setattr(gpu_check, "missing_gpu", lambda: None)
     monkeypatch.setattr(gpu_check, "about_machine", lambda: about)
     monkeypatch.setattr(running, "run_step", run_step)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu_check, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
     return pretended
+
+
+@pytest.fixture
+def out(tmp_path):
+    """Folder of the results."""
+    return tmp_path / "out"
 
 
 def read(folder: Path) -> list[dict]:
@@ -109,61 +126,89 @@ def names_of(*stage_names: str) -> list[str]:
     return [step.name for part in steps for step in part]
 
 
-def test_all_stages_run_and_the_report_is_written_and_printed(pretended_gpu, tmp_path, capsys):
+def test_all_stages_run_and_the_report_is_written_and_printed(pretended_gpu, out, capsys):
     pretended_gpu.measured = True
     assert gpu_check.main([]) == 0
-    assert list(ended(tmp_path)) == names_of("first", "second", "third")
-    assert "said by tests" in ended(tmp_path)["tests"]["output"]
-    written = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert list(ended(out)) == names_of("first", "second", "third")
+    assert "said by tests" in ended(out)["tests"]["output"]
+    written = {path.name: path.stat().st_size for path in out.iterdir()}
     pictures = {f"{name}.png" for name in ("speedups", "roofline", "scaling", "memory", "end_to_end")}
     assert set(written) == {"gpu-check.jsonl", "benchmarks.json", "report.md"} | pictures
     assert len(written) <= 8 and max(written.values()) < 16e6
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    text = (out / "report.md").read_text(encoding="utf-8")
     assert "| kernels | passed |" in text and "measured / modeled" in text and "## pixel_decoder, float32" in text
     output = capsys.readouterr().out
     assert text in output
     assert output.index("  racecheck ") < output.index("gpu-check: memcheck: small calls")  # listed before it starts
 
 
-def test_a_failing_step_fails_the_check_and_the_others_still_run(pretended_gpu, tmp_path, capsys):
+def test_a_failing_step_fails_the_check_and_the_others_still_run(pretended_gpu, out, capsys):
     pretended_gpu.statuses["tests"] = 3
     assert gpu_check.main(["first"]) == 1
-    found = ended(tmp_path)
+    found = ended(out)
     assert {name: entry["passed"] for name, entry in found.items()} == {
         name: name != "tests" for name in names_of("first")
     }
     output = capsys.readouterr().out
     assert "tests FAILED (3)" in output and "said by tests" in output
-    assert "| tests | 3 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| tests | 3 |" in (out / "report.md").read_text(encoding="utf-8")
 
 
-def test_results_are_kept_by_test_and_failed_tests_run_again(pretended_gpu, tmp_path):
+def test_results_are_kept_by_test_and_failed_tests_run_again(pretended_gpu, out):
     line = {"test": "tests/test_x.py::test_y", "outcome": "failed", "seconds": 1.0, "message": "AssertionError: 1\n2"}
     pretended_gpu.lines["tests"] = json.dumps(line)
     assert gpu_check.main(["first", "third"]) == 0
-    assert [entry for entry in read(tmp_path) if "test" in entry] == [{"step": "tests", **line}]
-    assert ended(tmp_path)["failures"]["status"] == 0
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert [entry for entry in read(out) if "test" in entry] == [{"step": "tests", **line}]
+    assert ended(out)["failures"]["status"] == 0
+    text = (out / "report.md").read_text(encoding="utf-8")
     assert "0 passed, 1 failed" in text and "- tests/test_x.py::test_y: failed: AssertionError: 1 2" in text
     gpu_check.main(["third"])
     pretended_gpu.lines.clear()
-    assert ended(tmp_path)["failures"]["status"] == "left out: no test has failed"
+    assert ended(out)["failures"]["status"] == "left out: no test has failed"
 
 
-def test_missing_tools_and_packages_leave_steps_out_by_name(pretended_gpu, tmp_path, capsys, monkeypatch):
+def test_missing_tools_and_packages_leave_steps_out_by_name(pretended_gpu, out, capsys, monkeypatch):
     monkeypatch.setattr(stages, "cuda_tool", lambda name: None)
     monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None)
     assert gpu_check.main(["first", "second"]) == 0
-    left_out = {name: entry["status"] for name, entry in ended(tmp_path).items() if entry["status"] != 0}
+    left_out = {name: entry["status"] for name, entry in ended(out).items() if entry["status"] != 0}
     tool, package = "left out: no {} on PATH or in $CUDA_HOME/bin", "left out: the package {} is not installed"
     sanitizer, ncu = tool.format("compute-sanitizer"), tool.format("ncu")
     assert left_out == {
         "build": tool.format("nvcc"),
+        "compile": package.format("triton"),
         "tests": package.format("pytest"),
         **dict.fromkeys(["memcheck", "racecheck"], sanitizer),
         **dict.fromkeys(["ncu pixel_decoder", "ncu adaln_block", "ncu flow_matching_loss"], ncu),
     }
     assert f"gpu-check: memcheck {sanitizer}" in capsys.readouterr().out
+
+
+def test_a_prepared_archive_replaces_the_build(pretended_gpu, out, monkeypatch, tmp_path):
+    unpacked = []
+    monkeypatch.setattr(gpu_check.prepared, "unpack", lambda *arguments: unpacked.append(arguments))
+    assert gpu_check.main(["second", "--prepared", "archive"]) == 0
+    assert unpacked == [(Path("archive"), "90a", tmp_path / "cache")]
+    assert list(ended(out)) == [name for name in names_of("second") if name != "build"]
+
+
+def test_an_archive_that_does_not_fit_is_refused(pretended_gpu, out, capsys):
+    assert gpu_check.main(["--prepared", "absent"]) == 2
+    assert "gpu-check: --prepared absent: not an archive of" in capsys.readouterr().err and not out.exists()
+
+
+def test_kernels_that_a_step_compiles_are_recorded(pretended_gpu, out, tmp_path):
+    kernel = tmp_path / "cache" / "KEY" / "forward_kernel.cubin"
+    kernel.parent.mkdir(parents=True)
+    pretended_gpu.programs["loss"] = f"open({str(kernel)!r}, 'w')"
+    pretended_gpu.lines["compile"] = json.dumps({"kernel": "sums_kernel", "cache": "hit", "seconds": 0.1})
+    gpu_check.main(["first"])
+    assert [entry for entry in read(out) if "kernel" in entry] == [
+        {"step": "compile", "kernel": "sums_kernel", "cache": "hit", "seconds": 0.1},
+        {"step": "loss", "kernel": "KEY/forward_kernel", "cache": "compiled"},
+    ]
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "1 of 2 found in the cache\n\n- compiled in the step loss: KEY/forward_kernel" in text
 
 
 def test_help_names_the_stages(capsys):
@@ -189,7 +234,7 @@ def test_the_limits_of_a_stage_fit_its_time(toolkit, name):
 
 def test_the_cuda_module_is_built_for_the_present_architecture(toolkit):
     for capability, architecture in {"9.0": "90a", "8.0": "80", "10.0": "100"}.items():
-        (build,) = stages.setup(stages.Machine(capability, Path()))
+        build, _ = stages.setup(stages.Machine(capability, Path()))
         assert build.environment["DECO_KERNELS_CUDA_ARCHS"] == architecture
 
 

@@ -26,20 +26,26 @@ class RecordedLaunch(NamedTuple):
     options: dict[str, int]
 
 
-_recording: tuple[str, list[RecordedLaunch]] | None = None
+class _Recording(NamedTuple):
+    architecture: str
+    multiprocessors: int | None
+    launches: list[RecordedLaunch]
+
+
+_recording: _Recording | None = None
 
 
 @contextlib.contextmanager
-def record_launches(architecture: str) -> Iterator[list[RecordedLaunch]]:
+def record_launches(architecture: str, multiprocessors: int | None = None) -> Iterator[list[RecordedLaunch]]:
     """Record the launches of the host code for `architecture` ("sm_90", "gfx942") without running them.
 
-    For ahead-of-time compilation: tensors may be on the CPU, and results are undefined.
+    For ahead-of-time compilation: tensors may be on the CPU, and results are undefined. Persistent grids are those of a
+    device with `multiprocessors`; by default they have few programs.
     """
     global _recording
-    launches: list[RecordedLaunch] = []
-    _recording = (architecture, launches)
+    _recording = _Recording(architecture, multiprocessors, [])
     try:
-        yield launches
+        yield _recording.launches
     finally:
         _recording = None
 
@@ -55,7 +61,7 @@ def _device_architecture(device: torch.device) -> str:
 def architecture_of(device: torch.device) -> str:
     """Architecture name of the launch table: "sm_90", "gfx942" and the like; "interpreter" for CPU tensors."""
     if _recording is not None:
-        return _recording[0]
+        return _recording.architecture
     return _device_architecture(device) if device.type == "cuda" else "interpreter"
 
 
@@ -66,6 +72,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 def program_limit(device: torch.device, parameters: Launch) -> int:
     """Maximum number of programs of a persistent kernel."""
+    if _recording is not None and _recording.multiprocessors is not None:
+        return _recording.multiprocessors * parameters.programs_per_multiprocessor
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return _multiprocessors(device) * parameters.programs_per_multiprocessor
@@ -119,7 +127,7 @@ def launch(kernel: Any, grid: tuple[int, ...], parameters: Launch, *args: Any, *
     options = {"num_warps": parameters.warps, "num_stages": parameters.stages, "enable_fp_fusion": True}
     if _recording is not None:
         bound = dict(zip(kernel.arg_names, args, strict=False)) | constexprs
-        _recording[1].append(RecordedLaunch(kernel, bound, grid, options))
+        _recording.launches.append(RecordedLaunch(kernel, bound, grid, options))
     elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         with _compilation_refused():
             kernel[grid](*args, **constexprs, **options)

@@ -1,0 +1,118 @@
+"""The Triton kernels of a GPU check: their number, and that a prepared archive is used on another machine."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_check import prepare, prepared
+from benchmarks.gpu_check.running import ROOT
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="about compiled kernels")
+
+MOST_KERNELS = 230
+
+# Triton and a pretended device are set up in a separate process, since they cannot be reset.
+COUNT = """
+from benchmarks.gpu_check import compiling, workload
+compiling.pretend_device("90a")
+found = workload.kernels("sm_90", 132)
+print(len(found), len({kernel.name for kernel in found}))
+"""
+
+# Compiles the kernels of a small call; prints one line per kernel.
+COMPILE = """
+import json, torch
+from benchmarks.gpu_check import compiling, workload
+from deco_kernels import testing
+compiling.pretend_device("90a")
+def calls():
+    sizes = dict(width=16, patch_size=4, image_size=(1, 8, 8))
+    yield workload.Call(testing.random_inputs("adaln_block", dtype=torch.bfloat16, **sizes), None)
+for result in compiling.compile_all(workload.kernels("sm_90", 132, calls()), 2):
+    print(json.dumps(result))
+"""
+
+
+def run_program(program: str, cache: Path, home: Path) -> list[str]:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "HOME": str(home), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=600, cwd=home, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.splitlines()
+
+
+def test_the_number_of_kernels_stays_within_its_budget(tmp_path):
+    """Every kernel costs seconds of compilation; a call with new strides or sizes must not add many."""
+    (line,) = run_program(COUNT, tmp_path / "cache", tmp_path)
+    number, names = map(int, line.split())
+    assert names == number and 200 <= number <= MOST_KERNELS
+
+
+def test_nothing_is_compiled_with_a_prepared_archive(tmp_path, monkeypatch):
+    """Compiled, packed, unpacked under another root with an empty cache and another home, and compiled again."""
+    machines = [tmp_path / "here", tmp_path / "there"]
+    for machine in machines:
+        machine.mkdir()
+    results = [json.loads(line) for line in run_program(COMPILE, machines[0] / "cache", machines[0])]
+    assert results and {result["cache"] for result in results} == {"compiled"}
+    archive, module = tmp_path / "prepared.tar.xz", tmp_path / "_native_cuda.so"
+    module.write_bytes(b"module")
+    prepared.write(archive, "90a", [result["kernel"] for result in results], machines[0] / "cache", module)
+    monkeypatch.setattr(prepared, "INSTALLED", machines[1])
+    (machines[0] / "cache").rename(tmp_path / "gone")  # its paths must not be used
+    manifest = prepared.unpack(archive, "90a", machines[1] / "cache")
+    assert manifest["kernels"] == [result["kernel"] for result in results]
+    assert (machines[1] / module.name).read_bytes() == b"module"
+    again = [json.loads(line) for line in run_program(COMPILE, machines[1] / "cache", machines[1])]
+    assert {result["kernel"]: result["cache"] for result in again} == dict.fromkeys(manifest["kernels"], "hit")
+
+
+@pytest.fixture
+def archive(tmp_path):
+    (tmp_path / "cache" / "KEY").mkdir(parents=True)
+    (tmp_path / "cache" / "KEY" / "kernel.cubin").write_bytes(b"code")
+    (tmp_path / "_native_cuda.so").write_bytes(b"module")
+    path = tmp_path / "prepared.tar.xz"
+    prepared.write(path, "90a", ["kernel"], tmp_path / "cache", tmp_path / "_native_cuda.so")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "said"),
+    [
+        ("python_version", "3.99", r"python .*, here 3\.99; prepare another with --python 3\.99 --triton"),
+        ("triton_version", "0.1", r"triton .*, here 0\.1; prepare another with --python .* --triton 0\.1 --arch 90a"),
+        ("sources_digest", "other", "other sources; prepare another from this tree"),
+    ],
+)
+def test_an_archive_for_another_machine_is_refused(tmp_path, monkeypatch, archive, function, value, said):
+    monkeypatch.setattr(prepared, function, lambda: value)
+    with pytest.raises(ValueError, match=f"--prepared {re.escape(str(archive))}: .*{said}"):
+        prepared.unpack(archive, "90a", tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+
+
+def test_an_archive_for_another_architecture_is_refused(tmp_path, archive):
+    with pytest.raises(ValueError, match="architecture 90a, here 80; .* --arch 80"):
+        prepared.unpack(archive, "80", tmp_path / "there")
+
+
+@pytest.mark.parametrize("content", [None, b"no archive"])
+def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="not an archive of `gpu_check prepare`"):
+        prepared.unpack(path, "90a", tmp_path / "there")
+
+
+def test_prepare_names_what_is_missing(capsys):
+    assert prepare.main(["--python", "3.99", "--triton", "0.1", "--arch", "90a"]) == 2
+    assert "no Python 3.99 with PyTorch and Triton 0.1 was found; create one with" in capsys.readouterr().err
