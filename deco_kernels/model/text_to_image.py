@@ -161,6 +161,8 @@ class DeCoTextToImage(PixelDiffusion):
     `DeCoTextToImage(**model.config)` builds another model of the same configuration.
     """
 
+    trunk: TextTrunk
+
     def __init__(
         self,
         *,

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
+from deco_kernels.backends.support import Request
 from deco_kernels.ops import checks
-from deco_kernels.ops.registry import Request, chosen_backend, define_op
+from deco_kernels.ops.registry import chosen_backend, define_op
 
 
 def upsample_modulate(

@@ -228,6 +228,7 @@ class _Run:
         with self.progress.average.swapped():
             sampler = setup.make_sampler(given, lambda x, t, y: self.parts.forward(x, y, t))
             images = sampler(noise.to(cond.device), cond, uncond)
+        assert isinstance(images, torch.Tensor)
         if self.report:
             self.report.samples(self.progress.step, images)
 

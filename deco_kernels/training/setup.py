@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -116,7 +116,6 @@ def prepare(
     torch.manual_seed(config.seed)
     network = model.build(config.model.name, **config.model.options)
     target, num_classes = wanted(network)
-    reads_text = target == "caption"
     shown = shown_conditions(config.sample, num_classes)
     with fabric.rank_zero_first():  # the first process converts tables and shards for all
         source = open_source(config.data, target, num_classes)
@@ -124,13 +123,16 @@ def prepare(
     if config.data.buckets:  # one process reads the headers for all
         sizes = fabric.broadcast(source.sizes(config.data.workers) if fabric.is_global_zero else None)
     plan = plan_batches(config, len(source), sizes, network.trunk.patch_size, fabric.world_size)
-    if not reads_text:
-        encoder = None
-    elif encoder is None:
-        sizes = dict(max_length=network.trunk.text_length, width=network.trunk.text_width)
-        encoder = model.Qwen3TextEncoder(config.text.encoder, **sizes, truncate=True).to(fabric.device)
+    null_label: int | torch.Tensor
+    if isinstance(network, DeCoTextToImage):
+        if encoder is None:
+            length, width = network.trunk.text_length, network.trunk.text_width
+            encoder = model.Qwen3TextEncoder(config.text.encoder, max_length=length, width=width, truncate=True)
+            encoder = encoder.to(fabric.device)
+        null_label = encoder.empty_prompt
+    else:
+        encoder, null_label = None, network.null_label
     alignment = make_alignment(config.repa, network, teacher)
-    null_label = network.null_label if encoder is None else encoder.empty_prompt
     objective = make_objective(config.objective, null_label, alignment)
     if config.init_from is not None and not resumed:
         initialize(network, Path(config.init_from))
@@ -189,7 +191,7 @@ def make_sampler(config: SampleConfig, velocity: Velocity) -> flow.Sampler:
         solver=config.solver,
         steps=config.steps,
         guidance=config.guidance,
-        guidance_interval=tuple(config.guidance_interval),
+        guidance_interval=cast("tuple[float, float]", tuple(config.guidance_interval)),
         shift=config.shift,
         cuda_graph=False,
     )

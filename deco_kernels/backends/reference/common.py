@@ -48,7 +48,7 @@ def constant(values: Matrix, like: torch.Tensor) -> torch.Tensor:
 
 def _executed(tensor: torch.Tensor) -> bool:
     """Whether operations on the tensor run at once: nothing is compiled or traced, and it is no subclass or wrapper."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return not tracing and type(tensor) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 

@@ -36,7 +36,7 @@ from .functions import (
     twice_sigmoid,
 )
 from .launching import collapsed_rows, device_guard, launch_over_rows, weight_partials
-from .weights import FC1, FC2, GATE, SCALE, SHIFT, one_block, pack, unpack_grad
+from .weights import FC1, FC2, GATE, SCALE, SHIFT, PackedWeights, one_block, pack, unpack_grad
 
 # -------------------------------------------------------------------------------------------------- device functions
 
@@ -235,7 +235,20 @@ def backward_kernel(
 # -------------------------------------------------------------------------------------------------------------- host
 
 
-def run_block_backward(h, cond, grad, packed, grad_h, grad_cond, partials, *, first, last, cond_needed, eps):
+def run_block_backward(
+    h: torch.Tensor,
+    cond: torch.Tensor,
+    grad: torch.Tensor,
+    packed: PackedWeights,
+    grad_h: torch.Tensor,
+    grad_cond: torch.Tensor,
+    partials: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    first: bool,
+    last: bool,
+    cond_needed: bool,
+    eps: float,
+) -> None:
     """Launch backward_kernel for one block.
 
     h and grad [tokens·pixels, D], cond [tokens, pixels, D]; partials: (matrix [programs, 5, D, D],
@@ -285,9 +298,8 @@ def backward(
             h, cond[:, None], grad_out, packed, grad_h, grad_cond, partials,
             first=True, last=True, cond_needed=needs[1], eps=eps,
         )  # fmt: skip
-        if partials is None:
-            grad_weights = (None,) * 8
-        else:
-            grads = unpack_grad(*(partial.sum(0) for partial in partials), stacked)
+        grad_weights: Gradients = (None,) * 8
+        if partials is not None:
+            grads = unpack_grad(partials, stacked)
             grad_weights = tuple(grad[0] if need else None for grad, need in zip(grads, needs[2:], strict=True))
     return (grad_h if needs[0] else None, grad_cond if needs[1] else None, *grad_weights)

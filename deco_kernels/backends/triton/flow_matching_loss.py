@@ -17,9 +17,13 @@ gradient of the padded image (float32) to a workspace and then folds it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+
+from deco_kernels.backends.arguments import Gradients, empty_gradients, zeroed
 
 from .launching import device_guard, launch, math_options, parameters_for, program_limit
 from .loss_tiles import block_dct, block_offsets, form_product, load_tile, split_bfloat16, ycbcr_row
@@ -284,7 +288,13 @@ def _padded(height: int, width: int) -> tuple[int, int]:
 class _Loss:
     """The arguments of one call and the sizes derived from them."""
 
-    def __init__(self, pred, target, frequency_weight, sample_weight):
+    def __init__(
+        self,
+        pred: torch.Tensor,
+        target: torch.Tensor,
+        frequency_weight: torch.Tensor,
+        sample_weight: torch.Tensor | None,
+    ):
         self.pred, self.target = pred, target
         self.frequency_weight = frequency_weight.contiguous()
         self.sample_weight = None if sample_weight is None else sample_weight.contiguous()
@@ -300,23 +310,23 @@ class _Loss:
         self.precision = math_options(torch.float32, pred.device)["PRECISION"]
         self.blocks = self.padded_count // (3 * 64)
 
-    def images(self):
+    def images(self) -> tuple[torch.Tensor | int, ...]:
         return self.pred, *self.pred.stride(), self.target, *self.target.stride()
 
-    def grid(self, parameters):
+    def grid(self, parameters: Launch) -> tuple[int, int]:
         """Persistent grid (samples, programs per sample). Only the first size of a grid may exceed 65,535."""
         programs = triton.cdiv(program_limit(self.pred.device, parameters), self.batch)
         return self.batch, min(triton.cdiv(self.blocks, parameters.block), programs)
 
-    def empty(self, *shape, dtype=torch.float32):
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.pred.device)
 
-    def forms(self):
+    def forms(self) -> torch.Tensor:
         forms = self.empty(3, 64, 64) if self.single else self.empty(3, 2, 64, 64, dtype=torch.bfloat16)
         launch(quadratic_form_kernel, (3,), _FORMS, self.frequency_weight, forms, PRECISION=self.precision)
         return forms
 
-    def sums(self):
+    def sums(self) -> torch.Tensor:
         sums = self.empty(self.batch, triton.cdiv(self.blocks, self.forward.block), 2)
         launch(
             sums_kernel, self.grid(self.forward), self.forward, *self.images(), self.forms(), sums,
@@ -324,7 +334,7 @@ class _Loss:
         )  # fmt: skip
         return sums
 
-    def losses(self, frequency_scale):
+    def losses(self, frequency_scale: float) -> torch.Tensor:
         sums, losses = self.sums(), self.empty(3)
         launch(
             losses_kernel, (1,), _SMALL, sums, self._weights(), losses, sums.shape[0] * sums.shape[1], sums.shape[1],
@@ -333,10 +343,10 @@ class _Loss:
         )  # fmt: skip
         return losses
 
-    def _weights(self):
+    def _weights(self) -> torch.Tensor:
         return self.frequency_weight if self.sample_weight is None else self.sample_weight
 
-    def coefficients(self, grads, frequency_scale):
+    def coefficients(self, grads: Sequence[torch.Tensor], frequency_scale: float) -> torch.Tensor:
         coefficients = self.empty(2)
         launch(
             coefficients_kernel, (1,), _SMALL, *grads, coefficients, self.pixel_count, self.padded_count, self.batch,
@@ -344,7 +354,7 @@ class _Loss:
         )  # fmt: skip
         return coefficients
 
-    def grad_images(self, coefficients, pred_needed, target_needed):
+    def grad_images(self, coefficients: torch.Tensor, pred_needed: bool, target_needed: bool) -> Gradients:
         grad_pred = torch.empty(self.pred.shape, dtype=self.pred.dtype, device=self.pred.device)
         grad_target = torch.empty(self.target.shape, dtype=self.target.dtype, device=self.target.device)
         flags = {"WEIGHTED": self.sample_weight is not None, "PRED_GRAD": pred_needed, "TARGET_GRAD": target_needed}
@@ -364,7 +374,7 @@ class _Loss:
             )  # fmt: skip
         return grad_pred if pred_needed else None, grad_target if target_needed else None
 
-    def grad_frequency_weight(self, coefficients):
+    def grad_frequency_weight(self, coefficients: torch.Tensor) -> torch.Tensor:
         tiles = triton.cdiv(self.blocks, self.backward.block)
         spectrum = self.empty(self.batch, tiles, 3, 64)
         launch(
@@ -377,12 +387,18 @@ class _Loss:
         grad = per_sample.sum(0) * (0.5 * coefficients[1])
         return grad.view(3, 8, 8).to(self.frequency_weight.dtype)
 
-    def grad_sample_weight(self, coefficients):
+    def grad_sample_weight(self, coefficients: torch.Tensor, sample_weight: torch.Tensor) -> torch.Tensor:
         """Gradient of sample_weight; 0.5·coefficients are the derivatives of the loss by a sample's two sums."""
-        return ((self.sums().sum(1) * (0.5 * coefficients)).sum(1)).to(self.sample_weight.dtype)
+        return ((self.sums().sum(1) * (0.5 * coefficients)).sum(1)).to(sample_weight.dtype)
 
 
-def forward(pred, target, frequency_weight, sample_weight, frequency_scale):
+def forward(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+    frequency_scale: float,
+) -> tuple[torch.Tensor, ...]:
     """(total, pixel, frequency), float32 scalars."""
     with device_guard(pred):
         if pred.shape[0] == 0:
@@ -391,14 +407,22 @@ def forward(pred, target, frequency_weight, sample_weight, frequency_scale):
         return tuple(loss.clone() for loss in losses.unbind())
 
 
-def backward(grad_total, grad_pixel, grad_frequency, pred, target, frequency_weight, sample_weight, frequency_scale,
-             needs):  # fmt: skip
+def backward(
+    grad_total: torch.Tensor,
+    grad_pixel: torch.Tensor,
+    grad_frequency: torch.Tensor,
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+    frequency_scale: float,
+    needs: Sequence[bool],
+) -> Gradients:
     """Gradients of (pred, target, frequency_weight, sample_weight); None where `needs` is False."""
-    tensors = (pred, target, frequency_weight, sample_weight)
     with device_guard(pred):
         if pred.shape[0] == 0:
-            return tuple(torch.zeros_like(t) if need else None for t, need in zip(tensors, needs, strict=True))
-        loss = _Loss(*tensors)
+            return zeroed(empty_gradients((pred, target, frequency_weight, sample_weight), needs))
+        loss = _Loss(pred, target, frequency_weight, sample_weight)
         coefficients = loss.coefficients((grad_total, grad_pixel, grad_frequency), frequency_scale)
         grad_pred = grad_target = None
         if needs[0] or needs[1]:
@@ -407,16 +431,25 @@ def backward(grad_total, grad_pixel, grad_frequency, pred, target, frequency_wei
             grad_pred,
             grad_target,
             loss.grad_frequency_weight(coefficients) if needs[2] else None,
-            loss.grad_sample_weight(coefficients) if needs[3] else None,
+            loss.grad_sample_weight(coefficients, sample_weight) if needs[3] and sample_weight is not None else None,
         )
 
 
-def frequency_loss_forward(pred, target, frequency_weight, sample_weight):
+def frequency_loss_forward(
+    pred: torch.Tensor, target: torch.Tensor, frequency_weight: torch.Tensor, sample_weight: torch.Tensor | None
+) -> torch.Tensor:
     """The frequency loss, a float32 scalar."""
     return forward(pred, target, frequency_weight, sample_weight, 1.0)[2]
 
 
-def frequency_loss_backward(grad, pred, target, frequency_weight, sample_weight, needs):
+def frequency_loss_backward(
+    grad: torch.Tensor,
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> Gradients:
     """Gradients of (pred, target, frequency_weight, sample_weight); None where `needs` is False."""
     zero = torch.zeros_like(grad)
     return backward(zero, zero, grad, pred, target, frequency_weight, sample_weight, 1.0, needs)

@@ -5,24 +5,28 @@ from float32 truncates instead of rounding to nearest even; conversion from and 
 bit pattern as a number. Importing this module replaces the interpreter's functions.
 """
 
+from typing import Any, TypeAlias
+
 import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, _patch_lang
 
+Array: TypeAlias = np.ndarray[Any, Any]
+
 _original_cast, _original_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
 
-def _widened(bits: np.ndarray) -> np.ndarray:
+def _widened(bits: Array) -> Array:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _rounded(values: np.ndarray) -> np.ndarray:
+def _rounded(values: Array) -> Array:
     bits = np.ascontiguousarray(values).view(np.uint32)
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), (bits >> 16) | 0x40, nearest).astype(np.uint16)
 
 
-def _cast(self, src, dst_type):
+def _cast(self: Any, src: Any, dst_type: Any) -> Any:
     source, target = src.dtype.scalar, dst_type.scalar
     if source != target and source == tl.bfloat16:
         src = TensorHandle(_widened(src.data), tl.float32)
@@ -32,7 +36,7 @@ def _cast(self, src, dst_type):
     return _original_cast(self, src, dst_type)
 
 
-def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
     a, b = (TensorHandle(_widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
     return _original_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
@@ -42,7 +46,7 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 _prepared: set[int] = set()
 
 
-def _call(self, *args, **kwargs):
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     if id(self.fn.__globals__) not in _prepared:
         _prepared.add(id(self.fn.__globals__))
         _patch_lang(self.fn)

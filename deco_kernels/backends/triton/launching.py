@@ -95,7 +95,7 @@ def math_options(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     return {"PRECISION": precision, "FAST_TANH": nvidia and dtype != torch.float32}
 
 
-def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     """Make the tensor's device current: Triton launches on the current device and its current stream."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 

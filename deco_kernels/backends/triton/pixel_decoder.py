@@ -42,7 +42,7 @@ from .launching import (
     program_limit,
     weight_partials,
 )
-from .weights import pack, unpack_grad
+from .weights import PackedWeights, pack, unpack_grad
 
 LAUNCH_TOKENS = 2**22  # tokens per forward launch, so that pixel indices fit in 32 bits
 
@@ -110,7 +110,16 @@ def forward_kernel(
             tl.store(velocity_ptr + offsets + c * velocity_stride_c, velocity, mask=valid)
 
 
-def run_forward(image, cond, packed, decoder_weights, velocity, first_token, patch_size, eps):
+def run_forward(
+    image: torch.Tensor,
+    cond: torch.Tensor,
+    packed: PackedWeights,
+    decoder_weights: tuple[torch.Tensor, ...],
+    velocity: torch.Tensor,
+    first_token: int,
+    patch_size: int,
+    eps: float,
+) -> None:
     """Launch forward_kernel for the tokens of cond [tokens, P, D], which start at `first_token` of the images."""
     pixel_weight, pixel_table, head_weight, head_bias = decoder_weights
     tokens, pixels, _ = cond.shape
@@ -255,7 +264,16 @@ class DecoderBackward:
         needs: whether (image, cond, any weight) need a gradient.
     """
 
-    def __init__(self, image, grad_velocity, weights, dtype, patch_size, eps, needs):
+    def __init__(
+        self,
+        image: torch.Tensor,
+        grad_velocity: torch.Tensor,
+        weights: DecoderWeights,
+        dtype: torch.dtype,
+        patch_size: int,
+        eps: float,
+        needs: tuple[bool, bool, bool],
+    ):
         self.image, self.grad_velocity, self.weights = image, grad_velocity, weights
         self.dtype, self.patch_size, self.eps = dtype, patch_size, eps
         self.needs_image, self.needs_cond, self.needs_weights = needs
@@ -265,7 +283,7 @@ class DecoderBackward:
         self.grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device)
         device, pixels, channels = image.device, patch_size**2, image.shape[1]
 
-        def zeros(*shape):
+        def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
         self.embedding = parameters_for("pixel_decoder_embedding", self.width, dtype, device)
@@ -296,7 +314,9 @@ class DecoderBackward:
             part = slice(start, start + length)
             self._add_chunk(cond[part], first_token + start, grad_cond[part], workspace[:, :length])
 
-    def _add_chunk(self, cond, first_token, grad_cond, workspace):
+    def _add_chunk(
+        self, cond: torch.Tensor, first_token: int, grad_cond: torch.Tensor, workspace: torch.Tensor
+    ) -> None:
         width = cond.shape[-1]
         grad_h = workspace[self.depth]
         grad_h_rows = grad_h.view(-1, width)
@@ -313,7 +333,7 @@ class DecoderBackward:
     def _places(self, first_token: int, tokens: int) -> tuple[int, int, int, int]:
         return first_token, tokens, self.image.shape[2] // self.patch_size, self.image.shape[3] // self.patch_size
 
-    def _recompute(self, cond, first_token, workspace, grad_h):
+    def _recompute(self, cond: torch.Tensor, first_token: int, workspace: torch.Tensor, grad_h: torch.Tensor) -> None:
         tokens, pixels, _ = cond.shape
         sums = (self.grad_head_weight, self.grad_head_bias) if self.needs_weights else (grad_h, grad_h)
         launch_over_rows(
@@ -324,7 +344,7 @@ class DecoderBackward:
             WEIGHT_GRAD=self.needs_weights, N=self.depth, C=self.image.shape[1], PATCH=self.patch_size, EPS=self.eps,
         )  # fmt: skip
 
-    def _embedding(self, grad_h, first_token):
+    def _embedding(self, grad_h: torch.Tensor, first_token: int) -> None:
         tokens, pixels, width = grad_h.shape
         steps = triton.cdiv(tokens * pixels, self.groups * self.embedding.block)
         sums = (self.grad_pixel_weight, self.grad_pixel_table) if self.needs_weights else (grad_h, grad_h)
@@ -341,7 +361,7 @@ class DecoderBackward:
         """Gradients of the weights in their dtypes."""
         pixel_weight = self.grad_pixel_weight.sum((0, 1)).T.contiguous()
         pixel_table = self.grad_pixel_table.view(-1, self.patch_size**2, self.width).sum(0)
-        blocks = unpack_grad(self.grad_matrix.sum(0), self.grad_bias.sum(0), self.weights.blocks)
+        blocks = unpack_grad((self.grad_matrix, self.grad_bias), self.weights.blocks)
         sums = (pixel_weight, pixel_table, *blocks, self.grad_head_weight.sum(0), self.grad_head_bias.sum(0))
         return tuple(total.to(weight.dtype) for total, weight in zip(sums, flat(self.weights), strict=True))
 

@@ -54,7 +54,7 @@ def backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """Gradients of (image, tokens, upsample weights, decoder weights); None where `needs` is False."""
-    upsample_needs = tuple(needs[1:4])
+    upsample_needs = needs[1:4]
     needed = (needs[0], any(upsample_needs), any(needs[4:]))
     with device_guard(tokens), torch.no_grad():
         sums = DecoderBackward(image, grad_velocity, weights, tokens.dtype, patch_size, eps, needed)

@@ -29,9 +29,10 @@ class Upsample:
         self.tokens = collapsed_rows(tokens, 1)
         self.up_weight, self.up_bias, self.shape = up_weight, up_bias, shape
         self.weight, self.bias = up_weight.to(tokens.dtype).contiguous(), up_bias.to(tokens.dtype)
-        self.buffer = None
-        self.weight_sum = self.bias_sum = None
-        self.grad_tokens = None
+        self.buffer: torch.Tensor | None = None
+        self.grad_tokens: torch.Tensor | None = None
+        self.weight_sum: torch.Tensor | None = None
+        self.bias_sum: torch.Tensor | None = None
         self.token_shape = tokens.shape
 
     def cond(self, start: int, length: int) -> torch.Tensor:
@@ -42,7 +43,7 @@ class Upsample:
         torch.addmm(self.bias, self.tokens[start : start + length], self.weight.T, out=out)
         return out.view(length, *self.shape)
 
-    def add_gradients(self, start: int, grad_cond: torch.Tensor, needs: tuple[bool, bool, bool]) -> None:
+    def add_gradients(self, start: int, grad_cond: torch.Tensor, needs: Sequence[bool]) -> None:
         """Accumulate from grad_cond [length, P, D] of tokens `start` onward; needs: of (tokens, up_weight, up_bias)."""
         rows = grad_cond.view(grad_cond.shape[0], -1)
         if needs[0]:
@@ -54,7 +55,7 @@ class Upsample:
         if needs[2]:
             self.bias_sum = _added(self.bias_sum, rows.sum(0, dtype=torch.float32))
 
-    def grads(self, needs: tuple[bool, bool, bool]) -> tuple[torch.Tensor | None, ...]:
+    def grads(self, needs: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
         """Gradients of (tokens, up_weight, up_bias); None where not needed, zeros if there are no tokens."""
         sums = (self.grad_tokens, self.weight_sum, self.bias_sum)
         like = (self.tokens, self.up_weight, self.up_bias)
@@ -72,7 +73,7 @@ def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
     return total.add_(part) if total.dtype is torch.float32 else total.float().add_(part)
 
 
-def _finished(total, dtype, shape, device):
+def _finished(total: torch.Tensor | None, dtype: torch.dtype, shape: torch.Size, device: torch.device) -> torch.Tensor:
     if total is None:
         return torch.zeros(shape, dtype=dtype, device=device)
     return total.to(dtype).view(shape)

@@ -159,7 +159,7 @@ def backward(
 ) -> Gradients:
     """Gradients of (h, tokens, upsample weights, modulation weights); None where `needs` is False."""
     stacked = one_block(weights)
-    upsample_needs = tuple(needs[1:4])
+    upsample_needs = needs[1:4]
     cond_needed, weights_needed = any(upsample_needs), any(needs[4:])
     grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     with device_guard(h), torch.no_grad():
@@ -182,8 +182,8 @@ def backward(
                 COND_GRAD=cond_needed, WEIGHT_GRAD=weights_needed, PIXELS=pixels, EPS=eps,
             )  # fmt: skip
             upsample.add_gradients(start, grad_cond, upsample_needs)
-        grad_weights = (None,) * 4
+        grad_weights: Gradients = (None,) * 4
         if weights_needed:
-            grad_weights = tuple(grad[0] for grad in unpack_grad(*(total.sum(0) for total in sums), stacked))
+            grad_weights = tuple(grad[0] for grad in unpack_grad(sums, stacked))
         grads = (grad_h, *upsample.grads(upsample_needs), *grad_weights)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

@@ -146,16 +146,17 @@ def pack(group: BlockWeights | ModulationWeights, dtype: torch.dtype) -> PackedW
 
 
 def unpack_grad(
-    grad_matrix: torch.Tensor, grad_bias: torch.Tensor, group: BlockWeights | ModulationWeights
+    sums: tuple[torch.Tensor, torch.Tensor], group: BlockWeights | ModulationWeights
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of the weights given to `pack`, in order, in their dtypes.
 
-    grad_matrix [N, M, D, D] as [out, in] and grad_bias [N, M, D], float32: gradients of the packed tensors.
+    sums: those of the programs that `weight_partials` describes, [programs, N, M, D, D] as [out, in] and
+    [programs, N, M, D]; their sums over the programs are the gradients of the packed tensors.
     """
     weights = flat(group)
     grads = tuple(torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights)
     blocks, width = weights[0].shape
     padding = [grads[0]] * (8 - len(grads))
-    args = (grad_matrix, grad_bias, *contiguous(*weights[:4]), *grads, *padding)
+    args = (*(total.sum(0) for total in sums), *contiguous(*weights[:4]), *grads, *padding)
     launch(unpack_grad_kernel, (blocks,), _ONE_PROGRAM, *args, D=width, MLP=len(weights) == 8)
     return grads

@@ -1,0 +1,14 @@
+from .calibration import choose_trunk_steps as choose_trunk_steps
+from .objective import Objective as Objective
+from .objective import drop_labels as drop_labels
+from .path import interpolate as interpolate
+from .path import sample_time as sample_time
+from .path import shift_time as shift_time
+from .repa import Alignment as Alignment
+from .repa import DinoV2Teacher as DinoV2Teacher
+from .samplers import Sampler as Sampler
+from .samplers import sample as sample
+from .samplers import timesteps as timesteps
+from .solvers import SOLVERS as SOLVERS
+from .trunk_steps import read_trunk_steps as read_trunk_steps
+from .trunk_steps import write_trunk_steps as write_trunk_steps
