@@ -129,6 +129,12 @@ class Op(NamedTuple):
     def names(self) -> tuple[str, ...]:
         return tuple(argument.name for argument in self.arguments)
 
+    def shapes(self, leading: tuple[int, ...] = (), **sizes: int) -> dict[str, tuple[int, ...]]:
+        """Shape of every argument by name, from the sizes of the symbols; `leading` takes the place of "..."."""
+        for text, factor, symbols in self.computed:
+            sizes[text] = factor * math.prod(sizes[symbol] for symbol in symbols)
+        return {a.name: (*leading * a.leading, *(sizes[size] for size in a.sizes)) for a in self.arguments}
+
     def table(self) -> str:
         """The arguments as a Markdown table."""
         rows = [f"| `{a.name}` | {a.shape}{' or None' * a.optional} | {a.rounding} |" for a in self.arguments]

@@ -1,6 +1,5 @@
 """adaln_block: one decoder block."""
 
-from benchmarks.ops.pixel_decoder import block_shapes
 from benchmarks.ops.problem import Problem, Shapes
 from benchmarks.ops.sizes import Size
 
@@ -9,10 +8,8 @@ class AdalnBlock(Problem):
     op = "adaln_block"
     activations = trained = ("h", "cond")
 
-    def arguments(self, size: Size) -> Shapes:
-        rows = (size.tokens, size.patch_pixels, size.decoder_width)
-        weights = {name: shape[1:] for name, shape in block_shapes(size).items()}
-        return {"h": rows, "cond": rows, **weights}
+    def leading(self, size: Size) -> tuple[int, ...]:
+        return (size.tokens, size.patch_pixels)
 
     def outputs(self, size: Size) -> Shapes:
         return {"out": (size.tokens, size.patch_pixels, size.decoder_width)}

@@ -9,32 +9,6 @@ from benchmarks.ops.sizes import Size
 from deco_kernels.testing import published
 
 
-def block_shapes(size: Size) -> Shapes:
-    """The stacked weights of the decoder's blocks."""
-    depth, width = size.depth, size.decoder_width
-    return {
-        "norm_weight": (depth, width),
-        "norm_bias": (depth, width),
-        "mod_weight": (depth, 3 * width, width),
-        "mod_bias": (depth, 3 * width),
-        "fc1_weight": (depth, width, width),
-        "fc1_bias": (depth, width),
-        "fc2_weight": (depth, width, width),
-        "fc2_bias": (depth, width),
-    }
-
-
-def decoder_shapes(size: Size) -> Shapes:
-    """All weights of the decoder after the upsample."""
-    return {
-        "pixel_weight": (size.decoder_width, size.channels),
-        "pixel_table": (size.patch_pixels, size.decoder_width),
-        **block_shapes(size),
-        "head_weight": (size.channels, size.decoder_width),
-        "head_bias": (size.channels,),
-    }
-
-
 def decoder_multiply_adds(size: Size, training: bool) -> int:
     """Query, N blocks (modulation 3D², two linears of D²) and head. Training adds the same again for weights and for
     activations, without the gradient of the image."""
@@ -50,13 +24,6 @@ class PixelDecoder(Problem):
     full_precision = ("image",)
     trained = ("cond",)
     constants = ("positions",)
-
-    def arguments(self, size: Size) -> Shapes:
-        return {
-            "image": (size.batch, size.channels, size.height, size.width),
-            "cond": (size.tokens, size.patch_pixels, size.decoder_width),
-            **decoder_shapes(size),
-        }
 
     def outputs(self, size: Size) -> Shapes:
         return {"velocity": (size.batch, size.channels, size.height, size.width)}

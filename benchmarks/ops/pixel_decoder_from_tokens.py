@@ -3,16 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.ops.pixel_decoder import decoder_multiply_adds, decoder_shapes, with_published_query
+from benchmarks.ops.pixel_decoder import decoder_multiply_adds, with_published_query
 from benchmarks.ops.problem import Outputs, Problem, Shapes, Tensors
 from benchmarks.ops.sizes import Size
 from deco_kernels.testing import published
-
-
-def upsample_shapes(size: Size) -> Shapes:
-    """The learned upsample from a token to the channels of its pixels."""
-    rows = size.patch_pixels * size.decoder_width
-    return {"up_weight": (rows, size.token_width), "up_bias": (rows,)}
 
 
 class PixelDecoderFromTokens(Problem):
@@ -21,14 +15,6 @@ class PixelDecoderFromTokens(Problem):
     full_precision = ("image",)
     trained = ("tokens",)
     constants = ("positions",)
-
-    def arguments(self, size: Size) -> Shapes:
-        return {
-            "image": (size.batch, size.channels, size.height, size.width),
-            "tokens": (size.tokens, size.token_width),
-            **upsample_shapes(size),
-            **decoder_shapes(size),
-        }
 
     def outputs(self, size: Size) -> Shapes:
         return {"velocity": (size.batch, size.channels, size.height, size.width)}

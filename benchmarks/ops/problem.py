@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from benchmarks.ops.sizes import Size
+from benchmarks.ops.sizes import SYMBOLS, Size
 from deco_kernels import ops, testing
+from deco_kernels.signatures import OPS
 
 Tensors = dict[str, torch.Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -49,7 +50,12 @@ class Problem:
 
     def arguments(self, size: Size) -> Shapes:
         """Shapes of the op's tensor arguments, in the order of its signature."""
-        raise NotImplementedError
+        sizes = {symbol: getattr(size, field) for symbol, field in SYMBOLS.items()}
+        return OPS[self.op].shapes(self.leading(size), P=size.patch_pixels, **sizes)
+
+    def leading(self, size: Size) -> tuple[int, ...]:
+        """The sizes that "..." stands for in the shapes of the arguments."""
+        return (size.tokens,)
 
     def outputs(self, size: Size) -> Shapes:
         raise NotImplementedError

@@ -1,6 +1,5 @@
 """upsample_modulate: upsample, modulation linear, LayerNorm and modulation of one block."""
 
-from benchmarks.ops.pixel_decoder_from_tokens import upsample_shapes
 from benchmarks.ops.problem import Problem, Shapes
 from benchmarks.ops.sizes import Size
 
@@ -8,18 +7,6 @@ from benchmarks.ops.sizes import Size
 class UpsampleModulate(Problem):
     op = "upsample_modulate"
     activations = trained = ("h", "tokens")
-
-    def arguments(self, size: Size) -> Shapes:
-        width = size.decoder_width
-        return {
-            "h": (size.tokens, size.patch_pixels, width),
-            "tokens": (size.tokens, size.token_width),
-            **upsample_shapes(size),
-            "norm_weight": (width,),
-            "norm_bias": (width,),
-            "mod_weight": (3 * width, width),
-            "mod_bias": (3 * width,),
-        }
 
     def outputs(self, size: Size) -> Shapes:
         shape = (size.tokens, size.patch_pixels, size.decoder_width)

@@ -18,8 +18,10 @@ from deco_kernels.model.arguments import require_sizes, require_tensors
 from deco_kernels.model.patches import from_patches, to_patches
 from deco_kernels.model.position import NUM_POSITION_FEATURES, pixel_position_features
 from deco_kernels.ops.registry import check_backend_name
+from deco_kernels.signatures import OPS
 
 INTERACTIONS = ("adaln", "add")
+_STORED_WEIGHTS = OPS["pixel_decoder"].names[4:]  # those after pixel_weight and pixel_table
 
 
 def fold_query(
@@ -228,20 +230,7 @@ class PixelDecoder(nn.Module):
             cond = upsample(tokens, self.up_weight, self.up_bias, self.width)
             velocity = self._decode_by_addition(image, cond, pixel_weight, pixel_table)
         else:
-            weights = (
-                pixel_weight,
-                pixel_table,
-                self.norm_weight,
-                self.norm_bias,
-                self.mod_weight,
-                self.mod_bias,
-                self.fc1_weight,
-                self.fc1_bias,
-                self.fc2_weight,
-                self.fc2_bias,
-                self.head_weight,
-                self.head_bias,
-            )
+            weights = (pixel_weight, pixel_table, *(getattr(self, name) for name in _STORED_WEIGHTS))
             options: dict[str, Any] = dict(patch_size=self.grid, eps=self.eps, backend=self.backend)
             velocity = decode(
                 image, tokens, self.up_weight, self.up_bias, weights, save_memory=self.save_memory, **options
