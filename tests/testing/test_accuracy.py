@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from deco_kernels import testing
+from deco_kernels.testing import emulation
+from tests.ops.cases import BF16, F16
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
@@ -67,3 +72,78 @@ def test_random_inputs_are_reproducible_and_differ_by_seed():
     for name, tensor in first.tensors.items():
         assert torch.equal(tensor, again.tensors[name]) and not torch.equal(tensor, other.tensors[name])
         assert tensor.std() > 0
+
+
+# --- eager as on CUDA devices ----------------------------------------------------------------------------------------
+
+NARROW = dict(width=16, depth=6, patch_size=8, image_size=(3, 24, 64), channels=1)
+SMALL_PATCHES = dict(width=16, patch_size=2, image_size=(1, 58, 74), channels=4)
+
+
+@pytest.fixture
+def layer_norm_in_float32(monkeypatch):
+    """Autocast as on CUDA devices: LayerNorm is float32, and eager more accurate than on the CPU."""
+    layer_norm = F.layer_norm
+
+    def in_float32(x, shape, weight=None, bias=None, eps=1e-5):
+        if not torch.is_autocast_enabled("cpu"):
+            return layer_norm(x, shape, weight, bias, eps)
+        with torch.autocast("cpu", enabled=False):
+            return layer_norm(x.float(), shape, *(None if t is None else t.float() for t in (weight, bias)), eps)
+
+    monkeypatch.setattr(F, "layer_norm", in_float32)
+
+
+def noisy(inputs, factor, seed=50):
+    """Results with rounding errors like eager's, `factor` times as large: those of another call, on these results."""
+    other, exact = testing.rescaled(inputs, seed), testing.exact_results(inputs)
+    rounded, own = testing.eager_results(other), testing.exact_results(other)
+
+    def moved(values, rounded_values, own_values):
+        scale = factor * values.double().norm() / own_values.double().norm()
+        return values.double() + scale * (rounded_values.double() - own_values.double())
+
+    outputs = tuple(map(moved, exact.outputs, rounded.outputs, own.outputs))
+    gradients = {n: moved(g, rounded.gradients[n], own.gradients[n]) for n, g in exact.gradients.items()}
+    return testing.Results(outputs, gradients)
+
+
+@pytest.mark.emulate
+@pytest.mark.parametrize(
+    ("op", "dtype", "seed", "sizes"),
+    [
+        ("upsample_modulate", F16, 102, NARROW),
+        ("adaln_block", F16, 111, NARROW),
+        ("adaln_block", F16, 108, SMALL_PATCHES),
+        ("pixel_decoder_from_tokens", BF16, 102, NARROW),
+    ],
+)
+def test_chance_in_the_errors_of_eager_is_no_failure(layer_norm_in_float32, op, dtype, seed, sizes):
+    """Eager's error in a gradient of 16 elements is small by chance, or the rounding of few weights gives a bias: each
+    exceeds the bounds of its call alone."""
+    reason = emulation.unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    emulation.emulated_module()
+    inputs = testing.random_inputs(op, dtype=dtype, seed=seed, **sizes)
+    assert failures(inputs, testing.run(inputs, emulation.BACKEND)) == []
+
+
+def test_errors_larger_than_eagers_are_caught(layer_norm_in_float32):
+    """In every output from 1.5 times eager's error on, and in nearly every gradient from 1.5 times the bound on."""
+    inputs = testing.random_inputs("adaln_block", dtype=BF16, **NARROW)
+    assert "output 0" not in failures(inputs, noisy(inputs, 1.0))
+    assert "output 0" in failures(inputs, noisy(inputs, 1.5))
+    rows = testing.compare(inputs, noisy(inputs, 1.5 * 1.5))
+    assert sum(not row.passed for row in rows) >= 0.9 * len(rows)
+
+
+def test_a_bias_beyond_the_noise_is_caught(layer_norm_in_float32):
+    """Half of eager's error, and a bias of half the bound on top: the error alone stays within its bound."""
+    inputs = testing.random_inputs("adaln_block", dtype=BF16, **NARROW)
+    exact, results = testing.exact_results(inputs), noisy(inputs, 0.5)
+    row = next(row for row in testing.compare(inputs, results) if row.name == "output 0")
+    assert row.passed
+    output = results.outputs[0] + 0.5 * row.bound * exact.outputs[0].square().mean().sqrt()
+    biased = next(r for r in testing.compare(inputs, results._replace(outputs=(output,))) if r.name == "output 0")
+    assert biased.error <= biased.bound and biased.bias > biased.bias_bound
