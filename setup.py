@@ -5,6 +5,7 @@ DECO_KERNELS_BUILD chooses what is built:
         installed, and the reason and the log file are printed
   cpu   the CPU module; a failure is an error
   cuda  the CPU and CUDA modules; a failure is an error
+  cuda-only  the CUDA module; a failure is an error
   none  no native module, only Python
 Needs neither PyTorch nor a GPU. DECO_KERNELS_CUDA_ARCHS selects the architectures of the CUDA module, by default
 "80+PTX,90a,100"; +PTX adds code that newer GPUs compile when they first load it.
@@ -20,7 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CHOICES = ("auto", "cpu", "cuda", "none")
+CHOICES = ("auto", "cpu", "cuda", "cuda-only", "none")
 
 
 def build_choice() -> str:
@@ -119,8 +120,8 @@ def native_modules() -> list[NativeModule]:
     choice = build_choice()
     if choice == "none":
         return []
-    targets = ["_native_cpu"]
-    if choice == "cuda" or (choice == "auto" and find_nvcc() is not None):
+    targets = [] if choice == "cuda-only" else ["_native_cpu"]
+    if choice in ("cuda", "cuda-only") or (choice == "auto" and find_nvcc() is not None):
         targets.append("_native_cuda")
     return [NativeModule(f"deco_kernels.{target}", target, optional=choice == "auto") for target in targets]
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.gpu_check import prepared
+from benchmarks.gpu_check import prepared, probes
 from benchmarks.gpu_check.running import ROOT, say
 
 MULTIPROCESSORS = {"80": 108, "90a": 132, "100": 148, "120": 170}
@@ -56,7 +56,8 @@ def prepare(architecture: str, multiprocessors: int, output: Path) -> None:
     module = build_module(architecture, folder)
     say("compiling the Triton kernels")
     kernels = compile_kernels(architecture, multiprocessors, folder / "triton")
-    prepared.write(output, architecture, kernels, folder / "triton", module)
+    program = probes.compile_source(architecture, folder / probes.program(architecture).name)
+    prepared.write(output, architecture, kernels, folder / "triton", {"module": module, "programs": program})
     say(f"{output}: {len(kernels)} kernels, {output.stat().st_size / 1e6:.1f} MB")
 
 
@@ -78,7 +79,7 @@ def interpreter(python: str, triton: str) -> str:
 
 def build_module(architecture: str, folder: Path) -> Path:
     """The CUDA module for the current Python, built in `folder` for one architecture."""
-    environment = {"DECO_KERNELS_BUILD": "cuda", "DECO_KERNELS_CUDA_ARCHS": architecture}
+    environment = {"DECO_KERNELS_BUILD": "cuda-only", "DECO_KERNELS_CUDA_ARCHS": architecture}
     command = [sys.executable, "setup.py", "-q", "build_ext"]
     command += ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
     _run(command, environment)

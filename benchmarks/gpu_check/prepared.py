@@ -4,7 +4,8 @@ An archive is a .tar.xz with
 
     manifest.json            versions for which it was built, digest of the sources, names of the kernels
     triton/KEY/...           Triton's cache: kernels and their launchers
-    _native_cuda*.so         the CUDA module
+    module/_native_cuda*.so  the CUDA module
+    programs/probes-*        the probes of single instructions
 """
 
 import hashlib
@@ -18,8 +19,8 @@ from typing import Any
 
 from benchmarks.gpu_check.running import ROOT
 
-INSTALLED = ROOT / "deco_kernels"
-"""Folder of the CUDA module."""
+FOLDERS = {"module": ROOT / "deco_kernels", "programs": ROOT / "build" / "gpu_check"}
+"""Folder of an archive -> where its files are installed."""
 _GROUP = "__grp__"  # Triton's files with the paths of a kernel's other files
 _SOURCES = ("csrc", "deco_kernels/backends/triton")
 
@@ -47,14 +48,13 @@ def sources_digest() -> str:
     return digest.hexdigest()
 
 
-def write(path: Path, architecture: str, kernels: list[str], cache: Path, module: Path) -> None:
-    """Packs the files of Triton's cache and the CUDA module."""
+def write(path: Path, architecture: str, kernels: list[str], cache: Path, files: dict[str, Path]) -> None:
+    """Packs the files of Triton's cache, and one file for each folder of the archive in `files`."""
     manifest = {
         "python": python_version(),
         "triton": triton_version(),
         "architecture": architecture,
         "sources": sources_digest(),
-        "module": module.name,
         "kernels": kernels,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,8 @@ def write(path: Path, architecture: str, kernels: list[str], cache: Path, module
         entry = tarfile.TarInfo("manifest.json")
         entry.size = len(text)
         archive.addfile(entry, io.BytesIO(text))
-        archive.add(module, module.name)
+        for folder, file in files.items():
+            archive.add(file, f"{folder}/{file.name}")
         for file in sorted(cache.glob("*/*")):
             if file.is_file() and file.name != "lock":
                 archive.add(file, f"triton/{file.parent.name}/{file.name}")
@@ -93,7 +94,7 @@ def mismatch(manifest: dict[str, Any], architecture: str) -> str | None:
 
 
 def unpack(path: Path, architecture: str, cache: Path) -> dict[str, Any]:
-    """Replaces Triton's cache in the folder `cache` by that of an archive, and installs its CUDA module.
+    """Replaces Triton's cache in the folder `cache` by that of an archive, and installs its other files.
 
     Returns the manifest. Raises ValueError if the archive does not fit this machine.
     """
@@ -104,18 +105,13 @@ def unpack(path: Path, architecture: str, cache: Path) -> dict[str, Any]:
     shutil.rmtree(cache, ignore_errors=True)
     with tarfile.open(path) as archive:
         for entry in archive:
-            target = _target(entry.name, manifest["module"], cache)
-            if target is not None:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(archive.extractfile(entry).read())
+            folder, _, name = entry.name.partition("/")
+            target = {**FOLDERS, "triton": cache}.get(folder)
+            if target is not None and ".." not in name:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (target / name).write_bytes(archive.extractfile(entry).read())
+                (target / name).chmod(entry.mode)
     for group in cache.glob(f"*/{_GROUP}*.json"):
         files = json.loads(group.read_text())["child_paths"]
         group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in files}}))
     return manifest
-
-
-def _target(name: str, module: str, cache: Path) -> Path | None:
-    if name == module:
-        return INSTALLED / module
-    folder, _, rest = name.partition("/")
-    return cache / rest if folder == "triton" and ".." not in rest else None

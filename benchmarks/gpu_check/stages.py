@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.gpu_check import probes
 from benchmarks.gpu_check.running import ROOT, Step
 from benchmarks.harness.toolkit import cuda_tool
 
@@ -47,15 +48,18 @@ class Machine(NamedTuple):
 def setup(machine: Machine) -> Iterator[Step]:
     """What has to be compiled on this machine before the steps of a stage."""
     if not machine.ready:
-        build = {"DECO_KERNELS_BUILD": "cuda", "DECO_KERNELS_CUDA_ARCHS": machine.architecture}
+        build = {"DECO_KERNELS_BUILD": "cuda-only", "DECO_KERNELS_CUDA_ARCHS": machine.architecture}
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        yield Step("build", "native modules", command, 120, build, _lacking("nvcc") or _lacking_package("pybind11"))
+        yield Step("build", "CUDA module", command, 120, build, _lacking("nvcc") or _lacking_package("pybind11"))
     command = _module("benchmarks.gpu_check.compiling", machine.architecture, str(machine.multiprocessors))
     yield Step("compile", "Triton kernels that are not in the cache", command, 60, missing=_lacking_package("triton"))
 
 
 def first(machine: Machine) -> Iterator[Step]:
     """Correctness and the times that matter most, without torch.compile."""
+    command = _module("benchmarks.gpu_check.probes", machine.architecture)
+    missing = None if probes.program(machine.architecture).exists() else _lacking("nvcc")
+    yield Step("probes", "cycles of single instructions", command, 25, missing=missing)
     selftest = _module("deco_kernels", "--selftest", "--dtype", "bfloat16", "--backend", "cuda", "--backend", "triton")
     yield Step("selftest", "bfloat16 of cuda and triton against float64", selftest, 50)
     yield _benchmark(machine, "pixel_decoder", 50, "pixel_decoder", *_TRAINING, "--dtype", "bfloat16", "--no-compile")

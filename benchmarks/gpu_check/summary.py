@@ -13,7 +13,7 @@ OUTCOMES = ("passed", "failed", "error", "skipped")
 
 def report(journal: Journal, folder: Path, out: Path) -> str:
     """The whole report; writes merged benchmarks and plots to `out`."""
-    found = [_steps(journal), _tests(journal), _kernels(journal), _benchmarks(folder, out)]
+    found = [_steps(journal), _tests(journal), _kernels(journal), _probes(journal), _benchmarks(folder, out)]
     return "\n\n".join(part.strip() for part in found if part) + "\n"
 
 
@@ -52,6 +52,19 @@ def _kernels(journal: Journal) -> str:
     counts = f"{len(kernels) - len(missed)} of {len(kernels)} found in the cache"
     notes = [f"{kernel['cache']} in the step {kernel['step']}: {kernel['kernel']}" for kernel in missed]
     return section("## Triton kernels", counts, notes)
+
+
+def _probes(journal: Journal) -> str:
+    """Cycles per scheduler of single instructions beside those of the static model."""
+    probes = journal.having("probe")
+    heads = ["instruction", "measured", "modeled", "measured / modeled"]
+    lines = [
+        [row["probe"], f"{row['cycles']:.2f}", f"{row['modeled']:.2f}", f"{row['cycles'] / row['modeled']:.2f}"]
+        for row in probes
+        if "cycles" in row
+    ]
+    notes = [f"{row['probe']}: {row['failed']}" for row in probes if "failed" in row]
+    return section("## Cycles per scheduler", table(heads, lines), notes) if probes else ""
 
 
 def _benchmarks(folder: Path, out: Path) -> str:

@@ -102,6 +102,7 @@ def pretended_gpu(monkeypatch, tmp_path, toolkit):
     monkeypatch.setattr(running, "run_step", run_step)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(gpu_check, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(stages.probes, "FOLDER", tmp_path / "programs")
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     return pretended
 
@@ -128,6 +129,7 @@ def names_of(*stage_names: str) -> list[str]:
 
 def test_all_stages_run_and_the_report_is_written_and_printed(pretended_gpu, out, capsys):
     pretended_gpu.measured = True
+    pretended_gpu.lines["probes"] = json.dumps({"probe": "FFMA", "cycles": 1.05, "modeled": 1.0})
     assert gpu_check.main([]) == 0
     assert list(ended(out)) == names_of("first", "second", "third")
     assert "said by tests" in ended(out)["tests"]["output"]
@@ -137,6 +139,7 @@ def test_all_stages_run_and_the_report_is_written_and_printed(pretended_gpu, out
     assert len(written) <= 8 and max(written.values()) < 16e6
     text = (out / "report.md").read_text(encoding="utf-8")
     assert "| kernels | passed |" in text and "measured / modeled" in text and "## pixel_decoder, float32" in text
+    assert "| FFMA | 1.05 | 1.00 | 1.05 |" in text
     output = capsys.readouterr().out
     assert text in output
     assert output.index("  racecheck ") < output.index("gpu-check: memcheck: small calls")  # listed before it starts
@@ -177,6 +180,7 @@ def test_missing_tools_and_packages_leave_steps_out_by_name(pretended_gpu, out, 
     assert left_out == {
         "build": tool.format("nvcc"),
         "compile": package.format("triton"),
+        "probes": tool.format("nvcc"),
         "tests": package.format("pytest"),
         **dict.fromkeys(["memcheck", "racecheck"], sanitizer),
         **dict.fromkeys(["ncu pixel_decoder", "ncu adaln_block", "ncu flow_matching_loss"], ncu),

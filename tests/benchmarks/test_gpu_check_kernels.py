@@ -64,8 +64,8 @@ def test_nothing_is_compiled_with_a_prepared_archive(tmp_path, monkeypatch):
     assert results and {result["cache"] for result in results} == {"compiled"}
     archive, module = tmp_path / "prepared.tar.xz", tmp_path / "_native_cuda.so"
     module.write_bytes(b"module")
-    prepared.write(archive, "90a", [result["kernel"] for result in results], machines[0] / "cache", module)
-    monkeypatch.setattr(prepared, "INSTALLED", machines[1])
+    prepared.write(archive, "90a", [result["kernel"] for result in results], machines[0] / "cache", {"module": module})
+    monkeypatch.setitem(prepared.FOLDERS, "module", machines[1])
     (machines[0] / "cache").rename(tmp_path / "gone")  # its paths must not be used
     manifest = prepared.unpack(archive, "90a", machines[1] / "cache")
     assert manifest["kernels"] == [result["kernel"] for result in results]
@@ -80,7 +80,7 @@ def archive(tmp_path):
     (tmp_path / "cache" / "KEY" / "kernel.cubin").write_bytes(b"code")
     (tmp_path / "_native_cuda.so").write_bytes(b"module")
     path = tmp_path / "prepared.tar.xz"
-    prepared.write(path, "90a", ["kernel"], tmp_path / "cache", tmp_path / "_native_cuda.so")
+    prepared.write(path, "90a", ["kernel"], tmp_path / "cache", {"module": tmp_path / "_native_cuda.so"})
     return path
 
 

@@ -1,0 +1,71 @@
+"""Measures the cycles per scheduler of single instructions with probes.cu, beside the static model: `probes 90a`.
+
+Prints one JSON line per probe, with the keys `probe`, `cycles` and `modeled` (cycles of the static model).
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.gpu_check.running import ROOT
+from benchmarks.harness.toolkit import cuda_tool
+from benchmarks.static import sass
+
+SOURCE = Path(__file__).with_name("probes.cu")
+FOLDER = ROOT / "build" / "gpu_check"
+OPCODES = {
+    "mma.sync m16n8k16": "HMMA.16816.F32.BF16",
+    "wgmma m64n32k16": "HGMMA.64x32x16.F32.BF16",
+    "wgmma m64n96k16": "HGMMA.64x96x16.F32.BF16",
+    "tanh": "MUFU.TANH",
+    "ldmatrix.x4": "LDSM.16.M88.4",
+    "shuffle": "SHFL.BFLY",
+    "FFMA": "FFMA",
+}
+"""Probe -> the instruction that fills its loop; wgmma exists on sm_90a alone."""
+
+
+def program(architecture: str) -> Path:
+    """Path of the compiled program of this source."""
+    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    return FOLDER / f"probes-{architecture}-{digest}"
+
+
+def compile_source(architecture: str, output: Path, *arguments: str) -> Path:
+    """Compiles probes.cu for one architecture to a program, or as the arguments of nvcc say.
+
+    Raises RuntimeError if there is no nvcc or if it fails.
+    """
+    nvcc = cuda_tool("nvcc")
+    if nvcc is None:
+        raise RuntimeError("no nvcc on PATH or in $CUDA_HOME/bin")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", *arguments, str(SOURCE), "-o", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"compiling {SOURCE.name} failed:\n{result.stderr[-2000:]}")
+    return output
+
+
+def modeled_cycles(opcode: str) -> float:
+    """Cycles per scheduler of one warp instruction in the static model."""
+    code = sass.Code(0, 0, [sass.Instruction(0, opcode, opcode)])
+    _, tensor_cycles = sass.counts(code, lambda address: 1)
+    return tensor_cycles or float(sass.PIPE_CYCLES[sass.pipe_of(opcode)])
+
+
+def main(architecture: str) -> int:
+    binary = program(architecture)
+    if not binary.exists():
+        compile_source(architecture, binary)
+    result = subprocess.run([binary], stdout=subprocess.PIPE, text=True)
+    for line in result.stdout.splitlines():
+        measured = json.loads(line)
+        print(json.dumps(measured | {"modeled": modeled_cycles(OPCODES[measured["probe"]])}), flush=True)
+    return result.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

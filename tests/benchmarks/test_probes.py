@@ -1,0 +1,57 @@
+"""The probes of single instructions: what their loops hold on every architecture. They need a GPU to run."""
+
+import collections
+
+import pytest
+
+from benchmarks.gpu_check import probes
+from benchmarks.static import sass
+
+PER_ITERATION = 64
+
+
+def test_every_probe_has_modeled_cycles():
+    assert all(probes.modeled_cycles(opcode) > 0 for opcode in probes.OPCODES.values())
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(probes.cuda_tool("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
+def test_the_loop_of_a_probe_holds_its_instruction(tmp_path, architecture):
+    """As often as it is counted: the compiler has merged, folded or moved none, and there is no other work."""
+    pytest.importorskip("triton", reason="cuobjdump comes with Triton")
+    cubin = probes.compile_source(architecture, tmp_path / "probes.cubin", "-cubin")
+    wanted = dict.fromkeys(probes.OPCODES.values(), PER_ITERATION)
+    if architecture != "90a":
+        wanted = {opcode: count for opcode, count in wanted.items() if not opcode.startswith("HGMMA")}
+    found = {}
+    for code in sass.read_all(cubin).values():
+        assert code.spill_bytes == 0
+        for first, last in sass.loops(code):
+            opcodes = [i.opcode for i in code.instructions if first <= i.address <= last]
+            counts = collections.Counter(opcode for opcode in opcodes if opcode in wanted)
+            if counts:
+                assert len(opcodes) <= 2.2 * PER_ITERATION
+                found |= counts
+    assert found == wanted
+
+
+@pytest.fixture
+def pretended_program(tmp_path, monkeypatch):
+    """A program in place of the compiled one."""
+    program = tmp_path / "probes"
+    monkeypatch.setattr(probes, "program", lambda architecture: program)
+    monkeypatch.setattr(probes, "cuda_tool", lambda name: None)
+    return program
+
+
+def test_measured_cycles_are_printed_beside_modeled_ones(pretended_program, capsys):
+    pretended_program.write_text('#!/bin/sh\necho \'{"probe": "FFMA", "cycles": 1.01}\'\nexit 1\n')
+    pretended_program.chmod(0o755)
+    assert probes.main("90a") == 1
+    assert capsys.readouterr().out == '{"probe": "FFMA", "cycles": 1.01, "modeled": 1.0}\n'
+
+
+def test_without_a_compiler_the_probes_are_refused(pretended_program):
+    with pytest.raises(RuntimeError, match="no nvcc on PATH"):
+        probes.main("90a")
