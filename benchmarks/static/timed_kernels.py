@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.harness import gpu_state
-from benchmarks.harness.timing import milliseconds
+from benchmarks.harness.timing import kernel_milliseconds
 from benchmarks.static import profiled_kernels, triton_kernels
 from benchmarks.static.figures import CLOCK, PIXELS, recorded_budgets
 from deco_kernels import testing
@@ -79,7 +79,7 @@ def triton_times(inputs: testing.Inputs, architecture: str) -> dict[str, dict]:
     for launch in triton_kernels.launches_of(inputs, architecture):
         entry = found.setdefault(triton_kernels.kernel_name(launch), {"measured_ms": 0.0, "launches": 0})
         compiled = run_launch(launch)
-        times = [milliseconds(lambda launch=launch: run_launch(launch), "cuda") for _ in range(REPEATS)]
+        times = [kernel_milliseconds(lambda launch=launch: run_launch(launch)) for _ in range(REPEATS)]
         entry["measured_ms"] += min(times)
         entry["launches"] += 1
         entry["registers"] = getattr(compiled, "n_regs", None)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import run
-from benchmarks.harness import cuda_timing, gpu_state, results
+from benchmarks.harness import cuda_timing, gpu_state, results, timing
 from benchmarks.harness.measure import Options, measure
 from benchmarks.names import FORWARD, LIGER, PUBLISHED, TRAINING
 from benchmarks.ops import modulated_rms_norm
@@ -68,6 +68,24 @@ def test_the_header_says_that_nvml_is_missing(monkeypatch, device):
     assert "install nvidia-ml-py" in gpu_state.header()["nvml"]
     with gpu_state.Watch("cuda") as watch:
         assert watch.take() == {}
+
+
+def test_the_time_of_a_kernel_excludes_the_host(monkeypatch):
+    """The GPU sleeps while the events and the kernel are enqueued."""
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.record = lambda: order.append("event")
+            self.synchronize = lambda: order.append("wait")
+
+        def elapsed_time(self, end):
+            return 0.25
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"), raising=False)
+    assert timing.kernel_milliseconds(lambda: order.append("kernel")) == 0.25
+    assert order == ["sleep", "event", "kernel", "event", "wait"]
 
 
 def test_throttling_is_seen(nvml, monkeypatch):
@@ -238,7 +256,7 @@ def test_launches_of_the_triton_backend_are_timed_one_by_one(monkeypatch):
     pytest.importorskip("triton")
     ran = []
     monkeypatch.setattr(timed_kernels, "run_launch", lambda launch: ran.append(launch))
-    monkeypatch.setattr(timed_kernels, "milliseconds", lambda call, device: (call(), 2.0)[1])
+    monkeypatch.setattr(timed_kernels, "kernel_milliseconds", lambda call: (call(), 2.0)[1])
     inputs = testing.random_inputs("pixel_decoder", dtype=torch.bfloat16, other_dtype=torch.bfloat16)
     found = timed_kernels.triton_times(inputs, "sm_90")
     budgets = recorded_budgets("triton")
