@@ -16,8 +16,10 @@ the bias.
 """
 
 from deco_kernels.testing.accuracy import (
+    OTHER_CALLS,
     Comparison,
     Results,
+    by_rounding,
     compare,
     compare_tensors,
     eager,
@@ -28,13 +30,15 @@ from deco_kernels.testing.accuracy import (
     relative_error,
     run,
 )
-from deco_kernels.testing.inputs import OPS, Inputs, in_float64, random_inputs, rescaled, with_equal_rows
+from deco_kernels.testing.inputs import OPS, Inputs, in_float64, random_inputs, rescaled, scale_factor, with_equal_rows
 
 __all__ = [
     "OPS",
+    "OTHER_CALLS",
     "Comparison",
     "Inputs",
     "Results",
+    "by_rounding",
     "compare",
     "compare_tensors",
     "eager",
@@ -47,5 +51,6 @@ __all__ = [
     "relative_error",
     "rescaled",
     "run",
+    "scale_factor",
     "with_equal_rows",
 ]

@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,9 @@ OTHER_CALLS = 8
 
 ROUNDING = 0.1
 """A relative error from here on is not one of rounding."""
+
+BIAS_FRACTION = 0.25
+"""Of the bound of the relative error: the bound of the bias."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -143,62 +146,55 @@ def compare(
     """
     exact = exact_results(inputs) if exact is None else exact
     samples = [(eager_results(inputs) if eager_ is None else eager_, exact)]
-    rows = _compare(inputs, actual, exact, samples)
-    failed = [row for row in rows if not row.passed]
-    if not failed or any(not row.error < ROUNDING for row in failed):
+    rows = _compare(inputs, actual, samples)
+    if not by_rounding(rows):
         return rows
     others = [rescaled(inputs, seed) for seed in range(OTHER_CALLS)]
     samples += [(eager_results(other), exact_results(other)) for other in others]
-    pooled = _compare(inputs, actual, exact, samples)
+    pooled = _compare(inputs, actual, samples)
     return [row if row.passed else other for row, other in zip(rows, pooled, strict=True)]
 
 
-def _compare(
-    inputs: Inputs, actual: Results, exact: Results, samples: Sequence[tuple[Results, Results]]
-) -> list[Comparison]:
+def by_rounding(rows: Iterable[Comparison]) -> bool:
+    """Whether results exceed their bounds, all of them by rounding errors, which eager's in other calls may explain."""
+    failed = [row for row in rows if not row.passed]
+    return bool(failed) and all(row.error < ROUNDING for row in failed)
+
+
+def _compare(inputs: Inputs, actual: Results, samples: Sequence[tuple[Results, Results]]) -> list[Comparison]:
     """`samples`: (eager, exact) of this call, and of the calls that are pooled with it."""
     activation = inputs.grad_outputs[0].dtype
     rows = []
-    for index, output in enumerate(exact.outputs):
-        pairs = [(eager_.outputs[index], own.outputs[index]) for eager_, own in samples]
-        tensors = actual.outputs[index], output
-        rows.append(_by_the_rule(f"output {index}", *tensors, pairs, dtype=activation, gradient=False))
-    for name, gradient in exact.gradients.items():
+    for index, output in enumerate(actual.outputs):
+        pairs = [(eager_.outputs[index], exact.outputs[index]) for eager_, exact in samples]
+        rows.append(compare_tensors(f"output {index}", output, *pairs, dtype=activation, gradient=False))
+    for name in samples[0][1].gradients:
         tensor = inputs.tensors[name]
         dtype = tensor.dtype if inputs.op in LOSSES and tensor is not None else activation
-        pairs = [(eager_.gradients[name], own.gradients[name]) for eager_, own in samples]
-        rows.append(_by_the_rule(f"grad {name}", actual.gradients[name], gradient, pairs, dtype=dtype, gradient=True))
+        pairs = [(eager_.gradients[name], exact.gradients[name]) for eager_, exact in samples]
+        rows.append(compare_tensors(f"grad {name}", actual.gradients[name], *pairs, dtype=dtype, gradient=True))
     return rows
 
 
 def compare_tensors(
-    name: str,
-    actual: torch.Tensor,
-    eager_: torch.Tensor,
-    exact: torch.Tensor,
-    *,
-    dtype: torch.dtype,
-    gradient: bool,
+    name: str, actual: torch.Tensor, call: Pair, *others: Pair, dtype: torch.dtype, gradient: bool
 ) -> Comparison:
-    """Compare one output or gradient, computed in `dtype`, by the rule of error."""
-    return _by_the_rule(name, actual, exact, [(eager_, exact)], dtype=dtype, gradient=gradient)
+    """Compare one output or gradient, computed in `dtype`, by the rule of error.
 
-
-def _by_the_rule(
-    name: str, actual: torch.Tensor, exact: torch.Tensor, pairs: Sequence[Pair], *, dtype: torch.dtype, gradient: bool
-) -> Comparison:
-    """`pairs`: (eager, exact) of the call, first, and of the calls that are pooled with it."""
-    eager_error = relative_error(*pairs[0])
-    if exact.numel() < LARGE and len(pairs) > 1:
-        eager_error = root_mean_square(eager_error, *(relative_error(*pair) for pair in pairs[1:]))
+    `call` and `others`: (eager, exact) of this call, and of other calls that are pooled with it.
+    """
+    exact = call[1]
+    eager_error, noise = relative_error(*call), 0.0
+    if others and exact.numel() < LARGE:
+        eager_error = root_mean_square(relative_error(*pair) for pair in (call, *others))
+    if others:  # roundings that many elements share, such as those of weights, give eager a bias of either sign
+        noise = root_mean_square(relative_bias(*pair) for pair in (call, *others))
     bound = error_bound(dtype, eager_error, gradient=gradient)
-    # Roundings that many elements share, such as those of weights, give eager a bias of either sign.
-    noise = root_mean_square(*(relative_bias(*pair) for pair in pairs)) if len(pairs) > 1 else 0.0
-    bias_bound = 0.25 * bound + 2 * noise
+    bias_bound = BIAS_FRACTION * bound + 2 * noise
     return Comparison(name, relative_error(actual, exact), bound, relative_bias(actual, exact), bias_bound)
 
 
-def root_mean_square(*values: float) -> float:
+def root_mean_square(values: Iterable[float]) -> float:
     """Over the finite values; infinite if there are none."""
     squares = [value * value for value in values if math.isfinite(value)]
     return math.sqrt(sum(squares) / len(squares)) if squares else math.inf

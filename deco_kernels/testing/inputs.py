@@ -155,14 +155,15 @@ class _Draw:
 def rescaled(inputs: Inputs, seed: int) -> Inputs:
     """The same call with each tensor times a factor from 0.9 to 1.1: other rounding errors of the same size."""
     generator = torch.Generator().manual_seed(seed)
-
-    def scaled(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor * (0.9 + 0.2 * torch.rand((), generator=generator).item())
-
     return inputs._replace(
-        tensors={name: None if t is None else scaled(t) for name, t in inputs.tensors.items()},
-        grad_outputs=tuple(scaled(gradient) for gradient in inputs.grad_outputs),
+        tensors={name: None if t is None else scale_factor(generator) * t for name, t in inputs.tensors.items()},
+        grad_outputs=tuple(scale_factor(generator) * gradient for gradient in inputs.grad_outputs),
     )
+
+
+def scale_factor(generator: torch.Generator) -> float:
+    """Random, uniform from 0.9 to 1.1."""
+    return 0.9 + 0.2 * torch.rand((), generator=generator).item()
 
 
 def in_float64(inputs: Inputs) -> Inputs:

@@ -46,7 +46,7 @@ def test_one_unwritten_element_is_caught(inputs):
 def test_a_directional_bias_is_caught():
     exact = torch.randn(4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     bound = 1e-2
-    biased = testing.compare_tensors("x", exact + 6e-7, exact, exact, dtype=torch.float32, gradient=False)
+    biased = testing.compare_tensors("x", exact + 6e-7, (exact, exact), dtype=torch.float32, gradient=False)
     assert biased.error < biased.bound and not biased.passed
     assert testing.relative_bias(exact + 0.25 * bound, exact) > 0.2 * bound
     assert testing.relative_bias((exact + 1)[:999], exact[:999]) == 0

@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 
+from benchmarks.harness import verification
 from benchmarks.harness.measure import Options, check_memory, measure
 from benchmarks.harness.steps import contenders_of
 from benchmarks.harness.verification import verify
 from benchmarks.names import BACKWARD_ALONE, BEST_EAGER, FORWARD, OPS, PUBLISHED, TRAINING
 from benchmarks.ops.problem import problem_of
 from benchmarks.ops.sizes import Size
+from deco_kernels import testing
 
 SIZE = Size(batch=1, height=64, width=80, depth=2, token_width=48)
 
@@ -81,6 +83,23 @@ def test_a_fault_that_needs_the_timed_size_is_refused():
 
     found = refusals(planted("pixel_decoder", fails_on_wide_images), torch.float32, training=False)
     assert "at the timed size" in found["reference"][1]
+
+
+@pytest.mark.parametrize("excess", (1.1, 3.0))
+def test_results_beyond_the_bounds_of_one_call_are_compared_with_eight_more(monkeypatch, excess):
+    """A gradient of 32 elements whose error is `excess` times the bound of its call, which the others double."""
+    pooled = []
+
+    def by_chance(name, actual, *pairs, **options):
+        row = testing.compare_tensors(name, actual, *pairs, **options)
+        if name != "gradient of fc1_bias":
+            return row
+        pooled.append(len(pairs))
+        return row._replace(error=excess * row.bound, bound=row.bound * (1 if len(pairs) == 1 else 2))
+
+    monkeypatch.setattr(verification, "compare_tensors", by_chance)
+    found = refusals(problem_of("adaln_block"), torch.bfloat16, training=True)
+    assert 9 in pooled and ("reference" in found) == (excess > 2)
 
 
 def test_a_wrong_published_twin_is_refused():
