@@ -349,6 +349,7 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
   auto* operands = reinterpret_cast<T*>(shared_memory() + slots.kBytes);
   const int operand_stride = p.chain_warps * P::kTileElements;
   const uint32_t turn_pixels = p.chain_warps * kTilePixels, step = block_count() * turn_pixels;
+  wait_for_previous_kernel();
   slots.fill(0, p.packed, p.block);
   block_barrier();
   const BlockWeights<T, D> weights = slots.block(0, bias_selector<T>());
@@ -437,7 +438,7 @@ Status run(const Call& call, BackwardParams p) {
   p.parts = parts_of<D, Mlp>(call.limits, p.pixels);
   const int warps = P::kSpecialized ? p.chain_warps + P::kGradientWarps : P::kGradientWarps;
   return launch("block_backward", backward_kernel<T, D, Mlp, Tiled>,
-                {p.parts, 32 * warps, P::shared_bytes(p.chain_warps)}, call.stream, p);
+                {p.parts, 32 * warps, P::shared_bytes(p.chain_warps), true}, call.stream, p);
 }
 
 }  // namespace

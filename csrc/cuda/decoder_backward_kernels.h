@@ -37,10 +37,10 @@ struct DecoderEmbedding {
   int64_t first_pixel = 0, pixels = 0;
 
   float* partials = nullptr;        // [decoder_embedding_parts][D + 1][kChannelSlots]; null if table_partials is
-  float* table_partials = nullptr;  // [warps][min(P, 16)][D]
+  float* table_partials = nullptr;  // [decoder_embedding_parts][min(P, 16)][D]
   bool accumulate = false;
 };
-int decoder_embedding_parts(const DeviceLimits& limits, int64_t pixels);
+int decoder_embedding_parts(const DeviceLimits& limits, const DecoderShape& shape, int64_t pixels);
 int64_t decoder_embedding_table_numbers(const DeviceLimits& limits, const DecoderShape& shape, int64_t pixels);
 Status decoder_embedding(const Call& call, DType operand, const DecoderEmbedding& op);
 

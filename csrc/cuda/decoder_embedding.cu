@@ -1,7 +1,8 @@
 // Backward of the decoder's embedding (formula in decoder_backward_kernels.h). Persistent grid; a warp owns tiles of 16
-// pixels, all at the same positions of the patch, so that it sums the gradients of its rows of the pixel table in
-// registers. The packed weights are in shared memory. Per pixel: reads 2·D bytes and C image values, writes C values;
-// 6·C·D FLOPs. Deterministic: sums are written per warp or thread block and added in a fixed order.
+// pixels. All tiles of a thread block are at the same positions of the patch, so that it sums the gradients of its rows
+// of the pixel table in registers, then over its warps. The packed weights are in shared memory. Per pixel: reads 2·D
+// bytes and C image values, writes C values; 6·C·D FLOPs. Deterministic: sums are written per thread block and added in
+// a fixed order.
 #include "cuda/block.h"
 #include "cuda/decoder_backward_kernels.h"
 #include "cuda/gradient_sums.h"
@@ -18,7 +19,7 @@ struct EmbeddingParams {
   PatchGrid grid;
   uint32_t first_pixel = 0, pixels = 0;
   int parts = 0;
-  int table_rows = 0;  // per warp: min(P, 16)
+  int table_rows = 0;  // per thread block: min(P, 16)
 
   template <class V>
   void visit(V& buffers) const {
@@ -29,7 +30,7 @@ struct EmbeddingParams {
     op.grad_image.visit(buffers, true, shape.batch, shape.channels, shape.height, shape.width);
     buffers.read(op.grad_h_tiles, 2 * padded_rows(pixels) * width);
     buffers.write(op.partials, int64_t{4} * parts * (width + 1) * kChannelSlots);
-    buffers.write(op.table_partials, int64_t{4} * parts * kWarps * table_rows * width);
+    buffers.write(op.table_partials, int64_t{4} * parts * table_rows * width);
   }
 };
 
@@ -41,10 +42,13 @@ DECO_DEVICE void store_image(const Image& image, int channels, const PixelPlace&
   if (channel + 1 < channels) store_float(Array{address + image.stride_c, image.dtype}, 0, v1);
 }
 
-// Writes the sums of a warp's rows; rows at the same position of the patch are added.
+// Adds the sums of the rows of all warps and writes them; rows at the same position of the patch are added. Called by
+// all threads.
 template <int D>
-DECO_DEVICE void write_table(const Tile<D>& sum, float* rows, int table_rows, bool accumulate) {
+DECO_DEVICE void write_table(const Tile<D>& sum, float* rows, float* shared, int table_rows, bool accumulate) {
   const int g = lane() >> 2, t = lane() & 3;
+  float* own = shared + warp() * table_rows * D;
+  block_barrier();
 #pragma unroll
   for (int j = 0; j < D / 8; ++j)
 #pragma unroll
@@ -52,19 +56,24 @@ DECO_DEVICE void write_table(const Tile<D>& sum, float* rows, int table_rows, bo
       float upper = sum.v[j][e], lower = sum.v[j][2 + e];
       if (table_rows < kTilePixels) upper += lower;
       for (int row = table_rows; row < 8; row *= 2) upper += shuffle_xor(upper, 4 * row);
-      const auto put = [&](int row, float value) {
-        float* place = rows + row * D + (D / 4) * t + 2 * j + e;
-        store(place, accumulate ? load(place) + value : value);
-      };
+      const auto put = [&](int row, float value) { store(own + row * D + (D / 4) * t + 2 * j + e, value); };
       if (g < table_rows) put(g, upper);
       if (table_rows == kTilePixels) put(g + 8, lower);
     }
+  block_barrier();
+  write_sums_of_warps(rows, shared, table_rows * D, accumulate);
+}
+
+// Thread blocks whose tiles are at different positions of the patch.
+DECO_HOST_DEVICE int positions_of(int pixels_per_token) {
+  return pixels_per_token > kTilePixels ? pixels_per_token / kTilePixels : 1;
 }
 
 template <class T, int D>
 DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, embedding_kernel, const EmbeddingParams p) {
   const DecoderEmbedding& op = p.op;
   const DecoderEnds<T, D> ends{shared_memory()};
+  wait_for_previous_kernel();
   ends.fill(op.packed);
   block_barrier();
   const int channels = op.shape.channels;
@@ -72,7 +81,8 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, embedding_kernel, const Embeddin
   pixel_gradient.clear();
   Tile<D> table_sum = zeros<D>();
 
-  const uint32_t own = block() * kWarps + warp(), end = p.pixels - 1;
+  const int positions = positions_of(1 << (2 * p.grid.log2_patch));
+  const uint32_t own = (block() / positions * kWarps + warp()) * positions + block() % positions, end = p.pixels - 1;
   for (uint32_t begin = own * kTilePixels; begin < p.pixels; begin += block_count() * kWarps * kTilePixels) {
     const uint32_t first = begin + (lane() >> 2);
     Operand<D> grad_h = load_tile<D>(op.grad_h_tiles, begin / kTilePixels);
@@ -104,15 +114,17 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, embedding_kernel, const Embeddin
     }
   }
   if (op.partials == nullptr) return;
-  write_table<D>(table_sum, op.table_partials + int64_t{own} * p.table_rows * D, p.table_rows, op.accumulate);
-  pixel_gradient.write(op.partials + int64_t{block()} * pixel_gradient.kNumbers,
-                       reinterpret_cast<float*>(shared_memory()), op.accumulate);
+  auto* shared = reinterpret_cast<float*>(shared_memory());
+  write_table<D>(table_sum, op.table_partials + int64_t{block()} * p.table_rows * D, shared, p.table_rows,
+                 op.accumulate);
+  pixel_gradient.write(op.partials + int64_t{block()} * pixel_gradient.kNumbers, shared, op.accumulate);
 }
 
 template <class T, int D>
 Status run(const Call& call, const EmbeddingParams& p) {
-  const int shared = std::max(DecoderEnds<T, D>::kBytes, kWarps * ChannelGradient<T, D>::kNumbers * 4);
-  return launch("pixel_decoder_embedding", embedding_kernel<T, D>, {p.parts, kThreads, shared}, call.stream, p);
+  const int sums = std::max(ChannelGradient<T, D>::kNumbers, p.table_rows * D);
+  const int shared = std::max(DecoderEnds<T, D>::kBytes, kWarps * sums * 4);
+  return launch("pixel_decoder_embedding", embedding_kernel<T, D>, {p.parts, kThreads, shared, true}, call.stream, p);
 }
 
 // ---- the pixel table ------------------------------------------------------------------------------------------------
@@ -120,24 +132,24 @@ Status run(const Call& call, const EmbeddingParams& p) {
 struct TableParams {
   Array grad_table;
   const float* partials = nullptr;
-  int width = 0, pixels_per_token = 0, warps = 0;
+  int width = 0, pixels_per_token = 0, parts = 0;
 
   template <class V>
   void visit(V& buffers) const {
     buffers.write(grad_table.data, int64_t{width} * pixels_per_token * size_of(grad_table.dtype));
-    buffers.read(partials, int64_t{4} * warps * std::min(pixels_per_token, kTilePixels) * width);
+    buffers.read(partials, int64_t{4} * parts * std::min(pixels_per_token, kTilePixels) * width);
   }
 };
 
-// A thread block sums one row of the table over the warps that have it: in slices of `width` threads, then the slices
-// in order.
+// A thread block sums one row of the table over the parts that have it: in slices of `width` threads, then the slices in
+// order.
 DECO_KERNEL(kThreads, 1, table_kernel, const TableParams p) {
   auto* shared = reinterpret_cast<float*>(shared_memory());
-  const int k = block(), rows = min(p.pixels_per_token, kTilePixels), classes = p.pixels_per_token / rows;
+  const int k = block(), rows = min(p.pixels_per_token, kTilePixels), positions = positions_of(p.pixels_per_token);
   const int channel = thread() % p.width, slice = thread() / p.width, slices = block_threads() / p.width;
   float sum = 0.0f;
-  for (int w = k / rows + classes * slice; w < p.warps; w += classes * slices)
-    sum += load(p.partials + (int64_t{w} * rows + k % rows) * p.width + channel);
+  for (int part = k / rows + positions * slice; part < p.parts; part += positions * slices)
+    sum += load(p.partials + (int64_t{part} * rows + k % rows) * p.width + channel);
   store(shared + thread(), sum);
   block_barrier();
   if (slice > 0) return;
@@ -148,14 +160,15 @@ DECO_KERNEL(kThreads, 1, table_kernel, const TableParams p) {
 
 }  // namespace
 
-int decoder_embedding_parts(const DeviceLimits& limits, int64_t pixels) {
-  // Even, so that the number of warps of the grid is a multiple of the 16 tiles of a patch of 256 pixels.
+int decoder_embedding_parts(const DeviceLimits& limits, const DecoderShape& shape, int64_t pixels) {
+  // As many thread blocks for every position.
+  const int positions = positions_of(shape.pixels_per_token());
   const int parts = grid_blocks(pixels, kWarps * kTilePixels, limits, kBlocksPerMultiprocessor);
-  return (parts + 1) / 2 * 2;
+  return std::max(1, parts / positions) * positions;
 }
 
 int64_t decoder_embedding_table_numbers(const DeviceLimits& limits, const DecoderShape& shape, int64_t pixels) {
-  return int64_t{decoder_embedding_parts(limits, pixels)} * kWarps * std::min(shape.pixels_per_token(), kTilePixels) *
+  return int64_t{decoder_embedding_parts(limits, shape, pixels)} * std::min(shape.pixels_per_token(), kTilePixels) *
          shape.decoder_width;
 }
 
@@ -165,7 +178,7 @@ Status decoder_embedding(const Call& call, DType operand, const DecoderEmbedding
   p.grid = patch_grid(op.shape);
   p.first_pixel = static_cast<uint32_t>(op.first_pixel);
   p.pixels = static_cast<uint32_t>(op.pixels);
-  p.parts = decoder_embedding_parts(call.limits, op.pixels);
+  p.parts = decoder_embedding_parts(call.limits, op.shape, op.pixels);
   p.table_rows = std::min(op.shape.pixels_per_token(), kTilePixels);
   return with_kernel(operand, op.shape.decoder_width,
                      [&](auto type, auto width) { return run<decltype(type), width.value>(call, p); });
@@ -178,7 +191,7 @@ Status sum_table_partials(const Call& call, const Array& grad_table, const float
   p.partials = table_partials;
   p.width = shape.decoder_width;
   p.pixels_per_token = shape.pixels_per_token();
-  p.warps = decoder_embedding_parts(call.limits, pixels) * kWarps;
+  p.parts = decoder_embedding_parts(call.limits, shape, pixels);
   return launch("pixel_table_gradient", table_kernel, {shape.pixels_per_token(), kThreads, kThreads * 4}, call.stream,
                 p);
 }

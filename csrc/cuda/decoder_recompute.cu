@@ -72,6 +72,7 @@ DECO_KERNEL(kThreads, 1, recompute_kernel, const RecomputeParams p) {
   const BlockSlots<T, D> slots{shared_memory() + DecoderEnds<T, D>::kBytes};
   const int depth = op.shape.depth, channels = op.shape.channels;
   const uint32_t selector = bias_selector<T>();
+  wait_for_previous_kernel();
   ends.fill(op.packed);
   if (p.resident)
     for (int l = 0; l < depth; ++l) slots.fill(l, op.packed, l);
@@ -141,7 +142,7 @@ template <class T, int D>
 Status run(const Call& call, RecomputeParams p) {
   p.resident = shared_bytes<T, D>(p.op.shape.depth) <= call.limits.shared_bytes;
   return launch("pixel_decoder_recompute", recompute_kernel<T, D>,
-                {p.parts, kThreads, shared_bytes<T, D>(p.resident ? p.op.shape.depth : 1)}, call.stream, p);
+                {p.parts, kThreads, shared_bytes<T, D>(p.resident ? p.op.shape.depth : 1), true}, call.stream, p);
 }
 
 }  // namespace

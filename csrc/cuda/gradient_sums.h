@@ -96,6 +96,16 @@ struct MatrixGradient {
   }
 };
 
+// Adds the sums of all warps in shared memory, `count` numbers per warp, and writes them to `numbers`, or adds them to it
+// if `accumulate`. Called by all threads after a barrier.
+DECO_DEVICE void write_sums_of_warps(float* numbers, const float* shared, int count, bool accumulate) {
+  for (int i = thread(); i < count; i += block_threads()) {
+    float value = accumulate ? load(numbers + i) : 0.0f;
+    for (int w = 0; w < block_threads() / 32; ++w) value += load(shared + w * count + i);
+    store(numbers + i, value);
+  }
+}
+
 // ---- gradient of a matrix between D channels and the channel slots of images ----------------------------------------
 
 // Sums over pixels of h ⊗ x, D x kChannelSlots, and of x, by one warp.
@@ -146,11 +156,7 @@ struct ChannelGradient {
     const float total = quad_sum(sum);
     if (t == 0) store(own + D * kChannelSlots + g, total);
     block_barrier();
-    for (int i = thread(); i < kNumbers; i += block_threads()) {
-      float value = accumulate ? load(numbers + i) : 0.0f;
-      for (int w = 0; w < block_threads() / 32; ++w) value += load(shared + w * kNumbers + i);
-      store(numbers + i, value);
-    }
+    write_sums_of_warps(numbers, shared, kNumbers, accumulate);
   }
 };
 

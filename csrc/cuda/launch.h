@@ -22,6 +22,8 @@ struct LaunchSize {
   int blocks = 1;
   int threads = 32;
   int shared_bytes = 0;
+  // The kernel calls wait_for_previous_kernel() first: where the device can, it starts while the kernel before it ends.
+  bool overlapping = false;
 };
 
 // Shared memory that a thread block may use without a request; cudaFuncSetAttribute requests more.
@@ -43,12 +45,30 @@ Status request_shared(const char* name, void (*kernel)(Params), int bytes) {
       name);
 }
 
+// True if wait_for_previous_kernel() waits in the code of a kernel for the current device, and CUDA graphs can capture
+// the launch.
+template <class Params>
+bool can_overlap(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes;
+  int driver = 0;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
+         attributes.ptxVersion >= 90 && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
+}
+
 template <class Params>
 Status start(const char* name, void (*kernel)(Params), const LaunchSize& size, void* stream, Params params) {
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(size.blocks);
+  launch.blockDim = dim3(size.threads);
+  launch.dynamicSmemBytes = size.shared_bytes;
+  launch.stream = static_cast<cudaStream_t>(stream);
+  launch.attrs = &overlap;
+  launch.numAttrs = size.overlapping && can_overlap(kernel) ? 1 : 0;
   void* arguments[] = {&params};
-  return status_of(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(size.blocks), dim3(size.threads),
-                                    arguments, size.shared_bytes, static_cast<cudaStream_t>(stream)),
-                   name);
+  return status_of(cudaLaunchKernelExC(&launch, reinterpret_cast<const void*>(kernel), arguments), name);
 }
 
 // Ok if this build contains the kernel for the current device.
@@ -83,7 +103,7 @@ Status request_shared(const char* name, Kernel<Params, MaxThreads> kernel, int b
 template <class Params, int MaxThreads>
 Status start(const char* name, Kernel<Params, MaxThreads> kernel, const LaunchSize& size, void*, Params params) {
   emulation::Machine& machine = emulation::Machine::instance();
-  const emulation::LaunchSize emulated_size = {size.blocks, size.threads, size.shared_bytes};
+  const emulation::LaunchSize emulated_size = {size.blocks, size.threads, size.shared_bytes, size.overlapping};
   with_kernel_name(name, [&] {
     machine.check_launch(emulated_size, MaxThreads, reinterpret_cast<const void*>(kernel), kSharedWithoutRequest);
     if (machine.lists(name, emulated_size)) return;

@@ -44,7 +44,7 @@ struct Parts {
     grad_h = parts.take<uint16_t>(padded_rows(pixels) * D);
     block_parts = block_backward_parts(limits, D, true, pixels);
     recompute_parts = decoder_recompute_parts(limits, D, pixels);
-    embedding_parts = decoder_embedding_parts(limits, pixels);
+    embedding_parts = decoder_embedding_parts(limits, shape, pixels);
     blocks = parts.take<float>(block_parts * in_blocks);
     head = parts.take<float>(recompute_parts * channels);
     pixel = parts.take<float>(embedding_parts * channels);

@@ -10,6 +10,14 @@
 
 namespace deco::cuda {
 
+// sm_90 and later; without it a kernel starts when the previous one has ended.
+DECO_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 DECO_DEVICE int thread() { return threadIdx.x; }
 DECO_DEVICE int lane() { return threadIdx.x & 31; }
 DECO_DEVICE int warp() { return threadIdx.x >> 5; }

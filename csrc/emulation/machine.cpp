@@ -111,6 +111,7 @@ void Machine::run_block() {
   for (int i = 0; i < size_.threads; ++i) {
     Fiber& fiber = fibers_[i];
     fiber.done = false;
+    fiber.waited = false;
     fiber.waiting = Waiting::kNothing;
     // A new stack has the layout that deco_switch_fiber saves, with `enter` as the return address.
     auto** top = reinterpret_cast<void**>(fiber.stack + kStackBytes);
@@ -215,6 +216,7 @@ void Machine::check(const void* address, size_t bytes, size_t alignment, bool wr
   const auto begin = reinterpret_cast<uintptr_t>(address), end = begin + bytes;
   if (begin % alignment != 0) fault("misaligned access of " + std::to_string(bytes) + " bytes");
   if (is_shared(begin, bytes)) return;
+  if (size_.overlapping && !fibers_[current_].waited) fault("access to global memory before wait_for_previous_kernel");
   const auto& spans = buffers_.spans_;
   const auto holds = [&](const Buffers::Span& s) { return begin >= s.begin && end <= s.end && (s.writable || !write); };
   if (last_span_ < spans.size() && holds(spans[last_span_])) return;
@@ -276,7 +278,7 @@ void Machine::note_matrices(const uintptr_t (&offsets)[kLanes], bool write) {
 
 void Machine::note_collective(Operation operation) {
   const int warp = current_ / kLanes;
-  if (operation == Operation::kWarpBarrier) shadow_.warp_barrier(warp);
+  if (check_races_ && operation == Operation::kWarpBarrier) shadow_.warp_barrier(warp);
   if (recorder_) recorder_->finish_warp(warp);
 }
 

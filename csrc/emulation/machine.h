@@ -8,6 +8,7 @@
 //   - lanes of one warp in different collective operations, or lanes that never arrive (divergence, deadlock)
 //   - a misaligned access, or one outside the thread block's shared memory and the buffers that the launch declares
 //   - a write to a buffer that the launch declares as read
+//   - an access to global memory before wait_for_previous_kernel() in a launch that may overlap the previous one
 //   - while races are checked: accesses of shared memory that no barrier orders, whether or not an order reveals them
 // Not covered: timing, asynchronous copies, races in global memory.
 #pragma once
@@ -55,6 +56,7 @@ struct LaunchSize {
   int blocks = 1;
   int threads = 32;  // a multiple of 32
   int shared_bytes = 0;
+  bool overlapping = false;  // may start before the previous launch has ended
 };
 
 // Type of the last parameter of an emulated kernel, which carries the size of its largest thread block.
@@ -153,6 +155,7 @@ class Machine {
     note_matrices(offsets, write);
   }
 
+  void wait_for_previous_kernel() { fibers_[current_].waited = true; }
   void block_barrier();
 
   // Operands of the current lane in a collective operation; throws Fault if its warp is in another one.
@@ -186,6 +189,7 @@ class Machine {
     void* stack_pointer = nullptr;
     char* stack = nullptr;
     bool done = false;
+    bool waited = false;  // for the previous kernel
     Waiting waiting = Waiting::kNothing;
     uint32_t generation = 0;  // of the barrier or collective operation that it waits for
   };

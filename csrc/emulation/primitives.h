@@ -167,6 +167,8 @@ void load_matrices(uint32_t (&words)[4], const void* row) {
 
 using std::min;
 
+inline void wait_for_previous_kernel() { emulated::Machine::instance().wait_for_previous_kernel(); }
+
 DECO_DEVICE int thread() { return emulated::Machine::instance().thread(); }
 DECO_DEVICE int lane() { return thread() % emulated::kLanes; }
 DECO_DEVICE int warp() { return thread() / emulated::kLanes; }

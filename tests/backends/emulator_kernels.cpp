@@ -37,6 +37,12 @@ DECO_KERNEL(128, 1, neighbor_kernel, const Params p) {
   store(p.out + thread(), load(shared + (thread() + 32) % block_threads()));
 }
 
+// Only lane 31 may leave out the wait.
+DECO_KERNEL(32, 1, overlapping_kernel, const Params p) {
+  if (p.fault != "no wait" || lane() < 31) wait_for_previous_kernel();
+  store(p.out + thread(), 0u);
+}
+
 DECO_KERNEL(128, 1, fault_kernel, const Params p) {
   auto* shared = reinterpret_cast<uint32_t*>(shared_memory());
   const int words = block_threads();
@@ -178,6 +184,12 @@ py::tuple strided(const std::string& type, int stride) {
                         py::make_tuple(read.requested, read.sectors, read.distinct));
 }
 
+void overlap(bool waits) {
+  uint32_t out[32];
+  launch("test", overlapping_kernel, {1, 32, 0, true}, nullptr,
+         Params{out, 32, nullptr, 0, waits ? "none" : "no wait"});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(emulator_kernels, m) {
@@ -187,6 +199,7 @@ PYBIND11_MODULE(emulator_kernels, m) {
   m.def("set_truncating", [&](bool on) { machine.set_truncating(on); });
   m.def("launch_sizes", &launch_sizes);
   m.def("strided", &strided);
+  m.def("overlap", &overlap);
   m.def("tanh", [](float x) { return tanh_approximate(x); });
   m.def("neighbor", [](const std::string& f, uint32_t seed) { return run(neighbor_kernel, 32 * kWarps, f, seed, {}); });
   m.def("next_lane", [](const std::string& f, uint32_t seed) { return run(next_lane_kernel, 128, f, seed, {}); });

@@ -40,6 +40,12 @@ def test_a_missing_barrier_shows_in_the_order_of_warps(kernels):
     assert any((result != without[0]).any() for result in without)
 
 
+def test_a_kernel_that_may_start_early_waits_before_it_accesses_global_memory(kernels):
+    kernels.overlap(True)
+    with pytest.raises(kernels.Fault, match="before wait_for_previous_kernel .*thread 31"):
+        kernels.overlap(False)
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deco_kernels import ops, testing
-from deco_kernels.backends import cuda
+from deco_kernels.backends import cuda, l2_cache
 from deco_kernels.testing import emulation
 from tests.ops.cases import BF16, CASES, F16, F32
 
@@ -66,6 +66,18 @@ def test_agrees_with_the_emulator(device, emulated, op, dtype, width):
 def test_repeated_runs_give_the_same_bits(device, op):
     inputs = on(device, next(case for case in CASES[op] if case.dtype is BF16).inputs(op))
     assert_equal(testing.run(inputs, "cuda"), testing.run(inputs, "cuda"))
+
+
+def test_chunks_whose_kernels_overlap_give_the_same_gradients(device, monkeypatch):
+    """Many small kernels in a row, each of which may start before the one before it has ended."""
+    inputs = on(device, testing.random_inputs("pixel_decoder", dtype=BF16, image_size=(8, 128, 128)))
+    whole = testing.run(inputs, "cuda").gradients
+    monkeypatch.setattr(l2_cache, "chunk_pixels", lambda *_, **__: 2048)
+    chunked = testing.run(inputs, "cuda").gradients
+    for name in ("image", "cond"):
+        assert torch.equal(chunked[name], whole[name]), name
+    for name, gradient in chunked.items():
+        assert testing.relative_error(gradient, whole[name]) <= 1e-2, name
 
 
 @each_op
