@@ -42,7 +42,7 @@ class Pointer:
 
 
 class Kernel(NamedTuple):
-    """A kernel specialized on its arguments. `key` is Triton's; `name` is unique among the kernels of a check."""
+    """A kernel specialized on its arguments. Two kernels of the same `key` are the same; `name` is for people."""
 
     name: str
     key: str
@@ -117,6 +117,13 @@ def launches(call: Call, architecture: str, multiprocessors: int) -> list:
 def kernels(architecture: str, multiprocessors: int, every_call: Iterable[Call] | None = None) -> list[Kernel]:
     """The distinct kernels of `every_call` (by default of `calls()`) on an architecture such as "sm_90", in the order
     of their launch. Triton's active driver must have that target."""
+    with FakeTensorMode():
+        every_call = calls() if every_call is None else every_call
+        return distinct(launch for call in every_call for launch in launches(call, architecture, multiprocessors))
+
+
+def distinct(recorded: Iterable[Any]) -> list[Kernel]:
+    """The kernels of recorded launches, each once. Nothing is compiled."""
     import triton
 
     found: dict[tuple[str, str], Kernel] = {}
@@ -128,16 +135,16 @@ def kernels(architecture: str, multiprocessors: int, every_call: Iterable[Call] 
 
     triton.knobs.runtime.jit_cache_hook = keep_key
     try:
-        with FakeTensorMode():
-            for call in every_call if every_call is not None else calls():
-                for launch in launches(call, architecture, multiprocessors):
-                    arguments = {n: Pointer(v) if isinstance(v, torch.Tensor) else v for n, v in launch.args.items()}
-                    arguments |= launch.options
-                    launch.kernel.warmup(grid=launch.grid, **arguments)
-                    function = f"{launch.kernel.fn.__module__}.{launch.kernel.fn.__name__}"
-                    if (function, keys[-1]) not in found:
-                        name = f"{_label(launch)}#{len(found)}"
-                        found[function, keys[-1]] = Kernel(name, keys[-1], launch.kernel, arguments, launch.grid)
+        for launch in recorded:
+            arguments = {n: Pointer(v) if isinstance(v, torch.Tensor) else v for n, v in launch.args.items()}
+            arguments |= launch.options
+            launch.kernel.warmup(grid=launch.grid, **arguments)
+            function = f"{launch.kernel.fn.__module__}.{launch.kernel.fn.__name__}"
+            if (function, keys[-1]) not in found:
+                name = f"{_label(launch)}#{len(found)}"
+                found[function, keys[-1]] = Kernel(
+                    name, f"{function} {keys[-1]}", launch.kernel, arguments, launch.grid
+                )
     finally:
         triton.knobs.runtime.jit_cache_hook = None
     return list(found.values())
