@@ -84,8 +84,8 @@ def run_stage(name: str, machine: stages.Machine, journal: Journal, with_setup: 
 
 
 def cached_kernels() -> set[str]:
-    """The kernels in Triton's cache, as KEY/NAME."""
-    return {f"{path.parent.name}/{path.stem}" for path in CACHE.glob("*/*.cubin")}
+    """This package's kernels in Triton's cache, as KEY/NAME; torch.compile keeps its own there, too."""
+    return {f"{path.parent.name}/{path.stem}" for path in CACHE.glob("*/*_kernel.cubin")}
 
 
 def main(arguments: list[str]) -> int:
