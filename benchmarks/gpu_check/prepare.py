@@ -5,7 +5,6 @@ pythonX.Y on PATH. The archive goes to --output, by default to out/prepared.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.gpu_check import prepared, probes
-from benchmarks.gpu_check.running import ROOT, say
+from benchmarks.gpu_check.running import ROOT, result_in, say
 
 MULTIPROCESSORS = {"80": 108, "90a": 132, "100": 148, "120": 170}
 """Multiprocessors of the largest GPU of an architecture; other counts may need a few more kernels."""
@@ -37,7 +36,7 @@ def main(arguments: list[str]) -> int:
         return 2
     if found != sys.executable:
         command = [found, "-m", "benchmarks.gpu_check", "prepare", *arguments]
-        return subprocess.call(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        return subprocess.call(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
     name = f"gpu-check-python{options.python}-triton{options.triton}-sm{options.arch}.tar.xz"
     output = options.output or ROOT / "out" / "prepared" / name
     try:
@@ -93,10 +92,12 @@ def compile_kernels(architecture: str, multiprocessors: int, cache: Path) -> lis
     names: list[str] = []
 
     def keep(line: str) -> None:
-        result = json.loads(line)
-        if result["cache"] == "failed":
-            raise RuntimeError(f"{result['kernel']}: {result['message']}")
-        names.append(result["kernel"])
+        print(line, flush=True)
+        result = result_in(line)
+        if result is not None:
+            if result["cache"] == "failed":
+                raise RuntimeError(f"{result['kernel']}: {result['message']}")
+            names.append(result["kernel"])
 
     command = [sys.executable, "-m", "benchmarks.gpu_check.compiling", architecture, str(multiprocessors)]
     _run(command, {"TRITON_CACHE_DIR": str(cache)}, keep)

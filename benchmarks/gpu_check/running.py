@@ -41,13 +41,14 @@ class Journal:
     """The results of a check: a file with one JSON object per line, each written when it is added."""
 
     def __init__(self, path: Path):
+        self.path = path
         self.entries: list[dict[str, Any]] = []
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+        path.write_text("")
 
     def add(self, **entry: Any) -> dict[str, Any]:
         self.entries.append(entry)
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
         return entry
 
     def having(self, kind: str) -> list[dict[str, Any]]:
@@ -110,14 +111,14 @@ def _read(stream: TextIO, step: str, output: list[str], journal: Journal) -> Non
     for line in stream:
         sys.stdout.write(line)
         sys.stdout.flush()
-        result = _result_in(line)
+        result = result_in(line)
         if result is None:
             output.append(line)
         else:
             journal.add(step=step, **result)
 
 
-def _result_in(line: str) -> dict[str, Any] | None:
+def result_in(line: str) -> dict[str, Any] | None:
     """The JSON object that a line holds, or None."""
     if not line.startswith('{"'):
         return None

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,35 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
 def test_prepare_names_what_is_missing(capsys):
     assert prepare.main(["--python", "3.99", "--triton", "0.1", "--arch", "90a"]) == 2
     assert "no Python 3.99 with PyTorch and Triton 0.1 was found; create one with" in capsys.readouterr().err
+
+
+def test_prepare_packs_what_it_builds(tmp_path, monkeypatch):
+    """With pretended compilers."""
+    built = tmp_path / "built"
+    built.write_bytes(b"code")
+
+    def compile_kernels(architecture, multiprocessors, cache):
+        (cache / "KEY").mkdir(parents=True)
+        (cache / "KEY" / f"{architecture}_{multiprocessors}.cubin").write_bytes(b"code")
+        return ["kernel"]
+
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    monkeypatch.setattr(prepare, "build_module", lambda architecture, folder: built)
+    monkeypatch.setattr(prepare, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(prepare.probes, "compile_source", lambda architecture, output: built)
+    versions = ["--python", prepared.python_version(), "--triton", prepared.triton_version()]
+    archive = tmp_path / "archive"
+    assert prepare.main([*versions, "--arch", "90a", "--output", str(archive)]) == 0
+    assert prepared.read_manifest(archive)["kernels"] == ["kernel"]
+    with tarfile.open(archive) as files:
+        assert set(files.getnames()) == {"manifest.json", "module/built", "programs/built", "triton/KEY/90a_132.cubin"}
+
+
+def test_a_kernel_that_fails_ends_the_preparation(tmp_path, monkeypatch):
+    line = '{"kernel": "sums_kernel", "cache": "failed", "message": "out of shared memory"}'
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho '{line}'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(prepare.sys, "executable", str(program))
+    with pytest.raises(RuntimeError, match="sums_kernel: out of shared memory"):
+        prepare.compile_kernels("90a", 132, tmp_path / "cache")
