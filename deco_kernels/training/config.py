@@ -180,30 +180,30 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     """
     if (found := kind_at(path)) != "a file":
         raise FileNotFoundError(f"configuration: expected a YAML file, found {found} at {path}")
-    overrides = list(overrides)
     try:
-        given = [OmegaConf.load(path)]
+        parts = [(str(path), "a key", OmegaConf.load(path))]
     except Exception as error:  # YAML errors have several unrelated types
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     for override in overrides:
-        if "=" not in override:
+        key, separator, _ = override.partition("=")
+        if not separator:
             raise ValueError(f"override: expected key=value, got {override!r}")
         try:
-            OmegaConf.from_dotlist([override])
+            parts.append(("command line", key, OmegaConf.from_dotlist([override])))
         except Exception as error:
             raise ValueError(
                 f"override: the value of {override!r} is not valid YAML; quote it, as in 'data.path=\"*.csv\"'"
             ) from error
-    given.append(OmegaConf.from_dotlist(overrides))
     config = OmegaConf.structured(TrainConfig)
-    for source, part in zip((str(path), "command line"), given, strict=True):
+    for source, key, part in parts:
         if not isinstance(part, DictConfig):
             raise ValueError(f"{source}: expected a mapping of keys to values")
         _refuse_unknown(OmegaConf.to_container(part), TrainConfig, source)
         try:
             config = OmegaConf.merge(config, part)
-        except OmegaConfBaseException as error:
-            raise ValueError(f"{source}: {error.full_key or 'a key'}: {str(error).splitlines()[0]}") from error
+        except (OmegaConfBaseException, TypeError) as error:
+            key = getattr(error, "full_key", None) or key
+            raise ValueError(f"{source}: {key}: {str(error).splitlines()[0]}") from error
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"configuration: no value for {', '.join(missing)}; add it to {path} or as KEY=VALUE")
@@ -243,6 +243,9 @@ def _check(config: TrainConfig) -> None:
         if value is not None and not least <= value < math.inf:
             kind = "a finite number of at least" if isinstance(value, float) else "at least"
             raise ValueError(f"{name}: expected {kind} {least}, got {value}")
+    for name, path in (("out", config.out), ("data.path", config.data.path)):
+        if not path:
+            raise ValueError(f"{name}: expected a path, got {path!r}")
     if config.seed >= 2**63:
         raise ValueError(f"seed: expected less than 2**63, got {config.seed}")
     for name, value, choices in (

@@ -84,7 +84,7 @@ def processes(config: TrainConfig) -> tuple[int, int]:
 
 
 def launch(config: TrainConfig) -> Fabric:
-    """Start or join the processes of the run."""
+    """Start or join the processes of the run. Raises ValueError if Fabric refuses the settings."""
     from lightning_fabric import Fabric  # takes seconds: imported after the checks
     from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
@@ -95,13 +95,17 @@ def launch(config: TrainConfig) -> Fabric:
         strategy = DDPStrategy(gradient_as_bucket_view=True)
     else:
         strategy = "auto"
-    fabric = Fabric(
-        accelerator=config.accelerator,
-        devices=devices,
-        num_nodes=nodes,
-        strategy=strategy,
-        precision=config.precision,
-    )
+    try:
+        fabric = Fabric(
+            accelerator=config.accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy=strategy,
+            precision=config.precision,
+        )
+    except Exception as error:  # Fabric raises many unrelated types
+        given = f"{config.accelerator}, {devices}, {config.precision}"
+        raise ValueError(f"accelerator, devices, precision: {given} cannot be used: {error}") from error
     fabric.launch()
     return fabric
 

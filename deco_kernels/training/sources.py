@@ -7,6 +7,7 @@ random access by index.
 from __future__ import annotations
 
 import contextlib
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from deco_kernels.training import paths
 from deco_kernels.training.config import DataConfig
 from deco_kernels.training.images import open_image, upright_size
 
+_PATHS_AND_BYTES = ("string", "large_string", "binary", "large_binary")
 SCAN_PROCESSES_FROM = 10_000  # images; for fewer, starting processes takes longer than it saves
 
 
@@ -143,14 +145,17 @@ def _open_files(config: DataConfig, target: str) -> Source:
     builder = "webdataset" if config.kind == "webdataset" else paths.TABLE_FORMATS[Path(files[0]).suffix.lower()]
     try:
         rows = datasets.load_dataset(builder, data_files=files, split="train", cache_dir=config.cache_dir)
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"data.path: {config.path} is not readable: {error.__cause__ or error}") from error
+    except (datasets.exceptions.DatasetGenerationError, ValueError, tarfile.TarError) as error:
+        raise ValueError(
+            f"data.path: {config.path} is not readable or holds no image: {error.__cause__ or error}"
+        ) from error
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
     columns = {name: list(feature) if isinstance(feature, dict) else [] for name, feature in rows.features.items()}
     images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     image_column = paths.image_column(config, columns, images)
+    _check_images(rows.features[image_column], image_column, config)
     wanted = config.label_column if target == "label" else config.caption_column
     if not paths.has_column(columns, wanted):
         raise paths.missing_column({f"data.{target}_column": wanted}, columns)
@@ -161,11 +166,44 @@ def _open_files(config: DataConfig, target: str) -> Source:
         rows, values = rows.select(np.flatnonzero(usable)), values[usable]
     base = Path(files[0]).resolve().parent
     if target == "caption":
+        _check_captions(values, config)
         return Source(rows, image_column, base, caption_column=wanted, left_out=left_out)
+    return Source(rows, image_column, base, _labels(values, config), left_out=left_out)
+
+
+def _check_images(feature: Any, column: str, config: DataConfig) -> None:
+    """Raise ValueError unless a column holds paths or bytes: open() takes an integer for an open file."""
+    kind = getattr(feature, "dtype", None)
+    if not isinstance(feature, datasets.Image | dict) and kind not in _PATHS_AND_BYTES:
+        raise ValueError(
+            f"data.image_column: expected paths or bytes of images in column {column!r} of {config.path}, got {feature}"
+        )
+
+
+def _labels(values: Any, config: DataConfig) -> np.ndarray:
+    """Labels int64 of a column of whole numbers, or of class names, of which they are the sorted positions."""
     labels = values.to_numpy()
-    if labels.dtype.kind not in "iuf":  # class names; the labels are their sorted positions
+    if labels.dtype.kind == "f":
+        wrong = labels[~(np.abs(labels) < 2**53) | (labels != np.floor(labels))]
+    else:
+        wrong = labels[:1] if len(labels) and isinstance(labels[0], np.ndarray | list | dict) else labels[:0]
+    if len(wrong):
+        raise ValueError(
+            f"data.label_column: expected whole numbers or names in column {config.label_column!r} of {config.path}, "
+            f"got {wrong[0]}"
+        )
+    if labels.dtype.kind not in "iuf":
         labels = np.unique(labels.astype(str), return_inverse=True)[1]
-    return Source(rows, image_column, base, labels.astype(np.int64), left_out=left_out)
+    return labels.astype(np.int64)
+
+
+def _check_captions(values: Any, config: DataConfig) -> None:
+    """Raise ValueError unless a column holds texts."""
+    if len(values) and not isinstance(values.iloc[0], str):
+        raise ValueError(
+            f"data.caption_column: expected texts in column {config.caption_column!r} of {config.path}, "
+            f"got {values.iloc[0]!r}"
+        )
 
 
 def _field(row: dict[str, Any], column: str) -> Any:

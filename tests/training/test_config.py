@@ -61,6 +61,8 @@ def test_file_then_overrides_over_defaults(file):
         ("sample.every=-1", "sample.every: expected at least 0, got -1"),
         ("steps", "expected key=value, got 'steps'"),
         ("optimizer=3", "optimizer"),
+        ("model.options=[1]", "command line: model.options: Cannot merge"),
+        ("out=''", "out: expected a path, got ''"),
         ("out=[", "override: the value of 'out=[' is not valid YAML; quote it"),
         ("data.path=*.csv", "override: the value of 'data.path=*.csv' is not valid YAML; quote it"),
     ],

@@ -108,6 +108,7 @@ def test_backend_reference_gives_the_same_run(trainer, class_folders, tmp_path):
             "repa.teacher: expected a folder",
         ),
         (["init_from=/nowhere.ckpt"], "init_from: expected a checkpoint file at /nowhere.ckpt, found nothing"),
+        (["accelerator=mps"], "accelerator, devices, precision: mps, 1, 32-true cannot be used: `MPSAcc"),
         (["sample.every=10", "sample.solver=rk4"], "error: sample.solver: expected one of"),
         (["sample.every=10", "sample.labels=[1,2]"], "sample.labels: expected classes of the model, from 0"),
         (["optimizer.lr=1e30", "steps=3"], "the loss of step"),

@@ -145,6 +145,43 @@ def test_shards(tmp_path):
     assert read(open_source(given, "caption"))[4][1] == "gray 110"
 
 
+@pytest.mark.parametrize(
+    ("columns", "target", "said"),
+    [
+        ({"image": ["a.jpg"], "label": [0.5]}, "label", "data.label_column: expected whole numbers or names in column"),
+        ({"image": ["a.jpg"], "label": [np.inf]}, "label", "got inf"),
+        ({"image": ["a.jpg"], "label": [1e20]}, "label", r"got 1e\+20"),
+        ({"image": ["a.jpg"], "label": [[1]]}, "label", r"got \[1\]"),
+        ({"image": ["a.jpg"], "caption": [3]}, "caption", "data.caption_column: expected texts in column 'caption'"),
+        ({"image": ["a.jpg"], "caption": [["a"]]}, "caption", r"got array\(\['a'\]"),
+        ({"image": [5], "label": [1]}, "label", "data.image_column: expected paths or bytes of images in column"),
+    ],
+)
+def test_columns_of_another_kind(tmp_path, columns, target, said):
+    """Numbers are no paths: open() would read the open file of that number."""
+    table = write_table(tmp_path / "table.parquet", columns)
+    with pytest.raises(ValueError, match=said):
+        open_source(configure(tmp_path, "table", table), target)
+
+
+def test_whole_numbers_as_floats_are_labels(tmp_path):
+    table = write_table(tmp_path / "table.csv", {"image": ["a.jpg", "b.jpg", "c.jpg"], "label": [1, "", 0]})
+    assert open_source(configure(tmp_path, "table", table), "label").labels.tolist() == [1, 0]
+
+
+def test_a_cut_shard_is_not_readable(tmp_path):
+    shard = tmp_path / "0.tar"
+    with tarfile.open(shard, "w") as tar:
+        info = tarfile.TarInfo("0.png")
+        info.size = len(flat_image(0))
+        tar.addfile(info, io.BytesIO(flat_image(0)))
+    shard.write_bytes(shard.read_bytes()[:600])
+    with pytest.raises(
+        ValueError, match="data.path: .*0.tar is not readable or holds no image: unexpected end of data"
+    ):
+        open_source(configure(tmp_path, "webdataset", shard), "label")
+
+
 def test_sizes_from_headers(tmp_path):
     write_images(tmp_path / "ant", 1, size=(50, 30))
     (tmp_path / "ant" / "broken.jpg").write_bytes(b"\xff\xd8 no more")
