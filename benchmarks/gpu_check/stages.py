@@ -113,15 +113,8 @@ def _benchmark(machine: Machine, name: str, seconds: int, *arguments: str) -> St
 
 
 def _tests(name: str, seconds: int, *arguments: str) -> Step:
-    plugin = [
-        "-p",
-        "benchmarks.gpu_check.streamed_tests",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "console_output_style=classic",
-    ]
-    command = _module("pytest", "-q", "-m", "gpu", *plugin, *arguments)
+    options = "-q -m gpu -p benchmarks.gpu_check.streamed_tests -p no:cacheprovider -o console_output_style=classic"
+    command = _module("pytest", *options.split(), *arguments)
     return Step(name, "tests marked gpu", command, seconds, missing=_lacking_package("pytest"))
 
 
