@@ -52,7 +52,7 @@ class Journal:
         return entry
 
     def having(self, kind: str) -> list[dict[str, Any]]:
-        """The entries with the key `kind`: "test", "benchmark", "kernel", "probe", "ended" and others."""
+        """The entries with the key `kind`: "test", "benchmark", "cache" (compiled kernels), "probe", "ended"."""
         return [entry for entry in self.entries if kind in entry]
 
 

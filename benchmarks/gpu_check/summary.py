@@ -45,7 +45,7 @@ def _tests(journal: Journal) -> str:
 
 def _kernels(journal: Journal) -> str:
     """The Triton kernels that were compiled on this machine."""
-    kernels = journal.having("kernel")
+    kernels = journal.having("cache")
     if not kernels:
         return ""
     missed = [kernel for kernel in kernels if kernel["cache"] != "hit"]

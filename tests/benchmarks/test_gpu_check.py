@@ -130,6 +130,8 @@ def names_of(*stage_names: str) -> list[str]:
 def test_all_stages_run_and_the_report_is_written_and_printed(pretended_gpu, out, capsys):
     pretended_gpu.measured = True
     pretended_gpu.lines["probes"] = json.dumps({"probe": "FFMA", "cycles": 1.05, "modeled": 1.0})
+    timed = {"kernel": "sums_kernel", "architecture": "sm_90", "modelled_ms": None, "measured_ms": 1.0}
+    pretended_gpu.lines["kernels"] = json.dumps({"benchmark": "kernels", **timed})
     assert gpu_check.main([]) == 0
     assert list(ended(out)) == names_of("first", "second", "third")
     assert "said by tests" in ended(out)["tests"]["output"]
