@@ -1,6 +1,13 @@
 """Names used in result files: parts, passes and contenders. Imports nothing, so that reports need no PyTorch."""
 
-OPS = ("pixel_decoder", "pixel_decoder_from_tokens", "upsample_modulate", "adaln_block", "flow_matching_loss")
+OPS = (
+    "pixel_decoder",
+    "pixel_decoder_from_tokens",
+    "upsample_modulate",
+    "adaln_block",
+    "flow_matching_loss",
+    "pixel_decoder_loss",
+)
 EXTRAS = ("avx2", "memory", "overhead", "import")
 ON_REQUEST = ("scaling", "end_to_end", "kernels")  # parts that run only when named or with --full
 DTYPES = ("float32", "bfloat16", "float16")
@@ -18,4 +25,6 @@ COMPILED = "compiled"
 AUTOTUNED = "compiled_max_autotune"
 COMPILE_MODES = {COMPILED: "default", AUTOTUNED: "max-autotune-no-cudagraphs"}
 LIGER = "liger"
+REFERENCE = "reference"
+TWO_OPS = " two ops"  # after the name of a backend
 LIMIT = "limit"  # end to end: without decoder and loss

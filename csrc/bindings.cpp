@@ -7,6 +7,7 @@
 #include "deco/isa.h"
 #include "deco/pixel_decoder.h"
 #include "deco/pixel_decoder_from_tokens.h"
+#include "deco/pixel_decoder_loss.h"
 #include "deco/upsample_modulate.h"
 #include "descriptions.h"
 
@@ -55,6 +56,7 @@ PYBIND11_MODULE(_native_cpu, m) {
   bind(m, "pixel_decoder_forward", &pixel_decoder_forward);
   bind(m, "pixel_decoder_backward", &pixel_decoder_backward);
   bind(m, "pixel_decoder_from_tokens_forward", &pixel_decoder_from_tokens_forward);
+  bind(m, "pixel_decoder_loss", &pixel_decoder_loss);
   bind(m, "upsample_modulate_forward", &upsample_modulate_forward);
   bind(m, "upsample_modulate_backward", &upsample_modulate_backward);
   bind(m, "flow_matching_loss_forward", &with_workspace<FlowMatchingLossForward, flow_matching_loss_forward>);

@@ -23,6 +23,7 @@ CPU_FUNCTIONS = (
     "pixel_decoder_forward",
     "pixel_decoder_backward",
     "pixel_decoder_from_tokens_forward",
+    "pixel_decoder_loss",
     "upsample_modulate_forward",
     "upsample_modulate_backward",
     "flow_matching_loss_forward",

@@ -88,6 +88,17 @@ class Loss(NamedTuple):
     sample_weight: Annotated[Tensor | None, "[B]", KEPT]
 
 
+class PixelDecoderLoss(NamedTuple):
+    """C is 3."""
+
+    image: Annotated[Tensor, "[B, C, H, W]", KEPT]
+    cond: Annotated[Tensor, "[..., P, D]", ACTIVATION]
+    target: Annotated[Tensor, "[B, C, H, W]", KEPT]
+    weights: DecoderWeights
+    frequency_weight: Annotated[Tensor, "[3, 8, 8]", KEPT]
+    sample_weight: Annotated[Tensor | None, "[B]", KEPT]
+
+
 # --- values derived from the descriptions ----------------------------------------------------------------------------
 
 Group = TypeVar("Group", bound=tuple[Any, ...])
@@ -175,6 +186,7 @@ OPS = {
     "upsample_modulate": _op(UpsampleModulate, "h", "tokens", blocks=False),
     "pixel_decoder": _op(PixelDecoder, "image", "cond", "norm_weight"),
     "pixel_decoder_from_tokens": _op(PixelDecoderFromTokens, "image", "tokens", "pixel_table", "norm_weight"),
+    "pixel_decoder_loss": _op(PixelDecoderLoss, "image", "cond", "norm_weight"),
     "flow_matching_loss": _op(Loss, "pred"),
     "frequency_loss": _op(Loss, "pred"),
 }

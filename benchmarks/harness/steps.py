@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 
-from benchmarks.names import BEST_EAGER, COMPILE_MODES, PUBLISHED
+from benchmarks.names import BEST_EAGER, COMPILE_MODES, PUBLISHED, REFERENCE, TWO_OPS
 from benchmarks.ops.problem import Operands, Outputs, Problem, Tensors
 from benchmarks.ops.sizes import Size
 
@@ -24,18 +25,19 @@ def contenders_of(
     problem: Problem, size: Size, backends: tuple[str, ...], compiled: tuple[str, ...] = ()
 ) -> list[Contender]:
     """The eager formulations, the published one compiled in the given modes (keys of COMPILE_MODES), and the op on each
-    backend."""
+    backend, with the two ops that it joins if it is `one_pass`."""
     found = [Contender(PUBLISHED, lambda tensors: problem.published(tensors, size), eager=True)]
     if problem.has_best_eager:
         found.append(Contender(BEST_EAGER, lambda tensors: problem.best_eager(tensors, size), eager=True))
     for name in compiled:
         call = torch.compile(found[0].call, dynamic=False, mode=COMPILE_MODES[name])
         found.append(Contender(name, call, eager=True))
-    return found + [_fused(problem, size, backend) for backend in backends]
-
-
-def _fused(problem: Problem, size: Size, backend: str) -> Contender:
-    return Contender(backend, lambda tensors: problem.fused(tensors, size, backend), eager=False)
+    for backend in backends:
+        found.append(Contender(backend, functools.partial(problem.fused, size=size, backend=backend), eager=False))
+        if problem.one_pass and backend != REFERENCE:
+            two_ops = functools.partial(problem.two_ops, size=size, backend=backend)
+            found.append(Contender(backend + TWO_OPS, two_ops, eager=False))
+    return found
 
 
 class Step:

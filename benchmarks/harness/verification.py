@@ -98,9 +98,10 @@ def _check_against_float64(found, problem, size, dtype, device, training, conten
         rows = []
         for result in results:
             pairs = [tuple(values[result] for values in sample(number)) for number in range(count)]
-            gradient = kind_of(result) == "gradient"
-            rule_dtype = dtype if gradient else problem.output_dtype(dtype)
-            rows.append(compare_tensors(result, results[result], *pairs, dtype=rule_dtype, gradient=gradient))
+            gradient, mean = kind_of(result) == "gradient", results[result].dim() == 0
+            rule_dtype = dtype if gradient or problem.autocast else problem.output_dtype(dtype)
+            rule = {"dtype": rule_dtype, "gradient": gradient, "mean": mean}
+            rows.append(compare_tensors(result, results[result], *pairs, **rule))
         return rows
 
     exact = sample(0)[1]

@@ -33,10 +33,7 @@ class FlowMatchingLoss(Problem):
         return torch.float32
 
     def multiply_adds(self, size: Size, training: bool) -> int:
-        """Per pixel of the difference: the 3x3 color matrix, then two 8-point DCTs per channel as dense matmuls on the
-        padded size. The gradient applies the transposes of both."""
-        padded = size.batch * _padded(size.height) * _padded(size.width)
-        return (9 * size.pixels + 3 * 2 * BLOCK * padded) * (2 if training else 1)
+        return loss_multiply_adds(size, training)
 
     def make_weights(self, size: Size, generator: torch.Generator) -> Tensors:
         return {"frequency_weight": ops.jpeg_frequency_weight(device=generator.device)}
@@ -76,6 +73,13 @@ class FlowMatchingLoss(Problem):
             [True, False, False, False],
         )
         return gradients[:1]
+
+
+def loss_multiply_adds(size: Size, training: bool) -> int:
+    """Per pixel of the difference: the 3x3 color matrix, then two 8-point DCTs per channel as dense matmuls on the
+    padded size. The gradient applies the transposes of both."""
+    padded = size.batch * _padded(size.height) * _padded(size.width)
+    return (9 * size.pixels + 3 * 2 * BLOCK * padded) * (2 if training else 1)
 
 
 def _padded(side: int) -> int:

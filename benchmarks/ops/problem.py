@@ -47,6 +47,7 @@ class Problem:
     constants: tuple[str, ...] = ()  # weights that are not trained
     autocast = True  # whether eager PyTorch runs this part under autocast
     has_backward_alone = False  # whether the backward operator gets a separate row
+    one_pass = False  # whether the forward also computes the gradients, which it keeps
 
     def arguments(self, size: Size) -> Shapes:
         """Shapes of the op's tensor arguments, in the order of its signature."""
@@ -83,6 +84,10 @@ class Problem:
         """The public op."""
         function = getattr(ops, self.op)
         return _as_tuple(function(**self.given(tensors, size), **self.options(size), backend=backend))
+
+    def two_ops(self, tensors: Tensors, size: Size, backend: str) -> Outputs:
+        """The two ops that a `one_pass` op joins."""
+        raise NotImplementedError
 
     def given(self, tensors: Tensors, size: Size) -> dict[str, torch.Tensor | None]:
         """The op's arguments from `tensors`, in the order of its signature."""
@@ -146,7 +151,8 @@ class Problem:
 
     def bytes_moved(self, size: Size, dtype: torch.dtype, training: bool) -> int:
         """Bytes that a fully fused implementation must move: the forward pass reads every argument and writes every
-        output; the backward pass reads arguments and incoming gradients and writes the gradients."""
+        output; the backward pass reads arguments and incoming gradients and writes the gradients. An op with `one_pass`
+        writes the gradients in the forward, then reads and writes them in the backward."""
         arguments = {
             name: math.prod(shape) * self.dtype_of(name, dtype).itemsize for name, shape in self.arguments(size).items()
         }
@@ -159,7 +165,7 @@ class Problem:
             for name, count in arguments.items()
             if name in self.trained or (name not in self.activations and name not in self.constants)
         )
-        return 2 * forward + gradients
+        return forward + 3 * gradients if self.one_pass else 2 * forward + gradients
 
 
 def _as_tuple(outputs: torch.Tensor | Outputs) -> Outputs:

@@ -80,7 +80,7 @@ def size_of(text: str, op: str) -> Size:
             raise ValueError(f"size {text!r}: expected SYMBOL=positive integer with {', '.join(SYMBOLS)}, got {item!r}")
         values[SYMBOLS[symbol]] = int(value)
     size = Size(**values)
-    if op == "flow_matching_loss" and size.channels != 3:
+    if "loss" in op and size.channels != 3:
         raise ValueError(f"size {text!r}: the losses are for C=3 channels, got C={size.channels}")
     if size.height % size.patch_size or size.width % size.patch_size:
         raise ValueError(f"size {text!r}: H and W must be divisible by p={size.patch_size}")

@@ -228,11 +228,10 @@ void forward_block(const BlockWeights<Operand>& w, float eps, const typename Ope
     residual_strip<kKeep, Operand, D, T>(w, silu_cond, h, pixel, tile);
 }
 
-// velocity = W_head LayerNorm(h) + b_head, with W_head [C][D].
-template <int D, int T>
-void head(int channels, const float* weight, const float* bias, float eps, const float (*h)[T], int pixels, float* mean,
-          float* rstd, float (*velocity)[T]) {
-  layer_norm_statistics<D, T>(h, eps, pixels, mean, rstd);
+// velocity = W_head normalized + b_head, with W_head [C][D]; normalized(d, p) is channel d of the vector at pixel p.
+template <int D, int T, class Normalized>
+DECO_INLINE void head_matmul(int channels, const float* weight, const float* bias, int pixels, Normalized&& normalized,
+                             float (*velocity)[T]) {
   with_channels(channels, [&](auto count) {
     constexpr int C = count;
     for (int pixel = 0; pixel < pixels; pixel += kStrip) {
@@ -240,15 +239,24 @@ void head(int channels, const float* weight, const float* bias, float eps, const
       unroll<C>([&](auto c) DECO_INLINE_LAMBDA { sums[2 * c] = sums[2 * c + 1] = broadcast(bias[c]); });
       for (int d = 0; d < D; ++d)
         unroll<2>([&](auto v) DECO_INLINE_LAMBDA {
-          const int p = pixel + v * kLanes;
-          const VecF normalized = (load(&h[d][p]) - load(mean + p)) * load(rstd + p);
+          const VecF x = normalized(d, pixel + v * kLanes);
           unroll<C>([&](auto c) DECO_INLINE_LAMBDA {
-            sums[2 * c + v] = fma(broadcast(weight[c * D + d]), normalized, sums[2 * c + v]);
+            sums[2 * c + v] = fma(broadcast(weight[c * D + d]), x, sums[2 * c + v]);
           });
         });
       unroll<2 * C>([&](auto i) DECO_INLINE_LAMBDA { store(&velocity[i / 2][pixel + i % 2 * kLanes], sums[i]); });
     }
   });
+}
+
+// velocity = W_head LayerNorm(h) + b_head
+template <int D, int T>
+void head(int channels, const float* weight, const float* bias, float eps, const float (*h)[T], int pixels, float* mean,
+          float* rstd, float (*velocity)[T]) {
+  layer_norm_statistics<D, T>(h, eps, pixels, mean, rstd);
+  const auto normalized = [&](int d, int p)
+                              DECO_INLINE_LAMBDA { return (load(&h[d][p]) - load(mean + p)) * load(rstd + p); };
+  head_matmul<D, T>(channels, weight, bias, pixels, normalized, velocity);
 }
 
 // Working memory of one thread in the forward.

@@ -103,16 +103,24 @@ const typename Operand::Element* take_transposed(Arena& arena, const Array& from
   }
 }
 
+// Order of the pixels of a patch in the table's panels: consecutive, repeated where a patch has fewer than T pixels.
+struct RowOrder {
+  int pixels;
+
+  int pixel_at(int place) const { return place % pixels; }
+  int place_of(int pixel) const { return pixel; }
+};
+
 // pixel_table [P][D] -> [panels][D][T].
-template <int D, int T>
-void make_table(float* table, int panels, const Array& pixel_table, int pixels) {
+template <int D, int T, class Order>
+void make_table(float* table, int panels, const Array& pixel_table, Order order) {
   with_dtype(pixel_table.dtype, [&](auto dtype) {
     for (int panel = 0; panel < panels; ++panel, table += D * T)
       for (int first = 0; first < T; first += kLanes)
         for (int d = 0; d < D; d += kLanes) {
           VecF square[kLanes];
           unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA {
-            const int pixel = (panel * T + first + i) % pixels;
+            const int pixel = order.pixel_at(panel * T + first + i);
             square[i] = load_as<dtype.value>(pixel_table.data, int64_t{pixel} * D + d);
           });
           transpose(square);
@@ -173,9 +181,9 @@ void take_transposed_block_weights(Arena& arena, const BlockWeightArrays& from, 
     blocks[n] = {mod + n * 3 * D * D / kPack, fc1 + n * D * D / kPack, fc2 + n * D * D / kPack};
 }
 
-template <class Operand, int D, int T>
+template <class Operand, int D, int T, class Order>
 void take_decoder_weights(Arena& arena, const DecoderWeightArrays& from, const DecoderShape& shape, float eps,
-                          DType activation, DecoderWeights<Operand, T>& weights) {
+                          DType activation, Order order, DecoderWeights<Operand, T>& weights) {
   const int pixels = shape.pixels_per_token();
   weights.depth = shape.depth;
   weights.channels = shape.channels;
@@ -187,7 +195,14 @@ void take_decoder_weights(Arena& arena, const DecoderWeightArrays& from, const D
   weights.panels = pixels > T ? pixels / T : 1;
   float* table = arena.take<float>(int64_t{weights.panels} * D * T);
   weights.table = table;
-  if (!arena.counts_only()) make_table<D, T>(table, weights.panels, from.pixel_table, pixels);
+  if (!arena.counts_only()) make_table<D, T>(table, weights.panels, from.pixel_table, order);
+}
+
+template <class Operand, int D, int T>
+void take_decoder_weights(Arena& arena, const DecoderWeightArrays& from, const DecoderShape& shape, float eps,
+                          DType activation, DecoderWeights<Operand, T>& weights) {
+  const RowOrder order = {shape.pixels_per_token()};
+  take_decoder_weights<Operand, D, T>(arena, from, shape, eps, activation, order, weights);
 }
 
 }  // namespace deco::cpu::DECO_CPU_ISA

@@ -22,6 +22,7 @@
 #include "deco/flow_matching_loss.h"
 
 #include "cpu/kernel_table.h"
+#include "cpu/loss_sums.h"
 #include "cpu/loss_transform.h"
 #include "cpu/parallel.h"
 
@@ -36,11 +37,9 @@ template <DType kDType, bool kNegative, bool kStreaming>
 void write_row(const Planes& rgb, const Planes& ycbcr, int r, int columns, float pixel_factor, void* const (&to)[3]) {
   const VecF a = broadcast(pixel_factor);
   for (int x = 0; x < columns; x += kLanes) {
-    const VecF y = load(&ycbcr.channel[0][r][x]), cb = load(&ycbcr.channel[1][r][x]),
-               cr = load(&ycbcr.channel[2][r][x]);
-    const VecF color[3] = {fma(y, broadcast(kLumaR), fma(cb, broadcast(kCbR), cr)),
-                           fma(cb, broadcast(kCbG), fma(cr, broadcast(kCrG), y)),
-                           fma(y, broadcast(kLumaB), fma(cr, broadcast(kCrB), cb))};
+    VecF color[3];
+    transposed_color(load(&ycbcr.channel[0][r][x]), load(&ycbcr.channel[1][r][x]), load(&ycbcr.channel[2][r][x]),
+                     color);
     unroll<3>([&](auto c) DECO_INLINE_LAMBDA {
       VecF value = fma(a, load(&rgb.channel[c][r][x]), color[c]);
       if constexpr (kNegative) value = broadcast(0.0f) - value;
@@ -119,39 +118,9 @@ class GradientWriter {
 
 // ---- forward ------------------------------------------------------------------------------------------------------
 
-// Sums over all pixels of one sample: of d^2, and of W (F R M d)^2.
-struct SampleSums {
-  double pixel, frequency;
-};
-
-// Sums of one sample over all parts; `sums` is [parts][B].
-SampleSums total_of(const SampleSums* sums, int64_t batch, int parts, int64_t sample) {
-  SampleSums total = {0.0, 0.0};
-  for (int part = 0; part < parts; ++part) {
-    total.pixel += sums[part * batch + sample].pixel;
-    total.frequency += sums[part * batch + sample].frequency;
-  }
-  return total;
-}
-
-// 1 / (B * elements per sample), without and with padding; zeros for an empty batch.
-struct Normalization {
-  double pixel = 0.0, frequency = 0.0;
-
-  explicit Normalization(const FlowMatchingLossInputs& inputs) {
-    if (inputs.batch == 0) return;
-    const double planes = 3.0 * inputs.batch;
-    pixel = 1.0 / (planes * inputs.height * inputs.width);
-    frequency = 1.0 / (planes * round_up(inputs.height, kBlock) * round_up(inputs.width, kBlock));
-  }
-};
-
-double weight_of(const FlowMatchingLossInputs& inputs, int64_t sample) {
-  return inputs.sample_weight == nullptr ? 1.0 : inputs.sample_weight[sample];
-}
-
-void write_loss(float* loss, double value) {
-  if (loss != nullptr) *loss = static_cast<float>(value);
+Normalization normalization_of(const FlowMatchingLossInputs& inputs) {
+  const int64_t padded = round_up(inputs.height, kBlock) * round_up(inputs.width, kBlock);
+  return Normalization(inputs.batch, inputs.height * inputs.width, padded);
 }
 
 }  // namespace
@@ -177,16 +146,8 @@ void flow_matching_loss_forward(const FlowMatchingLossForward& call) {
     }
   });
 
-  const Normalization normalization(inputs);
-  double pixel = 0.0, frequency = 0.0;
-  for (int64_t b = 0; b < inputs.batch; ++b) {
-    const SampleSums total = total_of(sums, inputs.batch, parts, b);
-    pixel += weight_of(inputs, b) * normalization.pixel * total.pixel;
-    frequency += weight_of(inputs, b) * normalization.frequency * total.frequency;
-  }
-  write_loss(call.total, pixel + call.frequency_scale * frequency);
-  write_loss(call.pixel, pixel);
-  write_loss(call.frequency, frequency);
+  write_losses(sums, inputs.batch, parts, inputs.sample_weight, normalization_of(inputs), call.frequency_scale,
+               call.total, call.pixel, call.frequency);
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------------
@@ -213,8 +174,8 @@ struct BackwardPlan {
         images(inputs, tiling),
         pred_writer(c.grad_pred, inputs),
         target_writer(c.grad_target, inputs),
-        pixel_factor(c.grad_pixel * Normalization(inputs).pixel),
-        frequency_factor(c.grad_frequency * Normalization(inputs).frequency),
+        pixel_factor(c.grad_pixel * normalization_of(inputs).pixel),
+        frequency_factor(c.grad_frequency * normalization_of(inputs).frequency),
         parts(part_count(tiling.count(), inputs.threads)),
         sample_sums(reinterpret_cast<SampleSums*>(inputs.workspace)),
         frequency_sums(inputs.workspace + 2 * inputs.batch * parts) {}
@@ -229,7 +190,7 @@ class BackwardWorker {
   BackwardWorker(const BackwardPlan& plan, int part) : plan_(plan), part_(part) {}
 
   void process(const Tile& tile) {
-    const double weight = weight_of(plan_.inputs, tile.sample);
+    const double weight = weight_of(plan_.inputs.sample_weight, tile.sample);
     plan_.images.read(tile, rgb_, ycbcr_);
     reflect_columns(tile, ycbcr_);
     if (plan_.call.grad_pixel == 0.0) clear(tile, rgb_);  // 0 times an infinite difference would be NaN
@@ -295,20 +256,10 @@ void flow_matching_loss_backward(const FlowMatchingLossBackward& call) {
     for (int64_t i = range.begin; i < range.end; ++i) worker.process(plan.tiling[i]);
   });
 
-  if (call.grad_sample_weight != nullptr) {
-    for (int64_t b = 0; b < call.inputs.batch; ++b) {
-      const SampleSums total = total_of(plan.sample_sums, call.inputs.batch, plan.parts, b);
-      call.grad_sample_weight[b] =
-          static_cast<float>(plan.pixel_factor * total.pixel + plan.frequency_factor * total.frequency);
-    }
-  }
-  if (call.grad_frequency_weight != nullptr) {
-    for (int k = 0; k < 3 * kFrequencies; ++k) {
-      double sum = 0.0;
-      for (int part = 0; part < plan.parts; ++part) sum += plan.frequency_sums[part * 3 * kFrequencies + k];
-      call.grad_frequency_weight[k] = static_cast<float>(plan.frequency_factor * sum);
-    }
-  }
+  write_grad_sample_weight(plan.sample_sums, call.inputs.batch, plan.parts, plan.pixel_factor, plan.frequency_factor,
+                           call.grad_sample_weight);
+  write_grad_frequency_weight(plan.frequency_sums, 3 * kFrequencies, plan.parts, plan.frequency_factor,
+                              call.grad_frequency_weight);
 }
 
 }  // namespace deco::cpu::DECO_CPU_ISA

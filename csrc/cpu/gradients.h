@@ -82,19 +82,21 @@ void add_query_head_parts(const QueryHeadGradients<D>* gradients, int channels, 
 }
 
 // Gradient of pixel_table [P][D] from sums [panels][D][T] per part; with P < T several columns belong to one pixel.
-template <int D, int T>
-void add_table_parts(const float* sums, int panels, int parts, int pixels, const Array& to) {
+template <int D, int T, class Order>
+void add_table_parts(const float* sums, int panels, int parts, int pixels, Order order, const Array& to) {
   if (to.data == nullptr) return;
   const int64_t stride = int64_t{panels} * D * T;
-  for (int pixel = 0; pixel < pixels; ++pixel)
+  for (int pixel = 0; pixel < pixels; ++pixel) {
+    const int place = order.place_of(pixel);
     for (int d = 0; d < D; ++d) {
       float total = 0.0f;
       for (int part = 0; part < parts; ++part) {
-        const float* row = sums + part * stride + pixel / T * D * T + d * T;
-        for (int column = pixel % T; column < T; column += pixels) total += row[column];
+        const float* row = sums + part * stride + place / T * D * T + d * T;
+        for (int column = place % T; column < T; column += pixels) total += row[column];
       }
       store_scalar(to.data, to.dtype, int64_t{pixel} * D + d, total);
     }
+  }
 }
 
 }  // namespace deco::cpu::DECO_CPU_ISA

@@ -9,6 +9,7 @@
   X(pixel_decoder_forward, PixelDecoderForward)                       \
   X(pixel_decoder_backward, PixelDecoderBackward)                     \
   X(pixel_decoder_from_tokens_forward, PixelDecoderFromTokensForward) \
+  X(pixel_decoder_loss, PixelDecoderLoss)                             \
   X(upsample_modulate_forward, UpsampleModulateForward)               \
   X(upsample_modulate_backward, UpsampleModulateBackward)             \
   X(flow_matching_loss_forward, FlowMatchingLossForward)              \

@@ -16,6 +16,20 @@ constexpr float kLumaR = 0.299 / 0.587, kLumaB = 0.114 / 0.587;  // Y  = kLumaR 
 constexpr float kCbR = -0.168736 / 0.5, kCbG = -0.331264 / 0.5;  // Cb = kCbR R + kCbG G + B
 constexpr float kCrG = -0.418688 / 0.5, kCrB = -0.081312 / 0.5;  // Cr = R + kCrG G + kCrB B
 
+// ycbcr = M rgb without kColorScale
+DECO_INLINE void to_ycbcr(VecF red, VecF green, VecF blue, VecF (&ycbcr)[3]) {
+  ycbcr[0] = fma(blue, broadcast(kLumaB), fma(red, broadcast(kLumaR), green));
+  ycbcr[1] = fma(green, broadcast(kCbG), fma(red, broadcast(kCbR), blue));
+  ycbcr[2] = fma(blue, broadcast(kCrB), fma(green, broadcast(kCrG), red));
+}
+
+// color = M' ycbcr without kColorScale
+DECO_INLINE void transposed_color(VecF y, VecF cb, VecF cr, VecF (&color)[3]) {
+  color[0] = fma(y, broadcast(kLumaR), fma(cb, broadcast(kCbR), cr));
+  color[1] = fma(cb, broadcast(kCbG), fma(cr, broadcast(kCrG), y));
+  color[2] = fma(y, broadcast(kLumaB), fma(cr, broadcast(kCrB), cb));
+}
+
 // Three channels of a tile.
 struct Planes {
   alignas(64) float channel[3][kBlock][kPitch];
@@ -102,9 +116,9 @@ void read_row(const RowSource& source, int columns, int r, Planes& rgb, Planes& 
       store(&rgb.channel[1][r][x], green);
       store(&rgb.channel[2][r][x], blue);
     }
-    store(&ycbcr.channel[0][r][x], fma(blue, broadcast(kLumaB), fma(red, broadcast(kLumaR), green)));
-    store(&ycbcr.channel[1][r][x], fma(green, broadcast(kCbG), fma(red, broadcast(kCbR), blue)));
-    store(&ycbcr.channel[2][r][x], fma(blue, broadcast(kCrB), fma(green, broadcast(kCrG), red)));
+    VecF color[3];
+    to_ycbcr(red, green, blue, color);
+    unroll<3>([&](auto c) DECO_INLINE_LAMBDA { store(&ycbcr.channel[c][r][x], color[c]); });
   }
 }
 

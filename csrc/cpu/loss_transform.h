@@ -39,6 +39,7 @@ inline void fill_weights(const float* frequency_weight, float factor, Coefficien
 }
 
 // F: coefficients of the 8x8 blocks at column x; row = horizontal frequency, lane = vertical frequency.
+template <int kPitch>
 DECO_INLINE void load_coefficients(const float (*plane)[kPitch], int x, BlockRow (&block)[kBlock]) {
   unroll<kBlock>([&](auto i) DECO_INLINE_LAMBDA { block[i] = load_row(plane[i] + x); });
   dct(block);
@@ -47,6 +48,7 @@ DECO_INLINE void load_coefficients(const float (*plane)[kPitch], int x, BlockRow
 }
 
 // F'
+template <int kPitch>
 DECO_INLINE void store_transposed(BlockRow (&block)[kBlock], float (*plane)[kPitch], int x) {
   dct_transposed(block);
   transpose_blocks(block);

@@ -15,6 +15,9 @@ from deco_kernels.signatures import DecoderWeights, Group, flat, mapped
 Gradients = tuple[torch.Tensor | None, ...]
 """Gradients of every tensor argument in order; None if not needed."""
 
+Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""(total, pixel, frequency), float32 or float64 scalars."""
+
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -54,6 +57,27 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_contiguous():
         return torch.empty_like(tensor)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which a one-pass op keeps the gradient of a tensor between forward and backward.
+
+    float16 would underflow before a loss scale is applied.
+    """
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
+def empty_kept_gradients(inputs: Sequence[Any], needs: Sequence[bool]) -> Gradients:
+    """`empty_gradients` in the dtypes in which they are kept."""
+    return tuple(
+        torch.empty(tensor.shape, dtype=kept_dtype(tensor.dtype), device=tensor.device) if need else None
+        for tensor, need in zip(flat(inputs), needs, strict=True)
+    )
+
+
+def kept_like(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor in the dtype in which its gradient is kept."""
+    return None if tensor is None else tensor.to(kept_dtype(tensor.dtype))
 
 
 def add_gradients(totals: Gradients, gradients: Gradients) -> None:

@@ -20,6 +20,7 @@ _STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _DOUBLE = frozenset((torch.float64,))
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _STRIDED = torch.strided
+_MIN_SIDE = 5  # sides of 1 to 4 pixels cannot be reflected to 8
 
 
 def check_tensors(op: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -164,6 +165,21 @@ def check_decoder(op: str, tensors: Sequence[torch.Tensor], patch_size: int) -> 
             f"B*(H/p)*(W/p) = {expected}, got {list(sizes['...'])} = {count}; check patch_size and the image's size"
         )
     return patch_size
+
+
+def check_loss_images(op: str, name: str, image: torch.Tensor) -> None:
+    """Check that images [B, C, H, W] have three channels and can be padded to multiples of 8 by reflection."""
+    _, channels, height, width = image.shape
+    if channels != 3:
+        raise ValueError(
+            f"{op}: {name}: expected 3 channels, got {channels}; the frequency loss is defined for RGB images"
+        )
+    for side, size in (("height", height), ("width", width)):
+        if size < _MIN_SIDE:
+            raise ValueError(
+                f"{op}: {name}: expected a {side} of at least {_MIN_SIDE} pixels, got {size}; "
+                "a smaller image cannot be padded to a block of 8 by reflection: enlarge it"
+            )
 
 
 def check_eps(op: str, eps: float) -> float:

@@ -8,8 +8,6 @@ from deco_kernels.backends.support import Request
 from deco_kernels.ops import checks
 from deco_kernels.ops.registry import chosen_backend, define_op
 
-BLOCK = 8
-
 # ITU-T T.81 (JPEG), Annex K, tables K.1 and K.2
 _LUMINANCE = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -140,13 +138,8 @@ def _check(
 ) -> None:
     tensors = (pred, target, frequency_weight) + (() if sample_weight is None else (sample_weight,))
     checks.check_tensors(op, tensors)
-    sizes = checks.check_shapes(op, tensors)
-    for side, size in (("height", sizes["H"]), ("width", sizes["W"])):
-        if size < BLOCK // 2 + 1:
-            raise ValueError(
-                f"{op}: pred: expected a {side} of at least {BLOCK // 2 + 1} pixels, got {size}; "
-                "a smaller image cannot be padded to a block of 8 by reflection: enlarge it"
-            )
+    checks.check_shapes(op, tensors)
+    checks.check_loss_images(op, "pred", pred)
 
 
 # --- operators -------------------------------------------------------------------------------------------------------

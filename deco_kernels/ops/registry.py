@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -177,10 +177,8 @@ def define_op(
         fake: (tensors, options) -> results without data, with the real shapes, dtypes and strides.
         functions: names of forward and backward in that module; they take the tensors in the groups of the description.
     """
-    group, described = OPS[name].group, OPS[name].arguments
-    count = len(described)
-    tensors = [f"Tensor{'?' * argument.optional} {argument.name}" for argument in described]
-    schema = ", ".join([*tensors, *[options] * bool(options), "str backend"])
+    group, count = OPS[name].group, len(OPS[name].arguments)
+    schema = schema_of_arguments(name, options)
 
     def forward(*arguments: Any) -> Any:
         *inputs, backend = arguments
@@ -206,26 +204,47 @@ def define_op(
             for tensor, need in zip(inputs, needs, strict=True)
         )
 
-    def returns(number: int) -> str:
-        return "Tensor" if number == 1 else f"({', '.join(['Tensor'] * number)})"
-
     gradient_schema = ", ".join(f"Tensor grad_{output}" for output in outputs)
-    forward_op = _register(name, f"({schema}) -> {returns(len(outputs))}", forward, fake_forward)
-    backward_op = _register(
+    forward_op = register(name, f"({schema}) -> {schema_of_results(len(outputs))}", forward, fake_forward)
+    backward_op = register(
         f"{name}_backward",
-        f"({gradient_schema}, {schema}, bool[] needs) -> {returns(count)}",
+        f"({gradient_schema}, {schema}, bool[] needs) -> {schema_of_results(count)}",
         backward,
         fake_backward,
     )
     return _differentiable(name, forward_op, backward_op, count)
 
 
-def _register(name: str, schema: str, implementation: Operation, fake: Operation) -> Operation:
+def schema_of_arguments(name: str, options: str) -> str:
+    """Schema of the arguments of op `name`: its tensors, then `options`, then the backend."""
+    tensors = [f"Tensor{'?' * argument.optional} {argument.name}" for argument in OPS[name].arguments]
+    return ", ".join([*tensors, *[options] * bool(options), "str backend"])
+
+
+def schema_of_results(number: int) -> str:
+    return "Tensor" if number == 1 else f"({', '.join(['Tensor'] * number)})"
+
+
+def register(name: str, schema: str, implementation: Operation, fake: Operation) -> Operation:
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     operator: Operation = getattr(getattr(torch.ops, NAMESPACE), name).default
     return operator
+
+
+def refuse_second_derivatives(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{name}: second derivatives are not implemented; differentiate once, without create_graph=True, "
+        "or build the computation from plain PyTorch operations"
+    )
+
+
+def refuse_forward_mode(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{name}: forward-mode derivatives (jvp) are not implemented; use reverse mode, such as backward() or "
+        "torch.func.vjp, or build the computation from plain PyTorch operations"
+    )
 
 
 def _differentiable(name: str, forward_op: Operation, backward_op: Operation, tensor_count: int) -> Operation:
@@ -248,10 +267,7 @@ def _differentiable(name: str, forward_op: Operation, backward_op: Operation, te
 
         @staticmethod
         def backward(ctx: Any, *gradients: torch.Tensor) -> None:
-            raise NotImplementedError(
-                f"{name}: second derivatives are not implemented; differentiate once, without create_graph=True, "
-                "or build the computation from plain PyTorch operations"
-            )
+            refuse_second_derivatives(name)
 
     class Forward(torch.autograd.Function):
         generate_vmap_rule = True
@@ -280,10 +296,7 @@ def _differentiable(name: str, forward_op: Operation, backward_op: Operation, te
 
         @staticmethod
         def jvp(ctx: Any, *tangents: torch.Tensor) -> None:
-            raise NotImplementedError(
-                f"{name}: forward-mode derivatives (jvp) are not implemented; use reverse mode, such as backward() or "
-                "torch.func.vjp, or build the computation from plain PyTorch operations"
-            )
+            refuse_forward_mode(name)
 
     def apply(*arguments: Any) -> Any:
         compiling = torch.compiler.is_compiling()

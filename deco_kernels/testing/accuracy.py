@@ -80,16 +80,22 @@ def eager(op: str, tensors: dict[str, torch.Tensor | None], options: dict[str, i
     if op in LOSSES:
         tensors = {name: None if t is None else t.to(_loss_dtype(t)) for name, t in tensors.items()}
         return formula(*tensors.values(), *options.values())
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    activation = next(given[name] for name in ("cond", "tokens", "h") if name in given)
+    activation = _activation(tensors)
+    assert activation is not None
     group = OPS[op].group
     if activation.dtype in (torch.float32, torch.float64):
-        inputs = grouped(group, (tensor.to(activation.dtype) for tensor in given.values()))
-        return formula(*inputs, *options.values())
-    if "pixel_table" in given:
-        given["pixel_table"] = given["pixel_table"].to(activation.dtype)
+        converted = (None if tensor is None else tensor.to(activation.dtype) for tensor in tensors.values())
+        return formula(*grouped(group, converted), *options.values())
+    table = tensors.get("pixel_table")
+    if table is not None:
+        tensors = {**tensors, "pixel_table": table.to(activation.dtype)}
     with torch.autocast(activation.device.type, activation.dtype):
-        return formula(*grouped(group, given.values()), *options.values())
+        return formula(*grouped(group, tensors.values()), *options.values())
+
+
+def _activation(tensors: dict[str, torch.Tensor | None]) -> torch.Tensor | None:
+    """The argument whose dtype is the activation dtype; None for the losses of a given prediction."""
+    return next((tensors[name] for name in ("cond", "tokens", "h") if name in tensors), None)
 
 
 def _loss_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -103,8 +109,10 @@ def _differentiate(inputs: Inputs, function: Callable[[dict[str, torch.Tensor | 
     outputs = function(leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     given = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-    grad_outputs = [g.to(output.dtype) for g, output in zip(inputs.grad_outputs, outputs, strict=True)]
-    gradients = torch.autograd.grad(outputs, list(given.values()), grad_outputs, materialize_grads=True)
+    pairs = zip(outputs, inputs.grad_outputs, strict=True)
+    used = [(output, gradient.to(output.dtype)) for output, gradient in pairs if output.requires_grad]
+    differentiable, grad_outputs = zip(*used, strict=True)
+    gradients = torch.autograd.grad(differentiable, list(given.values()), grad_outputs, materialize_grads=True)
     detached = tuple(output.detach() for output in outputs)
     return Results(detached, dict(zip(given, gradients, strict=True)))
 
@@ -129,10 +137,14 @@ def relative_bias(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return mean / rms if rms > 0 and math.isfinite(mean) else math.inf
 
 
-def error_bound(dtype: torch.dtype, eager_error: float, *, gradient: bool) -> float:
-    """Bound of the rule of error for a result computed in `dtype`, given the relative error of eager PyTorch."""
+def error_bound(dtype: torch.dtype, eager_error: float, *, gradient: bool, mean: bool = False) -> float:
+    """Bound of the rule of error for a result computed in `dtype`, given the relative error of eager PyTorch.
+
+    mean: whether the result is a mean over pixels.
+    """
     if dtype in (torch.bfloat16, torch.float16):
-        return (1.5 if gradient else 1.2) * eager_error
+        least = torch.finfo(dtype).eps / 4 if mean else 0.0
+        return max((1.5 if gradient else 1.2) * eager_error, least)
     return max(2 * eager_error, 5e-6 if gradient else 2e-6)
 
 
@@ -163,25 +175,35 @@ def by_rounding(rows: Iterable[Comparison]) -> bool:
 
 def _compare(inputs: Inputs, actual: Results, samples: Sequence[tuple[Results, Results]]) -> list[Comparison]:
     """`samples`: (eager, exact) of this call, and of the calls that are pooled with it."""
-    activation = inputs.grad_outputs[0].dtype
+    activation = _activation(inputs.tensors)
+    computed_in = inputs.grad_outputs[0].dtype if activation is None else activation.dtype
     rows = []
     for index, output in enumerate(actual.outputs):
         pairs = [(eager_.outputs[index], exact.outputs[index]) for eager_, exact in samples]
-        rows.append(compare_tensors(f"output {index}", output, *pairs, dtype=activation, gradient=False))
+        mean = output.dim() == 0
+        rows.append(compare_tensors(f"output {index}", output, *pairs, dtype=computed_in, gradient=False, mean=mean))
     for name in samples[0][1].gradients:
         tensor = inputs.tensors[name]
-        dtype = tensor.dtype if inputs.op in LOSSES and tensor is not None else activation
+        dtype = tensor.dtype if inputs.op in LOSSES and tensor is not None else computed_in
         pairs = [(eager_.gradients[name], exact.gradients[name]) for eager_, exact in samples]
-        rows.append(compare_tensors(f"grad {name}", actual.gradients[name], *pairs, dtype=dtype, gradient=True))
+        gradient, mean = actual.gradients[name], name == "sample_weight"
+        rows.append(compare_tensors(f"grad {name}", gradient, *pairs, dtype=dtype, gradient=True, mean=mean))
     return rows
 
 
 def compare_tensors(
-    name: str, actual: torch.Tensor, call: Pair, *others: Pair, dtype: torch.dtype, gradient: bool
+    name: str,
+    actual: torch.Tensor,
+    call: Pair,
+    *others: Pair,
+    dtype: torch.dtype,
+    gradient: bool,
+    mean: bool = False,
 ) -> Comparison:
     """Compare one output or gradient, computed in `dtype`, by the rule of error.
 
-    `call` and `others`: (eager, exact) of this call, and of other calls that are pooled with it.
+    `call` and `others`: (eager, exact) of this call, and of other calls that are pooled with it. `mean` as in
+    `error_bound`.
     """
     exact = call[1]
     eager_error, noise = relative_error(*call), 0.0
@@ -189,7 +211,7 @@ def compare_tensors(
         eager_error = root_mean_square(relative_error(*pair) for pair in (call, *others))
     if others:  # roundings that many elements share, such as those of weights, give eager a bias of either sign
         noise = root_mean_square(relative_bias(*pair) for pair in (call, *others))
-    bound = error_bound(dtype, eager_error, gradient=gradient)
+    bound = error_bound(dtype, eager_error, gradient=gradient, mean=mean)
     bias_bound = BIAS_FRACTION * bound + 2 * noise
     return Comparison(name, relative_error(actual, exact), bound, relative_bias(actual, exact), bias_bound)
 

@@ -6,12 +6,22 @@ import torch
 
 from deco_kernels import signatures
 
-OPS = ("adaln_block", "pixel_decoder", "upsample_modulate", "pixel_decoder_from_tokens", "flow_matching_loss")
+OPS = (
+    "adaln_block",
+    "pixel_decoder",
+    "upsample_modulate",
+    "pixel_decoder_from_tokens",
+    "pixel_decoder_loss",
+    "flow_matching_loss",
+)
 LOSSES = ("flow_matching_loss", "frequency_loss")
 
 
 class Inputs(NamedTuple):
-    """One call of an op: its tensors by argument name, its options, and the gradients of its outputs."""
+    """One call of an op: its tensors by argument name, its options, and the gradients of its outputs.
+
+    The gradient of an output that is not differentiable is 0.
+    """
 
     op: str
     tensors: dict[str, torch.Tensor | None]
@@ -43,7 +53,7 @@ def random_inputs(
     Args:
         op: name of the op in `deco_kernels.ops`.
         dtype: dtype of the activation (cond, tokens, h; pred for the losses).
-        other_dtype: dtype of the image (target for the losses); by default float32 (`dtype` for the losses).
+        other_dtype: dtype of the image and of the target; by default float32 (`dtype` for the losses alone).
         weight_dtype: dtype of the weights. Norm, frequency and sample weights are float32 unless `dtype` is float64.
         width, depth, patch_size, channels: D, N, p, C.
         image_size: (B, H, W); ops on rows have B*H*W rows.
@@ -66,8 +76,7 @@ def random_inputs(
         tensors = {
             "pred": draw.normal(*image_shape),
             "target": draw.normal(*image_shape, dtype=other_dtype),
-            "frequency_weight": draw.normal(3, 8, 8, dtype=draw.exact).abs() + 0.1,
-            "sample_weight": draw.normal(batch, dtype=draw.exact).abs() + 0.1,
+            **draw.loss_weights(batch),
         }
         count, options = (3, {"frequency_scale": 0.7}) if op == "flow_matching_loss" else (1, {})
         grad_outputs = tuple(draw.normal(dtype=draw.exact) for _ in range(count))
@@ -81,12 +90,19 @@ def random_inputs(
         options, grad_outputs = {}, (draw.normal(*row_shape), draw.normal(*row_shape))
     else:
         tensors = {"image": draw.normal(*image_shape, dtype=other_dtype or draw.exact)}
-        if op == "pixel_decoder":
-            tensors |= {"cond": draw.normal(*row_shape)}
-        else:
+        if op == "pixel_decoder_from_tokens":
             tensors |= {"tokens": draw.normal(token_count, token_width), **up}
-        tensors |= draw.decoder(width, depth, pixels, channels)
+        else:
+            tensors |= {"cond": draw.normal(*row_shape)}
         options, grad_outputs = {"patch_size": patch_size}, (draw.normal(*image_shape),)
+        if op == "pixel_decoder_loss":
+            tensors |= {"target": draw.normal(*image_shape, dtype=other_dtype or draw.exact)}
+            options |= {"frequency_scale": 0.7}
+            total = draw.normal(dtype=draw.exact)
+            grad_outputs = (total, torch.zeros_like(total), torch.zeros_like(total))
+        tensors |= draw.decoder(width, depth, pixels, channels)
+        if op == "pixel_decoder_loss":
+            tensors |= draw.loss_weights(batch)
     return Inputs(op, tensors, options, grad_outputs)
 
 
@@ -140,6 +156,12 @@ class _Draw:
             "fc1_bias": self.bias(*stack, width),
             "fc2_weight": self.weight(*stack, width, width),
             "fc2_bias": self.bias(*stack, width),
+        }
+
+    def loss_weights(self, batch: int) -> dict[str, torch.Tensor]:
+        return {
+            "frequency_weight": self.normal(3, 8, 8, dtype=self.exact).abs() + 0.1,
+            "sample_weight": self.normal(batch, dtype=self.exact).abs() + 0.1,
         }
 
     def decoder(self, width: int, depth: int, pixels: int, channels: int) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 
 from deco_kernels import native, testing
 from deco_kernels.testing import emulation
-from tests.ops.cases import OPS, small_inputs
+from tests.ops.cases import KERNEL_OPS, OPS, small_inputs
 
 
 class Recorder:
@@ -52,7 +52,7 @@ def test_cpu_bindings_refuse_other_numbers_of_integers(op, monkeypatch):
 
 
 @pytest.mark.emulate
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNEL_OPS)
 def test_cuda_bindings_refuse_other_numbers_of_integers(emulated, op, monkeypatch):
     recorder = Recorder(emulated)
     monkeypatch.setattr(native, "cuda", lambda device: recorder)

@@ -10,6 +10,7 @@ from deco_kernels.backends import l2_cache
 from deco_kernels.ops import registry
 from deco_kernels.testing import emulation
 from tests.ops import test_equal_rows as equal_rows
+from tests.ops import test_pixel_decoder_loss as one_pass
 from tests.ops.cases import BF16, CASES, DECODER_CASES, F16, F32, small_inputs, uncovered_pairs
 
 pytestmark = pytest.mark.emulate
@@ -71,6 +72,11 @@ def test_rule_of_error(emulated, op, case, poisoned_memory):
     for name, gradient in results.gradients.items():
         tensor = inputs.tensors[name]
         assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape and gradient.is_contiguous(), name
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_pixel_decoder_loss_agrees_with_the_two_ops(emulated, dtype):
+    one_pass.test_agrees_with_the_two_ops(BACKEND, dtype, 4)
 
 
 @each_op

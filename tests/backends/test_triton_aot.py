@@ -8,12 +8,14 @@ import torch
 from benchmarks.static import triton_kernels
 from benchmarks.static.figures import SHARED_LIMIT, SMALL_SHARED, Figures, exceeded, recorded_budgets
 from deco_kernels import testing
+from tests.ops.cases import KERNEL_OPS
 
 pytestmark = [
     pytest.mark.aot,
     pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter compiles nothing"),
 ]
 
+OPS = [op for op in testing.OPS if op in KERNEL_OPS]
 BUDGETS = recorded_budgets("triton")
 # Kernels compiled for the other widths and dtypes; `python -m benchmarks static --everywhere` compiles all.
 CORE = ("pixel_decoder.forward_kernel", "adaln_block.backward_kernel/", "flow_matching_loss.gradient_kernel")
@@ -56,7 +58,7 @@ ONE_TOKEN = {"depth": 1, "width": 16, "image_size": (1, 16, 16)}
 
 
 @pytest.mark.aot_all
-@pytest.mark.parametrize("op", [op for op in testing.OPS if "loss" not in op])
+@pytest.mark.parametrize("op", [op for op in OPS if "loss" not in op])
 @pytest.mark.parametrize("sizes", [ONES, ONE_TOKEN], ids=["ones", "one_token"])
 def test_sizes_of_one_compile(op, sizes):
     """Triton turns an argument of 1 into a compile-time constant, which has another type in the kernel."""
@@ -66,7 +68,7 @@ def test_sizes_of_one_compile(op, sizes):
 
 
 @pytest.mark.aot_all
-@pytest.mark.parametrize("op", testing.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_channels_last_and_padded_images_compile(op):
     pytest.importorskip("triton")
     inputs = testing.random_inputs(op, dtype=torch.bfloat16, depth=1, width=16, patch_size=2, image_size=(2, 10, 14))

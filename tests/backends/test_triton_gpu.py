@@ -11,7 +11,7 @@ import torch
 from deco_kernels import ops, testing
 from deco_kernels.ops.registry import BackendUnavailable
 from tests.backends.triton_calls import MANY_PIXELS, copied, few_cases, with_views
-from tests.ops.cases import BF16, CASES, F16, F32, OPS, small_inputs
+from tests.ops.cases import BF16, CASES, DEFAULTS, F16, F32, OPS, differentiable, small_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,8 +48,7 @@ def test_views_give_the_same_result(op, dtype):
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
     inputs = on_gpu(small_inputs(op, BF16))
-    options = list(inputs.options.values()) + ([] if "loss" in op else [1e-6])
-    arguments = (*inputs.tensors.values(), *options, "triton")
+    arguments = (*inputs.tensors.values(), *(inputs.options | DEFAULTS[op]).values(), "triton")
     torch.library.opcheck(getattr(torch.ops.deco_kernels, op).default, arguments)
 
 
@@ -65,7 +64,8 @@ def test_compile_fullgraph(op):
     def results(function):
         tensors = {name: tensor.clone().requires_grad_() for name, tensor in inputs.tensors.items()}
         outputs = function(tensors)
-        gradients = torch.autograd.grad(outputs, list(tensors.values()), inputs.grad_outputs, materialize_grads=True)
+        used, grad_outputs = differentiable(outputs, inputs.grad_outputs)
+        gradients = torch.autograd.grad(used, list(tensors.values()), grad_outputs, materialize_grads=True)
         return testing.Results(outputs, dict(zip(tensors, gradients, strict=True)))
 
     assert_equal(results(torch.compile(call, fullgraph=True)), results(call))

@@ -12,12 +12,13 @@ from deco_kernels import ops, testing
 from deco_kernels.ops.registry import BackendUnavailable
 from tests.ops import test_backends as shared
 from tests.ops import test_equal_rows as equal_rows
+from tests.ops import test_pixel_decoder_loss as one_pass
 from tests.ops.cases import (
     BF16,
     CASES,
     F16,
     F32,
-    OPS,
+    KERNEL_OPS,
     Case,
     channels_last,
     offset,
@@ -46,7 +47,8 @@ def small(case: Case) -> Case:
 
 
 def small_cases():
-    for op, cases in CASES.items():
+    for op in KERNEL_OPS:
+        cases = CASES[op]
         chosen = cases[::2] if op in ("pixel_decoder_from_tokens", "adaln_block", "upsample_modulate") else cases
         for case in chosen:
             case = case if "loss" in op else small(case)
@@ -58,28 +60,28 @@ def test_rule_of_error(op, case, poisoned_memory):
     shared.test_rule_of_error("triton", op, case, None)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNEL_OPS)
 @pytest.mark.parametrize("view", [transposed, offset, padded, channels_last])
 def test_views_give_the_same_result(op, view):
     shared.test_views_give_the_same_result("triton", op, BF16, view)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNEL_OPS)
 def test_expanded_inputs_and_stride_0_gradients(op):
     shared.test_expanded_inputs_and_stride_0_gradients("triton", op)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNEL_OPS)
 def test_empty_batch(op, poisoned_memory):
     shared.test_empty_batch("triton", op, None)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNEL_OPS)
 def test_nan_propagates(op):
     shared.test_nan_and_inf_propagate("triton", op, float("nan"))
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if "loss" not in op])
+@pytest.mark.parametrize("op", [op for op in KERNEL_OPS if "loss" not in op])
 def test_inf_propagates(op):
     shared.test_nan_and_inf_propagate("triton", op, float("inf"))
 
@@ -96,14 +98,19 @@ def test_inf_makes_losses_infinite(op):
         assert torch.equal(gradient.isfinite(), expected.gradients[argument].isfinite()), argument
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNEL_OPS)
 def test_only_the_gradients_asked_for(op):
     shared.test_only_the_gradients_asked_for("triton", op)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNEL_OPS)
 def test_weights_changed_in_place_are_seen(op):
     shared.test_weights_changed_in_place_are_seen("triton", op)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_pixel_decoder_loss_agrees_with_the_two_ops(dtype):
+    one_pass.test_agrees_with_the_two_ops("triton", dtype, 4)
 
 
 @pytest.mark.parametrize("case", equal_rows.cases()[::8], ids=str)
@@ -134,7 +141,7 @@ def test_float16_extremes_do_not_overflow_inside():
     shared.test_float16_extremes_do_not_overflow_inside("triton")
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNEL_OPS)
 def test_repeated_runs_give_the_same_bits(op):
     inputs = small_inputs(op, BF16)
     first, second = testing.run(inputs, "triton"), testing.run(inputs, "triton")

@@ -111,15 +111,27 @@ LOSS_CASES = [
     Case(BF16, image_size=(2, 33, 72), other_dtype=F32),
     Case(F16, image_size=(5, 40, 23), other_dtype=F16),
 ]
+# Whole 8x8 blocks, which the cpu backend computes in one pass.
+DECODER_LOSS_CASES = [
+    Case(F32),
+    Case(BF16),
+    Case(F32, 64, 1, 8, (3, 24, 64), layout="padded", other_dtype=BF16),
+    Case(BF16, 64, 2, 16, (1, 64, 80), layout="channels_last", other_dtype=F16, weight_dtype=F16),
+    Case(F16, 16, 1, 16, (5, 32, 32), layout="channels_last", weight_dtype=F16),
+]
 CASES = {
     "adaln_block": ROW_CASES,
     "upsample_modulate": ROW_CASES,
     "pixel_decoder": DECODER_CASES,
     "pixel_decoder_from_tokens": DECODER_CASES,
+    "pixel_decoder_loss": DECODER_LOSS_CASES,
     "flow_matching_loss": LOSS_CASES,
     "frequency_loss": LOSS_CASES[:3],
 }
 OPS = tuple(CASES)
+ONE_PASS = ("pixel_decoder_loss",)  # the forward also computes the gradients
+KERNEL_OPS = tuple(op for op in OPS if op not in ONE_PASS)  # with kernels on every backend
+DEFAULTS = {op: {} if op in ("flow_matching_loss", "frequency_loss") else {"eps": 1e-6} for op in OPS}
 
 
 VALUES = {
@@ -142,7 +154,14 @@ def uncovered_pairs(cases: Iterable[Case], **values) -> list[tuple]:
     return [pair for first, second in combinations(settings, 2) for pair in product(first, second) if pair not in found]
 
 
+def differentiable(outputs: tuple, grad_outputs: tuple) -> tuple[tuple, tuple]:
+    """The outputs that have gradients, and those of `grad_outputs`."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return tuple(zip(*[p for p in zip(outputs, grad_outputs, strict=True) if p[0].requires_grad], strict=True))
+
+
 def small_inputs(op: str, dtype: torch.dtype = F32, **changes) -> testing.Inputs:
-    """Inputs of a few pixels, for tests that do not check accuracy."""
-    changes = {"patch_size": 4, "image_size": (2, 8, 12), "depth": 2, "token_width": 7} | changes
-    return testing.random_inputs(op, dtype=dtype, **changes)
+    """Inputs of a few pixels, for tests that do not check accuracy; whole 8x8 blocks for ops in ONE_PASS."""
+    patch_size, image_size = (8, (2, 8, 16)) if op in ONE_PASS else (4, (2, 8, 12))
+    sizes = {"patch_size": patch_size, "image_size": image_size, "depth": 2, "token_width": 7}
+    return testing.random_inputs(op, dtype=dtype, **(sizes | changes))

@@ -7,6 +7,7 @@ import torch
 
 from deco_kernels import ops, testing
 from tests.ops.cases import (
+    BACKENDS,
     BF16,
     CASES,
     DECODER_CASES,
@@ -25,6 +26,7 @@ from tests.ops.cases import (
 )
 
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
+each_backend = pytest.mark.parametrize("implementation", BACKENDS, indirect=True)
 each_op = pytest.mark.parametrize("op", OPS)
 
 
@@ -96,7 +98,7 @@ def test_expanded_inputs_and_stride_0_gradients(implementation, op):
 @each_implementation
 @each_op
 def test_empty_batch(implementation, op, poisoned_memory):
-    inputs = small_inputs(op, image_size=(0, 8, 12))
+    inputs = small_inputs(op, image_size=(0, 8, 16))
     results = testing.run(inputs, implementation)
     for output, gradient in zip(results.outputs, inputs.grad_outputs, strict=True):
         assert output.shape == gradient.shape
@@ -132,7 +134,7 @@ def test_nan_and_inf_propagate(implementation, op, value):
         assert torch.equal(gradient.isnan(), expected.gradients[argument].isnan()), argument
 
 
-@each_implementation
+@each_backend
 @each_op
 def test_only_the_gradients_asked_for(implementation, op):
     inputs = small_inputs(op)
@@ -147,7 +149,7 @@ def test_only_the_gradients_asked_for(implementation, op):
         assert testing.relative_error(leaves[wanted].grad, expected[wanted]) <= 1e-6
 
 
-@each_implementation
+@each_backend
 @each_op
 def test_weights_changed_in_place_are_seen(implementation, op):
     inputs = small_inputs(op)

@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 
 import deco_kernels
 from deco_kernels import ops
-from tests.ops.cases import F32, OPS, small_inputs
+from tests.ops.cases import F32, OPS, differentiable, small_inputs
 
 each_op = pytest.mark.parametrize("op", OPS)
 
@@ -162,10 +162,9 @@ def test_width_without_a_kernel_goes_to_the_reference(op):
 def test_second_derivatives(op):
     inputs = small_inputs(op)
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.tensors.items()}
-    outputs = getattr(ops, op)(**leaves, **inputs.options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs, grad_outputs = differentiable(getattr(ops, op)(**leaves, **inputs.options), inputs.grad_outputs)
     first = next(iter(leaves.values()))
-    (gradient,) = torch.autograd.grad(outputs, first, inputs.grad_outputs, create_graph=True)
+    (gradient,) = torch.autograd.grad(outputs, first, grad_outputs, create_graph=True)
     with pytest.raises(NotImplementedError, match=f"{op}: second derivatives"):
         gradient.sum().backward()
 

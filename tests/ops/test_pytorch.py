@@ -7,7 +7,18 @@ from torch.utils.checkpoint import checkpoint
 
 import deco_kernels
 from deco_kernels import ops, testing
-from tests.ops.cases import BACKENDS, BF16, F16, F32, OPS, small_inputs
+from tests.ops.cases import (
+    BACKENDS,
+    BF16,
+    DEFAULTS,
+    F16,
+    F32,
+    KERNEL_OPS,
+    ONE_PASS,
+    OPS,
+    differentiable,
+    small_inputs,
+)
 
 each_op = pytest.mark.parametrize("op", OPS)
 each_backend = pytest.mark.parametrize("implementation", BACKENDS, indirect=True)
@@ -37,20 +48,27 @@ def assert_same(actual, expected, tolerance=0.0):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_opcheck(implementation, op, dtype):
     inputs = small_inputs(op, dtype)
-    defaults = {"eps": 1e-6} if op in DECODERS else {}
-    options = list((inputs.options | defaults).values())
     operators = torch.ops.deco_kernels
-    arguments = (*inputs.tensors.values(), *options, implementation)
+    arguments = (*inputs.tensors.values(), *(inputs.options | DEFAULTS[op]).values(), implementation)
     torch.library.opcheck(getattr(operators, op).default, arguments)
-    for needs in ([True] * len(inputs.tensors), [index % 2 == 0 for index in range(len(inputs.tensors))]):
-        torch.library.opcheck(getattr(operators, f"{op}_backward").default, (*inputs.grad_outputs, *arguments, needs))
+    backward = getattr(operators, f"{op}_backward").default
+    every_second = [index % 2 == 0 for index in range(len(inputs.tensors))]
+    if op in ONE_PASS:
+        pass_with_gradients = getattr(operators, f"{op}_with_gradients").default
+        without_autograd = {"test_utils": ("test_schema", "test_faketensor")}
+        torch.library.opcheck(pass_with_gradients, (*arguments, every_second), **without_autograd)
+        kept = pass_with_gradients(*arguments, every_second)[len(inputs.grad_outputs) :]
+        torch.library.opcheck(backward, (inputs.grad_outputs[0], *kept), **without_autograd)
+        return
+    for needs in ([True] * len(inputs.tensors), every_second):
+        torch.library.opcheck(backward, (*inputs.grad_outputs, *arguments, needs))
 
 
 @each_op
 def test_gradcheck_in_float64(op):
     changes = {"patch_size": 2, "image_size": (2, 4, 2), "width": 4, "depth": 2, "token_width": 3}
     if "loss" in op:
-        changes = {"image_size": (2, 9, 6)}
+        changes |= {"patch_size": 3, "image_size": (1 if op in ONE_PASS else 2, 9, 6), "width": 2, "depth": 1}
     inputs = small_inputs(op, torch.float64, **changes)
     leaves = [tensor.requires_grad_() for tensor in inputs.tensors.values()]
 
@@ -67,7 +85,7 @@ def test_compile_fullgraph(op, dynamic):
     inputs = small_inputs(op)
     compiled = torch.compile(loss_of, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch in (2, 3):
-        inputs = small_inputs(op, image_size=(batch, 8, 12))
+        inputs = small_inputs(op, image_size=(batch, 8, 16))
         assert_same(gradients_of(compiled, inputs), gradients_of(loss_of, inputs), 1e-6)
 
 
@@ -137,10 +155,11 @@ def test_pending_negations_are_resolved(implementation, op):
     assert_same(gradients_of(loss_of, negated, backend=implementation), expected, 1e-6)
 
     leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors.values()]
-    outputs = getattr(ops, op)(
-        **dict(zip(inputs.tensors, leaves, strict=True)), **inputs.options, backend=implementation
+    outputs, grad_outputs = differentiable(
+        getattr(ops, op)(**dict(zip(inputs.tensors, leaves, strict=True)), **inputs.options, backend=implementation),
+        inputs.grad_outputs,
     )
-    gradients = torch.autograd.grad(outputs, leaves, [pending(gradient) for gradient in inputs.grad_outputs])
+    gradients = torch.autograd.grad(outputs, leaves, [pending(gradient) for gradient in grad_outputs])
     for gradient, other in zip(gradients, expected[1], strict=True):
         assert testing.relative_error(gradient, other) <= 1e-6
 
@@ -151,10 +170,11 @@ def test_zeros_without_memory(implementation, op):
     """PyTorch's derivative formulas pass zero tensors without storage."""
     inputs = small_inputs(op)
     leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors.values()]
-    outputs = getattr(ops, op)(
-        **dict(zip(inputs.tensors, leaves, strict=True)), **inputs.options, backend=implementation
+    outputs, grad_outputs = differentiable(
+        getattr(ops, op)(**dict(zip(inputs.tensors, leaves, strict=True)), **inputs.options, backend=implementation),
+        inputs.grad_outputs,
     )
-    zeros = [torch._efficientzerotensor(gradient.shape) for gradient in inputs.grad_outputs]
+    zeros = [torch._efficientzerotensor(gradient.shape) for gradient in grad_outputs]
     assert not any(gradient.any() for gradient in torch.autograd.grad(outputs, leaves, zeros))
 
 
@@ -164,12 +184,13 @@ def test_zeros_without_memory(implementation, op):
 def test_batched_gradients(implementation, op):
     inputs = small_inputs(op)
     leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors.values()]
-    outputs = getattr(ops, op)(
-        **dict(zip(inputs.tensors, leaves, strict=True)), **inputs.options, backend=implementation
+    outputs, grad_outputs = differentiable(
+        getattr(ops, op)(**dict(zip(inputs.tensors, leaves, strict=True)), **inputs.options, backend=implementation),
+        inputs.grad_outputs,
     )
-    grad_outputs = [torch.stack((gradient, 2 * gradient)) for gradient in inputs.grad_outputs]
-    batched = torch.autograd.grad(outputs, leaves, grad_outputs, is_grads_batched=True, retain_graph=True)
-    expected = torch.autograd.grad(outputs, leaves, inputs.grad_outputs)
+    stacked = [torch.stack((gradient, 2 * gradient)) for gradient in grad_outputs]
+    batched = torch.autograd.grad(outputs, leaves, stacked, is_grads_batched=True, retain_graph=True)
+    expected = torch.autograd.grad(outputs, leaves, grad_outputs)
     for gradients, gradient in zip(batched, expected, strict=True):
         assert testing.relative_error(gradients, torch.stack((gradient, 2 * gradient))) <= 1e-6
 
@@ -252,7 +273,7 @@ def test_observers_see_the_operators(op, observe):
     inputs = small_inputs(op)
     results = []
     seen = observe(lambda: results.append(gradients_of(loss_of, inputs)))
-    assert f"deco_kernels.{op}.default" in seen
+    assert f"deco_kernels.{op}{'_with_gradients' * (op in ONE_PASS)}.default" in seen
     # PyTorch runs the backward pass outside function modes.
     assert f"deco_kernels.{op}_backward.default" in seen or observe is operators_in_a_function_mode
     assert_same(results[0], gradients_of(loss_of, inputs))
@@ -339,7 +360,7 @@ def test_losses_under_autocast_stay_in_float32(implementation, op):
         assert output.dtype is F32 and torch.equal(output, other)
 
 
-@each_op
+@pytest.mark.parametrize("op", KERNEL_OPS)
 def test_backward_outside_the_block_uses_the_backend_of_the_forward(op, monkeypatch):
     from deco_kernels.ops import registry
 

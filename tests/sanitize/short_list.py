@@ -52,7 +52,7 @@ def main() -> None:
         native.cpu().select_isa(isa)
         for op in testing.OPS:
             for case in CASES:
-                if op == "flow_matching_loss":
+                if "loss" in op:
                     case = {**case, "channels": 3}
                 inputs = testing.random_inputs(op, token_width=9, **case)
                 views = {name: as_view(tensor) for name, tensor in inputs.tensors.items()}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from deco_kernels.backends.arguments import Gradients
-from deco_kernels.signatures import MATMUL, OPS, Group, flat, grouped
+from deco_kernels.signatures import MATMUL, OPS, Argument, Group, flat, grouped
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -17,11 +17,13 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 def prepare(op: str, inputs: Group, activation: torch.Tensor) -> Group:
     """The inputs in the compute dtype; weights of matmuls are first rounded to the dtype of the activation."""
     dtype = compute_dtype(activation)
-    tensors = [
-        (tensor.to(activation.dtype) if argument.rounding == MATMUL else tensor).to(dtype)
-        for argument, tensor in zip(OPS[op].arguments, flat(inputs), strict=True)
-    ]
-    return grouped(type(inputs), tensors)
+
+    def converted(argument: Argument, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        return (tensor.to(activation.dtype) if argument.rounding == MATMUL else tensor).to(dtype)
+
+    return grouped(type(inputs), map(converted, OPS[op].arguments, flat(inputs)))
 
 
 Matrix = tuple[tuple[float, ...], ...]

@@ -1,0 +1,83 @@
+"""pixel_decoder_loss as a composition of the decoder's and the loss's kernels, where no kernel computes both."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+from deco_kernels.backends.arguments import Gradients, Losses, kept_like
+from deco_kernels.signatures import PixelDecoderLoss, mapped
+
+_log = logging.getLogger("deco_kernels")
+
+
+class Composition:
+    """pixel_decoder_loss from a backend's modules of pixel_decoder and flow_matching_loss.
+
+    Between the two, the velocity and its gradient are stored in the activation dtype. float16 gradients are computed
+    times a power of two, so that they do not underflow.
+    """
+
+    def __init__(
+        self, backend: str, decoder: ModuleType, loss: ModuleType, reason: str = "it has no kernel that computes both"
+    ):
+        """`reason` is logged once."""
+        self.backend, self.decoder, self.loss, self.reason = backend, decoder, loss, reason
+
+    def forward(self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float) -> Losses:
+        """(total, pixel, frequency)."""
+        log_composition(self.backend, self.reason)
+        return self._velocity_and_losses(inputs, patch_size, frequency_scale, eps)[1]
+
+    def forward_with_gradients(
+        self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float, needs: Sequence[bool]
+    ) -> tuple[Losses, Gradients]:
+        """The losses, and the gradients of total in the dtypes in which they are kept; None where `needs` is False."""
+        log_composition(self.backend, self.reason)
+        cond = inputs.cond
+        wide = mapped(kept_like, inputs)._replace(cond=cond)  # float16 sums over pixels would overflow
+        velocity, losses = self._velocity_and_losses(wide, patch_size, frequency_scale, eps)
+        needs_image, needs_cond, needs_target, *needs_weights, needs_frequency, needs_sample = needs
+        needs_decoder = [needs_image, needs_cond, *needs_weights]
+
+        scale = gradient_scale(velocity)
+        one = losses[0].new_full((), scale)
+        needs_loss = [any(needs_decoder), needs_target, needs_frequency, needs_sample]
+        grad_losses = (one, torch.zeros_like(one), torch.zeros_like(one))
+        found: Gradients = self.loss.backward(
+            *grad_losses, velocity, wide.target, *wide[-2:], frequency_scale, needs_loss
+        )
+        grad_velocity, grad_target, *grad_loss_weights = found
+        grads: Gradients = (None,) * len(needs_decoder)
+        if grad_velocity is not None:
+            decoder_inputs = (wide.image, cond, wide.weights, patch_size, eps)
+            grads = self.decoder.backward(grad_velocity, *decoder_inputs, needs_decoder)
+        gradients = (*grads[:2], grad_target, *grads[2:], *grad_loss_weights)
+        if scale != 1:
+            gradients = tuple(None if g is None else g.to(torch.float32) / scale for g in gradients)
+        return losses, gradients
+
+    def _velocity_and_losses(
+        self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float
+    ) -> tuple[torch.Tensor, Losses]:
+        velocity = self.decoder.forward(inputs.image, inputs.cond, inputs.weights, patch_size, eps)
+        losses = self.loss.forward(velocity, inputs.target, *inputs[-2:], frequency_scale)
+        return velocity, losses
+
+
+def gradient_scale(velocity: torch.Tensor) -> float:
+    """Power of two that brings the gradient of a mean over float16 velocities near the size of one difference."""
+    if velocity.dtype is not torch.float16 or velocity.numel() == 0:
+        return 1.0
+    return 2.0 ** round(math.log2(velocity.numel()) - 1)
+
+
+@functools.cache
+def log_composition(backend: str, reason: str) -> None:
+    """Log once that a backend computes pixel_decoder_loss in two steps."""
+    _log.info("pixel_decoder_loss runs pixel_decoder and flow_matching_loss on backend %r: %s", backend, reason)

@@ -1,0 +1,78 @@
+"""pixel_decoder_loss on the CPU: csrc/cpu/pixel_decoder_loss.cpp for patches of 8x8 and 16x16 pixels, which hold whole
+8x8 blocks of the loss; for smaller ones the kernels of pixel_decoder and flow_matching_loss, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deco_kernels import native
+from deco_kernels.backends import arguments
+from deco_kernels.backends.arguments import Gradients, Losses
+from deco_kernels.backends.composition import Composition
+from deco_kernels.backends.cpu import flow_matching_loss, pixel_decoder
+from deco_kernels.signatures import PixelDecoderLoss, flat
+
+BLOCK = 8
+
+_composition = Composition(
+    "cpu", pixel_decoder, flow_matching_loss, reason=f"patches of less than {BLOCK}x{BLOCK} pixels hold no whole block"
+)
+
+
+def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float) -> Losses:
+    """(total, pixel, frequency), float32 scalars."""
+    if patch_size < BLOCK:
+        return _composition.forward(inputs, patch_size, frequency_scale, eps)
+    return _run(inputs, patch_size, frequency_scale, eps, [None] * len(flat(inputs)))
+
+
+def forward_with_gradients(
+    inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float, needs: Sequence[bool]
+) -> tuple[Losses, Gradients]:
+    """The losses, and the gradients of total in the dtypes in which they are kept; None where `needs` is False."""
+    if patch_size < BLOCK:
+        return _composition.forward_with_gradients(inputs, patch_size, frequency_scale, eps, needs)
+    kept = arguments.empty_kept_gradients(inputs, needs)
+    weights = [None if gradient is None else gradient.to(torch.float32) for gradient in kept[-2:]]
+    losses = _run(inputs, patch_size, frequency_scale, eps, [*kept[:-2], *weights])
+    for gradient, written in zip(kept[-2:], weights, strict=True):
+        if gradient is not None and written is not None and gradient is not written:
+            gradient.copy_(written)
+    return losses, kept
+
+
+def _run(
+    inputs: PixelDecoderLoss,
+    patch_size: int,
+    frequency_scale: float,
+    eps: float,
+    grads: Sequence[torch.Tensor | None],
+) -> Losses:
+    """Computes the losses, and writes the gradients that are not None."""
+    image, cond, target, weights, *loss_weights = inputs
+    cond = arguments.readable_pixel_rows(cond)
+    weights = arguments.contiguous(weights)
+    loss_weights_in_float32 = [None if w is None else w.to(torch.float32).contiguous() for w in loss_weights]
+    total, pixel, frequency = (torch.empty((), dtype=torch.float32) for _ in range(3))
+    grad_image, grad_cond, grad_target, *grad_weights, grad_frequency_weight, grad_sample_weight = grads
+    native.cpu().pixel_decoder_loss(
+        arguments.decoder_sizes(image, weights, patch_size),
+        arguments.image(image),
+        arguments.pixel_rows(cond),
+        arguments.image(target),
+        arguments.arrays(weights),
+        *arguments.addresses(loss_weights_in_float32),
+        frequency_scale,
+        *arguments.addresses((total, pixel, frequency)),
+        int(any(gradient is not None for gradient in grads[:-2])),
+        arguments.image(grad_image),
+        arguments.pixel_rows(grad_cond),
+        arguments.image(grad_target),
+        arguments.arrays(grad_weights),
+        *arguments.addresses((grad_frequency_weight, grad_sample_weight)),
+        eps,
+        torch.get_num_threads(),
+    )
+    return total, pixel, frequency

@@ -1,0 +1,10 @@
+"""pixel_decoder_loss on Triton: the kernels of pixel_decoder and flow_matching_loss, one after the other."""
+
+from __future__ import annotations
+
+from deco_kernels.backends.composition import Composition
+from deco_kernels.backends.triton import flow_matching_loss, pixel_decoder
+
+_composition = Composition("triton", pixel_decoder, flow_matching_loss)
+forward = _composition.forward
+forward_with_gradients = _composition.forward_with_gradients

@@ -1,0 +1,233 @@
+"""Tests specific to pixel_decoder_loss: agreement with the two ops, repeated backwards, loss scales, its log line."""
+
+import logging
+import re
+
+import pytest
+import torch
+
+from deco_kernels import native, ops, testing
+from deco_kernels.backends import composition
+from deco_kernels.signatures import OPS
+from tests.ops.cases import BACKENDS, BF16, F16, F32, IMPLEMENTATIONS, small_inputs
+
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
+each_backend = pytest.mark.parametrize("implementation", BACKENDS, indirect=True)
+needs_module = pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason="needs the native CPU module")
+OP = "pixel_decoder_loss"
+
+
+def block_inputs(dtype=F32, patch_size=8, **changes):
+    """A few whole 8x8 blocks."""
+    return small_inputs(OP, dtype, patch_size=patch_size, **{"image_size": (3, 16, 32), **changes})
+
+
+def two_ops(tensors, options, backend):
+    decoder = {name: tensors[name] for name in OPS["pixel_decoder"].names}
+    velocity = ops.pixel_decoder(**decoder, patch_size=options["patch_size"], backend=backend)
+    return ops.flow_matching_loss(
+        velocity,
+        tensors["target"],
+        tensors["frequency_weight"],
+        sample_weight=tensors["sample_weight"],
+        frequency_scale=options["frequency_scale"],
+        backend=backend,
+    )
+
+
+def one_op(tensors, options, backend):
+    return ops.pixel_decoder_loss(**tensors, **options, backend=backend)
+
+
+def losses_and_gradients(function, inputs, backend, factor=1.0):
+    leaves = {n: None if t is None else t.detach().requires_grad_() for n, t in inputs.tensors.items()}
+    losses = function(leaves, inputs.options, backend)
+    given = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    gradients = torch.autograd.grad(losses[0] * factor, list(given.values()))
+    return [loss.detach() for loss in losses], dict(zip(given, gradients, strict=True))
+
+
+@each_implementation
+@pytest.mark.parametrize(("dtype", "patch_size"), [(F32, 16), (BF16, 8), (F16, 4)])
+def test_agrees_with_the_two_ops(implementation, dtype, patch_size):
+    """To rounding: the two ops round the velocity, and its gradient, to the activation dtype."""
+    inputs = block_inputs(dtype, patch_size)
+    factor = 2.0**10 if dtype is F16 else 1.0  # the two ops need a loss scale
+    losses, gradients = losses_and_gradients(one_op, inputs, implementation, factor)
+    expected, expected_gradients = losses_and_gradients(two_ops, inputs, implementation, factor)
+    for loss, other in zip(losses, expected, strict=True):
+        assert testing.relative_error(loss, other) <= max(1e-6, torch.finfo(dtype).eps / 4)
+    for name, gradient in gradients.items():
+        bound = 2e-5 if dtype is F32 else 4 * torch.finfo(dtype).eps
+        assert gradient.any(), name
+        assert testing.relative_error(gradient, expected_gradients[name]) <= bound, name
+
+
+@each_backend
+def test_without_frequency_loss_and_sample_weights(implementation):
+    inputs = block_inputs()
+    tensors, options = inputs.tensors | {"sample_weight": None}, inputs.options | {"frequency_scale": 0.0}
+    inputs = inputs._replace(tensors=tensors, options=options)
+    losses, gradients = losses_and_gradients(one_op, inputs, implementation)
+    expected, expected_gradients = losses_and_gradients(two_ops, inputs, "reference")
+    for loss, other in zip(losses, expected, strict=True):
+        assert testing.relative_error(loss, other) <= 1e-6
+    for name, gradient in gradients.items():
+        assert testing.relative_error(gradient, expected_gradients[name]) <= 2e-5, name
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_a_repeated_backward_gives_the_same_gradients(implementation, dtype):
+    """The gradients that are kept are not changed, whatever a caller does to the results."""
+    inputs = block_inputs(dtype)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
+    total = 2.0**10 * one_op(leaves, inputs.options, implementation)[0]
+    first = torch.autograd.grad(total, list(leaves.values()), retain_graph=True)
+    copies = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.fill_(torch.nan)
+    doubled = torch.autograd.grad(total, list(leaves.values()), torch.tensor(2.0), retain_graph=True)
+    for gradient, other in zip(doubled, copies, strict=True):
+        assert testing.relative_error(gradient, 2 * other) <= 1e-5  # float16: subnormal values
+    total.backward()
+    for leaf, other in zip(leaves.values(), copies, strict=True):
+        assert torch.equal(leaf.grad, other)
+
+
+@each_backend
+def test_gradients_accumulate(implementation):
+    inputs, other = block_inputs(), block_inputs(seed=1)
+    weights = OPS["pixel_decoder"].names[2:]
+    leaves = {name: inputs.tensors[name].detach().requires_grad_() for name in weights}
+    for one in (inputs, other):
+        total, _, _ = one_op(one.tensors | leaves, inputs.options, implementation)
+        (total / 2).backward()
+    expected = [
+        losses_and_gradients(
+            one_op, one._replace(tensors=one.tensors | {n: inputs.tensors[n] for n in weights}), implementation
+        )[1]
+        for one in (inputs, other)
+    ]
+    for name, leaf in leaves.items():
+        assert testing.relative_error(leaf.grad, (expected[0][name] + expected[1][name]) / 2) <= 1e-6, name
+
+
+@each_backend
+def test_the_incoming_gradient_is_not_rounded(implementation):
+    """1.35 is 1.3516 in bfloat16."""
+    inputs = block_inputs(BF16)
+    gradient, scaled = (
+        losses_and_gradients(one_op, inputs, implementation, factor)[1]["cond"].double() for factor in (1.0, 1.35)
+    )
+    assert abs((scaled * gradient).sum() / gradient.square().sum() - 1.35) <= 2e-4
+
+
+@needs_module
+@pytest.mark.parametrize("patch_size", [8, 4])
+def test_float16_with_a_loss_scale_of_2_to_the_16(patch_size):
+    """Without the scale the gradient of cond, about 1e-6, would be subnormal in float16."""
+    inputs = block_inputs(F16, patch_size, image_size=(4, 32, 64), width=16, depth=1)
+    scale = 2.0**16
+    _, found = losses_and_gradients(one_op, inputs, "cpu", scale)
+    _, expected = losses_and_gradients(one_op, testing.in_float64(inputs), "reference", scale)
+    assert expected["cond"].abs().mean() < scale * torch.finfo(F16).smallest_normal / 2
+    for name, gradient in found.items():
+        assert testing.relative_error(gradient, expected[name]) <= 4e-3, name
+
+
+@each_backend
+def test_only_total_is_differentiable(implementation):
+    inputs = block_inputs()
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
+    total, pixel, frequency = one_op(leaves, inputs.options, implementation)
+    assert total.requires_grad and not pixel.requires_grad and not frequency.requires_grad
+
+
+def test_without_gradients_only_the_losses_are_computed():
+    inputs = block_inputs()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        one_op(inputs.tensors, inputs.options, None)
+        with torch.no_grad():
+            one_op({name: tensor.requires_grad_() for name, tensor in inputs.tensors.items()}, inputs.options, None)
+    names = [event.name for event in profile.events() if event.name.startswith("deco_kernels")]
+    assert names == ["deco_kernels::pixel_decoder_loss"] * 2
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_gradient_that_a_transform_hides():
+    """In vmap a tensor does not show that it needs a gradient: the backward runs the pass again."""
+    inputs = block_inputs()
+    cond, factors = inputs.tensors["cond"].detach().requires_grad_(), torch.tensor([1.0, 2.0])
+
+    def total(factor):
+        return one_op(inputs.tensors | {"cond": cond * factor}, inputs.options, None)[0]
+
+    (mapped,) = torch.autograd.grad(torch.vmap(total)(factors).sum(), cond)
+    expected = sum(torch.autograd.grad(total(factor), cond)[0] for factor in factors)
+    assert testing.relative_error(mapped, expected) <= 1e-6
+
+
+@needs_module
+def test_the_composition_is_logged_once(caplog):
+    composition.log_composition.cache_clear()
+    inputs = block_inputs(patch_size=4)
+    with caplog.at_level(logging.INFO, "deco_kernels"):
+        for _ in range(2):
+            testing.run(inputs, "cpu")
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+    assert "pixel_decoder_loss" in caplog.text and "'cpu'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channels": 4}, "image: expected 3 channels, got 4"),
+        ({"image_size": (1, 4, 8)}, "image: expected a height of at least 5 pixels, got 4"),
+        ({"image_size": (1, 8, 4)}, "image: expected a width of at least 5 pixels, got 4"),
+    ],
+)
+def test_images_that_the_loss_does_not_take(changes, message):
+    inputs = small_inputs(OP, patch_size=4, **changes)
+    with pytest.raises(ValueError, match=f"{OP}: {message}"):
+        one_op(inputs.tensors, inputs.options, None)
+
+
+def test_frequency_scale():
+    inputs = block_inputs()
+    with pytest.raises(TypeError, match=f"{OP}: frequency_scale"):
+        one_op(inputs.tensors, inputs.options | {"frequency_scale": None}, None)
+
+
+class FaultyGradient:
+    """The native module with gradients of a slightly different frequency_scale."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def pixel_decoder_loss(self, *arguments):
+        function = self.module.pixel_decoder_loss
+        names = re.search("Arguments: (.*)[.] Writes", function.__doc__)[1].split(", ")
+        scale, backward = names.index("frequency_scale"), names.index("backward")
+        changed = list(arguments)
+        changed[scale] *= 1.001
+        function(*changed)
+        losses_only = [0 if name == "backward" else value for name, value in zip(names, arguments, strict=True)]
+        assert arguments[backward] == 1
+        function(*losses_only)
+
+
+@needs_module
+def test_a_fault_in_the_loss_gradient_is_caught(monkeypatch):
+    inputs = testing.random_inputs(OP, image_size=(1, 64, 64), depth=1, width=16)
+    exact, eager = (results(inputs).gradients for results in (testing.exact_results, testing.eager_results))
+
+    def passes():
+        found = testing.run(inputs, "cpu").gradients
+        pair = (eager["cond"], exact["cond"])
+        return testing.compare_tensors("cond", found["cond"], pair, dtype=F32, gradient=True).passed
+
+    assert passes()
+    module = native.cpu()
+    monkeypatch.setattr(native, "cpu", lambda: FaultyGradient(module))
+    assert not passes()
