@@ -3,7 +3,7 @@
 //
 // Kernels:       DECO_KERNEL(threads, blocks, name, parameters) { ... }; threads: size of the largest thread block, blocks:
 //                thread blocks that must fit on a multiprocessor at once, parameters: one struct by value
-//                wait_for_previous_kernel(): lets the next kernel start early, then waits for the previous one (launch.h)
+//                wait_for_previous_kernel(): waits for the previous kernel, then lets the next one start early (launch.h)
 // Indices:       thread(), lane(), warp(), block(), block_count(), block_threads(); block: thread block
 // Memory:        load(p), store(p, value), shared_memory(): every access of a kernel to shared and global memory;
 //                store_global(p, words): global memory only, in one access

@@ -13,8 +13,8 @@ namespace deco::cuda {
 // sm_90 and later; without it a kernel starts when the previous one has ended.
 DECO_DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
