@@ -15,6 +15,7 @@ from benchmarks.ops.problem import problem_of
 from benchmarks.ops.sizes import Size
 from benchmarks.static.triton_kernels import kernel_name
 from deco_kernels import signatures, testing
+from deco_kernels.testing.inputs import LOSSES
 
 BF16 = torch.bfloat16
 
@@ -105,12 +106,18 @@ def launches(call: Call, architecture: str, multiprocessors: int) -> list:
     loss, prefix = inputs.op == "frequency_loss", "frequency_loss_" if inputs.op == "frequency_loss" else ""
     module = importlib.import_module(f"deco_kernels.backends.triton.{'flow_matching_loss' if loss else inputs.op}")
     groups, options = inputs.groups(), list(inputs.options.values())
-    if "loss" not in inputs.op:
+    if inputs.op not in LOSSES:
         options.append(1e-6)
     with launching.record_launches(architecture, multiprocessors) as recorded:
-        getattr(module, f"{prefix}forward")(*groups, *options)
-        if call.needs is not None:
-            getattr(module, f"{prefix}backward")(*inputs.grad_outputs, *groups, *options, list(call.needs))
+        if hasattr(module, "forward_with_gradients"):  # one call computes outputs and gradients
+            group = signatures.OPS[inputs.op].group(*groups)
+            module.forward(group, *options)
+            if call.needs is not None:
+                module.forward_with_gradients(group, *options, list(call.needs))
+        else:
+            getattr(module, f"{prefix}forward")(*groups, *options)
+            if call.needs is not None:
+                getattr(module, f"{prefix}backward")(*inputs.grad_outputs, *groups, *options, list(call.needs))
     return recorded
 
 
