@@ -137,6 +137,20 @@ def test_float16_with_a_loss_scale_of_2_to_the_16(patch_size):
 
 
 @each_backend
+def test_autocast_casts_cond(implementation):
+    """The gradients come back in the dtype of the arguments, and the losses stay in float32."""
+    inputs = block_inputs()
+    cast = inputs._replace(tensors=inputs.tensors | {"cond": inputs.tensors["cond"].to(BF16)})
+    losses, gradients = losses_and_gradients(one_op, cast, implementation)
+    with torch.autocast("cpu", BF16):
+        found = losses_and_gradients(one_op, inputs, implementation)
+    for loss, other in zip(found[0], losses, strict=True):
+        assert loss.dtype is F32 and torch.equal(loss, other)
+    for name, gradient in found[1].items():
+        assert gradient.dtype is F32 and torch.equal(gradient, gradients[name].to(F32)), name
+
+
+@each_backend
 def test_only_total_is_differentiable(implementation):
     inputs = block_inputs()
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
