@@ -145,7 +145,6 @@ def _differentiable(
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*output[1:])
             ctx.save_for_backward(output[0], *output[output_count:])
-            ctx.kept = inputs[-1]
             ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:count]]
 
         @staticmethod
@@ -172,8 +171,8 @@ def _differentiable(
         def backward(ctx: Any, grad_total: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
             total, *kept = ctx.saved_tensors
             if not ctx.complete:
-                ctx.kept = list(ctx.needs_input_grad[:count])
-                kept = gradients_op(*kept, *ctx.scalars, ctx.kept)[output_count:]
+                inputs, needs = kept, list(ctx.needs_input_grad[:count])
+                kept = gradients_op(*inputs, *ctx.scalars, needs)[output_count:]
             return _gradients(ctx, total, grad_total, kept)
 
         @staticmethod
