@@ -42,14 +42,21 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {
-    "pixel_decoder.forward_kernel": Kernel(
-        "pixel_decoder", "pixel_decoder_forward", inner_trips=_DEPTH, skipped=("refill_of_forward",)
-    ),
+    # "general": patches with few pixels, and tensors with offsets of 2^32 bytes or more.
+    **{
+        f"pixel_decoder.forward_kernel{variant}": Kernel(
+            "pixel_decoder", "pixel_decoder_forward", inner_trips=_DEPTH, skipped=("refill_of_forward",)
+        )
+        for variant in ("", "+general")
+    },
     "adaln_block.forward_kernel": Kernel("adaln_block", "adaln_block_forward"),
     "upsample_modulate.modulate_kernel": Kernel("upsample_modulate", "upsample_modulate_forward"),
-    "decoder_recompute.recompute_kernel": Kernel(
-        "pixel_decoder", "pixel_decoder_recompute", inner_trips=_DEPTH, skipped=("refill_of_recompute",)
-    ),
+    **{
+        f"decoder_recompute.recompute_kernel{variant}": Kernel(
+            "pixel_decoder", "pixel_decoder_recompute", inner_trips=_DEPTH, skipped=("refill_of_recompute",)
+        )
+        for variant in ("", "+general")
+    },
     # Template flags, then the step of the chain; the last block of a decoder is launched first.
     "block_backward.backward_kernel+mlp+tiled+first": Kernel(
         "pixel_decoder", "block_backward", skipped=("gradient_of_later_blocks", "gradient_of_cond")
@@ -88,7 +95,11 @@ KERNELS = {
     "loss_padding.difference_kernel": Kernel(_LOSS, "flow_matching_loss_difference", counted=False),
     "loss_padding.fold_kernel": Kernel(_LOSS, "flow_matching_loss_fold", counted=False),
 }
-_FLAGS = {"backward_kernel": ("mlp", "tiled")}  # boolean template parameters by kernel
+_FLAGS = {  # boolean template parameters by kernel
+    "block_backward.backward_kernel": ("mlp", "tiled"),
+    "pixel_decoder.forward_kernel": ("general",),
+    "decoder_recompute.recompute_kernel": ("general",),
+}
 
 
 def unavailable_reason() -> str | None:
@@ -119,7 +130,7 @@ def compile_source(source: str, architecture: str, cubin: Path, only_width: int 
     number = architecture.removeprefix("sm_")
     command = [nvcc(), "-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     command += [f"-gencode=arch=compute_{number},code=sm_{number}", "-cubin", "-o", str(cubin)]
-    command += [f"-DDECO_ONLY_WIDTH={only_width}"] if only_width else []
+    command += [f"-DDECO_ONLY_WIDTH={only_width}", "-DDECO_ONLY_COMPACT"] if only_width else []
     command += [str(CSRC / "cuda" / f"{source}.cu")]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0 or "warning" in result.stderr:
@@ -128,7 +139,7 @@ def compile_source(source: str, architecture: str, cubin: Path, only_width: int 
 
 def source_figures(source: str, architecture: str, only_width: int | None = None) -> dict[str, Figures]:
     """Figures of every kernel of a source, by "cuda.source.kernel+flags/D32/bfloat16". With `only_width`, decoder
-    kernels are compiled only for that width in bfloat16."""
+    kernels are compiled only for that width in bfloat16, without the general variants."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{source}.cubin"
         compile_source(source, architecture, cubin, only_width)
@@ -168,7 +179,7 @@ def _describe(source: str, mangled: str) -> tuple[str, int, str]:
     dtype = re.search(r"\d(BFloat16|Float16)E", parameters)
     width = re.search(r"Li(\d+)E?", parameters)
     values = re.findall(r"Lb([01])", parameters)
-    flags = [flag for flag, value in zip(_FLAGS.get(function, ()), values, strict=True) if value == "1"]
+    flags = [flag for flag, value in zip(_FLAGS.get(f"{source}.{function}", ()), values, strict=True) if value == "1"]
     if "PaddedDifference" in parameters:
         flags.append("padded")
     elif re.search(r"ImagePairINS0_\d+\w+16EfE", parameters):
@@ -210,12 +221,12 @@ def per_16_pixels(code: sass.Code, launch: "Launch", inner_trips: int | None, is
     tiles = launch.turn_pixels // 16
     inner_trips = inner_trips or tiles
     with_products = [loop for loop in sass.loops(code) if _has_products(code, loop)]
-    outermost = [loop for loop in with_products if not any(sass.is_inside(loop, other) for other in with_products)]
+    inner = [loop for loop in with_products if any(sass.is_inside(loop, other) for other in with_products)]
+    outermost = _merged([loop for loop in with_products if loop not in inner])
     if len(outermost) > 2:
         return None
     warps = [launch.warps] if len(outermost) == 1 else [tiles, launch.warps - tiles]
     weights = {loop: count / tiles for loop, count in zip(outermost, warps, strict=True)}
-    inner = [loop for loop in with_products if loop not in weights]
 
     def executions(address: int) -> float:
         weight = sum(weight for (first, last), weight in weights.items() if first <= address <= last)
@@ -224,6 +235,17 @@ def per_16_pixels(code: sass.Code, launch: "Launch", inner_trips: int | None, is
         return weight * inner_trips if any(first <= address <= last for first, last in inner) else weight
 
     return sass.counts(code, executions)
+
+
+def _merged(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Loops that overlap are one: the compiler has moved part of its body behind its end."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(loops):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return sorted(merged, key=lambda loop: loop[0] - loop[1])
 
 
 def _has_products(code: sass.Code, loop: tuple[int, int]) -> bool:

@@ -29,7 +29,7 @@ DECO_KERNEL(kRowThreads, 1, forward_kernel, const ForwardParams p) {
   const BlockSlots<T, D> slots{shared_memory()};
   slots.fill(0, p.in.packed, 0);
   block_barrier();
-  const BlockWeights<T, D> weights = slots.block(0, bias_selector<T>());
+  const BlockWeights<T, D> weights = slots.first();
   const uint32_t end = p.in.rows - 1;
   for (uint32_t begin = block() * kBlockRows<D>; begin < p.in.rows; begin += block_count() * kBlockRows<D>) {
     const uint32_t first = begin + warp() * (kTilePixels * M) + (lane() >> 2);

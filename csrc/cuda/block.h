@@ -17,8 +17,8 @@ DECO_DEVICE Operand<D> silu_operand(const RowWords<D>& upper, const RowWords<D>&
   Operand<D> s;
 #pragma unroll
   for (int j = 0; j < D / 8; ++j)
-    s.template set<T>(j, silu_of_double(0.5f * low<T>(upper.word[j])), silu_of_double(0.5f * high<T>(upper.word[j])),
-                      silu_of_double(0.5f * low<T>(lower.word[j])), silu_of_double(0.5f * high<T>(lower.word[j])));
+    s.template set<T>(j, silu_of_double(half_of_low<T>(upper.word[j])), silu_of_double(half_of_high<T>(upper.word[j])),
+                      silu_of_double(half_of_low<T>(lower.word[j])), silu_of_double(half_of_high<T>(lower.word[j])));
   return s;
 }
 
@@ -105,22 +105,16 @@ DECO_DEVICE void block_forward(Tile<D> (&h)[M], const Operand<D> (&s)[M], const 
   }
 }
 
-// h = W_x·x + table[k] for 16 pixels. x: left operand of load_channels; k: pixel within the patch of the lane's two
-// rows.
+// h = W_x·x + table[k] for 16 pixels. x: left operand of load_channels; table: tile of the packed pixel table.
 template <class T, int D>
-DECO_DEVICE void embed(Tile<D>& h, const uint32_t (&x)[2], const T* pixel_weight, const float* table,
-                       const uint32_t (&k)[2]) {
+DECO_DEVICE void embed(Tile<D>& h, const uint32_t (&x)[2], const T* pixel_weight, const float* table) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const auto* row = reinterpret_cast<const Float4*>(table + k[r] * D + (D / 4) * (lane() & 3));
-#pragma unroll
-    for (int i = 0; i < D / 16; ++i) {
-      const Float4 v = load(row + i);
-      h.v[2 * i][2 * r] = v.x;
-      h.v[2 * i][2 * r + 1] = v.y;
-      h.v[2 * i + 1][2 * r] = v.z;
-      h.v[2 * i + 1][2 * r + 1] = v.w;
-    }
+  for (int j = 0; j < D / 8; ++j) {
+    const Float4 v = load(reinterpret_cast<const Float4*>(table) + 32 * j + lane());
+    h.v[j][0] = v.x;
+    h.v[j][1] = v.y;
+    h.v[j][2] = v.z;
+    h.v[j][3] = v.w;
   }
 #pragma unroll
   for (int i = 0; i < D; i += 32) {

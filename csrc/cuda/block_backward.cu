@@ -334,7 +334,7 @@ struct Chain {
   }
   DECO_DEVICE void store_gradient_of_h(const Tile<D>& grad_h) const {
     if constexpr (Tiled) {
-      if (tile_exists) store_tile<D>(p.grad_tiles, tile, rounded<T>(grad_h));
+      if (tile_exists) store_tile<D>(lane_words<D>(p.grad_tiles, tile), rounded<T>(grad_h));
     } else {
       store_rows(p.grad_h, grad_h);
     }
@@ -352,7 +352,7 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
   wait_for_previous_kernel();
   slots.fill(0, p.packed, p.block);
   block_barrier();
-  const BlockWeights<T, D> weights = slots.block(0, bias_selector<T>());
+  const BlockWeights<T, D> weights = slots.first();
   const bool sums = p.partials != nullptr;
 
   // A chain warp.

@@ -37,7 +37,7 @@ struct EmbeddingParams {
 // Writes v0, v1 to channels 2t, 2t + 1 of the lane's pixel; only lanes with t < 2 hold channels.
 DECO_DEVICE void store_image(const Image& image, int channels, const PixelPlace& place, float v0, float v1) {
   const int channel = 2 * (lane() & 3);
-  char* address = image.at(place) + channel * image.stride_c;
+  char* address = image.at(place, channel);
   if (channel < channels) store_float(Array{address, image.dtype}, 0, v0);
   if (channel + 1 < channels) store_float(Array{address + image.stride_c, image.dtype}, 0, v1);
 }
@@ -86,19 +86,19 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, embedding_kernel, const Embeddin
   for (uint32_t begin = own * kTilePixels; begin < p.pixels; begin += block_count() * kWarps * kTilePixels) {
     const uint32_t first = begin + (lane() >> 2);
     Operand<D> grad_h = load_tile<D>(op.grad_h_tiles, begin / kTilePixels);
+    ChannelAddresses<1> own;
     PixelPlace place[2];
-    const char* pixel_address[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint32_t pixel = min(first + 8 * r, end);
       if (first + 8 * r > end) grad_h.clear_row(r);
       place[r] = locate(p.grid, p.first_pixel + pixel);
-      pixel_address[r] = op.image.at(place[r]);
+      for (int c = 0; c < 2; ++c) own.row[r][c] = op.image.at(place[r], image_channel(c, channels));
     }
     if (op.partials != nullptr) {
-      uint32_t x[2];
-      load_channels<T>(x, op.image, channels, pixel_address);
-      pixel_gradient.add(grad_h, x);
+      uint32_t x[1][2];
+      load_channels<T>(x, own, op.image.dtype);
+      pixel_gradient.add(grad_h, x[0]);
       const Tile<D> tile = tile_of<T>(grad_h);
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)

@@ -6,21 +6,25 @@
 #include "cuda/block.h"
 #include "cuda/decoder_backward_kernels.h"
 #include "cuda/gradient_sums.h"
+#include "cuda/warp_pixels.h"
 
 namespace deco::cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
+template <int D>
+constexpr bool kAhead = D <= 32;  // whether registers allow to load cond a turn ahead
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
 template <int D>
 constexpr int kTiles = D <= 32 ? 2 : 1;  // per warp
 template <int D>
-constexpr int kBlockPixels = kThreads / 32 * kTilePixels * kTiles<D>;
+constexpr int kWarpPixels = kTilePixels * kTiles<D>;  // in one turn of the grid
+template <int D>
+constexpr int kBlockPixels = kWarps * kWarpPixels<D>;
 
 struct RecomputeParams {
   DecoderRecompute op;
-  PatchGrid grid;
-  uint32_t first_pixel = 0, pixels = 0;
+  PixelRange range;
   int64_t rows = 0;  // padded_rows(pixels): pixels per array of operand tiles
   int parts = 0;
   bool resident = false;
@@ -32,7 +36,7 @@ struct RecomputeParams {
     op.packed.visit(buffers, false, shape.depth, width, kBlockMatrices, shape.pixels_per_token());
     op.image.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
     op.grad_velocity.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
-    op.cond.visit(buffers, pixels, width);
+    op.cond.visit(buffers, range.count, width);
     buffers.write(op.h_tiles, int64_t{2} * shape.depth * rows * width);
     buffers.write(op.s_tiles, int64_t{2} * rows * width);
     buffers.write(op.grad_h_tiles, int64_t{2} * rows * width);
@@ -42,8 +46,8 @@ struct RecomputeParams {
 
 template <class T, int D>
 int shared_bytes(int slots) {
-  const int sums = kThreads / 32 * ChannelGradient<T, D>::kNumbers * 4;
-  return std::max(DecoderEnds<T, D>::kBytes + slots * BlockSlots<T, D>::kBytes, sums);
+  const int sums = kWarps * ChannelGradient<T, D>::kNumbers * 4;
+  return std::max(DecoderEnds<T, D>::kBytes + 3 * kLaneBytes + slots * BlockSlots<T, D>::kBytes, sums);
 }
 
 // Gradient of the input of the head's LayerNorm; x is the gradient of the velocity as a left operand.
@@ -64,85 +68,94 @@ DECO_DEVICE Tile<D> head_backward(const uint32_t (&x)[2], const Tile<D>& normali
   return result;
 }
 
-template <class T, int D>
+template <class T, int D, bool General>
 DECO_KERNEL(kThreads, 1, recompute_kernel, const RecomputeParams p) {
   constexpr int M = kTiles<D>;
   const DecoderRecompute& op = p.op;
   const DecoderEnds<T, D> ends{shared_memory()};
-  const BlockSlots<T, D> slots{shared_memory() + DecoderEnds<T, D>::kBytes};
+  char* lanes = shared_memory() + DecoderEnds<T, D>::kBytes;
+  const BlockSlots<T, D> slots{lanes + 3 * kLaneBytes};
   const int depth = op.shape.depth, channels = op.shape.channels;
-  const uint32_t selector = bias_selector<T>();
   wait_for_previous_kernel();
   ends.fill(op.packed);
   if (p.resident)
     for (int l = 0; l < depth; ++l) slots.fill(l, op.packed, l);
+  using Pixels = WarpPixels<M, General>;
+  const int channel = image_channel(0, channels), next = image_channel(1, channels);
+  const auto of_cond = Pixels::lane_of(p.range, op.cond, lane_channel<D>(), lanes);
+  const auto of_image = Pixels::lane_of(p.range, op.image, channel, next, lanes + kLaneBytes);
+  const auto of_gradient = Pixels::lane_of(p.range, op.grad_velocity, channel, next, lanes + 2 * kLaneBytes);
   block_barrier();
 
   ChannelGradient<T, D> head_gradient;
   head_gradient.clear();
-  const uint32_t patch_mask = (1u << (2 * p.grid.log2_patch)) - 1, end = p.pixels - 1;
-  for (uint32_t begin = block() * kBlockPixels<D>; begin < p.pixels; begin += block_count() * kBlockPixels<D>) {
-    const uint32_t tile = begin / kTilePixels + warp() * M, first = tile * kTilePixels + (lane() >> 2);
+  const bool sums = op.partials != nullptr;
+  const BlockWeights<T, D> weights = slots.first_held();
+  const int step = held(p.resident ? slots.kElements : 0);  // to the weights of the next decoder block
+  const uint32_t turn = block_count() * kBlockPixels<D>;
+  RowWords<D> cond[2 * M];
+  if constexpr (kAhead<D>)
+    load_rows<D, M>(cond, Pixels(p.range, block() * kBlockPixels<D> + warp() * kWarpPixels<D>), op.cond, of_cond);
+  for (uint32_t begin = block() * kBlockPixels<D>; begin < p.range.count; begin += turn) {
+    const uint32_t first = begin + warp() * kWarpPixels<D>;
+    const Pixels pixels(p.range, first);
+    const uint32_t tile = first / kTilePixels;
     Tile<D> h[M];
     Operand<D> s[M];
-    uint32_t grad_velocity[M][2];
+    uint32_t x[M][2], grad_velocity[M][2];
+    load_channels<T>(x, pixels.addresses(op.image, of_image), op.image.dtype);
+    load_channels<T>(grad_velocity, pixels.addresses(op.grad_velocity, of_gradient));
+    pixels.clear_missing(grad_velocity);
+    if constexpr (!kAhead<D>) load_rows<D, M>(cond, pixels, op.cond, of_cond);
+    Words4* s_words = lane_words<D>(op.s_tiles, tile);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      uint32_t k[2], x[2];
-      const char *pixel_address[2], *grad_address[2];
-      RowWords<D> cond[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const uint32_t pixel = min(first + kTilePixels * m + 8 * r, end);
-        const PixelPlace place = locate(p.grid, p.first_pixel + pixel);
-        pixel_address[r] = op.image.at(place);
-        grad_address[r] = op.grad_velocity.at(place);
-        k[r] = pixel & patch_mask;
-        cond[r] = load_row<T, D>(op.cond, pixel);
-      }
-      load_channels<T>(x, op.image, channels, pixel_address);
-      load_channels<T>(grad_velocity[m], op.grad_velocity, channels, grad_address);
-      s[m] = silu_operand<T>(cond[0], cond[1]);
-      embed<T, D>(h[m], x, ends.pixel(), op.packed.table, k);
-      store_tile<D>(op.s_tiles, tile + m, s[m]);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const uint32_t pixel = first + kTilePixels * m + 8 * r;
-        grad_velocity[m][r] = pixel <= end ? grad_velocity[m][r] : 0u;
-      }
+      s[m] = silu_operand<T>(cond[2 * m], cond[2 * m + 1]);
+      embed<T, D>(h[m], x[m], ends.pixel(), op.packed.table + pixels.patch_tile(m) * (kTilePixels * D));
+      store_tile<D>(s_words + m * kTileWords<D>, s[m]);
     }
+    if constexpr (kAhead<D>) load_rows<D, M>(cond, Pixels(p.range, first + turn), op.cond, of_cond);
+    BlockWeights<T, D> of_block = weights;
+    Words4* h_words = lane_words<D>(op.h_tiles, tile);
 #pragma unroll 1
     for (int l = 0; l < depth; ++l) {
-      if (!p.resident) {
+      if (step == 0) {
         // region: refill_of_recompute
         block_barrier();
         slots.fill(0, op.packed, l);
         block_barrier();
         // end region
       }
-      void* h_tiles = static_cast<T*>(op.h_tiles) + l * (p.rows * D);
 #pragma unroll
-      for (int m = 0; m < M; ++m) store_tile<D>(h_tiles, tile + m, rounded<T>(h[m]));
-      block_forward<T, D, M>(h, s, slots.block(p.resident ? l : 0, selector), op.eps);
+      for (int m = 0; m < M; ++m) store_tile<D>(h_words + m * kTileWords<D>, rounded<T>(h[m]));
+      block_forward<T, D, M>(h, s, of_block, op.eps);
+      of_block = of_block.later(step);
+      h_words += p.rows / kTilePixels * kTileWords<D>;
     }
+    Words4* grad_h_words = lane_words<D>(op.grad_h_tiles, tile);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       const RowPair rstd = normalize(h[m], op.eps);
-      if (op.partials != nullptr) head_gradient.add(rounded<T>(h[m]), grad_velocity[m]);
+      if (sums && pixels.any_exists()) head_gradient.add(rounded<T>(h[m]), grad_velocity[m]);
       const Tile<D> grad_h = head_backward<T, D>(grad_velocity[m], h[m], rstd, ends.head());
-      store_tile<D>(op.grad_h_tiles, tile + m, rounded<T>(grad_h));
+      store_tile<D>(grad_h_words + m * kTileWords<D>, rounded<T>(grad_h));
     }
   }
-  if (op.partials != nullptr)
+  if (sums)
     head_gradient.write(op.partials + int64_t{block()} * head_gradient.kNumbers,
                         reinterpret_cast<float*>(shared_memory()), op.accumulate);
 }
 
 template <class T, int D>
 Status run(const Call& call, RecomputeParams p) {
-  p.resident = shared_bytes<T, D>(p.op.shape.depth) <= call.limits.shared_bytes;
-  return launch("pixel_decoder_recompute", recompute_kernel<T, D>,
-                {p.parts, kThreads, shared_bytes<T, D>(p.resident ? p.op.shape.depth : 1), true}, call.stream, p);
+  const DecoderShape& s = p.op.shape;
+  p.resident = shared_bytes<T, D>(s.depth) <= call.limits.shared_bytes;
+  const LaunchSize size = {p.parts, kThreads, shared_bytes<T, D>(p.resident ? s.depth : 1), true};
+  const int64_t of_image = p.op.image.bytes(s.batch, s.channels, s.height, s.width);
+  const int64_t of_gradient = p.op.grad_velocity.bytes(s.batch, s.channels, s.height, s.width);
+  return with_pixels<kTiles<D>>(s, {of_image, of_gradient, p.op.cond.bytes(p.range.count, D)}, [&](auto general) {
+    return launch("pixel_decoder_recompute", recompute_kernel<T, D, general.value>, size, call.stream, p);
+  });
 }
 
 }  // namespace
@@ -154,9 +167,7 @@ int decoder_recompute_parts(const DeviceLimits& limits, int width, int64_t pixel
 Status decoder_recompute(const Call& call, DType operand, const DecoderRecompute& op) {
   RecomputeParams p;
   p.op = op;
-  p.grid = patch_grid(op.shape);
-  p.first_pixel = static_cast<uint32_t>(op.first_pixel);
-  p.pixels = static_cast<uint32_t>(op.pixels);
+  p.range = {patch_grid(op.shape), static_cast<uint32_t>(op.first_pixel), static_cast<uint32_t>(op.pixels)};
   p.rows = padded_rows(op.pixels);
   p.parts = decoder_recompute_parts(call.limits, op.shape.decoder_width, op.pixels);
   return with_kernel(operand, op.shape.decoder_width,

@@ -74,8 +74,8 @@ struct SplitMatrix {
   DECO_DEVICE void multiply_rows(float (&out)[2], const BlockOperand& x, int j) const {
     const BFloat16* rows = high_part + 8 * j * kRowStride<kSlots>;
     float total[4] = {0, 0, 0, 0};
-    multiply_add<BFloat16>(total, x, weight_rows<BFloat16, kSlots>(rows));
-    multiply_add<BFloat16>(total, x, weight_rows<BFloat16, kSlots>(rows + kElements));
+    multiply_add<BFloat16>(total, x, weight_rows<BFloat16, kSlots>(lane_weights<BFloat16, kSlots>(rows)));
+    multiply_add<BFloat16>(total, x, weight_rows<BFloat16, kSlots>(lane_weights<BFloat16, kSlots>(rows + kElements)));
     out[0] = total[0] + total[2];
     out[1] = total[1] + total[3];
   }

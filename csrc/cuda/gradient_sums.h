@@ -10,9 +10,6 @@
 
 namespace deco::cuda {
 
-// Pixels of a tile: rows of one tensor core instruction.
-constexpr int kTilePixels = 16;
-
 // ---- operand tile in shared memory ----------------------------------------------------------------------------------
 
 // Rows = pixels, kRowStride elements apart.

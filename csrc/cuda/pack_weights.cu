@@ -102,9 +102,15 @@ DECO_DEVICE void pack_head_row(const PackParams& p, int row) {
               [&](int in) { return given ? load_float(p.decoder.head_weight, channel * D + in) : 0.0f; });
 }
 
+// Row of the table in the layout of Tile: column tile j of row g or g + 8 is elements 0, 1 or 2, 3 of lanes 4g + t.
 DECO_DEVICE void pack_table_row(const PackParams& p, int row) {
-  for (int i = row * p.width + lane(); i < (row + 1) * p.width; i += 32)
-    store(p.packed.table + i, load_float(p.decoder.pixel_table, i));
+  const int D = p.width, in_tile = row % kTilePixels;
+  float* tile = p.packed.table + row / kTilePixels * (kTilePixels * D);
+  for (int column = lane(); column < D; column += 32) {
+    const int j = column / 8, t = column / 2 % 4, element = 2 * (in_tile / 8) + column % 2;
+    store(tile + (32 * j + 4 * (in_tile % 8) + t) * 4 + element,
+          load_float(p.decoder.pixel_table, row % p.pixels * D + channel_of_column(column, D)));
+  }
 }
 
 template <class T>
@@ -118,11 +124,11 @@ DECO_KERNEL(kThreads, 1, pack_kernel, const PackParams p) {
   row -= p.width;
   if (row < kChannelSlots) return pack_head_row<T>(p, row);
   row -= kChannelSlots;
-  if (row < p.pixels) pack_table_row(p, row);
+  if (row < table_rows(p.pixels)) pack_table_row(p, row);
 }
 
 Status launch_pack(const Call& call, DType operand, const PackParams& p) {
-  const int rows = p.depth * p.matrices * p.width + (p.pixels > 0 ? p.width + kChannelSlots + p.pixels : 0);
+  const int rows = p.depth * p.matrices * p.width + (p.pixels > 0 ? p.width + kChannelSlots + table_rows(p.pixels) : 0);
   const LaunchSize size = {(rows + kWarps - 1) / kWarps, kThreads, 0};
   return operand == DType::kBFloat16 ? launch("pack_weights", pack_kernel<BFloat16>, size, call.stream, p)
                                      : launch("pack_weights", pack_kernel<Float16>, size, call.stream, p);
@@ -137,7 +143,7 @@ PackedWeights PackedWeights::take(WorkspaceParts& parts, int depth, int width, i
   if (pixels > 0) {
     packed.pixel = parts.take<uint16_t>(kChannelSlots * width);
     packed.head = parts.take<uint16_t>(kChannelSlots * (width + kBiasSlots));
-    packed.table = parts.take<float>(int64_t{pixels} * width);
+    packed.table = parts.take<float>(int64_t{table_rows(pixels)} * width);
   }
   return packed;
 }

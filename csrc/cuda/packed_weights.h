@@ -22,12 +22,17 @@ constexpr int kModulationMatrices = 3;  // the first three: without the MLP
 constexpr int kChannelSlots = 8;  // inner size of matmuls with image channels: four values, then four remainders
 constexpr int kMaxChannels = 4;
 
+// Rows of the packed pixel table: whole tiles, which repeat the patch if it has fewer pixels than a tile.
+DECO_HOST_DEVICE int table_rows(int pixels_per_token) {
+  return pixels_per_token < kTilePixels ? kTilePixels : pixels_per_token;
+}
+
 // Packed weights in global memory. `pixel`, `head` and `table` are null for a single decoder block.
 struct PackedWeights {
   void* matrices = nullptr;  // [N, M, D, D + 8] of the compute dtype, M = 5, or 3 without the MLP
   void* pixel = nullptr;     // [D, 8]: the C columns of pixel_weight, twice
   void* head = nullptr;      // [8, D + 8]: the C rows of head_weight with bias, twice
-  float* table = nullptr;    // [P, D], channels not permuted
+  float* table = nullptr;    // [table_rows(P) / 16, D / 8, lanes, 4]: the pixel table in the register layout of Tile
 
   static PackedWeights take(WorkspaceParts& parts, int depth, int width, int matrices, int pixels = 0);
 
@@ -40,7 +45,7 @@ struct PackedWeights {
     declare(matrices, 2 * rows * (width + kBiasSlots));
     declare(pixel, 2 * kChannelSlots * width);
     declare(head, 2 * kChannelSlots * (width + kBiasSlots));
-    declare(table, int64_t{4} * pixels * width);
+    declare(table, int64_t{4} * table_rows(pixels) * width);
   }
 };
 
@@ -61,22 +66,34 @@ DECO_DEVICE void copy_words(char* to, const void* from, int bytes) {
 // Matrices [M][D][kRowStride] of one decoder block.
 template <class T, int D>
 struct BlockWeights {
-  const T* matrices;
-  uint32_t bias_selector;
+  const T *matrices, *weights, *biases;  // the latter two: of the lane (tile.h), in the first matrix
+  BiasSelector selector;
 
   DECO_DEVICE const T* matrix(int which) const { return matrices + which * D * kRowStride<D>; }
-  DECO_DEVICE Linear<T, D> linear(int which) const { return {matrix(which), bias_selector}; }
+  DECO_DEVICE Linear<T, D> linear(int which) const {
+    return {weights + which * D * kRowStride<D>, biases + which * D * kRowStride<D>, selector};
+  }
+  // The matrices `elements` later in shared memory.
+  DECO_DEVICE BlockWeights later(int elements) const {
+    return {matrices + elements, weights + elements, biases + elements, selector};
+  }
 };
 
 // Shared memory for the weights of decoder blocks: one slot for each, or one slot that is refilled for each.
 template <class T, int D, int Matrices = kBlockMatrices>
 struct BlockSlots {
-  static constexpr int kBytes = Matrices * D * kRowStride<D> * 2;  // of one decoder block
+  static constexpr int kElements = Matrices * D * kRowStride<D>, kBytes = 2 * kElements;  // of one decoder block
 
   char* memory;
 
-  DECO_DEVICE BlockWeights<T, D> block(int slot, uint32_t bias_selector) const {
-    return {reinterpret_cast<const T*>(memory + slot * kBytes), bias_selector};
+  DECO_DEVICE BlockWeights<T, D> first() const {
+    const T* matrices = reinterpret_cast<const T*>(memory);
+    return {matrices, lane_weights<T, D>(matrices), lane_biases<T, D>(matrices), bias_selector<T>()};
+  }
+  // The same with values that stay in registers, for loops over decoder blocks.
+  DECO_DEVICE BlockWeights<T, D> first_held() const {
+    const BlockWeights<T, D> w = first();
+    return {w.matrices, held(w.weights), held(w.biases), bias_selector_in_two_registers<T>()};
   }
 
   DECO_DEVICE void fill(int slot, const PackedWeights& packed, int index) const {
@@ -94,6 +111,9 @@ struct DecoderEnds {
 
   DECO_DEVICE const T* pixel() const { return reinterpret_cast<const T*>(memory); }
   DECO_DEVICE const T* head() const { return reinterpret_cast<const T*>(memory + kPixelBytes); }
+  DECO_DEVICE Linear<T, D, kChannelSlots> head(const BiasSelector& selector) const {
+    return {lane_weights<T, D>(head()), lane_biases<T, D, kChannelSlots>(head()), selector};
+  }
 
   DECO_DEVICE void fill(const PackedWeights& packed) const {
     copy_words(memory, packed.pixel, kPixelBytes);

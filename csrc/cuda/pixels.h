@@ -42,14 +42,17 @@ struct PatchRows {
     return static_cast<T*>(data) + (token * token_stride + k * pixel_stride + channel);
   }
 
-  // Declares the rows of `pixels` pixels as read.
-  template <class V>
-  void visit(V& buffers, int64_t pixels, int width) const {
-    if (data == nullptr || pixels == 0) return;
+  // Size of the rows of `pixels` pixels.
+  int64_t bytes(int64_t pixels, int width) const {
+    if (data == nullptr || pixels == 0) return 0;
     const int64_t tokens = (pixels + (int64_t{1} << log2_pixels) - 1) >> log2_pixels;
     const int64_t in_token = (int64_t{1} << log2_pixels) - 1;
-    const int64_t elements = (tokens - 1) * token_stride + in_token * pixel_stride + width;
-    buffers.read(data, 2 * elements);
+    return 2 * ((tokens - 1) * token_stride + in_token * pixel_stride + width);
+  }
+  // Declares them as read.
+  template <class V>
+  void visit(V& buffers, int64_t pixels, int width) const {
+    buffers.read(data, bytes(pixels, width));
   }
 };
 
@@ -81,18 +84,24 @@ struct RowWords {
   uint32_t word[D / 8];
 };
 
-template <class T, int D, class AnyRows>
-DECO_DEVICE RowWords<D> load_row(const AnyRows& rows, uint32_t pixel) {
+// The lane's first channel of a row.
+template <int D>
+DECO_DEVICE int lane_channel() {
+  return (D / 4) * (lane() & 3);
+}
+
+// The lane's quarter of a row, which starts at `address`.
+template <int D>
+DECO_DEVICE RowWords<D> load_row(const void* address) {
   RowWords<D> row;
-  const T* address = rows.template at<T>(pixel, (D / 4) * (lane() & 3));
   if constexpr (D == 16) {
-    const Words2 words = load(reinterpret_cast<const Words2*>(address));
+    const Words2 words = load(static_cast<const Words2*>(address));
     row.word[0] = words.x;
     row.word[1] = words.y;
   } else {
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
-      const Words4 words = load(reinterpret_cast<const Words4*>(address) + i);
+      const Words4 words = load(static_cast<const Words4*>(address) + i);
       row.word[4 * i] = words.x;
       row.word[4 * i + 1] = words.y;
       row.word[4 * i + 2] = words.z;
@@ -101,10 +110,14 @@ DECO_DEVICE RowWords<D> load_row(const AnyRows& rows, uint32_t pixel) {
   }
   return row;
 }
+template <class T, int D, class AnyRows>
+DECO_DEVICE RowWords<D> load_row(const AnyRows& rows, uint32_t pixel) {
+  return load_row<D>(rows.template at<T>(pixel, lane_channel<D>()));
+}
 
 template <class T, int D>
 DECO_DEVICE void store_row(const RowsView& rows, uint32_t pixel, const RowWords<D>& row) {
-  T* address = rows.at<T>(pixel, (D / 4) * (lane() & 3));
+  T* address = rows.at<T>(pixel, lane_channel<D>());
   if constexpr (D == 16) {
     store_global(reinterpret_cast<Words2*>(address), Words2{row.word[0], row.word[1]});
   } else {
@@ -120,11 +133,14 @@ DECO_DEVICE void store_row(const RowsView& rows, uint32_t pixel, const RowWords<
 // Global scratch memory [tiles of 16 pixels][D / 16][lanes][4 words]: left operands (tile.h) in their register layout.
 // A warp moves 512 bytes per access, and matmuls use the words without shuffles.
 template <int D>
+constexpr int kTileWords = D / 16 * 32;  // of 16 bytes
+
+template <int D>
 DECO_DEVICE Operand<D> load_tile(const void* tiles, uint32_t tile) {
   Operand<D> operand;
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
-    const Words4 words = load(static_cast<const Words4*>(tiles) + ((int64_t{tile} * (D / 16) + k) * 32 + lane()));
+    const Words4 words = load(static_cast<const Words4*>(tiles) + (int64_t{tile} * kTileWords<D> + 32 * k + lane()));
     operand.k_step[k][0] = words.x;
     operand.k_step[k][1] = words.y;
     operand.k_step[k][2] = words.z;
@@ -132,11 +148,16 @@ DECO_DEVICE Operand<D> load_tile(const void* tiles, uint32_t tile) {
   }
   return operand;
 }
+// Where a lane writes a tile.
 template <int D>
-DECO_DEVICE void store_tile(void* tiles, uint32_t tile, const Operand<D>& operand) {
+DECO_DEVICE Words4* lane_words(void* tiles, uint32_t tile) {
+  return static_cast<Words4*>(tiles) + (int64_t{tile} * kTileWords<D> + lane());
+}
+template <int D>
+DECO_DEVICE void store_tile(Words4* words, const Operand<D>& operand) {
 #pragma unroll
   for (int k = 0; k < D / 16; ++k)
-    store_global(static_cast<Words4*>(tiles) + ((int64_t{tile} * (D / 16) + k) * 32 + lane()),
+    store_global(words + 32 * k,
                  Words4{operand.k_step[k][0], operand.k_step[k][1], operand.k_step[k][2], operand.k_step[k][3]});
 }
 
@@ -163,6 +184,9 @@ struct Divider {
 struct PatchGrid {
   int log2_patch = 0;
   Divider tokens_per_image, columns;
+
+  // The bits of a pixel's number that are its number in its token.
+  DECO_DEVICE uint32_t pixel_mask() const { return (1u << (2 * log2_patch)) - 1; }
 };
 
 struct PixelPlace {
@@ -171,7 +195,7 @@ struct PixelPlace {
 
 DECO_DEVICE PixelPlace locate(const PatchGrid& grid, uint32_t pixel) {
   const int log2_patch = grid.log2_patch;
-  const uint32_t token = pixel >> (2 * log2_patch), k = pixel & ((1u << (2 * log2_patch)) - 1);
+  const uint32_t token = pixel >> (2 * log2_patch), k = pixel & grid.pixel_mask();
   const uint32_t image = grid.tokens_per_image.quotient(token);
   const uint32_t in_image = token - image * grid.tokens_per_image.divisor;
   const uint32_t row = grid.columns.quotient(in_image), column = in_image - row * grid.columns.divisor;
@@ -193,79 +217,54 @@ struct Image {
         stride_y(array.stride_y * size_of(array.dtype)),
         stride_x(array.stride_x * size_of(array.dtype)) {}
 
-  DECO_DEVICE char* at(const PixelPlace& place) const {
-    return data + (place.image * stride_b + place.y * stride_y + place.x * stride_x);
+  DECO_DEVICE char* at(const PixelPlace& place, int channel = 0) const {
+    return data + (place.image * stride_b + place.y * stride_y + place.x * stride_x + channel * stride_c);
+  }
+  int64_t bytes(int64_t batch, int64_t channels, int64_t height, int64_t width) const {
+    if (data == nullptr || batch == 0) return 0;
+    return (batch - 1) * stride_b + (channels - 1) * stride_c + (height - 1) * stride_y + (width - 1) * stride_x +
+           size_of(dtype);
   }
   template <class V>
   void visit(V& buffers, bool write, int64_t batch, int64_t channels, int64_t height, int64_t width) const {
-    if (data == nullptr || batch == 0) return;
-    const int64_t bytes = (batch - 1) * stride_b + (channels - 1) * stride_c + (height - 1) * stride_y +
-                          (width - 1) * stride_x + size_of(dtype);
-    if (write)
-      buffers.write(data, bytes);
-    else
-      buffers.read(data, bytes);
+    const int64_t size = bytes(batch, channels, height, width);
+    write ? buffers.write(data, size) : buffers.read(data, size);
   }
 };
 
-// Left operand (16 pixels x 8) with up to four channels of the lane's two pixels: columns 0 to 3 are the values rounded
-// to T, columns 4 to 7 the remainders of the rounding. Columns of missing channels repeat another channel; their
-// weights are zero.
-template <class T>
-DECO_DEVICE void load_channels(uint32_t (&words)[2], const Image& image, int channels, const char* (&pixel)[2]) {
-  const int first = 2 * (lane() & 1);
-  const int64_t offset[2] = {min(first, channels - 1) * image.stride_c, min(first + 1, channels - 1) * image.stride_c};
-  float v[2][2];
-  if (image.dtype == DType::kFloat32) {
+// Channel of an image at which a lane starts (c = 0) and the next one (c = 1). Missing channels repeat another channel;
+// their weights are zero.
+DECO_DEVICE int image_channel(int c, int channels) { return min(2 * (lane() & 1) + c, channels - 1); }
+
+// Of a lane's two channels in each row of M tiles.
+template <int M>
+struct ChannelAddresses {
+  char* row[2 * M][2];
+};
+
+// Left operands (16 pixels x 8) of M tiles with up to four channels: columns 0 to 3 are the values rounded to T, columns
+// 4 to 7 the remainders of the rounding. The addresses are those of the channels image_channel(0, C) and
+// image_channel(1, C).
+template <class T, int M>
+DECO_DEVICE void load_channels(uint32_t (&words)[M][2], const ChannelAddresses<M>& address) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) v[r][c] = load(reinterpret_cast<const float*>(pixel[r] + offset[c]));
-  } else {
-    const bool bfloat16 = image.dtype == DType::kBFloat16;
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const uint32_t bits = load(reinterpret_cast<const uint16_t*>(pixel[r] + offset[c]));
-        v[r][c] = bfloat16 ? low<BFloat16>(bits) : low<Float16>(bits);
-      }
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const uint32_t values = pack<T>(v[r][0], v[r][1]);
-    const uint32_t rest = pack<T>(v[r][0] - low<T>(values), v[r][1] - high<T>(values));
-    words[r] = lane() & 2 ? rest : values;
+  for (int i = 0; i < 2 * M; ++i) {
+    const uint32_t v0 = load(reinterpret_cast<const uint16_t*>(address.row[i][0]));
+    const uint32_t v1 = load(reinterpret_cast<const uint16_t*>(address.row[i][1]));
+    words[i / 2][i % 2] = lane() & 2 ? 0u : v0 | v1 << 16;
   }
 }
-
-// An image [B, C, H, W] of the compute dtype with unit stride along a row; the other strides are in elements.
-struct Planes {
-  void* data = nullptr;
-  int64_t stride_b = 0, stride_c = 0, stride_y = 0;
-
-  Planes() = default;
-  explicit Planes(const ImageArray& image)
-      : data(image.data), stride_b(image.stride_b), stride_c(image.stride_c), stride_y(image.stride_y) {}
-
-  // Index of channel 0 of a pixel.
-  DECO_DEVICE int64_t offset(const PixelPlace& place) const {
-    return place.image * stride_b + place.y * stride_y + place.x;
+// The same for an image of dtype float32 or T.
+template <class T, int M>
+DECO_DEVICE void load_channels(uint32_t (&words)[M][2], const ChannelAddresses<M>& address, DType dtype) {
+  if (dtype != DType::kFloat32) return load_channels<T>(words, address);
+#pragma unroll
+  for (int i = 0; i < 2 * M; ++i) {
+    const float v0 = load(reinterpret_cast<const float*>(address.row[i][0]));
+    const float v1 = load(reinterpret_cast<const float*>(address.row[i][1]));
+    const uint32_t values = pack<T>(v0, v1), rest = pack<T>(v0 - low<T>(values), v1 - high<T>(values));
+    words[i / 2][i % 2] = lane() & 2 ? rest : values;
   }
-  template <class V>
-  void visit(V& buffers, int64_t batch, int64_t channels, int64_t height, int64_t width) const {
-    buffers.write(data, 2 * ((batch - 1) * stride_b + (channels - 1) * stride_c + (height - 1) * stride_y + width));
-  }
-};
-
-// Writes v0, v1 to channels 2t, 2t + 1 of a pixel; only lanes with t < 2 hold channels.
-template <class T>
-DECO_DEVICE void store_channels(const Planes& planes, int64_t offset, int channels, float v0, float v1) {
-  const int channel = 2 * (lane() & 3);
-  const uint32_t word = pack<T>(v0, v1);
-  auto* address = static_cast<uint16_t*>(planes.data) + offset + channel * planes.stride_c;
-  if (channel < channels) store(address, static_cast<uint16_t>(word));
-  if (channel + 1 < channels) store(address + planes.stride_c, static_cast<uint16_t>(word >> 16));
 }
 
 }  // namespace deco::cuda

@@ -72,7 +72,16 @@ DECO_DEVICE void store_global(Words4* address, Words4 v) {
 
 DECO_DEVICE void block_barrier() { __syncthreads(); }
 DECO_DEVICE void warp_barrier() { __syncwarp(); }
-DECO_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+template <class V>
+DECO_DEVICE V shuffle_xor(V value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// A shuffle hides from the compiler that the value is the lane's own.
+template <class V>
+DECO_DEVICE V held(V value) {
+  return shuffle_xor(value, 0);
+}
 
 DECO_DEVICE float tanh_approximate(float x) {
   float y;
@@ -122,8 +131,36 @@ DECO_DEVICE float high<Float16>(uint32_t word) {
   return low<Float16>(word >> 16);
 }
 
+// One instruction halves both numbers of a bfloat16 word. Only numbers below 2^-126 are rounded.
+DECO_DEVICE uint32_t halves(uint32_t word) {
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(word), "r"(0x3f003f00u), "r"(0x80008000u));
+  return result;
+}
+template <class T>
+DECO_DEVICE float half_of_low(uint32_t word) {
+  return 0.5f * low<T>(word);
+}
+template <>
+DECO_DEVICE float half_of_low<BFloat16>(uint32_t word) {
+  return low<BFloat16>(halves(word));
+}
+template <class T>
+DECO_DEVICE float half_of_high(uint32_t word) {
+  return 0.5f * high<T>(word);
+}
+template <>
+DECO_DEVICE float half_of_high<BFloat16>(uint32_t word) {
+  return high<BFloat16>(halves(word));
+}
+
 // Loads have no memory clobber: kernels always have a barrier between writes and matrix loads of the same memory.
 DECO_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+template <class V>
+DECO_DEVICE const V* held(const V* shared) {
+  return static_cast<const V*>(__cvta_shared_to_generic(held(shared_address(shared))));
+}
 
 DECO_DEVICE void load_matrices(uint32_t (&words)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

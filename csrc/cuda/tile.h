@@ -25,6 +25,9 @@
 
 namespace deco::cuda {
 
+// Pixels of a tile: rows of one tensor core instruction.
+constexpr int kTilePixels = 16;
+
 // Column 8j + 2t + e holds channel (D / 4)·t + 2j + e of D channels. The two functions are inverses.
 DECO_DEVICE int channel_of_column(int column, int D) {
   return (D / 4) * ((column >> 1) & 3) + 2 * (column >> 3) + (column & 1);
@@ -92,19 +95,30 @@ struct Weights8 {
   uint32_t k_step[D / 16][2];
 };
 
-// The eight outputs of W [out][in] in shared memory whose rows start at `rows`, for x·Wᵀ.
+// Addresses of a lane in a matrix W [out][in] in shared memory that starts at `matrix`: for `weight_rows`, and for the
+// biases after the rows.
+template <class T, int D>
+DECO_DEVICE const T* lane_weights(const T* matrix) {
+  return matrix + (lane() & 7) * kRowStride<D> + ((lane() >> 3) & (D / 8 - 1)) * 8;
+}
+template <class T, int D, int Outputs = D>
+DECO_DEVICE const T* lane_biases(const T* matrix) {
+  return matrix + (lane() & (Outputs - 1)) * kRowStride<D> + D;
+}
+
+// The eight outputs of W whose rows start at the place of `lane_weights`, for x·Wᵀ.
 template <class T, int D>
 DECO_DEVICE Weights8<D> weight_rows(const T* rows) {
   Weights8<D> w;
   uint32_t words[4];
   if constexpr (D == 16) {
-    load_matrices(words, rows + (lane() & 7) * kRowStride<D> + ((lane() >> 3) & 1) * 8);
+    load_matrices(words, rows);
     w.k_step[0][0] = words[0];
     w.k_step[0][1] = words[1];
   } else {
 #pragma unroll
     for (int k = 0; k < D / 32; ++k) {
-      load_matrices(words, rows + (lane() & 7) * kRowStride<D> + (lane() >> 3) * 8 + 32 * k);
+      load_matrices(words, rows + 32 * k);
       w.k_step[2 * k][0] = words[0];
       w.k_step[2 * k][1] = words[1];
       w.k_step[2 * k + 1][0] = words[2];
@@ -143,26 +157,38 @@ DECO_DEVICE void multiply_add(float (&total)[4], const Operand<D>& x, const Weig
   for (int k = 0; k < D / 16; ++k) multiply<T>(total, x.k_step[k], w.k_step[k], total);
 }
 
-// A lane's word of a left operand (8 rows x 8) with ones in the columns of the bias parts.
+// Left operand (16 rows x 8) with ones in the columns of the bias parts.
+struct BiasSelector {
+  uint32_t words[2];
+};
 template <class T>
-DECO_DEVICE uint32_t bias_selector() {
+DECO_DEVICE BiasSelector bias_selector() {
   const int t = lane() & 3;
-  return t == 0 ? T::kOne * 0x10001u : t == 1 ? T::kOne : 0u;
+  const uint32_t word = t == 0 ? T::kOne * 0x10001u : t == 1 ? T::kOne : 0u;
+  return {word, word};
+}
+// The same from two lanes with the same t: the compiler keeps two registers, where it would copy one before every
+// multiplication.
+template <class T>
+DECO_DEVICE BiasSelector bias_selector_in_two_registers() {
+  const BiasSelector selector = bias_selector<T>();
+  return {shuffle_xor(selector.words[0], 4), shuffle_xor(selector.words[1], 8)};
 }
 
 // Linear layer with D inputs and Outputs outputs; the packed matrix is in shared memory. The bias is one more step of
 // the matmul, shared by M tiles, which is cheaper than moving biases into the accumulators.
 template <class T, int D, int Outputs = D>
 struct Linear {
-  const T* matrix;
-  uint32_t selector;  // bias_selector()
+  const T* weights;  // lane_weights
+  BiasSelector selector;
   uint32_t bias[Outputs / 8];
 
-  DECO_DEVICE Linear(const T* packed, uint32_t bias_selector) : matrix(packed), selector(bias_selector) {
+  DECO_DEVICE Linear(const T* weights, const T* biases, const BiasSelector& selector)
+      : weights(weights), selector(selector) {
 #pragma unroll
     for (int i = 0; i < Outputs; i += 32) {
       uint32_t words[4];
-      load_matrices(words, matrix + ((i + lane()) & (Outputs - 1)) * kRowStride<D> + D);
+      load_matrices(words, biases + i * kRowStride<D>);
 #pragma unroll
       for (int j = 0; j < 4 && i + 8 * j < Outputs; ++j) bias[i / 8 + j] = words[j];
     }
@@ -171,11 +197,10 @@ struct Linear {
   // Outputs 8j to 8j + 7 for M tiles.
   template <int M>
   DECO_DEVICE void apply(float (&out)[M][4], const Operand<D> (&x)[M], int j) const {
-    const Weights8<D> w = weight_rows<T, D>(matrix + 8 * j * kRowStride<D>);
-    const uint32_t ones[2] = {selector, selector};
+    const Weights8<D> w = weight_rows<T, D>(weights + 8 * j * kRowStride<D>);
     const float zero[4] = {0, 0, 0, 0};
     float b[4];
-    multiply<T>(b, ones, bias[j], zero);
+    multiply<T>(b, selector.words, bias[j], zero);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       multiply<T>(out[m], x[m].k_step[0], w.k_step[0], b);

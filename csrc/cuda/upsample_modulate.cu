@@ -33,7 +33,7 @@ DECO_KERNEL(kRowThreads, 1, modulate_kernel, const ForwardParams p) {
   const BlockSlots<T, D, kModulationMatrices> slots{shared_memory()};
   slots.fill(0, p.in.packed, 0);
   block_barrier();
-  const BlockWeights<T, D> weights = slots.block(0, bias_selector<T>());
+  const BlockWeights<T, D> weights = slots.first();
   const Linear<T, D> to_shift = weights.linear(kShift), to_scale = weights.linear(kScale),
                      to_gate = weights.linear(kGate);
   const uint32_t end = p.in.rows - 1;

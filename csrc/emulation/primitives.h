@@ -200,12 +200,20 @@ inline void warp_barrier() {
   machine.arrive(emulated::Operation::kWarpBarrier);
   machine.meet([](emulated::Exchange&) {});
 }
-inline float shuffle_xor(float value, int mask) {
+inline uint32_t shuffle_xor(uint32_t value, int mask) {
   emulated::Machine& machine = emulated::Machine::instance();
-  machine.arrive(emulated::Operation::kShuffle)[0] = emulated::bits_of(value);
-  return emulated::float_of(machine.meet([mask](emulated::Exchange& exchange) {
+  machine.arrive(emulated::Operation::kShuffle)[0] = value;
+  return machine.meet([mask](emulated::Exchange& exchange) {
     for (int lane = 0; lane < emulated::kLanes; ++lane) exchange.out[lane][0] = exchange.in[lane ^ mask][0];
-  })[0]);
+  })[0];
+}
+inline float shuffle_xor(float value, int mask) {
+  return emulated::float_of(shuffle_xor(emulated::bits_of(value), mask));
+}
+
+template <class V>
+V held(V value) {
+  return value;
 }
 
 // The exact value rounded to 11 significant bits, or cut to 12: an error as large as that of the hardware.
@@ -227,6 +235,15 @@ DECO_DEVICE float low(uint32_t word) {
 template <class T>
 DECO_DEVICE float high(uint32_t word) {
   return emulated::widen(T{static_cast<uint16_t>(word >> 16)});
+}
+
+template <class T>
+DECO_DEVICE float half_of_low(uint32_t word) {
+  return 0.5f * low<T>(word);
+}
+template <class T>
+DECO_DEVICE float half_of_high(uint32_t word) {
+  return 0.5f * high<T>(word);
 }
 
 inline void load_matrices(uint32_t (&words)[4], const void* row) { emulated::load_matrices<false>(words, row); }

@@ -13,6 +13,7 @@ pytestmark = [
 ]
 
 BUDGETS = recorded_budgets("cuda")
+COMPACT = {name for name in cuda_kernels.KERNELS if "+general" not in name}
 
 
 def compiled(architecture: str, only_width: int | None = None) -> dict[str, Figures]:
@@ -25,15 +26,21 @@ def compiled(architecture: str, only_width: int | None = None) -> dict[str, Figu
     return {k: v for s in sources for k, v in cuda_kernels.source_figures(s, architecture, only_width).items()}
 
 
-def assert_kernels_fit_their_budgets(architecture: str, found: dict[str, Figures], wanted: set[tuple[int, str]]):
-    """`found` contains every kernel. All can be launched, and those with a recorded (width, dtype) in `wanted` keep the
-    record if the toolchain is the same."""
-    assert {name.split("/")[0] for name in found} == {CUDA_PREFIX + name for name in cuda_kernels.KERNELS}
+def assert_kernels_fit_their_budgets(
+    architecture: str, found: dict[str, Figures], kernels: set[str], wanted: set[tuple[int, str]]
+):
+    """`found` contains these kernels. All can be launched, and those with a recorded (width, dtype) in `wanted` keep
+    the record if the toolchain is the same."""
+    assert {name.split("/")[0] for name in found} == {CUDA_PREFIX + name for name in kernels}
     for name, figures in found.items():
         assert figures.registers <= 255 and figures.shared_bytes <= SHARED_LIMIT[architecture.removesuffix("a")], name
     found = {name: figures for name, figures in found.items() if cuda_kernels.is_among(name, wanted)}
     budgets = {name: entry[architecture] for name, entry in BUDGETS.items() if architecture in entry}
-    budgets = {name: budget for name, budget in budgets.items() if cuda_kernels.is_among(name, wanted)}
+    budgets = {
+        name: budget
+        for name, budget in budgets.items()
+        if cuda_kernels.is_among(name, wanted) and name.split("/")[0].removeprefix(CUDA_PREFIX) in kernels
+    }
     toolchains = {budget["toolchain"] for budget in budgets.values()}
     assert len(toolchains) == 1
     if cuda_kernels.toolchain() not in toolchains:
@@ -45,7 +52,7 @@ def assert_kernels_fit_their_budgets(architecture: str, found: dict[str, Figures
 
 @pytest.mark.parametrize("architecture", cuda_kernels.ARCHITECTURES)
 def test_kernels_for_d32_in_bfloat16_fit_their_budgets(architecture):
-    assert_kernels_fit_their_budgets(architecture, compiled(architecture, only_width=32), {(32, "bfloat16")})
+    assert_kernels_fit_their_budgets(architecture, compiled(architecture, only_width=32), COMPACT, {(32, "bfloat16")})
 
 
 @pytest.mark.aot_all
@@ -55,10 +62,10 @@ def test_kernels_for_every_width_and_dtype_fit_their_budgets(architecture):
     found = compiled(architecture)
     cases = {(width, dtype) for width in triton_kernels.WIDTHS for dtype in ("bfloat16", "float16")}
     for width, dtype in cases:
-        assert len([name for name in found if name.endswith(f"/D{width}/{dtype}")]) == 10
+        assert len([name for name in found if name.endswith(f"/D{width}/{dtype}")]) == 12
     recorded = cases if architecture == "sm_90a" else {(32, "bfloat16")}
     assert all(cuda_kernels.is_among(name, recorded) for name in BUDGETS if architecture in BUDGETS[name])
-    assert_kernels_fit_their_budgets(architecture, found, recorded)
+    assert_kernels_fit_their_budgets(architecture, found, set(cuda_kernels.KERNELS), recorded)
 
 
 def test_the_record_reaches_its_goals():
@@ -69,10 +76,11 @@ def test_the_record_reaches_its_goals():
         return BUDGETS[f"{CUDA_PREFIX}{kernel}/{case}"]["sm_90a"]
 
     forward = record("pixel_decoder.forward_kernel")
-    assert forward["issue_slots_per_16_px"] <= 1320 and forward["spill_bytes"] == 0
+    assert forward["issue_slots_per_16_px"] <= 1000 and forward["spill_bytes"] == 0
+    assert record("decoder_recompute.recompute_kernel")["issue_slots_per_16_px"] <= 1140
     steps = [record(f"block_backward.backward_kernel+mlp+tiled{step}") for step in ("+first", "", "+last")]
     steps += [record("decoder_recompute.recompute_kernel"), record("decoder_embedding.embedding_kernel")]
-    assert sum(step["issue_slots_per_16_px"] for step in steps) <= 5100
+    assert sum(step["issue_slots_per_16_px"] for step in steps) <= 4760
     assert all(step["spill_bytes"] == 0 for step in steps)
     for kernel in ("flow_matching_loss.sums_kernel", "flow_matching_loss_backward.gradient_kernel"):
         loss = record(kernel, "bfloat16")
@@ -92,6 +100,14 @@ def test_slots_of_a_loop_inside_the_steady_loop():
     launch = cuda_kernels.Launch(warps=2, shared_bytes=0, turn_pixels=64)
     pipes, tensor_cycles = cuda_kernels.per_16_pixels(code, launch, 3, lambda address: address == 16 * 4)
     assert pipes["issue"] == (3 + 2 * 3) / 2 and pipes["tensor"] == 3 / 2 and tensor_cycles == 4 * 3 / 2
+
+
+def test_slots_of_a_loop_with_two_overlapping_branches():
+    """The compiler has moved the start of the body behind its end: both backward branches belong to one loop."""
+    code = code_of("MOV", "FADD", "HMMA.16816", "BRA 2", "FMUL", "BRA 0", "MOV", "BRA 1", "EXIT")
+    launch = cuda_kernels.Launch(warps=2, shared_bytes=0, turn_pixels=64)
+    pipes, _ = cuda_kernels.per_16_pixels(code, launch, 3, lambda address: False)
+    assert pipes["issue"] == (6 + 2 * 3) / 2
 
 
 def test_slots_of_warps_with_two_roles():

@@ -149,6 +149,33 @@ def test_expanded_inputs_and_stride_0_gradients(emulated, op):
     assert_equal(testing.run(inputs, BACKEND), testing.run(contiguous, BACKEND))
 
 
+@pytest.mark.parametrize("over", [False, True])
+def test_offsets_around_32_bits(emulated, over):
+    """Two images in float32 of which the second ends or starts at byte 2^32; hardly any of the memory is touched."""
+    inputs = testing.random_inputs("pixel_decoder", dtype=BF16, width=16, patch_size=8, image_size=(2, 8, 8))
+    inputs.tensors["image"] = image = inputs.tensors["image"].float()
+    in_image = image[0].numel()
+    start = (1 << 30) - (0 if over else in_image)
+    far = torch.empty(start + in_image).as_strided(image.shape, (start, *image.stride()[1:])).copy_(image)
+    assert_equal(
+        testing.run(inputs._replace(tensors=inputs.tensors | {"image": far}), BACKEND), testing.run(inputs, BACKEND)
+    )
+
+
+@each_op
+def test_images_of_the_other_half_precision(emulated, op):
+    """The kernels read float32 and the dtype of cond; another dtype gives the bits of its float32 values."""
+    inputs = small_inputs(op, BF16)
+    if "image" not in inputs.tensors:
+        pytest.skip("the op has no image")
+    half = inputs.tensors["image"].half()
+    results = [
+        testing.run(inputs._replace(tensors=inputs.tensors | {"image": image}), BACKEND)
+        for image in (half, half.float())
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*(r.outputs for r in results), strict=True))
+
+
 @each_op
 def test_empty_batch(emulated, op, poisoned_memory):
     inputs = small_inputs(op, BF16, image_size=(0, 8, 12))

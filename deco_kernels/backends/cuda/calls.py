@@ -33,6 +33,11 @@ def readable_pixel_rows(tensor: torch.Tensor) -> torch.Tensor:
     return _aligned(rows, (arguments.collapsed_stride(rows, 2), rows.stride(-2)))
 
 
+def readable_image(image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`image`, in float32 unless it has this dtype: the kernels read both."""
+    return image if image.dtype is dtype else image.float()
+
+
 def readable_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` [..., D], copied unless the kernels can read its rows in place."""
     rows = arguments.readable_rows(tensor)

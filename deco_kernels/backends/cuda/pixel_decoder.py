@@ -51,6 +51,7 @@ def run_forward(
     """Write velocity, any strides with unit stride in W; cond must come from `readable_pixel_rows`."""
     module = calls.module_for(cond)
     shape = arguments.decoder_sizes(image, weights, patch_size)
+    image = calls.readable_image(image, cond.dtype)
     calls.launch(
         module.pixel_decoder_forward,
         module.pixel_decoder_forward_workspace(shape),
@@ -78,6 +79,7 @@ def run_backward(
     """Write the gradients that are not None: grad_image with any strides, grad_cond and grad_weights contiguous."""
     module = calls.module_for(cond)
     shape = arguments.decoder_sizes(image, weights, patch_size)
+    image, grad_velocity = calls.readable_image(image, cond.dtype), grad_velocity.to(cond.dtype)
     chunk_pixels = backward_chunk_pixels(cond.device, *shape[-2:])
     calls.launch(
         module.pixel_decoder_backward,

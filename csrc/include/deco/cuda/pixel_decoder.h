@@ -6,7 +6,8 @@
 
 namespace deco::cuda {
 
-// The dtype of cond, bfloat16 or float16, is the compute dtype; rows of cond are aligned to 16 bytes.
+// The dtype of cond, bfloat16 or float16, is the compute dtype; rows of cond are aligned to 16 bytes. Images have that
+// dtype or float32.
 struct PixelDecoderForward {
   DecoderShape shape;
   ImageArray image;
@@ -28,7 +29,7 @@ struct PixelDecoderForward {
 
 struct PixelDecoderBackward {
   DecoderShape shape;
-  ImageArray grad_velocity;
+  ImageArray grad_velocity;  // dtype of cond
   ImageArray image;
   PixelRows cond;
   DecoderWeightArrays weights;
