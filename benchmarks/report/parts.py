@@ -101,10 +101,21 @@ def kernels(rows: list[dict]) -> str:
         registers = f"{row['registers']} ({row['recorded_registers']})"
         spills = f"{row['spill_bytes']} ({row['recorded_spill_bytes']})"
         model = "–" if modeled is None else f"{modeled:.3f}"
-        lines.append([row["kernel"], model, f"{measured:.3f}", both, str(row["launches"]), registers, spills])
+        lines.append(
+            [
+                row["kernel"],
+                model,
+                row["bound"] or "–",
+                f"{measured:.3f}",
+                both,
+                str(row["launches"]),
+                registers,
+                spills,
+            ]
+        )
     if not rows:
         return ""
-    heads = ["kernel", "modeled ms", "measured ms", "measured / modeled", "launches"]
+    heads = ["kernel", "modeled ms", "bound", "measured ms", "measured / modeled", "launches"]
     heads += ["registers (recorded)", "spilled bytes (recorded)"]
-    head = f"## Kernels on {rows[0]['architecture']}: modeled from the recorded issue slots, and measured"
+    head = f"## Kernels on {rows[0]['architecture']}: modeled from the recorded instructions and bytes, and measured"
     return section(head, table(heads, lines), notes)

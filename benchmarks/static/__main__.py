@@ -1,9 +1,9 @@
 """`python -m benchmarks static`: static analysis of the compiled Triton and CUDA kernels for every architecture,
 without a GPU.
 
-Per kernel and architecture: registers, spilled bytes, shared memory, executed warp instructions of the steady loop per
-16 pixels by pipe, and the modeled time of the busiest pipe. All figures come from the compiled code; none is measured
-on a GPU. `--record` writes benchmarks/budgets.json; otherwise the figures are compared with it.
+Per kernel and architecture: registers, spilled bytes, shared memory, issue slots of the steady loop per 16 pixels, the
+cycles in which they occupy each pipe, and the modeled time of the largest bound (benchmarks/static/machines.py). No
+figure is measured on a GPU. `--record` writes benchmarks/budgets.json; otherwise the figures are compared with it.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.static import cuda_kernels, tables, triton_kernels
-from benchmarks.static.figures import BUDGETS, SHARED_LIMIT, SMALL_SHARED, Figures, exceeded
+from benchmarks.static import cuda_kernels, cuda_traffic, tables, triton_kernels, triton_traffic
+from benchmarks.static.figures import BUDGETS, CUDA_PREFIX, SHARED_LIMIT, SMALL_SHARED, Figures, exceeded
 from benchmarks.static.triton_kernels import ARCHITECTURES, DTYPES, WIDTHS
 
 BACKENDS = ("triton", "cuda")
@@ -61,15 +61,16 @@ def main(arguments: list[str]) -> int:
         cases = list(selected(architectures, widths, dtypes))
     everything: dict[str, dict[str, Any]] = {}
     failures = []
-    print("Modeled from the compiled code, not measured. Issue slots per 16 pixels; ms for 32 images of 256x256.")
-    print(_row("kernel", "architecture", "registers", "spills", "shared", "slots", "ms", "pipes"), flush=True)
+    print("Modeled, not measured. Issue slots and cycles per scheduler for 16 pixels; ms for 32 images of 256x256.")
+    print(_row("kernel", "architecture", "registers", "spills", "shared", "slots", "ms", "bound", "cycles"), flush=True)
     for name, architecture, found in _examined(options.backend, cases):
         everything.setdefault(name, {})[architecture] = found._asdict()
-        print(_row(name, architecture, *_cells(found)), flush=True)
+        print(_row(name, architecture, *_cells(found, architecture)), flush=True)
         if found.shared_bytes > SHARED_LIMIT[architecture.removesuffix("a")]:
             failures.append(f"{name}: {found.shared_bytes} bytes of shared memory do not fit {architecture}")
+        found = _with_traffic(name, found, budgets, options.record)
         if options.record:
-            budgets.setdefault(name, {})[architecture] = found.record()
+            budgets.setdefault(name, {})[architecture] = found._asdict()
         elif architecture in budgets.get(name, {}):
             failures += [f"{name} on {architecture}: {what}" for what in exceeded(found, budgets[name][architecture])]
     if options.record:
@@ -95,12 +96,41 @@ def _examined(backend: str | None, cases: list[tuple[str, int, str]]) -> Iterato
             print(f"Skipping the CUDA kernels: {reason}", file=sys.stderr)
 
 
-def _cells(found: Figures) -> tuple[str, ...]:
-    slots = "-" if found.issue_slots_per_16_px is None else f"{found.issue_slots_per_16_px:.0f}"
-    time = "-" if found.modelled_ms is None else f"{found.modelled_ms:.3f}"
-    pipes = " ".join(f"{pipe} {count:.0f}" for pipe, count in sorted(found.pipes_per_16_px.items()) if pipe != "issue")
-    return str(found.registers), str(found.spill_bytes), str(found.shared_bytes), slots, time, pipes
+def _with_traffic(name: str, found: Figures, budgets: dict[str, Any], count: bool) -> Figures:
+    """The figures of a kernel with a loop over pixels with its bytes of global memory: counted, or from any record."""
+    if found.cycles_per_16_px is None:
+        return found
+    if not count:
+        records = [record for record in budgets.get(name, {}).values() if record["cycles_per_16_px"]]
+        return found._replace(bytes_per_px=records[0]["bytes_per_px"] if records else None)
+    if not name.startswith(CUDA_PREFIX):
+        kernel, width, dtype = name.split("/")
+        return found._replace(bytes_per_px=triton_traffic.bytes_per_pixel(int(width.removeprefix("D")), dtype)[kernel])
+    return found._replace(bytes_per_px=round(cuda_traffic.per_pixel(name).bytes, 2))
 
 
-def _row(name: str, architecture: str, registers: str, spills: str, shared: str, slots: str, time: str, pipes: str):
-    return f"{name:58} {architecture:12} {registers:>9} {spills:>6} {shared:>7} {slots:>6} {time:>6}  {pipes}"
+def _cells(found: Figures, architecture: str) -> tuple[str, ...]:
+    fixed = str(found.registers), str(found.spill_bytes), str(found.shared_bytes)
+    bound = found.bound(architecture)
+    if bound is None or found.cycles_per_16_px is None:
+        return *fixed, "-", "-", "-", ""
+    cycles = [f"{pipe} {count:.0f}" for pipe, count in found.cycles_per_16_px.items() if pipe != "issue"]
+    if found.bytes_per_px is not None:
+        cycles.append(f"{found.bytes_per_px:.0f} B per pixel")
+    return *fixed, f"{found.issue_slots_per_16_px:.0f}", f"{bound.milliseconds:.3f}", bound.name, ", ".join(cycles)
+
+
+def _row(
+    name: str,
+    architecture: str,
+    registers: str,
+    spills: str,
+    shared: str,
+    slots: str,
+    time: str,
+    bound: str,
+    cycles: str,
+):
+    return (
+        f"{name:58} {architecture:12} {registers:>9} {spills:>6} {shared:>7} {slots:>6} {time:>6} {bound:>7}  {cycles}"
+    )

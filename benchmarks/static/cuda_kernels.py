@@ -10,13 +10,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.harness.toolkit import cuda_tool
 from benchmarks.static import sass
-from benchmarks.static.figures import COLOR_CHANNELS, CUDA_PREFIX, SHARED_LIMIT, Figures, modelled_milliseconds
+from benchmarks.static.figures import COLOR_CHANNELS, CUDA_PREFIX, SHARED_LIMIT, Figures, counted_figures
+from benchmarks.static.machines import MACHINES
 from deco_kernels import testing
 from deco_kernels.testing import emulation, source_regions
 
@@ -195,15 +196,13 @@ def _is_variant(variant: str, name: str) -> bool:
 
 def _figures(code: sass.Code, lines, kernel: Kernel, source: str, width: int, architecture: str) -> Figures:
     launch = launches(width or 32, SHARED_LIMIT[architecture.removesuffix("a")])[kernel.op, kernel.launch]
-    slots, pipes, milliseconds = None, {}, None
+    counted: dict[str, Any] = {}
     if kernel.counted:
         skipped = _lines_of(kernel.skipped)
-        counted = per_16_pixels(code, launch, kernel.inner_trips, lambda a: bool(lines[a] & skipped))
-        if counted is not None:
-            pipes, tensor_cycles = counted
-            slots = round(pipes["issue"], 1)
-            milliseconds = modelled_milliseconds(pipes, tensor_cycles) if architecture == "sm_90a" else None
-    return Figures(toolchain(), code.registers, code.spill_bytes, launch.shared_bytes, slots, pipes, milliseconds)
+        instructions = per_16_pixels(code, launch, kernel.inner_trips, lambda a: bool(lines[a] & skipped))
+        if instructions is not None:
+            counted = counted_figures(MACHINES[architecture], instructions)
+    return Figures(toolchain(), code.registers, code.spill_bytes, launch.shared_bytes, **counted)
 
 
 def _lines_of(names: tuple[str, ...]) -> set[tuple[str, int]]:
@@ -212,8 +211,8 @@ def _lines_of(names: tuple[str, ...]) -> set[tuple[str, int]]:
     return {(str(regions[name].path), line) for name in names for line in regions[name].lines}
 
 
-def per_16_pixels(code: sass.Code, launch: "Launch", inner_trips: int | None, is_skipped) -> tuple[dict, float] | None:
-    """Executed warp instructions of the steady loop per 16 pixels by pipe, and tensor-pipe cycles.
+def per_16_pixels(code: sass.Code, launch: "Launch", inner_trips: int | None, is_skipped) -> dict[str, float] | None:
+    """Executed warp instructions of the steady loop per 16 pixels by opcode.
 
     All warps run the outermost loop. If there are two, one warp per tile of 16 pixels runs the larger one and the other
     warps run the second. Inner loops without matmuls count once. None if the compiler has interleaved loops.

@@ -1,51 +1,50 @@
 """Figures of a compiled kernel, the model of its time, and its budgets."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.static import sass
+from benchmarks.static.machines import MACHINES, Bound, Machine, largest_bound
 
 BUDGETS = Path(__file__).resolve().parents[1] / "budgets.json"
 SMALL_SHARED = "sm_86"  # represents GPUs with 99 kB of shared memory; only the shared-memory limit is checked
 # Shared memory available to one block, in bytes; kernels that need more cannot be launched.
 SHARED_LIMIT = {"sm_80": 166_912, SMALL_SHARED: 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 TOLERANCE = 1.03
+_BUDGETED = ("registers", "spill_bytes", "shared_bytes", "issue_slots_per_16_px")
 COLOR_CHANNELS = 3  # Y, Cb and Cr: iterations of the inner loop of the loss kernels
-# The model's machine is an H200 at 1.755 GHz; its workload is 32 images of 256x256.
-SCHEDULERS, CLOCK, PIXELS = 132 * 4, 1.755e9, 32 * 256 * 256
-
 CUDA_PREFIX = "cuda."
 """Prefix that distinguishes CUDA kernels from Triton kernels in budgets.json."""
 
 
 class Figures(NamedTuple):
-    """Resources of one compiled kernel; issue_slots_per_16_px is None without a loop over pixels and on AMD."""
+    """Resources of one compiled kernel. Slots, cycles and bytes are None without a loop over pixels and on AMD."""
 
     toolchain: str
     registers: int
     spill_bytes: int
     shared_bytes: int
-    issue_slots_per_16_px: float | None
-    pipes_per_16_px: dict[str, float]
-    modelled_ms: float | None
+    issue_slots_per_16_px: float | None = None
+    cycles_per_16_px: dict[str, float] | None = None  # pipe -> cycles per scheduler; "issue" includes all instructions
+    bytes_per_px: float | None = None  # of global memory
 
-    def record(self) -> dict[str, Any]:
-        """The fields kept in budgets.json."""
-        fields = ("toolchain", "registers", "spill_bytes", "shared_bytes", "issue_slots_per_16_px")
-        return {name: getattr(self, name) for name in fields}
-
-
-def milliseconds(cycles_per_16_px: float) -> float:
-    """Time of a pipe that is busy for the given cycles per 16 pixels, on the model's machine and workload."""
-    return cycles_per_16_px * PIXELS / 16 / SCHEDULERS / CLOCK * 1e3
+    def bound(self, architecture: str) -> Bound | None:
+        """The largest bound of the model."""
+        return bound_of(self._asdict(), architecture)
 
 
-def modelled_milliseconds(pipes: dict[str, float], tensor_cycles: float) -> float:
-    """Time of the busiest pipe, from warp instructions and tensor-pipe cycles per 16 pixels."""
-    cycles = {pipe: count * sass.PIPE_CYCLES[pipe] for pipe, count in pipes.items() if pipe not in ("other", "tensor")}
-    return milliseconds(max(tensor_cycles, *cycles.values()))
+def counted_figures(machine: Machine, instructions: Mapping[str, float]) -> dict[str, Any]:
+    """Fields of `Figures` from the executed warp instructions per 16 pixels by opcode."""
+    cycles = {pipe: round(value, 1) for pipe, value in machine.cycles(instructions).items()}
+    return {"issue_slots_per_16_px": cycles["issue"], "cycles_per_16_px": cycles}
+
+
+def bound_of(record: Mapping[str, Any], architecture: str) -> Bound | None:
+    """The largest bound of a record in budgets.json."""
+    if architecture not in MACHINES:
+        return None
+    return largest_bound(MACHINES[architecture], record["cycles_per_16_px"], record["bytes_per_px"])
 
 
 def recorded_budgets(backend: str) -> dict[str, dict[str, Any]]:
@@ -59,7 +58,7 @@ def exceeded(figures: Figures, budget: dict[str, Any]) -> Iterator[str]:
     """Figures more than 3 % above the record; none if the toolchain differs."""
     if figures.toolchain != budget["toolchain"]:
         return
-    for name, recorded in budget.items():
-        actual = getattr(figures, name)
-        if name != "toolchain" and recorded is not None and actual > recorded * TOLERANCE:
+    for name in _BUDGETED:
+        recorded, actual = budget[name], getattr(figures, name)
+        if recorded is not None and actual > recorded * TOLERANCE:
             yield f"{name} {actual:g}, recorded {recorded:g}"

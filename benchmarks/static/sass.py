@@ -6,7 +6,7 @@ Uses cuobjdump and nvdisasm from Triton's wheel; needs no GPU.
 import re
 import subprocess
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,20 +24,11 @@ class Code(NamedTuple):
     instructions: list[Instruction]
 
 
-# Pipe on Hopper -> cycles that one warp instruction occupies it, per scheduler (a quarter of an SM).
-PIPE_CYCLES = {
-    "issue": 1,
-    "fp32": 1,  # 128 lanes per SM
-    "alu": 2,  # 64 lanes per SM: integer, logic, compare, convert
-    "mufu": 8,  # 16 lanes per SM: special functions
-    "memory": 4,  # 32 lanes per SM, shared by the four schedulers: shared and global memory, shuffles
-    "tensor": 4,  # m16n8k16; wgmma is counted by its shape
-    "other": 1,
-}
 _PIPES = {
     "fp32": ("FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HADD2", "HMUL2", "FSWZADD"),
-    "mufu": ("MUFU",),
-    "memory": ("LDG", "LDS", "LDSM", "STS", "STSM", "STG", "LDL", "STL", "SHFL", "LDGSTS", "ATOMG", "ATOMS", "RED"),
+    "special": ("MUFU",),
+    "shared": ("LDS", "LDSM", "STS", "STSM", "SHFL", "ATOMS"),
+    "global": ("LDG", "STG", "LDL", "STL", "LDGSTS", "ATOMG", "RED"),
     "tensor": ("HMMA", "HGMMA", "IMMA", "UTCHMMA", "UTCQMMA"),
     "other": ("BRA", "EXIT", "BSSY", "BSYNC", "NOP", "CALL", "RET", "WARPSYNC", "BAR", "DEPBAR", "LDGDEPBAR", "SYNCS",
               "WARPGROUP", "LDC", "LDCU", "ULDC", "S2R", "S2UR", "R2UR", "CS2R", "MEMBAR", "FENCE", "ERRBAR", "CCTL"),
@@ -47,10 +38,31 @@ _UNIFORM = "other"  # the uniform datapath uses only an issue slot
 
 
 def pipe_of(opcode: str) -> str:
+    """Pipe that executes an instruction; "alu" for those that no table names."""
     base = opcode.split(".")[0]
     if base in _PIPE_OF:
         return _PIPE_OF[base]
     return _UNIFORM if base.startswith("U") else "alu"
+
+
+def access_bytes(opcode: str) -> int:
+    """Bytes that a load or store of shared memory moves per thread."""
+    if match := re.search(r"\.(?:[US](8|16)|(64|128))\b", opcode):
+        return int(match[1] or match[2]) // 8
+    return 4
+
+
+def shared_passes(opcode: str) -> int:
+    """Accesses of 128 bytes that a warp instruction makes to shared memory, without bank conflicts."""
+    if opcode.startswith(("LDSM", "STSM")):
+        return int(opcode.rpartition(".")[2]) if opcode[-1].isdigit() and opcode[-2] == "." else 1
+    return max(1, access_bytes(opcode) // 4)
+
+
+def mma_shape(opcode: str) -> str | None:
+    """ "16816" for m16n8k16."""
+    shape = re.search(r"\.(1684|1688|16816)\b", opcode)
+    return shape[1] if shape else None
 
 
 def tool(name: str) -> Path:
@@ -128,8 +140,8 @@ def is_inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
     return outer[0] < inner[0] and inner[1] <= outer[1]
 
 
-def steady_counts(code: Code, inner_trips: int) -> tuple[Counter, float]:
-    """Executed warp instructions of one iteration of the outermost loop, by pipe, and tensor-pipe cycles.
+def steady_counts(code: Code, inner_trips: int) -> dict[str, float]:
+    """Opcode -> executed warp instructions of one iteration of the outermost loop.
 
     Without a loop the whole kernel counts. An inner loop runs `inner_trips` times.
     """
@@ -145,29 +157,10 @@ def steady_counts(code: Code, inner_trips: int) -> tuple[Counter, float]:
     return counts(code, executions)
 
 
-def counts(code: Code, executions: Callable[[int], float]) -> tuple[Counter, float]:
-    """Executed warp instructions by pipe ("issue": all of them) and tensor-pipe cycles. The instruction at an address
-    is executed executions(address) times."""
-    total: Counter = Counter()
-    tensor_cycles = 0.0
+def counts(code: Code, executions: Callable[[int], float]) -> dict[str, float]:
+    """Opcode -> executed warp instructions. The instruction at an address is executed executions(address) times."""
+    total: dict[str, float] = defaultdict(float)
     for instruction in code.instructions:
-        times = executions(instruction.address)
-        if times:
-            pipe = pipe_of(instruction.opcode)
-            total[pipe] += times
-            total["issue"] += times
-            if pipe == "tensor":
-                tensor_cycles += times * _tensor_cycles(instruction.opcode)
-    return total, tensor_cycles
-
-
-def _tensor_cycles(opcode: str) -> float:
-    """Multiply-adds of the instruction over 512 (bfloat16) or 256 (TF32) per cycle and scheduler."""
-    shape = re.search(r"\.(\d+)x(\d+)x(\d+)", opcode)
-    if shape:
-        rows, columns, depth = (int(size) for size in shape.groups())
-        products = rows * columns * depth / 4  # four warps share one wgmma
-    else:
-        size = re.search(r"\.(1684|1688|16816)\b", opcode)
-        products = {"1684": 512, "1688": 1024, "16816": 2048}[size[1] if size else "16816"]
-    return products / (256 if "TF32" in opcode else 512)
+        if times := executions(instruction.address):
+            total[instruction.opcode] += times
+    return total

@@ -5,7 +5,8 @@
 
 from typing import Any, NamedTuple
 
-from benchmarks.static.figures import milliseconds
+from benchmarks.static.figures import bound_of
+from benchmarks.static.machines import MACHINES
 
 _TRITON_KERNELS = {
     "pixel_decoder.forward_kernel": "decoder forward",
@@ -40,32 +41,60 @@ _CUDA_KERNELS = {
 class _Page(NamedTuple):
     kernels: dict[str, str]  # name in the record -> its title
     architecture: str
+    architectures: tuple[str, ...]  # of the table of bounds
     other_cases: tuple[tuple[int, str], ...]  # (width, dtype) besides D 32 in bfloat16
 
 
 _PAGES = {
-    "triton": _Page(_TRITON_KERNELS, "sm_90", ((16, "bfloat16"), (64, "bfloat16"), (32, "float32"))),
-    "cuda": _Page(_CUDA_KERNELS, "sm_90a", ((16, "bfloat16"), (64, "bfloat16"), (32, "float16"))),
+    "triton": _Page(
+        _TRITON_KERNELS, "sm_90", ("sm_80", "sm_90", "sm_100"), ((16, "bfloat16"), (64, "bfloat16"), (32, "float32"))
+    ),
+    "cuda": _Page(
+        _CUDA_KERNELS, "sm_90a", ("sm_80", "sm_90a", "sm_100"), ((16, "bfloat16"), (64, "bfloat16"), (32, "float16"))
+    ),
 }
 
 
-def tables(budgets: dict[str, Any], backend: str) -> tuple[str, str]:
+def tables(budgets: dict[str, Any], backend: str) -> tuple[str, str, str]:
     """The tables of docs/BACKEND.md."""
     page = _PAGES[backend]
-    return _main_table(budgets, page), _other_cases_table(budgets, page)
+    return _main_table(budgets, page), _bounds_table(budgets, page), _other_cases_table(budgets, page)
+
+
+def _in_bfloat16(budgets: dict[str, Any], kernel: str) -> dict[str, Any]:
+    """Architecture -> record at D 32 in bfloat16. CUDA kernels of the loss have no width."""
+    return budgets.get(f"{kernel}/D32/bfloat16") or budgets[f"{kernel}/bfloat16"]
 
 
 def _main_table(budgets: dict[str, Any], page: _Page) -> str:
-    """Every kernel at D 32 in bfloat16 on the page's architecture; the time is the issue time of its instructions."""
-    lines = ["| kernel | registers | spilled | shared | slots per 16 px | modeled ms |", "|---|---|---|---|---|---|"]
+    """Every kernel at D 32 in bfloat16 on the page's architecture."""
+    lines = [
+        "| kernel | registers | spilled | shared | issue | tensor | shared memory | special | bytes per pixel |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for kernel, title in page.kernels.items():
-        # CUDA kernels of the loss have no width.
-        record = (budgets.get(f"{kernel}/D32/bfloat16") or budgets[f"{kernel}/bfloat16"])[page.architecture]
-        slots = record["issue_slots_per_16_px"]
+        record = _in_bfloat16(budgets, kernel)[page.architecture]
+        cycles = [f"{record['cycles_per_16_px'][pipe]:,.0f}" for pipe in ("issue", "tensor", "shared", "special")]
         lines.append(
             f"| {title} | {record['registers']} | {record['spill_bytes']} | {record['shared_bytes'] / 1000:.0f} kB "
-            f"| {slots:,.0f} | {milliseconds(slots):.{3 if slots < 100 else 2}f} |"
+            f"| {' | '.join(cycles)} | {_bytes(record['bytes_per_px'])} |"
         )
+    return "\n".join(lines)
+
+
+def _bytes(per_px: float | None) -> str:
+    return "–" if per_px is None else f"{per_px:,.0f}"
+
+
+def _bounds_table(budgets: dict[str, Any], page: _Page) -> str:
+    """Modeled milliseconds of every kernel at D 32 in bfloat16, with the largest bound, by architecture."""
+    heads = [f"{name} ({MACHINES[name].device})" for name in page.architectures]
+    lines = [f"| kernel | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for kernel, title in page.kernels.items():
+        records = _in_bfloat16(budgets, kernel)
+        bounds = [bound_of(records[name], name) for name in page.architectures]
+        cells = [f"{b.milliseconds:.{3 if b.milliseconds < 0.02 else 2}f} {b.name}" for b in bounds if b is not None]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

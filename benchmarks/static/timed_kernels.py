@@ -1,10 +1,10 @@
 """Measured GPU times of all kernels with a budget vs. their modeled times.
 
-The modeled time is the time in which the schedulers of the device can issue the recorded instructions of a training
-batch at the highest clock. It is a lower bound; memory, shared memory and latency may add to it. Fields of a row:
-`kernel` (the name in benchmarks/budgets.json), `architecture`, `modelled_ms` (None for kernels without a loop over
-pixels), `status`, `measured_ms` (None with a `reason`), `launches` of one forward and backward, their registers and
-spilled bytes, and the recorded ones.
+The modeled time is that of the largest bound of machines.py, with the number of multiprocessors and the highest clock
+of the device at hand, for a training batch. It is a lower bound; latency and other bounds may add to it. Fields of a
+row: `kernel` (the name in benchmarks/budgets.json), `architecture`, `modelled_ms` and `bound` (None for kernels without
+a loop over pixels), `status`, `measured_ms` (None with a `reason`), `launches` of one forward and backward, their
+registers and spilled bytes, and the recorded ones.
 """
 
 import re
@@ -15,13 +15,13 @@ import torch
 from benchmarks.harness import gpu_state
 from benchmarks.harness.timing import kernel_milliseconds
 from benchmarks.static import profiled_kernels, triton_kernels
-from benchmarks.static.figures import CLOCK, PIXELS, recorded_budgets
+from benchmarks.static.figures import recorded_budgets
+from benchmarks.static.machines import MACHINES, Machine, largest_bound
 from deco_kernels import testing
 
 IMAGE = (32, 256, 256)  # a training batch with as many pixels as in the model
 _TOKEN_WIDTH = 1152
 REPEATS = 7
-_SCHEDULERS_PER_MULTIPROCESSOR = 4
 
 
 def measure_kernels(full: bool) -> list[dict]:
@@ -51,12 +51,14 @@ def measure_kernels(full: bool) -> list[dict]:
                     measured.setdefault(name, found)
             except Exception as error:  # one failing op does not hide the others
                 failures.append(f"{op}, D {width}, {dtype} failed: {type(error).__name__}: {error}".splitlines()[0])
-    rate = properties.multi_processor_count * _SCHEDULERS_PER_MULTIPROCESSOR * _clock_hz()
+    machine = MACHINES[architecture]._replace(
+        multiprocessors=properties.multi_processor_count, clock=_clock_hz() or MACHINES[architecture].clock
+    )
     missing = {"status": "unavailable", "measured_ms": None, "reason": "not launched by any op here"}
     if failures:
         missing |= {"status": "failed", "reason": "; ".join(failures)}
     rows = [
-        _row(name, names[backend], budget, rate) | measured.get(name, missing)
+        _row(name, names[backend], budget, machine) | measured.get(name, missing)
         for (backend, name), budget in budgets.items()
     ]
     return sorted(rows, key=lambda row: -(row["measured_ms"] or 0))
@@ -102,20 +104,21 @@ def _dtype(name: str) -> str | None:
     return found[1] if found else None
 
 
-def _clock_hz() -> float:
-    """Highest clock of the multiprocessors; without NVML that of the model's machine."""
+def _clock_hz() -> float | None:
+    """Highest clock of the multiprocessors; None without NVML."""
     megahertz = gpu_state.header().get("sm_clock_max_mhz")
-    return 1e6 * megahertz if megahertz else CLOCK
+    return 1e6 * megahertz if megahertz else None
 
 
-def _row(name: str, architecture: str, budget: dict, rate: float) -> dict:
-    """The unmeasured fields of a row; `rate` is the device's rate in warp instructions per second."""
-    slots = budget["issue_slots_per_16_px"]
+def _row(name: str, architecture: str, budget: dict, machine: Machine) -> dict:
+    """The unmeasured fields of a row."""
+    bound = largest_bound(machine, budget["cycles_per_16_px"], budget["bytes_per_px"])
     return {
         "kernel": name,
         "status": "ok",
         "architecture": architecture,
-        "modelled_ms": None if slots is None else 1e3 * slots * PIXELS / 16 / rate,
+        "modelled_ms": bound and bound.milliseconds,
+        "bound": bound and bound.name,
         "recorded_registers": budget["registers"],
         "recorded_spill_bytes": budget["spill_bytes"],
     }

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from benchmarks.static import sass
-from benchmarks.static.figures import COLOR_CHANNELS, Figures, modelled_milliseconds
+from benchmarks.static.figures import COLOR_CHANNELS, Figures, counted_figures
+from benchmarks.static.machines import MACHINES
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 ARCHITECTURES = (*NVIDIA, "gfx942")
@@ -92,17 +93,13 @@ def figures(launch, architecture: str) -> Figures:
         return _amd_figures(compiled)
     code = sass.read(compiled.asm["cubin"])
     pixels = _pixels_per_tile(launch)
-    pipes, slots, milliseconds = {}, None, None
+    counted: dict[str, Any] = {}
     if pixels:
         warps_per_16_px = 16 * launch.options["num_warps"] / pixels
-        counts, tensor_cycles = sass.steady_counts(code, COLOR_CHANNELS)
-        pipes = {pipe: count * warps_per_16_px for pipe, count in counts.items()}
-        slots = round(pipes["issue"], 1)
-        if architecture == "sm_90":
-            milliseconds = modelled_milliseconds(pipes, tensor_cycles * warps_per_16_px)
-    return Figures(
-        toolchain(architecture), code.registers, code.spill_bytes, compiled.metadata.shared, slots, pipes, milliseconds
-    )
+        steady = sass.steady_counts(code, COLOR_CHANNELS)
+        instructions = {opcode: count * warps_per_16_px for opcode, count in steady.items()}
+        counted = counted_figures(MACHINES[architecture], instructions)
+    return Figures(toolchain(architecture), code.registers, code.spill_bytes, compiled.metadata.shared, **counted)
 
 
 def case_figures(architecture: str, width: int, dtype: str, parts: tuple[str, ...] = ("",)) -> dict[str, Figures]:
@@ -116,7 +113,7 @@ def _amd_figures(compiled) -> Figures:
         return int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"])[1])
 
     spilled = 4 * 64 * field("vgpr_spill_count") + 4 * field("sgpr_spill_count")
-    return Figures(toolchain("gfx942"), field("vgpr_count"), spilled, compiled.metadata.shared, None, {}, None)
+    return Figures(toolchain("gfx942"), field("vgpr_count"), spilled, compiled.metadata.shared)
 
 
 def _pixels_per_tile(launch) -> int | None:

@@ -98,8 +98,8 @@ def test_slots_of_a_loop_inside_the_steady_loop():
     """Two warps of 32 pixels each: six instructions per iteration, two of them three times, and a skipped one."""
     code = code_of("MOV", "FADD", "HMMA.16816", "BRA 2", "MOV", "FMUL", "BRA 1", "EXIT")
     launch = cuda_kernels.Launch(warps=2, shared_bytes=0, turn_pixels=64)
-    pipes, tensor_cycles = cuda_kernels.per_16_pixels(code, launch, 3, lambda address: address == 16 * 4)
-    assert pipes["issue"] == (3 + 2 * 3) / 2 and pipes["tensor"] == 3 / 2 and tensor_cycles == 4 * 3 / 2
+    executed = cuda_kernels.per_16_pixels(code, launch, 3, lambda address: address == 16 * 4)
+    assert sum(executed.values()) == (3 + 2 * 3) / 2 and executed["HMMA.16816"] == 3 / 2
 
 
 def test_slots_of_a_loop_with_two_overlapping_branches():
@@ -115,8 +115,8 @@ def test_slots_of_warps_with_two_roles():
     chain = ["FADD"] * 9 + ["HMMA.16816", "BRA 0"]
     sums = ["BAR", "HMMA.16816", "BRA 12", "BRA 11"]
     launch = cuda_kernels.Launch(warps=12, shared_bytes=0, turn_pixels=7 * 16)
-    pipes, _ = cuda_kernels.per_16_pixels(code_of(*chain, *sums, "EXIT"), launch, None, lambda address: False)
-    assert pipes["issue"] == pytest.approx(11 + (2 + 2 * 7) * 5 / 7)
+    executed = cuda_kernels.per_16_pixels(code_of(*chain, *sums, "EXIT"), launch, None, lambda address: False)
+    assert sum(executed.values()) == pytest.approx(11 + (2 + 2 * 7) * 5 / 7)
 
 
 def test_the_module_imports_without_a_driver():

@@ -5,6 +5,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
+from benchmarks.static import cuda_traffic
 from deco_kernels import BackendUnavailable, ops, testing
 from deco_kernels.backends import l2_cache
 from deco_kernels.ops import registry
@@ -282,6 +283,12 @@ def test_packing_has_a_warp_for_every_row(emulated):
     ((blocks, threads),) = [(blocks, threads) for name, blocks, threads, _ in launches if name == "pack_weights"]
     assert blocks >= 132  # multiprocessors of an H100
     assert blocks * threads // 32 >= 5 * depth * width + width + 8 + patch_size**2
+
+
+def test_bytes_per_pixel_of_the_static_model():
+    """adaln_block's backward reads h, cond and the gradient of the result, and writes the gradients of h and cond."""
+    found = cuda_traffic.per_pixel("cuda.block_backward.backward_kernel+mlp+first+last/D16/bfloat16")
+    assert found.bytes == 5 * 16 * torch.bfloat16.itemsize and found.wavefronts > 0
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

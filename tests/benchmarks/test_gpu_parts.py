@@ -19,6 +19,7 @@ from benchmarks.ops import modulated_rms_norm
 from benchmarks.ops.sizes import Size
 from benchmarks.static import profiled_kernels, timed_kernels
 from benchmarks.static.figures import BUDGETS, recorded_budgets
+from benchmarks.static.machines import MACHINES, largest_bound
 from deco_kernels import testing
 
 
@@ -207,9 +208,12 @@ def test_budgeted_kernels_are_rows_measured_or_not(nvml, monkeypatch):
     assert {"cuda.pixel_decoder.forward_kernel/D32/bfloat16", "cuda.gradient_sums.sum_kernel"} <= of_cuda
     assert not any("D16" in name or "float16" in name.split("/") for name in of_cuda)
     forward = rows["pixel_decoder.forward_kernel/D32/bfloat16"]
-    slots = budgets["pixel_decoder.forward_kernel/D32/bfloat16"]["sm_90"]["issue_slots_per_16_px"]
+    record = budgets["pixel_decoder.forward_kernel/D32/bfloat16"]["sm_90"]
+    at_hand = MACHINES["sm_90"]._replace(multiprocessors=132, clock=1.98e9)
     assert forward["measured_ms"] == 0.5
-    assert forward["modelled_ms"] == pytest.approx(1e3 * slots * 32 * 256**2 / 16 / (132 * 4 * 1.98e9))
+    assert (forward["bound"], forward["modelled_ms"]) == largest_bound(
+        at_hand, record["cycles_per_16_px"], record["bytes_per_px"]
+    )
     assert [row["status"] for row in rows.values()] == ["ok"] + ["unavailable"] * (len(rows) - 1)
 
 

@@ -1,0 +1,66 @@
+"""Bytes of global memory and wavefronts of shared memory per pixel of the CUDA kernels, counted by the emulator.
+
+Each byte of global memory counts once per launch for reading and once for writing: the caches serve repeated accesses.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.static.cuda_kernels import KERNELS
+from benchmarks.static.figures import CUDA_PREFIX
+from deco_kernels import testing
+from deco_kernels.testing import emulation
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_ROWS, _COLUMNS = 32, (32, 64)  # the difference excludes what does not depend on the number of pixels
+_PADDED_ROWS = 28
+
+
+class PerPixel(NamedTuple):
+    bytes: float  # of global memory
+    wavefronts: float  # of shared memory, each 128 bytes wide
+
+
+def per_pixel(label: str) -> PerPixel:
+    """Counts of the kernel with a label of `cuda_kernels.source_figures`."""
+    variant, *parts = label.removeprefix(CUDA_PREFIX).split("/")
+    width = next((int(part[1:]) for part in parts if part.startswith("D")), 32)
+    dtype = next((part for part in parts if part in _DTYPES), "bfloat16")
+    _, *flags = variant.split("+")
+    small, large = (
+        _launch(KERNELS[variant].op, KERNELS[variant].launch, width, dtype, columns, tuple(flags))
+        for columns in _COLUMNS
+    )
+    pixels = (_PADDED_ROWS if "padded" in flags else _ROWS) * (_COLUMNS[1] - _COLUMNS[0])
+    moved = [launch.read.distinct + launch.written.distinct for launch in (small, large)]
+    wavefronts = large.shared.wavefronts - small.shared.wavefronts
+    return PerPixel((moved[1] - moved[0]) / pixels, wavefronts / pixels)
+
+
+def _launch(
+    op: str, name: str, width: int, dtype: str, columns: int, flags: tuple[str, ...]
+) -> emulation.RecordedLaunch:
+    """The launch of a variant. The block backward runs once per decoder block: first, between, last."""
+    launches = _launches(op, width, dtype, columns, "float32_target" in flags, "padded" in flags)
+    found = [launch for launch in launches if launch.name == name]
+    if "first" in flags or len(found) == 1:
+        return found[0]
+    return found[-1] if "last" in flags else found[1]
+
+
+@functools.cache
+def _launches(
+    op: str, width: int, dtype: str, columns: int, float32_target: bool, padded: bool
+) -> list[emulation.RecordedLaunch]:
+    emulation.emulated_module()
+    inputs = testing.random_inputs(
+        op,
+        dtype=_DTYPES[dtype],
+        other_dtype=torch.float32 if float32_target else _DTYPES[dtype],
+        width=width,
+        image_size=(1, _PADDED_ROWS if padded else _ROWS, columns),
+        token_width=16,
+    )
+    return emulation.record_accesses(lambda: testing.run(inputs, emulation.BACKEND))

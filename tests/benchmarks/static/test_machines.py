@@ -1,0 +1,80 @@
+"""The static model: cycles per pipe and the largest bound."""
+
+import os
+
+import pytest
+import torch
+
+from benchmarks.static import sass
+from benchmarks.static.machines import MACHINES, PIXELS, largest_bound
+
+H100 = MACHINES["sm_90a"]
+
+
+def test_instructions_occupy_their_pipes():
+    cycles = H100.cycles(
+        {"HMMA.16816.F32.BF16": 4, "LDSM.16.M88.4": 3, "SHFL.BFLY": 2, "MUFU.TANH": 5, "FFMA": 7, "LDG.E.128": 1}
+    )
+    assert cycles == {
+        "issue": 22,
+        "tensor": pytest.approx(4 * H100.mma_cycles),
+        "shared": 4 * (3 * 4 + 2 * 1),
+        "special": 5 * H100.special_cycles,
+        "fp32": 7,
+        "alu": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("opcode", "passes"),
+    [("LDSM.16.M88", 1), ("LDSM.16.MT88.2", 2), ("STSM.16.M88.4", 4), ("LDS", 1), ("LDS.64", 2), ("STS.128", 4),
+     ("LDS.U16", 1), ("LDS.U8", 1)],
+)  # fmt: skip
+def test_passes_of_shared_memory(opcode, passes):
+    assert sass.shared_passes(opcode) == passes
+
+
+@pytest.mark.parametrize(
+    ("opcode", "cycles"),
+    [
+        ("HMMA.1688.F32.BF16", 6.26 / 2),
+        ("HMMA.1688.F32.TF32", 6.26),
+        ("HGMMA.64x32x16.F32.BF16", 24.7),
+        ("HGMMA.64x16x16.F32.BF16", 24.7),
+        ("HGMMA.64x96x16.F32.BF16", 48.7),
+        ("HGMMA.64x48x16.F32.BF16", (24.7 + 32.8) / 2),
+        ("HGMMA.64x192x16.F32.BF16", 2 * 48.7),
+        ("HGMMA.64x64x8.F32.TF32", 32.8),
+    ],
+)
+def test_cycles_of_matmuls_on_hopper(opcode, cycles):
+    assert H100.cycles({opcode: 1})["tensor"] == pytest.approx(cycles)
+
+
+def test_consumer_gpus_pay_for_float32_accumulation():
+    """An RTX 5090 accumulates a 16-bit matmul in float32 at half its rate: five times the cycles of an H100."""
+    instructions = {"HMMA.16816.F32.BF16": 1.0}
+    assert MACHINES["sm_120"].cycles(instructions)["tensor"] > 5 * H100.cycles(instructions)["tensor"]
+
+
+def test_the_largest_bound_is_named():
+    cycles = {"issue": 100.0, "tensor": 90.0}
+    by_issue = largest_bound(H100, cycles, bytes_per_px=1)
+    assert by_issue.name == "issue"
+    assert by_issue.milliseconds == pytest.approx(1e3 * 100 * PIXELS / 16 / (4 * 132) / H100.clock)
+    by_bytes = largest_bound(H100, cycles, bytes_per_px=1000)
+    assert by_bytes.name == "bytes"
+    assert by_bytes.milliseconds == pytest.approx(1e3 * 1000 * PIXELS / H100.bytes_per_second)
+    assert largest_bound(H100, None, None) is None
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs a separate run with TRITON_INTERPRET=1")
+def test_global_bytes_of_a_triton_kernel_are_its_tensors():
+    """adaln_block in bfloat16: h, cond and the result; their gradients besides in the backward."""
+    from benchmarks.static import triton_traffic
+
+    row = 16 * torch.bfloat16.itemsize
+    found = triton_traffic.bytes_of_op("adaln_block", 16, torch.bfloat16)
+    assert found["adaln_block.forward_kernel"] == 3 * row
+    assert found["adaln_block.backward_kernel+first+last"] == 5 * row
