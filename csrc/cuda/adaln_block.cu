@@ -59,7 +59,7 @@ int64_t adaln_block_forward_workspace(int width) { return rows_forward_workspace
 Status adaln_block_forward(const Call& call, const AdalnBlockForward& op) {
   const char* name = "adaln_block_forward";
   const auto launch_kernel = [&](auto type, auto width, const LaunchSize& size, const RowsInput& input) {
-    const ForwardParams p = {input, {op.out, op.width}};
+    const ForwardParams p = {input, RowsView(op.out)};
     return launch(name, forward_kernel<decltype(type), width.value>, size, call.stream, p);
   };
   return run_rows_forward(call, name, op, kBlockMatrices, launch_kernel);

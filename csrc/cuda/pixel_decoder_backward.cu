@@ -116,7 +116,8 @@ class Backward {
       block.h_tiles = parts_.h + l * padded_rows(pixels) * D;
       block.s_tiles = parts_.s;
       block.grad_tiles = parts_.grad_h;
-      if (op_.grad_cond != nullptr) block.grad_cond = {static_cast<uint16_t*>(op_.grad_cond) + token * P * D, D};
+      if (op_.grad_cond.data != nullptr)
+        block.grad_cond = {static_cast<uint16_t*>(op_.grad_cond.data) + token * P * D, D};
       block.first = l == shape.depth - 1;
       block.last = l == 0;
       block.partials = weights_ ? parts_.blocks : nullptr;

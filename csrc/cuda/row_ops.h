@@ -76,8 +76,8 @@ Status run_rows_backward(const Call& call, const char* name, const Op& op, Block
   block.eps = op.eps;
   block.h = RowsView(op.h);
   block.cond = {op.cond.data, op.cond.stride, 0, 0};
-  block.grad_h = {op.grad_h, op.width};
-  if (op.grad_cond != nullptr) block.grad_cond = {op.grad_cond, op.width};
+  block.grad_h = RowsView(op.grad_h);
+  block.grad_cond = RowsView(op.grad_cond);
   return single_block_backward(call, block, op.weights, op.grad_weights);
 }
 

@@ -81,7 +81,7 @@ int64_t modulate_forward_workspace(int width) { return rows_forward_workspace(wi
 Status modulate_forward(const Call& call, const ModulateForward& op) {
   const char* name = "upsample_modulate_forward";
   const auto launch_kernel = [&](auto type, auto width, const LaunchSize& size, const RowsInput& input) {
-    const ForwardParams p = {input, {op.modulated, op.width}, {op.gate, op.width}};
+    const ForwardParams p = {input, RowsView(op.modulated), RowsView(op.gate)};
     return launch(name, modulate_kernel<decltype(type), width.value>, size, call.stream, p);
   };
   return run_rows_forward(call, name, op, kModulationMatrices, launch_kernel);

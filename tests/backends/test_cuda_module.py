@@ -48,7 +48,7 @@ def test_it_says_what_is_missing(module):
 
 
 def test_a_call_that_cannot_be_launched_names_the_op_its_sizes_and_what_cuda_says(module):
-    arguments = ((0, 0, 0, 0), 64, 32, (0, 1, 0), (0, 1, 0), (0,) * 16, 0, 1e-6)
+    arguments = ((0, 0, 0, 0), 64, 32, (0, 1, 0), (0, 1, 0), (0,) * 16, (0, 1, 0), 1e-6)
     messages = []
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"^adaln_block on \[64, 32\]: .*driver.*\(code \d+\)$") as error:

@@ -337,17 +337,17 @@ def _native_calls(module):
 
     rows, image = r"\[64, 32\]", r"image \[2, 3, 16, 32\].*D 32, N 3"
     return {
-        "adaln_block_forward": (module.adaln_block_forward_workspace(32), rows, rows_of(ROWS, ROWS, ROW_WEIGHTS, 0)),
+        "adaln_block_forward": (module.adaln_block_forward_workspace(32), rows, rows_of(ROWS, ROWS, ROW_WEIGHTS, ROWS)),
         "adaln_block_backward": (
             module.adaln_block_backward_workspace(0, 64, 32),
             rows,
-            rows_of(ROWS, ROWS, ROWS, ROW_WEIGHTS, 0, 0, ROW_WEIGHTS),
+            rows_of(ROWS, ROWS, ROWS, ROW_WEIGHTS, ROWS, ROWS, ROW_WEIGHTS),
         ),
-        "modulate_forward": (module.modulate_forward_workspace(32), rows, rows_of(ROWS, ROWS, (0,) * 8, 0, 0)),
+        "modulate_forward": (module.modulate_forward_workspace(32), rows, rows_of(ROWS, ROWS, (0,) * 8, ROWS, ROWS)),
         "modulate_backward": (
             module.modulate_backward_workspace(0, 64, 32),
             rows,
-            rows_of(ROWS, ROWS, ROWS, ROWS, (0,) * 8, 0, 0, (0,) * 8),
+            rows_of(ROWS, ROWS, ROWS, ROWS, (0,) * 8, ROWS, ROWS, (0,) * 8),
         ),
         "pixel_decoder_forward": (
             module.pixel_decoder_forward_workspace(SMALL_SHAPE),
@@ -357,7 +357,7 @@ def _native_calls(module):
         "pixel_decoder_backward": (
             module.pixel_decoder_backward_workspace(0, SMALL_SHAPE, 512),
             image,
-            shapes_of(IMAGE, *decoder, IMAGE, 0, DECODER_WEIGHTS, EPS, 512),
+            shapes_of(IMAGE, *decoder, IMAGE, (0,) * 4, DECODER_WEIGHTS, EPS, 512),
         ),
     }
 

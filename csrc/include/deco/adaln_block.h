@@ -1,4 +1,4 @@
-// One decoder block on the CPU: modulation by the condition, MLP, gated residual (DeCo, arXiv 2511.19365, section 3).
+// One decoder block: modulation by the condition, MLP, gated residual (DeCo, arXiv 2511.19365, section 3).
 #pragma once
 
 #include "deco/array.h"
@@ -29,8 +29,6 @@ struct BlockWeightArrays {
   }
 };
 
-namespace cpu {
-
 struct AdalnBlockForward {
   int64_t rows = 0;
   int width = 0;              // D: 16, 32 or 64
@@ -38,7 +36,6 @@ struct AdalnBlockForward {
   BlockWeightArrays weights;  // N = 1
   Rows out;                   // written, [rows, D]
   float eps = 0;
-  int threads = 1;
 
   template <class Visit>
   void fields(Visit&& visit) {
@@ -49,7 +46,6 @@ struct AdalnBlockForward {
     visit("weights", weights);
     visit("out", out);
     visit("eps", eps);
-    visit("threads", threads);
   }
 };
 
@@ -62,7 +58,6 @@ struct AdalnBlockBackward {
   Rows grad_h, grad_cond;
   BlockWeightArrays grad_weights;
   float eps = 0;
-  int threads = 1;
 
   template <class Visit>
   void fields(Visit&& visit) {
@@ -76,9 +71,13 @@ struct AdalnBlockBackward {
     visit("grad_cond", grad_cond);
     visit("grad_weights", grad_weights);
     visit("eps", eps);
-    visit("threads", threads);
   }
 };
+
+namespace cpu {
+
+struct AdalnBlockForward : Threaded<deco::AdalnBlockForward> {};
+struct AdalnBlockBackward : Threaded<deco::AdalnBlockBackward> {};
 
 void adaln_block_forward(const AdalnBlockForward& call);
 void adaln_block_backward(const AdalnBlockBackward& call);

@@ -57,4 +57,19 @@ struct PixelRows {
   }
 };
 
+namespace cpu {
+
+// A call on the CPU: an op with the number of threads.
+template <class Op>
+struct Threaded : Op {
+  int threads = 1;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    Op::fields(visit);
+    visit("threads", threads);
+  }
+};
+
+}  // namespace cpu
 }  // namespace deco

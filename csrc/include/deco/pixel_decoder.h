@@ -1,4 +1,4 @@
-// Per-pixel decoder on the CPU (DeCo, arXiv 2511.19365, section 3).
+// Per-pixel decoder (DeCo, arXiv 2511.19365, section 3).
 #pragma once
 
 #include "deco/adaln_block.h"
@@ -36,8 +36,6 @@ struct DecoderWeightArrays {
   }
 };
 
-namespace cpu {
-
 struct PixelDecoderForward {
   DecoderShape shape;
   ImageArray image;
@@ -45,7 +43,6 @@ struct PixelDecoderForward {
   DecoderWeightArrays weights;
   ImageArray velocity;  // written
   float eps = 0;
-  int threads = 1;
 
   template <class Visit>
   void fields(Visit&& visit) {
@@ -55,7 +52,6 @@ struct PixelDecoderForward {
     visit("weights", weights);
     visit("velocity", velocity);
     visit("eps", eps);
-    visit("threads", threads);
   }
 };
 
@@ -70,7 +66,6 @@ struct PixelDecoderBackward {
   PixelRows grad_cond;
   DecoderWeightArrays grad_weights;
   float eps = 0;
-  int threads = 1;
 
   template <class Visit>
   void fields(Visit&& visit) {
@@ -83,9 +78,13 @@ struct PixelDecoderBackward {
     visit("grad_cond", grad_cond);
     visit("grad_weights", grad_weights);
     visit("eps", eps);
-    visit("threads", threads);
   }
 };
+
+namespace cpu {
+
+struct PixelDecoderForward : Threaded<deco::PixelDecoderForward> {};
+struct PixelDecoderBackward : Threaded<deco::PixelDecoderBackward> {};
 
 void pixel_decoder_forward(const PixelDecoderForward& call);
 void pixel_decoder_backward(const PixelDecoderBackward& call);

@@ -27,7 +27,7 @@ def forward(h: torch.Tensor, cond: torch.Tensor, weights: BlockWeights, eps: flo
         arguments.rows(h),
         arguments.rows(cond),
         arguments.arrays(weights),
-        out.data_ptr(),
+        arguments.rows(out),
         eps,
     )
     return out
@@ -60,7 +60,8 @@ def backward(
             arguments.rows(h),
             arguments.rows(cond),
             arguments.arrays(weights),
-            *arguments.addresses(grads[:2]),
+            arguments.rows(grads[0]),
+            arguments.rows(grads[1]),
             arguments.arrays(grads[2:]),
             eps,
         )

@@ -91,7 +91,7 @@ def run_backward(
         arguments.pixel_rows(cond),
         arguments.arrays(weights),
         arguments.image(grad_image),
-        *arguments.addresses((grad_cond,)),
+        arguments.pixel_rows(grad_cond),
         arguments.arrays(grad_weights),
         eps,
         chunk_pixels,

@@ -34,8 +34,8 @@ def forward(
             arguments.rows(h_rows[rows]),
             arguments.rows(cond),
             arguments.arrays(weights),
-            modulated_rows[rows].data_ptr(),
-            gate_rows[rows].data_ptr(),
+            arguments.rows(modulated_rows[rows]),
+            arguments.rows(gate_rows[rows]),
             eps,
         )
     return modulated, gate
@@ -74,8 +74,8 @@ def backward(
             *(arguments.rows(tensor[rows]) for tensor in inputs),
             arguments.rows(cond),
             arguments.arrays(weights),
-            grad_h_rows[rows].data_ptr(),
-            *arguments.addresses((grad_cond,)),
+            arguments.rows(grad_h_rows[rows]),
+            arguments.rows(grad_cond),
             arguments.arrays(grads),
             eps,
         )

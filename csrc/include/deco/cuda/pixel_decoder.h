@@ -6,51 +6,15 @@
 
 namespace deco::cuda {
 
-// The dtype of cond, bfloat16 or float16, is the compute dtype; rows of cond are aligned to 16 bytes. Images have that
-// dtype or float32.
-struct PixelDecoderForward {
-  DecoderShape shape;
-  ImageArray image;
-  PixelRows cond;
-  DecoderWeightArrays weights;
-  ImageArray velocity;  // written: dtype of cond, unit stride along a row
-  float eps = 0;
-
-  template <class Visit>
-  void fields(Visit&& visit) {
-    visit("shape", shape);
-    visit("image", image);
-    visit("cond", cond);
-    visit("weights", weights);
-    visit("velocity", velocity);
-    visit("eps", eps);
-  }
-};
-
-struct PixelDecoderBackward {
-  DecoderShape shape;
-  ImageArray grad_velocity;  // dtype of cond
-  ImageArray image;
-  PixelRows cond;
-  DecoderWeightArrays weights;
-  // Written; gradients with null data are not computed.
-  ImageArray grad_image;
-  void* grad_cond = nullptr;  // [T, P, D] contiguous, dtype of cond, aligned to 16 bytes
-  DecoderWeightArrays grad_weights;
-  float eps = 0;
+// The dtype of cond, bfloat16 or float16, is the compute dtype; rows of cond and grad_cond are aligned to 16 bytes. Images
+// have that dtype or float32, the gradient of the velocity that dtype. The velocity has unit stride along a row; grad_cond
+// is contiguous.
+struct PixelDecoderBackward : deco::PixelDecoderBackward {
   int64_t chunk_pixels = 0;  // pixels per chunk (size of the workspace), rounded down to whole tokens
 
   template <class Visit>
   void fields(Visit&& visit) {
-    visit("shape", shape);
-    visit("grad_velocity", grad_velocity);
-    visit("image", image);
-    visit("cond", cond);
-    visit("weights", weights);
-    visit("grad_image", grad_image);
-    visit("grad_cond", grad_cond);
-    visit("grad_weights", grad_weights);
-    visit("eps", eps);
+    deco::PixelDecoderBackward::fields(visit);
     visit("chunk_pixels", chunk_pixels);
   }
 };

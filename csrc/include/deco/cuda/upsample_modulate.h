@@ -10,10 +10,10 @@ namespace deco::cuda {
 // h and cond have one dtype, bfloat16 or float16, which is the compute dtype; their rows are aligned to 16 bytes.
 struct ModulateForward {
   int64_t rows = 0;
-  int width = 0;                               // D: 16, 32 or 64
-  Rows h, cond;                                // [rows, D]
-  BlockWeightArrays weights;                   // N = 1, only norm and mod
-  void *modulated = nullptr, *gate = nullptr;  // written: [rows, D] contiguous, dtype of h
+  int width = 0;              // D: 16, 32 or 64
+  Rows h, cond;               // [rows, D]
+  BlockWeightArrays weights;  // N = 1, only norm and mod
+  Rows modulated, gate;       // written: [rows, D], dtype of h
   float eps = 0;
 
   template <class Visit>
@@ -34,9 +34,9 @@ struct ModulateBackward {
   int width = 0;
   Rows grad_modulated, grad_gate, h, cond;
   BlockWeightArrays weights;
-  void* grad_h = nullptr;          // written: [rows, D] contiguous
-  void* grad_cond = nullptr;       // written unless null
-  BlockWeightArrays grad_weights;  // written unless null
+  Rows grad_h;                     // written
+  Rows grad_cond;                  // written unless its data is null
+  BlockWeightArrays grad_weights;  // likewise
   float eps = 0;
 
   template <class Visit>
