@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.harness.toolkit import cuda_tool
-from benchmarks.static import sass
+from benchmarks.static import divergence, sass
 from benchmarks.static.figures import COLOR_CHANNELS, CUDA_PREFIX, SHARED_LIMIT, Figures, counted_figures
 from benchmarks.static.machines import MACHINES
 from deco_kernels import testing
@@ -148,6 +148,7 @@ def source_figures(source: str, architecture: str, only_width: int | None = None
     figures = {}
     for mangled, code in codes.items():
         name, width, dtype = _describe(source, mangled)
+        divergence.check(name, code)
         variants = {variant: kernel for variant, kernel in KERNELS.items() if _is_variant(variant, name)}
         if not variants:
             raise LookupError(f"{name} of {source}.cu is missing in benchmarks.static.cuda_kernels.KERNELS")
