@@ -9,7 +9,8 @@
 # make env-gpu     Python 3.12, PyTorch 2.11 and Triton 3.6 -> .venv-gpu (about 3 GB to download)
 # make test-gpu-env tests of the ops and backends in .venv-gpu
 # make lint        style and type checks
-# make sanitize    CPU module under AddressSanitizer and UndefinedBehaviorSanitizer, on a short list of cases
+# make sanitize    CPU module and emulated CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, threads of
+#                  the CPU module under ThreadSanitizer, on a short list of cases
 #
 # The other targets than gpu-check and those of .venv-gpu create and use .venv. Each installs the pinned packages that
 # it needs (requirements/) if they are missing or a pin has changed; demo, bench and lint need few, the others all.

@@ -32,7 +32,11 @@ struct OpenMP {
     num_threads = reinterpret_cast<decltype(num_threads)>(dlsym(library, "omp_get_num_threads"));
   }
 
+#ifdef DECO_STD_THREADS
+  bool usable() const { return false; }
+#else
   bool usable() const { return parallel && thread_num && num_threads && !in_forked_child; }
+#endif
 };
 
 const OpenMP openmp;

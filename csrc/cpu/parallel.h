@@ -11,8 +11,8 @@ namespace deco::cpu {
 using PartFunction = void (*)(void* context, int part);
 
 // Calls function(context, part) for every part in [0, parts) and returns when all are done. Parts run on the OpenMP
-// runtime that is already loaded (PyTorch's), to avoid a second thread pool. Without a runtime, and in a forked child,
-// where the OpenMP threads do not exist, each part runs on a std::thread.
+// runtime that is already loaded (PyTorch's), to avoid a second thread pool. Without a runtime, in a forked child,
+// where the OpenMP threads do not exist, and if compiled with DECO_STD_THREADS, each part runs on a std::thread.
 void run_parts(int parts, PartFunction function, void* context);
 
 // At least `bytes` bytes aligned to 64, uninitialized, owned by the calling thread and valid until its next call.

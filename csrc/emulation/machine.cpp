@@ -5,6 +5,11 @@
 #include <cstring>
 #include <numeric>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 #if !defined(__x86_64__) || !defined(__linux__)
 #error "the emulator switches fibers with x86-64 Linux assembly"
 #endif
@@ -94,7 +99,8 @@ void Machine::launch(const char* name, const LaunchSize& size, Buffers buffers, 
   last_span_ = 0;
   if (fibers_.size() < static_cast<size_t>(size.threads)) fibers_.resize(size.threads);
   for (Fiber& fiber : fibers_)
-    if (fiber.stack == nullptr) fiber.stack = static_cast<char*>(std::aligned_alloc(64, kStackBytes));
+    if (fiber.stack.memory == nullptr)
+      fiber.stack = {nullptr, std::aligned_alloc(64, kStackBytes), kStackBytes, nullptr};
   shared_storage_.resize(size.shared_bytes + kSharedAlignment);
   const auto begin = reinterpret_cast<uintptr_t>(shared_storage_.data());
   shared_ = reinterpret_cast<char*>((begin + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment);
@@ -114,11 +120,14 @@ void Machine::run_block() {
     fiber.waited = false;
     fiber.waiting = Waiting::kNothing;
     // A new stack has the layout that deco_switch_fiber saves, with `enter` as the return address.
-    auto** top = reinterpret_cast<void**>(fiber.stack + kStackBytes);
+    auto** top = static_cast<void**>(const_cast<void*>(fiber.stack.memory)) + kStackBytes / sizeof(void*);
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(fiber.stack.memory, kStackBytes);
+#endif
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(&Machine::enter);
     for (int r = 0; r < kSavedRegisters; ++r) *--top = nullptr;
-    fiber.stack_pointer = top;
+    fiber.stack.pointer = top;
   }
   shadow_.start_block();
   std::vector<int> order(warps_.size());
@@ -144,7 +153,7 @@ bool Machine::run_warp(int warp) {
       const int thread = warp * kLanes + (i * step + first) % kLanes;
       if (!runnable(thread)) continue;
       current_ = thread;
-      deco_switch_fiber(&scheduler_stack_pointer_, fibers_[thread].stack_pointer);
+      switch_stack(scheduler_, fibers_[thread].stack);
       if (failed_) throw Fault(failure_);
       progress = again = true;
     }
@@ -164,6 +173,9 @@ bool Machine::runnable(int thread) const {
 // First function on the stack of every fiber; no exception may leave it.
 void Machine::enter() {
   Machine& machine = instance();
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_.memory, &machine.scheduler_.bytes);
+#endif
   try {
     machine.body_();
     if (machine.warps_[machine.current_ / kLanes].arrived != 0)
@@ -174,11 +186,23 @@ void Machine::enter() {
   }
   machine.fibers_[machine.current_].done = true;
   --machine.alive_;
-  machine.suspend();
+  switch_stack(machine.fibers_[machine.current_].stack, machine.scheduler_, true);
   std::abort();
 }
 
-void Machine::suspend() { deco_switch_fiber(&fibers_[current_].stack_pointer, scheduler_stack_pointer_); }
+// Suspends `from` and resumes `to`. AddressSanitizer is told, so that it knows the bounds of the stack in use.
+void Machine::switch_stack(Stack& from, const Stack& to, bool ends) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(ends ? nullptr : &from.fake_stack, to.memory, to.bytes);
+#endif
+  deco_switch_fiber(&from.pointer, to.pointer);
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#endif
+  static_cast<void>(ends);
+}
+
+void Machine::suspend() { switch_stack(fibers_[current_].stack, scheduler_); }
 
 void Machine::wait_for_warp() {
   Fiber& fiber = fibers_[current_];

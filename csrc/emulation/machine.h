@@ -185,9 +185,14 @@ class Machine {
     uint32_t generation = 0;
     Exchange exchange;
   };
+  struct Stack {
+    void* pointer = nullptr;  // of a fiber that does not run
+    const void* memory = nullptr;
+    size_t bytes = 0;
+    void* fake_stack = nullptr;  // AddressSanitizer's, while the fiber does not run
+  };
   struct Fiber {
-    void* stack_pointer = nullptr;
-    char* stack = nullptr;
+    Stack stack;
     bool done = false;
     bool waited = false;  // for the previous kernel
     Waiting waiting = Waiting::kNothing;
@@ -195,6 +200,7 @@ class Machine {
   };
 
   static void enter();
+  static void switch_stack(Stack& from, const Stack& to, bool ends = false);
   void run_block();
   bool run_warp(int warp);
   bool runnable(int thread) const;
@@ -220,7 +226,7 @@ class Machine {
   std::vector<Warp> warps_;
   std::vector<char> shared_storage_;
   char* shared_ = nullptr;
-  void* scheduler_stack_pointer_ = nullptr;
+  Stack scheduler_;
   int current_ = 0, block_ = 0, alive_ = 0;
   int barrier_arrived_ = 0;
   uint32_t barrier_generation_ = 0;

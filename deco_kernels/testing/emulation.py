@@ -85,8 +85,11 @@ def contents_of(sources: Path) -> str:
     return digest.hexdigest()
 
 
-def compile_tree(sources: Path, folder: Path) -> None:
-    """Compile csrc/emulation of `sources` incrementally in `folder`. Raises RuntimeError if the build fails."""
+def compile_tree(sources: Path, folder: Path, *options: str) -> None:
+    """Compile csrc/emulation of `sources` incrementally in `folder`, with further options of CMake.
+
+    Raises RuntimeError if the build fails.
+    """
     import pybind11
 
     beside = Path(sys.executable).parent
@@ -95,6 +98,7 @@ def compile_tree(sources: Path, folder: Path) -> None:
     configure = [
         *(cmake, f"-S{sources / 'emulation'}", f"-B{folder}", "-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
         *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
+        *options,
     ]
     for command in (configure, [cmake, "--build", str(folder)]):
         result = subprocess.run(command, capture_output=True, text=True)
@@ -129,10 +133,15 @@ def emulated_module() -> ModuleType:
     if reason is not None:
         raise RuntimeError(reason)
     module = build(ROOT / "csrc", BUILD)
+    use(module)
+    return module
+
+
+def use(module: ModuleType) -> None:
+    """Register the backend that uses an emulated module."""
     module.set_device_limits(MULTIPROCESSORS, LARGE_SHARED)
     native.emulate_cuda(module)
     registry.register_backend(BACKEND, "deco_kernels.testing.emulated_cuda")
-    return module
 
 
 # ------------------------------------------------------------------------------------------------------------- accesses

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.static import cuda_traffic
+from benchmarks.static.figures import SHARED_LIMIT
 from deco_kernels import BackendUnavailable, ops, testing
 from deco_kernels.backends import l2_cache
 from deco_kernels.ops import registry
@@ -253,6 +254,16 @@ def test_barriers_order_all_accesses_of_shared_memory(emulated, op, width, share
     emulated.set_device_limits(emulation.MULTIPROCESSORS, shared_bytes)
     with emulation.checked_for_races(emulated):
         testing.run(testing.random_inputs(op, dtype=BF16, width=width, depth=2, image_size=(1, 16, 32)), BACKEND)
+
+
+@each_op
+@pytest.mark.parametrize("architecture", [name for name in SHARED_LIMIT if name.startswith("sm_")])
+def test_every_architecture_accepts_the_launches(emulated, op, architecture):
+    """Thread blocks, threads and shared memory of the largest decoder; nothing runs."""
+    emulated.set_device_limits(132, SHARED_LIMIT[architecture])
+    inputs = testing.random_inputs(op, dtype=BF16, width=64, depth=8, patch_size=8, image_size=(1, 16, 32))
+    launches = emulated.launches_of(lambda: testing.run(inputs, BACKEND))
+    assert len(launches) >= 4 and all(shared <= SHARED_LIMIT[architecture] for *_, shared in launches)
 
 
 def test_recorded_accesses(emulated):

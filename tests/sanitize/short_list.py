@@ -1,27 +1,41 @@
-"""Runs every op, forward and backward, in a sanitized native CPU module: python -m tests.sanitize.short_list MODULE.
+"""Runs the ops, forward and backward, in a sanitized module: python -m tests.sanitize.short_list PART MODULE.
 
-One width per dtype, patches that leave tiles unfilled, images of odd sides, views and an empty batch, on two threads.
-With --plant, the weights of one call end before their shape says: the sanitizer must stop the process.
+PART is "cpu" (every instruction set, on two threads), "threads" (the fastest one, on two and four threads) or
+"emulated" (the CUDA kernels). The cases have one width per dtype, patches that leave tiles unfilled, images of odd
+sides, views and an empty batch. With --plant, a weight of one call ends before its shape says, or with "threads" all
+rows of a result are one row: the sanitizer must stop the process.
 """
 
 import argparse
 import importlib.util
 import sys
+from pathlib import Path
 
 import torch
 
-from deco_kernels import testing
+from deco_kernels import native, testing
+from deco_kernels.backends import arguments
+from deco_kernels.testing import emulation
 
 CASES = (
     dict(dtype=torch.float32, width=16, depth=2, patch_size=4, image_size=(1, 12, 20), channels=4),
     dict(dtype=torch.bfloat16, width=32, depth=1, patch_size=1, image_size=(1, 7, 11)),
-    dict(dtype=torch.float16, width=64, depth=3, patch_size=8, image_size=(1, 8, 24), channels=1),
+    dict(dtype=torch.float16, width=64, depth=2, patch_size=8, image_size=(1, 8, 16), channels=1),
     dict(dtype=torch.float32, width=32, depth=1, patch_size=4, image_size=(0, 8, 8)),
+)
+THREADS_CASES = (
+    dict(dtype=torch.float32, width=16, depth=2, patch_size=4, image_size=(2, 28, 36)),
+    dict(dtype=torch.bfloat16, width=32, depth=1, patch_size=2, image_size=(1, 30, 38)),
+)
+EMULATED_CASES = (
+    dict(dtype=torch.bfloat16, width=16, depth=2, patch_size=4, image_size=(1, 12, 20), channels=4),
+    dict(dtype=torch.bfloat16, width=16, depth=1, patch_size=1, image_size=(1, 7, 11)),
+    dict(dtype=torch.bfloat16, width=16, depth=1, patch_size=4, image_size=(0, 8, 8)),
 )
 
 
 def load(path: str) -> None:
-    """The module in place of the one that is installed."""
+    """The module in place of the CPU module that is installed."""
     name = "deco_kernels._native_cpu"
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
@@ -33,32 +47,66 @@ def as_view(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.transpose(0, -1).contiguous().transpose(0, -1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("module")
-    parser.add_argument("--plant", action="store_true")
-    arguments = parser.parse_args()
-    load(arguments.module)
-    from deco_kernels import native
+def run_cases(cases, backend: str) -> None:
+    for op in testing.OPS:
+        for case in cases:
+            case = {**case, "channels": 3} if "loss" in op else case
+            inputs = testing.random_inputs(op, token_width=9, **case)
+            views = {name: as_view(tensor) for name, tensor in inputs.tensors.items()}
+            testing.run(inputs, backend)
+            testing.run(inputs._replace(tensors=views), backend)
 
+
+def run_cpu() -> None:
     torch.set_num_threads(2)
-    if arguments.plant:
-        inputs = testing.random_inputs("adaln_block", **CASES[0])
-        storage = inputs.tensors["fc1_weight"].untyped_storage()
-        storage.resize_(storage.nbytes() - 256)
-        testing.run(inputs, "cpu")
-        return
     for isa in native.cpu().usable_isas():
         native.cpu().select_isa(isa)
-        for op in testing.OPS:
-            for case in CASES:
-                if "loss" in op:
-                    case = {**case, "channels": 3}
-                inputs = testing.random_inputs(op, token_width=9, **case)
-                views = {name: as_view(tensor) for name, tensor in inputs.tensors.items()}
-                testing.run(inputs, "cpu")
-                testing.run(inputs._replace(tensors=views), "cpu")
+        run_cases(CASES, "cpu")
         print("passed:", isa)
+
+
+def run_threads() -> None:
+    for threads in (2, 4):
+        torch.set_num_threads(threads)
+        run_cases(THREADS_CASES, "cpu")
+        print("passed:", threads, "threads")
+
+
+def plant_overread(case: dict, backend: str) -> None:
+    inputs = testing.random_inputs("adaln_block", **case)
+    storage = inputs.tensors["fc1_weight"].untyped_storage()
+    storage.resize_(storage.nbytes() - 256)
+    testing.run(inputs, backend)
+
+
+def plant_race() -> None:
+    """Two threads write to one row of memory, which the strides of the result give for every row."""
+    inputs = testing.random_inputs("adaln_block", **THREADS_CASES[0])
+    h, cond, *weights = inputs.tensors.values()
+    out = torch.empty(1, h.shape[1]).expand_as(h)
+    rows = [arguments.rows(tensor) for tensor in (h, cond)]
+    sizes = arguments.row_sizes(h)
+    native.cpu().adaln_block_forward(*sizes, *rows, arguments.arrays(weights), arguments.rows(out), 1e-6, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("part", choices=("cpu", "threads", "emulated"))
+    parser.add_argument("module")
+    parser.add_argument("--plant", action="store_true")
+    given = parser.parse_args()
+    if given.part == "emulated":
+        emulation.use(emulation.load(Path(given.module)))
+        if given.plant:
+            plant_overread(EMULATED_CASES[0], emulation.BACKEND)
+        else:
+            run_cases(EMULATED_CASES, emulation.BACKEND)
+        return
+    load(given.module)
+    if given.part == "cpu":
+        plant_overread(CASES[0], "cpu") if given.plant else run_cpu()
+    else:
+        plant_race() if given.plant else run_threads()
 
 
 if __name__ == "__main__":
