@@ -21,12 +21,19 @@ MOST_KERNELS = 280
 # Triton and a pretended device are set up in a separate process, since they cannot be reset. Prints the number of
 # kernels, and those that calls of the public functions would launch in addition.
 COUNT = """
+import importlib, pkgutil
+from triton.runtime.jit import JITFunction
 from benchmarks.gpu_check import compiling, workload
 from deco_kernels import testing
 from deco_kernels.backends import triton
 from deco_kernels.backends.triton import launching
 from tests.backends import triton_calls
 from tests.ops.cases import BF16, OPS, small_inputs
+names = [module.name for module in pkgutil.iter_modules(triton.__path__)]
+modules = [importlib.import_module(f"{triton.__name__}.{name}") for name in names]
+functions = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
+with launching.record_launches("sm_90"):
+    assert functions and all(function.hash for function in functions), "keys depend on the order of launches"
 compiling.pretend_device("90a")
 found = workload.kernels("sm_90", 132)
 triton.unavailable_reason = lambda device: None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +16,12 @@ from .table import Launch, launch_parameters
 
 # The interpreter runs programs sequentially; two suffice to test the sums over partial buffers.
 _INTERPRETED_PROGRAMS = 2
+
+
+# Called functions before their callers.
+_KERNEL_MODULES = (
+    "functions", "weights", "adaln_block", "pixel_decoder", "upsample_modulate", "loss_tiles", "flow_matching_loss",
+)  # fmt: skip
 
 
 class RecordedLaunch(NamedTuple):
@@ -35,6 +42,19 @@ class _Recording(NamedTuple):
 _recording: _Recording | None = None
 
 
+@functools.cache
+def fix_cache_keys() -> None:
+    """Compute the keys of all kernels in one order, so that every process finds what another has compiled.
+
+    Up to Triton 3.6 a kernel's key lacks the constants of functions that no key was computed of before.
+    """
+    for name in _KERNEL_MODULES:
+        module = importlib.import_module(f".{name}", __package__)
+        for value in vars(module).values():
+            if isinstance(value, JITFunction):
+                value.cache_key  # noqa: B018
+
+
 @contextlib.contextmanager
 def record_launches(architecture: str, multiprocessors: int | None = None) -> Iterator[list[RecordedLaunch]]:
     """Record the launches of the host code for `architecture` ("sm_90", "gfx942") without running them.
@@ -43,6 +63,7 @@ def record_launches(architecture: str, multiprocessors: int | None = None) -> It
     device with `multiprocessors`; by default they have few programs.
     """
     global _recording
+    fix_cache_keys()
     _recording = _Recording(architecture, multiprocessors, [])
     try:
         yield _recording.launches
@@ -124,6 +145,7 @@ def launch(kernel: Any, grid: tuple[int, ...], parameters: Launch, *args: Any, *
     """Run `kernel` on the current stream with the given warps and stages; an empty grid does nothing."""
     if 0 in grid:
         return
+    fix_cache_keys()
     options = {"num_warps": parameters.warps, "num_stages": parameters.stages, "enable_fp_fusion": True}
     if _recording is not None:
         bound = dict(zip(kernel.arg_names, args, strict=False)) | constexprs
