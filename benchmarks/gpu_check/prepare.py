@@ -14,18 +14,18 @@ from pathlib import Path
 
 from benchmarks.gpu_check import prepared, probes
 from benchmarks.gpu_check.running import ROOT, result_in, say
+from benchmarks.static.machines import MACHINES
 
-MULTIPROCESSORS = {"80": 108, "90a": 132, "100": 148, "120": 170}
-"""Multiprocessors of the largest GPU of an architecture; other counts may need a few more kernels."""
+ARCHITECTURES = ("80", "90a", "100", "120")
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check prepare", description=__doc__.split("\n")[0])
     parser.add_argument("--python", required=True, metavar="X.Y", help="Python of the machine with the GPU")
     parser.add_argument("--triton", required=True, metavar="X.Y.Z", help="Triton of the machine with the GPU")
-    parser.add_argument("--arch", required=True, choices=tuple(MULTIPROCESSORS), help="architecture of the GPU")
+    parser.add_argument("--arch", required=True, choices=ARCHITECTURES, help="architecture of the GPU")
     parser.add_argument(
-        "--multiprocessors", type=int, metavar="N", help="of the GPU (default: the architecture's most)"
+        "--multiprocessors", type=int, metavar="N", help="of the GPU (default: those of the static model's)"
     )
     parser.add_argument("--output", type=Path, metavar="FILE.tar.xz", help="archive to write")
     options = parser.parse_args(arguments)
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     name = f"gpu-check-python{options.python}-triton{options.triton}-sm{options.arch}.tar.xz"
     output = options.output or ROOT / "out" / "prepared" / name
     try:
-        prepare(options.arch, options.multiprocessors or MULTIPROCESSORS[options.arch], output)
+        prepare(options.arch, options.multiprocessors or MACHINES[f"sm_{options.arch}"].multiprocessors, output)
     except RuntimeError as error:
         print(f"gpu-check: {error}", file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.gpu_check.running import ROOT
 from benchmarks.harness.toolkit import cuda_tool
-from benchmarks.static import sass
+from benchmarks.static.machines import MACHINES
 
 SOURCE = Path(__file__).with_name("probes.cu")
 FOLDER = ROOT / "build" / "gpu_check"
@@ -25,6 +25,9 @@ OPCODES = {
     "FFMA": "FFMA",
 }
 """Probe -> the instruction that fills its loop; wgmma exists on sm_90a alone."""
+
+PIPES = {"tensor": "mma.sync m16n8k16", "shared": "ldmatrix.x4", "special": "tanh", "fp32": "FFMA"}
+"""Pipe of the static model -> the probe that measures it."""
 
 
 def program(architecture: str) -> Path:
@@ -49,11 +52,9 @@ def compile_source(architecture: str, output: Path, *arguments: str) -> Path:
     return output
 
 
-def modeled_cycles(opcode: str) -> float:
+def modeled_cycles(opcode: str, architecture: str) -> float:
     """Cycles per scheduler of one warp instruction in the static model."""
-    code = sass.Code(0, 0, [sass.Instruction(0, opcode, opcode)])
-    _, tensor_cycles = sass.counts(code, lambda address: 1)
-    return tensor_cycles or float(sass.PIPE_CYCLES[sass.pipe_of(opcode)])
+    return max(MACHINES[f"sm_{architecture}"].cycles({opcode: 1}).values())
 
 
 def main(architecture: str) -> int:
@@ -63,7 +64,7 @@ def main(architecture: str) -> int:
     result = subprocess.run([binary], stdout=subprocess.PIPE, text=True)
     for line in result.stdout.splitlines():
         measured = json.loads(line)
-        print(json.dumps(measured | {"modeled": modeled_cycles(OPCODES[measured["probe"]])}), flush=True)
+        print(json.dumps(measured | {"modeled": modeled_cycles(OPCODES[measured["probe"]], architecture)}), flush=True)
     return result.returncode
 
 

@@ -1,19 +1,24 @@
 """The report of a check, as Markdown, from its journal and the result files of its benchmarks."""
 
+import json
 import os
 from pathlib import Path
 
+from benchmarks.gpu_check import probes
 from benchmarks.gpu_check.running import Journal, say
 from benchmarks.harness import results
 from benchmarks.report import tables
 from benchmarks.report.markdown import section, table
+from benchmarks.static.figures import BUDGETS
+from benchmarks.static.machines import MACHINES, largest_bound
 
 OUTCOMES = ("passed", "failed", "error", "skipped")
 
 
 def report(journal: Journal, folder: Path, out: Path) -> str:
     """The whole report; writes merged benchmarks and plots to `out`."""
-    found = [_steps(journal), _tests(journal), _kernels(journal), _probes(journal), _benchmarks(folder, out)]
+    found = [_steps(journal), _tests(journal), _kernels(journal), _probes(journal), _recalibrated(journal)]
+    found.append(_benchmarks(folder, out))
     return "\n\n".join(part.strip() for part in found if part) + "\n"
 
 
@@ -56,15 +61,36 @@ def _kernels(journal: Journal) -> str:
 
 def _probes(journal: Journal) -> str:
     """Cycles per scheduler of single instructions beside those of the static model."""
-    probes = journal.having("probe")
+    rows = journal.having("probe")
     heads = ["instruction", "measured", "modeled", "measured / modeled"]
     lines = [
         [row["probe"], f"{row['cycles']:.2f}", f"{row['modeled']:.2f}", f"{row['cycles'] / row['modeled']:.2f}"]
-        for row in probes
+        for row in rows
         if "cycles" in row
     ]
-    notes = [f"{row['probe']}: {row['failed']}" for row in probes if "failed" in row]
-    return section("## Cycles per scheduler", table(heads, lines), notes) if probes else ""
+    notes = [f"{row['probe']}: {row['failed']}" for row in rows if "failed" in row]
+    return section("## Cycles per scheduler", table(heads, lines), notes) if rows else ""
+
+
+def _recalibrated(journal: Journal) -> str:
+    """Modeled times of the timed kernels with the measured cycles of the probes in place of the model's."""
+    measured = {row["probe"]: row["cycles"] / row["modeled"] for row in journal.having("probe") if "cycles" in row}
+    ratios = {pipe: measured[probe] for pipe, probe in probes.PIPES.items() if probe in measured}
+    rows = [row for row in journal.having("benchmark") if row["benchmark"] == "kernels" and row["modelled_ms"]]
+    if not ratios or not rows:
+        return ""
+    budgets = json.loads(BUDGETS.read_text())
+    lines = []
+    for row in rows:
+        record, machine = budgets[row["kernel"]][row["architecture"]], MACHINES[row["architecture"]]
+        cycles = {pipe: value * ratios.get(pipe, 1.0) for pipe, value in record["cycles_per_16_px"].items()}
+        before = largest_bound(machine, record["cycles_per_16_px"], record["bytes_per_px"])
+        after = largest_bound(machine, cycles, record["bytes_per_px"])
+        modeled = row["modelled_ms"] * after.milliseconds / before.milliseconds
+        times = [row["modelled_ms"], modeled, row["measured_ms"]]
+        lines.append([row["kernel"], *(f"{ms:.3f}" if ms else "–" for ms in times), after.name])
+    heads = ["kernel", "modeled ms", "with measured cycles", "measured ms", "bound"]
+    return section("## Kernels with the measured cycles per scheduler", table(heads, lines), [])
 
 
 def _benchmarks(folder: Path, out: Path) -> str:

@@ -45,7 +45,7 @@ def measure_kernels(full: bool) -> list[dict]:
     measured: dict[str, dict] = {}
     failures = []
     for width, dtype in sorted(cases, key=lambda case: case != (32, "bfloat16")):
-        for op in testing.OPS:
+        for op in triton_kernels.OPS:
             try:
                 for name, found in measure_op(op, width, dtype, architecture):
                     measured.setdefault(name, found)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.static import triton_kernels
 from benchmarks.static.triton_kernels import DTYPES, kernel_name
 from deco_kernels import testing
 
@@ -110,7 +111,7 @@ def bytes_of_op(op: str, width: int, dtype: torch.dtype) -> dict[str, float]:
 def main(arguments: list[str]) -> int:
     width, dtype = int(arguments[0]), DTYPES[arguments[1]]
     found: dict[str, float] = {}
-    for op in testing.OPS:
+    for op in triton_kernels.OPS:
         found = bytes_of_op(op, width, dtype) | found
     print(json.dumps(found))
     return 0

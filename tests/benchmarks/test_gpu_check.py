@@ -16,6 +16,7 @@ from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import running, stages
 from benchmarks.gpu_check.running import Journal
+from benchmarks.static.figures import BUDGETS
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -215,6 +216,23 @@ def test_kernels_that_a_step_compiles_are_recorded(pretended_gpu, out, tmp_path)
     ]
     text = (out / "report.md").read_text(encoding="utf-8")
     assert "1 of 2 found in the cache\n\n- compiled in the step loss: KEY/forward_kernel" in text
+
+
+def test_kernels_are_modeled_again_with_the_measured_cycles(pretended_gpu, out):
+    """Tensor cores at a twentieth of the modeled rate bound the kernel; the other probes agree with the model."""
+    kernel, architecture = "pixel_decoder.forward_kernel/D32/bfloat16", "sm_90"
+    record = json.loads(BUDGETS.read_text())[kernel][architecture]
+    cycles, slowdown = record["cycles_per_16_px"], 20.0
+    largest = max(cycles.values())
+    rows = [{"probe": probe, "cycles": 4.0, "modeled": 4.0} for probe in stages.probes.PIPES.values()]
+    rows[0]["cycles"] *= slowdown  # tensor
+    pretended_gpu.lines["probes"] = "\n".join(map(json.dumps, rows))
+    found = {"kernel": kernel, "architecture": architecture, "modelled_ms": 0.2, "measured_ms": 0.5}
+    pretended_gpu.lines["kernels"] = json.dumps({"benchmark": "kernels", **found})
+    gpu_check.main(["first"])
+    expected = 0.2 * slowdown * cycles["tensor"] / largest
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert f"| {kernel} | 0.200 | {expected:.3f} | 0.500 | tensor |" in text
 
 
 def test_help_names_the_stages(capsys):
