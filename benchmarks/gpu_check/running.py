@@ -85,6 +85,7 @@ def run_step(step: Step, deadline: float, journal: Journal, environment: dict[st
         text=True,
         errors="replace",
         start_new_session=True,
+        preexec_fn=_receive_interrupts,
     )
     output: list[str] = []
     reader = threading.Thread(target=_read, args=(process.stdout, step.name, output, journal), daemon=True)
@@ -126,6 +127,11 @@ def result_in(line: str) -> dict[str, Any] | None:
         return json.loads(line)
     except json.JSONDecodeError:
         return None
+
+
+def _receive_interrupts() -> None:
+    """A program started in the background of a shell ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupt(process: subprocess.Popen, grace: float) -> None:

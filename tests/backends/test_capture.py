@@ -15,7 +15,7 @@ from deco_kernels import testing
 from deco_kernels.backends.reference.common import constant
 from deco_kernels.testing import emulation
 from tests.mock_capture import CaptureRefused, mock_capture
-from tests.ops.cases import BF16, OPS, small_inputs
+from tests.ops.cases import BF16, KERNEL_OPS, OPS, small_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_op = pytest.mark.parametrize("op", OPS)
@@ -127,7 +127,7 @@ def test_the_cuda_backend(emulated, op):
 
 
 @pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="about the host code of compiled kernels")
-@pytest.mark.parametrize("op", testing.OPS)
+@pytest.mark.parametrize("op", [op for op in testing.OPS if op in KERNEL_OPS])
 def test_the_triton_backend(op):
     """Host code and arguments of the kernels, which are recorded instead of run."""
     pytest.importorskip("triton")

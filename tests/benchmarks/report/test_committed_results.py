@@ -76,7 +76,7 @@ def test_kernels_fit_and_keep_their_budgets_under_triton_3_6():
     sizes = {f"D{width}/{dtype}" for width in triton_kernels.WIDTHS for dtype in triton_kernels.DTYPES}
     assert {name.split("/", 1)[1] for name in found} == sizes
     for name, by_architecture in found.items():
-        figures = Figures(**by_architecture["sm_90"])
+        figures = Figures(**{k: v for k, v in by_architecture["sm_90"].items() if k in Figures._fields})
         assert figures.toolchain.startswith("triton 3.6.0,")
         assert figures.shared_bytes <= SHARED_LIMIT["sm_90"], name
         if name in budgets:

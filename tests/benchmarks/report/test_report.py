@@ -52,7 +52,7 @@ def text():
         "| cpu | 230 | 228 to 232 | 2.00 | 64 | 1 | 60 | 20 | 1 | 43 | 100 | 3 | 2 |",
         "| limit: without decoder and loss | 166 | 164 to 168 | 2.77 | – | 1 | 60 | 0 | – | 0 | 100 | 3 | 2 |",
         "- triton: unavailable: no GPU",
-        "| pixel_decoder.forward_kernel/D32/bfloat16 | 0.200 | 0.300 | 1.50 | 1 | 216 (214) | 0 (0) |",
+        "| pixel_decoder.forward_kernel/D32/bfloat16 | 0.200 | issue | 0.300 | 1.50 | 1 | 216 (214) | 0 (0) |",
         "- weights.pack_kernel/D32/bfloat16: not launched by any op here",
         "- scaling of flow_matching_loss",
     ),
