@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.harness.toolkit import cuda_tool
-from benchmarks.static import sass
+from benchmarks.static import divergence, sass
 from benchmarks.static.figures import COLOR_CHANNELS, CUDA_PREFIX, SHARED_LIMIT, Figures, modelled_milliseconds
 from deco_kernels import testing
 from deco_kernels.testing import emulation, source_regions
@@ -136,6 +136,7 @@ def source_figures(source: str, architecture: str, only_width: int | None = None
     figures = {}
     for mangled, code in codes.items():
         name, width, dtype = _describe(source, mangled)
+        divergence.check(name, code)
         variants = {variant: kernel for variant, kernel in KERNELS.items() if _is_variant(variant, name)}
         if not variants:
             raise LookupError(f"{name} of {source}.cu is missing in benchmarks.static.cuda_kernels.KERNELS")
