@@ -63,12 +63,12 @@ def main(arguments: list[str]) -> int:
     failures = []
     print("Modeled, not measured. Issue slots and cycles per scheduler for 16 pixels; ms for 32 images of 256x256.")
     print(_row("kernel", "architecture", "registers", "spills", "shared", "slots", "ms", "bound", "cycles"), flush=True)
-    for name, architecture, found in _examined(options.backend, cases):
+    for name, architecture, compiled in _examined(options.backend, cases):
+        found = _with_traffic(name, compiled, budgets, options.record)
         everything.setdefault(name, {})[architecture] = found._asdict()
         print(_row(name, architecture, *_cells(found, architecture)), flush=True)
         if found.shared_bytes > SHARED_LIMIT[architecture.removesuffix("a")]:
             failures.append(f"{name}: {found.shared_bytes} bytes of shared memory do not fit {architecture}")
-        found = _with_traffic(name, found, budgets, options.record)
         if options.record:
             budgets.setdefault(name, {})[architecture] = found._asdict()
         elif architecture in budgets.get(name, {}):
@@ -106,7 +106,7 @@ def _with_traffic(name: str, found: Figures, budgets: dict[str, Any], count: boo
     if not name.startswith(CUDA_PREFIX):
         kernel, width, dtype = name.split("/")
         return found._replace(bytes_per_px=triton_traffic.bytes_per_pixel(int(width.removeprefix("D")), dtype)[kernel])
-    return found._replace(bytes_per_px=round(cuda_traffic.per_pixel(name).bytes, 2))
+    return found._replace(bytes_per_px=round(cuda_traffic.bytes_per_pixel(name), 2))
 
 
 def _cells(found: Figures, architecture: str) -> tuple[str, ...]:

@@ -1,10 +1,9 @@
-"""Bytes of global memory and wavefronts of shared memory per pixel of the CUDA kernels, counted by the emulator.
+"""Bytes of global memory that the CUDA kernels move per pixel, counted by the emulator.
 
 Each byte of global memory counts once per launch for reading and once for writing: the caches serve repeated accesses.
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 
@@ -18,13 +17,8 @@ _ROWS, _COLUMNS = 32, (32, 64)  # the difference excludes what does not depend o
 _PADDED_ROWS = 28
 
 
-class PerPixel(NamedTuple):
-    bytes: float  # of global memory
-    wavefronts: float  # of shared memory, each 128 bytes wide
-
-
-def per_pixel(label: str) -> PerPixel:
-    """Counts of the kernel with a label of `cuda_kernels.source_figures`."""
+def bytes_per_pixel(label: str) -> float:
+    """Bytes of the kernel with a label of `cuda_kernels.source_figures`."""
     variant, *parts = label.removeprefix(CUDA_PREFIX).split("/")
     width = next((int(part[1:]) for part in parts if part.startswith("D")), 32)
     dtype = next((part for part in parts if part in _DTYPES), "bfloat16")
@@ -35,17 +29,16 @@ def per_pixel(label: str) -> PerPixel:
     )
     pixels = (_PADDED_ROWS if "padded" in flags else _ROWS) * (_COLUMNS[1] - _COLUMNS[0])
     moved = [launch.read.distinct + launch.written.distinct for launch in (small, large)]
-    wavefronts = large.shared.wavefronts - small.shared.wavefronts
-    return PerPixel((moved[1] - moved[0]) / pixels, wavefronts / pixels)
+    return (moved[1] - moved[0]) / pixels
 
 
 def _launch(
     op: str, name: str, width: int, dtype: str, columns: int, flags: tuple[str, ...]
 ) -> emulation.RecordedLaunch:
-    """The launch of a variant. The block backward runs once per decoder block: first, between, last."""
+    """The launch of a variant; the block backward of the decoder runs once per decoder block: first, between, last."""
     launches = _launches(op, width, dtype, columns, "float32_target" in flags, "padded" in flags)
     found = [launch for launch in launches if launch.name == name]
-    if "first" in flags or len(found) == 1:
+    if "tiled" not in flags or "first" in flags:
         return found[0]
     return found[-1] if "last" in flags else found[1]
 

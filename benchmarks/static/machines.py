@@ -1,9 +1,9 @@
 """GPUs of the static model: rates of their pipes, and the time in which a kernel's instructions occupy each.
 
 Rates are cycles per scheduler (a quarter of a multiprocessor) in which one warp instruction occupies its pipe. Those of
-the tensor, shared-memory and special-function pipes of H100, B200 and RTX 5090 are published measurements
-(arXiv 2501.12084 and micro-benchmarks); all others follow from the vendors' documented throughput. None has been
-confirmed by this package's own probes.
+the tensor cores of H100, B200 and RTX 5090, and of special functions of H100 and B200, are published measurements
+(arXiv 2501.12084 and micro-benchmarks), as are the clock and the bandwidth of H100; all others follow from documented
+throughput. Shared memory is counted without bank conflicts. None has been confirmed by this package's own probes.
 """
 
 import re

@@ -1,5 +1,7 @@
 """The model's call and the steps of the samplers neither copy from the host nor wait, as CUDA graphs require."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -23,21 +25,25 @@ def test_the_call_of_a_model(name):
     assert torch.equal(actual, expected)
 
 
+@contextlib.contextmanager
+def guarded(call):
+    """The call, with copies and waits refused from its first run to the end of the context."""
+    with contextlib.ExitStack() as stack:
+        calls = []
+
+        def counted(*arguments):
+            if not calls:
+                stack.enter_context(mock_capture())
+            calls.append(arguments)
+            return call(*arguments)
+
+        yield counted
+
+
 def sample_guarded(velocity, *arguments, **options):
     """flow.sample with copies and waits refused from the first call of the velocity to the end."""
-    capture = mock_capture()
-
-    def guarded(*called):
-        if not guarded.calls:
-            capture.__enter__()
-        guarded.calls += 1
-        return velocity(*called)
-
-    guarded.calls = 0
-    try:
-        return flow.sample(guarded, *arguments, **options)
-    finally:
-        capture.__exit__(None, None, None)
+    with guarded(velocity) as call:
+        return flow.sample(call, *arguments, **options)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -46,6 +52,15 @@ def test_the_steps_of_a_sampler(solver):
     options = dict(solver=solver, **GUIDED)
     expected = flow.sample(net, noise, cond, uncond, **options)
     assert torch.equal(sample_guarded(net, noise, cond, uncond, **options), expected)
+
+
+def test_the_steps_of_a_sampler_that_reuses_tokens():
+    net, noise, cond, uncond = sampling_case("deco-tiny")
+    sampler = flow.Sampler(net, trunk_steps=[0, 2], **GUIDED)
+    expected = sampler(noise, cond, uncond)
+    with guarded(net.encode) as net.encode:
+        actual = sampler(noise, cond, uncond)
+    assert torch.equal(actual, expected)
 
 
 def test_a_wait_between_the_steps_is_refused():
