@@ -1,9 +1,9 @@
 """GPUs of the static model: rates of their pipes, and the time in which a kernel's instructions occupy each.
 
 Rates are cycles per scheduler (a quarter of a multiprocessor) in which one warp instruction occupies its pipe. Those of
-the tensor cores of H100, B200 and RTX 5090, and of special functions of H100 and B200, are published measurements
-(arXiv 2501.12084 and micro-benchmarks), as are the clock and the bandwidth of H100; all others follow from documented
-throughput. Shared memory is counted without bank conflicts. None has been confirmed by this package's own probes.
+the tensor cores and special functions of H100, its clock under load and its bandwidth, and the tensor cores of B200 and
+RTX 5090 follow arXiv 2501.12084 and public micro-benchmarks; all others follow from documented throughput, with boost
+clocks. Shared memory is counted without bank conflicts. None has been confirmed by this package's own probes.
 """
 
 import re
@@ -32,8 +32,8 @@ class Machine(NamedTuple):
     bytes_per_second: float  # reads of global memory
     mma_cycles: float  # mma.sync m16n8k16 with float32 accumulation, at least four independent
     fp32_cycles: float
+    special_cycles: float  # tanh, rsqrt, exp
     wgmma_cycles: tuple[tuple[int, float], ...] = ()  # N -> m64nNk16
-    special_cycles: float = 8.5  # tanh, rsqrt, exp
     alu_cycles: float = 2  # 64 lanes per multiprocessor: integer, logic, compare, convert
     shared_cycles: float = 4  # 128 bytes per clock and multiprocessor
 

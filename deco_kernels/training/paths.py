@@ -187,7 +187,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def check_pretrained(key: str, name: str) -> None:
-    """Raise ValueError or FileNotFoundError unless `name` is a folder that holds a model of transformers, or may be an
+    """Raise FileNotFoundError unless `name` is a folder that holds a model of transformers, or may be an
     id of the Hugging Face hub."""
     found = kind_at(name)
     expected = f"{key}: expected a folder with a model of transformers, or an id of the Hugging Face hub"

@@ -60,3 +60,8 @@ def test_the_slots_of_the_cuda_backward_are_those_of_its_kernels():
     kernels += ["decoder_recompute.recompute_kernel", "decoder_embedding.embedding_kernel"]
     slots = sum(budgets[f"cuda.{kernel}/D32/bfloat16"]["sm_90a"]["issue_slots_per_16_px"] for kernel in kernels)
     assert f"The decoder's backward at N 3 takes {slots:,.0f} slots in all" in page("cuda")
+    general = [
+        budgets[f"cuda.{kernel}+general/D32/bfloat16"]["sm_90a"]["issue_slots_per_16_px"]
+        for kernel in ("pixel_decoder.forward_kernel", "decoder_recompute.recompute_kernel")
+    ]
+    assert "forward and recompute take {:,.0f} and {:,.0f} slots".format(*general) in page("cuda")
