@@ -28,6 +28,8 @@ OPCODES = {
 
 PIPES = {"tensor": "mma.sync m16n8k16", "shared": "ldmatrix.x4", "special": "tanh", "fp32": "FFMA"}
 """Pipe of the static model -> the probe that measures it."""
+WGMMA = ("wgmma m64n32k16", "wgmma m64n96k16")
+"""Probes of the tensor cores that Triton's kernels on sm_90 use."""
 
 
 def program(architecture: str) -> Path:

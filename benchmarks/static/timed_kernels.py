@@ -119,6 +119,8 @@ def _row(name: str, architecture: str, budget: dict, machine: Machine) -> dict:
         "architecture": architecture,
         "modelled_ms": bound and bound.milliseconds,
         "bound": bound and bound.name,
+        "multiprocessors": machine.multiprocessors,
+        "clock": machine.clock,
         "recorded_registers": budget["registers"],
         "recorded_spill_bytes": budget["spill_bytes"],
     }

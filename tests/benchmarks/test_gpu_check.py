@@ -17,6 +17,7 @@ from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import running, stages
 from benchmarks.gpu_check.running import Journal
 from benchmarks.static.figures import BUDGETS
+from benchmarks.static.machines import MACHINES, largest_bound
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -218,21 +219,33 @@ def test_kernels_that_a_step_compiles_are_recorded(pretended_gpu, out, tmp_path)
     assert "1 of 2 found in the cache\n\n- compiled in the step loss: KEY/forward_kernel" in text
 
 
-def test_kernels_are_modeled_again_with_the_measured_cycles(pretended_gpu, out):
-    """Tensor cores at a twentieth of the modeled rate bound the kernel; the other probes agree with the model."""
-    kernel, architecture = "pixel_decoder.forward_kernel/D32/bfloat16", "sm_90"
+@pytest.mark.parametrize(
+    ("kernel", "architecture", "probe"),
+    [
+        ("pixel_decoder.forward_kernel/D32/bfloat16", "sm_90", "wgmma m64n96k16"),
+        ("cuda.pixel_decoder.forward_kernel/D32/bfloat16", "sm_90a", "mma.sync m16n8k16"),
+    ],
+)
+@pytest.mark.parametrize("slowdown", [1.0, 20.0])
+def test_kernels_are_modeled_again_with_the_measured_cycles(pretended_gpu, out, kernel, architecture, probe, slowdown):
+    """At the clock of the device; the other probes agree with the model, and the tensor cores are as slow as given."""
     record = json.loads(BUDGETS.read_text())[kernel][architecture]
-    cycles, slowdown = record["cycles_per_16_px"], 20.0
-    largest = max(cycles.values())
-    rows = [{"probe": probe, "cycles": 4.0, "modeled": 4.0} for probe in stages.probes.PIPES.values()]
-    rows[0]["cycles"] *= slowdown  # tensor
+    device = MACHINES[architecture]._replace(multiprocessors=100, clock=1.2e9)
+    modeled = largest_bound(device, record["cycles_per_16_px"], record["bytes_per_px"])
+    cycles = record["cycles_per_16_px"] | {"tensor": slowdown * record["cycles_per_16_px"]["tensor"]}
+    expected = largest_bound(device, cycles, record["bytes_per_px"])
+    others = {"mma.sync m16n8k16": 1.0} if probe != "mma.sync m16n8k16" else {}
+    probes = others | {"ldmatrix.x4": 1.0, "tanh": 1.0, "FFMA": 1.0, probe: slowdown}
+    rows = [{"probe": name, "cycles": 4 * ratio, "modeled": 4.0} for name, ratio in probes.items()]
     pretended_gpu.lines["probes"] = "\n".join(map(json.dumps, rows))
-    found = {"kernel": kernel, "architecture": architecture, "modelled_ms": 0.2, "measured_ms": 0.5}
+    found = {"kernel": kernel, "architecture": architecture, "modelled_ms": modeled.milliseconds, "measured_ms": 0.5}
+    found |= {"multiprocessors": device.multiprocessors, "clock": device.clock}
     pretended_gpu.lines["kernels"] = json.dumps({"benchmark": "kernels", **found})
     gpu_check.main(["first"])
-    expected = 0.2 * slowdown * cycles["tensor"] / largest
+    assert (modeled == expected) == (slowdown == 1)
     text = (out / "report.md").read_text(encoding="utf-8")
-    assert f"| {kernel} | 0.200 | {expected:.3f} | 0.500 | tensor |" in text
+    row = f"| {kernel} | {modeled.milliseconds:.3f} | {expected.milliseconds:.3f} | 0.500 | {expected.name} |"
+    assert row in text
 
 
 def test_help_names_the_stages(capsys):
