@@ -12,16 +12,6 @@ namespace deco::cuda {
 
 namespace {
 
-template <int D>
-constexpr bool kAhead = D <= 32;  // whether registers allow to load cond a turn ahead
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-template <int D>
-constexpr int kTiles = D <= 32 ? 2 : 1;  // per warp
-template <int D>
-constexpr int kWarpPixels = kTilePixels * kTiles<D>;  // in one turn of the grid
-template <int D>
-constexpr int kBlockPixels = kWarps * kWarpPixels<D>;
-
 struct RecomputeParams {
   DecoderRecompute op;
   PixelRange range;

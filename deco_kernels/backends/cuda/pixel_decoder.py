@@ -104,5 +104,5 @@ def backward_chunk_pixels(device: torch.device, width: int, depth: int) -> int:
     At least two tiles for every thread block of the recompute kernel, which has the largest tiles.
     """
     multiprocessors, _ = native.cuda(device).device_limits(device.index or 0)
-    tile = 256 if width <= 32 else 128
+    tile = 256 if width <= 32 else 128  # kBlockPixels of csrc/cuda/warp_pixels.h
     return l2_cache.chunk_pixels(device, 2 * width * (depth + 2), least=2 * tile * multiprocessors)
