@@ -20,8 +20,8 @@ from deco_kernels.backends.arguments import kept_dtype
 from deco_kernels.backends.support import Request
 from deco_kernels.ops.registry import (
     Operation,
+    once_differentiable,
     refuse_forward_mode,
-    refuse_second_derivatives,
     register,
     schema_of_arguments,
     schema_of_results,
@@ -112,22 +112,11 @@ def _differentiable(
     """The autograd function around the three operators."""
     count = len(OPS[name].arguments)
 
-    class Backward(torch.autograd.Function):
-        """(total, grad_total, *kept) -> gradients. `total` only makes them depend on the tensors of the op."""
+    def gradients_of(total: torch.Tensor, *arguments: Any) -> Any:
+        """`total` only makes the gradients depend on the tensors of the op."""
+        return backward_op(*arguments)
 
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(total: torch.Tensor, *arguments: Any) -> Any:
-            return backward_op(*arguments)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            pass
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> None:
-            refuse_second_derivatives(name)
+    Backward = once_differentiable(name, gradients_of)
 
     class Forward(torch.autograd.Function):
         """(*tensors, *options, backend, needs) -> (*outputs, *kept gradients), the latter only if any are needed."""

@@ -247,19 +247,15 @@ def refuse_forward_mode(name: str) -> NoReturn:
     )
 
 
-def _differentiable(name: str, forward_op: Operation, backward_op: Operation, tensor_count: int) -> Operation:
-    """The autograd function around the two operators. Saves only the inputs between forward and backward.
+def once_differentiable(name: str, operation: Operation) -> type[torch.autograd.Function]:
+    """The autograd function of `operation`, a part of op `name`, whose derivative raises NotImplementedError."""
 
-    It is applied to every call outside torch.compile: inside functional transforms, `requires_grad` does not show
-    whether a derivative is needed.
-    """
-
-    class Backward(torch.autograd.Function):
+    class Once(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
         def forward(*arguments: Any) -> Any:
-            return backward_op(*arguments)
+            return operation(*arguments)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -268,6 +264,18 @@ def _differentiable(name: str, forward_op: Operation, backward_op: Operation, te
         @staticmethod
         def backward(ctx: Any, *gradients: torch.Tensor) -> None:
             refuse_second_derivatives(name)
+
+    return Once
+
+
+def _differentiable(name: str, forward_op: Operation, backward_op: Operation, tensor_count: int) -> Operation:
+    """The autograd function around the two operators. Saves only the inputs between forward and backward.
+
+    It is applied to every call outside torch.compile: inside functional transforms, `requires_grad` does not show
+    whether a derivative is needed.
+    """
+
+    Backward = once_differentiable(name, backward_op)
 
     class Forward(torch.autograd.Function):
         generate_vmap_rule = True
