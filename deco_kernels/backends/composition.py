@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from deco_kernels.backends.arguments import Gradients, Losses, kept_like
+from deco_kernels.backends.arguments import Gradients, Losses, kept_dtype, kept_like
 from deco_kernels.signatures import PixelDecoderLoss, mapped
 
 _log = logging.getLogger("deco_kernels")
@@ -59,7 +59,7 @@ class Composition:
             grads = self.decoder.backward(grad_velocity, *decoder_inputs, needs_decoder)
         gradients = (*grads[:2], grad_target, *grads[2:], *grad_loss_weights)
         if scale != 1:
-            gradients = tuple(None if g is None else g.to(torch.float32) / scale for g in gradients)
+            gradients = tuple(None if g is None else (g.float() / scale).to(kept_dtype(g.dtype)) for g in gradients)
         return losses, gradients
 
     def _velocity_and_losses(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from deco_kernels.backends.arguments import kept_dtype
+from deco_kernels.backends.arguments import empty_kept_gradients
 from deco_kernels.backends.support import Request
 from deco_kernels.ops.registry import (
     Operation,
@@ -26,6 +26,7 @@ from deco_kernels.ops.registry import (
     schema_of_arguments,
     schema_of_results,
     serve,
+    without_none,
 )
 from deco_kernels.signatures import OPS, grouped
 
@@ -55,22 +56,16 @@ def define_one_pass_op(
         return tuple(call("forward", inputs, backend))
 
     def forward_with_gradients(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        """Returns an empty placeholder for a gradient that is not needed, since an operator cannot return None."""
         *inputs, backend, needs = arguments
         results, gradients = call("forward_with_gradients", inputs, backend, needs)
-        return (*results, *[inputs[0].new_empty(0) if gradient is None else gradient for gradient in gradients])
+        return (*results, *without_none(inputs[0], gradients))
 
     def fake_forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
         return fake(*arguments[:-1])
 
     def fake_forward_with_gradients(*arguments: Any) -> tuple[torch.Tensor, ...]:
         *inputs, _, needs = arguments
-        kept = [
-            torch.empty_like(tensor, dtype=kept_dtype(tensor.dtype), memory_format=torch.contiguous_format)
-            if need
-            else inputs[0].new_empty(0)
-            for tensor, need in zip(inputs[:count], needs, strict=True)
-        ]
+        kept = without_none(inputs[0], empty_kept_gradients(inputs[:count], needs))
         return (*fake(*inputs), *kept)
 
     def backward(grad_total: torch.Tensor, *kept: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from deco_kernels.backends.arguments import empty_gradients
 from deco_kernels.backends.support import Request
 from deco_kernels.signatures import OPS, grouped
 
@@ -192,17 +193,14 @@ def define_op(
         inputs_in_groups = (*grouped(group, inputs[:count]), *inputs[count:])
         served = (functions[1], request(*inputs), first.device, backend)
         results = serve(*served, *gradients, *inputs_in_groups, needs)
-        return tuple(first.new_empty(0) if result is None else result for result in results)
+        return without_none(first, results)
 
     def fake_forward(*arguments: Any) -> Any:
         return fake(*arguments[:-1])
 
     def fake_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
         inputs, needs = arguments[len(outputs) : len(outputs) + count], arguments[-1]
-        return tuple(
-            torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else inputs[0].new_empty(0)
-            for tensor, need in zip(inputs, needs, strict=True)
-        )
+        return without_none(inputs[0], empty_gradients(inputs, needs))
 
     gradient_schema = ", ".join(f"Tensor grad_{output}" for output in outputs)
     forward_op = register(name, f"({schema}) -> {schema_of_results(len(outputs))}", forward, fake_forward)
@@ -231,6 +229,11 @@ def register(name: str, schema: str, implementation: Operation, fake: Operation)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     operator: Operation = getattr(getattr(torch.ops, NAMESPACE), name).default
     return operator
+
+
+def without_none(first: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+    """Empty placeholders like `first` for gradients that are not needed, since an operator cannot return None."""
+    return tuple(first.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def refuse_second_derivatives(name: str) -> NoReturn:

@@ -6,7 +6,7 @@ The rule of error, for every output and gradient, with relative error |actual - 
     bfloat16, float16:  at most 1.2 x (outputs) and 1.5 x (gradients) eager's
 
 where eager is plain PyTorch on the same device, in float32 or under autocast with float32 weights. Means over pixels,
-that is losses and the gradient of sample_weight, may in bfloat16 and float16 have an error of eps / 4 where eager's is
+that is losses and the gradient of sample_weight, may in bfloat16 and float16 have an error of eps / 16 where eager's is
 smaller: the errors of a few numbers, which average out by chance, have no meaningful ratio. For tensors of at
 least 1,000 elements the mean signed error is at most 0.25 x that bound x RMS(exact). Inputs are N(0, 1), weights
 N(0, 1/fan-in). Use the rule with at least 4,096 pixels.

@@ -15,6 +15,8 @@ OPS = (
     "flow_matching_loss",
 )
 LOSSES = ("flow_matching_loss", "frequency_loss")
+ONE_PASS = ("pixel_decoder_loss",)
+"""Ops whose forward also computes the gradients; only their first output is differentiable."""
 
 
 class Inputs(NamedTuple):

@@ -176,6 +176,9 @@ def test_images_of_the_other_half_precision(emulated, op):
         for image in (half, half.float())
     ]
     assert all(torch.equal(*pair) for pair in zip(*(r.outputs for r in results), strict=True))
+    read, given = (r.gradients for r in results)
+    assert all(torch.equal(read[name], given[name]) for name in read if name != "image")
+    assert torch.equal(read["image"], given["image"].half())
 
 
 @each_op

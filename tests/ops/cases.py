@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deco_kernels import native, testing
+from deco_kernels.testing.inputs import ONE_PASS
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -111,13 +112,16 @@ LOSS_CASES = [
     Case(BF16, image_size=(2, 33, 72), other_dtype=F32),
     Case(F16, image_size=(5, 40, 23), other_dtype=F16),
 ]
-# Whole 8x8 blocks, which the cpu backend computes in one pass.
+# Up to the comment whole 8x8 blocks, which the cpu backend computes in one pass.
 DECODER_LOSS_CASES = [
     Case(F32),
     Case(BF16),
     Case(F32, 64, 1, 8, (3, 24, 64), layout="padded", other_dtype=BF16),
     Case(BF16, 64, 2, 16, (1, 64, 80), layout="channels_last", other_dtype=F16, weight_dtype=F16),
     Case(F16, 16, 1, 16, (5, 32, 32), layout="channels_last", weight_dtype=F16),
+    # The two ops one after the other.
+    Case(BF16, 32, 2, 4, (2, 32, 64)),
+    Case(F16, 16, 1, 4, (2, 32, 64)),
 ]
 CASES = {
     "adaln_block": ROW_CASES,
@@ -129,7 +133,6 @@ CASES = {
     "frequency_loss": LOSS_CASES[:3],
 }
 OPS = tuple(CASES)
-ONE_PASS = ("pixel_decoder_loss",)  # the forward also computes the gradients
 KERNEL_OPS = tuple(op for op in OPS if op not in ONE_PASS)  # with kernels on every backend
 DEFAULTS = {op: {} if op in ("flow_matching_loss", "frequency_loss") else {"eps": 1e-6} for op in OPS}
 

@@ -47,7 +47,18 @@ def assert_same(actual, expected, tolerance=0.0):
 @each_op
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_opcheck(implementation, op, dtype):
-    inputs = small_inputs(op, dtype)
+    opcheck(implementation, op, small_inputs(op, dtype))
+
+
+@each_backend
+@pytest.mark.parametrize("op", ONE_PASS)
+def test_opcheck_of_the_composition(implementation, op):
+    """In float16 its gradients are scaled, and those of bfloat16 tensors keep that dtype."""
+    mixed = dict(other_dtype=BF16, weight_dtype=BF16, patch_size=4)
+    opcheck(implementation, op, small_inputs(op, F16, **mixed))
+
+
+def opcheck(implementation, op, inputs):
     operators = torch.ops.deco_kernels
     arguments = (*inputs.tensors.values(), *(inputs.options | DEFAULTS[op]).values(), implementation)
     torch.library.opcheck(getattr(operators, op).default, arguments)

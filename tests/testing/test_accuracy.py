@@ -1,11 +1,13 @@
 """The rule of error: it detects errors and bias above its bounds."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from deco_kernels import testing
-from deco_kernels.testing import emulation
+from deco_kernels import ops, testing
+from deco_kernels.testing import accuracy, emulation
 from tests.ops.cases import BF16, F16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,6 +60,30 @@ def test_errors_of_degenerate_tensors():
     assert testing.relative_error(zero + 1e-30, zero) == float("inf")
     assert testing.relative_error(torch.tensor([torch.nan]), torch.ones(1)) == float("inf")
     assert testing.relative_error(torch.zeros(0), torch.zeros(0)) == 0
+
+
+@pytest.mark.parametrize("eager", [1.0, float("inf")])
+def test_what_is_not_finite_fails_where_the_exact_result_is(eager):
+    exact = torch.ones(4)
+    pair = (torch.full((4,), eager), exact)
+    found = accuracy.compare_tensors("x", torch.full((4,), torch.nan), pair, dtype=torch.float16, gradient=False)
+    assert not found.passed
+    assert accuracy.compare_tensors("x", exact, pair, dtype=torch.float16, gradient=False).passed
+
+
+def test_a_systematic_error_of_a_loss_is_noticed():
+    inputs = testing.random_inputs("pixel_decoder_loss", dtype=BF16, image_size=(2, 32, 64))
+    right = testing.run(inputs, "reference")
+    assert failures(inputs, right) == []
+    scaled = right._replace(outputs=(right.outputs[0] * 1.0015, *right.outputs[1:]))
+    assert failures(inputs, scaled) == ["output 0"]
+
+
+def test_an_output_without_gradient_is_refused():
+    inputs = testing.random_inputs("adaln_block", image_size=(1, 16, 16))
+    with mock.patch.object(ops, "adaln_block", lambda h, *rest, **options: h.detach()):
+        with pytest.raises(AssertionError, match="1 of 1 outputs have no gradient"):
+            testing.run(inputs, "reference")
 
 
 def test_bounds():

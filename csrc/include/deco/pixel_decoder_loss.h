@@ -8,15 +8,15 @@ namespace deco::cpu {
 struct PixelDecoderLoss {
   DecoderShape shape;  // C = 3, p = 8 or 16, H and W multiples of 8
   ImageArray image;
-  PixelRows cond;  // [T, P, D]; its dtype is the activation dtype
-  ImageArray target;
+  PixelRows cond;     // [T, P, D]; its dtype is the activation dtype
+  ImageArray target;  // [B, 3, H, W]
   DecoderWeightArrays weights;
   const float* frequency_weight = nullptr;  // [3, 8, 8] for Y, Cb, Cr; row = vertical frequency
   const float* sample_weight = nullptr;     // [B]; null: ones
   double frequency_scale = 1;
   float *total = nullptr, *pixel = nullptr, *frequency = nullptr;  // written
-  // Gradients of total, written; those with null data are not computed. `backward`: whether one is wanted besides those
-  // of frequency_weight and sample_weight.
+  // Gradients of total, written; those with null data are not computed, arrays of grad_weights are contiguous.
+  // `backward`: whether one is wanted besides those of frequency_weight and sample_weight; if 0, all others are null.
   int backward = 0;
   ImageArray grad_image;
   PixelRows grad_cond;
@@ -52,6 +52,11 @@ struct PixelDecoderLoss {
   }
 };
 
+// velocity = pixel_decoder(image, cond),  d = velocity - target,  s = sample_weight,  W = frequency_weight
+// pixel = sum_b s_b sum d^2 / (3 B H W)
+// frequency = sum_b s_b sum W (DCT(YCbCr(d)))^2 / (3 B H W)
+// total = pixel + frequency_scale frequency
+// The caller has checked shapes and strides; an empty batch gives zeros.
 void pixel_decoder_loss(const PixelDecoderLoss& call);
 
 }  // namespace deco::cpu
