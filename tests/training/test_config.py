@@ -83,13 +83,14 @@ def test_bad_files_are_refused(file, tmp_path):
         config.load(file)
 
 
-# Parameters of the model, images over all steps, and rates, as published (DeCo, arXiv 2511.19365, section 4).
+# Parameters of the model, size, images per step, rate, betas and steps, as published (DeCo, arXiv 2511.19365, section 4);
+# betas and steps of deco_xxl_512 as in the published configuration.
 PUBLISHED = {
     "deco_l": (426_938_019, 256, 256, 1e-4, (0.9, 0.999), 200_000),
     "deco_xl": (682_282_851, 256, 256, 1e-4, (0.9, 0.999), 4_000_000),
     "deco_xl_512": (682_282_851, 512, 256, 1e-4, (0.9, 0.999), None),
     "deco_xxl_256": (1_133_759_395, 256, 1536, 2e-4, (0.9, 0.95), 200_000),
-    "deco_xxl_512": (1_133_759_395, 512, 512, 1e-4, (0.9, 0.999), 80_000),
+    "deco_xxl_512": (1_133_759_395, 512, 512, 1e-4, (0.9, 0.95), 100_000),
     "deco_xxl_tune": (1_133_759_395, 512, 512, 1e-5, (0.9, 0.999), 40_000),
 }
 
