@@ -83,8 +83,8 @@ def test_bad_files_are_refused(file, tmp_path):
         config.load(file)
 
 
-# Parameters of the model, size, images per step, rate, betas and steps, as published (DeCo, arXiv 2511.19365, section 4);
-# betas and steps of deco_xxl_512 as in the published configuration.
+# Parameters of the model, size, images per step, rate, betas and steps, as published (DeCo, arXiv 2511.19365,
+# section 4); betas and steps of deco_xxl_512 as in the published configuration.
 PUBLISHED = {
     "deco_l": (426_938_019, 256, 256, 1e-4, (0.9, 0.999), 200_000),
     "deco_xl": (682_282_851, 256, 256, 1e-4, (0.9, 0.999), 4_000_000),
