@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from deco_kernels import BackendUnavailable, model, ops, testing
+from deco_kernels import BackendUnavailable, flow, model, ops, testing
 from deco_kernels.integrations import is_swapped, swap_decoder, undo_swap
 from deco_kernels.testing import published_model as published_structure
 from deco_kernels.testing.published_model import PublishedDeCo
@@ -138,6 +138,95 @@ def test_which_op_runs(monkeypatch):
     calls.clear()
     net(*batch)
     assert calls == [("pixel_decoder_from_tokens", "reference")]
+
+
+# --- the two halves --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_forward_is_decode_after_encode_bit_for_bit(dtype):
+    net, (x, t, y) = published_model(), random_batch()
+    swap_decoder(net)
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        tokens = net.encode(x, t, y)
+        assert tokens.shape == (2, 6, 24) and torch.equal(net.decode(x, t, tokens), net(x, t, y))
+    later = torch.rand(2)
+    ours = model.from_published(net.state_dict())
+    expected = ours.decode(x, later, ours.encode(x, t, y))
+    assert relative_error(net.decode(x, later, net.encode(x, t, y)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_sampling_with_the_trunk_at_some_steps(dtype):
+    """All trunk steps give the bits of sampling without; few give those of this package's model."""
+    net, (noise, _, y) = published_model(), random_batch()
+    swap_decoder(net)
+    null = torch.full_like(y, 10)
+    options = dict(steps=3, guidance=2.0, guidance_interval=(0.2, 0.8), dtype=dtype)
+    plain = flow.Sampler(net, **options)(noise, y, null)
+    assert torch.equal(flow.Sampler(net, trunk_steps=3, **options)(noise, y, null), plain)
+    few = flow.Sampler(net, trunk_steps=2, **options)(noise, y, null)
+    expected = flow.Sampler(model.from_published(net.state_dict()), trunk_steps=2, **options)(noise, y, null)
+    assert relative_error(few, plain) > 1e-2
+    assert relative_error(few, expected) < (1e-5 if dtype is None else 2e-2)
+
+
+def test_halves_come_and_go_with_the_swap():
+    net, batch = published_model(), random_batch()
+    swap = swap_decoder(net)
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert not net.encode(*batch).any() and other.encode(*batch).any()
+    swap.undo()
+    assert not hasattr(net, "encode") and not hasattr(net, "decode") and hasattr(other, "encode")
+    with pytest.raises(TypeError, match="model: expected one with encode and decode, such as DeCo, for trunk_steps"):
+        flow.Sampler(net, steps=2, trunk_steps=1)
+
+
+def test_a_trunk_of_another_structure_has_no_halves():
+    net = published_model()
+    net.blocks = nn.Sequential(*net.blocks)
+    swap_decoder(net)
+    with pytest.raises(TypeError, match="model: expected one with encode and decode"):
+        flow.Sampler(net, steps=2, trunk_steps=1)
+
+
+class AnotherForward(PublishedDeCo):
+    """A forward that differs from the published one around the decoder."""
+
+    changed = ""
+
+    def forward(self, x, t, y):
+        if self.changed == "condition":
+            return super().forward(x, 1000 * t, y)
+        if self.changed == "pixels":
+            return super().forward(2 * x, t, y)
+        return super().forward(x, t, y) * (2 if self.changed == "result" else 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"), [("condition", "another condition"), ("pixels", "other pixels"), ("result", "another result")]
+)
+def test_a_forward_that_differs_around_the_decoder_is_refused(changed, found):
+    net, batch = AnotherForward(width=24, depth=1, heads=2), random_batch()
+    swap_decoder(net)
+    net.encode(*batch)
+    other = AnotherForward(width=24, depth=1, heads=2)
+    other.changed = changed
+    swap_decoder(other)
+    with pytest.raises(ValueError, match=f"model: expected its forward .* got {found}; trunk_steps"):
+        other.encode(*batch)
+
+
+def test_tokens_and_images_that_do_not_fit_decode():
+    net, (x, t, y) = published_model(), random_batch()
+    swap_decoder(net)
+    with pytest.raises(ValueError, match=r"tokens: expected shape \[2, 6, 24\] for an image \[2, 3, 32, 48\]"):
+        net.decode(x, t, torch.zeros(2, 5, 24))
+    with pytest.raises(ValueError, match=r"x: expected an image \[B, C, H, W\], H and W multiples of 16"):
+        net.decode(x[..., :40], t, net.encode(x, t, y))
 
 
 # --- the same names, and back again ----------------------------------------------------------------------------------
