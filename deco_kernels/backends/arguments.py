@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from deco_kernels.signatures import DecoderWeights, Group, flat, mapped
+from deco_kernels.signatures import ACTIVATION, OPS, Argument, DecoderWeights, Group, flat, grouped, mapped
 
 Gradients = tuple[torch.Tensor | None, ...]
 """Gradients of every tensor argument in order; None if not needed."""
@@ -59,25 +59,29 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+def kept_dtype(argument: Argument, tensor: torch.Tensor) -> torch.dtype:
     """Dtype in which a one-pass op keeps the gradient of a tensor between forward and backward.
 
-    float16 would underflow before a loss scale is applied.
+    float32 or wider, so that the gradient is rounded once, after the incoming gradient is applied. A bfloat16
+    activation, the largest tensor, keeps its dtype; float16 would underflow before a loss scale is applied.
     """
-    return torch.float32 if dtype is torch.float16 else dtype
+    if argument.rounding == ACTIVATION and tensor.dtype is torch.bfloat16:
+        return tensor.dtype
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def empty_kept_gradients(inputs: Sequence[Any], needs: Sequence[bool]) -> Gradients:
+def empty_kept_gradients(op: str, inputs: Sequence[Any], needs: Sequence[bool]) -> Gradients:
     """`empty_gradients` in the dtypes in which they are kept."""
     return tuple(
-        torch.empty(tensor.shape, dtype=kept_dtype(tensor.dtype), device=tensor.device) if need else None
-        for tensor, need in zip(flat(inputs), needs, strict=True)
+        torch.empty(tensor.shape, dtype=kept_dtype(argument, tensor), device=tensor.device) if need else None
+        for argument, tensor, need in zip(OPS[op].arguments, flat(inputs), needs, strict=True)
     )
 
 
-def kept_like(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor in the dtype in which its gradient is kept."""
-    return None if tensor is None else tensor.to(kept_dtype(tensor.dtype))
+def kept_like(op: str, inputs: Group) -> Group:
+    """The tensors in the dtypes in which their gradients are kept."""
+    pairs = zip(OPS[op].arguments, flat(inputs), strict=True)
+    return grouped(type(inputs), (None if t is None else t.to(kept_dtype(argument, t)) for argument, t in pairs))
 
 
 def add_gradients(totals: Gradients, gradients: Gradients) -> None:

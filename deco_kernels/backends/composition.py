@@ -10,8 +10,8 @@ from types import ModuleType
 
 import torch
 
-from deco_kernels.backends.arguments import Gradients, Losses, kept_dtype, kept_like
-from deco_kernels.signatures import PixelDecoderLoss, mapped
+from deco_kernels.backends.arguments import Gradients, Losses, kept_like
+from deco_kernels.signatures import PixelDecoderLoss
 
 _log = logging.getLogger("deco_kernels")
 
@@ -40,7 +40,7 @@ class Composition:
         """The losses, and the gradients of total in the dtypes in which they are kept; None where `needs` is False."""
         log_composition(self.backend, self.reason)
         cond = inputs.cond
-        wide = mapped(kept_like, inputs)._replace(cond=cond)  # float16 sums over pixels would overflow
+        wide = kept_like("pixel_decoder_loss", inputs)._replace(cond=cond)
         velocity, losses = self._velocity_and_losses(wide, patch_size, frequency_scale, eps)
         needs_image, needs_cond, needs_target, *needs_weights, needs_frequency, needs_sample = needs
         needs_decoder = [needs_image, needs_cond, *needs_weights]
@@ -59,7 +59,7 @@ class Composition:
             grads = self.decoder.backward(grad_velocity, *decoder_inputs, needs_decoder)
         gradients = (*grads[:2], grad_target, *grads[2:], *grad_loss_weights)
         if scale != 1:
-            gradients = tuple(None if g is None else (g.float() / scale).to(kept_dtype(g.dtype)) for g in gradients)
+            gradients = tuple(None if g is None else g.float() / scale for g in gradients)
         return losses, gradients
 
     def _velocity_and_losses(

@@ -7,8 +7,8 @@ while the intermediate results of the forward exist. Each op is registered as th
     name_with_gradients    the outputs and the gradients of the total, in one pass
     name_backward          those gradients times the incoming gradient
 
-Gradients are kept between forward and backward in the dtype of their tensor, those of float16 tensors in float32, where
-they cannot underflow before a loss scale is applied. They are not changed, so a backward may be repeated.
+Gradients are kept between forward and backward in float32, and rounded after the incoming gradient is applied; that of
+a bfloat16 activation is kept in bfloat16. They are not changed, so a backward may be repeated.
 """
 
 from collections.abc import Callable, Sequence
@@ -65,7 +65,7 @@ def define_one_pass_op(
 
     def fake_forward_with_gradients(*arguments: Any) -> tuple[torch.Tensor, ...]:
         *inputs, _, needs = arguments
-        kept = without_none(inputs[0], empty_kept_gradients(inputs[:count], needs))
+        kept = without_none(inputs[0], empty_kept_gradients(name, inputs[:count], needs))
         return (*fake(*inputs), *kept)
 
     def backward(grad_total: torch.Tensor, *kept: torch.Tensor) -> tuple[torch.Tensor, ...]:

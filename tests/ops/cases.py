@@ -118,7 +118,7 @@ DECODER_LOSS_CASES = [
     Case(BF16),
     Case(F32, 64, 1, 8, (3, 24, 64), layout="padded", other_dtype=BF16),
     Case(BF16, 64, 2, 16, (1, 64, 80), layout="channels_last", other_dtype=F16, weight_dtype=F16),
-    Case(F16, 16, 1, 16, (5, 32, 32), layout="channels_last", weight_dtype=F16),
+    Case(F16, 16, 1, 16, (5, 32, 32), layout="channels_last", other_dtype=BF16, weight_dtype=BF16),
     # The two ops one after the other.
     Case(BF16, 32, 2, 4, (2, 32, 64)),
     Case(F16, 16, 1, 4, (2, 32, 64)),

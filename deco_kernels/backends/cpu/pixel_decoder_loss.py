@@ -34,13 +34,8 @@ def forward_with_gradients(
     """The losses, and the gradients of total in the dtypes in which they are kept; None where `needs` is False."""
     if patch_size < BLOCK:
         return _composition.forward_with_gradients(inputs, patch_size, frequency_scale, eps, needs)
-    kept = arguments.empty_kept_gradients(inputs, needs)
-    weights = [None if gradient is None else gradient.to(torch.float32) for gradient in kept[-2:]]
-    losses = _run(inputs, patch_size, frequency_scale, eps, [*kept[:-2], *weights])
-    for gradient, written in zip(kept[-2:], weights, strict=True):
-        if gradient is not None and written is not None and gradient is not written:
-            gradient.copy_(written)
-    return losses, kept
+    kept = arguments.empty_kept_gradients("pixel_decoder_loss", inputs, needs)
+    return _run(inputs, patch_size, frequency_scale, eps, kept), kept
 
 
 def _run(

@@ -8,7 +8,9 @@ from torch import Tensor
 from deco_kernels.backends.arguments import Gradients, Losses, kept_like
 from deco_kernels.backends.reference import flow_matching_loss, pixel_decoder
 from deco_kernels.backends.reference.common import differentiate, prepare
-from deco_kernels.signatures import DecoderWeights, PixelDecoderLoss, mapped
+from deco_kernels.signatures import DecoderWeights, PixelDecoderLoss
+
+OP = "pixel_decoder_loss"
 
 
 def formula(
@@ -32,15 +34,15 @@ def formula(
 
 
 def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float) -> Losses:
-    return formula(*prepare("pixel_decoder_loss", inputs, inputs.cond), patch_size, frequency_scale, eps)
+    return formula(*prepare(OP, inputs, inputs.cond), patch_size, frequency_scale, eps)
 
 
 def forward_with_gradients(
     inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float, needs: Sequence[bool]
 ) -> tuple[Losses, Gradients]:
     """The losses, and the gradients of total in the dtypes in which they are kept."""
-    prepared = prepare("pixel_decoder_loss", inputs, inputs.cond)
+    prepared = prepare(OP, inputs, inputs.cond)
     options = (patch_size, frequency_scale, eps)
     total, pixel, frequency = losses = formula(*prepared, *options)
     grad_losses = (torch.ones_like(total), torch.zeros_like(pixel), torch.zeros_like(frequency))
-    return losses, differentiate(formula, options, prepared, mapped(kept_like, inputs), needs, grad_losses)
+    return losses, differentiate(formula, options, prepared, kept_like(OP, inputs), needs, grad_losses)
