@@ -11,11 +11,10 @@ from benchmarks.ops.problem import Operands, Problem, Tensors
 from benchmarks.ops.sizes import Size
 from deco_kernels import BackendUnavailable
 from deco_kernels.testing import (
-    OTHER_CALLS,
     Comparison,
-    by_rounding,
     compare_tensors,
     error_bound,
+    pooled,
     relative_error,
     scale_factor,
 )
@@ -112,8 +111,7 @@ def _check_against_float64(found, problem, size, dtype, device, training, conten
         if results is None:
             continue
         shared = {result: values for result, values in results.items() if result in exact}
-        rows = compared(shared, 1)
-        found.worst[contender.name] = _worst({row.name: row.error for row in rows})
+        found.worst[contender.name] = _worst({row.name: row.error for row in compared(shared, 1)})
         if contender.name == PUBLISHED:
             same = Step(problem, contender, torch.float64, device, training).results(doubles)
             broken = [
@@ -123,10 +121,8 @@ def _check_against_float64(found, problem, size, dtype, device, training, conten
                 <= error_bound(torch.float32, 0.0, gradient=kind_of(result) == "gradient")
             ]
         else:
-            if by_rounding(rows):
-                pooled = compared(shared, 1 + OTHER_CALLS)
-                rows = [row if row.passed else other for row, other in zip(rows, pooled, strict=True)]
-                found.limits |= {row.name: max(row.bound, found.limits[row.name]) for row in rows}
+            rows = pooled(functools.partial(compared, shared))
+            found.limits |= {row.name: max(row.bound, found.limits[row.name]) for row in rows}
             broken = [text for row in rows for text in _violations(row)]
         if broken:
             found.refused[contender.name] = ("wrong", "; ".join(broken))

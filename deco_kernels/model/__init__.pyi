@@ -15,6 +15,9 @@ from .checkpoint_file import (
 from .deco import DeCo as DeCo
 from .dit import DiT as DiT
 from .dit import Trunk as Trunk
+from .modules import AdaLNBlock as AdaLNBlock
+from .modules import FlowMatchingLoss as FlowMatchingLoss
+from .modules import FrequencyLoss as FrequencyLoss
 from .pixel_decoder import PixelDecoder as PixelDecoder
 from .position import pixel_position_features as pixel_position_features
 from .position import rotary_angles as rotary_angles

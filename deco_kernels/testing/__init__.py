@@ -18,29 +18,28 @@ the bias.
 """
 
 from deco_kernels.testing.accuracy import (
-    OTHER_CALLS,
     Comparison,
     Results,
-    by_rounding,
     compare,
     compare_tensors,
     eager,
     eager_results,
     error_bound,
     exact_results,
+    pooled,
     relative_bias,
     relative_error,
     run,
 )
+from deco_kernels.testing.equivalence import assert_equivalent
 from deco_kernels.testing.inputs import OPS, Inputs, in_float64, random_inputs, rescaled, scale_factor, with_equal_rows
 
 __all__ = [
     "OPS",
-    "OTHER_CALLS",
     "Comparison",
     "Inputs",
     "Results",
-    "by_rounding",
+    "assert_equivalent",
     "compare",
     "compare_tensors",
     "eager",
@@ -48,6 +47,7 @@ __all__ = [
     "error_bound",
     "exact_results",
     "in_float64",
+    "pooled",
     "random_inputs",
     "relative_bias",
     "relative_error",

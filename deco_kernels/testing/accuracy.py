@@ -158,21 +158,32 @@ def compare(
     `exact` and `eager_` default to `exact_results(inputs)` and `eager_results(inputs)`. Eager's errors in other calls
     are computed only if a result exceeds the bounds of this call.
     """
-    exact = exact_results(inputs) if exact is None else exact
-    samples = [(eager_results(inputs) if eager_ is None else eager_, exact)]
-    rows = _compare(inputs, actual, samples)
-    if not by_rounding(rows):
-        return rows
-    others = [rescaled(inputs, seed) for seed in range(OTHER_CALLS)]
-    samples += [(eager_results(other), exact_results(other)) for other in others]
-    pooled = _compare(inputs, actual, samples)
-    return [row if row.passed else other for row, other in zip(rows, pooled, strict=True)]
+    samples = [
+        (
+            eager_results(inputs) if eager_ is None else eager_,
+            exact_results(inputs) if exact is None else exact,
+        )
+    ]
+
+    def compared(count: int) -> list[Comparison]:
+        others = [rescaled(inputs, seed) for seed in range(len(samples) - 1, count - 1)]
+        samples.extend((eager_results(other), exact_results(other)) for other in others)
+        return _compare(inputs, actual, samples)
+
+    return pooled(compared)
 
 
-def by_rounding(rows: Iterable[Comparison]) -> bool:
-    """Whether results exceed their bounds, all of them by rounding errors, which eager's in other calls may explain."""
+def pooled(compared: Callable[[int], list[Comparison]]) -> list[Comparison]:
+    """Comparisons with one call of eager, and with more calls where results exceed their bounds by rounding errors.
+
+    compared: comparisons with the given call and `count - 1` other calls of eager, for a count.
+    """
+    rows = compared(1)
     failed = [row for row in rows if not row.passed]
-    return bool(failed) and all(row.error < ROUNDING for row in failed)
+    if not failed or any(not row.error < ROUNDING for row in failed):
+        return rows
+    more = compared(1 + OTHER_CALLS)
+    return [row if row.passed else other for row, other in zip(rows, more, strict=True)]
 
 
 def _compare(inputs: Inputs, actual: Results, samples: Sequence[tuple[Results, Results]]) -> list[Comparison]:

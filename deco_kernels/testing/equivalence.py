@@ -1,0 +1,193 @@
+"""The rule of error for any function and its reference, such as a fused op and the code that it replaces."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from deco_kernels.testing.accuracy import Comparison, Outputs, Results, compare_tensors, pooled
+from deco_kernels.testing.inputs import scale_factor
+
+_NARROWEST_FIRST = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def assert_equivalent(
+    ours: Callable[..., Outputs],
+    reference: Callable[..., Outputs],
+    inputs: Mapping[str, Any] | Sequence[Any],
+    *,
+    autocast: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    gradients: bool = True,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Assert that a function computes what its reference computes, forward and backward, by the rule of error.
+
+    The reference runs twice: on the inputs, which gives the error of eager PyTorch, and on the inputs converted to
+    float64, which gives the exact results. Random numbers N(0, 1) are the gradients of the outputs. Prints a table with
+    one row per output and gradient: relative error, bias, and their bounds.
+
+    Args:
+        ours: the function under test.
+        reference: plain PyTorch of the same signature. It must compute in float64 if its inputs are float64.
+        inputs: arguments by name, or positional ones. Gradients are computed for every floating-point tensor; other
+            values are passed on as they are.
+        autocast: dtype in which both functions are called under autocast; None without. The float64 call is never
+            under autocast.
+        dtype: dtype in which results are computed, which decides on the bound; by default `autocast`, or the narrowest
+            dtype of the floating-point inputs. For a function that computes in float32 on 16-bit inputs, such as a
+            loss, give float32.
+        gradients: whether to compare gradients.
+        seed: seed of the gradients of the outputs.
+
+    Returns:
+        The comparisons: outputs ("output 0"), then gradients ("grad NAME", with the position as name of a positional
+        argument).
+
+    Raises:
+        AssertionError: a result breaks the rule; the message has the table. Also for outputs of another number or shape
+            than the reference's, and for an output that is differentiable in one of the two functions only.
+        TypeError: no floating-point input, or a reference that does not compute in float64.
+    """
+    call = _Call.of(inputs, autocast, gradients, seed)
+    computed_in = dtype or autocast or call.narrowest_dtype()
+    exact = call.run(reference, float64=True)
+    wrong = [output.dtype for output in exact.results.outputs if output.dtype != torch.float64]
+    if wrong:
+        raise TypeError(
+            f"reference: expected float64 results for float64 inputs, got {wrong[0]}; a reference that converts to a "
+            "fixed dtype, or has weights in one, cannot give the exact result: pass its weights as inputs"
+        )
+
+    @functools.cache
+    def sample(number: int) -> tuple[Results, Results]:
+        """(eager, exact) results on the inputs, or on others with other rounding errors."""
+        given = call.rescaled(number) if number else call
+        exactly = given.run(reference, float64=True) if number else exact
+        return given.run(reference).results, exactly.results
+
+    ours_ = call.run(ours)
+    _require_same_form(ours_, exact)
+    actual = ours_.results
+
+    def compared(count: int) -> list[Comparison]:
+        samples = [sample(number) for number in range(count)]
+        rows = []
+        for index, output in enumerate(actual.outputs):
+            pairs = [(eager.outputs[index], exactly.outputs[index]) for eager, exactly in samples]
+            mean = output.dim() == 0
+            rows.append(
+                compare_tensors(f"output {index}", output, *pairs, dtype=computed_in, gradient=False, mean=mean)
+            )
+        for name, gradient in actual.gradients.items():
+            pairs = [(eager.gradients[name], exactly.gradients[name]) for eager, exactly in samples]
+            rows.append(compare_tensors(f"grad {name}", gradient, *pairs, dtype=computed_in, gradient=True))
+        return rows
+
+    rows = pooled(compared)
+    table = _table(rows)
+    print(table)
+    if not all(row.passed for row in rows):
+        broken = ", ".join(row.name for row in rows if not row.passed)
+        raise AssertionError(f"results differ by more than the rule of error allows: {broken}\n{table}")
+    return rows
+
+
+class _Outcome(NamedTuple):
+    """Results of a function, and which of its outputs are differentiable."""
+
+    results: Results
+    differentiable: tuple[bool, ...]
+
+
+class _Call(NamedTuple):
+    """Arguments by name or position, and how the functions are called with them."""
+
+    arguments: dict[str, Any]
+    positional: bool
+    autocast: torch.dtype | None
+    gradients: bool
+    seed: int
+    factors: int | None = None  # seed of the factors of the gradients of the outputs; None for factors of 1
+
+    @classmethod
+    def of(
+        cls, inputs: Mapping[str, Any] | Sequence[Any], autocast: torch.dtype | None, gradients: bool, seed: int
+    ) -> _Call:
+        positional = not isinstance(inputs, Mapping)
+        arguments = {str(i): value for i, value in enumerate(inputs)} if positional else dict(inputs)
+        call = cls(arguments, positional, autocast, gradients, seed)
+        if not call.tensors():
+            raise TypeError("inputs: expected at least one floating-point tensor, got none")
+        return call
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The floating-point tensors."""
+        given = self.arguments.items()
+        return {name: value for name, value in given if isinstance(value, torch.Tensor) and value.is_floating_point()}
+
+    def narrowest_dtype(self) -> torch.dtype:
+        dtypes = [tensor.dtype for tensor in self.tensors().values()]
+        return next((dtype for dtype in _NARROWEST_FIRST if dtype in dtypes), dtypes[0])
+
+    def rescaled(self, number: int) -> _Call:
+        """The same call with each tensor times a factor from 0.9 to 1.1."""
+        generator = torch.Generator().manual_seed(number)
+        scaled = {name: scale_factor(generator) * tensor.detach() for name, tensor in self.tensors().items()}
+        return self._replace(arguments=self.arguments | scaled, factors=number)
+
+    def run(self, function: Callable[..., Outputs], float64: bool = False) -> _Outcome:
+        leaves = {
+            name: tensor.detach().to(torch.float64 if float64 else tensor.dtype).requires_grad_(self.gradients)
+            for name, tensor in self.tensors().items()
+        }
+        arguments = self.arguments | leaves
+        device = next(iter(leaves.values())).device.type
+        autocast = None if float64 else self.autocast
+        with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+            outputs = function(*arguments.values()) if self.positional else function(**arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        differentiable = tuple(output.requires_grad for output in outputs)
+        gradients: dict[str, torch.Tensor] = {}
+        if any(differentiable):
+            pairs = zip(outputs, self._incoming(outputs), strict=True)
+            used, incoming = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+            found = torch.autograd.grad(used, list(leaves.values()), incoming, materialize_grads=True)
+            gradients = dict(zip(leaves, found, strict=True))
+        return _Outcome(Results(tuple(output.detach() for output in outputs), gradients), differentiable)
+
+    def _incoming(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Gradients of the outputs, N(0, 1): the same values in every dtype and on every device."""
+        normal, uniform = torch.Generator().manual_seed(self.seed), torch.Generator().manual_seed(self.factors or 0)
+        incoming = []
+        for output in outputs:
+            factor = 1.0 if self.factors is None else scale_factor(uniform)
+            incoming.append((factor * torch.randn(output.shape, generator=normal, dtype=torch.float64)).to(output))
+        return incoming
+
+
+def _require_same_form(actual: _Outcome, expected: _Outcome) -> None:
+    found, wanted = actual.results.outputs, expected.results.outputs
+    if len(found) != len(wanted):
+        raise AssertionError(f"outputs: expected {len(wanted)}, as the reference returns, got {len(found)}")
+    for index, (output, reference) in enumerate(zip(found, wanted, strict=True)):
+        if output.shape != reference.shape:
+            raise AssertionError(f"output {index}: expected {tuple(reference.shape)}, got {tuple(output.shape)}")
+        if actual.differentiable[index] != expected.differentiable[index]:
+            with_gradient = "the reference" if expected.differentiable[index] else "the tested function"
+            raise AssertionError(
+                f"output {index}: only that of {with_gradient} is differentiable; compare differentiable outputs "
+                "alone, or pass gradients=False"
+            )
+
+
+def _table(rows: Sequence[Comparison]) -> str:
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'':{width}}  {'error':>9}  {'bound':>9}  {'bias':>9}  {'bound':>9}"]
+    for row in rows:
+        numbers = "  ".join(f"{value:9.2e}" for value in (row.error, row.bound, row.bias, row.bias_bound))
+        lines.append(f"{row.name:{width}}  {numbers}  {'' if row.passed else 'wrong'}".rstrip())
+    return "\n".join(lines)
