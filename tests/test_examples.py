@@ -24,3 +24,8 @@ def test_example(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert OUTPUT[name] in capsys.readouterr().out
+
+
+def test_the_page_shows_the_equivalence_check():
+    body = (EXAMPLES / "test_equivalence.py").read_text().split('"""')[2].strip()
+    assert body in (EXAMPLES.parent / "docs" / "equivalence.md").read_text()
