@@ -89,11 +89,13 @@ def require_gradio():
 def build(painter):
     """Builds the page, a `gradio.Blocks`, for a `sampling.page.Painter`."""
     gradio = require_gradio()
+    from deco_kernels.flow.samplers import has_halves
     from sampling.inputs import reads_text
+    from sampling.page import MOST_STEPS
 
-    def sample(condition, steps, guidance, seed, progress=gradio.Progress(track_tqdm=True)):  # noqa: B008
+    def sample(*fields, progress=gradio.Progress(track_tqdm=True)):  # noqa: B008
         try:
-            shown = painter(condition, steps, guidance, seed)
+            shown = painter(*fields)
         except (ValueError, TypeError) as error:
             raise gradio.Error(str(error)) from error
         except (RuntimeError, MemoryError) as error:
@@ -116,9 +118,18 @@ def build(painter):
                     condition = gradio.Number(label=f"Class, 0 to {last}", value=0, precision=0)
                 inputs = [
                     condition,
-                    gradio.Slider(1, 250, value=painter.steps, step=1, label="Steps"),
+                    gradio.Slider(1, MOST_STEPS, value=painter.steps, step=1, label="Steps"),
                     gradio.Slider(1, 10, value=painter.guidance, step=0.1, label="Guidance"),
                     gradio.Number(label="Seed", value=0, precision=0),
+                    gradio.Slider(
+                        1,
+                        MOST_STEPS,
+                        value=MOST_STEPS,
+                        step=1,
+                        label="Trunk steps",
+                        info="Steps that run the trunk, an approximation; as many as Steps, or more: every step",
+                        visible=has_halves(painter.network),
+                    ),
                 ]
                 button = gradio.Button("Sample", variant="primary")
             image = gradio.Image(

@@ -3,6 +3,7 @@
     python python/sample.py runs/small/checkpoints/step_000002000.ckpt --out out/samples --size 64 --animate 2
     python python/sample.py published.ckpt --out out/fid --count 50000 --npz
     python python/sample.py published.safetensors --out out/text --prompt "a red fox" --size 512
+    python python/sample.py published.ckpt --out out/fast --calibrate-trunk-steps 50
     torchrun --nproc_per_node 8 python/sample.py ...          or once for each i:  --shard i/8
 
 A run that was stopped or killed continues with the same command. On the same machine and with the same thread count,
@@ -12,10 +13,12 @@ Exit status: 0; 2 with a line that begins with "error:"; 130 when interrupted.
 """
 
 import argparse
+import functools
 import hashlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -24,7 +27,8 @@ from command_line.arguments import natural
 from command_line.failures import exit_status, out_of_memory
 from deco_kernels import flow, model
 from deco_kernels.training.images import to_pixels
-from sampling.folder import ANIMATIONS, SampleFolder
+from sampling import trunk_steps
+from sampling.folder import ANIMATIONS, SampleFolder, recorded_settings
 from sampling.inputs import (
     DTYPES,
     Condition,
@@ -55,6 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="published file or file of this package, see docs/checkpoints.md")
     parser.add_argument("--out", type=Path, required=True, help="folder to create or to continue")
     add_options(parser, batch=f"1 on the CPU, else {BATCH}")
+    trunk_steps.add_options(parser)
     made = parser.add_argument_group("additional outputs")
     made.add_argument("--grid", type=natural, default=16, metavar="N", help="grid of the first N images (default: 16)")
     made.add_argument("--npz", action="store_true", help="all images in one array, for the ADM evaluation suite")
@@ -102,7 +107,10 @@ def run(options: argparse.Namespace) -> None:
     count = options.count or len(conditions)
     batch = batch_of(options, device)
     solver, dtype = solver_settings(options, network), dtype_of(options, device)
-    sampler = flow.Sampler(network, **solver, dtype=DTYPES[dtype])
+    conditioner = Conditioner.of(network, device, options.text_encoder)
+    conditioner.check(conditions)
+    chosen = trunk_steps_of(options, conditioner, conditions, **solver, dtype=DTYPES[dtype])
+    sampler = flow.Sampler(network, **solver, dtype=DTYPES[dtype], trunk_steps=chosen)
     settings = {
         "checkpoint_sha256": sha256(options.checkpoint),
         "weights": model.read_checkpoint(options.checkpoint).choose(options.weights),
@@ -110,15 +118,17 @@ def run(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "size": options.size,
         **solver,
+        "calibrate_trunk_steps": options.calibrate_trunk_steps,
+        "trunk_steps": sampler.trunk_steps,
         "batch": batch,
         "dtype": dtype,
         "device": device.type,
     }
     if reads_text(network):
         settings["text_encoder"] = options.text_encoder
-    conditioner = Conditioner.of(network, device, options.text_encoder)
-    conditioner.check(conditions)
     folder = SampleFolder(options.out, settings, count, options.animate, options.animation)
+    if options.calibrate_trunk_steps:
+        folder.write_trunk_steps(sampler.trunk_steps, **solver)
     groups = [range(first, first + batch) for first in range(0, count, batch)][part::parts]
     open_groups = [group for group in groups if folder.missing(group)]
     if open_groups:
@@ -131,6 +141,20 @@ def run(options: argparse.Namespace) -> None:
     for path in folder.assemble(options.grid, options.npz):
         print(f"wrote {path}")
     print(f"{count} images in {folder.images}")
+
+
+def trunk_steps_of(
+    options: argparse.Namespace, conditioner: Conditioner, conditions: list[Condition], **settings: Any
+) -> flow.TrunkSteps | None:
+    """Steps at which the trunk runs: those given, those calibrated before in the folder, or calibrated ones; None for
+    every step. settings: of `flow.Sampler`."""
+    if not options.calibrate_trunk_steps:
+        return trunk_steps.given(options.trunk_steps, settings["steps"])
+    recorded = recorded_settings(options.out)
+    if recorded is not None:  # the folder refuses other settings, and these steps with them
+        return recorded.get("trunk_steps") if recorded.get("steps") == settings["steps"] else None
+    noise = functools.partial(noise_of, seed=options.seed, size=options.size)
+    return trunk_steps.calibrated(conditioner, conditions, noise, options.calibrate_trunk_steps, **settings)
 
 
 def sample_groups(draw: "GroupSampler", folder: SampleFolder, groups: list[range], open_groups: list[range]) -> None:

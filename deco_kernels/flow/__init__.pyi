@@ -10,5 +10,6 @@ from .samplers import Sampler as Sampler
 from .samplers import sample as sample
 from .samplers import timesteps as timesteps
 from .solvers import SOLVERS as SOLVERS
+from .trunk_steps import TrunkSteps as TrunkSteps
 from .trunk_steps import read_trunk_steps as read_trunk_steps
 from .trunk_steps import write_trunk_steps as write_trunk_steps

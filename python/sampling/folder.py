@@ -4,6 +4,7 @@
     images/000000.png             image 0, and so on
     animations/000000.gif         (or .png) its trajectory from noise
     grid_16.png                   the first 16 images
+    trunk_steps.json              calibrated steps at which the trunk ran
     samples_50000x256x256x3.npz   all images, uint8 [n, H, W, 3] under arr_0
 
 A file gets its name when it is complete and is never rewritten.
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from deco_kernels import flow
 from deco_kernels.model.checkpoint_file import complete_or_absent
 from deco_kernels.training.images import as_grid, open_image
 
@@ -45,12 +47,7 @@ class SampleFolder:
         self.folder, self.count, self.animated, self.ending = folder, count, animated, ending
         self.run, self.images, self.animations = folder / "run.json", folder / "images", folder / "animations"
         self.shape = (*settings["size"], 3)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--out: expected a folder, {folder} is a file; choose another name")
-        # Concurrent processes write run.json first; list the folder before checking for run.json.
-        names = os.listdir(folder) if folder.exists() else []
-        if any(not name.startswith(".") for name in names) and not self.run.exists():
-            raise ValueError(f"--out: {folder} holds other files and no run.json; choose another folder")
+        recorded_settings(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -63,12 +60,7 @@ class SampleFolder:
         """Writes run.json, or compares with the existing one of another process or an earlier run."""
         content = json.dumps(settings, indent=1) + "\n"
         _write_once(self.run, lambda temporary: temporary.write_text(content, encoding="utf-8"))
-        try:
-            found = json.loads(self.run.read_text(encoding="utf-8")) if self.run.is_file() else None
-            if not isinstance(found, dict):
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"--out: {self.run} is damaged; choose another folder") from None
+        found = _read_settings(self.run)
         wanted = json.loads(json.dumps(settings))
         for name in wanted:
             if found.get(name) != wanted[name]:
@@ -76,6 +68,11 @@ class SampleFolder:
                     f"--out: {self.folder} holds samples with {name} {reprlib.repr(found.get(name))}, not "
                     f"{reprlib.repr(wanted[name])}; choose another folder, or the same settings to continue"
                 )
+
+    def write_trunk_steps(self, trunk_steps: Sequence[int], **settings: Any) -> None:
+        """Writes the steps at which the trunk runs as `flow.write_trunk_steps` does, unless the file exists."""
+        path = self.folder / "trunk_steps.json"
+        _write_once(path, lambda temporary: flow.write_trunk_steps(temporary, trunk_steps, **settings))
 
     def image(self, index: int) -> Path:
         return self.images / f"{index:06d}.png"
@@ -138,6 +135,33 @@ class SampleFolder:
                 f"{pixels.shape}; remove it and run the command again"
             )
         return pixels
+
+
+def recorded_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings in run.json of a folder of samples; None if the folder is empty or does not exist.
+
+    Raises ValueError if it is a file or contains other files and no run.json, or if run.json is damaged.
+    """
+    run = folder / "run.json"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out: expected a folder, {folder} is a file; choose another name")
+    # Concurrent processes write run.json first; list the folder before checking for run.json.
+    names = os.listdir(folder) if folder.exists() else []
+    if run.exists():
+        return _read_settings(run)
+    if any(not name.startswith(".") for name in names):
+        raise ValueError(f"--out: {folder} holds other files and no run.json; choose another folder")
+    return None
+
+
+def _read_settings(run: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else None
+        if not isinstance(found, dict):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--out: {run} is damaged; choose another folder") from None
+    return found
 
 
 def _write_once(path: Path, write: Callable[[Path], Any]) -> list[Path]:

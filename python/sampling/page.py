@@ -13,6 +13,7 @@ from deco_kernels.training.images import to_pixels
 from images.spectra import diagonal_energies
 from sampling.inputs import Conditioner, noise_of, reads_text
 
+MOST_STEPS = 250  # that the page offers
 FRAMES = 8  # states of the trajectory to show, noise and sample included
 
 
@@ -29,7 +30,7 @@ class Shown:
 class Painter:
     """Samples one image at a time from a model.
 
-    steps, guidance: initial values on the page. settings: other settings of `flow.sample`. size: (height, width).
+    steps, guidance: initial values on the page. settings: other settings of `flow.Sampler`. size: (height, width).
     """
 
     network: nn.Module
@@ -39,28 +40,29 @@ class Painter:
     settings: dict
     size: tuple[int, int]
 
-    def __call__(self, condition: float | str, steps: float, guidance: float, seed: float) -> Shown:
-        """Samples one image. Numbers may be floats, as the fields of the page return them.
+    def __call__(
+        self, condition: float | str, steps: float, guidance: float, seed: float, trunk_steps: float = MOST_STEPS
+    ) -> Shown:
+        """Samples one image, with the trunk at `trunk_steps` steps spread evenly, or at every step if it is at least
+        `steps`. Numbers may be floats, as the fields of the page return them.
 
         Raises:
             ValueError: unsupported condition, invalid number, or a sample that is not finite.
         """
         condition = self._condition(condition)
         steps, seed, guidance = _integer("steps", steps, 1), _integer("seed", seed, 0), _number("guidance", guidance)
+        encoded = _integer("trunk steps", trunk_steps, 1)
+        sampler = flow.Sampler(
+            self.network,
+            steps=steps,
+            guidance=guidance,
+            trunk_steps=encoded if encoded < steps else None,
+            cuda_graph=False,
+            **self.settings,
+        )
         cond, uncond = self.conditioner([condition])
         noise = noise_of(0, seed, self.size).to(cond.device)[None]
-        with torch.no_grad():
-            _, states = flow.sample(
-                self.network,
-                noise,
-                cond,
-                uncond,
-                steps=steps,
-                guidance=guidance,
-                trajectory=True,
-                progress=True,
-                **self.settings,
-            )
+        _, states = sampler(noise, cond, uncond, trajectory=True, progress=True)
         if not states[-1].isfinite().all():
             raise ValueError("the sample is not finite; use a smaller guidance; otherwise the checkpoint is corrupted")
         shown = sorted({round(i * steps / (FRAMES - 1)) for i in range(FRAMES)})

@@ -1,5 +1,6 @@
 """The page: outputs for a sample, errors, and a run in a headless browser."""
 
+import dataclasses
 import math
 import shutil
 import socket
@@ -11,6 +12,7 @@ import torch
 
 import app
 from deco_kernels import flow, model
+from deco_kernels.training.images import to_pixels
 from sampling import inputs
 from sampling.page import Painter
 from tests.random_models import random_model
@@ -46,9 +48,28 @@ def test_a_sample_is_that_of_the_solver(painter):
     assert [line.get_label() for line in shown.spectrum.axes[0].lines] == captions
 
 
+@pytest.mark.parametrize(("trunk_steps", "encoded"), [(1, 1), (2, 2), (3, 3), (250, 3)])
+def test_trunk_steps_of_the_slider(painter, trunk_steps, encoded):
+    """A slider at or beyond the number of steps is the exact sample."""
+    shown, exact = painter(2, 3, 1.5, 4, trunk_steps), painter(2, 3, 1.5, 4)
+    sampler = flow.Sampler(painter.network, steps=3, guidance=1.5, trunk_steps=encoded, **painter.settings)
+    expected = sampler(inputs.noise_of(0, 4, (32, 48))[None], torch.tensor([2]), torch.tensor([3]))
+    assert (shown.image == to_pixels(expected)[0]).all()
+    assert (shown.image == exact.image).all() == (encoded == 3)
+
+
+@pytest.mark.parametrize(("name", "visible"), [("deco-tiny", True), ("dit-tiny", False)])
+def test_slider_of_trunk_steps_belongs_to_models_with_two_halves(painter, name, visible):
+    shown = dataclasses.replace(painter, network=random_model(name, num_classes=3))
+    sliders = {block.label: block for block in app.build(shown).blocks.values() if hasattr(block, "label")}
+    assert sliders["Trunk steps"].visible == visible and sliders["Trunk steps"].value == 250
+    assert shown(2, 3, 1.5, 4, 250).image.std() > 5
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ((0, 2, 1.0, 0, 0), "trunk steps: expected an integer of at least 1, got 0"),
         ((3, 2, 1.0, 0), "class: expected 0 to 2, got 3"),
         ((-1, 2, 1.0, 0), "class: expected an integer of at least 0"),
         ((0, 0, 1.0, 0), "steps: expected an integer of at least 1"),
@@ -100,7 +121,7 @@ def test_too_little_memory_is_said_on_the_page(painter, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(flow, "sample", fail)
+    monkeypatch.setattr(flow.Sampler, "__call__", fail)
     sample = next(function for function in app.build(painter).fns.values() if function.api_name == "sample").fn
     with pytest.raises(gradio.Error, match="does not fit into memory; serve with a smaller --size"):
         sample(0, 2, 1.0, 0)

@@ -16,6 +16,7 @@ from PIL import Image
 
 import sample
 from deco_kernels import flow, model
+from deco_kernels.training.images import to_pixels
 from sampling import folder, inputs
 from tests.random_models import random_model
 from tests.tiny_qwen3 import save_tiny_qwen3
@@ -97,6 +98,49 @@ def test_images_are_those_of_the_sampler(class_checkpoint, tmp_path):
     with Image.open(tmp_path / "animations" / "000001.png") as animation:
         animation.seek(3)
         assert np.array_equal(np.asarray(animation.convert("RGB")), expected[1])
+
+
+@pytest.mark.parametrize("given", ["2", "0,1", "file"])
+def test_trunk_steps(class_checkpoint, tmp_path, given):
+    flow.write_trunk_steps(tmp_path / "file.json", [0, 1], steps=3)
+    value = str(tmp_path / "file.json") if given == "file" else given
+    options = ["--count", "1", "--classes", "4", "--animate", "1", "--trunk-steps", value]
+    assert draw(class_checkpoint, tmp_path / "out", *options) == 0
+    network, noise = model.load_model(class_checkpoint), inputs.noise_of(0, 0, (32, 32))[None]
+    sampler = flow.Sampler(network, steps=3, guidance=3.2, guidance_interval=(0.1, 1.0), trunk_steps=2)
+    expected = sampler(noise, torch.tensor([4]), torch.tensor([10]))
+    assert np.array_equal(pixels(tmp_path / "out"), to_pixels(expected))
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["trunk_steps"] == [0, 1] and run["calibrate_trunk_steps"] is None
+
+
+def test_calibrated_trunk_steps(class_checkpoint, tmp_path, monkeypatch, capsys):
+    """They are those of flow.choose_trunk_steps; a continued run keeps them; other settings are refused at once."""
+    calibrated = ["--calibrate-trunk-steps", "2", "--count", "1", "--classes", "1-5"]
+    assert draw(class_checkpoint, tmp_path / "out", *calibrated) == 0
+    network = model.load_model(class_checkpoint)
+    noise = torch.stack([inputs.noise_of(index, 0, (32, 32)) for index in range(8)])
+    cond = torch.tensor([1, 1, 2, 2, 3, 4, 4, 5])
+    settings = dict(steps=3, guidance=3.2, guidance_interval=(0.1, 1.0))
+    expected = flow.choose_trunk_steps(network, noise, cond, torch.full_like(cond, 10), trunk_steps=2, **settings)
+    path = tmp_path / "out" / "trunk_steps.json"
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["trunk_steps"] == expected
+    assert flow.read_trunk_steps(path, steps=3) == expected
+    assert json.loads(path.read_text())["guidance"] == 3.2
+
+    monkeypatch.setattr(flow, "choose_trunk_steps", lambda *_, **__: pytest.fail("calibrated again"))
+    path.unlink()
+    assert draw(class_checkpoint, tmp_path / "out", *calibrated, "--count", "2") == 0
+    assert draw(class_checkpoint, tmp_path / "named", *calibrated[2:], "--count", "2", "--trunk-steps", str(path)) == 0
+    assert np.array_equal(pixels(tmp_path / "out"), pixels(tmp_path / "named"))
+    capsys.readouterr()
+    for out, options, said in (
+        ("out", ["--calibrate-trunk-steps", "1"], "holds samples with calibrate_trunk_steps 2, not 1"),
+        ("out", [*calibrated, "--steps", "2"], "holds samples with steps 3, not 2"),
+        ("named", calibrated, "holds samples with calibrate_trunk_steps None, not 2"),
+    ):
+        assert draw(class_checkpoint, tmp_path / out, "--classes", "1-5", *options) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_sharded_equals_unsharded(class_checkpoint, tmp_path, capsys):
@@ -321,6 +365,8 @@ def test_what_cannot_be_used_is_refused(class_checkpoint, tmp_path, capsys, make
     (tmp_path / "latin1.csv").write_bytes("label,name\n3,caf\xe9\n".encode("latin-1"))
     (tmp_path / "huge.csv").write_text("label\n" + "9" * 200_000)
     (tmp_path / "damaged").mkdir()
+    flow.write_trunk_steps(tmp_path / "of_five.json", [0, 2], steps=5)
+    model.save_model(random_model("dit-tiny"), tmp_path / "dit.safetensors")
     (tmp_path / "damaged" / "run.json").write_text("[]")
     assert draw(class_checkpoint, tmp_path / "other", "--count", "1") == 0
     before = files(tmp_path)
@@ -351,6 +397,28 @@ def test_what_cannot_be_used_is_refused(class_checkpoint, tmp_path, capsys, make
         (class_checkpoint, "new", ["--csv", str(tmp_path / "huge.csv")], "--csv: expected commas"),
         (class_checkpoint, "new", ["--csv", str(tmp_path / "text.csv"), "--classes", "1"], "either a table or a list"),
         (class_checkpoint, "new", ["--guidance-interval", "0.5", "0.2"], "guidance_interval: expected (lo, hi)"),
+        (class_checkpoint, "new", ["--trunk-steps", "0"], "trunk_steps: expected from 1 to 3, the number of steps"),
+        (class_checkpoint, "new", ["--trunk-steps", "4"], "trunk_steps: expected from 1 to 3, the number of steps"),
+        (
+            class_checkpoint,
+            "new",
+            ["--trunk-steps", "0,2,1"],
+            "trunk_steps: expected increasing indices, got [0, 2, 1]",
+        ),
+        (class_checkpoint, "new", ["--trunk-steps", "1,2"], "trunk_steps: expected 0 as the first index"),
+        (class_checkpoint, "new", ["--trunk-steps", "0,3"], "trunk_steps: expected indices below 3"),
+        (
+            class_checkpoint,
+            "new",
+            ["--trunk-steps", "0,x"],
+            "--trunk-steps: expected a number of steps, a list such as",
+        ),
+        (class_checkpoint, "new", ["--trunk-steps", str(tmp_path / "text.csv")], "expected JSON with steps and trunk"),
+        (class_checkpoint, "new", ["--trunk-steps", str(tmp_path / "of_five.json")], "got those for 5; choose them"),
+        (class_checkpoint, "new", ["--calibrate-trunk-steps", "4"], "trunk_steps: expected from 1 to 3"),
+        (class_checkpoint, "full", ["--calibrate-trunk-steps", "2"], "holds other files"),
+        (tmp_path / "dit.safetensors", "new", ["--trunk-steps", "2"], "model: expected one with encode and decode"),
+        (tmp_path / "dit.safetensors", "new", ["--calibrate-trunk-steps", "2"], "model: expected one with encode"),
         (class_checkpoint, "new", ["--device", "nonsense"], "--device: nonsense cannot be used"),
         (class_checkpoint, "new", ["--device", "meta"], "--device: meta cannot be used"),
     ]
@@ -371,6 +439,7 @@ def test_what_cannot_be_used_is_refused(class_checkpoint, tmp_path, capsys, make
         ["--size", "0x16"],
         ["--seed", "-1"],
         ["--solver", "best"],
+        ["--calibrate-trunk-steps", "0"],
     ],
 )
 def test_bad_options(options, capsys):
