@@ -9,6 +9,7 @@ from .repa import DinoV2Teacher as DinoV2Teacher
 from .samplers import Sampler as Sampler
 from .samplers import sample as sample
 from .samplers import timesteps as timesteps
+from .settings import sampling_settings as sampling_settings
 from .solvers import SOLVERS as SOLVERS
 from .trunk_steps import TrunkSteps as TrunkSteps
 from .trunk_steps import read_trunk_steps as read_trunk_steps

@@ -19,6 +19,9 @@ from deco_kernels.flow.solvers import SOLVERS, Evaluate
 from deco_kernels.flow.trunk_steps import TrunkSteps, resolve_trunk_steps
 from deco_kernels.model.pixel_decoder import PixelDecoder
 
+OnStep = Callable[[int, torch.Tensor], None]
+"""(step, state) → None, called after every step."""
+
 SAMPLING_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -123,6 +126,7 @@ def sample(
     shift: float = 1.0,
     trajectory: bool = False,
     progress: bool = False,
+    on_step: OnStep | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
     """Integrate dx/dt = velocity from noise at t = 0 to a sample at t = 1.
 
@@ -141,6 +145,7 @@ def sample(
         shift: shift of the times, see `shift_time`.
         trajectory: also return all states.
         progress: show a progress bar (needs tqdm).
+        on_step: called after every step with its number, from 0, and the state, which it may change in place.
 
     Returns:
         The sample, with the shape and dtype of noise, without gradients. With `trajectory`, the pair of the sample and
@@ -153,7 +158,7 @@ def sample(
     _check_tensors(noise, cond, uncond, guidance)
     guided = _guided_steps(times, solver, guidance, guidance_interval)
     evaluate = _GuidedVelocity(velocity, cond, uncond, guidance, guided, times, noise)
-    return _integrate(evaluate, noise, times, solver, trajectory, progress)
+    return _integrate(evaluate, noise, times, solver, trajectory, progress, on_step)
 
 
 def _guided_steps(times: torch.Tensor, solver: str, guidance: float, interval: tuple[float, float]) -> list[bool]:
@@ -164,7 +169,13 @@ def _guided_steps(times: torch.Tensor, solver: str, guidance: float, interval: t
 
 
 def _integrate(
-    evaluate: Evaluate, noise: torch.Tensor, times: torch.Tensor, solver: str, trajectory: bool, progress: bool
+    evaluate: Evaluate,
+    noise: torch.Tensor,
+    times: torch.Tensor,
+    solver: str,
+    trajectory: bool,
+    progress: bool,
+    on_step: OnStep | None,
 ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
     """Run the solver; results as in `sample`."""
     state = noise.to(torch.promote_types(noise.dtype, torch.float32))
@@ -174,7 +185,9 @@ def _integrate(
 
         states = tqdm(states, total=len(times) - 1, desc=f"sampling ({solver})", unit="step")
     visited = [noise.clone()] if trajectory else []
-    for state in states:
+    for step, state in enumerate(states):
+        if on_step is not None:
+            on_step(step, state)
         if trajectory:
             visited.append(state.to(noise.dtype))
     result = state.to(noise.dtype)
@@ -287,14 +300,16 @@ class Sampler:
         *,
         trajectory: bool = False,
         progress: bool = False,
+        on_step: OnStep | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
         """Sample from noise [B, ...] and conditions [B, ...] on the model's device; returns and raises as `sample`."""
         graphed = self.cuda_graph and _is_cuda(noise)
+        observing: dict[str, Any] = dict(trajectory=trajectory, progress=progress, on_step=on_step)
         if self.trunk_steps is None:
             velocity = self.graphed if graphed else self._call_model
-            return sample(velocity, noise, cond, uncond, **self.settings, trajectory=trajectory, progress=progress)
+            return sample(velocity, noise, cond, uncond, **self.settings, **observing)
         halves = self.graphed_halves if graphed else Halves(self._call_both, self._call_decode)
-        return self.sample_halves(halves, noise, cond, uncond, trajectory=trajectory, progress=progress)
+        return self.sample_halves(halves, noise, cond, uncond, **observing)
 
     @torch.no_grad()
     def sample_halves(
@@ -306,6 +321,7 @@ class Sampler:
         *,
         trajectory: bool = False,
         progress: bool = False,
+        on_step: OnStep | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
         """Sample through the given halves of the model, running the trunk at `trunk_steps`."""
         solver, guidance = self.settings["solver"], self.settings["guidance"]
@@ -314,7 +330,7 @@ class Sampler:
         guided = _guided_steps(times, solver, guidance, self.settings["guidance_interval"])
         assert self.trunk_steps is not None
         evaluate = _ReusedTrunk(halves, self.trunk_steps, cond, uncond, guidance, guided, times, noise)
-        return _integrate(evaluate, noise, times, solver, trajectory, progress)
+        return _integrate(evaluate, noise, times, solver, trajectory, progress, on_step)
 
     def _call_model(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         with self._autocast(x):

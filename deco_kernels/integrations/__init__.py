@@ -1,4 +1,4 @@
-"""Fused ops in existing models."""
+"""Fused ops in existing models, and the models in diffusers."""
 
 from deco_kernels.lazy import lazy_names
 

@@ -9,21 +9,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from deco_kernels.model.arguments import require_sizes, require_tensors
 from deco_kernels.model.dit import PatchTransformer, Trunk
 from deco_kernels.model.pixel_decoder import PixelDecoder
+from deco_kernels.model.pretrained import PretrainedModel
 
 
-class PixelDiffusion(nn.Module):
+class PixelDiffusion(PretrainedModel):
     """A trunk and the per-pixel decoder: velocity = decoder(x, SiLU(time embedding + trunk tokens)).
 
     `encode` runs the trunk alone, `decode` the decoder on given tokens; `forward` is their composition, bit for bit.
     Subclasses differ in the trunk and in the kind of condition.
     """
-
-    config: dict[str, Any]
 
     def __init__(self, trunk: PatchTransformer, decoder: PixelDecoder):
         super().__init__()

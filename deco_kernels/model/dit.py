@@ -14,6 +14,7 @@ from torch import nn
 from deco_kernels.model.arguments import require_sizes, require_tensors
 from deco_kernels.model.patches import from_patches, to_patches
 from deco_kernels.model.position import rotary_angles, rotate_pairs
+from deco_kernels.model.pretrained import PretrainedModel
 
 TIME_FEATURES = 256
 
@@ -309,7 +310,7 @@ class Trunk(PatchTransformer):
         )
 
 
-class DiT(nn.Module):
+class DiT(PretrainedModel):
     """The plain DiT baseline: the trunk, then LayerNorm without affine, modulation and one linear per patch.
 
     Takes and checks the arguments of `Trunk`; `config` holds them.
@@ -327,7 +328,7 @@ class DiT(nn.Module):
         mlp_width: int | None = None,
     ):
         super().__init__()
-        self.config: dict[str, Any] = dict(
+        self.config = dict(
             width=width,
             depth=depth,
             heads=heads,

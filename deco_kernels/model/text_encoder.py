@@ -32,7 +32,7 @@ class Qwen3TextEncoder(nn.Module):
         max_length: positions per prompt, `text_length` of the text-to-image model.
         width: feature width, `text_width` of the text-to-image model. Wider hidden states are truncated, narrower ones
             padded with zeros.
-        dtype: dtype of weights and features.
+        dtype: dtype of weights and features; None for that of the files.
         truncate: truncate prompts of more than `max_length` tokens instead of raising ValueError.
 
     Raises:
@@ -50,7 +50,7 @@ class Qwen3TextEncoder(nn.Module):
         max_length: int = 128,
         *,
         width: int = 2048,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = torch.bfloat16,
         truncate: bool = False,
     ):
         super().__init__()
@@ -61,6 +61,21 @@ class Qwen3TextEncoder(nn.Module):
         if max_length > longest:
             raise ValueError(f"max_length: expected at most {longest}, the maximum of the model, got {max_length}")
         self.register_buffer("_empty_prompt", None, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the language model."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of weights and features."""
+        return self.model.dtype
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write config, weights (safetensors) and tokenizer into a folder, which is created and can be `path_or_id`."""
+        self.model.save_pretrained(save_directory)
+        self.tokenizer.save_pretrained(save_directory)
 
     @property
     def empty_prompt(self) -> torch.Tensor:
@@ -110,7 +125,7 @@ class Qwen3TextEncoder(nn.Module):
         return F.pad(hidden, (0, self.width - hidden.shape[-1]))  # a negative padding truncates
 
 
-def _load(path_or_id: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, Qwen3Model]:
+def _load(path_or_id: str, dtype: torch.dtype | None) -> tuple[PreTrainedTokenizerBase, Qwen3Model]:
     """Load the tokenizer and the frozen model."""
     try:
         from transformers import AutoConfig, AutoTokenizer, Qwen3Model
@@ -123,7 +138,10 @@ def _load(path_or_id: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase,
         if kind == "qwen3":
             tokenizer = AutoTokenizer.from_pretrained(path_or_id)
             model, info = Qwen3Model.from_pretrained(
-                path_or_id, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+                path_or_id,
+                dtype="auto" if dtype is None else dtype,
+                attn_implementation="sdpa",
+                output_loading_info=True,
             )
     except (OSError, ValueError) as error:
         raise OSError(

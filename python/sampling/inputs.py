@@ -16,9 +16,6 @@ from command_line.arguments import image_size, natural, positive, thread_count
 from deco_kernels import flow, model
 from deco_kernels.files import kind_at
 
-# Sampling settings of the published checkpoints (DeCo, arXiv 2511.19365, section 4).
-CLASS_SETTINGS = dict(solver="euler", steps=100, guidance=3.2, guidance_interval=(0.1, 1.0), shift=1.0)
-TEXT_SETTINGS = dict(solver="adams2", steps=25, guidance=4.0, guidance_interval=(0.0, 1.0), shift=3.0)
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Condition = int | str
@@ -68,7 +65,7 @@ def solver_settings(options: argparse.Namespace, network: nn.Module) -> dict:
 
     Raises ValueError if `flow.Sampler` does not accept them.
     """
-    defaults = TEXT_SETTINGS if reads_text(network) else CLASS_SETTINGS
+    defaults = flow.sampling_settings(network)
     given = {name: getattr(options, name) for name in defaults}
     settings = {name: defaults[name] if value is None else value for name, value in given.items()}
     settings["guidance_interval"] = tuple(settings["guidance_interval"])

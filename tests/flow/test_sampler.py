@@ -61,6 +61,19 @@ def test_cast_weights_give_the_samples_of_autocast(name):
     assert torch.equal(sampler(noise, cond, uncond), expected)
 
 
+@pytest.mark.parametrize("trunk_steps", [None, 2])
+def test_on_step_sees_every_state_and_may_change_it(trunk_steps):
+    net, noise, cond, uncond = sampling_case("deco-tiny")
+    sampler, seen = flow.Sampler(net, trunk_steps=trunk_steps, **GUIDED), []
+    final, states = sampler(
+        noise, cond, uncond, trajectory=True, on_step=lambda step, x: seen.append((step, x.clone()))
+    )
+    assert [step for step, _ in seen] == [0, 1, 2]
+    assert all(torch.equal(x, state) for (_, x), state in zip(seen, states[1:], strict=True))
+    half = sampler(noise, cond, uncond, on_step=lambda step, x: x.mul_(0.5) if step == 2 else None)
+    assert torch.equal(half, 0.5 * final)
+
+
 class ReplayedCall:
     """A capture without a GPU: static arguments and one output that every replay overwrites, as in a CUDA graph."""
 
