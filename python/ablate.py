@@ -1,13 +1,18 @@
-"""Small ablation studies of DeCo on the CPU: variants are trained identically and evaluated on held-out crops.
+"""Small studies of DeCo on the CPU: variants are trained identically and evaluated on held-out crops.
 
     python python/ablate.py interaction     AdaLN vs. addition in the pixel decoder
     python python/ablate.py capacity        width D and depth N of the decoder: error and cost
     python python/ablate.py frequency       JPEG quality of the frequency weights, and learned weights
     python python/ablate.py aspect          native aspect ratio vs. square crops
 
+or a trained model samples with the trunk at some steps only, against sampling with it at every step.
+
+    python python/ablate.py reuse --checkpoint runs/small/checkpoints/step_000002000.ckpt
+
 Writes to out/ablate/STUDY: table.csv (one line per run), table.md (means over seeds, and what the study can and cannot
-show), study.png, weights.json if frequency weights were learned, and runs/ with the averaged weights and figures of
-every run. The same command with --resume continues a study that was stopped or killed.
+show), study.png, weights.json if frequency weights were learned, samples.png of reuse, and runs/ with the figures of
+every run and its averaged weights or samples. The same command with --resume continues a study that was stopped or
+killed.
 
 Exit status: 0; 2 if photographs, options or the folder cannot be used (with one line on stderr); 130 if interrupted.
 """
@@ -28,7 +33,9 @@ from images.photographs import readable, shipped_photographs
 
 ROOT = Path(__file__).resolve().parents[1]
 CROPS, HELD_OUT_CROPS = 300, 48  # of every photograph
-STUDY_NAMES = ("interaction", "capacity", "frequency", "aspect")
+REUSE = "reuse"
+STUDY_NAMES = ("interaction", "capacity", "frequency", "aspect", REUSE)
+ONLY_TRAINING, ONLY_REUSE = ("image", "batch_size", "preset"), ("checkpoint", "samples", "guidance")  # options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,22 +49,41 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("study", choices=STUDY_NAMES)
     parser.add_argument(
-        "--image", type=Path, action="append", help="photograph (repeatable; default: two sample photographs)"
+        "--steps", type=positive, help="training steps per run (default: 300 to 500, by study); of sampling (reuse: 50)"
     )
-    parser.add_argument("--steps", type=positive, help="training steps per run (default: 300 to 500, by study)")
     parser.add_argument("--seeds", type=positive, help="runs per variant (default: 1 to 3, by study)")
-    parser.add_argument("--batch-size", type=positive, default=8, help="images per step (default: 8)")
     parser.add_argument(
         "--image-size", type=positive, default=64, help="side of the images, a multiple of 16 (default: 64)"
     )
-    parser.add_argument("--preset", default="deco-demo", help="model that the variants modify (default: %(default)s)")
+    training = parser.add_argument_group("studies that train")
+    training.add_argument(
+        "--image", type=Path, action="append", help="photograph (repeatable; default: two sample photographs)"
+    )
+    training.add_argument("--batch-size", type=positive, help="images per step (default: 8)")
+    training.add_argument("--preset", help="model that the variants modify (default: deco-demo)")
+    reuse = parser.add_argument_group(REUSE)
+    reuse.add_argument("--checkpoint", type=Path, help="class-to-image model, any file that model.load_model reads")
+    reuse.add_argument("--samples", type=positive, help="samples per seed (default: 32)")
+    reuse.add_argument("--guidance", type=float, help="guidance scale (default: 1.5)")
     parser.add_argument("--out", type=Path, help="folder of the study (default: out/ablate/STUDY)")
     parser.add_argument("--resume", action="store_true", help="continue the study in the folder")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the study. Raises ValueError or OSError if options, photographs or the folder cannot be used."""
+    """Runs the study. Raises ValueError or OSError if options, photographs, checkpoint or folder cannot be used."""
+    foreign = ONLY_TRAINING if options.study == REUSE else ONLY_REUSE
+    for name in foreign:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: not an option of {options.study}; leave it out")
+    out = options.out or ROOT / "out" / "ablate" / options.study
+    pictures = ["study.png", "samples.png"] if options.study == REUSE else ["study.png"]
+    print(run_reuse(options, out) if options.study == REUSE else run_training(options, out))
+    print(f"wrote {', '.join(str(out / name) for name in ('table.csv', 'table.md', *pictures))}")
+
+
+def run_training(options: argparse.Namespace, out: Path) -> str:
+    """Runs a study that trains its variants; returns the text of its table.md."""
     from deco_kernels.model import PRESETS, DeCo
     from studies.catalog import STUDIES
     from studies.crops import native_shapes
@@ -65,7 +91,8 @@ def run(options: argparse.Namespace) -> None:
     from studies.run import Recipe
 
     study = STUDIES[options.study]
-    recipe = Recipe(options.steps or study.steps, options.batch_size, options.image_size, preset=options.preset)
+    given = {name: getattr(options, name) for name in ("batch_size", "preset") if getattr(options, name) is not None}
+    recipe = Recipe(options.steps or study.steps, image_size=options.image_size, **given)
     if recipe.preset not in PRESETS or PRESETS[recipe.preset][0] is not DeCo:
         known = [name for name, (kind, _) in PRESETS.items() if kind is DeCo]
         raise ValueError(f"--preset: expected one of {known}, got {recipe.preset!r}")
@@ -79,15 +106,45 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"no readable photograph{named}; name one with --image FILE, or install scikit-learn")
     shapes = native_shapes(recipe.image_size, 16) if study.native else [(recipe.image_size,) * 2]
     held_out = held_out_images(study, recipe, photographs, shapes)
-    out = options.out or ROOT / "out" / "ablate" / options.study
     settings = {"study": options.study, "images": [str(path) for path in found], **dataclasses.asdict(recipe)}
     with alone_in(out):
         claim(out, settings, options.resume)
-        seeds = number_of_seeds(options.seeds, study, out)
+        seeds = number_of_seeds(options.seeds, study.seeds, out)
         results = run_all(study, recipe, seeds, photographs, shapes, held_out, out)
-        text = write_report(study, recipe, results, measured_costs(study, recipe, out), out)
-    print(text)
-    print(f"wrote {out / 'table.csv'}, table.md and study.png")
+        return write_report(study, recipe, results, measured_costs(study, recipe, out), out)
+
+
+def run_reuse(options: argparse.Namespace, out: Path) -> str:
+    """Runs the study of the trunk at some steps only; returns the text of its table.md."""
+    from tqdm import tqdm
+
+    from deco_kernels.model import DeCo, load_model
+    from sampling.inputs import sha256
+    from studies import reuse
+    from studies.reuse_report import write_report
+
+    if options.checkpoint is None:
+        raise ValueError("--checkpoint: expected the file of a trained class-to-image model, got none")
+    network = load_model(options.checkpoint).eval().requires_grad_(False)
+    if not isinstance(network, DeCo):
+        raise ValueError(f"--checkpoint: expected a class-to-image DeCo model, got {type(network).__name__}")
+    if options.image_size % network.trunk.patch_size:
+        raise ValueError(
+            f"--image-size: expected a multiple of the patch size {network.trunk.patch_size}, got {options.image_size}"
+        )
+    given = {name: getattr(options, name) for name in ("steps", "guidance", "samples", "image_size")}
+    recipe = reuse.Settings(**{name: value for name, value in given.items() if value is not None})
+    settings = {"study": REUSE, "checkpoint_sha256": sha256(options.checkpoint), **dataclasses.asdict(recipe)}
+    with alone_in(out):
+        claim(out, settings, options.resume)
+        seeds = number_of_seeds(options.seeds, reuse.SEEDS, out)
+        measurement = reuse.Measurement(network, recipe, reuse.chosen_steps(network, recipe, out))
+        with tqdm(total=seeds * len(reuse.contenders(recipe.steps)), unit="run") as bar:
+            results = []
+            for result in measurement.results(seeds, out, bar.set_description):
+                results.append(result)
+                bar.update(1)
+        return write_report(recipe, results, reuse.seconds(measurement, out), out)
 
 
 def run_all(study, recipe, seeds: int, photographs: list, shapes: list, held_out: dict, out: Path) -> list[dict]:
@@ -171,8 +228,8 @@ def claim(out: Path, settings: dict, resume: bool) -> None:
     write_json(settings, path)
 
 
-def number_of_seeds(asked: int | None, study, out: Path) -> int:
-    """Number of seeds requested, by default that of the study, and at least the number in the folder.
+def number_of_seeds(asked: int | None, default: int, out: Path) -> int:
+    """Number of seeds requested, by default the given one, and at least the number in the folder.
 
     Raises ValueError if fewer are requested than the folder contains.
     """
@@ -180,7 +237,7 @@ def number_of_seeds(asked: int | None, study, out: Path) -> int:
     present = max((int(match[1]) + 1 for match in found if match), default=0)
     if asked is not None and asked < present:
         raise ValueError(f"--seeds: {out} holds runs of {present} seeds, expected at least as many, got {asked}")
-    return asked or max(study.seeds, present)
+    return asked or max(default, present)
 
 
 def measured_costs(study, recipe, out: Path) -> dict[str, dict[str, float]]:

@@ -14,7 +14,6 @@ Exit status: 0; 2 with a line that begins with "error:"; 130 when interrupted.
 
 import argparse
 import functools
-import hashlib
 import os
 import sys
 from pathlib import Path
@@ -40,6 +39,7 @@ from sampling.inputs import (
     noise_of,
     read_conditions,
     reads_text,
+    sha256,
     solver_settings,
 )
 
@@ -237,15 +237,6 @@ class GroupSampler:
         images, states = result
         chosen = torch.linspace(0, len(states) - 1, min(FRAMES, len(states))).round().int().tolist()
         return images.cpu(), torch.stack([states[index].cpu() for index in chosen], dim=1)
-
-
-def sha256(path: Path) -> str:
-    """Hash of the content of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import hashlib
 import os
 import reprlib
 from collections.abc import Sequence
@@ -104,6 +105,15 @@ def load_network(path: Path, options: argparse.Namespace, device: torch.device) 
     if any(side % patch_size for side in options.size):
         raise ValueError(f"--size: expected multiples of {patch_size}, the model's patch size, got {options.size}")
     return network
+
+
+def sha256(path: Path) -> str:
+    """Hash of the content of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def reads_text(network: nn.Module) -> bool:

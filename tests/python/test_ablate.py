@@ -198,10 +198,10 @@ def test_help(capsys):
 
 
 def test_names_of_the_studies():
-    assert ablate.STUDY_NAMES == tuple(catalog.STUDIES)
+    assert ablate.STUDY_NAMES == (*catalog.STUDIES, ablate.REUSE)
 
 
-@pytest.mark.parametrize("name", ablate.STUDY_NAMES)
+@pytest.mark.parametrize("name", catalog.STUDIES)
 def test_smallest_run_of_every_study(name, tmp_path, monkeypatch, capsys):
     """Only two sizes of the capacity study, because measuring the cost of each takes a second."""
     monkeypatch.setattr(ablate, "CROPS", 12)
@@ -273,6 +273,7 @@ def test_a_killed_study_resumes_and_grows(tmp_path, monkeypatch, capsys):
         (["--image-size", "40"], "multiple of the patch size 16"),
         (["--image", "missing.jpg"], "missing.jpg"),
         (["--preset", "unknown"], "unknown"),
+        (["--checkpoint", "a.ckpt"], "--checkpoint: not an option of interaction; leave it out"),
         (["--out", "{foreign}"], "not empty"),
         (["--out", "{foreign}", "--resume"], "holds no study"),
     ],
@@ -301,14 +302,13 @@ def test_a_folder_belongs_to_one_process(tmp_path):
 
 
 def test_tables_never_leave_out_seeds_that_the_folder_holds(tmp_path):
-    study = catalog.STUDIES["interaction"]
-    assert ablate.number_of_seeds(None, study, tmp_path) == 3 and ablate.number_of_seeds(1, study, tmp_path) == 1
+    assert ablate.number_of_seeds(None, 3, tmp_path) == 3 and ablate.number_of_seeds(1, 3, tmp_path) == 1
     for folder in ("adaln-seed4", "add-seed0", "notes"):
         (tmp_path / "runs" / folder).mkdir(parents=True)
         (tmp_path / "runs" / folder / "result.json").write_text("{}")
-    assert ablate.number_of_seeds(None, study, tmp_path) == 5 and ablate.number_of_seeds(7, study, tmp_path) == 7
+    assert ablate.number_of_seeds(None, 3, tmp_path) == 5 and ablate.number_of_seeds(7, 3, tmp_path) == 7
     with pytest.raises(ValueError, match="--seeds: .* holds runs of 5 seeds, expected at least as many, got 2"):
-        ablate.number_of_seeds(2, study, tmp_path)
+        ablate.number_of_seeds(2, 3, tmp_path)
 
 
 def test_files_that_other_programs_damaged_are_named(tmp_path):
