@@ -4,6 +4,7 @@
     python python/sample.py published.ckpt --out out/fid --count 50000 --npz
     python python/sample.py published.safetensors --out out/text --prompt "a red fox" --size 512
     python python/sample.py published.ckpt --out out/fast --calibrate-trunk-steps 50
+    python python/sample.py published.safetensors --out out/geneval --layout geneval --prompts evaluation_metadata.jsonl
     torchrun --nproc_per_node 8 python/sample.py ...          or once for each i:  --shard i/8
 
 A run that was stopped or killed continues with the same command. On the same machine and with the same thread count,
@@ -13,30 +14,30 @@ Exit status: 0; 2 with a line that begins with "error:"; 130 when interrupted.
 """
 
 import argparse
-import functools
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from command_line.arguments import natural
 from command_line.failures import exit_status, out_of_memory
 from deco_kernels import flow, model
 from deco_kernels.training.images import to_pixels
-from sampling import trunk_steps
+from sampling import layouts, trunk_steps
 from sampling.folder import ANIMATIONS, SampleFolder, recorded_settings
 from sampling.inputs import (
     DTYPES,
     Condition,
     Conditioner,
+    Draws,
     add_options,
     device_of,
     dtype_of,
     load_network,
-    noise_of,
     read_conditions,
     reads_text,
     sha256,
@@ -60,6 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to create or to continue")
     add_options(parser, batch=f"1 on the CPU, else {BATCH}")
     trunk_steps.add_options(parser)
+    layouts.add_options(parser)
     made = parser.add_argument_group("additional outputs")
     made.add_argument("--grid", type=natural, default=16, metavar="N", help="grid of the first N images (default: 16)")
     made.add_argument("--npz", action="store_true", help="all images in one array, for the ADM evaluation suite")
@@ -103,36 +105,27 @@ def run(options: argparse.Namespace) -> None:
     part, parts = share(options)
     device = device_of(options)
     network = load_network(options.checkpoint, options, device)
-    conditions = read_conditions(options, network)
-    count = options.count or len(conditions)
+    benchmark = layouts.read_benchmark(options, network)
+    conditions = benchmark.prompts if benchmark else read_conditions(options, network)
+    count = benchmark.count if benchmark else options.count or len(conditions)
     batch = batch_of(options, device)
     solver, dtype = solver_settings(options, network), dtype_of(options, device)
     conditioner = Conditioner.of(network, device, options.text_encoder)
     conditioner.check(conditions)
     chosen = trunk_steps_of(options, conditioner, conditions, **solver, dtype=DTYPES[dtype])
     sampler = flow.Sampler(network, **solver, dtype=DTYPES[dtype], trunk_steps=chosen)
-    settings = {
-        "checkpoint_sha256": sha256(options.checkpoint),
-        "weights": model.read_checkpoint(options.checkpoint).choose(options.weights),
-        "conditions": conditions,
-        "seed": options.seed,
-        "size": options.size,
-        **solver,
-        "calibrate_trunk_steps": options.calibrate_trunk_steps,
-        "trunk_steps": sampler.trunk_steps,
-        "batch": batch,
-        "dtype": dtype,
-        "device": device.type,
-    }
-    if reads_text(network):
-        settings["text_encoder"] = options.text_encoder
-    folder = SampleFolder(options.out, settings, count, options.animate, options.animation)
+    settings = settings_of(options, network)
+    settings |= {"conditions": conditions, **layouts.settings_of(benchmark), **solver}
+    settings |= {"trunk_steps": sampler.trunk_steps, "batch": batch, "dtype": dtype, "device": device.type}
+    outputs = (options.out, settings, count, options.animate, options.animation)
+    folder = benchmark.folder(*outputs) if benchmark else SampleFolder(*outputs)
     if options.calibrate_trunk_steps:
         folder.write_trunk_steps(sampler.trunk_steps, **solver)
     groups = [range(first, first + batch) for first in range(0, count, batch)][part::parts]
     open_groups = [group for group in groups if folder.missing(group)]
     if open_groups:
-        draw = GroupSampler(sampler, conditioner, conditions, options.seed, options.size, batch)
+        draws = Draws(conditions, options.seed, options.size, benchmark.per_prompt if benchmark else None)
+        draw = GroupSampler(sampler, conditioner, draws, batch)
         sample_groups(draw, folder, groups, open_groups)
     left = len(folder.missing(range(count)))
     if left:
@@ -141,6 +134,18 @@ def run(options: argparse.Namespace) -> None:
     for path in folder.assemble(options.grid, options.npz):
         print(f"wrote {path}")
     print(f"{count} images in {folder.images}")
+
+
+def settings_of(options: argparse.Namespace, network: nn.Module) -> dict[str, Any]:
+    """The settings for run.json that follow from the options and the checkpoint alone."""
+    settings = {
+        "checkpoint_sha256": sha256(options.checkpoint),
+        "weights": model.read_checkpoint(options.checkpoint).choose(options.weights),
+        "seed": options.seed,
+        "size": options.size,
+        "calibrate_trunk_steps": options.calibrate_trunk_steps,
+    }
+    return settings | ({"text_encoder": options.text_encoder} if reads_text(network) else {})
 
 
 def trunk_steps_of(
@@ -153,8 +158,8 @@ def trunk_steps_of(
     recorded = recorded_settings(options.out)
     if recorded is not None:  # the folder refuses other settings, and these steps with them
         return recorded.get("trunk_steps") if recorded.get("steps") == settings["steps"] else None
-    noise = functools.partial(noise_of, seed=options.seed, size=options.size)
-    return trunk_steps.calibrated(conditioner, conditions, noise, options.calibrate_trunk_steps, **settings)
+    count = options.calibrate_trunk_steps
+    return trunk_steps.calibrated(conditioner, conditions, options.seed, options.size, count, **settings)
 
 
 def sample_groups(draw: "GroupSampler", folder: SampleFolder, groups: list[range], open_groups: list[range]) -> None:
@@ -181,17 +186,8 @@ class GroupSampler:
     When memory runs out, the group size is halved from then on, which may change the last bits.
     """
 
-    def __init__(
-        self,
-        sampler: flow.Sampler,
-        conditioner: Conditioner,
-        conditions: list[Condition],
-        seed: int,
-        size: tuple[int, int],
-        batch: int,
-    ):
-        self.sampler, self.conditioner, self.conditions = sampler, conditioner, conditions
-        self.seed, self.size, self.at_once = seed, size, batch
+    def __init__(self, sampler: flow.Sampler, conditioner: Conditioner, draws: Draws, batch: int):
+        self.sampler, self.conditioner, self.draws, self.at_once = sampler, conditioner, draws, batch
 
     def __call__(self, group: range, trajectory: bool):
         """(images uint8 [n, H, W, 3], frames uint8 [n, up to FRAMES, H, W, 3] or None) of a group.
@@ -206,7 +202,7 @@ class GroupSampler:
                     raise
                 if self.at_once == 1:
                     raise MemoryError(
-                        f"one image of {self.size} does not fit into memory, try a smaller --size"
+                        f"one image of {self.draws.size} does not fit into memory, try a smaller --size"
                     ) from error
             self.at_once //= 2
             if torch.cuda.is_available():
@@ -229,8 +225,8 @@ class GroupSampler:
         return pixels, to_pixels(states.flatten(0, 1)).reshape(*states.shape[:2], *pixels.shape[1:])
 
     def _draw_together(self, indices: range, trajectory: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        noise = torch.stack([noise_of(index, self.seed, self.size) for index in indices])
-        cond, uncond = self.conditioner([self.conditions[index % len(self.conditions)] for index in indices])
+        noise = torch.stack([self.draws.noise(index) for index in indices])
+        cond, uncond = self.conditioner([self.draws.condition(index) for index in indices])
         result = self.sampler(noise.to(self.conditioner.device), cond, uncond, trajectory=trajectory)
         if not trajectory:
             return result.cpu(), None

@@ -43,9 +43,11 @@ class SampleFolder:
     Raises ValueError if the folder contains other files or samples with other settings.
     """
 
+    IMAGES = "images"  # folder of the images
+
     def __init__(self, folder: Path, settings: Mapping[str, Any], count: int, animated: int, ending: str):
         self.folder, self.count, self.animated, self.ending = folder, count, animated, ending
-        self.run, self.images, self.animations = folder / "run.json", folder / "images", folder / "animations"
+        self.run, self.images, self.animations = folder / "run.json", folder / self.IMAGES, folder / "animations"
         self.shape = (*settings["size"], 3)
         recorded_settings(folder)
         try:
@@ -59,7 +61,7 @@ class SampleFolder:
     def _claim(self, settings: Mapping[str, Any]) -> None:
         """Writes run.json, or compares with the existing one of another process or an earlier run."""
         content = json.dumps(settings, indent=1) + "\n"
-        _write_once(self.run, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+        write_once(self.run, lambda temporary: temporary.write_text(content, encoding="utf-8"))
         found = _read_settings(self.run)
         wanted = json.loads(json.dumps(settings))
         for name in wanted:
@@ -72,7 +74,7 @@ class SampleFolder:
     def write_trunk_steps(self, trunk_steps: Sequence[int], **settings: Any) -> None:
         """Writes the steps at which the trunk runs as `flow.write_trunk_steps` does, unless the file exists."""
         path = self.folder / "trunk_steps.json"
-        _write_once(path, lambda temporary: flow.write_trunk_steps(temporary, trunk_steps, **settings))
+        write_once(path, lambda temporary: flow.write_trunk_steps(temporary, trunk_steps, **settings))
 
     def image(self, index: int) -> Path:
         return self.images / f"{index:06d}.png"
@@ -91,26 +93,26 @@ class SampleFolder:
 
     def write(self, index: int, pixels: np.ndarray, frames: np.ndarray | None) -> None:
         """Writes the image, uint8 [H, W, 3], and its animation from frames [n, H, W, 3], unless they exist."""
-        _write_once(self.image(index), lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))
+        write_once(self.image(index), lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))
         if frames is not None:
             first, *rest = map(Image.fromarray, frames)
             options = dict(save_all=True, append_images=rest, loop=0)
             options["duration"] = [FRAME_MS] * len(rest) + [LAST_FRAME_MS]
             form = ANIMATIONS[self.ending]
-            _write_once(self.animation(index), lambda temporary: first.save(temporary, format=form, **options))
+            write_once(self.animation(index), lambda temporary: first.save(temporary, format=form, **options))
 
     def assemble(self, grid: int, npz: bool) -> list[Path]:
         """Writes grid and archive of a complete folder unless they exist; returns the paths written."""
         grid, made = min(grid, self.count), []
         path = self.folder / f"grid_{grid}.png"
         if grid:
-            pixels = np.stack([self._read(index) for index in range(grid)])
+            pixels = np.stack([self.read(index) for index in range(grid)])
             picture = Image.fromarray(as_grid(pixels))
-            made += _write_once(path, lambda temporary: picture.save(temporary, format="PNG"))
+            made += write_once(path, lambda temporary: picture.save(temporary, format="PNG"))
         if npz:
             shape = (self.count, *self.shape)
             path = self.folder / f"samples_{'x'.join(map(str, shape))}.npz"
-            made += _write_once(path, lambda temporary: self._write_npz(temporary, shape))
+            made += write_once(path, lambda temporary: self._write_npz(temporary, shape))
         return made
 
     def _write_npz(self, path: Path, shape: tuple[int, ...]) -> None:
@@ -119,9 +121,9 @@ class SampleFolder:
         with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, header)
             for index in tqdm(range(self.count), desc="writing the archive", unit="image"):
-                array.write(self._read(index).tobytes())
+                array.write(self.read(index).tobytes())
 
-    def _read(self, index: int) -> np.ndarray:
+    def read(self, index: int) -> np.ndarray:
         """Reads an image, uint8 [H, W, 3]. Raises ValueError if another program damaged or replaced it."""
         path = self.image(index)
         try:
@@ -164,7 +166,7 @@ def _read_settings(run: Path) -> dict[str, Any]:
     return found
 
 
-def _write_once(path: Path, write: Callable[[Path], Any]) -> list[Path]:
+def write_once(path: Path, write: Callable[[Path], Any]) -> list[Path]:
     """Writes a file atomically with `write`; returns [path], or [] if it exists.
 
     If another process has written it in the meantime, its file has the same content and is kept or replaced.

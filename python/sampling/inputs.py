@@ -235,6 +235,29 @@ class Conditioner:
 # --- noise -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What each image is sampled from.
+
+    Image i has condition i modulo their number and noise i of the seed. With `per_condition`, each condition in turn
+    has that many images, and the j-th of them has the first noise of seed + j.
+    """
+
+    conditions: Sequence[Condition]
+    seed: int
+    size: tuple[int, int]
+    per_condition: int | None = None
+
+    def condition(self, index: int) -> Condition:
+        return self.conditions[index // (self.per_condition or 1) % len(self.conditions)]
+
+    def noise(self, index: int) -> torch.Tensor:
+        """See `noise_of`."""
+        if self.per_condition is None:
+            return noise_of(index, self.seed, self.size)
+        return noise_of(0, self.seed + index % self.per_condition, self.size)
+
+
 def noise_of(index: int, seed: int, size: tuple[int, int], channels: int = 3) -> torch.Tensor:
     """Noise [C, H, W] of an image, float32 on the CPU; depends only on (seed, index) and the size."""
     state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]

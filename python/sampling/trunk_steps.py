@@ -1,7 +1,7 @@
 """Options of sample.py for the steps at which the trunk runs, and their calibration."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from command_line.arguments import positive
 from deco_kernels import flow
 from deco_kernels.files import kind_at
-from sampling.inputs import Condition, Conditioner
+from sampling.inputs import Condition, Conditioner, noise_of
 
 IMAGES = 8  # of the calibration batch
 
@@ -50,17 +50,13 @@ def given(text: str | None, steps: int) -> flow.TrunkSteps | None:
 
 
 def calibrated(
-    conditioner: Conditioner,
-    conditions: Sequence[Condition],
-    noise: Callable[[int], torch.Tensor],
-    count: int,
-    **settings,
+    conditioner: Conditioner, conditions: Sequence[Condition], seed: int, size: tuple[int, int], count: int, **settings
 ) -> list[int]:
     """The `count` steps chosen by `flow.choose_trunk_steps` with these settings, from IMAGES conditions that are spread
-    evenly over the given ones, and the noises of as many images.
+    evenly over the given ones, and the first noises of the seed at a size (height, width).
 
     Raises as `flow.choose_trunk_steps`.
     """
     cond, uncond = conditioner([conditions[index * len(conditions) // IMAGES] for index in range(IMAGES)])
-    batch = torch.stack([noise(index) for index in range(IMAGES)]).to(conditioner.device)
+    batch = torch.stack([noise_of(index, seed, size) for index in range(IMAGES)]).to(conditioner.device)
     return flow.choose_trunk_steps(conditioner.network, batch, cond, uncond, trunk_steps=count, **settings)

@@ -150,10 +150,10 @@ def chosen_steps(network: nn.Module, settings: Settings, out: Path) -> dict[int,
     if not path.exists():
         conditioner = Conditioner(network, torch.device("cpu"))
         labels = list(range(network.trunk.num_classes))
-        noise = lambda index: noise_of(index, CALIBRATION_SEED, (settings.image_size,) * 2)  # noqa: E731
+        batch = (conditioner, labels, CALIBRATION_SEED, (settings.image_size,) * 2)
         options = dict(steps=settings.steps, guidance=settings.guidance)
         counts = [each.count for each in contenders(settings.steps) if each.kind == CHOSEN]
-        write_json({str(k): calibrated(conditioner, labels, noise, k, **options) for k in counts}, path)
+        write_json({str(count): calibrated(*batch, count, **options) for count in counts}, path)
     return {int(count): steps for count, steps in read_json(path, "remove it to choose the steps again").items()}
 
 

@@ -355,6 +355,89 @@ def test_prompts_and_tables(class_checkpoint, tmp_path):
     assert np.array_equal(pixels(tmp_path / "labels"), pixels(tmp_path / "classes"))
 
 
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory) -> tuple[Path, list[str]]:
+    """(checkpoint, options) of a random text-to-image model and its encoder."""
+    path = tmp_path_factory.mktemp("text")
+    model.save_model(random_model("deco-text-tiny"), path / "text.safetensors")
+    return path / "text.safetensors", ["--text-encoder", str(save_tiny_qwen3(path / "qwen"))]
+
+
+def test_geneval_folders(text_model, tmp_path):
+    """As evaluation/evaluate_images.py reads them; sample j is that of the seed + j for the prompt alone."""
+    checkpoint, encoder = text_model
+    lines = ['{"tag": "colors", "prompt": "a red cat"}', '{"tag": "counting", "include": [1], "prompt": "two cats"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    options = ["--layout", "geneval", "--prompts", str(tmp_path / "metadata.jsonl"), "--per-prompt", "3", *encoder]
+    assert draw(checkpoint, tmp_path / "out", *options, "--seed", "5", "--batch", "1") == 0
+    names = [f"0000{prompt}/samples/0000{sample}.png" for prompt in range(2) for sample in range(3)]
+    metadata = [f"0000{prompt}/metadata.jsonl" for prompt in range(2)]
+    assert sorted(files(tmp_path / "out")) == sorted([*names, *metadata, "run.json", "grid_6.png"])
+    for path, line in zip(metadata, lines, strict=True):
+        assert json.loads((tmp_path / "out" / path).read_text()) == json.loads(line)
+    assert draw(checkpoint, tmp_path / "alone", "--prompt", "two cats", "--seed", "7", *encoder) == 0
+    alone = (tmp_path / "alone" / "images" / "000000.png").read_bytes()
+    made = files(tmp_path / "out")
+    assert made["00001/samples/00002.png"] == alone and len({made[name] for name in names}) == 6
+    (tmp_path / "out" / names[4]).unlink()
+    assert draw(checkpoint, tmp_path / "out", *options, "--seed", "5", "--batch", "1") == 0
+    assert files(tmp_path / "out") == made
+
+
+def test_dpg_grids(text_model, tmp_path, capsys):
+    """A grid per prompt, named as its file, with the samples in the order in which compute_dpg_bench.py crops them."""
+    checkpoint, encoder = text_model
+    (tmp_path / "prompts").mkdir()
+    for name, prompt in (("partiprompts5", "a cat\n"), ("12", "the sea")):
+        (tmp_path / "prompts" / f"{name}.txt").write_text(prompt)
+    options = ["--layout", "dpg", "--prompts", str(tmp_path / "prompts"), *encoder]
+    assert draw(checkpoint, tmp_path / "out", *options) == 0
+    assert sorted(path.name for path in (tmp_path / "out" / "dpg").iterdir()) == ["12.png", "partiprompts5.png"]
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["conditions"] == ["the sea", "a cat"] and run["records"] == ["12", "partiprompts5"]
+    images = pixels(tmp_path / "out")
+    grid = np.asarray(Image.open(tmp_path / "out" / "dpg" / "partiprompts5.png"))
+    for image, (x, y) in zip(images[4:], ((0, 0), (32, 0), (0, 32), (32, 32)), strict=True):
+        assert np.array_equal(grid[y : y + 32, x : x + 32], image)
+    (tmp_path / "prompts" / "12.txt").rename(tmp_path / "prompts" / "13.txt")
+    assert draw(checkpoint, tmp_path / "out", *options) == 2
+    assert "holds samples with records ['12', 'partiprompts5'], not" in capsys.readouterr().err
+
+
+def test_layouts_that_cannot_be_written_are_refused(class_checkpoint, text_model, tmp_path, capsys):
+    checkpoint, _ = text_model
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank" / "a.txt").write_text(" \n")
+    (tmp_path / "cut.jsonl").write_text('{"prompt": "a cat"}\n{"prompt"\n')
+    (tmp_path / "captions.jsonl").write_text('{"caption": "a cat"}\n')
+    (tmp_path / "latin1.jsonl").write_bytes('{"prompt": "caf\xe9"}'.encode("latin-1"))
+    geneval, dpg = (["--layout", layout, "--prompts"] for layout in ("geneval", "dpg"))
+    cases = [
+        (["--prompts", "a.jsonl"], "--prompts: belongs to --layout; add --layout geneval or dpg"),
+        (["--prompt", "a cat", "--per-prompt", "2"], "--per-prompt: belongs to --layout"),
+        (["--layout", "geneval"], "--layout: expected --prompts with the benchmark's file or folder, got none"),
+        ([*geneval, "a.jsonl", "--prompt", "a cat"], "--prompt: --layout takes all prompts of --prompts; leave it out"),
+        ([*geneval, "a.jsonl", "--count", "3"], "--count: --layout takes all prompts"),
+        ([*geneval, str(tmp_path / "empty")], "--prompts: expected a file such as evaluation_metadata.jsonl at"),
+        ([*geneval, str(tmp_path / "cut.jsonl")], "cut.jsonl: expected a JSON object with a prompt, got '{\"prompt\"'"),
+        ([*geneval, str(tmp_path / "captions.jsonl")], "--prompts: line 1 of"),
+        ([*geneval, str(tmp_path / "latin1.jsonl")], "--prompts: expected UTF-8 in"),
+        ([*dpg, str(tmp_path / "cut.jsonl")], "--prompts: expected a folder of .txt files at"),
+        ([*dpg, str(tmp_path / "empty")], "--prompts: expected .txt files in"),
+        ([*dpg, str(tmp_path / "blank")], "--prompts: expected a prompt in"),
+        ([*dpg, str(tmp_path / "blank"), "--per-prompt", "5"], "--per-prompt: a grid of dpg holds at most 4 samples"),
+        ([*dpg, str(tmp_path / "blank"), "--size", "32x48"], "--size: dpg reads square samples, got 32x48"),
+    ]
+    for options, said in cases:
+        assert draw(checkpoint, tmp_path / "new", *options) == 2, options
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and said in message, message
+    assert draw(class_checkpoint, tmp_path / "new", *geneval, "a.jsonl") == 2
+    assert "--layout: expected a text-to-image model, got DeCo, which" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_cannot_be_used_is_refused(class_checkpoint, tmp_path, capsys, make_fifo):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("kept")
