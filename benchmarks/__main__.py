@@ -13,6 +13,7 @@ from deco_kernels.machine import keep_heap
 COMMANDS = {
     "host_time": "benchmarks.models.host_time",
     "report": "benchmarks.report.__main__",
+    "reuse": "benchmarks.models.reuse",
     "static": "benchmarks.static.__main__",
     "swap": "benchmarks.models.swap",
     "training": "benchmarks.models.training",

@@ -96,7 +96,7 @@ class Workload:
         torch.manual_seed(SEED)
         with torch.device(device):
             self.model = model.build(case.preset)
-            _fill_zeros(self.model.decoder)
+            fill_zeros(self.model.decoder)
             self.images = torch.rand(case.batch, 3, case.image_size, case.image_size) * 2 - 1
             self.labels = torch.arange(case.batch) % self.model.null_label
             weight = ops.jpeg_frequency_weight().to(device)
@@ -190,7 +190,7 @@ def with_parts(network: nn.Module, **parts: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _fill_zeros(decoder: nn.Module) -> None:
+def fill_zeros(decoder: nn.Module) -> None:
     """Replaces all-zero parameters of a new decoder by random values: otherwise its output and most gradients are 0."""
     for parameter in decoder.parameters():
         if not parameter.any():
