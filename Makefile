@@ -90,7 +90,7 @@ test-gpu-env: env-gpu
 	DECO_KERNELS_BUILD=cpu $(GPU_VENV)/bin/python setup.py build_ext --inplace
 	@$(MAKE) -o env test RUN=$(GPU_VENV)/bin/python ARGS="tests/ops tests/backends $(ARGS)"
 
-env: env-demo $(VENV)/.triton-installed
+env: env-demo $(VENV)/.triton-installed $(VENV)/.evaluation-installed
 
 env-demo: $(VENV)/.native $(VENV)/.photographs-installed
 
@@ -102,14 +102,14 @@ $(VENV)/.created:
 	@touch $@
 
 # Installed without dependencies.
-ALONE := photographs triton
+ALONE := photographs triton evaluation
 
 $(VENV)/.%-installed: requirements/%.txt $(VENV)/.created
 	$(RUN) -m pip install $(if $(filter $*,$(ALONE)),--no-deps) -r $<
 	@touch $@
 
 $(VENV)/.test-installed $(VENV)/.lint-installed: $(VENV)/.demo-installed
-$(VENV)/.triton-installed: $(VENV)/.test-installed
+$(VENV)/.triton-installed $(VENV)/.evaluation-installed: $(VENV)/.test-installed
 
 # Editable install; the native module is then built in place, which recompiles only changed sources.
 $(VENV)/.package: pyproject.toml setup.py $(VENV)/.demo-installed
