@@ -9,6 +9,7 @@
 # make env-gpu     Python 3.12, PyTorch 2.11 and Triton 3.6 -> .venv-gpu (about 3 GB to download)
 # make test-gpu-env tests of the ops and backends in .venv-gpu
 # make lint        style and type checks
+# make docs        pages, API reference and results as HTML -> out/docs/index.html; fails on broken links
 # make sanitize    CPU module and emulated CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, threads of
 #                  the CPU module under ThreadSanitizer, on a short list of cases
 #
@@ -40,7 +41,7 @@ LEFT_OUT  := not gpu and not long and not timing and not aot_all and not sanitiz
 
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: env-gpu test-gpu-env test sanitize test-long test-timing aot-all demo bench gpu-check lint env env-demo clean
+.PHONY: env-gpu test-gpu-env test sanitize test-long test-timing aot-all demo bench gpu-check lint docs env env-demo clean
 .DELETE_ON_ERROR:
 
 test: env
@@ -76,6 +77,9 @@ lint: $(VENV)/.demo-installed $(VENV)/.lint-installed
 	git ls-files '*.c' '*.cpp' '*.cu' '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(RUN) -m mypy
 
+docs: env $(VENV)/.docs-installed
+	$(RUN) -m sphinx -q -W --keep-going -c docs . out/docs $(ARGS)
+
 gpu-check:
 	@$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
@@ -109,7 +113,12 @@ $(VENV)/.%-installed: requirements/%.txt $(VENV)/.created
 	@touch $@
 
 $(VENV)/.test-installed $(VENV)/.lint-installed: $(VENV)/.demo-installed
+<<<<<<< HEAD
 $(VENV)/.triton-installed $(VENV)/.evaluation-installed: $(VENV)/.test-installed
+=======
+$(VENV)/.docs-installed: $(VENV)/.test-installed
+$(VENV)/.triton-installed: $(VENV)/.test-installed
+>>>>>>> 7633bf8 (make docs: pages, API reference and results as HTML; workflows, issue forms and SECURITY.md)
 
 # Editable install; the native module is then built in place, which recompiles only changed sources.
 $(VENV)/.package: pyproject.toml setup.py $(VENV)/.demo-installed

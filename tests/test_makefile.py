@@ -1,9 +1,11 @@
-"""`make test` always runs both parts, and fails if either fails."""
+"""`make test` always runs both parts, and fails if either fails; workflows call targets of the Makefile."""
 
+import re
 import shutil
 import subprocess
 
 import pytest
+import yaml
 
 from tests.test_install import ROOT
 
@@ -31,3 +33,17 @@ def test_both_parts_run_and_either_may_fail(tmp_path, first, interpreted, passed
     assert plain.startswith("0 -m pytest") and again.startswith("1 -m pytest")
     assert "not timing" in plain and "interpret and not gpu" in again
     assert plain.endswith("-k chosen") and again.endswith("-k chosen")
+
+
+def test_workflows_call_targets_that_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split())
+    called = set()
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        workflow = yaml.safe_load(path.read_text())
+        for job in workflow["jobs"].values():
+            commands = [step["run"] for step in job["steps"] if "run" in step]
+            for name in job.get("strategy", {}).get("matrix", {}).get("target", ["${{ matrix.target }}"]):
+                lines = [command.replace("${{ matrix.target }}", name) for command in commands]
+                called |= {target for line in lines for target in re.findall(r"\bmake(?: -o \S+)? ([a-z-]+)", line)}
+    assert {"lint", "test", "sanitize", "docs", "demo", "gpu-check", "test-long", "aot-all"} <= called <= targets
