@@ -113,12 +113,7 @@ $(VENV)/.%-installed: requirements/%.txt $(VENV)/.created
 	@touch $@
 
 $(VENV)/.test-installed $(VENV)/.lint-installed: $(VENV)/.demo-installed
-<<<<<<< HEAD
-$(VENV)/.triton-installed $(VENV)/.evaluation-installed: $(VENV)/.test-installed
-=======
-$(VENV)/.docs-installed: $(VENV)/.test-installed
-$(VENV)/.triton-installed: $(VENV)/.test-installed
->>>>>>> 7633bf8 (make docs: pages, API reference and results as HTML; workflows, issue forms and SECURITY.md)
+$(VENV)/.triton-installed $(VENV)/.evaluation-installed $(VENV)/.docs-installed: $(VENV)/.test-installed
 
 # Editable install; the native module is then built in place, which recompiles only changed sources.
 $(VENV)/.package: pyproject.toml setup.py $(VENV)/.demo-installed

@@ -25,7 +25,10 @@ autodoc_member_order = "groupwise"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 
 CHAPTERS = {
-    "Guide": ("walkthrough", "text_to_image", "sampling", "checkpoints", "swap", "training", "equivalence"),
+    "Guide": (
+        *("walkthrough", "text_to_image", "sampling", "evaluation", "checkpoints", "hub", "swap", "training"),
+        "equivalence",
+    ),
     "Ops": (
         *("pixel_decoder", "pixel_decoder_from_tokens", "pixel_decoder_loss", "upsample_modulate", "adaln_block"),
         "flow_matching_loss",
