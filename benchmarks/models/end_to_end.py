@@ -1,8 +1,10 @@
 """A complete training step and complete sampling of DeCo vs. the published formulation and the limit.
 
 The contenders share the parameters of one model, one optimizer and one weight average, and differ only in decoder and
-loss. The limit omits decoder and loss: its training step backpropagates a given gradient of the tokens through the
-trunk, and its sampling uses the image as the velocity. A step ends after the update of the averaged weights.
+loss. In training a backend computes both as one op, whose part "decoder" contains the loss and most of its backward; as
+two ops it has a row of its own. The limit omits decoder and loss: its training step backpropagates a given gradient of
+the tokens through the trunk, and its sampling uses the image as the velocity. A step ends after the update of the
+averaged weights.
 """
 
 import contextlib
@@ -20,7 +22,7 @@ from benchmarks.harness.clock import Clock, Marks
 from benchmarks.harness.measure import Options, statistics_of
 from benchmarks.harness.timing import interleaved
 from benchmarks.harness.verification import SEED, can_be_timed, flagged, refusal
-from benchmarks.names import COMPILED, LIMIT, PUBLISHED, SAMPLING, TRAINING_STEP
+from benchmarks.names import COMPILED, LIMIT, PUBLISHED, SAMPLING, TRAINING_STEP, TWO_OPS
 from deco_kernels import flow, model, ops
 from deco_kernels.testing import published, relative_error
 
@@ -57,11 +59,15 @@ CASES = {
 
 @dataclasses.dataclass
 class Contender:
-    """`network` is the model with this contender's decoder; `loss` maps (pred, target) to total, None for the limit."""
+    """`network` is the model with this contender's decoder.
+
+    `loss` maps (pred, target) to total; None for the limit, and for a network that is asked for its losses (`fused`).
+    """
 
     name: str
     network: nn.Module
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
+    fused: bool = False
 
 
 class _Marked(nn.Module):
@@ -71,13 +77,13 @@ class _Marked(nn.Module):
         super().__init__()
         self.decoder, self.clock = decoder, clock
 
-    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: torch.Tensor, tokens: torch.Tensor, **asked: model.TrainingLoss):
         self.clock.mark("trunk")
         if tokens.requires_grad:
             tokens.register_hook(lambda gradient: self.clock.mark("backward of decoder and loss"))
-        velocity = self.decoder(image, tokens)
+        result = self.decoder(image, tokens, **asked)
         self.clock.mark("decoder")
-        return velocity
+        return result
 
 
 class _NoDecoder(nn.Module):
@@ -119,8 +125,10 @@ class Workload:
             loss_of = functools.partial(self._published_loss, function=loss)
             found.append(Contender(COMPILED, network(decoder, trunk=trunk), loss_of))
         for backend in backends:
-            fused = backend_view(self.model.decoder, backend)
-            found.append(Contender(backend, network(fused), self.fused_loss(backend)))
+            decoder = network(backend_view(self.model.decoder, backend))
+            found.append(Contender(backend, decoder, None, fused=True))
+            if self.case.pass_ == TRAINING_STEP:
+                found.append(Contender(backend + TWO_OPS, decoder, self.fused_loss(backend)))
         found.append(Contender(LIMIT, network(_NoDecoder()), None))
         return found
 
@@ -137,20 +145,21 @@ class Workload:
         return torch.autocast(self.device, self.autocast_dtype)
 
     def gradients(self, contender: Contender) -> torch.Tensor:
-        """Forward, loss and backward; returns the velocity."""
+        """Forward, loss and backward; returns the loss, or the tokens for the limit."""
         labels, times, noise = self.objective.draw(self.images, self.labels)
         x_t, target = flow.interpolate(self.images, noise, times)
         self.clock.mark("draw")
+        asked = {"loss": model.TrainingLoss(target, self.objective.frequency_weight)} if contender.fused else {}
         with self.precision():
-            output = contender.network(x_t, times, labels)
-        if contender.loss is None:
-            output.backward(torch.ones_like(output))
+            result = contender.network(x_t, times, labels, **asked)
+        if contender.name == LIMIT:
+            result.backward(torch.ones_like(result))
         else:
-            loss = contender.loss(output, target)
+            result = result[0] if contender.fused else contender.loss(result, target)
             self.clock.mark("loss")
-            loss.backward()
+            result.backward()
         self.clock.mark("backward of trunk")
-        return output
+        return result
 
     def training_step(self, contender: Contender) -> None:
         self.clock.start()
@@ -240,7 +249,7 @@ def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _refusals(workload: Workload, contenders: list[Contender], case: Case) -> dict[str, tuple[str, str]]:
-    """(status, reason) of contenders that raise, or whose error of velocity or gradients against the published
+    """(status, reason) of contenders that raise, or whose error of loss or gradients against the published
     formulation in float32 exceeds 1.5 times its own error at the timed precision plus _TOLERANCE."""
     autocast, workload.autocast_dtype = workload.autocast_dtype, None
     exact = _results(workload, contenders[0], case)
@@ -269,12 +278,12 @@ def _refusals(workload: Workload, contenders: list[Contender], case: Case) -> di
 
 
 def _results(workload: Workload, contender: Contender, case: Case) -> dict[str, torch.Tensor]:
-    """The samples, or in training the velocity and all parameter gradients as one vector; the noise is fixed."""
+    """The samples, or in training the loss and all parameter gradients as one vector; the noise is fixed."""
     torch.manual_seed(SEED)
     workload.clock.start()
     if case.pass_ == SAMPLING:
         return {"samples": workload.sample(contender).float()}
     workload.model.zero_grad(set_to_none=True)
-    velocity = workload.gradients(contender).detach().float()
+    loss = workload.gradients(contender).detach().float()
     gradients = [p.grad.flatten() for p in workload.model.parameters() if p.grad is not None]
-    return {"velocity": velocity, "gradients": torch.cat(gradients)}
+    return {"loss": loss, "gradients": torch.cat(gradients)}

@@ -6,7 +6,7 @@ Source: DeCo (arXiv 2511.19365), sections 3.3 and 4.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from torch import nn
 from deco_kernels import ops
 from deco_kernels.flow.path import interpolate, sample_time
 from deco_kernels.model.arguments import require_tensors
+from deco_kernels.model.deco import PixelDiffusion
+from deco_kernels.model.pixel_decoder import TrainingLoss, awaits_output
 
 
 def drop_labels(
@@ -61,6 +63,10 @@ class Objective(nn.Module):
         label_dropout: probability of replacing the condition by the null condition.
         null_label: the null condition, required with label_dropout: the label of the null class (`model.null_label`)
             or the text features of the empty prompt (`encoder.empty_prompt`).
+        fused: let the model compute decoder and loss as one op (`ops.pixel_decoder_loss`) where it can: `DeCo` and
+            `DeCoTextToImage`, bare or in DistributedDataParallel, whose decoder is the published one and without hooks
+            that await the velocity. "total" then is the only differentiable loss; with False, or for other models, the
+            parts have gradients too.
         backend: backend of the loss op; None for the automatic choice.
 
     Raises TypeError or ValueError for invalid arguments.
@@ -79,6 +85,7 @@ class Objective(nn.Module):
         shift: float = 1.0,
         label_dropout: float = 0.0,
         null_label: int | torch.Tensor | None = None,
+        fused: bool = True,
         backend: str | None = None,
     ):
         super().__init__()
@@ -99,7 +106,7 @@ class Objective(nn.Module):
             self.register_buffer("null_label", null_label, persistent=False)
         else:
             self.null_label = null_label
-        self.backend = backend
+        self.fused, self.backend = fused, backend
 
     def draw(
         self, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator | None = None
@@ -125,14 +132,20 @@ class Objective(nn.Module):
         _check_images(x)
         require_tensors(y=y, t=t, noise=noise)
         x_t, v = interpolate(x, noise, t)
+        fused = self.fused and _computes_losses(model, self.backend)
+        options: dict[str, Any] = {}
+        if fused:
+            options["loss"] = TrainingLoss(v, self.frequency_weight, self.frequency_scale, self.backend)
         if self.repa is None:
-            velocity, alignment = model(x_t, t, y), {}
+            result, alignment = model(x_t, t, y, **options), {}
         else:
-            velocity, features = model(x_t, t, y, features_after=self.repa.block)
+            result, features = model(x_t, t, y, features_after=self.repa.block, **options)
             alignment = {"repa": self.repa(features, x)}
-        total, pixel, frequency = ops.flow_matching_loss(
-            velocity, v, self.frequency_weight, frequency_scale=self.frequency_scale, backend=self.backend
-        )
+        if not fused:
+            result = ops.flow_matching_loss(
+                result, v, self.frequency_weight, frequency_scale=self.frequency_scale, backend=self.backend
+            )
+        total, pixel, frequency = result
         if self.repa is not None:
             total = total + self.repa.weight * alignment["repa"]
         return {"total": total, "pixel": pixel, "frequency": frequency, **alignment, "t": t}
@@ -150,7 +163,8 @@ class Objective(nn.Module):
             generator: random generator of `draw`.
 
         Returns:
-            float32 scalars "total", "pixel", "frequency" and, with repa, "repa"; and "t", the times [B].
+            float32 scalars "total", "pixel", "frequency" and, with repa, "repa"; and "t", the times [B]. With `fused`,
+            "pixel" and "frequency" may have no gradients.
 
         Raises:
             TypeError, ValueError: images that are not floating, labels out of range, or errors of model and loss.
@@ -160,6 +174,13 @@ class Objective(nn.Module):
         if self.label_dropout and check_labels is not None:
             check_labels(y)
         return self.losses(model, x, *self.draw(x, y, generator))
+
+
+def _computes_losses(model: nn.Module, backend: str | None) -> bool:
+    """Whether the model, bare or in DistributedDataParallel, computes the losses with its decoder."""
+    if type(model) is nn.parallel.DistributedDataParallel and not awaits_output(model):
+        model = model.module
+    return isinstance(model, PixelDiffusion) and model.computes_losses(backend)
 
 
 def _check_images(x: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ from .modules import AdaLNBlock as AdaLNBlock
 from .modules import FlowMatchingLoss as FlowMatchingLoss
 from .modules import FrequencyLoss as FrequencyLoss
 from .pixel_decoder import PixelDecoder as PixelDecoder
+from .pixel_decoder import TrainingLoss as TrainingLoss
 from .position import pixel_position_features as pixel_position_features
 from .position import rotary_angles as rotary_angles
 from .presets import PRESETS as PRESETS

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from deco_kernels.model.arguments import require_sizes, require_tensors
 from deco_kernels.model.dit import PatchTransformer, Trunk
-from deco_kernels.model.pixel_decoder import PixelDecoder
+from deco_kernels.model.pixel_decoder import Losses, PixelDecoder, TrainingLoss, awaits_output
 from deco_kernels.model.pretrained import PretrainedModel
 
 
@@ -37,27 +37,45 @@ class PixelDiffusion(PretrainedModel):
         """Compile the trunk's blocks in place with torch.compile, see `PatchTransformer.compile_blocks`."""
         self.trunk.compile_blocks(**options)
 
+    def computes_losses(self, backend: str | None = None) -> bool:
+        """Whether `forward` takes a `TrainingLoss` of this backend, and no hook on model and decoder awaits a velocity.
+
+        So it is for the published decoder on images of 3 channels, if neither forward has been replaced.
+        """
+        own_forward = type(self).forward is PixelDiffusion.forward and "forward" not in vars(self)
+        decoder: Any = self.decoder  # may have been replaced
+        whole = isinstance(decoder, PixelDecoder) and decoder.computes_losses(backend)
+        return own_forward and whole and not awaits_output(self)
+
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, features_after: int | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Predict the velocity.
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        features_after: int | None = None,
+        loss: TrainingLoss | None = None,
+    ) -> torch.Tensor | Losses | tuple[torch.Tensor | Losses, torch.Tensor]:
+        """Predict the velocity, or the losses of the velocity.
 
         Args:
             x: noised image [B, C, H, W], floating; H and W are multiples of patch_size and may differ.
             t: times [B] in [0, 1], floating; 0 is noise, 1 is the image.
             y: the condition; the subclass defines its shape and dtype.
             features_after: number of a trunk block, counted from 1.
+            loss: asks for the losses, see `PixelDecoder.forward`.
 
         Returns:
-            Velocity [B, C, H, W] in the activation dtype (that of the parameters, or autocast's). With
-            `features_after`, the pair (velocity, tokens [B, L, Z] after that block).
+            Velocity [B, C, H, W] in the activation dtype (that of the parameters, or autocast's); with `loss`, the
+            scalars (total, pixel, frequency) in its place. With `features_after`, the pair (velocity or losses, tokens
+            [B, L, Z] after that block).
 
         Raises:
             TypeError, ValueError: arguments that do not fit the model or each other.
         """
         tokens, time, _, features = self._run_trunk(x, t, y, features_after)
-        velocity = self.decoder(x, F.silu(time[:, None] + tokens))
-        return velocity if features is None else (velocity, features)
+        asked = {} if loss is None else {"loss": loss}
+        result: torch.Tensor | Losses = self.decoder(x, F.silu(time[:, None] + tokens), **asked)
+        return result if features is None else (result, features)
 
     def encode(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Tokens [B, L, Z] of the trunk alone, in row-major patch order; arguments and errors as in `forward`."""

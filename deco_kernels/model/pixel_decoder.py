@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,6 +84,50 @@ def decode(
     if save_memory or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return ops.pixel_decoder_from_tokens(*tensors, **options)
     return ops.pixel_decoder(image, upsample(tokens, up_weight, up_bias, weights[0].shape[0]), *weights, **options)
+
+
+@dataclass(frozen=True)
+class TrainingLoss:
+    """The loss that a decoder computes in place of its velocity, see `ops.pixel_decoder_loss`.
+
+    target: [B, 3, H, W]. frequency_weight: [3, 8, 8]. backend: that of the op if the decoder names none.
+    """
+
+    target: torch.Tensor
+    frequency_weight: torch.Tensor
+    frequency_scale: float = 1.0
+    backend: str | None = None
+
+
+Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""(total, pixel, frequency), scalars; only total has gradients."""
+
+
+def decoder_losses(
+    image: torch.Tensor,
+    tokens: torch.Tensor,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    loss: TrainingLoss,
+    *,
+    patch_size: int,
+    eps: float,
+    backend: str | None = None,
+) -> Losses:
+    """Losses of the velocity that `decode` returns for the same arguments, computed with it in one op."""
+    options: dict[str, Any] = dict(patch_size=patch_size, frequency_scale=loss.frequency_scale, eps=eps)
+    options["backend"] = loss.backend if backend is None else backend
+    cond = upsample(tokens, up_weight, up_bias, weights[0].shape[0])
+    tensors = (image, cond, loss.target, *weights, loss.frequency_weight)
+    return ops.pixel_decoder_loss(*tensors, **options)
+
+
+def awaits_output(module: nn.Module) -> bool:
+    """Whether hooks on the module read its output or the gradient of it; those of torch.distributed take any output."""
+    kinds = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+    found = [hook for hooks in kinds for hook in hooks.values()]
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.distributed.") for hook in found)
 
 
 class PixelDecoder(nn.Module):
@@ -207,22 +252,38 @@ class PixelDecoder(nn.Module):
         query = (self.embed_weight, self.embed_bias, self.input_weight, self.input_bias)
         return fold_query(*query, self.position_features)
 
-    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Decode a noised image to the velocity.
+    def computes_losses(self, backend: str | None = None) -> bool:
+        """Whether `forward` takes a `TrainingLoss` of this backend, and no hook on the module awaits the velocity."""
+        published = self.interaction == "adaln" and self.decoder_patch == 1 and self.channels == 3
+        own_forward = type(self).forward is PixelDecoder.forward and "forward" not in vars(self)
+        same_backend = backend is None or self.backend is None or backend == self.backend
+        return published and own_forward and same_backend and not awaits_output(self)
+
+    def forward(
+        self, image: torch.Tensor, tokens: torch.Tensor, loss: TrainingLoss | None = None
+    ) -> torch.Tensor | Losses:
+        """Decode a noised image to the velocity, or to the losses of the velocity.
 
         Args:
             image: noised image [B, C, H, W], any floating dtype and strides; H and W divisible by patch_size.
             tokens: [..., Z], whose leading sizes multiply to B·(H/p)·(W/p), with patches in row-major order.
+            loss: asks for the losses, for 3 channels, interaction "adaln" and decoder patch 1.
 
         Returns:
-            Velocity [B, C, H, W] in the activation dtype (that of tokens, or autocast's).
+            Velocity [B, C, H, W] in the activation dtype (that of tokens, or autocast's); with `loss`, the float32
+            scalars (total, pixel, frequency), of which only total has gradients.
 
         Raises:
             TypeError: arguments that are not tensors.
-            ValueError: shapes that do not fit the decoder or each other.
+            ValueError: shapes that do not fit the decoder or each other, or `loss` for another decoder.
             BackendUnavailable: `backend` cannot run these tensors.
         """
         self._check_inputs(image, tokens)
+        if loss is not None and (self.interaction == "add" or self.decoder_patch > 1):
+            raise ValueError(
+                "loss: expected None for a decoder with decoder_patch > 1 or interaction 'add', got a TrainingLoss; "
+                "compute the loss of the velocity with ops.flow_matching_loss"
+            )
         if self.decoder_patch > 1:
             image = F.pixel_unshuffle(image, self.decoder_patch)
         pixel_weight, pixel_table = self.fold_input()
@@ -232,9 +293,10 @@ class PixelDecoder(nn.Module):
         else:
             weights = (pixel_weight, pixel_table, *(getattr(self, name) for name in _STORED_WEIGHTS))
             options: dict[str, Any] = dict(patch_size=self.grid, eps=self.eps, backend=self.backend)
-            velocity = decode(
-                image, tokens, self.up_weight, self.up_bias, weights, save_memory=self.save_memory, **options
-            )
+            arguments = (image, tokens, self.up_weight, self.up_bias, weights)
+            if loss is not None:
+                return decoder_losses(*arguments, loss, **options)
+            velocity = decode(*arguments, save_memory=self.save_memory, **options)
         return F.pixel_shuffle(velocity, self.decoder_patch) if self.decoder_patch > 1 else velocity
 
     def _check_inputs(self, image: torch.Tensor, tokens: torch.Tensor) -> None:

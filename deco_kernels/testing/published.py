@@ -18,7 +18,7 @@ from deco_kernels.backends.reference import flow_matching_loss as reference
 from deco_kernels.backends.reference.common import constant
 from deco_kernels.flow.objective import Objective
 from deco_kernels.model.deco import DeCo
-from deco_kernels.model.pixel_decoder import PixelDecoder, upsample
+from deco_kernels.model.pixel_decoder import PixelDecoder, TrainingLoss, upsample
 from deco_kernels.signatures import OPS
 
 EPS = 1e-6  # of LayerNorm, the default of the ops
@@ -115,7 +115,9 @@ def _dct(image: torch.Tensor) -> torch.Tensor:
 class EagerDecoder(PixelDecoder):
     """`PixelDecoder` with decoder patch 1 and AdaLN interaction, without the fused ops. Same parameters."""
 
-    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: torch.Tensor, tokens: torch.Tensor, loss: TrainingLoss | None = None) -> torch.Tensor:
+        """The velocity; `loss` must be None."""
+        assert loss is None
         tensors = {
             **dict(self.named_parameters()),
             "image": image,

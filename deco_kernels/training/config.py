@@ -70,7 +70,10 @@ class DataConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """Training times, label dropout, and the frequency loss with its JPEG table (quality, mode, gamma)."""
+    """Training times, label dropout, and the frequency loss with its JPEG table (quality, mode, gamma).
+
+    fused: compute decoder and loss as one op where the model can, see `flow.Objective`.
+    """
 
     distribution: str = "lognormal"
     shift: float = 1.0
@@ -79,6 +82,7 @@ class ObjectiveConfig:
     quality: int = 85
     mode: str = "inv_gamma"
     gamma: float = 1.0
+    fused: bool = True
 
 
 @dataclass

@@ -228,6 +228,7 @@ def make_objective(
         shift=config.shift,
         label_dropout=config.label_dropout,
         null_label=null_label,
+        fused=config.fused,
     )
 
 
