@@ -1,21 +1,29 @@
 """DeCoPipeline: the samples of flow.Sampler, folders without code, published checkpoints, and callbacks."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from deco_kernels import flow, model
-from deco_kernels.integrations.diffusers import DeCoPipeline
 from tests.model.test_checkpoint_file import same_bits
 from tests.random_models import random_model
 from tests.tiny_qwen3 import HIDDEN, save_tiny_qwen3
 
 SETTINGS = dict(num_inference_steps=3, guidance_scale=1.7, height=32, width=48, output_type="pt")
 PROMPT = "a red cat"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """Imports diffusers, which takes seconds, when the first test runs."""
+    global DeCoPipeline
+    from deco_kernels.integrations.diffusers import DeCoPipeline
 
 
 def seeded(seed=0):
@@ -193,6 +201,19 @@ def test_a_published_checkpoint_in_and_out(tmp_path, text_pipeline):
         again = DeCoPipeline.from_pretrained(tmp_path / name)
         model.save_model(again.model, tmp_path / "again.ckpt", names="published", overwrite=True)
         same_bits(model.read_checkpoint(tmp_path / "again.ckpt").tensors, published)
+
+
+def test_the_blocks_of_the_walkthrough(tmp_path, monkeypatch):
+    """In order, with a tiny checkpoint and fewer steps; the last line of the second compares the images."""
+    text = (Path(__file__).parents[2] / "docs/walkthrough.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    path = Path("runs/deco/checkpoints/step_000002000.ckpt")
+    path.parent.mkdir(parents=True)
+    model.save_model(random_model("deco-tiny", num_classes=2), path, names="published")
+    found = {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(block.replace("num_inference_steps=50", "num_inference_steps=2"), found)
+    assert len(found["images"]) == 4 and Path("out/pipeline_0.png").is_file()
 
 
 # --- what does not fit ------------------------------------------------------------------------------------------------

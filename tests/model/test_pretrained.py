@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from deco_kernels import model
-from deco_kernels.model import hub
 from tests.random_models import random_batch, random_model
 
 
@@ -67,6 +66,8 @@ def test_missing_files_are_named(tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
+    from deco_kernels.model import hub
+
     def unreachable(*_, **__):
         raise hub.HTTPError("[Errno -2] Name or service not known\nmore lines")
 
