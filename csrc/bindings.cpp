@@ -50,6 +50,7 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("select_isa", &select_isa, py::arg("name"),
         "Select the instruction set of all later calls; ValueError if it is unknown or not usable here");
   m.def("vector_lanes", &vector_lanes, "Floats per vector of the current instruction set");
+  m.def("has_amx_bf16", &has_amx_bf16, "Whether the processor has matrix instructions for bfloat16 (AMX)");
 
   bind(m, "adaln_block_forward", &adaln_block_forward);
   bind(m, "adaln_block_backward", &adaln_block_backward);
@@ -58,7 +59,8 @@ PYBIND11_MODULE(_native_cpu, m) {
   bind(m, "pixel_decoder_from_tokens_forward", &pixel_decoder_from_tokens_forward);
   bind(m, "pixel_decoder_loss", &pixel_decoder_loss);
   bind(m, "upsample_modulate_forward", &upsample_modulate_forward);
-  bind(m, "upsample_modulate_backward", &upsample_modulate_backward);
+  bind(m, "modulate_forward", &modulate_forward);
+  bind(m, "modulate_backward", &modulate_backward);
   bind(m, "flow_matching_loss_forward", &with_workspace<FlowMatchingLossForward, flow_matching_loss_forward>);
   bind(m, "flow_matching_loss_backward", &with_workspace<FlowMatchingLossBackward, flow_matching_loss_backward>);
 }

@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     import torch
 
 ISA_VARIABLE = "DECO_KERNELS_CPU_ISA"
+UPSAMPLE_VARIABLE = "DECO_KERNELS_CPU_UPSAMPLE"
+UPSAMPLES = ("auto", "kernel", "pytorch")
 
 CPU_FUNCTIONS = (
     "usable_isas",
     "current_isa",
     "select_isa",
     "vector_lanes",
+    "has_amx_bf16",
     "adaln_block_forward",
     "adaln_block_backward",
     "pixel_decoder_forward",
@@ -25,7 +28,8 @@ CPU_FUNCTIONS = (
     "pixel_decoder_from_tokens_forward",
     "pixel_decoder_loss",
     "upsample_modulate_forward",
-    "upsample_modulate_backward",
+    "modulate_forward",
+    "modulate_backward",
     "flow_matching_loss_forward",
     "flow_matching_loss_backward",
 )
@@ -56,6 +60,12 @@ def load_cpu() -> tuple[ModuleType | None, str | None]:
             module.select_isa(isa)
         except ValueError as error:
             return None, f"{ISA_VARIABLE}={isa}: {error}"
+    upsample = os.environ.get(UPSAMPLE_VARIABLE, "").strip()
+    if upsample:
+        try:
+            select_upsample(upsample)
+        except ValueError as error:
+            return None, f"{UPSAMPLE_VARIABLE}={upsample}: {error}"
     return module, None
 
 
@@ -70,6 +80,36 @@ def cpu() -> ModuleType:
 def cpu_unavailable_reason() -> str | None:
     """Reason why `cpu()` raises, or None if it does not."""
     return load_cpu()[1]
+
+
+_upsample = "auto"
+
+
+def select_upsample(name: str) -> None:
+    """Select the matmul of all later bfloat16 upsamples on the CPU.
+
+    "kernel": the package's. "pytorch": PyTorch's. "auto": PyTorch's if the processor has AMX for bfloat16, which
+    PyTorch uses and the kernels do not. Raises ValueError for other names.
+    """
+    global _upsample
+    if name not in UPSAMPLES:
+        raise ValueError(f"unknown matmul {name!r}; use one of {', '.join(UPSAMPLES)}")
+    _upsample = name
+
+
+def current_upsample() -> str:
+    """The name that `select_upsample` received last."""
+    return _upsample
+
+
+def upsamples_in_pytorch(dtype: torch.dtype) -> bool:
+    """Whether upsamples of tokens in this dtype run in PyTorch's matmul."""
+    import torch
+
+    module = cpu()
+    if dtype is not torch.bfloat16 or _upsample == "kernel":
+        return False
+    return _upsample == "pytorch" or bool(module.has_amx_bf16())
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------------------

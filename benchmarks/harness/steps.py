@@ -14,29 +14,37 @@ from benchmarks.ops.sizes import Size
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One implementation: `call` takes tensors by name and returns the outputs."""
+    """One implementation: `call` takes tensors by name and returns the outputs. `backend` is None for eager ones."""
 
     name: str
     call: Callable[[Tensors], Outputs]
-    eager: bool
+    backend: str | None = None
+
+    @property
+    def eager(self) -> bool:
+        return self.backend is None
 
 
 def contenders_of(
     problem: Problem, size: Size, backends: tuple[str, ...], compiled: tuple[str, ...] = ()
 ) -> list[Contender]:
     """The eager formulations, the published one compiled in the given modes (keys of COMPILE_MODES), and the op on each
-    backend, with the two ops that it joins if it is `one_pass`."""
-    found = [Contender(PUBLISHED, lambda tensors: problem.published(tensors, size), eager=True)]
+    backend, with the two ops that it joins if it is `one_pass`, and with its `other_choice`."""
+    found = [Contender(PUBLISHED, lambda tensors: problem.published(tensors, size))]
     if problem.has_best_eager:
-        found.append(Contender(BEST_EAGER, lambda tensors: problem.best_eager(tensors, size), eager=True))
+        found.append(Contender(BEST_EAGER, lambda tensors: problem.best_eager(tensors, size)))
     for name in compiled:
         call = torch.compile(found[0].call, dynamic=False, mode=COMPILE_MODES[name])
-        found.append(Contender(name, call, eager=True))
+        found.append(Contender(name, call))
     for backend in backends:
-        found.append(Contender(backend, functools.partial(problem.fused, size=size, backend=backend), eager=False))
+        fused = functools.partial(problem.fused, size=size, backend=backend)
+        found.append(Contender(backend, fused, backend))
         if problem.one_pass and backend != REFERENCE:
             two_ops = functools.partial(problem.two_ops, size=size, backend=backend)
-            found.append(Contender(backend + TWO_OPS, two_ops, eager=False))
+            found.append(Contender(backend + TWO_OPS, two_ops, backend))
+        if problem.other_choice and backend != REFERENCE:
+            name, choice = problem.other_choice
+            found.append(Contender(backend + name, functools.partial(fused, **choice), backend))
     return found
 
 

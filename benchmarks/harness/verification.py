@@ -79,7 +79,7 @@ def _check_against_float64(found, problem, size, dtype, device, training, conten
     be the same function but may be less accurate. The compiled one is checked only at the timed size, to be compiled
     once."""
     operands = problem.make_operands(size, dtype, torch.Generator(device).manual_seed(SEED))
-    formula = Contender(BEST_EAGER, lambda tensors: problem.best_eager(tensors, size), eager=True)
+    formula = Contender(BEST_EAGER, lambda tensors: problem.best_eager(tensors, size))
     doubles = _converted(operands, torch.float64)
     require_gradients(problem, doubles, training)
 
@@ -105,7 +105,7 @@ def _check_against_float64(found, problem, size, dtype, device, training, conten
 
     exact = sample(0)[1]
     found.limits = {row.name: row.bound for row in compared(exact, 1)}
-    backends = tuple(contender.name for contender in contenders if not contender.eager)
+    backends = tuple(dict.fromkeys(contender.backend for contender in contenders if contender.backend))
     for contender in contenders_of(problem, size, backends):
         results = found.attempt(contender.name, Step(problem, contender, dtype, device, training), operands)
         if results is None:
@@ -134,7 +134,7 @@ def _check_agreement(found, problem, size, dtype, device, training, contenders) 
     published one by the same rule, because eager 16-bit accumulation errors grow with the size."""
     operands = problem.make_operands(size, dtype, torch.Generator(device).manual_seed(SEED))
     require_gradients(problem, operands, training)
-    formula = Contender(BEST_EAGER, lambda tensors: problem.best_eager(tensors, size), eager=True)
+    formula = Contender(BEST_EAGER, lambda tensors: problem.best_eager(tensors, size))
     exact_operands = _converted(operands, torch.float32)
     require_gradients(problem, exact_operands, training)
     exact = Step(problem, formula, torch.float32, device, training).results(exact_operands)

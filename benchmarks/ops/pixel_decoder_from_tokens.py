@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from benchmarks.names import KEEPING_COND
 from benchmarks.ops.pixel_decoder import decoder_multiply_adds, with_published_query
 from benchmarks.ops.problem import Outputs, Problem, Shapes, Tensors
 from benchmarks.ops.sizes import Size
@@ -15,6 +16,7 @@ class PixelDecoderFromTokens(Problem):
     full_precision = ("image",)
     trained = ("tokens",)
     constants = ("positions",)
+    other_choice = (KEEPING_COND, {"save_memory": False})
 
     def outputs(self, size: Size) -> Shapes:
         return {"velocity": (size.batch, size.channels, size.height, size.width)}

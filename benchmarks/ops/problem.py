@@ -48,6 +48,7 @@ class Problem:
     autocast = True  # whether eager PyTorch runs this part under autocast
     has_backward_alone = False  # whether the backward operator gets a separate row
     one_pass = False  # whether the forward also computes the gradients, which it keeps
+    other_choice: tuple[str, dict[str, bool]] | None = None  # another contender: (end of its name, arguments of the op)
 
     def arguments(self, size: Size) -> Shapes:
         """Shapes of the op's tensor arguments, in the order of its signature."""
@@ -80,10 +81,10 @@ class Problem:
         reference of the verification."""
         return _as_tuple(testing.eager(self.op, self.given(tensors, size), self.options(size)))
 
-    def fused(self, tensors: Tensors, size: Size, backend: str) -> Outputs:
+    def fused(self, tensors: Tensors, size: Size, backend: str, **choice: bool) -> Outputs:
         """The public op."""
         function = getattr(ops, self.op)
-        return _as_tuple(function(**self.given(tensors, size), **self.options(size), backend=backend))
+        return _as_tuple(function(**self.given(tensors, size), **self.options(size), **choice, backend=backend))
 
     def two_ops(self, tensors: Tensors, size: Size, backend: str) -> Outputs:
         """The two ops that a `one_pass` op joins."""

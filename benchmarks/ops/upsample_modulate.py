@@ -1,5 +1,6 @@
 """upsample_modulate: upsample, modulation linear, LayerNorm and modulation of one block."""
 
+from benchmarks.names import SAVING_MEMORY
 from benchmarks.ops.problem import Problem, Shapes
 from benchmarks.ops.sizes import Size
 
@@ -7,6 +8,7 @@ from benchmarks.ops.sizes import Size
 class UpsampleModulate(Problem):
     op = "upsample_modulate"
     activations = trained = ("h", "tokens")
+    other_choice = (SAVING_MEMORY, {"save_memory": True})
 
     def outputs(self, size: Size) -> Shapes:
         shape = (size.tokens, size.patch_pixels, size.decoder_width)

@@ -30,7 +30,7 @@ DECO_DECLARE_TABLE(avx512bf16)
 namespace {
 
 struct CpuFeatures {
-  bool avx2 = false, avx512 = false, avx512bf16 = false;
+  bool avx2 = false, avx512 = false, avx512bf16 = false, amx_bf16 = false;
 };
 
 #if defined(__x86_64__)
@@ -56,13 +56,14 @@ CpuFeatures detect_features() {
   CpuFeatures features;
   const CpuidRegisters leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
   if (!has(leaf1.ecx, 27)) return features;  // OSXSAVE
-  constexpr unsigned kYmmState = 0x6, kZmmState = 0xe6;
+  constexpr unsigned kYmmState = 0x6, kZmmState = 0xe6, kTileState = 0x60000;
   const unsigned state = enabled_state();
   const bool fma = has(leaf1.ecx, 12), f16c = has(leaf1.ecx, 29);
   features.avx2 = (state & kYmmState) == kYmmState && fma && f16c && has(leaf7.ebx, 5);
   const bool f = has(leaf7.ebx, 16), dq = has(leaf7.ebx, 17), bw = has(leaf7.ebx, 30), vl = has(leaf7.ebx, 31);
   features.avx512 = features.avx2 && (state & kZmmState) == kZmmState && f && dq && bw && vl;
   features.avx512bf16 = features.avx512 && has(leaf7_1.eax, 5);
+  features.amx_bf16 = (state & kTileState) == kTileState && has(leaf7.edx, 24) && has(leaf7.edx, 22);
   return features;
 }
 #else
@@ -140,6 +141,11 @@ void select_isa(const std::string& name) {
 }
 
 int vector_lanes() { return kernel_table().lanes; }
+
+bool has_amx_bf16() {
+  static const bool found = detect_features().amx_bf16;
+  return found;
+}
 
 const KernelTable& kernel_table() { return *current_entry().load(std::memory_order_relaxed)->table; }
 

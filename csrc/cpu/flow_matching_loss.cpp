@@ -11,7 +11,7 @@
 //
 // A tile is a strip of 8 image rows by kTileWidth columns. It is read into float planes in the caches (d and its
 // YCbCr), transformed there in place, and written once. A thread owns a contiguous range of tiles. Tiles are wide so
-// that memory is read in long sequential runs, which the hardware prefetcher follows. Reflected rows repeat rows of the
+// that memory is read in long sequential runs; the next tile is prefetched during the transform. Reflected rows repeat rows of the
 // last two strips, so the gradient of both needs the last strip's transform; the strip above the last recomputes it
 // instead of waiting for it.
 //
@@ -142,7 +142,9 @@ void flow_matching_loss_forward(const FlowMatchingLossForward& call) {
       SampleSums& tile_sums = sums[part * inputs.batch + tile.sample];
       tile_sums.pixel += images.read(tile, rgb, ycbcr);
       reflect_columns(tile, ycbcr);
-      tile_sums.frequency += weighted_energy(weights, tile, ycbcr);
+      const Tile next = tiling[i + 1 < range.end ? i + 1 : i];
+      const auto prefetch = [&](int step, int steps) DECO_INLINE_LAMBDA { images.prefetch(next, step, steps); };
+      tile_sums.frequency += weighted_energy(weights, tile, ycbcr, prefetch);
     }
   });
 
@@ -189,7 +191,8 @@ class BackwardWorker {
  public:
   BackwardWorker(const BackwardPlan& plan, int part) : plan_(plan), part_(part) {}
 
-  void process(const Tile& tile) {
+  // `next` is the tile to prefetch.
+  void process(const Tile& tile, const Tile& next) {
     const double weight = weight_of(plan_.inputs.sample_weight, tile.sample);
     plan_.images.read(tile, rgb_, ycbcr_);
     reflect_columns(tile, ycbcr_);
@@ -201,7 +204,8 @@ class BackwardWorker {
       fill_weights(plan_.inputs.frequency_weight, static_cast<float>(2.0 * weight * plan_.frequency_factor), weights_);
       weighted_sample_ = tile.sample;
     }
-    apply_weights(weights_, tile, ycbcr_);
+    const auto prefetch = [&](int step, int steps) DECO_INLINE_LAMBDA { plan_.images.prefetch(next, step, steps); };
+    apply_weights(weights_, tile, ycbcr_, prefetch);
     fold_columns(tile, ycbcr_);
     add_reflected_rows(tile);
     const float pixel_factor = static_cast<float>(2.0 * weight * plan_.pixel_factor);
@@ -234,7 +238,7 @@ class BackwardWorker {
     Planes rgb, ycbcr;
     plan_.images.read(last, rgb, ycbcr);
     reflect_columns(last, ycbcr);
-    apply_weights(weights_, last, ycbcr);
+    apply_weights(weights_, last, ycbcr, NoPrefetch{});
     fold_columns(last, ycbcr);
     fold_rows(tiling, last, ycbcr, tile, ycbcr_);
   }
@@ -253,7 +257,8 @@ void flow_matching_loss_backward(const FlowMatchingLossBackward& call) {
   parallel_for(plan.parts, [&](int part) {
     BackwardWorker worker(plan, part);
     const Range range = share_of(plan.tiling.count(), plan.parts, part);
-    for (int64_t i = range.begin; i < range.end; ++i) worker.process(plan.tiling[i]);
+    for (int64_t i = range.begin; i < range.end; ++i)
+      worker.process(plan.tiling[i], plan.tiling[i + 1 < range.end ? i + 1 : i]);
   });
 
   write_grad_sample_weight(plan.sample_sums, call.inputs.batch, plan.parts, plan.pixel_factor, plan.frequency_factor,

@@ -11,7 +11,8 @@
   X(pixel_decoder_from_tokens_forward, PixelDecoderFromTokensForward) \
   X(pixel_decoder_loss, PixelDecoderLoss)                             \
   X(upsample_modulate_forward, UpsampleModulateForward)               \
-  X(upsample_modulate_backward, UpsampleModulateBackward)             \
+  X(modulate_forward, ModulateForward)                                \
+  X(modulate_backward, ModulateBackward)                              \
   X(flow_matching_loss_forward, FlowMatchingLossForward)              \
   X(flow_matching_loss_backward, FlowMatchingLossBackward)
 

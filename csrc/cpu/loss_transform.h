@@ -56,15 +56,25 @@ DECO_INLINE void store_transposed(BlockRow (&block)[kBlock], float (*plane)[kPit
   unroll<kBlock>([&](auto i) DECO_INLINE_LAMBDA { store_row(plane[i] + x, block[i]); });
 }
 
-// Calls body(channel, x) for every BlockRow of the tile.
-template <class Body>
-DECO_INLINE void for_each_block(const Tile& tile, Body&& body) {
+// Calls body(channel, x) for every BlockRow of the tile, and prefetch(step, steps) before each of these `steps` steps.
+template <class Prefetch, class Body>
+DECO_INLINE void for_each_block(const Tile& tile, Prefetch&& prefetch, Body&& body) {
+  const int steps = 3 * tile.vector_columns() / kRowPixels;
+  int step = 0;
   for (int c = 0; c < 3; ++c)
-    for (int x = 0; x < tile.vector_columns(); x += kRowPixels) body(c, x);
+    for (int x = 0; x < tile.vector_columns(); x += kRowPixels) {
+      prefetch(step++, steps);
+      body(c, x);
+    }
 }
 
-// sum of weights * (F ycbcr)^2
-inline float weighted_energy(const CoefficientTable& weights, const Tile& tile, const Planes& ycbcr) {
+struct NoPrefetch {
+  DECO_INLINE void operator()(int, int) const {}
+};
+
+// sum of weights * (F ycbcr)^2; calls prefetch as for_each_block does
+template <class Prefetch>
+float weighted_energy(const CoefficientTable& weights, const Tile& tile, const Planes& ycbcr, Prefetch&& prefetch) {
   BlockRow energy = broadcast_row(0.0f);
   const auto add_block = [&](int c, int x) DECO_INLINE_LAMBDA {
     BlockRow block[kBlock];
@@ -72,19 +82,20 @@ inline float weighted_energy(const CoefficientTable& weights, const Tile& tile, 
     unroll<kBlock>(
         [&](auto i) DECO_INLINE_LAMBDA { energy = fma(block[i] * load_row(weights.value[c][i]), block[i], energy); });
   };
-  for_each_block(tile, add_block);
+  for_each_block(tile, prefetch, add_block);
   return sum(energy);
 }
 
-// ycbcr <- F' weights F ycbcr
-inline void apply_weights(const CoefficientTable& weights, const Tile& tile, Planes& ycbcr) {
+// ycbcr <- F' weights F ycbcr; calls prefetch as for_each_block does
+template <class Prefetch>
+void apply_weights(const CoefficientTable& weights, const Tile& tile, Planes& ycbcr, Prefetch&& prefetch) {
   const auto apply = [&](int c, int x) DECO_INLINE_LAMBDA {
     BlockRow block[kBlock];
     load_coefficients(ycbcr.channel[c], x, block);
     unroll<kBlock>([&](auto i) DECO_INLINE_LAMBDA { block[i] = block[i] * load_row(weights.value[c][i]); });
     store_transposed(block, ycbcr.channel[c], x);
   };
-  for_each_block(tile, apply);
+  for_each_block(tile, prefetch, apply);
 }
 
 // sums [3, 8, 8] <- (F M d)^2, summed over the 8x8 blocks of the tile
@@ -97,7 +108,7 @@ inline void sum_squares(const Tile& tile, const Planes& ycbcr, double* sums) {
       store_row(squares.value[c][i], fma(block[i], block[i], load_row(squares.value[c][i])));
     });
   };
-  for_each_block(tile, add_block);
+  for_each_block(tile, NoPrefetch{}, add_block);
   for (int k = 0; k < 3 * kFrequencies; ++k) sums[k] = 0.0;
   for_each_coefficient(squares, [&](float square, int c, int v, int h) {
     sums[frequency_index(c, v, h)] += double{square} * square_norm(c, v, h);

@@ -1,5 +1,5 @@
 // Forward of pixel_decoder_from_tokens: the upsample matmul (upsample.h) and the whole per-pixel decoder
-// (decoder_tile.h), one tile of upsample.h at a time; cond is never written to memory.
+// (decoder_tile.h), one tile of upsample.h at a time; cond is written to memory only if the caller wants it.
 //
 // Per pixel the kernel reads C values of the image, writes C of the velocity, and takes D Z + N (5 D^2) + 2 C D
 // multiply-adds and (N + 1) D SiLUs: at D = 32, N = 3, C = 3, Z = 1152 in bfloat16 with a float image, 18 bytes and
@@ -44,9 +44,9 @@ void forward(const PixelDecoderFromTokensForward& call) {
   Arena arena(thread_scratch(counter.used()));
   lay_out(arena);
 
-  upsample.for_each_tile_dynamic([&](int part, const UpsampleTile<Operand>& place) {
+  upsample.for_each_tile([&](int part, const UpsampleTile<Operand>& place) {
     TokenDecoderTile<Operand, D>& tile = scratch[part];
-    upsample.load_silu_cond(place, tile.silu_cond, nullptr, [](int, int) {});
+    upsample.load_silu_cond(place, tile.silu_cond, [](int, int) {});
     gather_token_pixels<T>(call.shape, call.image, place.first_token, place.pixel, place.count, tile.rgb);
     fill_panel<Operand, D>(weights, place.pixel, tile.panel);
     forward_tile<Operand, D, T>(weights, tile.panel, place.pixels(), tile);

@@ -6,8 +6,8 @@
 // transposes the weights of one pixel at a time into its own panel, [groups][elements][kGroup]. Both factors of the
 // matmul are then read linearly, the panel (147 KB at D = 32, Z = 1152 in float) from the L2 cache.
 //
-// Per tile: D * kTokenTile * Z multiply-adds. Memory traffic: the weights once per chunk, the tokens once; y is never
-// stored. An element is that of an Operand (matmul.h): one value, or a pair along Z; rows are padded with zeros to a
+// Per tile: D * kTokenTile * Z multiply-adds. Memory traffic: the weights once per chunk, the tokens once; y is stored
+// only if the caller wants it. An element is that of an Operand (matmul.h): one value, or a pair along Z; rows are padded with zeros to a
 // whole number of vectors. Deterministic: every y is one sum over Z in ascending order, independent of the tile and of
 // the number of threads.
 #pragma once
@@ -88,7 +88,8 @@ class Upsample {
   Upsample(const UpsampleArrays& arrays, int threads)
       : arrays_(arrays),
         elements_(round_up((arrays.token_width + Operand::kPack - 1) / Operand::kPack, kLanes)),
-        parts_(part_count(arrays.pixels_per_token * tiles(arrays.tokens), threads)) {}
+        parts_(part_count(arrays.pixels_per_token * tiles(arrays.tokens), threads)),
+        cond_writes_(row_writes<D>(arrays.cond, arrays.tokens * arrays.pixels_per_token)) {}
 
   int parts() const { return parts_; }
 
@@ -99,18 +100,9 @@ class Upsample {
     bias_ = take_floats(arena, arrays_.bias, int64_t{arrays_.pixels_per_token} * D, DType::kFloat32);
   }
 
-  // Calls body(part, tile) for every tile, parts in parallel. The part of a tile depends only on the number of parts.
+  // Calls body(part, tile) for every tile, parts in parallel, with a dynamic schedule.
   template <class Body>
   void for_each_tile(Body&& body) const {
-    for_each_chunk([&](int64_t begin, int64_t count) {
-      const int64_t items = arrays_.pixels_per_token * tiles(count);
-      parallel_for(parts_, [&](int part) { run_share(begin, count, part, share_of(items, parts_, part), body); });
-    });
-  }
-
-  // The same with a dynamic schedule, for results that do not depend on the part of a tile.
-  template <class Body>
-  void for_each_tile_dynamic(Body&& body) const {
     for_each_chunk([&](int64_t begin, int64_t count) {
       SharedWork work(arrays_.pixels_per_token * tiles(count), parts_);
       parallel_for(parts_, [&](int part) {
@@ -119,11 +111,12 @@ class Upsample {
     });
   }
 
-  // SiLU(y) of a tile as an operand of the modulation matmul and, if `derivative` is not null, SiLU'(y). Calls
+  // SiLU(y) of a tile as an operand of the modulation matmul; writes y to `cond` if the caller wants it. Calls
   // prefetch(step, steps) before each of `steps` steps, for the caller's prefetches.
   template <class Prefetch>
-  void load_silu_cond(const UpsampleTile<Operand>& tile, Element (*silu_cond)[kTokenTile],
-                      float (*derivative)[kTokenTile], Prefetch&& prefetch) const {
+  void load_silu_cond(const UpsampleTile<Operand>& tile, Element (*silu_cond)[kTokenTile], Prefetch&& prefetch) const {
+    alignas(64) float cond[D][kTokenTile];
+    const bool keeps_cond = arrays_.cond.data != nullptr;
     const int steps = tile.pixels() / kStrip * (D / kGroup);
     const int64_t lines = (tile.ahead_end - tile.ahead) / (steps * (elements_ / kLanes)) / kCacheLine + 1;
     const char* ahead = tile.ahead;
@@ -144,9 +137,16 @@ class Upsample {
         unroll<kGroup>([&](auto i) DECO_INLINE_LAMBDA {
           constexpr int kOutput = i / 2 * 2, kVector = i % 2;
           put_silu<Operand, kTokenTile>(sums[2 * kOutput + kVector], sums[2 * kOutput + 2 + kVector], first + kOutput,
-                                        pixel + kVector * kLanes, silu_cond, derivative);
+                                        pixel + kVector * kLanes, silu_cond, nullptr);
         });
+        if (keeps_cond)
+          unroll<2 * kGroup>([&](auto i)
+                                 DECO_INLINE_LAMBDA { store(&cond[first + i / 2][pixel + i % 2 * kLanes], sums[i]); });
       }
+    if (!keeps_cond) return;
+    char* rows[kTokenTile];
+    tile_addresses(arrays_.cond, tile, rows);
+    store_rows<FloatOperand, D, kTokenTile>(arrays_.cond.dtype, cond, tile.count, rows, cond_writes_);
   }
 
  private:
@@ -240,6 +240,7 @@ class Upsample {
   const UpsampleArrays& arrays_;
   int64_t elements_;  // per row
   int parts_;
+  RowWrites cond_writes_;
   Element* tokens_ = nullptr;    // [strips][elements][kStrip]
   Element* panels_ = nullptr;    // [parts][groups][elements][kGroup]
   const float* bias_ = nullptr;  // [P][D]

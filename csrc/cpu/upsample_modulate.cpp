@@ -3,14 +3,13 @@
 //   (shift, scale, gate) = W_mod SiLU(y) + b_mod
 //   modulated = LayerNorm(h) (1 + scale) + shift
 //
-// Per pixel the kernel reads D values of h, writes 2 D, and takes D Z + 3 D^2 multiply-adds and D SiLUs: at D = 32,
-// Z = 1152 in bfloat16, 192 bytes and 80 kFLOP. Deterministic: one thread computes each output in a fixed order, so the
-// result does not depend on the number of threads.
+// Per pixel the kernel reads D values of h, writes 2 D (3 D with y), and takes D Z + 3 D^2 multiply-adds and D SiLUs: at
+// D = 32, Z = 1152 in bfloat16, 192 bytes and 80 kFLOP. Deterministic: one thread computes each output in a fixed order,
+// so the result does not depend on the number of threads.
 #include "deco/upsample_modulate.h"
 
-#include "cpu/decoder_tile.h"
 #include "cpu/kernel_table.h"
-#include "cpu/rows.h"
+#include "cpu/modulation_tile.h"
 #include "cpu/upsample.h"
 
 namespace deco::cpu::DECO_CPU_ISA {
@@ -18,41 +17,16 @@ namespace {
 
 constexpr int T = kTokenTile;
 
-// Working memory of one thread.
-template <class Operand, int D>
-struct alignas(64) ModulationTile {
-  using Element = typename Operand::Element;
-  float h[D][T], mean[T], rstd[T];
-  Element silu_cond[D / Operand::kPack][T];
-  Element modulated[D / Operand::kPack][T], gate[D / Operand::kPack][T];
-};
-
-// gate = W_gate SiLU(y) + b_gate, for the strip at `pixel`.
-template <class Operand, int D>
-DECO_INLINE void gate_strip(const BlockWeights<Operand>& w, int pixel, ModulationTile<Operand, D>& tile) {
-  constexpr int kGateRow = 2 * D;
-  for (int first = 0; first < D; first += kGroup) {
-    GroupSums sums;
-    linear<Operand, D, T>(sums, w.mod + kGateRow * D / Operand::kPack, w.mod_bias + kGateRow, first,
-                          strip_of(tile.silu_cond, pixel));
-    unroll<kGroup>([&](auto i) DECO_INLINE_LAMBDA {
-      constexpr int kOutput = i / 2 * 2, kVector = i % 2;
-      Operand::put(tile.gate, first + kOutput, pixel + kVector * kLanes, sums[2 * kOutput + kVector],
-                   sums[2 * kOutput + 2 + kVector]);
-    });
-  }
-}
-
 template <class Operand, int D>
 void forward(const UpsampleModulateForward& call) {
   const DType activation = call.upsample.rows.dtype;
   Upsample<Operand, D> upsample(call.upsample, call.threads);
   BlockWeights<Operand> weights;
-  ModulationTile<Operand, D>* scratch = nullptr;
+  ModulationTile<Operand, D, T>* scratch = nullptr;
   const auto lay_out = [&](Arena& arena) {
     upsample.lay_out(arena);
     weights = take_modulation_weights<Operand, D>(arena, call.weights, activation);
-    scratch = arena.take<ModulationTile<Operand, D>>(upsample.parts());
+    scratch = arena.take<ModulationTile<Operand, D, T>>(upsample.parts());
   };
   Arena counter;
   lay_out(counter);
@@ -62,18 +36,14 @@ void forward(const UpsampleModulateForward& call) {
   const int64_t pixels = call.upsample.tokens * call.upsample.pixels_per_token;
   const RowWrites modulated_writes = row_writes<D>(call.modulated, pixels);
   const RowWrites gate_writes = row_writes<D>(call.gate, pixels);
-  upsample.for_each_tile_dynamic([&](int part, const UpsampleTile<Operand>& place) {
-    ModulationTile<Operand, D>& tile = scratch[part];
+  upsample.for_each_tile([&](int part, const UpsampleTile<Operand>& place) {
+    ModulationTile<Operand, D, T>& tile = scratch[part];
     const char* sources[T];
     tile_addresses(call.h, place, sources);
-    upsample.load_silu_cond(place, tile.silu_cond, nullptr,
+    upsample.load_silu_cond(place, tile.silu_cond,
                             [&](int step, int steps) { prefetch_rows<D>(activation, sources, step, steps); });
     load_rows<D, T>(activation, sources, place.pixels(), tile.h);
-    layer_norm_statistics<D, T>(tile.h, call.eps, place.pixels(), tile.mean, tile.rstd);
-    for (int pixel = 0; pixel < place.pixels(); pixel += kStrip) {
-      modulate_strip<false, Operand, D, T>(weights, tile.silu_cond, tile.h, pixel, tile);
-      gate_strip<Operand, D>(weights, pixel, tile);
-    }
+    modulate_tile(weights, call.eps, place.pixels(), tile);
     char* targets[T];
     tile_addresses(call.modulated, place, targets);
     store_rows<Operand, D, T>(activation, tile.modulated, place.count, targets, modulated_writes);

@@ -1,4 +1,4 @@
-"""Upsample by PyTorch's matmul in chunks of tokens, so that neither cond nor its gradient is stored as a whole."""
+"""Upsample by PyTorch's matmul in chunks of tokens, so that cond and its gradient need not be stored as a whole."""
 
 from __future__ import annotations
 
@@ -61,16 +61,13 @@ class UpsampleGradients:
     def __init__(self, tokens: torch.Tensor, up: UpsampleWeights, needs: Sequence[bool]):
         """`needs`: which of the three gradients are needed."""
         up_weight, up_bias = up
-        self.inputs = (tokens, up_weight, up_bias)
+        self.up, self.inputs = up, (tokens, up_weight, up_bias)
         self.dtype = tokens.dtype if tokens.is_cuda or tokens.dtype is torch.bfloat16 else torch.float32
         self.rows = tokens.reshape(-1, tokens.shape[-1])
         self.grad_tokens = torch.empty_like(self.rows, memory_format=torch.contiguous_format) if needs[0] else None
-        self.grad_weight = (
-            torch.zeros_like(up_weight, dtype=torch.float32, memory_format=torch.contiguous_format)
-            if needs[1]
-            else None
-        )
-        self.grad_bias = torch.zeros_like(up_bias, dtype=torch.float32) if needs[2] else None
+        self.needs = needs
+        self.grad_weight: torch.Tensor | None = None
+        self.grad_bias: torch.Tensor | None = None
         self.wanted = any(needs)
 
     @functools.cached_property
@@ -79,11 +76,19 @@ class UpsampleGradients:
         tokens, up_weight, _ = self.inputs
         return up_weight.to(tokens.dtype).to(self.dtype)
 
-    def cond(self, first: int, last: int) -> torch.Tensor:
-        """Conditions [last - first, P*D] of tokens first to last - 1, in the dtype of tokens."""
+    def cond(self, first: int, last: int, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Conditions [last - first, P*D] of tokens first to last - 1, in the dtype of tokens.
+
+        `kept` [T, P*D], of the dtype of tokens: memory for the conditions of all tokens; the result is a part of it.
+        """
         tokens, _, up_bias = self.inputs
-        products = torch.nn.functional.linear(self.rows[first:last].to(self.dtype), self.weight)
-        return products.add_(up_bias).to(tokens.dtype)
+        rows = self.rows[first:last].to(self.dtype)
+        if kept is None:
+            return torch.nn.functional.linear(rows, self.weight).add_(up_bias).to(tokens.dtype)
+        part = kept[first:last]
+        if self.dtype is tokens.dtype:
+            return torch.mm(rows, self.weight.T, out=part).add_(up_bias)
+        return part.copy_(torch.nn.functional.linear(rows, self.weight).add_(up_bias))
 
     def new_grad_cond(self, tokens: int, pixels: int) -> torch.Tensor | None:
         """Uninitialized [tokens, P, D] for the gradient of a chunk's cond; None if no gradient needs it."""
@@ -98,16 +103,29 @@ class UpsampleGradients:
         last = first + grad.shape[0]
         if self.grad_tokens is not None:
             self.grad_tokens[first:last] = grad @ self.weight
-        if self.grad_weight is not None:
-            self.grad_weight += grad.T @ self.rows[first:last].to(self.dtype)
-        if self.grad_bias is not None:
-            self.grad_bias += grad.sum(0, dtype=torch.float32)
+        if self.needs[1]:
+            self.grad_weight = added(self.grad_weight, grad.T @ self.rows[first:last].to(self.dtype))
+        if self.needs[2]:
+            self.grad_bias = added(self.grad_bias, grad.sum(0, dtype=torch.float32))
 
     def results(self) -> tuple[torch.Tensor | None, ...]:
         """(grad_tokens, grad_up_weight, grad_up_bias), each like its tensor, or None if not needed."""
-        tokens, up_weight, up_bias = self.inputs
-        return (
-            None if self.grad_tokens is None else self.grad_tokens.view(tokens.shape),
-            None if self.grad_weight is None else self.grad_weight.to(up_weight.dtype),
-            None if self.grad_bias is None else self.grad_bias.to(up_bias.dtype),
+        totals = (self.grad_tokens, self.grad_weight, self.grad_bias)
+        return tuple(
+            finished(total, tensor) if need else None
+            for total, tensor, need in zip(totals, self.inputs, self.needs, strict=True)
         )
+
+
+def added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    """total + part in float32; a single chunk keeps the dtype of the matmul."""
+    if total is None:
+        return part
+    return total.add_(part) if total.dtype is torch.float32 else total.float().add_(part)
+
+
+def finished(total: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """`total` with the dtype and shape of the argument `like`; zeros if there are no tokens."""
+    if total is None:
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    return total.to(like.dtype).view(like.shape)

@@ -189,6 +189,12 @@ def check_eps(op: str, eps: float) -> float:
     return value
 
 
+def check_flag(op: str, name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name}: expected True or False, got {value!r}; pass one of them")
+    return value
+
+
 def check_number(op: str, name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name}: expected a Python float, got {type(value).__name__}; pass float(value)")

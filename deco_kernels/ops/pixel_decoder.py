@@ -94,16 +94,19 @@ def pixel_decoder_from_tokens(
     head_bias: torch.Tensor,
     *,
     patch_size: int,
+    save_memory: bool = True,
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """`pixel_decoder` with cond = tokens @ up_weight.T + up_bias, which is never stored as a whole.
+    """`pixel_decoder` with cond = tokens @ up_weight.T + up_bias, which is not stored as a whole.
 
     Args:
         image: [B, C, H, W], as in `pixel_decoder`.
         tokens: [..., Z]; leading sizes multiply to B*(H/p)*(W/p), patches in row-major order. Its dtype is the
             activation dtype; under autocast, float32 is cast to the autocast dtype.
         up_weight, up_bias: [P*D, Z], [P*D]; row k*D + d belongs to channel d of pixel k.
+        save_memory: whether the backward computes cond again. With False the forward keeps cond [..., P, D] for the
+            backward, in the activation dtype, if a gradient is wanted.
 
     The other arguments, the result and the errors are those of `pixel_decoder`.
     """
@@ -113,15 +116,16 @@ def pixel_decoder_from_tokens(
     patch_size = checks.check_decoder(name, (image, tokens, *weights), patch_size)
     eps = checks.check_eps(name, eps)
     (tokens,) = checks.autocast_activation(tokens)
+    save_memory = checks.check_flag(name, "save_memory", save_memory)
     options = (patch_size, eps, chosen_backend(backend))
-    velocity: torch.Tensor = _pixel_decoder_from_tokens(image, tokens, *weights, *options)
+    velocity: torch.Tensor = _pixel_decoder_from_tokens(image, tokens, *weights, *options, keep_cond=not save_memory)
     return velocity
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def _define_decoder(name: str) -> Operation:
+def _define_decoder(name: str, upsamples: bool) -> Operation:
     names = OPS[name].names
     norm_weight, patch_size = names.index("norm_weight"), len(names)
 
@@ -134,8 +138,13 @@ def _define_decoder(name: str) -> Operation:
     def fake(image: torch.Tensor, activation: torch.Tensor, *_: Any) -> torch.Tensor:
         return image.new_empty(image.shape, dtype=activation.dtype)
 
-    return define_op(name, "int patch_size, float eps", ("velocity",), request, fake)
+    def fake_cond(*arguments: Any) -> torch.Tensor:
+        tokens, pixel_table = arguments[1], arguments[names.index("pixel_table")]
+        return tokens.new_empty((*tokens.shape[:-1], *pixel_table.shape))
+
+    cond = fake_cond if upsamples else None
+    return define_op(name, "int patch_size, float eps", ("velocity",), request, fake, fake_cond=cond)
 
 
-_pixel_decoder = _define_decoder("pixel_decoder")
-_pixel_decoder_from_tokens = _define_decoder("pixel_decoder_from_tokens")
+_pixel_decoder = _define_decoder("pixel_decoder", upsamples=False)
+_pixel_decoder_from_tokens = _define_decoder("pixel_decoder_from_tokens", upsamples=True)

@@ -167,8 +167,12 @@ def define_op(
     request: Callable[..., Request],
     fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
     functions: tuple[str, str] = ("forward", "backward"),
+    fake_cond: Callable[..., torch.Tensor] | None = None,
 ) -> Operation:
     """Register the operators `name` and `name_backward`; returns one function of (tensors, options, backend).
+
+    An op with `fake_cond` can keep the upsampled condition between forward and backward. Its third operator,
+    `name_with_cond`, returns the condition after the results, and its function takes `keep_cond`.
 
     Args:
         name: name of the op; `deco_kernels.signatures` describes its tensors.
@@ -177,23 +181,33 @@ def define_op(
         request: (tensors, options) -> Request, whose op names the backend module.
         fake: (tensors, options) -> results without data, with the real shapes, dtypes and strides.
         functions: names of forward and backward in that module; they take the tensors in the groups of the description.
+        fake_cond: (tensors, options) -> the condition without data. The module then has `forward_with_cond`, and its
+            backward takes the condition, or None, after the tensors.
     """
     group, count = OPS[name].group, len(OPS[name].arguments)
+    saved = count + (fake_cond is not None)
     schema = schema_of_arguments(name, options)
+
+    def call(function: str, inputs: Sequence[Any], backend: str) -> Any:
+        inputs_in_groups = (*grouped(group, inputs[:count]), *inputs[count:])
+        return serve(function, request(*inputs), inputs[0].device, backend, *inputs_in_groups)
 
     def forward(*arguments: Any) -> Any:
         *inputs, backend = arguments
-        inputs_in_groups = (*grouped(group, inputs[:count]), *inputs[count:])
-        return serve(functions[0], request(*inputs), inputs[0].device, backend, *inputs_in_groups)
+        return call(functions[0], inputs, backend)
+
+    def forward_with_cond(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        *inputs, backend = arguments
+        results, cond = call("forward_with_cond", inputs, backend)
+        return (*outputs_of(results), cond)
 
     def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
         """Returns an empty placeholder for a gradient that is not needed, since an operator cannot return None."""
         gradients, (*inputs, backend, needs) = arguments[: len(outputs)], arguments[len(outputs) :]
-        first = inputs[0]
-        inputs_in_groups = (*grouped(group, inputs[:count]), *inputs[count:])
-        served = (functions[1], request(*inputs), first.device, backend)
-        results = serve(*served, *gradients, *inputs_in_groups, needs)
-        return without_none(first, results)
+        tensors, cond, scalars = inputs[:count], inputs[count:saved], inputs[saved:]
+        served = (functions[1], request(*tensors, *scalars), tensors[0].device, backend)
+        results = serve(*served, *gradients, *grouped(group, tensors), *cond, *scalars, needs)
+        return without_none(tensors[0], results)
 
     def fake_forward(*arguments: Any) -> Any:
         return fake(*arguments[:-1])
@@ -203,20 +217,29 @@ def define_op(
         return without_none(inputs[0], empty_gradients(inputs, needs))
 
     gradient_schema = ", ".join(f"Tensor grad_{output}" for output in outputs)
+    backward_schema = schema_of_arguments(name, options, kept=("cond",) * (saved - count))
     forward_op = register(name, f"({schema}) -> {schema_of_results(len(outputs))}", forward, fake_forward)
     backward_op = register(
         f"{name}_backward",
-        f"({gradient_schema}, {schema}, bool[] needs) -> {schema_of_results(count)}",
+        f"({gradient_schema}, {backward_schema}, bool[] needs) -> {schema_of_results(count)}",
         backward,
         fake_backward,
     )
-    return _differentiable(name, forward_op, backward_op, count)
+    if fake_cond is None:
+        return _differentiable(name, forward_op, None, backward_op, count, fake)
+
+    def fake_with_cond(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        return (*outputs_of(fake(*arguments[:-1])), fake_cond(*arguments[:-1]))
+
+    results_schema = schema_of_results(len(outputs) + 1)
+    with_cond_op = register(f"{name}_with_cond", f"({schema}) -> {results_schema}", forward_with_cond, fake_with_cond)
+    return _differentiable(name, forward_op, with_cond_op, backward_op, count, fake)
 
 
-def schema_of_arguments(name: str, options: str) -> str:
-    """Schema of the arguments of op `name`: its tensors, then `options`, then the backend."""
+def schema_of_arguments(name: str, options: str, kept: Sequence[str] = ()) -> str:
+    """Schema of the arguments of op `name`: its tensors, the optional `kept` ones, then `options`, then the backend."""
     tensors = [f"Tensor{'?' * argument.optional} {argument.name}" for argument in OPS[name].arguments]
-    return ", ".join([*tensors, *[options] * bool(options), "str backend"])
+    return ", ".join([*tensors, *[f"Tensor? {tensor}" for tensor in kept], *[options] * bool(options), "str backend"])
 
 
 def schema_of_results(number: int) -> str:
@@ -271,36 +294,60 @@ def once_differentiable(name: str, operation: Operation) -> type[torch.autograd.
     return Once
 
 
-def _differentiable(name: str, forward_op: Operation, backward_op: Operation, tensor_count: int) -> Operation:
-    """The autograd function around the two operators. Saves only the inputs between forward and backward.
+def _differentiable(
+    name: str,
+    forward_op: Operation,
+    with_cond_op: Operation | None,
+    backward_op: Operation,
+    tensor_count: int,
+    fake: Callable[..., Any],
+) -> Operation:
+    """The autograd function around the operators. Saves the inputs between forward and backward, and the condition if
+    the call keeps it.
 
     It is applied to every call outside torch.compile: inside functional transforms, `requires_grad` does not show
-    whether a derivative is needed.
+    whether a derivative is needed. A condition that is not kept for that reason is computed again.
     """
 
     Backward = once_differentiable(name, backward_op)
 
     class Forward(torch.autograd.Function):
+        """(*tensors, *options, backend, keep_cond) -> results, and the condition if it is kept."""
+
         generate_vmap_rule = True
 
         @staticmethod
         def forward(*arguments: Any) -> Any:
-            return forward_op(*arguments)
+            *inputs, keep_cond = arguments
+            return with_cond_op(*inputs) if keep_cond and with_cond_op else forward_op(*inputs)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*inputs[:tensor_count])
-            ctx.scalars = inputs[tensor_count:]
+            tensors, ctx.scalars, keep_cond = inputs[:tensor_count], inputs[tensor_count:-1], inputs[-1]
+            if keep_cond:
+                ctx.set_materialize_grads(False)  # zeros for the gradient of the condition would be as large as it
+                ctx.mark_non_differentiable(output[-1])
+                tensors = (*tensors, output[-1])
+            elif with_cond_op:
+                tensors = (*tensors, None)
+            ctx.save_for_backward(*tensors)
+            ctx.keeps_cond = keep_cond
 
         @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
             needs = list(ctx.needs_input_grad[:tensor_count])
-            tensors = (*gradients, *ctx.saved_tensors)
+            saved = ctx.saved_tensors
+            if ctx.keeps_cond:
+                gradients = gradients[:-1]
+                if any(gradient is None for gradient in gradients):
+                    likes = outputs_of(fake(*saved[:tensor_count], *ctx.scalars[:-1]))
+                    pairs = zip(gradients, likes, strict=True)
+                    gradients = tuple(torch.zeros_like(like) if given is None else given for given, like in pairs)
             function: Any = Backward
             differentiate = function.apply if torch.is_grad_enabled() else backward_op
-            results = differentiate(*tensors, *ctx.scalars, needs)
+            results = differentiate(*gradients, *saved, *ctx.scalars, needs)
             wanted = [result if need else None for result, need in zip(results, needs, strict=True)]
-            return (*wanted, *[None] * len(ctx.scalars))
+            return (*wanted, *[None] * (len(ctx.scalars) + 1))
 
     class ForwardWithJvp(Forward):
         """Used outside torch.compile, which rejects autograd functions that define jvp."""
@@ -309,13 +356,23 @@ def _differentiable(name: str, forward_op: Operation, backward_op: Operation, te
         def jvp(ctx: Any, *tangents: torch.Tensor) -> None:
             refuse_forward_mode(name)
 
-    def apply(*arguments: Any) -> Any:
+    def apply(*arguments: Any, keep_cond: bool = False) -> Any:
         compiling = torch.compiler.is_compiling()
-        if compiling:  # torch.compile does not trace an autograd function without a gradient
+        if compiling or keep_cond:
             tensors = [tensor for tensor in arguments[:tensor_count] if tensor is not None]
             if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-                return forward_op(*arguments)
+                keep_cond = False
+                if compiling:  # torch.compile does not trace an autograd function without a gradient
+                    return forward_op(*arguments)
         function: Any = Forward if compiling else ForwardWithJvp
-        return function.apply(*arguments)
+        results = function.apply(*arguments, keep_cond)
+        if not keep_cond:
+            return results
+        outputs = results[:-1]
+        return outputs if len(outputs) > 1 else outputs[0]
 
     return apply
+
+
+def outputs_of(results: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)

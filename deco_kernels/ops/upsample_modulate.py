@@ -19,6 +19,7 @@ def upsample_modulate(
     mod_weight: torch.Tensor,
     mod_bias: torch.Tensor,
     *,
+    save_memory: bool = False,
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,7 +29,7 @@ def upsample_modulate(
         shift, scale, gate = chunk3(mod_weight @ SiLU(y) + mod_bias)
         modulated = LayerNorm(h; norm_weight, norm_bias, eps) * (1 + scale) + shift
 
-    Neither y nor the 3D-wide modulation is stored as a whole.
+    The 3D-wide modulation is never stored as a whole.
 
     Args:
         h: [..., P, D], the pixels of every token.
@@ -37,6 +38,8 @@ def upsample_modulate(
         up_weight, up_bias: [P*D, Z], [P*D]; row k*D + d belongs to channel d of pixel k.
         norm_weight, norm_bias: [D].
         mod_weight, mod_bias: [3D, D], [3D], rows ordered shift, scale, gate.
+        save_memory: whether the backward computes y [..., P, D] again. By default the forward keeps it for the
+            backward, in the activation dtype, if a gradient is wanted.
         eps: added to the variance in LayerNorm.
         backend: as in `pixel_decoder`.
 
@@ -51,10 +54,11 @@ def upsample_modulate(
     weights = (up_weight, up_bias, norm_weight, norm_bias, mod_weight, mod_bias)
     checks.check_tensors(name, (h, tokens, *weights))
     checks.check_shapes(name, (h, tokens, *weights))
+    save_memory = checks.check_flag(name, "save_memory", save_memory)
     eps = checks.check_eps(name, eps)
     h, tokens = checks.autocast_activation(h, tokens)
     checks.check_same_dtype(name, "tokens", tokens, "h", h)
-    modulated, gate = _upsample_modulate(h, tokens, *weights, eps, chosen_backend(backend))
+    modulated, gate = _upsample_modulate(h, tokens, *weights, eps, chosen_backend(backend), keep_cond=not save_memory)
     return modulated, gate
 
 
@@ -70,4 +74,10 @@ def _fake(h: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return tuple(torch.empty_like(h, memory_format=torch.contiguous_format) for _ in range(2))
 
 
-_upsample_modulate = define_op("upsample_modulate", "float eps", ("modulated", "gate"), _request, _fake)
+def _fake_cond(h: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
+
+
+_upsample_modulate = define_op(
+    "upsample_modulate", "float eps", ("modulated", "gate"), _request, _fake, fake_cond=_fake_cond
+)

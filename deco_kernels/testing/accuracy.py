@@ -76,7 +76,8 @@ def eager(op: str, tensors: dict[str, torch.Tensor | None], options: dict[str, i
     module = "flow_matching_loss" if op in LOSSES else op
     reference = importlib.import_module(f"deco_kernels.backends.reference.{module}")
     formula = reference.frequency_formula if op == "frequency_loss" else reference.formula
-    options = dict(options) if op in LOSSES else {**options, "eps": options.get("eps", 1e-6)}
+    options = {name: value for name, value in options.items() if name != "save_memory"}  # it changes no result
+    options = options if op in LOSSES else {**options, "eps": options.get("eps", 1e-6)}
     if op in LOSSES:
         tensors = {name: None if t is None else t.to(_loss_dtype(t)) for name, t in tensors.items()}
         return formula(*tensors.values(), *options.values())

@@ -17,6 +17,8 @@ OPS = (
 LOSSES = ("flow_matching_loss", "frequency_loss")
 ONE_PASS = ("pixel_decoder_loss",)
 """Ops whose forward also computes the gradients; only their first output is differentiable."""
+KEEPS_COND = ("upsample_modulate", "pixel_decoder_from_tokens")
+"""Ops that keep the upsampled condition between forward and backward, or with `save_memory` compute it again."""
 
 
 class Inputs(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deco_kernels import native, testing
-from deco_kernels.testing.inputs import ONE_PASS
+from deco_kernels.testing.inputs import KEEPS_COND, ONE_PASS
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -68,35 +68,43 @@ class Case(NamedTuple):
     weight_dtype: torch.dtype = F32
     token_width: int = 48
     seed: int = 0
+    save_memory: bool = False  # of the ops in KEEPS_COND
 
     def inputs(self, op: str) -> testing.Inputs:
         arguments = self._asdict()
-        view = LAYOUTS[arguments.pop("layout")]
-        return in_layout(testing.random_inputs(op, **arguments), view)
+        view, save_memory = LAYOUTS[arguments.pop("layout")], arguments.pop("save_memory")
+        inputs = in_layout(testing.random_inputs(op, **arguments), view)
+        return with_choice(inputs, save_memory) if op in KEEPS_COND else inputs
 
     @property
     def label(self) -> str:
         batch, height, width = self.image_size
         kinds = "-".join(str(t).removeprefix("torch.") for t in (self.dtype, self.other_dtype, self.weight_dtype) if t)
         sizes = f"D{self.width}N{self.depth}p{self.patch_size}C{self.channels}-{batch}x{height}x{width}"
-        return f"{kinds}-{sizes}" + f"-{self.layout}" * (self.layout != "contiguous")
+        return f"{kinds}-{sizes}" + f"-{self.layout}" * (self.layout != "contiguous") + "-saving" * self.save_memory
 
 
-# Any two values of dtype, D, N (one, few or many blocks), p, C and layout occur together; a test holds this.
+def with_choice(inputs: testing.Inputs, save_memory: bool) -> testing.Inputs:
+    """The same call of an op in KEEPS_COND with this choice."""
+    return inputs._replace(options=inputs.options | {"save_memory": save_memory})
+
+
+# Any two values of dtype, D, N (one, few or many blocks), p, C, layout and save_memory occur together, which a test
+# asserts.
 DECODER_CASES = [
     Case(F32),
-    Case(BF16),
+    Case(BF16, save_memory=True),
     Case(F16),
-    Case(F16, 16, 1, 1, (1, 61, 71), 3, "padded"),
+    Case(F16, 16, 1, 1, (1, 61, 71), 3, "padded", save_memory=True),
     Case(BF16, 32, 2, 1, (1, 67, 63), 1, token_width=9),
     Case(F32, 64, 6, 1, (5, 29, 31), 4, "channels_last"),
     Case(BF16, 16, 2, 2, (1, 46, 98), 3, "channels_last", weight_dtype=F16),
     Case(F16, 32, 8, 2, (1, 58, 74), 4, "padded"),
-    Case(F32, 64, 1, 2, (3, 34, 42), 1, token_width=130),
-    Case(BF16, 16, 6, 4, (1, 60, 72), 4, other_dtype=BF16, weight_dtype=BF16),
+    Case(F32, 64, 1, 2, (3, 34, 42), 1, token_width=130, save_memory=True),
+    Case(BF16, 16, 6, 4, (1, 60, 72), 4, other_dtype=BF16, weight_dtype=BF16, save_memory=True),
     Case(F32, 32, 1, 4, (1, 52, 84), 1, "channels_last"),
     Case(F16, 64, 3, 4, (1, 52, 84), 3, "padded", other_dtype=F16, weight_dtype=F16),
-    Case(F32, 16, 3, 8, (3, 24, 64), 4, "channels_last", other_dtype=BF16),
+    Case(F32, 16, 3, 8, (3, 24, 64), 4, "channels_last", other_dtype=BF16, save_memory=True),
     Case(F16, 32, 6, 8, (1, 56, 80), 3),
     Case(BF16, 64, 1, 8, (1, 40, 104), 1, "padded"),
     Case(F16, 16, 6, 16, (2, 48, 96), 1, "channels_last"),
@@ -144,6 +152,7 @@ VALUES = {
     "patch_size": (1, 2, 4, 8, 16),
     "channels": (1, 3, 4),
     "layout": tuple(LAYOUTS),
+    "save_memory": (False, True),
 }
 
 

@@ -5,7 +5,7 @@ import torch
 
 from deco_kernels import native, testing
 from deco_kernels.backends import upsample
-from tests.ops.cases import BF16, F16, F32, small_inputs
+from tests.ops.cases import BF16, F16, F32, KEEPS_COND, small_inputs, with_choice
 
 pytestmark = pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason="needs the native CPU module")
 
@@ -20,11 +20,11 @@ def chunk_size(monkeypatch):
 
 
 # 3 images of 2 x 3 tokens: chunks of a row of patches, of an image, of two images and one image, of everything
-@pytest.mark.parametrize("tokens", [2, 5, 10, 100])
-@pytest.mark.parametrize("op", ["upsample_modulate", "pixel_decoder_from_tokens"])
+@pytest.mark.parametrize(("tokens", "save_memory"), [(2, True), (5, False), (10, True), (100, False)])
+@pytest.mark.parametrize("op", KEEPS_COND)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 1e-6), (BF16, 1e-2), (F16, 1e-3)])
-def test_chunks_give_the_same_gradients(op, dtype, tolerance, tokens, chunk_size):
-    inputs = small_inputs(op, dtype, image_size=(3, 8, 12))
+def test_chunks_give_the_same_gradients(op, dtype, tolerance, tokens, save_memory, chunk_size):
+    inputs = with_choice(small_inputs(op, dtype, image_size=(3, 8, 12)), save_memory)
     whole = testing.run(inputs, "cpu")
     chunk_size(tokens)
     chunked = testing.run(inputs, "cpu")

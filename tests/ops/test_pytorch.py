@@ -13,6 +13,7 @@ from tests.ops.cases import (
     DEFAULTS,
     F16,
     F32,
+    KEEPS_COND,
     KERNEL_OPS,
     ONE_PASS,
     OPS,
@@ -71,8 +72,14 @@ def opcheck(implementation, op, inputs):
         kept = pass_with_gradients(*arguments, every_second)[len(inputs.grad_outputs) :]
         torch.library.opcheck(backward, (inputs.grad_outputs[0], *kept), **without_autograd)
         return
-    for needs in ([True] * len(inputs.tensors), every_second):
-        torch.library.opcheck(backward, (*inputs.grad_outputs, *arguments, needs))
+    conds = [()]
+    if op in KEEPS_COND:
+        with_cond = getattr(operators, f"{op}_with_cond").default
+        torch.library.opcheck(with_cond, arguments)
+        conds = [(with_cond(*arguments)[-1],), (None,)]
+    scalars = arguments[len(inputs.tensors) :]
+    for needs, cond in zip(([True] * len(inputs.tensors), every_second), 2 * conds, strict=False):
+        torch.library.opcheck(backward, (*inputs.grad_outputs, *inputs.tensors.values(), *cond, *scalars, needs))
 
 
 @each_op
@@ -284,7 +291,8 @@ def test_observers_see_the_operators(op, observe):
     inputs = small_inputs(op)
     results = []
     seen = observe(lambda: results.append(gradients_of(loss_of, inputs)))
-    assert f"deco_kernels.{op}{'_with_gradients' * (op in ONE_PASS)}.default" in seen
+    suffix = "_with_gradients" if op in ONE_PASS else "_with_cond" if op == "upsample_modulate" else ""
+    assert f"deco_kernels.{op}{suffix}.default" in seen
     # PyTorch runs the backward pass outside function modes.
     assert f"deco_kernels.{op}_backward.default" in seen or observe is operators_in_a_function_mode
     assert_same(results[0], gradients_of(loss_of, inputs))

@@ -18,4 +18,7 @@ void select_isa(const std::string& name);
 // Floats per vector of the current instruction set.
 int vector_lanes();
 
+// Whether the processor and the operating system support AMX with bfloat16. The kernels do not use it.
+bool has_amx_bf16();
+
 }  // namespace deco::cpu

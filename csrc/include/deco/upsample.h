@@ -13,12 +13,14 @@ struct UpsampleArrays {
   Rows rows;                 // [T, Z]; its dtype is the activation dtype
   Array weight;              // [P*D, Z], row k*D + d for channel d of pixel k
   Array bias;                // [P*D]
+  PixelRows cond;            // written unless its data is null: the upsampled tokens, [T, P, D]
 
   template <class Visit>
   void fields(Visit&& visit) {
     visit("upsample_sizes", tokens, token_width, pixels_per_token, width);
     visit("tokens", rows);
     visit("upsample_weights", weight, bias);
+    visit("cond", cond);
   }
 };
 

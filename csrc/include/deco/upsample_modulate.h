@@ -1,11 +1,60 @@
-// Token-to-pixel upsample, LayerNorm and modulation of one decoder block on the CPU (DeCo, arXiv 2511.19365,
-// section 3).
+// Token-to-pixel upsample, LayerNorm and modulation of one decoder block (DeCo, arXiv 2511.19365, section 3).
 #pragma once
 
 #include "deco/adaln_block.h"
 #include "deco/upsample.h"
 
-namespace deco::cpu {
+namespace deco {
+
+// LayerNorm and modulation of rows: upsample_modulate after its matmul. cond: the upsampled tokens.
+struct ModulateForward {
+  int64_t rows = 0;
+  int width = 0;              // D: 16, 32 or 64
+  Rows h, cond;               // [rows, D], of one dtype, the activation dtype
+  BlockWeightArrays weights;  // N = 1, only norm and mod
+  Rows modulated, gate;       // written: [rows, D], dtype of h
+  float eps = 0;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("rows", rows);
+    visit("D", width);
+    visit("h", h);
+    visit("cond", cond);
+    weights.modulation("weights", visit);
+    visit("modulated", modulated);
+    visit("gate", gate);
+    visit("eps", eps);
+  }
+};
+
+struct ModulateBackward {
+  int64_t rows = 0;
+  int width = 0;
+  Rows grad_modulated, grad_gate, h, cond;
+  BlockWeightArrays weights;
+  // Written; gradients with null data are not computed.
+  Rows grad_h, grad_cond;
+  BlockWeightArrays grad_weights;
+  float eps = 0;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("rows", rows);
+    visit("D", width);
+    visit("grad_modulated", grad_modulated);
+    visit("grad_gate", grad_gate);
+    visit("h", h);
+    visit("cond", cond);
+    weights.modulation("weights", visit);
+    visit("grad_h", grad_h);
+    visit("grad_cond", grad_cond);
+    grad_weights.modulation("grad_weights", visit);
+    visit("eps", eps);
+  }
+};
+
+namespace cpu {
 
 struct UpsampleModulateForward {
   UpsampleArrays upsample;
@@ -27,32 +76,12 @@ struct UpsampleModulateForward {
   }
 };
 
-struct UpsampleModulateBackward {
-  UpsampleArrays upsample;
-  PixelRows grad_modulated, grad_gate, h;  // [T, P, D]
-  BlockWeightArrays weights;
-  // Written; gradients with null data are not computed. grad_cond: gradient of the upsampled tokens.
-  PixelRows grad_h, grad_cond;
-  BlockWeightArrays grad_weights;
-  float eps = 0;
-  int threads = 1;
-
-  template <class Visit>
-  void fields(Visit&& visit) {
-    upsample.fields(visit);
-    visit("grad_modulated", grad_modulated);
-    visit("grad_gate", grad_gate);
-    visit("h", h);
-    weights.modulation("weights", visit);
-    visit("grad_h", grad_h);
-    visit("grad_cond", grad_cond);
-    grad_weights.modulation("grad_weights", visit);
-    visit("eps", eps);
-    visit("threads", threads);
-  }
-};
+struct ModulateForward : Threaded<deco::ModulateForward> {};
+struct ModulateBackward : Threaded<deco::ModulateBackward> {};
 
 void upsample_modulate_forward(const UpsampleModulateForward& call);
-void upsample_modulate_backward(const UpsampleModulateBackward& call);
+void modulate_forward(const ModulateForward& call);
+void modulate_backward(const ModulateBackward& call);
 
-}  // namespace deco::cpu
+}  // namespace cpu
+}  // namespace deco

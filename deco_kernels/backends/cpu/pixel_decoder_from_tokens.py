@@ -1,5 +1,6 @@
-"""pixel_decoder_from_tokens on the CPU: csrc/cpu/pixel_decoder_from_tokens.cpp. The backward recomputes cond in chunks
-and runs csrc/cpu/pixel_decoder_backward.cpp on each."""
+"""pixel_decoder_from_tokens on the CPU: csrc/cpu/pixel_decoder_from_tokens.cpp, or where PyTorch multiplies
+csrc/cpu/pixel_decoder.cpp. In the backward, csrc/cpu/pixel_decoder_backward.cpp runs on chunks of the conditions of the
+forward or of PyTorch's."""
 
 from __future__ import annotations
 
@@ -22,16 +23,47 @@ def forward(
     eps: float,
 ) -> torch.Tensor:
     """velocity [B, C, H, W] in the dtype of tokens."""
-    tokens = arguments.readable_rows(tokens)
+    return _forward(image, tokens, up, weights, None, patch_size, eps)
+
+
+def forward_with_cond(
+    image: torch.Tensor,
+    tokens: torch.Tensor,
+    up: UpsampleWeights,
+    weights: DecoderWeights,
+    patch_size: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """velocity, and the conditions [..., P, D]."""
+    cond = torch.empty(*tokens.shape[:-1], *weights.pixel_table.shape, dtype=tokens.dtype)
+    return _forward(image, tokens, up, weights, cond, patch_size, eps), cond
+
+
+def _forward(
+    image: torch.Tensor,
+    tokens: torch.Tensor,
+    up: UpsampleWeights,
+    weights: DecoderWeights,
+    cond: torch.Tensor | None,
+    patch_size: int,
+    eps: float,
+) -> torch.Tensor:
+    """velocity; writes the conditions to `cond` if it is given."""
     up, weights = arguments.contiguous(up), arguments.contiguous(weights)
     pixels, width = weights.pixel_table.shape
     velocity = torch.empty(image.shape, dtype=tokens.dtype)
+    if native.upsamples_in_pytorch(tokens.dtype):
+        upsample = UpsampleGradients(tokens, up, needs=(False,) * 3)
+        _decode(image, upsample, weights, cond, velocity, patch_size, eps)
+        return velocity
+    tokens = arguments.readable_rows(tokens)
     native.cpu().pixel_decoder_from_tokens_forward(
         arguments.decoder_sizes(image, weights, patch_size),
         arguments.image(image),
         arguments.upsample_sizes(tokens, pixels, width),
         arguments.rows(tokens),
         arguments.arrays(up),
+        arguments.pixel_rows(cond),
         arguments.arrays(weights),
         arguments.image(velocity),
         eps,
@@ -40,34 +72,67 @@ def forward(
     return velocity
 
 
+def _decode(
+    image: torch.Tensor,
+    upsample: UpsampleGradients,
+    weights: DecoderWeights,
+    kept: torch.Tensor | None,
+    velocity: torch.Tensor,
+    patch_size: int,
+    eps: float,
+) -> None:
+    """Write velocity, and the conditions to `kept` if it is given, from conditions of PyTorch in chunks."""
+    pixels, width = weights.pixel_table.shape
+    kept_rows = None if kept is None else kept.view(-1, pixels * width)
+    first = 0
+    for images, lines in image_chunks(image.shape, patch_size, chunk_tokens(upsample.up)):
+        image_chunk = image[images, :, lines]
+        last = first + image_chunk[:, 0].numel() // pixels
+        native.cpu().pixel_decoder_forward(
+            arguments.decoder_sizes(image_chunk, weights, patch_size),
+            arguments.image(image_chunk),
+            arguments.pixel_rows(upsample.cond(first, last, kept_rows).view(-1, pixels, width)),
+            arguments.arrays(weights),
+            arguments.image(velocity[images, :, lines]),
+            eps,
+            torch.get_num_threads(),
+        )
+        first = last
+
+
 def backward(
     grad_velocity: torch.Tensor,
     image: torch.Tensor,
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: DecoderWeights,
+    cond: torch.Tensor | None,
     patch_size: int,
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (image, tokens, upsample weights, decoder weights); None where `needs` is False."""
+    """Gradients of (image, tokens, upsample weights, decoder weights); None where `needs` is False.
+
+    `cond` has the conditions of the forward; None if they are computed again.
+    """
     weights = arguments.contiguous(weights)
     pixels, width = weights.pixel_table.shape
     grad_image = torch.empty(image.shape, dtype=image.dtype) if needs[0] else None
     upsample = UpsampleGradients(tokens, up, needs[1:4])
     totals = arguments.zero_totals(weights, needs[4:])
+    kept_rows = None if cond is None else cond.reshape(-1, pixels * width)
     first = 0
     for images, lines in image_chunks(image.shape, patch_size, chunk_tokens(up)):
         image_chunk = image[images, :, lines]
         count = image_chunk[:, 0].numel() // pixels
-        cond = upsample.cond(first, first + count).view(count, pixels, width)
+        cond_chunk = upsample.cond(first, first + count) if kept_rows is None else kept_rows[first : first + count]
         grad_cond = upsample.new_grad_cond(count, pixels)
         grads = arguments.empty_parts(totals)
         native.cpu().pixel_decoder_backward(
             arguments.decoder_sizes(image_chunk, weights, patch_size),
             arguments.image(grad_velocity[images, :, lines]),
             arguments.image(image_chunk),
-            arguments.pixel_rows(cond),
+            arguments.pixel_rows(cond_chunk.view(count, pixels, width)),
             arguments.arrays(weights),
             arguments.image(None if grad_image is None else grad_image[images, :, lines]),
             arguments.pixel_rows(grad_cond),

@@ -1,8 +1,11 @@
-"""upsample_modulate on the CPU: csrc/cpu/upsample_modulate.cpp and upsample_modulate_backward.cpp."""
+"""upsample_modulate on the CPU: csrc/cpu/upsample_modulate.cpp and, where PyTorch multiplies, csrc/cpu/modulate.cpp.
+
+In the backward, the conditions are those of the forward or PyTorch's, and the matmuls of the gradients are PyTorch's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -11,18 +14,44 @@ from deco_kernels.backends import arguments
 from deco_kernels.backends.upsample import UpsampleGradients, chunk_tokens
 from deco_kernels.signatures import ModulationWeights, UpsampleWeights
 
+Results = tuple[torch.Tensor, torch.Tensor]
+
 
 def forward(
     h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Results:
     """(modulated, gate) with the shape and dtype of h."""
-    h, tokens = arguments.readable_pixel_rows(h), arguments.readable_rows(tokens)
+    return _forward(h, tokens, up, weights, None, eps)
+
+
+def forward_with_cond(
+    h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
+) -> tuple[Results, torch.Tensor]:
+    """The results of `forward`, and the conditions [..., P, D]."""
+    cond = torch.empty(h.shape, dtype=h.dtype)
+    return _forward(h, tokens, up, weights, cond, eps), cond
+
+
+def _forward(
+    h: torch.Tensor,
+    tokens: torch.Tensor,
+    up: UpsampleWeights,
+    weights: ModulationWeights,
+    cond: torch.Tensor | None,
+    eps: float,
+) -> Results:
+    """(modulated, gate); writes the conditions to `cond` if it is given."""
     up, weights = arguments.contiguous(up), arguments.contiguous(weights)
     modulated, gate = torch.empty(h.shape, dtype=h.dtype), torch.empty(h.shape, dtype=h.dtype)
+    if native.upsamples_in_pytorch(h.dtype):
+        _modulate(h, UpsampleGradients(tokens, up, needs=(False,) * 3), weights, cond, modulated, gate, eps)
+        return modulated, gate
+    h, tokens = arguments.readable_pixel_rows(h), arguments.readable_rows(tokens)
     native.cpu().upsample_modulate_forward(
         arguments.upsample_sizes(tokens, *h.shape[-2:]),
         arguments.rows(tokens),
         arguments.arrays(up),
+        arguments.pixel_rows(cond),
         arguments.pixel_rows(h),
         arguments.arrays(weights),
         arguments.pixel_rows(modulated),
@@ -33,6 +62,34 @@ def forward(
     return modulated, gate
 
 
+def _modulate(
+    h: torch.Tensor,
+    upsample: UpsampleGradients,
+    weights: ModulationWeights,
+    kept: torch.Tensor | None,
+    modulated: torch.Tensor,
+    gate: torch.Tensor,
+    eps: float,
+) -> None:
+    """Write modulated and gate, and the conditions to `kept` if it is given, from conditions of PyTorch in chunks."""
+    pixels, width = h.shape[-2:]
+    kept_rows = None if kept is None else kept.view(-1, pixels * width)
+    h_rows, modulated_rows, gate_rows = _rows(h), modulated.view(-1, width), gate.view(-1, width)
+    for first, last in _chunks(upsample):
+        rows = slice(first * pixels, last * pixels)
+        cond = upsample.cond(first, last, kept_rows).view(-1, width)
+        native.cpu().modulate_forward(
+            *arguments.row_sizes(cond),
+            arguments.rows(h_rows[rows]),
+            arguments.rows(cond),
+            arguments.arrays(weights),
+            arguments.rows(modulated_rows[rows]),
+            arguments.rows(gate_rows[rows]),
+            eps,
+            torch.get_num_threads(),
+        )
+
+
 def backward(
     grad_modulated: torch.Tensor,
     grad_gate: torch.Tensor,
@@ -40,43 +97,50 @@ def backward(
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: ModulationWeights,
+    cond: torch.Tensor | None,
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (h, tokens, upsample weights, modulation weights); None where `needs` is False."""
+    """Gradients of (h, tokens, upsample weights, modulation weights); None where `needs` is False.
+
+    `cond` has the conditions of the forward; None if they are computed again.
+    """
     up, weights = arguments.contiguous(up), arguments.contiguous(weights)
     pixels, width = h.shape[-2:]
-    grad_modulated, grad_gate, h_rows = (_token_rows(tensor) for tensor in (grad_modulated, grad_gate, h))
-    grad_h = torch.empty(h_rows.shape, dtype=h.dtype) if needs[0] else None
+    grad_h = torch.empty(h.shape, dtype=h.dtype) if needs[0] else None
+    grad_h_rows = None if grad_h is None else grad_h.view(-1, width)
     upsample = UpsampleGradients(tokens, up, needs[1:4])
-    rows = arguments.readable_rows(upsample.rows)
     totals = arguments.zero_totals(weights, needs[4:])
-    size = chunk_tokens(up)
-    for first in range(0, len(rows), size):
-        chunk = slice(first, first + size)
-        grad_cond = upsample.new_grad_cond(len(rows[chunk]), pixels)
+    inputs = [_rows(tensor) for tensor in (grad_modulated, grad_gate, h)]
+    kept_rows = None if cond is None else _rows(cond)
+    for first, last in _chunks(upsample):
+        rows = slice(first * pixels, last * pixels)
+        cond_rows = upsample.cond(first, last).view(-1, width) if kept_rows is None else kept_rows[rows]
+        grad_cond = upsample.new_grad_cond(last - first, pixels)
         grads = arguments.empty_parts(totals)
-        native.cpu().upsample_modulate_backward(
-            arguments.upsample_sizes(rows[chunk], pixels, width),
-            arguments.rows(rows[chunk]),
-            arguments.arrays(up),
-            *(arguments.pixel_rows(tensor[chunk]) for tensor in (grad_modulated, grad_gate, h_rows)),
+        native.cpu().modulate_backward(
+            *arguments.row_sizes(cond_rows),
+            *(arguments.rows(tensor[rows]) for tensor in inputs),
+            arguments.rows(cond_rows),
             arguments.arrays(weights),
-            arguments.pixel_rows(None if grad_h is None else grad_h[chunk]),
-            arguments.pixel_rows(grad_cond),
+            arguments.rows(None if grad_h_rows is None else grad_h_rows[rows]),
+            arguments.rows(grad_cond),
             arguments.arrays(grads),
             eps,
             torch.get_num_threads(),
         )
         arguments.add_gradients(totals, grads)
         upsample.add(first, grad_cond)
-    return (
-        None if grad_h is None else grad_h.view(h.shape),
-        *upsample.results(),
-        *arguments.cast_gradients(totals, weights),
-    )
+    return (grad_h, *upsample.results(), *arguments.cast_gradients(totals, weights))
 
 
-def _token_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Reshape [..., P, D] to [T, P, D] in a layout that the kernels can read."""
-    return arguments.readable_pixel_rows(tensor.reshape(-1, *tensor.shape[-2:]))
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Reshape [..., P, D] to [T·P, D] in a layout that the kernels can read."""
+    return arguments.readable_rows(tensor.reshape(-1, tensor.shape[-1]))
+
+
+def _chunks(upsample: UpsampleGradients) -> Iterator[tuple[int, int]]:
+    """(first, end) of consecutive chunks of tokens."""
+    tokens, size = len(upsample.rows), chunk_tokens(upsample.up)
+    for first in range(0, tokens, size):
+        yield first, min(first + size, tokens)

@@ -25,12 +25,40 @@ def forward(
     eps: float,
 ) -> torch.Tensor:
     """velocity [B, C, H, W] in the dtype of tokens."""
+    return _forward(image, tokens, up, weights, None, patch_size, eps)
+
+
+def forward_with_cond(
+    image: torch.Tensor,
+    tokens: torch.Tensor,
+    up: UpsampleWeights,
+    weights: DecoderWeights,
+    patch_size: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """velocity, and the conditions [..., P, D]."""
+    shape = (*tokens.shape[:-1], *weights.pixel_table.shape)
+    cond = torch.empty(shape, dtype=tokens.dtype, device=tokens.device)
+    return _forward(image, tokens, up, weights, cond, patch_size, eps), cond
+
+
+def _forward(
+    image: torch.Tensor,
+    tokens: torch.Tensor,
+    up: UpsampleWeights,
+    weights: DecoderWeights,
+    cond: torch.Tensor | None,
+    patch_size: int,
+    eps: float,
+) -> torch.Tensor:
+    """velocity; writes the conditions to `cond` if it is given."""
     upsample = UpsampleGradients(tokens, up, needs=(False, False, False))
     weights = arguments.contiguous(weights)
     velocity = torch.empty(image.shape, dtype=tokens.dtype, device=tokens.device)
+    kept = None if cond is None else cond.view(-1, weights.pixel_table.numel())
     for part, first, last in _chunks(image.shape, patch_size, forward_chunk_pixels(tokens, up, patch_size**2)):
-        cond = upsample.cond(first, last).view(last - first, *weights.pixel_table.shape)
-        pixel_decoder.run_forward(image[part], cond, weights, velocity[part], patch_size, eps)
+        conditions = upsample.cond(first, last, kept).view(last - first, *weights.pixel_table.shape)
+        pixel_decoder.run_forward(image[part], conditions, weights, velocity[part], patch_size, eps)
     return velocity
 
 
@@ -40,23 +68,29 @@ def backward(
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: DecoderWeights,
+    cond: torch.Tensor | None,
     patch_size: int,
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (image, tokens, upsample weights, decoder weights); None where `needs` is False."""
+    """Gradients of (image, tokens, upsample weights, decoder weights); None where `needs` is False.
+
+    `cond` has the conditions of the forward; None if they are computed again.
+    """
     upsample = UpsampleGradients(tokens, up, needs=needs[1:4])
     weights = arguments.contiguous(weights)
     totals = arguments.zero_totals(weights, needs[4:])
     grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device) if needs[0] else None
+    kept = None if cond is None else cond.reshape(-1, weights.pixel_table.numel())
     for part, first, last in _chunks(image.shape, patch_size, l2_cache.LARGE_PIXELS):
-        cond = upsample.cond(first, last).view(last - first, *weights.pixel_table.shape)
-        grad_cond = torch.empty_like(cond) if upsample.wanted else None
+        part_of_cond = upsample.cond(first, last) if kept is None else kept[first:last]
+        conditions = part_of_cond.view(last - first, *weights.pixel_table.shape)
+        grad_cond = torch.empty_like(conditions) if upsample.wanted else None
         grads = arguments.empty_parts(totals)
         pixel_decoder.run_backward(
             grad_velocity[part],
             image[part],
-            cond,
+            conditions,
             weights,
             None if grad_image is None else grad_image[part],
             grad_cond,

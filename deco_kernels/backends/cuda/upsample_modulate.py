@@ -16,23 +16,44 @@ def forward(
     h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(modulated, gate) with the shape and dtype of h."""
+    return _forward(h, tokens, up, weights, None, eps)
+
+
+def forward_with_cond(
+    h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The results of `forward`, and the conditions [..., P, D]."""
+    cond = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    return _forward(h, tokens, up, weights, cond, eps), cond
+
+
+def _forward(
+    h: torch.Tensor,
+    tokens: torch.Tensor,
+    up: UpsampleWeights,
+    weights: ModulationWeights,
+    cond: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(modulated, gate); writes the conditions to `cond` if it is given."""
     module = calls.module_for(h)
     modulated, gate = (torch.empty(h.shape, dtype=h.dtype, device=h.device) for _ in range(2))
     upsample = UpsampleGradients(tokens, up, needs=(False, False, False))
     weights = arguments.contiguous(weights)
     pixels, width = h.shape[-2:]
     h_rows, modulated_rows, gate_rows = _rows(h), modulated.view(-1, width), gate.view(-1, width)
+    kept = None if cond is None else cond.view(-1, pixels * width)
     for first, last in _token_chunks(len(upsample.rows), pixels, forward_chunk_pixels(tokens, up, pixels)):
         rows = slice(first * pixels, last * pixels)
-        cond = upsample.cond(first, last).view(-1, width)
+        conditions = upsample.cond(first, last, kept).view(-1, width)
         calls.launch(
             module.modulate_forward,
             module.modulate_forward_workspace(width),
             h,
-            len(cond),
+            len(conditions),
             width,
             arguments.rows(h_rows[rows]),
-            arguments.rows(cond),
+            arguments.rows(conditions),
             arguments.arrays(weights),
             arguments.rows(modulated_rows[rows]),
             arguments.rows(gate_rows[rows]),
@@ -48,10 +69,14 @@ def backward(
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: ModulationWeights,
+    cond: torch.Tensor | None,
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (h, tokens, upsample weights, modulation weights); None where `needs` is False."""
+    """Gradients of (h, tokens, upsample weights, modulation weights); None where `needs` is False.
+
+    `cond` has the conditions of the forward; None if they are computed again.
+    """
     module = calls.module_for(h)
     upsample = UpsampleGradients(tokens, up, needs=needs[1:4])
     weights = arguments.contiguous(weights)
@@ -60,19 +85,20 @@ def backward(
     grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     grad_h_rows = grad_h.view(-1, width)
     inputs = [_rows(tensor) for tensor in (grad_modulated, grad_gate, h)]
+    kept = None if cond is None else _rows(cond)
     for first, last in _token_chunks(len(upsample.rows), pixels, l2_cache.LARGE_PIXELS):
         rows = slice(first * pixels, last * pixels)
-        cond = upsample.cond(first, last).view(-1, width)
-        grad_cond = torch.empty_like(cond) if upsample.wanted else None
+        conditions = upsample.cond(first, last).view(-1, width) if kept is None else kept[rows]
+        grad_cond = torch.empty_like(conditions) if upsample.wanted else None
         grads = arguments.empty_parts(totals)
         calls.launch(
             module.modulate_backward,
-            module.modulate_backward_workspace(h.device.index or 0, len(cond), width),
+            module.modulate_backward_workspace(h.device.index or 0, len(conditions), width),
             h,
-            len(cond),
+            len(conditions),
             width,
             *(arguments.rows(tensor[rows]) for tensor in inputs),
-            arguments.rows(cond),
+            arguments.rows(conditions),
             arguments.arrays(weights),
             arguments.rows(grad_h_rows[rows]),
             arguments.rows(grad_cond),

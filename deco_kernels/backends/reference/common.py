@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from deco_kernels.backends.arguments import Gradients
-from deco_kernels.signatures import MATMUL, OPS, Argument, Group, flat, grouped
+from deco_kernels.signatures import MATMUL, OPS, Argument, Group, UpsampleWeights, flat, grouped
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -24,6 +24,11 @@ def prepare(op: str, inputs: Group, activation: torch.Tensor) -> Group:
         return (tensor.to(activation.dtype) if argument.rounding == MATMUL else tensor).to(dtype)
 
     return grouped(type(inputs), map(converted, OPS[op].arguments, flat(inputs)))
+
+
+def upsample(tokens: torch.Tensor, up: UpsampleWeights, shape: Sequence[int]) -> torch.Tensor:
+    """Conditions [..., P, D] of tokens [..., Z]; `shape` is (P, D)."""
+    return torch.nn.functional.linear(tokens, *up).unflatten(-1, shape)
 
 
 Matrix = tuple[tuple[float, ...], ...]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deco_kernels.backends.arguments import Gradients
 from deco_kernels.backends.reference.adaln_block import modulate
-from deco_kernels.backends.reference.common import differentiate, prepare
+from deco_kernels.backends.reference.common import differentiate, prepare, upsample
 from deco_kernels.signatures import ModulationWeights, UpsampleModulate, UpsampleWeights
 
 
@@ -15,15 +15,22 @@ def formula(
     h: Tensor, tokens: Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(modulated, gate), both [..., P, D]; every tensor in one dtype, or under autocast."""
-    return modulate(h, F.silu(F.linear(tokens, *up).unflatten(-1, h.shape[-2:])), weights, eps)
+    return modulate(h, F.silu(upsample(tokens, up, h.shape[-2:])), weights, eps)
 
 
 def forward(
     h: Tensor, tokens: Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
 ) -> tuple[Tensor, Tensor]:
+    return forward_with_cond(h, tokens, up, weights, eps)[0]
+
+
+def forward_with_cond(
+    h: Tensor, tokens: Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
     inputs = prepare("upsample_modulate", UpsampleModulate(h, tokens, up, weights), h)
-    modulated, gate = (output.to(h.dtype).contiguous() for output in formula(*inputs, eps))
-    return modulated, gate
+    cond = upsample(inputs.tokens, inputs.up, h.shape[-2:])
+    modulated, gate = modulate(inputs.h, F.silu(cond), inputs.weights, eps)
+    return (modulated.to(h.dtype).contiguous(), gate.to(h.dtype).contiguous()), cond.to(h.dtype).contiguous()
 
 
 def backward(
@@ -33,9 +40,11 @@ def backward(
     tokens: Tensor,
     up: UpsampleWeights,
     weights: ModulationWeights,
+    cond: Tensor | None,
     eps: float,
     needs: Sequence[bool],
 ) -> Gradients:
+    """Differentiates the formula, which computes the condition again."""
     inputs = UpsampleModulate(h, tokens, up, weights)
     prepared = prepare("upsample_modulate", inputs, h)
     return differentiate(formula, (eps,), prepared, inputs, needs, (grad_modulated, grad_gate))

@@ -31,15 +31,43 @@ def forward(
     eps: float,
 ) -> torch.Tensor:
     """velocity [B, C, H, W] in the dtype of tokens."""
+    return _forward(image, tokens, up, weights, None, patch_size, eps)
+
+
+def forward_with_cond(
+    image: torch.Tensor,
+    tokens: torch.Tensor,
+    up: UpsampleWeights,
+    weights: DecoderWeights,
+    patch_size: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """velocity, and the conditions [..., P, D]."""
+    shape = (*tokens.shape[:-1], *weights.pixel_table.shape)
+    cond = torch.empty(shape, dtype=tokens.dtype, device=tokens.device)
+    return _forward(image, tokens, up, weights, cond, patch_size, eps), cond
+
+
+def _forward(
+    image: torch.Tensor,
+    tokens: torch.Tensor,
+    up: UpsampleWeights,
+    weights: DecoderWeights,
+    cond: torch.Tensor | None,
+    patch_size: int,
+    eps: float,
+) -> torch.Tensor:
+    """velocity; writes the conditions to `cond` if it is given."""
     velocity = torch.empty(image.shape, dtype=tokens.dtype, device=tokens.device)
     with device_guard(tokens), torch.no_grad():
         packed = pack(weights.blocks, tokens.dtype)
         decoder_weights = query_and_head(weights)
         upsample = Upsample(tokens, up, weights.pixel_table.shape)
+        kept = None if cond is None else cond.view(-1, weights.pixel_table.numel())
         chunk_tokens = max(1, forward_chunk_pixels(tokens, up, patch_size**2) // patch_size**2)
         for start, length in chunks(upsample.tokens.shape[0], chunk_tokens):
-            cond = upsample.cond(start, length)
-            run_forward(image, cond, packed, decoder_weights, velocity, start, patch_size, eps)
+            conditions = upsample.cond(start, length, kept)
+            run_forward(image, conditions, packed, decoder_weights, velocity, start, patch_size, eps)
     return velocity
 
 
@@ -49,21 +77,26 @@ def backward(
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: DecoderWeights,
+    cond: torch.Tensor | None,
     patch_size: int,
     eps: float,
     needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients of (image, tokens, upsample weights, decoder weights); None where `needs` is False."""
+    """Gradients of (image, tokens, upsample weights, decoder weights); None where `needs` is False.
+
+    `cond` has the conditions of the forward; None if they are computed again.
+    """
     upsample_needs = needs[1:4]
     needed = (needs[0], any(upsample_needs), any(needs[4:]))
     with device_guard(tokens), torch.no_grad():
         sums = DecoderBackward(image, grad_velocity, weights, tokens.dtype, patch_size, eps, needed)
         upsample = Upsample(tokens, up, weights.pixel_table.shape)
+        kept = None if cond is None else cond.reshape(-1, *weights.pixel_table.shape)
         chunk_tokens = max(1, l2_cache.large_pixels(2 * sums.width * tokens.element_size()) // patch_size**2)
         for start, length in chunks(upsample.tokens.shape[0], chunk_tokens):
-            cond = upsample.cond(start, length)
-            grad_cond = torch.empty_like(cond)
-            sums.add(cond, start, grad_cond)
+            conditions = upsample.cond(start, length) if kept is None else kept[start : start + length]
+            grad_cond = torch.empty_like(conditions)
+            sums.add(conditions, start, grad_cond)
             upsample.add_gradients(start, grad_cond, upsample_needs)
         grad_weights = sums.grad_weights() if needed[2] else (None,) * len(needs[4:])
         grads = (sums.grad_image, *upsample.grads(upsample_needs), *grad_weights)

@@ -5,8 +5,8 @@
 
 A persistent program iterates over tiles of `block` pixels; SiLU(y), the modulation and LN(h) of a tile stay in
 registers; the three D×D matrices pass through shared memory. Forward: 6·D² FLOPs and 3·D values moved per pixel in
-addition to y, which comes from the L2 cache. Backward: recomputes y, 18·D² FLOPs, 5·D values. Weight gradients as in
-adaln_block.py: registers, partial buffers, a sum in fixed order.
+addition to y, which comes from the L2 cache. Backward: reads or recomputes y, 18·D² FLOPs, 5·D values. Weight gradients
+as in adaln_block.py: registers, partial buffers, a sum in fixed order.
 """
 
 from __future__ import annotations
@@ -130,18 +130,39 @@ def forward(
     h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(modulated, gate), both with the shape and dtype of h."""
+    return _forward(h, tokens, up, weights, None, eps)
+
+
+def forward_with_cond(
+    h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The results of `forward`, and the conditions [..., P, D]."""
+    cond = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    return _forward(h, tokens, up, weights, cond, eps), cond
+
+
+def _forward(
+    h: torch.Tensor,
+    tokens: torch.Tensor,
+    up: UpsampleWeights,
+    weights: ModulationWeights,
+    cond: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(modulated, gate); writes the conditions to `cond` if it is given."""
     modulated, gate = (torch.empty(h.shape, dtype=h.dtype, device=h.device) for _ in range(2))
     with device_guard(h), torch.no_grad():
         packed = pack(one_block(weights), h.dtype)
         h = collapsed_rows(h, 2)
         pixels, width = h.shape[1:]
         upsample = Upsample(tokens, up, (pixels, width))
+        kept = None if cond is None else cond.view(-1, pixels * width)
         modulated_rows, gate_rows = modulated.view(h.shape), gate.view(h.shape)
         for start, length in chunks(h.shape[0], max(1, forward_chunk_pixels(tokens, up, pixels) // pixels)):
             part = slice(start, start + length)
             launch_over_rows(
                 forward_kernel, "upsample_modulate", length * pixels, h,
-                h[part], h.stride(0), h.stride(1), upsample.cond(start, length), *packed,
+                h[part], h.stride(0), h.stride(1), upsample.cond(start, length, kept), *packed,
                 modulated_rows[part], gate_rows[part], length, PIXELS=pixels, EPS=eps,
             )  # fmt: skip
     return modulated, gate
@@ -154,10 +175,14 @@ def backward(
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: ModulationWeights,
+    cond: torch.Tensor | None,
     eps: float,
     needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients of (h, tokens, upsample weights, modulation weights); None where `needs` is False."""
+    """Gradients of (h, tokens, upsample weights, modulation weights); None where `needs` is False.
+
+    `cond` has the conditions of the forward; None if they are computed again.
+    """
     stacked = one_block(weights)
     upsample_needs = needs[1:4]
     cond_needed, weights_needed = any(upsample_needs), any(needs[4:])
@@ -169,16 +194,17 @@ def backward(
         upsample = Upsample(tokens, up, (pixels, width))
         sums = weight_partials("upsample_modulate_backward", h, 1, 3) if weights_needed else (grad_h, grad_h)
         grad_h_rows = grad_h.view(h.shape)
+        kept = None if cond is None else cond.reshape(h.shape)
         chunk_tokens = max(1, l2_cache.large_pixels(2 * width * h.element_size()) // pixels)
         for start, length in chunks(h.shape[0], chunk_tokens):
             part = slice(start, start + length)
-            cond = upsample.cond(start, length)
-            grad_cond = torch.empty_like(cond)
+            conditions = upsample.cond(start, length) if kept is None else kept[part]
+            grad_cond = torch.empty_like(conditions)
             launch_over_rows(
                 backward_kernel, "upsample_modulate_backward", length * pixels, h,
                 grad_modulated[part], grad_modulated.stride(0), grad_modulated.stride(1),
                 grad_gate[part], grad_gate.stride(0), grad_gate.stride(1), h[part], h.stride(0), h.stride(1),
-                cond, *packed, grad_h_rows[part], grad_cond, *sums, length,
+                conditions, *packed, grad_h_rows[part], grad_cond, *sums, length,
                 COND_GRAD=cond_needed, WEIGHT_GRAD=weights_needed, PIXELS=pixels, EPS=eps,
             )  # fmt: skip
             upsample.add_gradients(start, grad_cond, upsample_needs)

@@ -12,7 +12,7 @@ from benchmarks.harness.verification import verify
 from benchmarks.names import BACKWARD_ALONE, BEST_EAGER, FORWARD, OPS, PUBLISHED, TRAINING
 from benchmarks.ops.problem import problem_of
 from benchmarks.ops.sizes import Size
-from deco_kernels import testing
+from deco_kernels import native, testing
 
 SIZE = Size(batch=1, height=64, width=80, depth=2, token_width=48)
 
@@ -27,6 +27,15 @@ def refusals(problem, dtype, training, backends=("reference",)):
 @pytest.mark.parametrize("op", OPS)
 def test_twins_and_reference_pass(op, dtype, training):
     assert refusals(problem_of(op), dtype, training) == {}
+
+
+@pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason="needs the native CPU module")
+@pytest.mark.parametrize("op", ("pixel_decoder_loss", "upsample_modulate", "pixel_decoder_from_tokens"))
+def test_every_contender_of_a_backend_passes(op):
+    problem = problem_of(op)
+    names = [contender.name for contender in contenders_of(problem, SIZE, ("cpu",)) if contender.backend]
+    assert names[0] == "cpu" and len(names) == 2
+    assert refusals(problem, torch.float32, True, ("cpu",)) == {}
 
 
 class _Scaled(torch.autograd.Function):
@@ -47,8 +56,8 @@ def planted(op, change):
     problem = problem_of(op)
 
     class Faulty(type(problem)):
-        def fused(self, tensors, size, backend):
-            return tuple(change(output) for output in super().fused(tensors, size, backend))
+        def fused(self, tensors, size, backend, **choice):
+            return tuple(change(output) for output in super().fused(tensors, size, backend, **choice))
 
     return Faulty()
 

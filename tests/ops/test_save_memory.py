@@ -1,0 +1,203 @@
+"""The choice between a kept and a recomputed condition: what is kept, the same results, and PyTorch around both."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from deco_kernels import native, ops, testing
+from tests.ops.cases import BACKENDS, BF16, F32, KEEPS_COND, small_inputs, with_choice
+
+each_op = pytest.mark.parametrize("op", KEEPS_COND)
+each_backend = pytest.mark.parametrize("implementation", BACKENDS, indirect=True)
+each_choice = pytest.mark.parametrize("save_memory", [False, True])
+
+
+def call(inputs, tensors, **options):
+    outputs = getattr(ops, inputs.op)(**tensors, **(inputs.options | options))
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def leaves_of(inputs):
+    return {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
+
+
+def loss(inputs, tensors, **options):
+    pairs = zip(call(inputs, tensors, **options), inputs.grad_outputs, strict=True)
+    return sum((output.to(F32) * gradient).sum() for output, gradient in pairs)
+
+
+def saved_shapes(inputs, tensors, **options):
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: shapes.append(tensor.shape), lambda _: None):
+        call(inputs, tensors, **options)
+    return shapes
+
+
+def new_shape(inputs):
+    """Shape of the condition: two leading sizes that no argument has together."""
+    tokens = inputs.tensors["tokens"]
+    width = inputs.tensors["norm_weight"].shape[-1]
+    return (*tokens.shape[:-1], inputs.tensors["up_weight"].shape[0] // width, width)
+
+
+@each_backend
+@each_op
+def test_the_condition_is_kept_unless_memory_is_saved(implementation, op):
+    inputs = small_inputs(op)
+    shape, leaves = new_shape(inputs), leaves_of(inputs)
+    given = sum(tensor.shape == shape for tensor in leaves.values())
+    for save_memory, count in ((False, 1), (True, 0)):
+        shapes = saved_shapes(inputs, leaves, save_memory=save_memory, backend=implementation)
+        assert shapes.count(shape) == given + count
+    default = saved_shapes(inputs, leaves, backend=implementation).count(shape) - given
+    assert default == (op == "upsample_modulate")
+
+
+@each_op
+@each_choice
+def test_nothing_is_kept_without_a_gradient(op, save_memory):
+    inputs = small_inputs(op)
+    assert saved_shapes(inputs, inputs.tensors, save_memory=save_memory) == []
+    with torch.no_grad():
+        assert saved_shapes(inputs, leaves_of(inputs), save_memory=save_memory) == []
+
+
+@each_backend
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 0.0), (BF16, 4e-3)])
+def test_the_kept_condition_is_the_upsample(implementation, dtype, tolerance):
+    inputs = small_inputs("upsample_modulate", dtype)
+    operator = torch.ops.deco_kernels.upsample_modulate_with_cond.default
+    cond = operator(*inputs.tensors.values(), 1e-6, implementation)[-1]
+    tokens, weight, bias = (inputs.tensors[name].double() for name in ("tokens", "up_weight", "up_bias"))
+    expected = tokens @ weight.to(dtype).double().T + bias
+    assert cond.shape == inputs.tensors["h"].shape and cond.dtype is dtype
+    assert testing.relative_error(cond, expected.view(cond.shape)) <= tolerance + 1e-6
+
+
+@each_op
+def test_both_choices_give_the_same_forward(op):
+    inputs = small_inputs(op, BF16)
+    leaves = leaves_of(inputs)
+    for pair in zip(*(call(inputs, leaves, save_memory=choice) for choice in (False, True)), strict=True):
+        assert torch.equal(*pair)
+
+
+@each_backend
+@each_choice
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_of_two_results_is_enough(implementation, save_memory, used):
+    inputs = small_inputs("upsample_modulate")
+    zeroed = [gradient if index == used else 0 * gradient for index, gradient in enumerate(inputs.grad_outputs)]
+    expected = testing.run(inputs._replace(grad_outputs=tuple(zeroed)), implementation).gradients
+    leaves = leaves_of(inputs)
+    output = call(inputs, leaves, save_memory=save_memory, backend=implementation)[used]
+    gradients = torch.autograd.grad(output, list(leaves.values()), inputs.grad_outputs[used], allow_unused=True)
+    for (name, other), gradient in zip(expected.items(), gradients, strict=True):
+        assert testing.relative_error(gradient, other) <= 1e-6, name
+
+
+@each_op
+@each_choice
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_around_both_choices(op, save_memory):
+    """torch.compile, activation checkpointing, torch.func and a second backward give the gradients of a plain call."""
+    torch._dynamo.reset()
+    inputs = small_inputs(op)
+    names, values = list(inputs.tensors), list(inputs.tensors.values())
+
+    def function(*tensors):
+        return loss(inputs, dict(zip(names, tensors, strict=True)), save_memory=save_memory)
+
+    def gradients(function, **options):
+        leaves = [value.detach().requires_grad_() for value in values]
+        return torch.autograd.grad(function(*leaves), leaves, **options)
+
+    expected = gradients(function)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    mapped = torch.vmap(torch.func.grad(function), (0, *[None] * (len(values) - 1)))(values[0][None], *values[1:])[0]
+    leaves = [value.detach().requires_grad_() for value in values]
+    value = function(*leaves)
+    twice = [torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(2)]
+    results = {
+        "compile": gradients(compiled),
+        "checkpoint": gradients(lambda *tensors: checkpoint(function, *tensors, use_reentrant=False)),
+        "func": torch.func.grad(function, tuple(range(len(values))))(*values),
+        "vmap": [mapped],
+        "first": twice[0],
+        "second": twice[1],
+    }
+    for name, found in results.items():
+        for gradient, other in zip(found, expected, strict=False):
+            assert testing.relative_error(gradient, other) <= 1e-6, name
+
+
+@each_op
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_a_choice_that_is_neither(op, value):
+    inputs = small_inputs(op)
+    with pytest.raises(TypeError, match=f"{op}: save_memory: expected True or False, got {value!r}"):
+        call(inputs, inputs.tensors, save_memory=value)
+
+
+# --- the matmul of the upsample on the CPU ---------------------------------------------------------------------------
+
+needs_native = pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason="needs the native CPU module")
+
+
+@pytest.fixture
+def upsample():
+    previous = native.current_upsample()
+    yield native.select_upsample
+    native.select_upsample(previous)
+
+
+@needs_native
+@each_op
+@each_choice
+def test_pytorch_and_the_kernel_upsample_alike(op, save_memory, upsample):
+    """Processors with AMX take PyTorch's matmul; here it is forced."""
+    inputs = with_choice(testing.random_inputs(op, dtype=BF16, patch_size=8, depth=1), save_memory)
+    exact, eager = testing.exact_results(inputs), testing.eager_results(inputs)
+    found = {}
+    for name in ("kernel", "pytorch"):
+        upsample(name)
+        found[name] = testing.run(inputs, "cpu")
+        failed = [str(row) for row in testing.compare(inputs, found[name], exact, eager) if not row.passed]
+        assert not failed, name + "\n".join(failed)
+    assert not torch.equal(found["kernel"].outputs[0], found["pytorch"].outputs[0])
+
+
+@needs_native
+@each_op
+def test_only_bfloat16_upsamples_in_pytorch(op, upsample):
+    inputs = small_inputs(op)
+    upsample("kernel")
+    expected = testing.run(inputs, "cpu")
+    upsample("pytorch")
+    assert all(map(torch.equal, testing.run(inputs, "cpu").outputs, expected.outputs))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("value", "reason"), [("pytorch", None), ("mkl", "unknown matmul 'mkl'; use one of auto, kernel")]
+)
+def test_the_environment_chooses_the_matmul(value, reason, upsample, monkeypatch):
+    monkeypatch.setenv(native.UPSAMPLE_VARIABLE, value)
+    native.load_cpu.cache_clear()
+    try:
+        found = native.cpu_unavailable_reason()
+        assert (
+            native.current_upsample() == value
+            if reason is None
+            else f"{native.UPSAMPLE_VARIABLE}=mkl: {reason}" in found
+        )
+    finally:
+        monkeypatch.undo()
+        native.load_cpu.cache_clear()
+
+
+@needs_native
+def test_the_processor_chooses_the_matmul(upsample, monkeypatch):
+    upsample("auto")
+    assert native.upsamples_in_pytorch(BF16) == native.cpu().has_amx_bf16()
+    assert "amx_bf16" in open("/proc/cpuinfo").read() or not native.cpu().has_amx_bf16()
