@@ -16,6 +16,7 @@ import torch
 from deco_kernels import native, testing
 from deco_kernels.backends import arguments
 from deco_kernels.testing import emulation
+from deco_kernels.testing.inputs import KEEPS_COND
 
 CASES = (
     dict(dtype=torch.float32, width=16, depth=2, patch_size=4, image_size=(1, 12, 20), channels=4),
@@ -47,14 +48,16 @@ def as_view(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.transpose(0, -1).contiguous().transpose(0, -1)
 
 
-def run_cases(cases, backend: str) -> None:
-    for op in testing.OPS:
+def run_cases(cases, backend: str, ops=testing.OPS) -> None:
+    """Every op on the tensors of a case, and on views of them with the other choice of `save_memory`."""
+    for op in ops:
         for case in cases:
             case = {**case, "channels": 3} if "loss" in op else case
             inputs = testing.random_inputs(op, token_width=9, **case)
             views = {name: as_view(tensor) for name, tensor in inputs.tensors.items()}
+            choice = {"save_memory": op == "upsample_modulate"} if op in KEEPS_COND else {}
             testing.run(inputs, backend)
-            testing.run(inputs._replace(tensors=views), backend)
+            testing.run(inputs._replace(tensors=views, options=inputs.options | choice), backend)
 
 
 def run_cpu() -> None:
@@ -62,6 +65,9 @@ def run_cpu() -> None:
     for isa in native.cpu().usable_isas():
         native.cpu().select_isa(isa)
         run_cases(CASES, "cpu")
+        native.select_upsample("pytorch")
+        run_cases(CASES[1:2], "cpu", KEEPS_COND)
+        native.select_upsample("auto")
         print("passed:", isa)
 
 
