@@ -83,26 +83,27 @@ def test_both_choices_give_the_same_forward(op):
 
 
 @each_backend
-@each_choice
 @pytest.mark.parametrize("used", [0, 1])
-def test_one_of_two_results_is_enough(implementation, save_memory, used):
+def test_one_of_two_results_is_enough(implementation, used):
     inputs = small_inputs("upsample_modulate")
     zeroed = [gradient if index == used else 0 * gradient for index, gradient in enumerate(inputs.grad_outputs)]
     expected = testing.run(inputs._replace(grad_outputs=tuple(zeroed)), implementation).gradients
     leaves = leaves_of(inputs)
-    output = call(inputs, leaves, save_memory=save_memory, backend=implementation)[used]
+    output = call(inputs, leaves, backend=implementation)[used]
     gradients = torch.autograd.grad(output, list(leaves.values()), inputs.grad_outputs[used], allow_unused=True)
     for (name, other), gradient in zip(expected.items(), gradients, strict=True):
         assert testing.relative_error(gradient, other) <= 1e-6, name
 
 
 @each_op
-@each_choice
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_around_both_choices(op, save_memory):
-    """torch.compile, activation checkpointing, torch.func and a second backward give the gradients of a plain call."""
+def test_pytorch_around_the_other_choice(op):
+    """torch.compile, activation checkpointing, torch.func and a second backward give the gradients of a plain call.
+
+    The tests of all ops do the same with the default.
+    """
     torch._dynamo.reset()
-    inputs = small_inputs(op)
+    inputs, save_memory = small_inputs(op), op == "upsample_modulate"
     names, values = list(inputs.tensors), list(inputs.tensors.values())
 
     def function(*tensors):
@@ -153,15 +154,14 @@ def upsample():
 
 @needs_native
 @each_op
-@each_choice
-def test_pytorch_and_the_kernel_upsample_alike(op, save_memory, upsample):
+def test_pytorch_and_the_kernel_upsample_alike(op, upsample, poisoned_memory):
     """Processors with AMX take PyTorch's matmul; here it is forced."""
-    inputs = with_choice(testing.random_inputs(op, dtype=BF16, patch_size=8, depth=1), save_memory)
+    inputs = testing.random_inputs(op, dtype=BF16, patch_size=8, depth=1)
     exact, eager = testing.exact_results(inputs), testing.eager_results(inputs)
     found = {}
-    for name in ("kernel", "pytorch"):
+    for name, save_memory in (("kernel", True), ("pytorch", False), ("pytorch", True)):
         upsample(name)
-        found[name] = testing.run(inputs, "cpu")
+        found[name] = testing.run(with_choice(inputs, save_memory), "cpu")
         failed = [str(row) for row in testing.compare(inputs, found[name], exact, eager) if not row.passed]
         assert not failed, name + "\n".join(failed)
     assert not torch.equal(found["kernel"].outputs[0], found["pytorch"].outputs[0])

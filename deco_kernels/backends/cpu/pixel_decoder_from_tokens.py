@@ -88,10 +88,11 @@ def _decode(
     for images, lines in image_chunks(image.shape, patch_size, chunk_tokens(upsample.up)):
         image_chunk = image[images, :, lines]
         last = first + image_chunk[:, 0].numel() // pixels
+        cond = upsample.cond(first, last, kept_rows).view(-1, pixels, width)
         native.cpu().pixel_decoder_forward(
             arguments.decoder_sizes(image_chunk, weights, patch_size),
             arguments.image(image_chunk),
-            arguments.pixel_rows(upsample.cond(first, last, kept_rows).view(-1, pixels, width)),
+            arguments.pixel_rows(cond),
             arguments.arrays(weights),
             arguments.image(velocity[images, :, lines]),
             eps,
