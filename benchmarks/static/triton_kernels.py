@@ -41,6 +41,7 @@ def recorded_launches(architecture: str, width: int, dtype: torch.dtype) -> dict
 def launches_of(inputs, architecture: str) -> list:
     """Launches of the Triton backend in forward and backward of these `testing.Inputs`, recorded without running."""
     from deco_kernels.backends.triton import launching
+    from deco_kernels.testing.inputs import KEEPS_COND
 
     module = importlib.import_module(f"deco_kernels.backends.triton.{inputs.op}")
     groups, options = inputs.groups(), list(inputs.options.values())
@@ -48,7 +49,9 @@ def launches_of(inputs, architecture: str) -> list:
         options.append(1e-6)
     with launching.record_launches(architecture) as recorded:
         module.forward(*groups, *options)
-        module.backward(*inputs.grad_outputs, *groups, *options, [True] * len(inputs.tensors))
+        recomputed = [None] * (inputs.op in KEEPS_COND)  # the condition, which is not kept here
+        needs = [True] * len(inputs.tensors)
+        module.backward(*inputs.grad_outputs, *groups, *recomputed, *options, needs)
     return recorded
 
 
