@@ -10,7 +10,7 @@ or a trained model samples with the trunk at some steps only, against sampling w
     python python/ablate.py reuse --checkpoint runs/small/checkpoints/step_000002000.ckpt
 
 Writes to out/ablate/STUDY: table.csv (one line per run), table.md (means over seeds, and what the study can and cannot
-show), study.png, weights.json if frequency weights were learned, samples.png of reuse, and runs/ with the figures of
+show), study.png, weights.json if frequency weights were learned, samples.jpg of reuse, and runs/ with the figures of
 every run and its averaged weights or samples. The same command with --resume continues a study that was stopped or
 killed.
 
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: not an option of {options.study}; leave it out")
     out = options.out or ROOT / "out" / "ablate" / options.study
-    pictures = ["study.png", "samples.png"] if options.study == REUSE else ["study.png"]
+    pictures = ["study.png", "samples.jpg"] if options.study == REUSE else ["study.png"]
     print(run_reuse(options, out) if options.study == REUSE else run_training(options, out))
     print(f"wrote {', '.join(str(out / name) for name in ('table.csv', 'table.md', *pictures))}")
 

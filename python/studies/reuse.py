@@ -25,7 +25,7 @@ from studies.run import read_json, write_json
 EVEN, CHOSEN, FEWER = "even", "chosen", "fewer"
 SHARES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the steps
 SEEDS = 3
-SHOWN = 6  # samples of a contender in the picture
+SHOWN = 4  # samples of a contender in the picture
 CALIBRATION_SEED = 1_000_000  # of noise that no measurement uses
 TIMED_SAMPLES, TIMED_ROUNDS = 8, 3
 

@@ -1,4 +1,4 @@
-"""Report of `ablate.py reuse`: table.csv, table.md, study.png and samples.png."""
+"""Report of `ablate.py reuse`: table.csv, table.md, study.png and samples.jpg."""
 
 import csv
 import statistics
@@ -42,7 +42,7 @@ def write_report(settings: Settings, results: Results, seconds: Seconds, out: Pa
         "table.csv": lambda path: write_csv(results, seconds, path),
         "table.md": lambda path: path.write_text(text, encoding="utf-8"),
         "study.png": lambda path: plot(settings, results, seconds).savefig(path, dpi=110, format="png"),
-        "samples.png": lambda path: pictures(settings, out).savefig(path, dpi=110, format="png"),
+        "samples.jpg": lambda path: pictures(settings, out).savefig(path, dpi=80, format="jpeg"),
     }
     for name, write in writers.items():
         with complete_or_absent(out / name, overwrite=True) as temporary:
@@ -132,7 +132,7 @@ def draw_spectra(axis: Axes, settings: Settings, results: Results) -> None:
 def pictures(settings: Settings, out: Path) -> Figure:
     """The first samples of the first seed: a column per kind, a row per number of trunk steps."""
     counts = sorted({each.count for each in contenders(settings.steps)}, reverse=True)
-    figure = Figure(figsize=(18, 1.15 * len(counts)), layout="constrained")
+    figure = Figure(figsize=(13, 1.1 * len(counts)), layout="constrained")
     grid = figure.subplots(len(counts), len(KINDS), squeeze=False)
     for row, count in zip(grid, counts, strict=True):
         for axis, (kind, title) in zip(row, KINDS.items(), strict=True):

@@ -100,7 +100,7 @@ def test_images_are_those_of_the_sampler(class_checkpoint, tmp_path):
         assert np.array_equal(np.asarray(animation.convert("RGB")), expected[1])
 
 
-@pytest.mark.parametrize("given", ["2", "0,1", "file"])
+@pytest.mark.parametrize("given", ["2", "0, 1", "file"])
 def test_trunk_steps(class_checkpoint, tmp_path, given):
     flow.write_trunk_steps(tmp_path / "file.json", [0, 1], steps=3)
     value = str(tmp_path / "file.json") if given == "file" else given
