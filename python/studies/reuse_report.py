@@ -126,7 +126,8 @@ def draw_spectra(axis: Axes, settings: Settings, results: Results) -> None:
                 ratios = [np.divide(each["difference"], each["sample"]) for each in own]
                 axis.plot(range(15), np.mean(ratios, 0), style, color=f"C{number}", label=f"{title}, {count}")
     axis.set(title="energy of the error over the sample's", xlabel="vertical + horizontal frequency", yscale="log")
-    axis.legend(fontsize=7)
+    axis.margins(y=0.35)
+    axis.legend(fontsize=6, loc="lower center", ncols=2)
 
 
 def pictures(settings: Settings, out: Path) -> Figure:

@@ -1,4 +1,4 @@
-"""The figures of docs/ablations.md match the committed studies."""
+"""The figures of docs/ablations.md, and of the reused trunk in docs/sampling.md, match the committed studies."""
 
 import csv
 import json
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from studies.catalog import STUDIES
+from studies.reuse import Settings, contenders
+from studies.reuse_report import COLUMNS, summary
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,3 +62,15 @@ def test_times_are_those_measured():
     assert set(times) == set(STUDIES)
     rows = {line.split("`")[1]: line for line in PAGE.splitlines() if line.startswith("| `")}
     assert all(rows[study].endswith(f"| {seconds} s |") for study, seconds in times.items())
+
+
+def test_table_of_the_reused_trunk():
+    lines = runs("reuse")
+    assert [(f"{line['kind']} {line['count']}", line["seed"]) for line in lines] == [
+        (contender.name, str(seed)) for seed in range(3) for contender in contenders(50)
+    ]
+    results = [line | {name: float(line[name]) if line[name] else None for name in COLUMNS} for line in lines]
+    seconds = {f"{line['kind']} {line['count']}": float(line["seconds"]) for line in lines}
+    table = [line for line in summary(Settings(), results, seconds).splitlines() if line.startswith("|")]
+    page = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+    assert len(table) == 24 and "\n".join(table) in page
