@@ -94,6 +94,17 @@ def _parser() -> argparse.ArgumentParser:
         "--compare", metavar="OLD.json", help="list rows that moved beyond the spread since that result"
     )
     parser.add_argument("--stream", action="store_true", help="print every row as a line of JSON once it is measured")
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        const="",
+        metavar="CONTENDER",
+        help="time nothing else: run this contender (default: the fused op) between the marks of profilers",
+    )
+    parser.add_argument(
+        "--trace", metavar="FILE.json", help="as --profile, and write a Chrome trace and a table of times"
+    )
+    parser.add_argument("--csv", metavar="FILE.csv", help="write the rows to this file at the end")
     parser.add_argument("--output", metavar="FILE.json", help="write the result to this file, again after each part")
     return parser
 
@@ -130,10 +141,11 @@ def _check(options: argparse.Namespace) -> None:
         for op in OPS:
             if op in options.parts:
                 size_of(size, op)
-    if options.output:
-        folder = os.path.dirname(os.path.abspath(options.output))
-        if not os.path.isdir(folder):
-            raise ValueError(f"--output {options.output}: the folder {folder} does not exist; create it first")
+    for name in ("output", "csv", "trace"):
+        path = getattr(options, name)
+        folder = os.path.dirname(os.path.abspath(path or "."))
+        if path and not os.path.isdir(folder):
+            raise ValueError(f"--{name} {path}: the folder {folder} does not exist; create it first")
 
 
 def _refuse(message: str) -> int:

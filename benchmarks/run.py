@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.harness import results, scaling
+from benchmarks.harness import profiling, results, scaling
 from benchmarks.harness.ceilings import measure_ceilings
 from benchmarks.harness.header import header
 from benchmarks.harness.measure import Options, check_memory, measure
@@ -27,6 +27,7 @@ from benchmarks.ops.problem import problem_of
 from benchmarks.ops.sizes import STANDARD, size_of
 from benchmarks.report import comparison, tables
 from benchmarks.static import timed_kernels
+from deco_kernels import BackendUnavailable
 from deco_kernels.machine import load
 from deco_kernels.native import ISA_VARIABLE
 from deco_kernels.ops.registry import backend_names
@@ -50,6 +51,13 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"unknown backend {backend!r}; use {', '.join(backend_names())}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("no GPU: PyTorch sees no CUDA device here; use --device cpu")
+    if options.profile is not None or options.trace:
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        try:
+            return profiling.run(options, _groups(options))
+        except BackendUnavailable as error:
+            raise ValueError(str(error)) from error
     for op, size, _, pass_ in _groups(options):
         check_memory(problem_of(op), size, options.device, pass_)
     old = results.load(options.compare) if options.compare else None
@@ -84,6 +92,8 @@ def run(options: argparse.Namespace) -> int:
         print(comparison.markdown(old, result))
     if options.output:
         results.save(result, options.output)
+    if options.csv:
+        results.save_csv(result, options.csv)
     return status_of(result)
 
 

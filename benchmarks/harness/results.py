@@ -1,5 +1,6 @@
 """Result files: one JSON object, described in docs/benchmarks.md."""
 
+import csv
 import json
 import os
 
@@ -39,6 +40,26 @@ def save(result: dict, path: str) -> None:
         json.dump(kept, file, indent=1)
         file.write("\n")
     os.replace(partial, path)
+
+
+def save_csv(result: dict, path: str) -> None:
+    """Writes every row of every part as one line of CSV: the part, then the fields, those of objects with a dot."""
+    rows = [{"part": part} | _flat(row) for part in LISTS if part != "left_out" for row in result[part]]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _flat(row: dict) -> dict:
+    found: dict = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found |= {f"{name}.{inner}": each for inner, each in _flat(value).items()}
+        else:
+            found[name] = value
+    return found
 
 
 def merge(results: list[dict]) -> dict:
