@@ -19,8 +19,8 @@ def chunk_size(monkeypatch):
     return set_size
 
 
-# 3 images of 2 x 3 tokens: chunks of a row of patches, of an image, of two images and one image, of everything
-@pytest.mark.parametrize(("tokens", "save_memory"), [(2, True), (5, False), (10, True), (100, False)])
+# 3 images of 2 x 3 tokens: chunks of a row of patches, of an image, of two images and one image
+@pytest.mark.parametrize(("tokens", "save_memory"), [(2, True), (5, False), (10, True)])
 @pytest.mark.parametrize("op", KEEPS_COND)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 1e-6), (BF16, 1e-2), (F16, 1e-3)])
 def test_chunks_give_the_same_gradients(op, dtype, tolerance, tokens, save_memory, chunk_size):
