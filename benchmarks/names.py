@@ -7,6 +7,7 @@ OPS = (
     "adaln_block",
     "flow_matching_loss",
     "pixel_decoder_loss",
+    "pixel_decoder_loss_from_tokens",
 )
 EXTRAS = ("avx2", "memory", "overhead", "import")
 ON_REQUEST = ("scaling", "end_to_end", "kernels")  # parts that run only when named or with --full

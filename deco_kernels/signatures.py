@@ -99,6 +99,18 @@ class PixelDecoderLoss(NamedTuple):
     sample_weight: Annotated[Tensor | None, "[B]", KEPT]
 
 
+class PixelDecoderLossFromTokens(NamedTuple):
+    """C is 3."""
+
+    image: Annotated[Tensor, "[B, C, H, W]", KEPT]
+    tokens: Annotated[Tensor, "[..., Z]", ACTIVATION]
+    target: Annotated[Tensor, "[B, C, H, W]", KEPT]
+    up: UpsampleWeights
+    weights: DecoderWeights
+    frequency_weight: Annotated[Tensor, "[3, 8, 8]", KEPT]
+    sample_weight: Annotated[Tensor | None, "[B]", KEPT]
+
+
 # --- values derived from the descriptions ----------------------------------------------------------------------------
 
 Group = TypeVar("Group", bound=tuple[Any, ...])
@@ -187,6 +199,7 @@ OPS = {
     "pixel_decoder": _op(PixelDecoder, "image", "cond", "norm_weight"),
     "pixel_decoder_from_tokens": _op(PixelDecoderFromTokens, "image", "tokens", "pixel_table", "norm_weight"),
     "pixel_decoder_loss": _op(PixelDecoderLoss, "image", "cond", "norm_weight"),
+    "pixel_decoder_loss_from_tokens": _op(PixelDecoderLossFromTokens, "image", "tokens", "pixel_table", "norm_weight"),
     "flow_matching_loss": _op(Loss, "pred"),
     "frequency_loss": _op(Loss, "pred"),
 }

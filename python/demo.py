@@ -155,7 +155,7 @@ def promise(value: float, bound: float, kept: bool) -> dict:
 
 def serving_backends() -> str:
     """The backend of the fused op in training, with the reason if it is not the CPU backend."""
-    op = "pixel_decoder_loss"
+    op = "pixel_decoder_loss_from_tokens"
     request = registry.Request(op, "cpu", (torch.float32,) * 3, width=32, depth=3, patch_size=16)
     reason = registry.refusal("cpu", request, torch.device("cpu"))
     return f"{op} on backend {'cpu' if reason is None else f'reference (cpu: {reason})'}"

@@ -31,10 +31,13 @@ def forward_chunk_pixels(tokens: torch.Tensor, up: UpsampleWeights, pixels: int)
     )
 
 
-def image_chunks(shape: torch.Size, patch_size: int, tokens: int) -> Iterator[tuple[slice, slice]]:
+def image_chunks(
+    shape: torch.Size, patch_size: int, tokens: int, lines: int | None = None
+) -> Iterator[tuple[slice, slice]]:
     """Split a batch [B, C, H, W] into (images, lines) slices of consecutive tokens, about `tokens` tokens each.
 
-    A chunk is whole images, or whole rows of patches of one image. Yields nothing if there are no tokens.
+    A chunk is whole images, or a multiple of `lines` lines of one image (by default `patch_size`; a multiple of it).
+    Yields nothing if there are no tokens.
     """
     batch, _, height, width = shape
     per_row = width // patch_size
@@ -46,7 +49,8 @@ def image_chunks(shape: torch.Size, patch_size: int, tokens: int) -> Iterator[tu
         for first in range(0, batch, step):
             yield slice(first, first + step), slice(None)
         return
-    step = -(-tokens // per_row) * patch_size
+    lines = patch_size if lines is None else lines
+    step = -(-tokens * patch_size // (per_row * lines)) * lines
     for index in range(batch):
         for first in range(0, height, step):
             yield slice(index, index + 1), slice(first, first + step)

@@ -63,10 +63,10 @@ class Objective(nn.Module):
         label_dropout: probability of replacing the condition by the null condition.
         null_label: the null condition, required with label_dropout: the label of the null class (`model.null_label`)
             or the text features of the empty prompt (`encoder.empty_prompt`).
-        fused: let the model compute decoder and loss as one op (`ops.pixel_decoder_loss`) where it can: `DeCo` and
-            `DeCoTextToImage`, bare or in DistributedDataParallel, whose decoder is the published one and without hooks
-            that await the velocity. "total" then is the only differentiable loss; with False, or for other models, the
-            parts have gradients too.
+        fused: let the model compute decoder and loss as one op (`ops.pixel_decoder_loss_from_tokens`) where it can:
+            `DeCo` and `DeCoTextToImage`, bare or in DistributedDataParallel, whose decoder is the published one and
+            without hooks that await the velocity. "total" then is the only differentiable loss; with False, or for
+            other models, the parts have gradients too.
         backend: backend of the loss op; None for the automatic choice.
 
     Raises TypeError or ValueError for invalid arguments.

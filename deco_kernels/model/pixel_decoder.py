@@ -88,7 +88,7 @@ def decode(
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """The loss that a decoder computes in place of its velocity, see `ops.pixel_decoder_loss`.
+    """The loss that a decoder computes in place of its velocity, see `ops.pixel_decoder_loss_from_tokens`.
 
     target: [B, 3, H, W]. frequency_weight: [3, 8, 8]. backend: that of the op if the decoder names none.
     """
@@ -118,9 +118,8 @@ def decoder_losses(
     """Losses of the velocity that `decode` returns for the same arguments, computed with it in one op."""
     options: dict[str, Any] = dict(patch_size=patch_size, frequency_scale=loss.frequency_scale, eps=eps)
     options["backend"] = loss.backend if backend is None else backend
-    cond = upsample(tokens, up_weight, up_bias, weights[0].shape[0])
-    tensors = (image, cond, loss.target, *weights, loss.frequency_weight)
-    return ops.pixel_decoder_loss(*tensors, **options)
+    tensors = (image, tokens, loss.target, up_weight, up_bias, *weights, loss.frequency_weight)
+    return ops.pixel_decoder_loss_from_tokens(*tensors, **options)
 
 
 def awaits_output(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""pixel_decoder_loss: the per-pixel decoder and its training loss as one op, gradients included."""
+"""pixel_decoder_loss and pixel_decoder_loss_from_tokens: decoder and training loss as one op, gradients included."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from deco_kernels.backends.support import Request
 from deco_kernels.ops import checks
 from deco_kernels.ops.one_pass import define_one_pass_op
-from deco_kernels.ops.registry import chosen_backend
+from deco_kernels.ops.registry import Operation, chosen_backend
 from deco_kernels.signatures import OPS
 
 
@@ -66,32 +66,79 @@ def pixel_decoder_loss(
     Raises:
         TypeError, ValueError, BackendUnavailable: as `pixel_decoder` and `flow_matching_loss`.
     """
-    name = "pixel_decoder_loss"
     blocks = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     weights = (pixel_weight, pixel_table, *blocks, head_weight, head_bias, frequency_weight)
-    given = (image, cond, target, *weights) + (() if sample_weight is None else (sample_weight,))
+    tensors, options = (image, cond, target, *weights), (patch_size, frequency_scale, eps, backend)
+    return _losses("pixel_decoder_loss", _pixel_decoder_loss, tensors, sample_weight, *options)
+
+
+def pixel_decoder_loss_from_tokens(
+    image: torch.Tensor,
+    tokens: torch.Tensor,
+    target: torch.Tensor,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor,
+    pixel_weight: torch.Tensor,
+    pixel_table: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    mod_weight: torch.Tensor,
+    mod_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+    head_weight: torch.Tensor,
+    head_bias: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    *,
+    patch_size: int,
+    frequency_scale: float = 1.0,
+    sample_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`pixel_decoder_loss` with cond = tokens @ up_weight.T + up_bias, which is never stored as a whole.
+
+    Args:
+        image, target: [B, 3, H, W], as in `pixel_decoder_loss`.
+        tokens: [..., Z]; leading sizes multiply to B*(H/p)*(W/p), patches in row-major order. Its dtype is the
+            activation dtype; under autocast, float32 is cast to the autocast dtype.
+        up_weight, up_bias: [P*D, Z], [P*D]; row k*D + d belongs to channel d of pixel k.
+
+    The other arguments, the results and the errors are those of `pixel_decoder_loss`.
+    """
+    blocks = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    weights = (up_weight, up_bias, pixel_weight, pixel_table, *blocks, head_weight, head_bias, frequency_weight)
+    tensors = (image, tokens, target, *weights)
+    options = (patch_size, frequency_scale, eps, backend)
+    return _losses("pixel_decoder_loss_from_tokens", _pixel_decoder_loss_from_tokens, tensors, sample_weight, *options)
+
+
+def _losses(
+    name: str,
+    operation: Operation,
+    tensors: tuple[torch.Tensor, ...],
+    sample_weight: torch.Tensor | None,
+    patch_size: int,
+    frequency_scale: float,
+    eps: float,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Check the arguments of op `name` and call it."""
+    given = tensors + (() if sample_weight is None else (sample_weight,))
     patch_size = checks.check_decoder(name, given, patch_size)
-    checks.check_loss_images(name, "image", image)
+    checks.check_loss_images(name, "image", tensors[0])
     frequency_scale = checks.check_number(name, "frequency_scale", frequency_scale)
     eps = checks.check_eps(name, eps)
-    (cond,) = checks.autocast_activation(cond)
+    image, activation, *others = tensors
+    (activation,) = checks.autocast_activation(activation)
     options = (patch_size, frequency_scale, eps, chosen_backend(backend))
-    total, pixel, frequency = _pixel_decoder_loss(image, cond, target, *weights, sample_weight, *options)
+    total, pixel, frequency = operation(image, activation, *others, sample_weight, *options)
     return total, pixel, frequency
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
-
-_NAMES = OPS["pixel_decoder_loss"].names
-_NORM_WEIGHT, _PATCH_SIZE = _NAMES.index("norm_weight"), len(_NAMES)
-
-
-def _request(*arguments: Any) -> Request:
-    image, cond, target = arguments[:3]
-    depth, width = arguments[_NORM_WEIGHT].shape
-    dtypes = (cond.dtype, image.dtype, target.dtype)
-    patch_size, channels = arguments[_PATCH_SIZE], image.shape[1]
-    return Request("pixel_decoder_loss", image.device.type, dtypes, width, depth, patch_size, channels)
 
 
 def _fake_losses(image: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
@@ -99,10 +146,19 @@ def _fake_losses(image: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return tuple(image.new_empty((), dtype=dtype) for _ in range(3))
 
 
-_pixel_decoder_loss = define_one_pass_op(
-    "pixel_decoder_loss",
-    "int patch_size, float frequency_scale, float eps",
-    ("total", "pixel", "frequency"),
-    _request,
-    _fake_losses,
-)
+def _define(name: str) -> Operation:
+    names = OPS[name].names
+    norm_weight, patch_size = names.index("norm_weight"), len(names)
+
+    def request(*arguments: Any) -> Request:
+        image, activation, target = arguments[:3]
+        depth, width = arguments[norm_weight].shape
+        dtypes = (activation.dtype, image.dtype, target.dtype)
+        return Request(name, image.device.type, dtypes, width, depth, arguments[patch_size], image.shape[1])
+
+    options, outputs = "int patch_size, float frequency_scale, float eps", ("total", "pixel", "frequency")
+    return define_one_pass_op(name, options, outputs, request, _fake_losses)
+
+
+_pixel_decoder_loss = _define("pixel_decoder_loss")
+_pixel_decoder_loss_from_tokens = _define("pixel_decoder_loss_from_tokens")

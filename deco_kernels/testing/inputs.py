@@ -12,10 +12,11 @@ OPS = (
     "upsample_modulate",
     "pixel_decoder_from_tokens",
     "pixel_decoder_loss",
+    "pixel_decoder_loss_from_tokens",
     "flow_matching_loss",
 )
 LOSSES = ("flow_matching_loss", "frequency_loss")
-ONE_PASS = ("pixel_decoder_loss",)
+ONE_PASS = ("pixel_decoder_loss", "pixel_decoder_loss_from_tokens")
 """Ops whose forward also computes the gradients; only their first output is differentiable."""
 KEEPS_COND = ("upsample_modulate", "pixel_decoder_from_tokens")
 """Ops that keep the upsampled condition between forward and backward, or with `save_memory` compute it again."""
@@ -94,18 +95,20 @@ def random_inputs(
         options, grad_outputs = {}, (draw.normal(*row_shape), draw.normal(*row_shape))
     else:
         tensors = {"image": draw.normal(*image_shape, dtype=other_dtype or draw.exact)}
-        if op == "pixel_decoder_from_tokens":
-            tensors |= {"tokens": draw.normal(token_count, token_width), **up}
-        else:
-            tensors |= {"cond": draw.normal(*row_shape)}
+        from_tokens = op.endswith("_from_tokens")
+        tensors |= (
+            {"tokens": draw.normal(token_count, token_width)} if from_tokens else {"cond": draw.normal(*row_shape)}
+        )
         options, grad_outputs = {"patch_size": patch_size}, (draw.normal(*image_shape),)
-        if op == "pixel_decoder_loss":
+        if op in ONE_PASS:
             tensors |= {"target": draw.normal(*image_shape, dtype=other_dtype or draw.exact)}
             options |= {"frequency_scale": 0.7}
             total = draw.normal(dtype=draw.exact)
             grad_outputs = (total, torch.zeros_like(total), torch.zeros_like(total))
+        if from_tokens:
+            tensors |= up
         tensors |= draw.decoder(width, depth, pixels, channels)
-        if op == "pixel_decoder_loss":
+        if op in ONE_PASS:
             tensors |= draw.loss_weights(batch)
     return Inputs(op, tensors, options, grad_outputs)
 

@@ -137,11 +137,19 @@ CASES = {
     "pixel_decoder": DECODER_CASES,
     "pixel_decoder_from_tokens": DECODER_CASES,
     "pixel_decoder_loss": DECODER_LOSS_CASES,
+    "pixel_decoder_loss_from_tokens": [DECODER_LOSS_CASES[i] for i in (0, 3, 4, 6)],
     "flow_matching_loss": LOSS_CASES,
     "frequency_loss": LOSS_CASES[:3],
 }
 OPS = tuple(CASES)
 KERNEL_OPS = tuple(op for op in OPS if op not in ONE_PASS)  # with kernels on every backend
+# Every op on every implementation; ops made of the kernels of others only with one instruction set.
+OPS_ON_IMPLEMENTATIONS = [
+    pytest.param(*implementation.values, op, id=f"{implementation.id}-{op}")
+    for implementation in IMPLEMENTATIONS
+    for op in OPS
+    if implementation in BACKENDS or op != "pixel_decoder_loss_from_tokens"
+]
 DEFAULTS = {op: {} if op in ("flow_matching_loss", "frequency_loss") else {"eps": 1e-6} for op in OPS}
 
 

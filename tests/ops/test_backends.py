@@ -15,6 +15,7 @@ from tests.ops.cases import (
     F32,
     IMPLEMENTATIONS,
     OPS,
+    OPS_ON_IMPLEMENTATIONS,
     Case,
     channels_last,
     in_layout,
@@ -28,6 +29,9 @@ from tests.ops.cases import (
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 each_backend = pytest.mark.parametrize("implementation", BACKENDS, indirect=True)
 each_op = pytest.mark.parametrize("op", OPS)
+each_op_and_implementation = pytest.mark.parametrize(
+    ("implementation", "op"), OPS_ON_IMPLEMENTATIONS, indirect=["implementation"]
+)
 
 
 def test_cases_have_all_pairs_of_settings():
@@ -50,9 +54,14 @@ def assert_close(actual: testing.Results, expected: testing.Results, tolerance: 
         assert testing.relative_error(gradient, expected.gradients[name]) <= tolerance, name
 
 
-@each_implementation
 @pytest.mark.parametrize(
-    ("op", "case"), [pytest.param(op, case, id=f"{op}-{case.label}") for op, cases in CASES.items() for case in cases]
+    ("implementation", "op", "case"),
+    [
+        pytest.param(*pair.values, case, id=f"{pair.id}-{case.label}")
+        for pair in OPS_ON_IMPLEMENTATIONS
+        for case in CASES[pair.values[1]]
+    ],
+    indirect=["implementation"],
 )
 def test_rule_of_error(implementation, op, case, poisoned_memory):
     inputs = case.inputs(op)
@@ -69,8 +78,7 @@ def test_rule_of_error(implementation, op, case, poisoned_memory):
         assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape and gradient.is_contiguous(), name
 
 
-@each_implementation
-@each_op
+@each_op_and_implementation
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("view", [transposed, offset, padded, channels_last])
 def test_views_give_the_same_result(implementation, op, dtype, view):
@@ -79,8 +87,7 @@ def test_views_give_the_same_result(implementation, op, dtype, view):
     assert_close(testing.run(in_layout(inputs, view), implementation), expected)
 
 
-@each_implementation
-@each_op
+@each_op_and_implementation
 def test_expanded_inputs_and_stride_0_gradients(implementation, op):
     inputs = small_inputs(op)
     for name, tensor in inputs.tensors.items():
@@ -95,8 +102,7 @@ def test_expanded_inputs_and_stride_0_gradients(implementation, op):
     assert_close(testing.run(inputs, implementation), testing.run(contiguous, implementation))
 
 
-@each_implementation
-@each_op
+@each_op_and_implementation
 def test_empty_batch(implementation, op, poisoned_memory):
     inputs = small_inputs(op, image_size=(0, 8, 16))
     results = testing.run(inputs, implementation)
@@ -108,8 +114,7 @@ def test_empty_batch(implementation, op, poisoned_memory):
         assert not gradient.any(), name
 
 
-@each_implementation
-@each_op
+@each_op_and_implementation
 @pytest.mark.parametrize("threads", [1, 2])
 def test_repeated_runs_give_the_same_bits(implementation, op, threads, two_threads):
     torch.set_num_threads(threads)
@@ -120,8 +125,7 @@ def test_repeated_runs_give_the_same_bits(implementation, op, threads, two_threa
         assert torch.equal(gradient, second.gradients[name]), name
 
 
-@each_implementation
-@each_op
+@each_op_and_implementation
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_propagate(implementation, op, value):
     inputs = small_inputs(op)

@@ -32,6 +32,25 @@ def test_chunks_give_the_same_gradients(op, dtype, tolerance, tokens, save_memor
         assert testing.relative_error(gradient, whole.gradients[name]) <= tolerance, name
 
 
+# chunks of lines of an image, of whole images whose borders are reflected, of two images and one image
+@pytest.mark.parametrize(
+    ("patch_size", "image_size", "tokens"), [(8, (2, 24, 16), 2), (4, (3, 12, 20), 10), (8, (3, 8, 16), 4)]
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_chunks_of_a_loss_add_up(patch_size, image_size, tokens, weighted, chunk_size):
+    """The shares of the chunks, with and without sample_weight; every gradient against the formula."""
+    sizes = dict(patch_size=patch_size, image_size=image_size, width=16, depth=1)
+    inputs = small_inputs("pixel_decoder_loss_from_tokens", **sizes)
+    if not weighted:
+        inputs.tensors["sample_weight"] = None
+    chunk_size(2 * tokens)  # the op takes half as many
+    chunked, formula = testing.run(inputs, "cpu"), testing.run(inputs, "reference")
+    for loss, other in zip(chunked.outputs, formula.outputs, strict=True):
+        assert testing.relative_error(loss, other) <= 1e-6
+    for name, gradient in chunked.gradients.items():
+        assert gradient.any() and testing.relative_error(gradient, formula.gradients[name]) <= 1e-5, name
+
+
 @pytest.mark.parametrize("tokens", [2, 10])
 def test_views_are_cut_in_place(tokens, chunk_size):
     inputs = small_inputs("pixel_decoder_from_tokens", image_size=(3, 8, 12))

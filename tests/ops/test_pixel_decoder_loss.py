@@ -1,4 +1,4 @@
-"""Tests specific to pixel_decoder_loss: agreement with the two ops, repeated backwards, loss scales, its log line."""
+"""Tests specific to the ops of decoder and loss: agreement with two ops, repeated backwards, loss scales, log line."""
 
 import logging
 import re
@@ -14,12 +14,12 @@ from tests.ops.cases import BACKENDS, BF16, F16, F32, IMPLEMENTATIONS, small_inp
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 each_backend = pytest.mark.parametrize("implementation", BACKENDS, indirect=True)
 needs_module = pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason="needs the native CPU module")
-OP = "pixel_decoder_loss"
+OP, FROM_TOKENS = "pixel_decoder_loss", "pixel_decoder_loss_from_tokens"
 
 
-def block_inputs(dtype=F32, patch_size=8, **changes):
+def block_inputs(dtype=F32, patch_size=8, op=OP, **changes):
     """A few whole 8x8 blocks."""
-    return small_inputs(OP, dtype, patch_size=patch_size, **{"image_size": (3, 16, 32), **changes})
+    return small_inputs(op, dtype, patch_size=patch_size, **{"image_size": (3, 16, 32), **changes})
 
 
 def two_ops(tensors, options, backend):
@@ -77,12 +77,12 @@ def test_without_frequency_loss_and_sample_weights(implementation):
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_a_repeated_backward_gives_the_same_gradients(implementation, dtype):
+@pytest.mark.parametrize(("op", "dtype"), [(OP, F32), (OP, BF16), (OP, F16), (FROM_TOKENS, F16)])
+def test_a_repeated_backward_gives_the_same_gradients(implementation, op, dtype):
     """The gradients that are kept are not changed, whatever a caller does to the results."""
-    inputs = block_inputs(dtype)
+    inputs = block_inputs(dtype, op=op)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
-    total = 2.0**10 * one_op(leaves, inputs.options, implementation)[0]
+    total = 2.0**10 * getattr(ops, op)(**leaves, **inputs.options, backend=implementation)[0]
     first = torch.autograd.grad(total, list(leaves.values()), retain_graph=True)
     copies = [gradient.clone() for gradient in first]
     for gradient in first:
@@ -124,14 +124,21 @@ def test_the_incoming_gradient_is_not_rounded(implementation):
 
 
 @needs_module
-@pytest.mark.parametrize("patch_size", [8, 4])
-def test_float16_with_a_loss_scale_of_2_to_the_16(patch_size):
-    """Without the scale the gradient of cond, about 1e-6, would be subnormal in float16."""
-    inputs = block_inputs(F16, patch_size, image_size=(4, 32, 64), width=16, depth=1)
+@pytest.mark.parametrize(("op", "patch_size"), [(OP, 8), (OP, 4), (FROM_TOKENS, 8)])
+def test_float16_with_a_loss_scale_of_2_to_the_16(op, patch_size):
+    """Without the scale the gradient of cond or tokens, about 1e-6, would be subnormal in float16."""
+    inputs = block_inputs(F16, patch_size, op=op, image_size=(4, 32, 64), width=16, depth=1)
+    if op == FROM_TOKENS:
+        inputs.tensors["up_weight"] /= 16
     scale = 2.0**16
-    _, found = losses_and_gradients(one_op, inputs, "cpu", scale)
-    _, expected = losses_and_gradients(one_op, testing.in_float64(inputs), "reference", scale)
-    assert expected["cond"].abs().mean() < scale * torch.finfo(F16).smallest_normal / 2
+
+    def call(tensors, options, backend):
+        return getattr(ops, op)(**tensors, **options, backend=backend)
+
+    _, found = losses_and_gradients(call, inputs, "cpu", scale)
+    _, expected = losses_and_gradients(call, testing.in_float64(inputs), "reference", scale)
+    name = "cond" if op == OP else "tokens"
+    assert expected[name].abs().mean() < scale * torch.finfo(F16).smallest_normal / 2
     for name, gradient in found.items():
         assert testing.relative_error(gradient, expected[name]) <= 4e-3, name
 

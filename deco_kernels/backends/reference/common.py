@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from deco_kernels.backends.arguments import Gradients
+from deco_kernels.backends.arguments import Gradients, Losses, kept_like
 from deco_kernels.signatures import MATMUL, OPS, Argument, Group, UpsampleWeights, flat, grouped
 
 
@@ -102,3 +102,18 @@ def differentiate(
         next(found).to(original.dtype).contiguous() if need else None
         for original, need in zip(flat(originals), needs, strict=True)
     )
+
+
+def losses_and_gradients(
+    op: str,
+    formula: Callable[..., Losses],
+    inputs: Group,
+    activation: torch.Tensor,
+    options: tuple[float, ...],
+    needs: Sequence[bool],
+) -> tuple[Losses, Gradients]:
+    """The losses of a one-pass op, and the gradients of the first in the dtypes in which they are kept."""
+    prepared = prepare(op, inputs, activation)
+    total, pixel, frequency = losses = formula(*prepared, *options)
+    grad_losses = (torch.ones_like(total), torch.zeros_like(pixel), torch.zeros_like(frequency))
+    return losses, differentiate(formula, options, prepared, kept_like(op, inputs), needs, grad_losses)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deco_kernels.backends.arguments import Gradients, Losses, kept_like
+from deco_kernels.backends.arguments import Gradients, Losses
 from deco_kernels.backends.reference import flow_matching_loss, pixel_decoder
-from deco_kernels.backends.reference.common import differentiate, prepare
+from deco_kernels.backends.reference.common import losses_and_gradients, prepare
 from deco_kernels.signatures import DecoderWeights, PixelDecoderLoss
 
 OP = "pixel_decoder_loss"
@@ -41,8 +41,4 @@ def forward_with_gradients(
     inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float, needs: Sequence[bool]
 ) -> tuple[Losses, Gradients]:
     """The losses, and the gradients of total in the dtypes in which they are kept."""
-    prepared = prepare(OP, inputs, inputs.cond)
-    options = (patch_size, frequency_scale, eps)
-    total, pixel, frequency = losses = formula(*prepared, *options)
-    grad_losses = (torch.ones_like(total), torch.zeros_like(pixel), torch.zeros_like(frequency))
-    return losses, differentiate(formula, options, prepared, kept_like(OP, inputs), needs, grad_losses)
+    return losses_and_gradients(OP, formula, inputs, inputs.cond, (patch_size, frequency_scale, eps), needs)

@@ -1,0 +1,128 @@
+"""pixel_decoder_loss_from_tokens in chunks of tokens: upsample matmul, a backend's pixel_decoder_loss, and the matmuls
+of the upsample's gradients. Neither cond nor the velocity, nor a gradient of them, exists as a whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+
+import torch
+
+from deco_kernels.backends import arguments
+from deco_kernels.backends.arguments import Gradients, Losses
+from deco_kernels.backends.upsample import UpsampleGradients, image_chunks
+from deco_kernels.signatures import PixelDecoderLoss, PixelDecoderLossFromTokens, UpsampleWeights, mapped
+
+OP = "pixel_decoder_loss_from_tokens"
+BLOCK = 8  # side of the loss's blocks of pixels
+
+Chunk = tuple[slice, slice]
+"""Images and lines of a batch [B, C, H, W]."""
+
+
+class LossFromTokens:
+    """The op from a backend's module of pixel_decoder_loss.
+
+    The losses are sums over the images and, apart from reflected borders, over their blocks. So the losses of a chunk
+    of whole blocks are its part of the whole, if sample_weight is multiplied by the chunk's share of the pixels.
+    """
+
+    def __init__(self, loss: ModuleType, chunk_tokens: Callable[[UpsampleWeights], int]):
+        """`chunk_tokens`: tokens per chunk, about."""
+        self.loss, self.chunk_tokens = loss, chunk_tokens
+
+    def forward(
+        self, inputs: PixelDecoderLossFromTokens, patch_size: int, frequency_scale: float, eps: float
+    ) -> Losses:
+        """(total, pixel, frequency)."""
+        upsample = _upsample(inputs, needs=(False, False, False))
+        parts = [
+            self.loss.forward(part, patch_size, frequency_scale, eps)
+            for _, _, part in self._parts(inputs, upsample, patch_size)
+        ]
+        return _sums(parts, inputs.image)
+
+    def forward_with_gradients(
+        self,
+        inputs: PixelDecoderLossFromTokens,
+        patch_size: int,
+        frequency_scale: float,
+        eps: float,
+        needs: Sequence[bool],
+    ) -> tuple[Losses, Gradients]:
+        """The losses, and the gradients of total in the dtypes in which they are kept; None where `needs` is False."""
+        needs_image, needs_tokens, needs_target, *needs_weights = needs
+        upsample = _upsample(inputs, (needs_tokens, *needs_weights[:2]))
+        needs_part = [needs_image, upsample.wanted, needs_target, *needs_weights[2:]]
+        kept = arguments.empty_kept_gradients(OP, inputs, needs)
+        grad_image, _, grad_target, _, _, *totals, grad_sample_weight = arguments.zeroed(kept)
+        losses = []
+        for (images, lines), first, part in self._parts(inputs, upsample, patch_size):
+            found, grads = self.loss.forward_with_gradients(part, patch_size, frequency_scale, eps, needs_part)
+            losses.append(found)
+            grad_image_part, grad_cond, grad_target_part, *grads_of_weights, grad_sample_weight_part = grads
+            _copy(grad_image, (images, slice(None), lines), grad_image_part)
+            _copy(grad_target, (images, slice(None), lines), grad_target_part)
+            upsample.add(first, grad_cond)
+            arguments.add_gradients(tuple(totals), tuple(grads_of_weights))
+            if grad_sample_weight is not None:
+                grad_sample_weight[images] += grad_sample_weight_part * _share(part.image, inputs.image)
+        grad_tokens, *grads_up = upsample.results()
+        gradients = (grad_image, grad_tokens, grad_target, *grads_up, *totals, grad_sample_weight)
+        return _sums(losses, inputs.image), gradients
+
+    def _parts(
+        self, inputs: PixelDecoderLossFromTokens, upsample: UpsampleGradients, patch_size: int
+    ) -> Iterator[tuple[Chunk, int, PixelDecoderLoss]]:
+        """(chunk, its first token, its call of pixel_decoder_loss) for each chunk."""
+        image, tokens, target = inputs.image, inputs.tokens, inputs.target
+        pixels, width = inputs.weights.pixel_table.shape
+        first = 0
+        count = self.chunk_tokens(inputs.up)
+        for images, lines in image_chunks(image.shape, patch_size, count, lines=_line_step(image, patch_size)):
+            image_part, target_part = image[images, :, lines], target[images, :, lines]
+            last = first + image_part[:, 0].numel() // pixels
+            cond = upsample.cond(first, last).to(tokens.dtype).view(last - first, pixels, width)
+            sample_weight = inputs.sample_weight
+            share = _share(image_part, image)
+            if sample_weight is not None:
+                sample_weight = sample_weight[images] * share
+            elif share != 1:
+                sample_weight = image.new_full((len(image_part),), share, dtype=torch.float32)
+            weights = (inputs.weights, inputs.frequency_weight, sample_weight)
+            yield (images, lines), first, PixelDecoderLoss(image_part, cond, target_part, *weights)
+            first = last
+
+
+def _upsample(inputs: PixelDecoderLossFromTokens, needs: Sequence[bool]) -> UpsampleGradients:
+    """The upsample, with weights and tokens in the dtypes in which their gradients are kept."""
+    tokens, up = inputs.tokens, inputs.up
+    if tokens.dtype is torch.float16:  # its gradients would underflow
+        tokens, up = tokens.float(), up._replace(up_weight=up.up_weight.to(torch.float16))
+    return UpsampleGradients(tokens, mapped(torch.Tensor.float, up), needs)
+
+
+def _line_step(image: torch.Tensor, patch_size: int) -> int:
+    """Lines of an image that a chunk may hold a multiple of: whole patches and blocks, or all if borders reflect."""
+    height, width = image.shape[2:]
+    return math.lcm(patch_size, BLOCK) if height % BLOCK == 0 and width % BLOCK == 0 else height
+
+
+def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
+    return part.numel() / whole.numel()
+
+
+def _copy(gradient: torch.Tensor | None, place: tuple[slice, slice, slice], part: torch.Tensor | None) -> None:
+    if gradient is not None and part is not None:
+        gradient[place] = part
+
+
+def _sums(losses: Sequence[Losses], image: torch.Tensor) -> Losses:
+    """Sums over the chunks, in order; zeros for an empty batch."""
+    total, pixel, frequency = (torch.zeros((), dtype=torch.float32, device=image.device) for _ in range(3))
+    for total_part, pixel_part, frequency_part in losses:
+        total += total_part
+        pixel += pixel_part
+        frequency += frequency_part
+    return total, pixel, frequency
