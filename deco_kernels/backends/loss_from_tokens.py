@@ -4,7 +4,7 @@ of the upsample's gradients. Neither cond nor the velocity, nor a gradient of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from deco_kernels.backends import arguments
 from deco_kernels.backends.arguments import Gradients, Losses
 from deco_kernels.backends.upsample import UpsampleGradients, image_chunks
-from deco_kernels.signatures import PixelDecoderLoss, PixelDecoderLossFromTokens, UpsampleWeights, mapped
+from deco_kernels.signatures import PixelDecoderLoss, PixelDecoderLossFromTokens, mapped
 
 OP = "pixel_decoder_loss_from_tokens"
 BLOCK = 8  # side of the loss's blocks of pixels
@@ -28,9 +28,9 @@ class LossFromTokens:
     of whole blocks are its part of the whole, if sample_weight is multiplied by the chunk's share of the pixels.
     """
 
-    def __init__(self, loss: ModuleType, chunk_tokens: Callable[[UpsampleWeights], int]):
-        """`chunk_tokens`: tokens per chunk, about."""
-        self.loss, self.chunk_tokens = loss, chunk_tokens
+    def __init__(self, loss: ModuleType, chunk_pixels: int):
+        """`chunk_pixels`: pixels per chunk, about."""
+        self.loss, self.chunk_pixels = loss, chunk_pixels
 
     def forward(
         self, inputs: PixelDecoderLossFromTokens, patch_size: int, frequency_scale: float, eps: float
@@ -79,7 +79,7 @@ class LossFromTokens:
         image, tokens, target = inputs.image, inputs.tokens, inputs.target
         pixels, width = inputs.weights.pixel_table.shape
         first = 0
-        count = self.chunk_tokens(inputs.up)
+        count = max(1, self.chunk_pixels // pixels)
         for images, lines in image_chunks(image.shape, patch_size, count, lines=_line_step(image, patch_size)):
             image_part, target_part = image[images, :, lines], target[images, :, lines]
             last = first + image_part[:, 0].numel() // pixels

@@ -81,6 +81,10 @@ def test_pixel_decoder_loss_agrees_with_the_two_ops(emulated, dtype):
     one_pass.test_agrees_with_the_two_ops(BACKEND, dtype, 4)
 
 
+def test_pixel_decoder_loss_from_tokens(emulated):
+    one_pass.test_from_tokens_agrees_with_the_formula(BACKEND)
+
+
 @each_op
 @pytest.mark.parametrize("width", [32, 64])
 def test_small_shared_memory_and_chunks(emulated, op, width, monkeypatch):

@@ -113,6 +113,10 @@ def test_pixel_decoder_loss_agrees_with_the_two_ops(dtype):
     one_pass.test_agrees_with_the_two_ops("triton", dtype, 4)
 
 
+def test_pixel_decoder_loss_from_tokens():
+    one_pass.test_from_tokens_agrees_with_the_formula("triton")
+
+
 @pytest.mark.parametrize("case", equal_rows.cases()[::8], ids=str)
 @pytest.mark.parametrize("op", equal_rows.OPS[:3])
 def test_nearly_equal_channels(op, case):

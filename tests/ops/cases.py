@@ -137,7 +137,7 @@ CASES = {
     "pixel_decoder": DECODER_CASES,
     "pixel_decoder_from_tokens": DECODER_CASES,
     "pixel_decoder_loss": DECODER_LOSS_CASES,
-    "pixel_decoder_loss_from_tokens": [DECODER_LOSS_CASES[i] for i in (0, 3, 4, 6)],
+    "pixel_decoder_loss_from_tokens": [DECODER_LOSS_CASES[i] for i in (0, 1, 4, 6)],
     "flow_matching_loss": LOSS_CASES,
     "frequency_loss": LOSS_CASES[:3],
 }

@@ -5,6 +5,7 @@ import torch
 
 from deco_kernels import native, testing
 from deco_kernels.backends import upsample
+from deco_kernels.backends.cpu import pixel_decoder_loss_from_tokens
 from tests.ops.cases import BF16, F16, F32, KEEPS_COND, small_inputs, with_choice
 
 pytestmark = pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason="needs the native CPU module")
@@ -37,13 +38,13 @@ def test_chunks_give_the_same_gradients(op, dtype, tolerance, tokens, save_memor
     ("patch_size", "image_size", "tokens"), [(8, (2, 24, 16), 2), (4, (3, 12, 20), 10), (8, (3, 8, 16), 4)]
 )
 @pytest.mark.parametrize("weighted", [False, True])
-def test_chunks_of_a_loss_add_up(patch_size, image_size, tokens, weighted, chunk_size):
+def test_chunks_of_a_loss_add_up(patch_size, image_size, tokens, weighted, monkeypatch):
     """The shares of the chunks, with and without sample_weight; every gradient against the formula."""
     sizes = dict(patch_size=patch_size, image_size=image_size, width=16, depth=1)
     inputs = small_inputs("pixel_decoder_loss_from_tokens", **sizes)
     if not weighted:
         inputs.tensors["sample_weight"] = None
-    chunk_size(2 * tokens)  # the op takes half as many
+    monkeypatch.setattr(pixel_decoder_loss_from_tokens.chunked, "chunk_pixels", tokens * patch_size**2)
     chunked, formula = testing.run(inputs, "cpu"), testing.run(inputs, "reference")
     for loss, other in zip(chunked.outputs, formula.outputs, strict=True):
         assert testing.relative_error(loss, other) <= 1e-6

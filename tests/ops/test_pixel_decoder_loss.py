@@ -63,6 +63,17 @@ def test_agrees_with_the_two_ops(implementation, dtype, patch_size):
         assert testing.relative_error(gradient, expected_gradients[name]) <= bound, name
 
 
+@needs_module
+def test_from_tokens_agrees_with_the_formula(backend="cpu"):
+    """To rounding, every loss and gradient."""
+    inputs = block_inputs(BF16, op=FROM_TOKENS, image_size=(1, 8, 16), width=16, depth=1)
+    found, expected = testing.run(inputs, backend), testing.run(inputs, "reference")
+    for loss, other in zip(found.outputs, expected.outputs, strict=True):
+        assert testing.relative_error(loss, other) <= torch.finfo(BF16).eps
+    for name, gradient in found.gradients.items():
+        assert testing.relative_error(gradient, expected.gradients[name]) <= 4 * torch.finfo(BF16).eps, name
+
+
 @each_backend
 def test_without_frequency_loss_and_sample_weights(implementation):
     inputs = block_inputs()
