@@ -58,6 +58,8 @@ def print_report() -> None:
     print(f"deco_kernels {__version__} in {os.path.dirname(os.path.abspath(__file__))}")
     print(f"Python {platform.python_version()}, torch {torch.__version__}, Triton {package_version('triton')}")
     print(f"CPU instruction set: {instruction_set()}")
+    if native.cpu_unavailable_reason() is None:
+        print(f"CPU upsamples in bfloat16: {upsample_matmul()}")
     for device in devices():
         print(f"\n{device.type}: {device_name(device)}")
         for backend in registry.backend_names():
@@ -76,6 +78,12 @@ def instruction_set() -> str:
     module = native.cpu()
     usable = ", ".join(module.usable_isas())
     return f"{module.current_isa()} (this processor supports {usable}; {native.ISA_VARIABLE} selects)"
+
+
+def upsample_matmul() -> str:
+    chosen = "PyTorch's matmul" if native.upsamples_in_pytorch(torch.bfloat16) else "kernel"
+    amx = "has" if native.cpu().has_amx_bf16() else "has no"
+    return f"{chosen} (this processor {amx} AMX for bfloat16; {native.UPSAMPLE_VARIABLE} selects)"
 
 
 def backend_lines(backend: str, reasons: dict[str, str | None]) -> list[str]:
