@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.harness import profiling, results, scaling
+from benchmarks import profiling
+from benchmarks.harness import results, scaling
 from benchmarks.harness.ceilings import measure_ceilings
 from benchmarks.harness.header import header
 from benchmarks.harness.measure import Options, check_memory, measure

@@ -19,7 +19,7 @@ ORDER = (
     ("benchmarks.ops",),
     ("benchmarks.harness",),
     ("benchmarks.report",),
-    ("benchmarks.models", "benchmarks.static"),
+    ("benchmarks.models", "benchmarks.static", "benchmarks.profiling"),
     ("benchmarks.run",),
     ("benchmarks",),
     ("python",),

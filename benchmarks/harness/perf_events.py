@@ -31,7 +31,7 @@ class Counters:
         try:
             for thread in os.listdir("/proc/self/task"):
                 for name, event in self._events.items():
-                    self._files[name].append(_open(event, int(thread)))
+                    self._files[name].append(opened(event, int(thread)))
         except OSError:
             self._close()
             raise
@@ -58,7 +58,7 @@ def _value(file: int) -> int:
     return int.from_bytes(os.read(file, 8), "little")
 
 
-def _open(event: tuple[int, int], thread: int) -> int:
+def opened(event: tuple[int, int], thread: int) -> int:
     number = _SYSCALLS.get(platform.machine())
     if platform.system() != "Linux" or number is None:
         raise OSError(f"no perf events on {platform.system()} {platform.machine()}")

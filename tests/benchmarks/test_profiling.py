@@ -8,7 +8,8 @@ import pytest
 from torch.autograd import DeviceType
 
 from benchmarks import __main__ as command
-from benchmarks.harness import perf_events, profiling, results
+from benchmarks import profiling
+from benchmarks.harness import perf_events, results
 
 TASK_CLOCK = {"task clock": (1, 1)}  # software event, in ns: needs no counters of the processor
 
@@ -36,7 +37,7 @@ def test_cycles_that_cannot_be_counted_are_named(monkeypatch, capsys):
     def refuse(event, thread):
         raise OSError(2, "perf events: none")
 
-    monkeypatch.setattr(perf_events, "_open", refuse)
+    monkeypatch.setattr(perf_events, "opened", refuse)
     assert "cycles and instructions are not counted here: [Errno 2] perf events: none" in profiled(capsys, "--profile")
 
 
