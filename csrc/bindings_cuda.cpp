@@ -8,6 +8,7 @@
 #include "deco/cuda/adaln_block.h"
 #include "deco/cuda/flow_matching_loss.h"
 #include "deco/cuda/pixel_decoder.h"
+#include "deco/cuda/pixel_decoder_loss.h"
 #include "deco/cuda/upsample_modulate.h"
 #include "descriptions.h"
 
@@ -165,6 +166,12 @@ void bind_workspaces(py::module_& m) {
     read_arguments("flow_matching_loss_backward_workspace", arguments, device, op);
     return cuda::flow_matching_loss_backward_workspace(limits_of(device.device), op);
   });
+  m.def("pixel_decoder_loss_workspace", [](const py::args& arguments) {
+    Device device;
+    cuda::PixelDecoderLoss op;
+    read_arguments("pixel_decoder_loss_workspace", arguments, device, op);
+    return cuda::pixel_decoder_loss_workspace(limits_of(device.device), op);
+  });
 }
 
 }  // namespace
@@ -187,6 +194,7 @@ void bind_cuda(py::module_& m) {
   bind(m, "modulate_backward", "upsample_modulate_backward", &cuda::modulate_backward);
   bind(m, "flow_matching_loss_forward", "flow_matching_loss", &cuda::flow_matching_loss_forward);
   bind(m, "flow_matching_loss_backward", "flow_matching_loss_backward", &cuda::flow_matching_loss_backward);
+  bind(m, "pixel_decoder_loss", "pixel_decoder_loss", &cuda::pixel_decoder_loss);
 }
 
 }  // namespace deco::python

@@ -50,6 +50,19 @@ KERNELS = {
         )
         for variant in ("", "+general")
     },
+    **{
+        f"pixel_decoder.forward_kernel{variant}+keeps": Kernel(
+            "pixel_decoder_loss",
+            "pixel_decoder_keeping_forward",
+            inner_trips=_DEPTH,
+            skipped=("refill_of_forward",),
+        )
+        for variant in ("", "+general")
+    },
+    **{
+        f"decoder_head.head_kernel{variant}": Kernel("pixel_decoder_loss", "pixel_decoder_head")
+        for variant in ("", "+general")
+    },
     "adaln_block.forward_kernel": Kernel("adaln_block", "adaln_block_forward"),
     "upsample_modulate.modulate_kernel": Kernel("upsample_modulate", "upsample_modulate_forward"),
     **{
@@ -85,6 +98,12 @@ KERNELS = {
         )
         for images in ("", "+float32_target", "+padded")
     },
+    **{
+        f"flow_matching_loss_backward.gradient_kernel+sums{images}": Kernel(
+            "pixel_decoder_loss", "flow_matching_loss_gradient_and_sums", inner_trips=COLOR_CHANNELS
+        )
+        for images in ("", "+float32_target")
+    },
     "flow_matching_loss.losses_kernel": Kernel(_LOSS, "flow_matching_loss", counted=False),
     "flow_matching_loss_backward.spectrum_kernel": Kernel(_LOSS, "flow_matching_loss_spectrum", counted=False),
     "flow_matching_loss_backward.frequency_weight_kernel": Kernel(
@@ -98,7 +117,9 @@ KERNELS = {
 }
 _FLAGS = {  # boolean template parameters by kernel
     "block_backward.backward_kernel": ("mlp", "tiled"),
-    "pixel_decoder.forward_kernel": ("general",),
+    "pixel_decoder.forward_kernel": ("general", "keeps"),
+    "decoder_head.head_kernel": ("general",),
+    "flow_matching_loss_backward.gradient_kernel": ("sums",),
     "decoder_recompute.recompute_kernel": ("general",),
 }
 

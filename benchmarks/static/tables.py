@@ -24,7 +24,9 @@ _TRITON_KERNELS = {
 }
 _CUDA_KERNELS = {
     "cuda.pixel_decoder.forward_kernel": "decoder forward",
+    "cuda.pixel_decoder.forward_kernel+keeps": "decoder forward that keeps its activations",
     "cuda.decoder_recompute.recompute_kernel": "decoder recompute (forward, then head backward)",
+    "cuda.decoder_head.head_kernel": "head backward",
     "cuda.block_backward.backward_kernel+mlp+tiled+first": "block backward, launched first",
     "cuda.block_backward.backward_kernel+mlp+tiled": "block backward, between",
     "cuda.block_backward.backward_kernel+mlp+tiled+last": "block backward, launched last",
@@ -35,6 +37,7 @@ _CUDA_KERNELS = {
     "cuda.block_backward.backward_kernel+first+last": "upsample_modulate backward",
     "cuda.flow_matching_loss.sums_kernel": "loss sums",
     "cuda.flow_matching_loss_backward.gradient_kernel": "loss gradient",
+    "cuda.flow_matching_loss_backward.gradient_kernel+sums": "loss gradient and sums",
 }
 
 

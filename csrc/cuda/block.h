@@ -1,4 +1,4 @@
-// Decoder block and embedding on the pixels of one warp (DeCo, arXiv 2511.19365, section 3):
+// Decoder block, embedding and the backward of the head on the pixels of one warp (DeCo, arXiv 2511.19365, section 3):
 //
 //   s = SiLU(cond);  shift, scale, gate = W_mod·s + b_mod;  m = LayerNorm(h)·(1 + scale) + shift
 //   h' = h + gate·(W_2·SiLU(W_1·m + b_1) + b_2)
@@ -123,6 +123,24 @@ DECO_DEVICE void embed(Tile<D>& h, const uint32_t (&x)[2], const T* pixel_weight
 #pragma unroll
     for (int j = 0; j < 4 && 8 * j < D; ++j) multiply<T>(h.v[i / 8 + j], x, w[j], h.v[i / 8 + j]);
   }
+}
+
+// Gradient of the input of the head's LayerNorm; x is the gradient of the velocity as a left operand.
+template <class T, int D>
+DECO_DEVICE Tile<D> head_backward(const uint32_t (&x)[2], const Tile<D>& normalized, RowPair rstd, const T* head) {
+  Tile<D> grad, result = zeros<D>();
+#pragma unroll
+  for (int i = 0; i < D; i += 32) {
+    uint32_t w[4];  // four column tiles; at D = 16 two, repeated
+    load_matrices_transposed(w, head + (lane() & 7) * kRowStride<D> + ((i + (lane() & ~7)) & (D - 1)));
+#pragma unroll
+    for (int j = 0; j < 4 && 8 * j < D; ++j) {
+      const float zero[4] = {0, 0, 0, 0};
+      multiply<T>(grad.v[i / 8 + j], x, w[j], zero);
+    }
+  }
+  add_normalize_gradient(result, grad, normalized, rstd);
+  return result;
 }
 
 }  // namespace deco::cuda

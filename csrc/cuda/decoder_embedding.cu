@@ -1,10 +1,10 @@
-// Backward of the decoder's embedding (formula in decoder_backward_kernels.h). Persistent grid; a warp owns tiles of 16
+// Backward of the decoder's embedding (formula in decoder_kernels.h). Persistent grid; a warp owns tiles of 16
 // pixels. All tiles of a thread block are at the same positions of the patch, so that it sums the gradients of its rows
 // of the pixel table in registers, then over its warps. The packed weights are in shared memory. Per pixel: reads 2·D
 // bytes and C image values, writes C values; 6·C·D FLOPs. Deterministic: sums are written per thread block and added in
 // a fixed order.
 #include "cuda/block.h"
-#include "cuda/decoder_backward_kernels.h"
+#include "cuda/decoder_kernels.h"
 #include "cuda/gradient_sums.h"
 
 namespace deco::cuda {

@@ -24,8 +24,16 @@ inline PatchGrid patch_grid(const DecoderShape& shape) {
   return grid;
 }
 
-inline PatchRows rows_of(const PixelRows& rows, const DecoderShape& shape) {
-  return {rows.data, rows.token_stride, rows.pixel_stride, 2 * log2_of(shape.patch_size)};
+// The rows from pixel `first` on, the first of a token.
+inline PatchRows rows_of(const PixelRows& rows, const DecoderShape& shape, int64_t first = 0) {
+  const int log2_pixels = 2 * log2_of(shape.patch_size);
+  return {static_cast<uint16_t*>(rows.data) + (first >> log2_pixels) * rows.token_stride, rows.token_stride,
+          rows.pixel_stride, log2_pixels};
+}
+// The same for contiguous rows; null if they are.
+inline RowsView contiguous_rows(const PixelRows& rows, const DecoderShape& shape, int64_t first) {
+  if (rows.data == nullptr) return {};
+  return {static_cast<uint16_t*>(rows.data) + first * shape.decoder_width, shape.decoder_width};
 }
 
 // Thread blocks of a persistent grid: one per tile, at most as many as are resident on the device at once.

@@ -1,10 +1,10 @@
 // Recompute of the decoder's forward for its backward, then the backward of the head (formula in
-// decoder_backward_kernels.h). Grid, ownership and shared memory are those of pixel_decoder.cu; the inputs of the
+// decoder_kernels.h). Grid, ownership and shared memory are those of pixel_decoder.cu; the inputs of the
 // decoder blocks, SiLU(cond) and the gradient of h_N are written as operand tiles. Per pixel: reads 2·D bytes of cond
 // and 2·C image values, writes 2·D·(N + 2) bytes. Deterministic: the gradient of the head is summed per thread block in
 // a fixed order.
 #include "cuda/block.h"
-#include "cuda/decoder_backward_kernels.h"
+#include "cuda/decoder_kernels.h"
 #include "cuda/gradient_sums.h"
 #include "cuda/warp_pixels.h"
 
@@ -38,24 +38,6 @@ template <class T, int D>
 int shared_bytes(int slots) {
   const int sums = kWarps * ChannelGradient<T, D>::kNumbers * 4;
   return std::max(DecoderEnds<T, D>::kBytes + 3 * kLaneBytes + slots * BlockSlots<T, D>::kBytes, sums);
-}
-
-// Gradient of the input of the head's LayerNorm; x is the gradient of the velocity as a left operand.
-template <class T, int D>
-DECO_DEVICE Tile<D> head_backward(const uint32_t (&x)[2], const Tile<D>& normalized, RowPair rstd, const T* head) {
-  Tile<D> grad, result = zeros<D>();
-#pragma unroll
-  for (int i = 0; i < D; i += 32) {
-    uint32_t w[4];  // four column tiles; at D = 16 two, repeated
-    load_matrices_transposed(w, head + (lane() & 7) * kRowStride<D> + ((i + (lane() & ~7)) & (D - 1)));
-#pragma unroll
-    for (int j = 0; j < 4 && 8 * j < D; ++j) {
-      const float zero[4] = {0, 0, 0, 0};
-      multiply<T>(grad.v[i / 8 + j], x, w[j], zero);
-    }
-  }
-  add_normalize_gradient(result, grad, normalized, rstd);
-  return result;
 }
 
 template <class T, int D, bool General>

@@ -35,11 +35,6 @@ struct SumsParams {
   }
 };
 
-// The lane's share of a group's sums of d² inside the image, of m·x² and of x·Q x.
-struct LaneSums {
-  float pixel, scaled, remainder;
-};
-
 template <class Images>
 DECO_DEVICE LaneSums lane_sums(const Images& images, const FrequencyForms& forms, const LanePixels& d,
                                const PixelPlace& place) {
@@ -89,13 +84,7 @@ DECO_KERNEL(kLossThreads, 1, sums_kernel, const SumsParams<Images> p) {
     const LanePlace place = reader.place();
     const LanePixels d = reader.differences();
     reader.fetch(group + stride);
-    const LaneSums own = lane_sums(p.images, forms, d, place.pixel);
-    const float pixel = warp_sum(place.exists ? own.pixel : 0.0f);
-    const float scaled = warp_sum(place.exists ? own.scaled : 0.0f);
-    const float remainder = warp_sum(place.exists ? own.remainder : 0.0f);
-    // With an infinite difference every squared coefficient is infinite, but x·Q x is a difference of infinities: NaN.
-    const bool infinite = scaled - scaled != 0.0f && scaled == scaled;
-    if (lane() == 0) store(p.sums + group, Float2{pixel, infinite ? scaled : scaled + remainder});
+    write_group_sums(p.sums + group, lane_sums(p.images, forms, d, place.pixel), place.exists);
   }
 }
 
@@ -181,6 +170,25 @@ Status sum_groups(const Call& call, const LossPlan& plan, float* difference, Flo
   return plan.with_image_pair([&](const auto& images) { return run_sums(call, plan, images, sums); });
 }
 
+Status write_losses(const Call& call, const LossPlan& batch_plan, const LossScalars& losses, const Float2* sums,
+                    uint32_t groups_per_image) {
+  const int64_t batch = batch_plan.inputs.batch;
+  LossesParams p;
+  p.sums = sums;
+  p.groups = static_cast<uint32_t>(batch * groups_per_image);
+  p.groups_per_image = Divider(groups_per_image);
+  p.sample_weight = batch_plan.inputs.sample_weight;
+  p.batch = batch;
+  p.pixel_norm = batch_plan.pixel_norm();
+  p.frequency_norm = batch_plan.frequency_norm();
+  p.frequency_scale = losses.frequency_scale;
+  p.total = losses.total;
+  p.pixel = losses.pixel;
+  p.frequency = losses.frequency;
+  return launch("flow_matching_loss", losses_kernel,
+                {1, kTotalThreads, kTotalThreads / 32 * static_cast<int>(sizeof(Float2))}, call.stream, p);
+}
+
 int64_t flow_matching_loss_forward_workspace(const FlowMatchingLossForward& op) {
   return ForwardParts(LossPlan(op.inputs), nullptr).bytes;
 }
@@ -196,20 +204,8 @@ Status flow_matching_loss_forward(const Call& call, const FlowMatchingLossForwar
   }
   const Status summed = sum_groups(call, plan, parts.difference, parts.sums);
   if (!summed.ok()) return summed;
-  LossesParams p;
-  p.sums = parts.sums;
-  p.groups = plan.grid.groups;
-  p.groups_per_image = plan.grid.groups_per_image;
-  p.sample_weight = op.inputs.sample_weight;
-  p.batch = op.inputs.batch;
-  p.pixel_norm = plan.pixel_norm();
-  p.frequency_norm = plan.frequency_norm();
-  p.frequency_scale = op.frequency_scale;
-  p.total = op.total;
-  p.pixel = op.pixel;
-  p.frequency = op.frequency;
-  return launch("flow_matching_loss", losses_kernel,
-                {1, kTotalThreads, kTotalThreads / 32 * static_cast<int>(sizeof(Float2))}, call.stream, p);
+  const LossScalars losses = {op.frequency_scale, op.total, op.pixel, op.frequency};
+  return write_losses(call, plan, losses, parts.sums, plan.grid.groups_per_image.divisor);
 }
 
 }  // namespace deco::cuda

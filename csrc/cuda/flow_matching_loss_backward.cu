@@ -58,11 +58,13 @@ struct GradientParams {
   BlockGrid grid;
   Array frequency_weight, sample_weight;
   LossGradients gradients;
+  Float2* sums = nullptr;  // written: [groups], the sums of flow_matching_loss.cu, or null
   int64_t batch = 0, height = 0, width = 0;
 
   template <class V>
   void visit(V& buffers) const {
     images.visit(buffers, batch, height, width);
+    buffers.write(sums, int64_t{grid.groups} * static_cast<int64_t>(sizeof(Float2)));
     written.visit(buffers, batch, height, width);
     visit_array(buffers, false, frequency_weight, kColors * kSlots);
     visit_array(buffers, false, sample_weight, batch);
@@ -70,9 +72,10 @@ struct GradientParams {
   }
 };
 
-// Gradient of d: identity·d + frequency·Mᵀ Q M d.
+// Gradient of d: identity·d + frequency·Mᵀ Q M d. With Sums, also the lane's sums, of 8x8 blocks without padding.
+template <bool Sums>
 DECO_DEVICE LanePixels gradient(const LanePixels& d, const FrequencyForms& forms, const ColorMatrix& identity,
-                                float frequency) {
+                                float frequency, LaneSums& sums) {
   LanePixels grad;
 #pragma unroll
   for (int r = 0; r < 2; ++r)
@@ -82,6 +85,8 @@ DECO_DEVICE LanePixels gradient(const LanePixels& d, const FrequencyForms& forms
       grad.v[0][r][i] = color.r;
       grad.v[1][r][i] = color.g;
       grad.v[2][r][i] = color.b;
+      if constexpr (Sums)
+        for (int c = 0; c < kColors; ++c) sums.pixel = fmaf(d.v[c][r][i], d.v[c][r][i], sums.pixel);
     }
 #pragma unroll 1  // one channel's operands at a time fit in the registers
   for (int c = 0; c < kColors; ++c) {
@@ -89,6 +94,7 @@ DECO_DEVICE LanePixels gradient(const LanePixels& d, const FrequencyForms& forms
     const BlockOperand x = block_operand(d, row);
     const SplitMatrix remainder = forms.remainder(c);
     const Color factor = {frequency * row.r, frequency * row.g, frequency * row.b};
+    float squares = 0.0f;
 #pragma unroll
     for (int j = 0; j < kSlots / 8; ++j) {
       float product[2];
@@ -98,14 +104,22 @@ DECO_DEVICE LanePixels gradient(const LanePixels& d, const FrequencyForms& forms
         const int r = j / 4, i = 2 * (j % 4) + e;
         grad.v[0][r][i] = fmaf(factor.r, product[e], grad.v[0][r][i]);
         grad.v[1][r][i] = fmaf(factor.g, product[e], grad.v[1][r][i]);
+        // region: frequency_part_of_blue
         grad.v[2][r][i] = fmaf(factor.b, product[e], grad.v[2][r][i]);
+        // end region
+        if constexpr (Sums) {
+          const float value = channel_value(d, row, r, i);
+          squares = fmaf(value, value, squares);
+          sums.remainder = fmaf(value, product[e], sums.remainder);
+        }
       }
     }
+    if constexpr (Sums) sums.scaled = fmaf(forms.mean(c), squares, sums.scaled);
   }
   return grad;
 }
 
-template <class Images>
+template <class Images, bool Sums>
 DECO_KERNEL(kLossThreads, 1, gradient_kernel, const GradientParams<Images> p) {
   const FrequencyForms forms(shared_memory());
   const uint32_t stride = block_count() * kLossWarps;
@@ -120,15 +134,17 @@ DECO_KERNEL(kLossThreads, 1, gradient_kernel, const GradientParams<Images> p) {
     const float weight = weight_of(p.sample_weight, reader.place().pixel.image);
     const LanePixels d = reader.differences();
     reader.fetch(group + stride);
-    const LanePixels grad = gradient(d, forms, identity.scaled(weight), factors.frequency * weight);
+    LaneSums sums = {0, 0, 0};
+    const LanePixels grad = gradient<Sums>(d, forms, identity.scaled(weight), factors.frequency * weight, sums);
     const LanePlace place = locate(p.grid, group);  // recomputed, to save registers
+    if constexpr (Sums) write_group_sums(p.sums + group, sums, place.exists);
     if (place.exists) p.written.store(place.pixel, grad);
   }
 }
 
-template <class Images>
-Status run_gradient(const Call& call, const LossPlan& plan, const FlowMatchingLossBackward& op, const Images& images,
-                    const typename Images::Gradients& written, bool with_pixel_loss) {
+template <bool Sums, class Images>
+Status run_gradient(const Call& call, const LossPlan& plan, const LossGradients& gradients, const Images& images,
+                    const typename Images::Gradients& written, bool with_pixel_loss, Float2* sums) {
   GradientParams<Images> p;
   p.images = images;
   p.written = written;
@@ -136,12 +152,13 @@ Status run_gradient(const Call& call, const LossPlan& plan, const FlowMatchingLo
   p.grid = plan.grid;
   p.frequency_weight = plan.inputs.frequency_weight;
   p.sample_weight = plan.inputs.sample_weight;
-  p.gradients = LossGradients(plan, op);
+  p.gradients = gradients;
+  p.sums = sums;
   p.batch = plan.inputs.batch;
   p.height = plan.padded_height;
   p.width = plan.padded_width;
-  return launch("flow_matching_loss_gradient", gradient_kernel<Images>, plan.launch_size(call, FrequencyForms::kBytes),
-                call.stream, p);
+  const char* name = Sums ? "flow_matching_loss_gradient_and_sums" : "flow_matching_loss_gradient";
+  return launch(name, gradient_kernel<Images, Sums>, plan.launch_size(call, FrequencyForms::kBytes), call.stream, p);
 }
 
 // ---- gradient of frequency_weight -----------------------------------------------------------------------------------
@@ -151,6 +168,7 @@ struct SpectrumParams {
   BlockGrid grid;
   Array sample_weight;
   float* partials = nullptr;  // written: [thread blocks·warps][3, 8, 8]
+  bool accumulate = false;    // add to the partials instead of overwriting them
   int64_t parts = 0, batch = 0, height = 0, width = 0;
 
   template <class V>
@@ -191,7 +209,10 @@ DECO_KERNEL(kLossThreads, 1, spectrum_kernel, const SpectrumParams p) {
       for (int e = 0; e < 2; ++e) {
         float sum = sums[j][e];
         for (int mask = 4; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-        if (lane() < 4) store(part + 8 * j + 2 * lane() + e, sum);
+        if (lane() < 4) {
+          float* place = part + 8 * j + 2 * lane() + e;
+          store(place, p.accumulate ? load(place) + sum : sum);
+        }
       }
   }
 }
@@ -211,25 +232,6 @@ struct FrequencyWeightParams {
 
 DECO_KERNEL(kColors* kSlots, 1, frequency_weight_kernel, const FrequencyWeightParams p) {
   store_float(p.gradient, thread(), p.gradients.sum_factors().frequency * load(p.sums + thread()));
-}
-
-Status frequency_weight_gradient(const Call& call, const LossPlan& plan, const FlowMatchingLossBackward& op,
-                                 float* difference, float* partials, float* sums) {
-  const LaunchSize size = plan.launch_size(call, SplitMatrix::kBytes);
-  SpectrumParams p;
-  p.images = plan.padded_difference(difference);
-  p.grid = plan.grid;
-  p.sample_weight = plan.inputs.sample_weight;
-  p.partials = partials;
-  p.parts = int64_t{size.blocks} * kLossWarps;
-  p.batch = plan.inputs.batch;
-  p.height = plan.padded_height;
-  p.width = plan.padded_width;
-  Status status = launch("flow_matching_loss_spectrum", spectrum_kernel, size, call.stream, p);
-  if (status.ok()) status = sum_partials(call, sums, partials, kColors * kSlots, static_cast<int>(p.parts));
-  if (!status.ok()) return status;
-  return launch("flow_matching_loss_frequency_weight", frequency_weight_kernel, {1, kColors * kSlots, 0}, call.stream,
-                FrequencyWeightParams{sums, op.grad_frequency_weight, LossGradients(plan, op)});
 }
 
 // ---- gradient of sample_weight --------------------------------------------------------------------------------------
@@ -264,14 +266,6 @@ DECO_KERNEL(kLossThreads, 1, sample_weight_kernel, const SampleWeightParams p) {
   }
 }
 
-Status sample_weight_gradient(const Call& call, const LossPlan& plan, const FlowMatchingLossBackward& op,
-                              const Float2* sums) {
-  const LaunchSize size = {grid_blocks(plan.inputs.batch, kLossWarps, call.limits, 1), kLossThreads, 0};
-  return launch("flow_matching_loss_sample_weight", sample_weight_kernel, size, call.stream,
-                SampleWeightParams{sums, plan.grid.groups_per_image.divisor, op.grad_sample_weight,
-                                   LossGradients(plan, op), plan.inputs.batch});
-}
-
 // Layout of the backward's workspace; parts that are not needed are null.
 struct BackwardParts {
   float *difference = nullptr, *partials = nullptr, *spectrum = nullptr;
@@ -292,19 +286,60 @@ struct BackwardParts {
 };
 
 Status image_gradients(const Call& call, const LossPlan& plan, const FlowMatchingLossBackward& op, float* difference) {
+  const LossGradients gradients(plan, op);
+  const auto written = [&](const Array& gradient) {
+    return Image(LossPlan::contiguous_image(gradient, plan.inputs.height, plan.inputs.width));
+  };
   if (plan.reads_in_place())
-    return plan.with_image_pair([&](const auto& images) {
-      const auto written = [&](const Array& gradient) {
-        return Image(LossPlan::contiguous_image(gradient, plan.inputs.height, plan.inputs.width));
-      };
-      return run_gradient(call, plan, op, images, {written(op.grad_pred), written(op.grad_target)}, true);
-    });
+    return write_gradients(call, plan, gradients, written(op.grad_pred), written(op.grad_target), nullptr);
   const PaddedDifference images = plan.padded_difference(difference);
-  const Status status = run_gradient(call, plan, op, images, {images.image}, false);
+  const Status status = run_gradient<false>(call, plan, gradients, images, {images.image}, false, nullptr);
   return status.ok() ? fold_gradients(call, plan, op, difference) : status;
 }
 
 }  // namespace
+
+Status write_gradients(const Call& call, const LossPlan& plan, const LossGradients& gradients, const Image& grad_pred,
+                       const Image& grad_target, Float2* sums) {
+  return plan.with_image_pair([&](const auto& images) {
+    return sums == nullptr ? run_gradient<false>(call, plan, gradients, images, {grad_pred, grad_target}, true, sums)
+                           : run_gradient<true>(call, plan, gradients, images, {grad_pred, grad_target}, true, sums);
+  });
+}
+
+int frequency_parts(const Call& call, const LossPlan& plan) {
+  return plan.launch_size(call, SplitMatrix::kBytes).blocks * kLossWarps;
+}
+
+Status sum_frequencies(const Call& call, const LossPlan& plan, float* difference, float* partials, bool accumulate) {
+  SpectrumParams p;
+  p.images = plan.padded_difference(difference);
+  p.grid = plan.grid;
+  p.sample_weight = plan.inputs.sample_weight;
+  p.partials = partials;
+  p.accumulate = accumulate;
+  p.parts = frequency_parts(call, plan);
+  p.batch = plan.inputs.batch;
+  p.height = plan.padded_height;
+  p.width = plan.padded_width;
+  return launch("flow_matching_loss_spectrum", spectrum_kernel, plan.launch_size(call, SplitMatrix::kBytes),
+                call.stream, p);
+}
+
+Status frequency_weight_gradient(const Call& call, const LossGradients& gradients, const float* partials, int parts,
+                                 float* sum, const Array& gradient) {
+  const Status status = sum_partials(call, sum, partials, kColors * kSlots, parts);
+  if (!status.ok()) return status;
+  return launch("flow_matching_loss_frequency_weight", frequency_weight_kernel, {1, kColors * kSlots, 0}, call.stream,
+                FrequencyWeightParams{sum, gradient, gradients});
+}
+
+Status sample_weight_gradient(const Call& call, const LossGradients& gradients, const Float2* sums, int64_t batch,
+                              uint32_t groups_per_image, const Array& gradient) {
+  const LaunchSize size = {grid_blocks(batch, kLossWarps, call.limits, 1), kLossThreads, 0};
+  return launch("flow_matching_loss_sample_weight", sample_weight_kernel, size, call.stream,
+                SampleWeightParams{sums, groups_per_image, gradient, gradients, batch});
+}
 
 int64_t flow_matching_loss_backward_workspace(const DeviceLimits& limits, const FlowMatchingLossBackward& op) {
   return BackwardParts(LossPlan(op.inputs), op, limits, nullptr).bytes;
@@ -315,14 +350,21 @@ Status flow_matching_loss_backward(const Call& call, const FlowMatchingLossBackw
   if (plan.is_too_large()) return {kTooManyPixels, "flow_matching_loss_backward"};
   const BackwardParts parts(plan, op, call.limits, call.workspace);
   if (call.workspace_bytes < parts.bytes) return {kWorkspaceTooSmall, "flow_matching_loss_backward"};
+  const LossGradients gradients(plan, op);
   Status status;
   if (parts.difference != nullptr) status = write_difference(call, plan, parts.difference);
   if (status.ok() && op.grad_sample_weight.data != nullptr) {
     status = sum_groups(call, plan, plan.reads_in_place() ? nullptr : parts.difference, parts.sums);
-    if (status.ok()) status = sample_weight_gradient(call, plan, op, parts.sums);
+    if (status.ok())
+      status = sample_weight_gradient(call, gradients, parts.sums, op.inputs.batch, plan.grid.groups_per_image.divisor,
+                                      op.grad_sample_weight);
   }
-  if (status.ok() && op.grad_frequency_weight.data != nullptr)
-    status = frequency_weight_gradient(call, plan, op, parts.difference, parts.partials, parts.spectrum);
+  if (op.grad_frequency_weight.data != nullptr) {
+    if (status.ok()) status = sum_frequencies(call, plan, parts.difference, parts.partials, false);
+    if (status.ok())
+      status = frequency_weight_gradient(call, gradients, parts.partials, frequency_parts(call, plan), parts.spectrum,
+                                         op.grad_frequency_weight);
+  }
   if (status.ok() && (op.grad_pred.data != nullptr || op.grad_target.data != nullptr))
     status = image_gradients(call, plan, op, parts.difference);  // last: it may overwrite the difference
   return status;

@@ -206,6 +206,21 @@ class FrequencyForms {
   float *weights_, *row_pairs_, *table_, *means_, *cosines_;
 };
 
+// The lane's share of a group's sums of d² inside the image, of m·x² and of x·Q x.
+struct LaneSums {
+  float pixel, scaled, remainder;
+};
+
+// Writes a group's sums of d² and of W·(F R M d)², from all lanes; `exists`: whether the lane's 8x8 block does.
+DECO_DEVICE void write_group_sums(Float2* place, const LaneSums& own, bool exists) {
+  const float pixel = warp_sum(exists ? own.pixel : 0.0f);
+  const float scaled = warp_sum(exists ? own.scaled : 0.0f);
+  const float remainder = warp_sum(exists ? own.remainder : 0.0f);
+  // With an infinite difference every squared coefficient is infinite, but x·Q x is a difference of infinities: NaN.
+  const bool infinite = scaled - scaled != 0.0f && scaled == scaled;
+  if (lane() == 0) store(place, Float2{pixel, infinite ? scaled : scaled + remainder});
+}
+
 // Builds F, [frequency 8u + v][slot], for the gradient of the weights. Ends with a barrier.
 DECO_DEVICE void build_dct(const SplitMatrix& dct) {
   constexpr int kPairs = kSlots / 2;

@@ -79,6 +79,7 @@ void visit_array(V& buffers, bool write, const Array& array, int64_t count) {
 // Incoming gradients of the three losses, and the factors of the gradients of an image of weight 1.
 struct LossGradients {
   const float *total = nullptr, *pixel = nullptr, *frequency = nullptr;  // null: zero
+  float known_total = 0;                                                 // added to that of total
   float frequency_scale = 0, pixel_norm = 0, frequency_norm = 0;
 
   // Gradients with respect to the image's sums of d² and of W·(F R M d)².
@@ -94,9 +95,16 @@ struct LossGradients {
         frequency_scale(op.frequency_scale),
         pixel_norm(plan.pixel_norm()),
         frequency_norm(plan.frequency_norm()) {}
+  // Only total has a gradient, known on the host.
+  LossGradients(const LossPlan& plan, float loss_frequency_scale, float grad_total)
+      : known_total(grad_total),
+        frequency_scale(loss_frequency_scale),
+        pixel_norm(plan.pixel_norm()),
+        frequency_norm(plan.frequency_norm()) {}
 
   DECO_DEVICE Factors sum_factors() const {
-    const float of_total = total == nullptr ? 0.0f : load(total), of_pixel = pixel == nullptr ? 0.0f : load(pixel),
+    const float of_total = known_total + (total == nullptr ? 0.0f : load(total)),
+                of_pixel = pixel == nullptr ? 0.0f : load(pixel),
                 of_frequency = frequency == nullptr ? 0.0f : load(frequency);
     return {pixel_norm * (of_total + of_pixel), frequency_norm * fmaf(frequency_scale, of_total, of_frequency)};
   }
@@ -119,7 +127,29 @@ Status write_difference(const Call& call, const LossPlan& plan, float* differenc
 // Writes two sums per group, of d² and of W·(F R M d)², without sample weights: from the padded difference if
 // `difference` is not null, otherwise from the images.
 Status sum_groups(const Call& call, const LossPlan& plan, float* difference, Float2* sums);
+// The losses from the sums of all groups of a batch. `batch_plan` has its sizes and sample weights; null: not computed.
+struct LossScalars {
+  float frequency_scale = 0;
+  float *total = nullptr, *pixel = nullptr, *frequency = nullptr;
+};
+Status write_losses(const Call& call, const LossPlan& batch_plan, const LossScalars& losses, const Float2* sums,
+                    uint32_t groups_per_image);
+
+// Images that ImagePair can read: writes the gradients that are not null, in the images' dtypes, and the sums of
+// sum_groups unless null. grad_pred may be pred.
+Status write_gradients(const Call& call, const LossPlan& plan, const LossGradients& gradients, const Image& grad_pred,
+                       const Image& grad_target, Float2* sums);
 // Writes the gradients of the images from the gradient of the padded difference and that of the pixel loss.
 Status fold_gradients(const Call& call, const LossPlan& plan, const FlowMatchingLossBackward& op, float* difference);
+
+// Sums of w·(F M d)² of the padded difference, [frequency_parts][3, 8, 8], and the gradient of frequency_weight from
+// them; `sum`: scratch memory [3, 8, 8].
+int frequency_parts(const Call& call, const LossPlan& plan);
+Status sum_frequencies(const Call& call, const LossPlan& plan, float* difference, float* partials, bool accumulate);
+Status frequency_weight_gradient(const Call& call, const LossGradients& gradients, const float* partials, int parts,
+                                 float* sum, const Array& gradient);
+// The gradient of sample_weight [B] from the sums of all groups.
+Status sample_weight_gradient(const Call& call, const LossGradients& gradients, const Float2* sums, int64_t batch,
+                              uint32_t groups_per_image, const Array& gradient);
 
 }  // namespace deco::cuda

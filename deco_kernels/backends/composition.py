@@ -10,10 +10,14 @@ from types import ModuleType
 
 import torch
 
-from deco_kernels.backends.arguments import Gradients, Losses, kept_like
+from deco_kernels.backends.arguments import Gradients, Losses, empty_kept_gradients, kept_like
 from deco_kernels.signatures import PixelDecoderLoss
 
 _log = logging.getLogger("deco_kernels")
+
+BLOCK = 8
+"""Side of the 8x8 blocks of the loss: a kernel that computes both needs patches that hold whole ones."""
+SMALL_PATCHES = f"patches of less than {BLOCK}x{BLOCK} pixels hold no whole block"
 
 
 class Composition:
@@ -45,7 +49,7 @@ class Composition:
         needs_image, needs_cond, needs_target, *needs_weights, needs_frequency, needs_sample = needs
         needs_decoder = [needs_image, needs_cond, *needs_weights]
 
-        scale = gradient_scale(velocity)
+        scale = gradient_scale(velocity.dtype, velocity.numel())
         one = losses[0].new_full((), scale)
         needs_loss = [any(needs_decoder), needs_target, needs_frequency, needs_sample]
         grad_losses = (one, torch.zeros_like(one), torch.zeros_like(one))
@@ -58,9 +62,7 @@ class Composition:
             decoder_inputs = (wide.image, cond, wide.weights, patch_size, eps)
             grads = self.decoder.backward(grad_velocity, *decoder_inputs, needs_decoder)
         gradients = (*grads[:2], grad_target, *grads[2:], *grad_loss_weights)
-        if scale != 1:
-            gradients = tuple(None if g is None else g.float() / scale for g in gradients)
-        return losses, gradients
+        return losses, unscaled(gradients, scale)
 
     def _velocity_and_losses(
         self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float
@@ -70,11 +72,26 @@ class Composition:
         return velocity, losses
 
 
-def gradient_scale(velocity: torch.Tensor) -> float:
+def gradient_scale(dtype: torch.dtype, values: int) -> float:
     """Power of two that brings the gradient of a mean over float16 velocities near the size of one difference."""
-    if velocity.dtype is not torch.float16 or velocity.numel() == 0:
+    if dtype is not torch.float16 or values == 0:
         return 1.0
-    return 2.0 ** round(math.log2(velocity.numel()) - 1)
+    return 2.0 ** round(math.log2(values) - 1)
+
+
+def empty_one_pass_gradients(inputs: PixelDecoderLoss, needs: Sequence[bool]) -> Gradients:
+    """Uninitialized tensors for the gradients times `gradient_scale`: as they are kept, that of cond in its dtype."""
+    grad_image, grad_cond, *others = empty_kept_gradients("pixel_decoder_loss", inputs, needs)
+    if grad_cond is not None:
+        grad_cond = torch.empty_like(grad_cond, dtype=inputs.cond.dtype)
+    return (grad_image, grad_cond, *others)
+
+
+def unscaled(gradients: Gradients, scale: float) -> Gradients:
+    """Gradients that were computed times `scale`, in the dtypes in which they are kept."""
+    if scale == 1:
+        return gradients
+    return tuple(None if g is None else g.float() / scale for g in gradients)
 
 
 @functools.cache

@@ -8,11 +8,16 @@ the cache too, so the values between kernels may take SHARE of it.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 SHARE = 0.6
 """Part of the L2 cache for the values that stay in it."""
+ONE_PASS_SHARE = 0.55
+"""The same in pixel_decoder_loss, whose chunks read inputs and write gradients more than once."""
 
 LARGE_PIXELS = 1 << 19
 """Pixels of a chunk at most."""
@@ -34,14 +39,58 @@ def cache_bytes(device: torch.device) -> int:
     return _LAST_LEVEL_BYTES.get(architecture, properties.L2_cache_size)
 
 
-def chunk_pixels(device: torch.device, bytes_per_pixel: int, least: int) -> int:
+def chunk_pixels(device: torch.device, bytes_per_pixel: int, least: int, share: float = SHARE) -> int:
     """Pixels of a chunk whose kernels hand on `bytes_per_pixel`, at most LARGE_PIXELS.
 
-    As many as fit in SHARE of the L2 cache. If these are fewer than `least`, too few to occupy the device or to pay for
-    what every chunk costs, the chunk does not fit in the cache, and `large_pixels` limits it.
+    As many as fit in `share` of the L2 cache. If these are fewer than `least`, too few to occupy the device or to pay
+    for what every chunk costs, the chunk does not fit in the cache, and `large_pixels` limits it.
     """
-    fitting = int(SHARE * cache_bytes(device)) // bytes_per_pixel
+    fitting = int(share * cache_bytes(device)) // bytes_per_pixel
     return min(fitting, LARGE_PIXELS) if fitting >= least else large_pixels(bytes_per_pixel)
+
+
+class ImageChunk(NamedTuple):
+    """Part of a batch of images: whole images, or whole rows of patches of one image."""
+
+    images: slice
+    rows: slice
+    """Of pixels."""
+    tokens: slice
+
+    def of(self, images: torch.Tensor) -> torch.Tensor:
+        """The part of [B, C, H, W]."""
+        return images[self.images, :, self.rows]
+
+
+def chunk_of_images(image: torch.Tensor, patch_size: int, pixels: int) -> tuple[int, int]:
+    """(images, rows of pixels) of chunks of at most `pixels` pixels: whole images, or whole rows of patches of one.
+
+    All chunks have this size, except the last images and the last rows of an image.
+    """
+    batch, _, height, width = image.shape
+    most_rows, most_images = pixels // width, pixels // (height * width)
+    return _parts(batch, most_images, 1), _parts(height, most_rows, patch_size)
+
+
+def _parts(size: int, most: int, step: int) -> int:
+    """Size of equal parts of `size`, at most `most` and multiples of `step`, at least one step."""
+    steps = size // step
+    parts = math.ceil(steps / max(1, min(most // step, steps)))
+    return step * math.ceil(steps / parts)
+
+
+def image_chunks(image: torch.Tensor, patch_size: int, pixels: int) -> Iterator[ImageChunk]:
+    """The chunks of `chunk_of_images` in order."""
+    batch, _, height, width = image.shape
+    images, rows = chunk_of_images(image, patch_size, pixels)
+    columns, tokens = width // patch_size, (height // patch_size) * (width // patch_size)
+    for first in range(0, batch, images):
+        count = min(images, batch - first)
+        for row in range(0, height, rows):
+            end = min(row + rows, height)
+            start = first * tokens + row // patch_size * columns
+            length = count * ((end - row) // patch_size) * columns
+            yield ImageChunk(slice(first, first + count), slice(row, end), slice(start, start + length))
 
 
 def large_pixels(bytes_per_pixel: int) -> int:

@@ -62,15 +62,15 @@ def test_kernels_for_every_width_and_dtype_fit_their_budgets(architecture):
     found = compiled(architecture)
     cases = {(width, dtype) for width in triton_kernels.WIDTHS for dtype in ("bfloat16", "float16")}
     for width, dtype in cases:
-        assert len([name for name in found if name.endswith(f"/D{width}/{dtype}")]) == 12
+        assert len([name for name in found if name.endswith(f"/D{width}/{dtype}")]) == 16
     recorded = cases if architecture == "sm_90a" else {(32, "bfloat16")}
     assert all(cuda_kernels.is_among(name, recorded) for name in BUDGETS if architecture in BUDGETS[name])
     assert_kernels_fit_their_budgets(architecture, found, set(cuda_kernels.KERNELS), recorded)
 
 
 def test_the_record_reaches_its_goals():
-    """D 32, N 3, bfloat16 on sm_90a: issue slots per 16 pixels of the decoder's forward, of its whole backward, and of
-    both passes of the loss."""
+    """D 32, N 3, bfloat16 on sm_90a: issue slots per 16 pixels of the decoder's forward, of its whole backward, of both
+    passes of the loss, and of decoder and loss in one pass."""
 
     def record(kernel, case="D32/bfloat16"):
         return BUDGETS[f"{CUDA_PREFIX}{kernel}/{case}"]["sm_90a"]
@@ -85,6 +85,9 @@ def test_the_record_reaches_its_goals():
     for kernel in ("flow_matching_loss.sums_kernel", "flow_matching_loss_backward.gradient_kernel"):
         loss = record(kernel, "bfloat16")
         assert loss["issue_slots_per_16_px"] <= 105 / 2 and loss["spill_bytes"] == 0
+    one_pass = [record("pixel_decoder.forward_kernel+keeps"), record("decoder_head.head_kernel"), steps[-1], *steps[:3]]
+    one_pass.append(record("flow_matching_loss_backward.gradient_kernel+sums", "bfloat16"))
+    assert sum(kernel["issue_slots_per_16_px"] for kernel in one_pass) <= 4950
 
 
 def code_of(*opcodes: str) -> sass.Code:

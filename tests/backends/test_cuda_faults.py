@@ -137,6 +137,17 @@ def test_swapped_fragments(plant):
     assert failed == {"grad pixel_weight"}
 
 
+def test_a_fault_in_the_gradient_of_the_loss(plant):
+    """The gradient of the velocity's blue channel lacks the frequency loss; the losses are right."""
+    plant("flow_matching_loss_backward", frequency_part_of_blue="")
+    inputs = testing.random_inputs(
+        "pixel_decoder_loss", dtype=torch.bfloat16, width=16, depth=1, patch_size=8, image_size=(1, 64, 64), seed=1
+    )
+    failed = {row.name for row in testing.compare(inputs, testing.run(inputs, emulation.BACKEND)) if not row.passed}
+    assert {"grad image", "grad cond", "grad target", "grad head_weight"} <= failed
+    assert all(name.startswith("grad ") for name in failed)
+
+
 def test_rows_read_one_pixel_outside(plant):
     """255 pixels: only the last row of the last tile has no pixel."""
     module = plant("pixel_decoder", last_pixel_for_missing_ones="")

@@ -1,10 +1,13 @@
-"""Bytes of global memory that the kernels of the decoder's backward move, counted by the emulator."""
+"""Bytes of global memory that the kernels of the decoder's backward and of pixel_decoder_loss move, counted by the
+emulator."""
 
 import pytest
 import torch
 
 from deco_kernels import testing
 from deco_kernels.backends import l2_cache
+from deco_kernels.backends.cuda import pixel_decoder_loss
+from deco_kernels.signatures import PixelDecoderLoss, flat, grouped
 from deco_kernels.testing import emulation
 
 pytestmark = pytest.mark.emulate
@@ -50,3 +53,38 @@ def test_every_chunk_reads_and_writes_the_sums(emulated, monkeypatch):
         sums = launch.buffers[-1]
         assert sums.written.distinct == 4 * launch.blocks * numbers
         assert sums.read.distinct == (0 if index < N + 2 else sums.written.distinct)
+
+
+def bytes_outside_the_workspace(columns: int) -> dict[str, tuple[int, int]]:
+    """Bytes of the inputs and gradients that one chunk of pixel_decoder_loss reads and writes, each once."""
+    tensors = testing.random_inputs(
+        "pixel_decoder_loss", dtype=torch.bfloat16, other_dtype=torch.float32, depth=N, image_size=(1, 16, columns)
+    ).tensors
+    inputs = grouped(PixelDecoderLoss, list(tensors.values()))
+    needs = [name != "target" and "frequency" not in name and name != "sample_weight" for name in tensors]
+    kept = []
+    launches = emulation.record_accesses(
+        lambda: kept.extend(pixel_decoder_loss.forward_with_gradients(inputs, 16, 1.0, 1e-6, needs)[1])
+    )
+    places = {"cond": tensors["cond"], "image": tensors["image"], "target": tensors["target"]}
+    places |= {"grad image": kept[0], "grad cond": kept[1]}
+    assert len(flat(inputs)) == len(kept)
+    return {
+        name: tuple(max(getattr(buffer, way).distinct for buffer in found) for way in ("read", "written"))
+        for name, tensor in places.items()
+        if (found := [b for launch in launches for b in launch.buffers if b.address == tensor.data_ptr()])
+    }
+
+
+def test_bytes_per_pixel_that_leave_a_chunk_of_the_one_pass(emulated):
+    """As in docs/pixel_decoder_loss.md: the least that moves between L2 and memory, if a chunk stays in L2."""
+    small, large = bytes_outside_the_workspace(32), bytes_outside_the_workspace(64)
+    per_pixel = {name: tuple((b - a) / 512 for a, b in zip(small[name], large[name], strict=True)) for name in small}
+    assert per_pixel == {
+        "cond": (ROW, 0),
+        "image": (IMAGE, 0),
+        "target": (IMAGE, 0),
+        "grad image": (0, IMAGE),
+        "grad cond": (ROW, ROW),  # the gradients of s of the decoder blocks, then that of cond
+    }
+    assert sum(sum(counts) for counts in per_pixel.values()) == 228

@@ -48,3 +48,20 @@ def test_a_cache_that_is_too_small_does_not_limit_a_chunk(device):
 def test_the_last_level_cache_of_gfx942_counts(device):
     assert l2_cache.cache_bytes(device(4, gcnArchName="gfx942:sramecc+:xnack-")) == 256 * MIB
     assert l2_cache.cache_bytes(device(4, gcnArchName="gfx90a")) == 4 * MIB
+
+
+@pytest.mark.parametrize(
+    ("pixels", "size"),
+    [(1, (1, 8)), (500, (1, 8)), (512, (1, 16)), (1279, (1, 24)), (1280, (1, 40)), (2560, (2, 40)), (1 << 20, (3, 40))],
+)
+def test_chunks_are_whole_images_or_rows_of_patches(pixels, size):
+    """Three images of 40x32 in patches of 8x8; five rows of patches in parts of two, two and one."""
+    image = torch.arange(3 * 40 * 32).view(3, 1, 40, 32)
+    assert l2_cache.chunk_of_images(image, 8, pixels) == size
+    chunks = list(l2_cache.image_chunks(image, 8, pixels))
+    assert torch.equal(torch.cat([chunk.of(image).flatten() for chunk in chunks]), image.flatten())
+    for chunk in chunks:
+        count = chunk.of(image).numel()
+        assert count <= max(pixels, 8 * 32) and count == 64 * (chunk.tokens.stop - chunk.tokens.start)
+    assert chunks[0].tokens.start == 0 and chunks[-1].tokens.stop == 3 * 5 * 4
+    assert all(first.tokens.stop == second.tokens.start for first, second in zip(chunks, chunks[1:], strict=False))

@@ -137,6 +137,10 @@ def test_the_incoming_gradient_is_not_rounded(implementation):
 @needs_module
 @pytest.mark.parametrize(("op", "patch_size"), [(OP, 8), (OP, 4), (FROM_TOKENS, 8)])
 def test_float16_with_a_loss_scale_of_2_to_the_16(op, patch_size):
+    check_loss_scale("cpu", patch_size, op)
+
+
+def check_loss_scale(backend, patch_size, op=OP):
     """Without the scale the gradient of cond or tokens, about 1e-6, would be subnormal in float16."""
     inputs = block_inputs(F16, patch_size, op=op, image_size=(4, 32, 64), width=16, depth=1)
     if op == FROM_TOKENS:
@@ -146,7 +150,7 @@ def test_float16_with_a_loss_scale_of_2_to_the_16(op, patch_size):
     def call(tensors, options, backend):
         return getattr(ops, op)(**tensors, **options, backend=backend)
 
-    _, found = losses_and_gradients(call, inputs, "cpu", scale)
+    _, found = losses_and_gradients(call, inputs, backend, scale)
     _, expected = losses_and_gradients(call, testing.in_float64(inputs), "reference", scale)
     name = "cond" if op == OP else "tokens"
     assert expected[name].abs().mean() < scale * torch.finfo(F16).smallest_normal / 2

@@ -31,6 +31,7 @@ THREADS_CASES = (
 EMULATED_CASES = (
     dict(dtype=torch.bfloat16, width=16, depth=2, patch_size=4, image_size=(1, 12, 20), channels=4),
     dict(dtype=torch.bfloat16, width=16, depth=1, patch_size=1, image_size=(1, 7, 11)),
+    dict(dtype=torch.bfloat16, width=16, depth=1, patch_size=8, image_size=(2, 8, 24)),
     dict(dtype=torch.bfloat16, width=16, depth=1, patch_size=4, image_size=(0, 8, 8)),
 )
 

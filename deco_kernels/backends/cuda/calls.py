@@ -38,6 +38,14 @@ def readable_image(image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return image if image.dtype is dtype else image.float()
 
 
+def readable_image_rows(image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`readable_image`, copied unless its rows are contiguous and start at multiples of 16 bytes."""
+    image = readable_image(image, dtype)
+    if image.stride(-1) != 1:
+        return image.contiguous()
+    return _aligned(image, image.stride()[:-1])
+
+
 def readable_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` [..., D], copied unless the kernels can read its rows in place."""
     rows = arguments.readable_rows(tensor)

@@ -98,11 +98,14 @@ def run_backward(
     )
 
 
-def backward_chunk_pixels(device: torch.device, width: int, depth: int) -> int:
-    """Pixels per chunk of the backward, whose kernels hand on 2·D·(N + 2) bytes per pixel.
+def backward_chunk_pixels(
+    device: torch.device, width: int, depth: int, velocity_bytes: int = 0, share: float = l2_cache.SHARE
+) -> int:
+    """Pixels per chunk of the backward, whose kernels hand on 2·D·(N + 2) bytes per pixel, and those of the velocity.
 
     At least two tiles for every thread block of the recompute kernel, which has the largest tiles.
     """
     multiprocessors, _ = native.cuda(device).device_limits(device.index or 0)
     tile = 256 if width <= 32 else 128  # kBlockPixels of csrc/cuda/warp_pixels.h
-    return l2_cache.chunk_pixels(device, 2 * width * (depth + 2), least=2 * tile * multiprocessors)
+    bytes_per_pixel = 2 * width * (depth + 2) + velocity_bytes
+    return l2_cache.chunk_pixels(device, bytes_per_pixel, least=2 * tile * multiprocessors, share=share)

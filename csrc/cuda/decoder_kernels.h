@@ -1,13 +1,40 @@
-// First and last kernel of the decoder's backward; block_backward.h runs between them.
+// Kernels of the decoder's forward and backward, except block_backward.h.
 #pragma once
 
 #include "cuda/decoder_geometry.h"
 
 namespace deco::cuda {
 
-// Recomputes the decoder's forward and runs the backward of its head:
+// The decoder's forward (pixel_decoder.cu).
+struct DecoderForward {
+  PackedWeights packed;
+  DecoderShape shape;
+  Image image, velocity;  // velocity: written
+  PatchRows cond;
+  float eps = 0;
+
+  // Written unless null: operand tiles (pixels.h), padded_rows(pixels) pixels each.
+  void* h_tiles = nullptr;  // [N + 1], inputs of the decoder blocks and of the head
+  void* s_tiles = nullptr;  // SiLU(cond)
+};
+Status decoder_forward(const Call& call, DType operand, const DecoderForward& op);
+
+// Backward of the head:
 //   n = LayerNorm(h_N);  δn = W_outᵀ·δvelocity;  δh_N = LayerNorm'(δn)
 //   δW_out = Σ δvelocity ⊗ n;  δb_out = Σ δvelocity
+struct DecoderHead {
+  PackedWeights packed;
+  DecoderShape shape;
+  Image grad_velocity;
+  float eps = 0;
+  void* h_tiles = nullptr;    // operand tiles of h_N, overwritten by those of its gradient
+  float* partials = nullptr;  // [decoder_head_parts][D + 1][kChannelSlots], or null
+  bool accumulate = false;    // add to the partials instead of overwriting them
+};
+int decoder_head_parts(const DeviceLimits& limits, int width, int64_t pixels);
+Status decoder_head(const Call& call, DType operand, const DecoderHead& op);
+
+// Recomputes the decoder's forward and runs the backward of its head.
 struct DecoderRecompute {
   PackedWeights packed;
   DecoderShape shape;  // of the whole batch
