@@ -20,7 +20,7 @@ BACKEND = emulation.BACKEND
 OPS = ("adaln_block", "upsample_modulate", "pixel_decoder", "pixel_decoder_from_tokens")
 HALF_CASES = {op: [case for case in CASES[op] if case.dtype is not F32] for op in OPS}
 # Of the decoder's ops, which have their kernels in common, one takes the float32 cases in bfloat16: together all pairs
-# of settings. Its other cases are long.
+# of settings. Its other cases are long, and so is the slowest one.
 OTHER_CASES = [case._replace(dtype=BF16) for case in DECODER_CASES if case.dtype is F32]
 
 
@@ -28,7 +28,8 @@ def accuracy_cases():
     for op, cases in HALF_CASES.items():
         others = OTHER_CASES if op == "pixel_decoder_from_tokens" else []
         for case in dict.fromkeys(cases + others):
-            marks = pytest.mark.long if others and case not in others else ()
+            is_long = others and (case not in others or case.width * case.depth > 192)
+            marks = pytest.mark.long if is_long else ()
             yield pytest.param(op, case, id=f"{op}-{case.label}", marks=marks)
 
 
