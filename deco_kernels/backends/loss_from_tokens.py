@@ -55,7 +55,8 @@ class LossFromTokens:
         needs_image, needs_tokens, needs_target, *needs_weights = needs
         upsample = _upsample(inputs, (needs_tokens, *needs_weights[:2]))
         needs_part = [needs_image, upsample.wanted, needs_target, *needs_weights[2:]]
-        kept = arguments.empty_kept_gradients(OP, inputs, needs)
+        needs_here = [needs_image, False, needs_target, False, False, *needs_weights[2:]]
+        kept = arguments.empty_kept_gradients(OP, inputs, needs_here)
         grad_image, _, grad_target, _, _, *totals, grad_sample_weight = arguments.zeroed(kept)
         losses = []
         for (images, lines), first, part in self._parts(inputs, upsample, patch_size):

@@ -108,7 +108,11 @@ class UpsampleGradients:
         if self.grad_tokens is not None:
             self.grad_tokens[first:last] = grad @ self.weight
         if self.needs[1]:
-            self.grad_weight = added(self.grad_weight, grad.T @ self.rows[first:last].to(self.dtype))
+            rows = self.rows[first:last].to(self.dtype)
+            if self.grad_weight is not None and self.dtype is torch.float32:
+                self.grad_weight.addmm_(grad.T, rows)
+            else:
+                self.grad_weight = added(self.grad_weight, grad.T @ rows)
         if self.needs[2]:
             self.grad_bias = added(self.grad_bias, grad.sum(0, dtype=torch.float32))
 
