@@ -146,6 +146,8 @@ def _check(options: argparse.Namespace) -> None:
         folder = os.path.dirname(os.path.abspath(path or "."))
         if path and not os.path.isdir(folder):
             raise ValueError(f"--{name} {path}: the folder {folder} does not exist; create it first")
+        if path and os.path.isdir(path):
+            raise ValueError(f"--{name} {path}: expected the name of a file, found a folder; name a file in it")
 
 
 def _refuse(message: str) -> int:

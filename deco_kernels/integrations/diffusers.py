@@ -29,6 +29,8 @@ INDEX, MODEL, TEXT_ENCODER = "model_index.json", "model", "text_encoder"
 _CLASSES = {cls.__name__: cls for cls in (DeCo, DeCoTextToImage, DiT)}
 _FILES = ("*.json", "*.safetensors", "*.txt")  # read from a repository: config, tensors, tokenizer
 _OUTPUTS = ("pil", "np", "pt")
+_LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_PUSH_OPTIONS = {"repo_id", "private", "token", "commit_message"}
 
 Callback = Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
 
@@ -103,11 +105,18 @@ class DeCoPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: safe_serialization is False.
+            TypeError: options that do not apply.
             OSError: the folder cannot be written, or the hub cannot be reached.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization: expected True, got False; pipelines are written as safetensors")
         folder, push = Path(save_directory), options.pop("push_to_hub", False)
+        unknown = set(options) - (_PUSH_OPTIONS if push else set())
+        if unknown:
+            raise TypeError(
+                f"save_pretrained: expected options among {', '.join(sorted(_PUSH_OPTIONS))}, with push_to_hub=True, "
+                f"got {', '.join(sorted(unknown))}; leave them out"
+            )
         self.model.save_pretrained(folder / MODEL)
         if self.text_encoder is not None:
             self.text_encoder.save_pretrained(folder / TEXT_ENCODER)
@@ -140,12 +149,15 @@ class DeCoPipeline(DiffusionPipeline):
         Raises:
             OSError: no folder of this name, and no connection to the hub or no such repository; or files are missing.
             ValueError: files of another pipeline, or that do not fit each other.
+            TypeError: an unknown option, or a torch_dtype that is not a torch.dtype.
         """
+        if not isinstance(torch_dtype, (torch.dtype, type(None))):
+            raise TypeError(f"torch_dtype: expected a torch.dtype such as torch.bfloat16, got {torch_dtype!r}")
         folder = folder_of(pretrained_model_name_or_path, _FILES, **options)
         index = _read_index(folder)
-        model = _CLASSES[index[MODEL][1]].from_pretrained(folder / MODEL)
-        if text_encoder is None and index.get(TEXT_ENCODER, (None, None))[1] is not None:
-            text_encoder = _read_text_encoder(folder / TEXT_ENCODER, model)
+        model = _CLASSES[_class_in(index, MODEL)].from_pretrained(_part(folder, MODEL))
+        if text_encoder is None and _class_in(index, TEXT_ENCODER) is not None:
+            text_encoder = _read_text_encoder(_part(folder, TEXT_ENCODER), model)
         pipeline = cls(model, text_encoder, index.get("solver"), index.get("shift"))
         return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
 
@@ -219,9 +231,12 @@ class DeCoPipeline(DiffusionPipeline):
         if not isinstance(self.model, DeCoTextToImage):
             if prompt is not None or negative is not None or labels is None:
                 raise ValueError("class_labels: the model is conditioned on classes, expected class_labels, no prompt")
-            y = torch.as_tensor(labels).reshape(-1)
             null = self.model.null_label
-            if y.is_floating_point() or not len(y) or y.min() < 0 or y.max() >= null:
+            try:
+                y = torch.as_tensor(labels).reshape(-1)
+            except (TypeError, ValueError, RuntimeError):  # no numbers
+                y = torch.empty(0)
+            if y.dtype not in _LABEL_DTYPES or not len(y) or y.min() < 0 or y.max() >= null:
                 raise ValueError(f"class_labels: expected classes from 0 to {null - 1}, got {labels!r}")
             y = y.to(device, torch.int64)
             return y, torch.full_like(y, null)
@@ -245,6 +260,9 @@ class DeCoPipeline(DiffusionPipeline):
         p = self.model.trunk.patch_size
         if any(not isinstance(side, int) or side < 1 or side % p for side in (height, width)):
             raise ValueError(f"height and width: expected multiples of {p}, the patch size, got {height} and {width}")
+        generators = generator if isinstance(generator, list) else [generator]
+        if any(not isinstance(each, (torch.Generator, type(None))) for each in generators):
+            raise TypeError(f"generator: expected a torch.Generator or a list of them, got {generator!r}")
         if isinstance(generator, list) and len(generator) not in (1, count):
             raise ValueError(f"generator: expected one, or one for each of {count} images, got {len(generator)}")
         shape = (count, self.model.trunk.channels, height, width)
@@ -283,8 +301,15 @@ def _callback(
     def call(step: int, time: torch.Tensor, x: torch.Tensor) -> None:
         if callback is not None:
             returned = callback(pipeline, step, time, {"latents": x} if tensors else {})
+            if not isinstance(returned, (dict, type(None))):
+                raise TypeError(f"callback_on_step_end: expected it to return a dictionary or None, got {returned!r}")
             replaced = (returned or {}).get("latents", x)
             if replaced is not x:
+                if replaced.shape != x.shape:
+                    raise ValueError(
+                        f"callback_on_step_end: expected it to return latents of shape {list(x.shape)}, got "
+                        f"{list(replaced.shape)}"
+                    )
                 x.copy_(replaced)
 
     return call
@@ -296,13 +321,32 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: expected the file that DeCoPipeline.save_pretrained writes, found none")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        name = index[MODEL][1]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        names = {name: _class_in(index, name) for name in (MODEL, TEXT_ENCODER)}
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: expected the index of a DeCoPipeline, got {type(error).__name__}: {error}") from None
-    if name not in _CLASSES:
-        raise ValueError(f"{path}: expected a model of class {', '.join(_CLASSES)}, got {name!r}")
+    if names[MODEL] not in list(_CLASSES):
+        raise ValueError(f"{path}: expected a model of class {', '.join(_CLASSES)}, got {names[MODEL]!r}")
+    for name, kinds in (("solver", (str, type(None))), ("shift", (int, float, type(None)))):
+        if not isinstance(index.get(name), kinds):
+            raise ValueError(
+                f"{path}: {name}: expected {'a name' if name == 'solver' else 'a number'}, got {index[name]!r}"
+            )
     found: dict[str, Any] = index
     return found
+
+
+def _class_in(index: dict[str, Any], name: str) -> Any:
+    """Class of a component, which the index holds after its module; None without the component."""
+    return (index.get(name) or (None, None))[1]
+
+
+def _part(folder: Path, name: str) -> Path:
+    """The folder of a component. Without it the name must not be taken for that of a repository."""
+    if not (folder / name).is_dir():
+        raise FileNotFoundError(
+            f"{folder / name}: expected the folder that DeCoPipeline.save_pretrained writes, found none; copy it again"
+        )
+    return folder / name
 
 
 def _read_text_encoder(path_or_id: str | os.PathLike[str], model: Any) -> Qwen3TextEncoder:

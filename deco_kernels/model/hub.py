@@ -86,6 +86,7 @@ def folder_of(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
+    **unknown: Any,
 ) -> Path:
     """The given folder, or that of a repository on the hub with the files that match `patterns`, downloaded.
 
@@ -93,8 +94,14 @@ def folder_of(
         path_or_id: a folder or the id "user/name" of a repository.
         revision, token, cache_dir, local_files_only, force_download: as in `huggingface_hub.snapshot_download`.
 
-    Raises OSError in one line if there is neither a folder nor a repository that can be reached.
+    Raises OSError in one line if there is neither a folder nor a repository that can be reached, and TypeError for
+    other options.
     """
+    if unknown:
+        raise TypeError(
+            "from_pretrained: expected options among revision, token, cache_dir, local_files_only and force_download, "
+            f"got {', '.join(unknown)}; leave out what is not one of them, and convert the loaded model with .to()"
+        )
     if os.path.isdir(path_or_id):
         return Path(path_or_id)
     expected = (

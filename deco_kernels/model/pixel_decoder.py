@@ -273,11 +273,13 @@ class PixelDecoder(nn.Module):
             scalars (total, pixel, frequency), of which only total has gradients.
 
         Raises:
-            TypeError: arguments that are not tensors.
+            TypeError: arguments that are not tensors, or a `loss` of another type.
             ValueError: shapes that do not fit the decoder or each other, or `loss` for another decoder.
             BackendUnavailable: `backend` cannot run these tensors.
         """
         self._check_inputs(image, tokens)
+        if not isinstance(loss, (TrainingLoss, type(None))):
+            raise TypeError(f"loss: expected a TrainingLoss or None, got {type(loss).__name__}; pass one of them")
         if loss is not None and (self.interaction == "add" or self.decoder_patch > 1):
             raise ValueError(
                 "loss: expected None for a decoder with decoder_patch > 1 or interaction 'add', got a TrainingLoss; "

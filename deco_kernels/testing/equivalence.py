@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,11 @@ import torch
 from deco_kernels.testing.accuracy import Comparison, Outputs, Results, compare_tensors, pooled
 from deco_kernels.testing.inputs import scale_factor
 
-_NARROWEST_FIRST = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_NARROWEST_FIRST = (torch.bfloat16, torch.float16, torch.float32)
+_WEIGHTS_AS_INPUTS = (
+    "a reference that converts to a fixed dtype, or has weights in one, cannot give the exact result: pass its weights "
+    "as inputs"
+)
 
 
 def assert_equivalent(
@@ -44,23 +49,25 @@ def assert_equivalent(
         seed: seed of the gradients of the outputs.
 
     Returns:
-        The comparisons: outputs ("output 0"), then gradients ("grad NAME", with the position as name of a positional
-        argument).
+        The comparisons of outputs ("output 0"), then of gradients ("grad NAME", with the position as name of a
+        positional argument).
 
     Raises:
         AssertionError: a result breaks the rule; the message has the table. Also for outputs of another number or shape
-            than the reference's, and for an output that is differentiable in one of the two functions only.
-        TypeError: no floating-point input, or a reference that does not compute in float64.
+            than the reference's, for an output that is differentiable in one of the two functions only, and if there
+            are no gradients to compare.
+        TypeError: no floating-point input of 32 or 16 bits, outputs that are not tensors, or a reference that does not
+            compute in float64.
+        ValueError: results of the reference that are not finite, so that they give no bound.
     """
     call = _Call.of(inputs, autocast, gradients, seed)
     computed_in = dtype or autocast or call.narrowest_dtype()
-    exact = call.run(reference, float64=True)
-    wrong = [output.dtype for output in exact.results.outputs if output.dtype != torch.float64]
-    if wrong:
+    if computed_in not in _NARROWEST_FIRST:
         raise TypeError(
-            f"reference: expected float64 results for float64 inputs, got {wrong[0]}; a reference that converts to a "
-            "fixed dtype, or has weights in one, cannot give the exact result: pass its weights as inputs"
+            f"dtype: expected float32, bfloat16 or float16, whose rounding the rule of error measures, got "
+            f"{computed_in}; convert the inputs"
         )
+    exact = _exact(call, reference)
 
     @functools.cache
     def sample(number: int) -> tuple[Results, Results]:
@@ -71,6 +78,8 @@ def assert_equivalent(
 
     ours_ = call.run(ours)
     _require_same_form(ours_, exact)
+    if gradients and not any(exact.differentiable):
+        raise AssertionError("outputs: expected a differentiable one, got none; pass gradients=False")
     actual = ours_.results
 
     def compared(count: int) -> list[Comparison]:
@@ -90,10 +99,31 @@ def assert_equivalent(
     rows = pooled(compared)
     table = _table(rows)
     print(table)
+    unbounded = ", ".join(row.name for row in rows if not math.isfinite(row.bound))
+    if unbounded:
+        raise ValueError(
+            f"reference: expected finite results, which give the bounds, got others for {unbounded}; give inputs "
+            f"without NaN and infinity whose results fit {computed_in}\n{table}"
+        )
     if not all(row.passed for row in rows):
         broken = ", ".join(row.name for row in rows if not row.passed)
         raise AssertionError(f"results differ by more than the rule of error allows: {broken}\n{table}")
     return rows
+
+
+def _exact(call: _Call, reference: Callable[..., Outputs]) -> _Outcome:
+    """Results in float64. Raises TypeError for a reference that does not compute in it."""
+    try:
+        exact = call.run(reference, float64=True)
+    except RuntimeError as error:
+        call.run(reference)  # raises too if the cause is not float64
+        raise TypeError(
+            f"reference: expected results for float64 inputs, got {type(error).__name__}: {error}; {_WEIGHTS_AS_INPUTS}"
+        ) from error
+    wrong = [output.dtype for output in exact.results.outputs if output.dtype != torch.float64]
+    if wrong:
+        raise TypeError(f"reference: expected float64 results for float64 inputs, got {wrong[0]}; {_WEIGHTS_AS_INPUTS}")
+    return exact
 
 
 class _Outcome(NamedTuple):
@@ -117,6 +147,8 @@ class _Call(NamedTuple):
     def of(
         cls, inputs: Mapping[str, Any] | Sequence[Any], autocast: torch.dtype | None, gradients: bool, seed: int
     ) -> _Call:
+        if not isinstance(inputs, (Mapping, Sequence)):
+            raise TypeError(f"inputs: expected arguments by name or a list of them, got {type(inputs).__name__}")
         positional = not isinstance(inputs, Mapping)
         arguments = {str(i): value for i, value in enumerate(inputs)} if positional else dict(inputs)
         call = cls(arguments, positional, autocast, gradients, seed)
@@ -150,6 +182,12 @@ class _Call(NamedTuple):
         with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
             outputs = function(*arguments.values()) if self.positional else function(**arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        for output in outputs:
+            if not isinstance(output, torch.Tensor):
+                raise TypeError(
+                    f"outputs: expected each function to return a tensor or a tuple of tensors, got "
+                    f"{type(output).__name__}; wrap it"
+                )
         differentiable = tuple(output.requires_grad for output in outputs)
         gradients: dict[str, torch.Tensor] = {}
         if any(differentiable):

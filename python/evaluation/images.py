@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,9 +73,11 @@ class NpzImages:
     def __init__(self, path: Path):
         self.path = path
         self.file = zipfile.ZipFile(path).open("arr_0.npy")
-        version = np.lib.format.read_magic(self.file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        self.shape, fortran, dtype = read_header[version](self.file)
+        try:
+            self.shape, fortran, dtype = read_header[np.lib.format.read_magic(self.file)](self.file)
+        except ValueError as error:
+            raise ValueError(f"{path}: expected an array of NumPy under arr_0, got another content ({error})") from None
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or fortran or not self.shape[0]:
             raise ValueError(f"{path}: expected images uint8 [n, H, W, 3] under arr_0, got {dtype} {list(self.shape)}")
         self.start = self.file.tell()
@@ -89,11 +92,14 @@ class NpzImages:
         return [self.path.name, stat.st_size, stat.st_mtime_ns]
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Images `start` to `stop` - 1, uint8 [n, 3, H, W]. Raises ValueError for a file that is cut off."""
+        """Images `start` to `stop` - 1, uint8 [n, 3, H, W]. Raises ValueError for a damaged file."""
         shape = (min(stop, len(self)) - start, *self.shape[1:])
         size = int(np.prod(shape[1:]))
-        self.file.seek(self.start + start * size)
-        content = self.file.read(shape[0] * size)
+        try:
+            self.file.seek(self.start + start * size)
+            content = self.file.read(shape[0] * size)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{self.path}: the file is damaged ({error}); copy it again") from error
         if len(content) != shape[0] * size:
             raise ValueError(f"{self.path}: expected {len(self)} images under arr_0, the file ends before")
         return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy()).permute(0, 3, 1, 2).contiguous()
@@ -144,11 +150,17 @@ def open_reference(path: Path) -> Reference:
 
 
 def _read(path: Path, archive: Mapping[str, np.ndarray], name: str, dimensions: int) -> np.ndarray:
-    array = archive[name]
+    try:
+        array = np.asarray(archive[name])
+    except ValueError as error:  # objects, which NumPy would unpickle
+        raise ValueError(f"{path}: {name}: expected an array of numbers, got another content ({error})") from None
     if array.ndim != dimensions or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(
-            f"{path}: {name}: expected floating-point numbers in {dimensions} dimensions, got {array.shape}"
+            f"{path}: {name}: expected floating-point numbers of rank {dimensions}, got {array.dtype} "
+            f"{list(array.shape)}; give statistics as the ADM evaluation suite stores them"
         )
+    if not np.isfinite(array).all():
+        raise ValueError(f"{path}: {name}: expected finite numbers, got infinity or NaN; compute the statistics again")
     return array.astype(np.float64)
 
 

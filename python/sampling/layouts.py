@@ -148,7 +148,8 @@ class GenEvalFolder(SampleFolder):
         super().__init__(*arguments)
         for number, line in enumerate(benchmark.records):
             self.image(number * self.per_prompt).parent.mkdir(parents=True, exist_ok=True)
-            write_once(self._of_prompt(number) / "metadata.jsonl", lambda path, line=line: path.write_text(line + "\n"))
+            metadata = f"{line}\n".encode()
+            write_once(self._of_prompt(number) / "metadata.jsonl", lambda path, text=metadata: path.write_bytes(text))
 
     def _of_prompt(self, number: int) -> Path:
         return self.images / f"{number:05d}"

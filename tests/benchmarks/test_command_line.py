@@ -47,7 +47,7 @@ def test_help(command):
         (["--compare", "no_such_file.json"], "No such file"),
         (["pixel_decoder", "--size", "B=100000"], "choose a smaller B, H or W"),
         (["--output", "no/such/folder/result.json"], "does not exist"),
-        (["--csv", "no/such/folder/rows.csv"], "--csv no/such/folder/rows.csv: the folder"),
+        (["--csv", "."], "--csv .: expected the name of a file, found a folder"),
         (["adaln_block", "--trace", "trace.json"], "--trace takes one group, these options select 4"),
         (["adaln_block", "--profile", "gpu"], "--profile: unknown contender 'gpu' of adaln_block; use published"),
         (["adaln_block", "--profile", "cuda"], "its kernels run on NVIDIA GPUs"),

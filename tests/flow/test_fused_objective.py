@@ -125,6 +125,8 @@ def test_a_decoder_without_the_op_refuses_the_loss():
     x, y = batch(net)
     with pytest.raises(ValueError, match="loss: expected None for a decoder with decoder_patch > 1 or interaction"):
         net(x, torch.rand(len(x)), y, loss=model.TrainingLoss(x, WEIGHT))
+    with pytest.raises(TypeError, match="loss: expected a TrainingLoss or None, got Tensor"):
+        random_model()(x, torch.rand(len(x)), y, loss=x)
 
 
 @pytest.fixture

@@ -226,6 +226,13 @@ def test_the_blocks_of_the_walkthrough(tmp_path, monkeypatch):
         (dict(), "class_labels: the model is conditioned on classes"),
         (dict(class_labels=[1, 10]), r"class_labels: expected classes from 0 to 9, got \[1, 10\]"),
         (dict(class_labels=0.5), "class_labels: expected classes from 0 to 9, got 0.5"),
+        (dict(class_labels="cat"), "class_labels: expected classes from 0 to 9, got 'cat'"),
+        (dict(class_labels=[1, None]), r"class_labels: expected classes from 0 to 9, got \[1, None\]"),
+        (dict(class_labels=True), "class_labels: expected classes from 0 to 9, got True"),
+        (
+            dict(class_labels=[1, 2], callback_on_step_end=lambda *_: {"latents": torch.zeros(1, 3, 32, 48)}),
+            r"callback_on_step_end: expected it to return latents of shape \[2, 3, 32, 48\], got \[1, 3, 32, 48\]",
+        ),
         (dict(class_labels=1, height=30), "height and width: expected multiples of 16"),
         (dict(class_labels=1, output_type="latent"), "output_type: expected one of"),
         (dict(class_labels=1, num_images_per_prompt=0), "num_images_per_prompt: expected an int of at least 1, got 0"),
@@ -237,6 +244,21 @@ def test_the_blocks_of_the_walkthrough(tmp_path, monkeypatch):
 def test_bad_calls_of_a_class_pipeline(options, message, class_pipeline):
     with pytest.raises(ValueError, match=message):
         class_pipeline(**{**SETTINGS, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(generator=3), "generator: expected a torch.Generator or a list of them, got 3"),
+        (
+            dict(callback_on_step_end=lambda *_: 5),
+            "callback_on_step_end: expected it to return a dictionary or None",
+        ),
+    ],
+)
+def test_arguments_of_another_type(options, message, class_pipeline):
+    with pytest.raises(TypeError, match=message):
+        class_pipeline(class_labels=1, **SETTINGS, **options)
 
 
 @pytest.mark.parametrize(
@@ -271,8 +293,14 @@ def test_folders_that_do_not_fit(class_pipeline, tmp_path):
     with pytest.raises(FileNotFoundError, match="model_index.json: expected the file that DeCoPipeline.save"):
         DeCoPipeline.from_pretrained(tmp_path)
     for content, message in (
-        ("{}", "expected the index of a DeCoPipeline, got KeyError"),
-        ("x", "got JSONDecodeError"),
+        ("{}", "expected a model of class DeCo, DeCoTextToImage, DiT, got None"),
+        ("x", "expected the index of a DeCoPipeline, got JSONDecodeError"),
+        ("[1]", "expected the index of a DeCoPipeline, got AttributeError"),
+        ('{"model": 1}', "expected the index of a DeCoPipeline, got TypeError"),
+        ('{"model": ["", ["DeCo"]]}', r"got \['DeCo'\]"),
+        ('{"model": ["", "DeCo"], "text_encoder": 1}', "expected the index of a DeCoPipeline, got TypeError"),
+        ('{"model": ["", "DeCo"], "solver": ["euler"]}', r"solver: expected a name, got \['euler'\]"),
+        ('{"model": ["", "DeCo"], "shift": "2"}', "shift: expected a number, got '2'"),
     ):
         (tmp_path / "model_index.json").write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -280,8 +308,25 @@ def test_folders_that_do_not_fit(class_pipeline, tmp_path):
     (tmp_path / "model_index.json").write_text('{"model": ["diffusers", "UNet2DModel"]}')
     with pytest.raises(ValueError, match="expected a model of class DeCo, DeCoTextToImage, DiT, got 'UNet2DModel'"):
         DeCoPipeline.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="torch_dtype: expected a torch.dtype such as torch.bfloat16, got 'float16'"):
+        DeCoPipeline.from_pretrained(tmp_path, torch_dtype="float16")
     with pytest.raises(TypeError, match="text_encoder: expected none for a DeCo, which reads classes"):
         model.save_model(class_pipeline.model, tmp_path / "a.ckpt")
         DeCoPipeline.from_checkpoint(tmp_path / "a.ckpt", text_encoder=tmp_path)
     with pytest.raises(ValueError, match="safe_serialization: expected True"):
         class_pipeline.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(TypeError, match="save_pretrained: expected options among .*, got variant; leave them out"):
+        class_pipeline.save_pretrained(tmp_path, variant="fp16")
+
+
+def test_a_missing_part_is_not_looked_for_on_the_hub(class_pipeline, text_pipeline, tmp_path, monkeypatch):
+    """The relative path "half/model" would be an id of a repository."""
+    from deco_kernels.model import hub
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    for pipeline, part in ((class_pipeline, "model"), (text_pipeline, "text_encoder")):
+        pipeline.save_pretrained(f"half_{part}")
+        Path(f"half_{part}", part).rename(f"moved_{part}")
+        with pytest.raises(FileNotFoundError, match=f"half_{part}/{part}: expected the folder that DeCoPipeline.save"):
+            DeCoPipeline.from_pretrained(f"half_{part}")

@@ -60,7 +60,9 @@ def test_another_class_is_named(tmp_path):
         model.DeCo.from_pretrained(tmp_path)
 
 
-def test_missing_files_are_named(tmp_path):
+def test_missing_files_and_unknown_options_are_named(tmp_path):
+    with pytest.raises(TypeError, match="from_pretrained: expected options among .*, got torch_dtype; leave"):
+        model.DeCo.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     with pytest.raises(FileNotFoundError, match="config.json: expected a file of a saved DeCo"):
         model.DeCo.from_pretrained(tmp_path)
 

@@ -231,12 +231,28 @@ def bad_inputs(tmp_path):
         content = archive.read("arr_0.npy")
     with zipfile.ZipFile(tmp_path / "cut.npz", "w") as archive:
         archive.writestr("arr_0.npy", content[:-50])
+    with zipfile.ZipFile(tmp_path / "content.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"no array")
+    with zipfile.ZipFile(tmp_path / "bytes.npz", "w") as archive:
+        archive.writestr("mu.npy", b"no array")
+        archive.writestr("sigma.npy", b"no array")
+    np.savez_compressed(tmp_path / "crc.npz", arr_0=pixels())
+    compressed = bytearray((tmp_path / "crc.npz").read_bytes())
+    compressed[len(compressed) // 2] ^= 0xFF
+    (tmp_path / "crc.npz").write_bytes(compressed)
+    nan = npz(tmp_path / "nan.npz", mu=np.full(5, np.nan), sigma=np.eye(5))
+    objects = npz(tmp_path / "objects.npz", mu=np.array([None] * 5), sigma=np.eye(5))
     statistics = npz(tmp_path / "statistics.npz", mu=np.zeros(5), sigma=np.eye(5))
     other_size = npz(tmp_path / "other.npz", arr_0=pixels(height=16), mu=np.zeros(5), sigma=np.eye(5))
     return [
         (good, other_size, [], "expected a reference of 8x12 like the samples, got 16x12; give the reference of this"),
         (good, npz(tmp_path / "f.npz", mu=np.zeros(9), sigma=np.eye(9)), [], "covariance of 5 features 'pool'"),
         (good, npz(tmp_path / "g.npz", mu=np.zeros((2, 5)), sigma=np.eye(5)), [], "mu: expected floating-point"),
+        (good, nan, [], "nan.npz: mu: expected finite numbers, got infinity or NaN; compute the statistics again"),
+        (good, objects, [], "objects.npz: mu: expected an array of numbers, got another content"),
+        (good, tmp_path / "bytes.npz", [], "bytes.npz: mu: expected floating-point numbers of rank 1, got |S8 []"),
+        (good, tmp_path / "content.npz", [], "content.npz: expected an array of NumPy under arr_0"),
+        (good, tmp_path / "crc.npz", [], "crc.npz: the file is damaged"),
         (good, npz(tmp_path / "h.npz", images=pixels()), [], "expected images under arr_0, or statistics under mu and"),
         (good, tmp_path / "absent", [], "absent: expected a folder of images or an .npz file, found nothing"),
         (statistics, good, [], "found only statistics; they can be the reference alone"),

@@ -1,5 +1,6 @@
 """sample.py: reproducibility under sharding, batches, interruption and out of memory; conditions; bad input."""
 
+import functools
 import json
 import math
 import os
@@ -363,18 +364,19 @@ def text_model(tmp_path_factory) -> tuple[Path, list[str]]:
     return path / "text.safetensors", ["--text-encoder", str(save_tiny_qwen3(path / "qwen"))]
 
 
-def test_geneval_folders(text_model, tmp_path):
-    """As evaluation/evaluate_images.py reads them; sample j is that of the seed + j for the prompt alone."""
+def test_geneval_folders(text_model, tmp_path, monkeypatch):
+    """As evaluation/evaluate_images.py reads them, in UTF-8; sample j is that of the seed + j for the prompt alone."""
     checkpoint, encoder = text_model
-    lines = ['{"tag": "colors", "prompt": "a red cat"}', '{"tag": "counting", "include": [1], "prompt": "two cats"}']
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    lines = ['{"tag": "größe", "prompt": "a red cat"}', '{"tag": "counting", "include": [1], "prompt": "two cats"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    monkeypatch.setattr(Path, "write_text", functools.partialmethod(Path.write_text, encoding="ascii"))  # as a locale
     options = ["--layout", "geneval", "--prompts", str(tmp_path / "metadata.jsonl"), "--per-prompt", "3", *encoder]
     assert draw(checkpoint, tmp_path / "out", *options, "--seed", "5", "--batch", "1") == 0
     names = [f"0000{prompt}/samples/0000{sample}.png" for prompt in range(2) for sample in range(3)]
     metadata = [f"0000{prompt}/metadata.jsonl" for prompt in range(2)]
     assert sorted(files(tmp_path / "out")) == sorted([*names, *metadata, "run.json", "grid_6.png"])
     for path, line in zip(metadata, lines, strict=True):
-        assert json.loads((tmp_path / "out" / path).read_text()) == json.loads(line)
+        assert json.loads((tmp_path / "out" / path).read_text(encoding="utf-8")) == json.loads(line)
     assert draw(checkpoint, tmp_path / "alone", "--prompt", "two cats", "--seed", "7", *encoder) == 0
     alone = (tmp_path / "alone" / "images" / "000000.png").read_bytes()
     made = files(tmp_path / "out")

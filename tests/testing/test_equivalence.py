@@ -86,6 +86,7 @@ def test_errors_of_rounding_are_compared_with_more_calls():
         (torch.sin, lambda x: (x.sin(), x), [torch.ones(4)], "outputs: expected 2, as the reference returns, got 1"),
         (torch.sum, torch.sin, [torch.ones(4)], r"output 0: expected \(4,\), got \(\)"),
         (lambda x: x.sin().detach(), torch.sin, [torch.ones(4)], "only that of the reference is differentiable"),
+        (lambda x: x.detach(), lambda x: x.detach(), [torch.ones(4)], "differentiable one, got none; pass gradients=F"),
     ],
 )
 def test_functions_of_another_form(ours, reference, inputs, error):
@@ -98,3 +99,21 @@ def test_bad_arguments():
         testing.assert_equivalent(torch.sin, torch.sin, {"input": torch.ones(3, dtype=torch.int64)})
     with pytest.raises(TypeError, match="reference: expected float64 results for float64 inputs, got torch.float32"):
         testing.assert_equivalent(torch.sin, lambda x: x.float().sin(), [torch.ones(3)])
+    with pytest.raises(TypeError, match="float64 inputs, got RuntimeError: .*pass its weights as inputs"):
+        testing.assert_equivalent(torch.sin, torch.nn.Linear(3, 3), [torch.ones(3)])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        testing.assert_equivalent(torch.sin, torch.nn.Linear(3, 3), [torch.ones(2, 4)])
+    with pytest.raises(TypeError, match="inputs: expected arguments by name or a list of them, got Tensor"):
+        testing.assert_equivalent(torch.sin, torch.sin, torch.ones(3))
+    with pytest.raises(TypeError, match="dtype: expected float32, bfloat16 or float16, .* got torch.float64"):
+        testing.assert_equivalent(torch.sin, torch.sin, [torch.ones(3, dtype=torch.float64)])
+    for outputs, name in (([torch.ones(3)], "list"), ({}, "dict"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"a tensor or a tuple of tensors, got {name}"):
+            testing.assert_equivalent(lambda x, outputs=outputs: outputs, torch.sin, [torch.ones(3)])
+
+
+@pytest.mark.parametrize("factor, dtype", [(float("nan"), torch.float32), (1e5, torch.float16)])
+def test_results_that_are_not_finite_give_no_bound(factor, dtype):
+    """NaN in the exact results, or infinity in those of eager: a wrong function must not pass."""
+    with pytest.raises(ValueError, match="expected finite results, .* got others for output 0"):
+        testing.assert_equivalent(lambda x: x * 7, lambda x: x * factor, [torch.ones(4, dtype=dtype)])
