@@ -24,7 +24,7 @@ smartquotes = False
 autodoc_member_order = "groupwise"
 autodoc_inherit_docstrings = False
 napoleon_use_param = False  # arguments that are described together stay together
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True, "special-members": "__call__", "show-inheritance": True}
 
 CHAPTERS = {
     "Guide": (
@@ -71,13 +71,13 @@ def add_contents(app, name, source):
 
 
 def docstring_to_rst(app, what, name, thing, options, lines):
-    """Docstrings are plain text: their indented formulas become literal blocks, and * and | are no markup, nor is a
-    description that is one letter, such as "D.", the number of an item."""
+    """Docstrings are plain text: their indented formulas become literal blocks, and * and | are no markup, nor is
+    the letter at the beginning of a description, as in "width: D.", the number of an item."""
     text = "\n".join(lines)
     heads = "|".join(SECTIONS)
     text = re.sub(rf"(?m)^(?!\s*(?:{heads}):$)(\s*)(.*\S):\n\n((?:\1    .*\n?|\n)+)", r"\1\2::\n\n\3", text)
     outside = [
-        part if index % 2 else re.sub(r"([*|\\]|(?<=: )[A-Za-z]\.$)", r"\\\1", part, flags=re.MULTILINE)
+        part if index % 2 else re.sub(r"([*|\\]|(?<=: )[A-Za-z]\.(?=\s|$))", r"\\\1", part, flags=re.MULTILINE)
         for index, part in enumerate(split_literal(text))
     ]
     lines[:] = "".join(outside).splitlines()
