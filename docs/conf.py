@@ -32,8 +32,8 @@ CHAPTERS = {
         "equivalence",
     ),
     "Ops": (
-        *("pixel_decoder", "pixel_decoder_from_tokens", "pixel_decoder_loss", "upsample_modulate", "adaln_block"),
-        "flow_matching_loss",
+        *("pixel_decoder", "pixel_decoder_from_tokens", "pixel_decoder_loss", "pixel_decoder_loss_from_tokens"),
+        *("upsample_modulate", "adaln_block", "flow_matching_loss"),
     ),
     "Backends": ("triton", "cuda"),
     "Programs": ("demo", "ablations", "app", "benchmarks"),
