@@ -7,11 +7,11 @@ import functools
 
 import torch
 
+from benchmarks.static.calls import forward_and_backward
 from benchmarks.static.cuda_kernels import KERNELS
 from benchmarks.static.figures import CUDA_PREFIX
-from deco_kernels import ops, testing
+from deco_kernels import testing
 from deco_kernels.testing import emulation
-from deco_kernels.testing.inputs import ONE_PASS
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROWS, _COLUMNS = 32, (32, 64)  # the difference excludes what does not depend on the number of pixels
@@ -57,13 +57,4 @@ def _launches(
         image_size=(1, _PADDED_ROWS if padded else _ROWS, columns),
         token_width=16,
     )
-    return emulation.record_accesses(lambda: _run(inputs))
-
-
-def _run(inputs: testing.Inputs) -> None:
-    """Forward and backward. Ops in ONE_PASS compute the gradients in the forward; as in training, target has none."""
-    if inputs.op not in ONE_PASS:
-        testing.run(inputs, emulation.BACKEND)
-        return
-    leaves = {name: tensor.detach().requires_grad_(name != "target") for name, tensor in inputs.tensors.items()}
-    getattr(ops, inputs.op)(**leaves, **inputs.options, backend=emulation.BACKEND)
+    return emulation.record_accesses(lambda: forward_and_backward(inputs, emulation.BACKEND))

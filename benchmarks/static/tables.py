@@ -10,7 +10,9 @@ from benchmarks.static.machines import MACHINES
 
 _TRITON_KERNELS = {
     "pixel_decoder.forward_kernel": "decoder forward",
+    "pixel_decoder.forward_kernel+keeps": "decoder forward that keeps its activations",
     "pixel_decoder.recompute_kernel": "decoder recompute (forward, then head backward)",
+    "pixel_decoder_loss.head_kernel": "head backward",
     "adaln_block.backward_kernel+first": "block backward, launched first",
     "adaln_block.backward_kernel": "block backward, between",
     "adaln_block.backward_kernel+last": "block backward, launched last",
@@ -21,6 +23,7 @@ _TRITON_KERNELS = {
     "upsample_modulate.backward_kernel": "upsample_modulate backward",
     "flow_matching_loss.sums_kernel": "loss sums",
     "flow_matching_loss.gradient_kernel": "loss gradient",
+    "flow_matching_loss.gradient_kernel+sums": "loss gradient and sums",
 }
 _CUDA_KERNELS = {
     "cuda.pixel_decoder.forward_kernel": "decoder forward",

@@ -8,16 +8,26 @@ from typing import Any
 import torch
 
 from benchmarks.static import sass
+from benchmarks.static.calls import gradients_needed
 from benchmarks.static.figures import COLOR_CHANNELS, Figures, counted_figures
 from benchmarks.static.machines import MACHINES
+from deco_kernels.testing.inputs import ONE_PASS
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 ARCHITECTURES = (*NVIDIA, "gfx942")
 """Architectures of the Triton kernels; the CUDA kernels for Hopper are built for sm_90a."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WIDTHS = (16, 32, 64)
-OPS = ("adaln_block", "pixel_decoder", "upsample_modulate", "pixel_decoder_from_tokens", "flow_matching_loss")
+OPS = (
+    "adaln_block", "pixel_decoder", "upsample_modulate", "pixel_decoder_from_tokens", "flow_matching_loss",
+    "pixel_decoder_loss",
+)  # fmt: skip
 """Ops that have kernels; the others launch those of these."""
+ONE_PASS_KERNELS = (
+    "pixel_decoder.forward_kernel+keeps", "pixel_decoder_loss.head_kernel", "flow_matching_loss.gradient_kernel+sums",
+)  # fmt: skip
+"""Kernels that only `pixel_decoder_loss` launches."""
+_FLAGS = ("FIRST", "LAST", "PADDED", "KEEPS", "SUMS")
 _TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -48,6 +58,10 @@ def launches_of(inputs, architecture: str) -> list:
     if inputs.op != "flow_matching_loss":
         options.append(1e-6)
     with launching.record_launches(architecture) as recorded:
+        if inputs.op in ONE_PASS:
+            module.forward(groups, *options)
+            module.forward_with_gradients(groups, *options, gradients_needed(inputs))
+            return recorded
         module.forward(*groups, *options)
         recomputed = [None] * (inputs.op in KEEPS_COND)  # the condition, which is not kept here
         needs = [True] * len(inputs.tensors)
@@ -58,7 +72,7 @@ def launches_of(inputs, architecture: str) -> list:
 def kernel_name(launch) -> str:
     """Name "module.kernel", with the flags that distinguish its variants."""
     module = launch.kernel.fn.__module__.rpartition(".")[2]
-    flags = [name for name, value in launch.args.items() if value is True and name in ("FIRST", "LAST", "PADDED")]
+    flags = [name for name, value in launch.args.items() if value is True and name in _FLAGS]
     return f"{module}.{launch.kernel.fn.__name__}" + "".join(f"+{flag.lower()}" for flag in flags)
 
 

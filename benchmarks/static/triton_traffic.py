@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.static import triton_kernels
+from benchmarks.static.calls import forward_and_backward
 from benchmarks.static.triton_kernels import DTYPES, kernel_name
 from deco_kernels import testing
 
@@ -102,7 +103,7 @@ def bytes_of_op(op: str, width: int, dtype: torch.dtype) -> dict[str, float]:
             op, dtype=dtype, other_dtype=dtype, width=width, image_size=image_size, token_width=64
         )
         with _recorded() as found:
-            testing.run(inputs, "triton")
+            forward_and_backward(inputs, "triton")
         counts.append(found)
     small, large = counts
     return {name: (large[name] - small[name]) / _PIXELS for name in large}

@@ -12,7 +12,6 @@ from deco_kernels import ops, testing
 from deco_kernels.ops.registry import BackendUnavailable
 from tests.ops import test_backends as shared
 from tests.ops import test_equal_rows as equal_rows
-from tests.ops import test_pixel_decoder_loss as one_pass
 from tests.ops.cases import (
     BF16,
     CASES,
@@ -106,15 +105,6 @@ def test_only_the_gradients_asked_for(op):
 @pytest.mark.parametrize("op", KERNEL_OPS)
 def test_weights_changed_in_place_are_seen(op):
     shared.test_weights_changed_in_place_are_seen("triton", op)
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16])
-def test_pixel_decoder_loss_agrees_with_the_two_ops(dtype):
-    one_pass.test_agrees_with_the_two_ops("triton", dtype, 4)
-
-
-def test_pixel_decoder_loss_from_tokens():
-    one_pass.test_from_tokens_agrees_with_the_formula("triton")
 
 
 @pytest.mark.parametrize("case", equal_rows.cases()[::8], ids=str)

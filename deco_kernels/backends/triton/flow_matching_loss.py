@@ -23,10 +23,10 @@ import torch
 import triton
 import triton.language as tl
 
-from deco_kernels.backends.arguments import Gradients, empty_gradients, zeroed
+from deco_kernels.backends.arguments import Gradients, Losses, empty_gradients, zeroed
 
 from .launching import device_guard, launch, math_options, parameters_for, program_limit
-from .loss_tiles import block_dct, block_offsets, form_product, load_tile, split_bfloat16, ycbcr_row
+from .loss_tiles import block_dct, block_offsets, form_product, load_tile, split_bfloat16, store_sums, ycbcr_row
 from .table import Launch
 
 _FORMS = Launch(block=0, warps=8, stages=1, programs_per_multiprocessor=1)
@@ -101,13 +101,7 @@ def sums_kernel(
             of_r, of_g, of_b = ycbcr_row(channel)
             x = of_r * r + of_g * g + of_b * b
             energy += x * form_product(x, forms_ptr, channel, PRECISION)
-        place = (sample * n_tiles + tile) * 2
-        pixel_sum = tl.sum(tl.sum(squares, 1), 0)
-        frequency_sum = tl.sum(tl.sum(energy, 1), 0)
-        # For an infinite difference, x·A·x is a difference of infinities, but every squared coefficient is infinite.
-        infinite = float("inf")
-        tl.store(sums_ptr + place, pixel_sum)
-        tl.store(sums_ptr + place + 1, tl.where(pixel_sum == infinite, infinite, frequency_sum))
+        store_sums(sums_ptr, sample * n_tiles + tile, squares, energy)
 
 
 @triton.jit
@@ -161,9 +155,10 @@ def gradient_kernel(
     sample_weight_ptr,  # [B]; unused without WEIGHTED
     grad_pred_ptr, grad_target_ptr,  # out [B, 3, H, W] contiguous; unused with PADDED
     grad_padded_ptr,  # with PADDED: out [B, 3, H', W'] float32, frequency part on the padded image
+    sums_ptr,  # with SUMS: out [B, tiles per sample, 2] float32, as in sums_kernel
     height, width,
-    PADDED: tl.constexpr, WEIGHTED: tl.constexpr, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    SUMS: tl.constexpr, PADDED: tl.constexpr, WEIGHTED: tl.constexpr,
+    PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (b, g) processes every G-th tile of sample b."""
     e = tl.arange(0, 64)
@@ -192,6 +187,9 @@ def gradient_kernel(
             grad_r += of_r * form_x
             grad_g += of_g * form_x
             grad_b += of_b * form_x
+        if SUMS:  # the sum of x·A x over the channels
+            n_tiles = tl.cdiv(n_blocks, BLOCK)
+            store_sums(sums_ptr, sample * n_tiles + tile, r * r + g * g + b * b, r * grad_r + g * grad_g + b * grad_b)
         if PADDED:
             padded_width = blocks_x * 8
             plane = n_blocks.to(tl.int64) * 64
@@ -285,7 +283,7 @@ def _padded(height: int, width: int) -> tuple[int, int]:
     return triton.cdiv(height, 8) * 8, triton.cdiv(width, 8) * 8
 
 
-class _Loss:
+class LossCall:
     """The arguments of one call and the sizes derived from them."""
 
     def __init__(
@@ -326,22 +324,36 @@ class _Loss:
         launch(quadratic_form_kernel, (3,), _FORMS, self.frequency_weight, forms, PRECISION=self.precision)
         return forms
 
+    def tiles(self, parameters: Launch) -> int:
+        """Tiles of a sample."""
+        return triton.cdiv(self.blocks, parameters.block)
+
+    def new_sums(self, parameters: Launch) -> torch.Tensor:
+        """Uninitialized [B, tiles, 2]."""
+        return self.empty(self.batch, self.tiles(parameters), 2)
+
     def sums(self) -> torch.Tensor:
-        sums = self.empty(self.batch, triton.cdiv(self.blocks, self.forward.block), 2)
-        launch(
-            sums_kernel, self.grid(self.forward), self.forward, *self.images(), self.forms(), sums,
-            self.height, self.width, PADDED=self.is_padded, BLOCK=self.forward.block, PRECISION=self.precision,
-        )  # fmt: skip
+        sums = self.new_sums(self.forward)
+        self.write_sums(self.forms(), sums)
         return sums
 
-    def losses(self, frequency_scale: float) -> torch.Tensor:
-        sums, losses = self.sums(), self.empty(3)
+    def write_sums(self, forms: torch.Tensor, sums: torch.Tensor) -> None:
+        """Write the sums [B, tiles of `forward`, 2]."""
+        launch(
+            sums_kernel, self.grid(self.forward), self.forward, *self.images(), forms, sums,
+            self.height, self.width, PADDED=self.is_padded, BLOCK=self.forward.block, PRECISION=self.precision,
+        )  # fmt: skip
+
+    def losses(self, sums: torch.Tensor, frequency_scale: float) -> Losses:
+        """(total, pixel, frequency) from the sums [B, tiles, 2]."""
+        losses = self.empty(3)
         launch(
             losses_kernel, (1,), _SMALL, sums, self._weights(), losses, sums.shape[0] * sums.shape[1], sums.shape[1],
             self.pixel_count, self.padded_count, self.batch,
             SCALE=frequency_scale, WEIGHTED=self.sample_weight is not None, BLOCK=_SMALL.block,
         )  # fmt: skip
-        return losses
+        total, pixel, frequency = losses.unbind()
+        return total.clone(), pixel.clone(), frequency.clone()
 
     def _weights(self) -> torch.Tensor:
         return self.frequency_weight if self.sample_weight is None else self.sample_weight
@@ -357,25 +369,46 @@ class _Loss:
     def grad_images(self, coefficients: torch.Tensor, pred_needed: bool, target_needed: bool) -> Gradients:
         grad_pred = torch.empty(self.pred.shape, dtype=self.pred.dtype, device=self.pred.device)
         grad_target = torch.empty(self.target.shape, dtype=self.target.dtype, device=self.target.device)
-        flags = {"WEIGHTED": self.sample_weight is not None, "PRED_GRAD": pred_needed, "TARGET_GRAD": target_needed}
-        grad_padded = coefficients
-        if self.is_padded:
-            grad_padded = self.empty(self.batch, 3, self.padded_height, self.padded_width)
+        grads = (grad_pred if pred_needed else None, grad_target if target_needed else None)
+        if not self.is_padded:
+            self.write_gradients(self.forms(), coefficients, *grads)
+            return grads
+        grad_padded = self.empty(self.batch, 3, self.padded_height, self.padded_width)
+        self.write_gradients(self.forms(), coefficients, None, None, grad_padded)
+        grid = (self.batch * 3, triton.cdiv(self.height * self.width, _SMALL.block))
         launch(
-            gradient_kernel, self.grid(self.backward), self.backward, *self.images(), self.forms(), coefficients,
-            self._weights(), grad_pred, grad_target, grad_padded, self.height, self.width,
-            PADDED=self.is_padded, BLOCK=self.backward.block, PRECISION=self.precision, **flags,
+            fold_kernel, grid, _SMALL, *self.images(), coefficients, self._weights(), grad_padded,
+            grad_pred, grad_target, self.height, self.width, BLOCK=_SMALL.block,
+            WEIGHTED=self.sample_weight is not None, PRED_GRAD=pred_needed, TARGET_GRAD=target_needed,
         )  # fmt: skip
-        if self.is_padded:
-            grid = (self.batch * 3, triton.cdiv(self.height * self.width, _SMALL.block))
-            launch(
-                fold_kernel, grid, _SMALL, *self.images(), coefficients, self._weights(), grad_padded,
-                grad_pred, grad_target, self.height, self.width, BLOCK=_SMALL.block, **flags,
-            )  # fmt: skip
-        return grad_pred if pred_needed else None, grad_target if target_needed else None
+        return grads
 
-    def grad_frequency_weight(self, coefficients: torch.Tensor) -> torch.Tensor:
-        tiles = triton.cdiv(self.blocks, self.backward.block)
+    def write_gradients(
+        self,
+        forms: torch.Tensor,
+        coefficients: torch.Tensor,
+        grad_pred: torch.Tensor | None,
+        grad_target: torch.Tensor | None,
+        grad_padded: torch.Tensor | None = None,
+        sums: torch.Tensor | None = None,
+    ) -> None:
+        """Write the gradients of the images, contiguous, or of the padded ones, and the sums.
+
+        Sums are [B, tiles of `backward`, 2]. What is None is not computed; grad_pred may be pred.
+        """
+        unused = coefficients
+        launch(
+            gradient_kernel, self.grid(self.backward), self.backward, *self.images(), forms, coefficients,
+            self._weights(), *(unused if t is None else t for t in (grad_pred, grad_target, grad_padded, sums)),
+            self.height, self.width,
+            SUMS=sums is not None, PADDED=self.is_padded, WEIGHTED=self.sample_weight is not None,
+            PRED_GRAD=grad_pred is not None, TARGET_GRAD=grad_target is not None,
+            BLOCK=self.backward.block, PRECISION=self.precision,
+        )  # fmt: skip
+
+    def spectrum(self) -> torch.Tensor:
+        """Weighted sums of F(M d)² over the batch, [3, 64]."""
+        tiles = self.tiles(self.backward)
         spectrum = self.empty(self.batch, tiles, 3, 64)
         launch(
             spectrum_kernel, (self.batch, tiles), self.backward, *self.images(), spectrum,
@@ -384,12 +417,23 @@ class _Loss:
         per_sample = spectrum.sum(1)
         if self.sample_weight is not None:
             per_sample = per_sample * self.sample_weight.float()[:, None, None]
-        grad = per_sample.sum(0) * (0.5 * coefficients[1])
-        return grad.view(3, 8, 8).to(self.frequency_weight.dtype)
+        return per_sample.sum(0)
 
-    def grad_sample_weight(self, coefficients: torch.Tensor, sample_weight: torch.Tensor) -> torch.Tensor:
-        """Gradient of sample_weight; 0.5·coefficients are the derivatives of the loss by a sample's two sums."""
-        return ((self.sums().sum(1) * (0.5 * coefficients)).sum(1)).to(sample_weight.dtype)
+
+def grad_frequency_weight(spectrum: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """[3, 8, 8] from `LossCall.spectrum`; 0.5·coefficients are the derivatives of the loss by a sample's two sums."""
+    return (spectrum * (0.5 * coefficients[1])).view(3, 8, 8)
+
+
+def grad_sample_weight(sums: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """[B] from the sums [B, tiles, 2]."""
+    return (sums.sum(1) * (0.5 * coefficients)).sum(1)
+
+
+def no_losses(like: torch.Tensor) -> Losses:
+    """Of an empty batch."""
+    total, pixel, frequency = torch.zeros(3, dtype=torch.float32, device=like.device).unbind()
+    return total.clone(), pixel.clone(), frequency.clone()
 
 
 def forward(
@@ -398,13 +442,13 @@ def forward(
     frequency_weight: torch.Tensor,
     sample_weight: torch.Tensor | None,
     frequency_scale: float,
-) -> tuple[torch.Tensor, ...]:
+) -> Losses:
     """(total, pixel, frequency), float32 scalars."""
     with device_guard(pred):
         if pred.shape[0] == 0:
-            return tuple(torch.zeros((), dtype=torch.float32, device=pred.device) for _ in range(3))
-        losses = _Loss(pred, target, frequency_weight, sample_weight).losses(frequency_scale)
-        return tuple(loss.clone() for loss in losses.unbind())
+            return no_losses(pred)
+        loss = LossCall(pred, target, frequency_weight, sample_weight)
+        return loss.losses(loss.sums(), frequency_scale)
 
 
 def backward(
@@ -422,7 +466,7 @@ def backward(
     with device_guard(pred):
         if pred.shape[0] == 0:
             return zeroed(empty_gradients((pred, target, frequency_weight, sample_weight), needs))
-        loss = _Loss(pred, target, frequency_weight, sample_weight)
+        loss = LossCall(pred, target, frequency_weight, sample_weight)
         coefficients = loss.coefficients((grad_total, grad_pixel, grad_frequency), frequency_scale)
         grad_pred = grad_target = None
         if needs[0] or needs[1]:
@@ -430,8 +474,10 @@ def backward(
         return (
             grad_pred,
             grad_target,
-            loss.grad_frequency_weight(coefficients) if needs[2] else None,
-            loss.grad_sample_weight(coefficients, sample_weight) if needs[3] and sample_weight is not None else None,
+            grad_frequency_weight(loss.spectrum(), coefficients).to(frequency_weight.dtype) if needs[2] else None,
+            grad_sample_weight(loss.sums(), coefficients).to(sample_weight.dtype)
+            if needs[3] and sample_weight is not None
+            else None,
         )
 
 

@@ -21,6 +21,7 @@ _INTERPRETED_PROGRAMS = 2
 # Called functions before their callers.
 _KERNEL_MODULES = (
     "functions", "weights", "adaln_block", "pixel_decoder", "upsample_modulate", "loss_tiles", "flow_matching_loss",
+    "pixel_decoder_loss",
 )  # fmt: skip
 
 

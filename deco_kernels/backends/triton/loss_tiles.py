@@ -123,3 +123,14 @@ def form_product(x, forms_ptr, channel, PRECISION: tl.constexpr):
         product = tl.dot(low, form_high, product)
         product = tl.dot(high, form_high, product)
     return product
+
+
+@triton.jit
+def store_sums(sums_ptr, place, squares, energy):
+    """Store the sums over a tile of d² and x·A x [BLOCK, 64] as pair number `place`."""
+    pixel_sum = tl.sum(tl.sum(squares, 1), 0)
+    frequency_sum = tl.sum(tl.sum(energy, 1), 0)
+    # For an infinite difference, x·A x is a difference of infinities, but every squared coefficient is infinite.
+    infinite = float("inf")
+    tl.store(sums_ptr + place * 2, pixel_sum)
+    tl.store(sums_ptr + place * 2 + 1, tl.where(pixel_sum == infinite, infinite, frequency_sum))

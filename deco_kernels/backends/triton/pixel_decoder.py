@@ -18,6 +18,7 @@ fixed order: results on the same device are bitwise reproducible.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -80,7 +81,9 @@ def forward_kernel(
     matrices_ptr, biases_ptr,  # [N, 5, D, D] (in, out), [N, 5, D]: see weights.py
     head_weight_ptr, head_bias_ptr,  # [C, D], [C]
     velocity_ptr, velocity_stride_b, velocity_stride_c, velocity_stride_h, velocity_stride_w,  # out [B, C, H, W]
+    states_ptr, state_stride,  # with KEEPS: out [N + 1, n_tokens, P, D]: h before each block and the head, cond's dtype
     first_token, n_tokens, tokens_y, tokens_x,  # cond row 0 is token `first_token` of the images
+    KEEPS: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr,
     EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
 ):  # fmt: skip
@@ -97,8 +100,13 @@ def forward_kernel(
         rows = row_offsets(token, pixel, cond_token_stride, cond_pixel_stride, D)
         cond = tl.load(cond_ptr + rows, mask=valid[:, None], other=0.0).to(tl.float32)
         s = silu_of_double(0.5 * cond, FAST_TANH).to(matrices_ptr.dtype.element_ty)
+        states = states_ptr + row_offsets(token, pixel, PIXELS * D, D, D)
         for block in tl.static_range(N):
+            if KEEPS:
+                tl.store(states + block * state_stride, h, mask=valid[:, None])
             h = block_forward(h, s, matrices_ptr, biases_ptr, block, D, EPS, PRECISION, FAST_TANH)
+        if KEEPS:
+            tl.store(states + N * state_stride, h, mask=valid[:, None])
         normalized, _ = normalize(h, D, EPS)
         offsets = image_offsets(
             first_token + token, pixel, tokens_y, tokens_x,
@@ -119,20 +127,51 @@ def run_forward(
     first_token: int,
     patch_size: int,
     eps: float,
+    states: torch.Tensor | None = None,
 ) -> None:
-    """Launch forward_kernel for the tokens of cond [tokens, P, D], which start at `first_token` of the images."""
+    """Launch forward_kernel for the tokens of cond [tokens, P, D], which start at `first_token` of the images.
+
+    `states` [N + 1, tokens, P, D] receives h before each block and the head.
+    """
+    kept = velocity if states is None else states
     pixel_weight, pixel_table, head_weight, head_bias = decoder_weights
     tokens, pixels, _ = cond.shape
     launch_over_rows(
         forward_kernel, "pixel_decoder", tokens * pixels, cond,
         image, *image.stride(), cond, cond.stride(0), cond.stride(1), pixel_weight, pixel_table,
-        *packed, head_weight, head_bias, velocity, *velocity.stride(),
+        *packed, head_weight, head_bias, velocity, *velocity.stride(), kept, kept.stride(0),
         first_token, tokens, image.shape[2] // patch_size, image.shape[3] // patch_size,
-        N=packed.matrices.shape[0], C=image.shape[1], PATCH=patch_size, EPS=eps,
+        KEEPS=states is not None, N=packed.matrices.shape[0], C=image.shape[1], PATCH=patch_size, EPS=eps,
     )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- backward
+
+
+@triton.jit
+def head_backward(
+    h, grad_velocity_ptr, offsets, stride_c, valid, head_weight_ptr,
+    D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """Normalized h [BLOCK, D], the gradient of h, and that of the velocity [16, BLOCK], padded for matmuls."""
+    channel = tl.arange(0, 16)
+    normalized, rstd = normalize(h, D, EPS)
+    grad_normalized = tl.zeros([BLOCK, D], tl.float32)
+    grad_channels = tl.zeros([16, BLOCK], tl.float32)
+    for c in tl.static_range(C):
+        grad = tl.load(grad_velocity_ptr + offsets + c * stride_c, mask=valid, other=0.0).to(tl.float32)
+        grad_normalized += grad[:, None] * tl.load(head_weight_ptr + c * D + tl.arange(0, D)).to(tl.float32)[None, :]
+        grad_channels = tl.where(channel[:, None] == c, grad[None, :], grad_channels)
+    return normalized, normalize_grad(grad_normalized, normalized, rstd, D), grad_channels
+
+
+@triton.jit
+def add_head_sums(grad_weight_ptr, grad_bias_ptr, grad_weight, grad_bias, D: tl.constexpr, C: tl.constexpr):
+    """Add a program's gradients of the head, [16, D] and [16], to its sums."""
+    channel, d = tl.arange(0, 16), tl.arange(0, D)
+    row = tl.program_id(0) * C + channel
+    add_to(grad_weight_ptr + row[:, None] * D + d[None, :], grad_weight, mask=(channel < C)[:, None])
+    add_to(grad_bias_ptr + row, grad_bias, mask=channel < C)
 
 
 @triton.jit(do_not_specialize=["first_token", "n_tokens"])
@@ -153,8 +192,6 @@ def recompute_kernel(
 ):  # fmt: skip
     """Recompute the forward, storing the states that the block kernels need, then run the backward of the head."""
     PIXELS: tl.constexpr = PATCH * PATCH
-    d = tl.arange(0, D)
-    channel = tl.arange(0, 16)  # channels padded to the smallest tile of a tensor-core matmul
     grad_head_weight = tl.zeros([16, D], tl.float32)
     grad_head_bias = tl.zeros([16], tl.float32)
     n_tiles = tl.cdiv(n_tokens * PIXELS, BLOCK)
@@ -172,18 +209,14 @@ def recompute_kernel(
             tl.store(states_ptr + block * state_stride + rows, h, mask=valid[:, None])
             h = block_forward(h, s, matrices_ptr, biases_ptr, block, D, EPS, PRECISION, FAST_TANH)
 
-        normalized, rstd = normalize(h, D, EPS)
         offsets = image_offsets(
             first_token + token, pixel, tokens_y, tokens_x,
             velocity_stride_b, velocity_stride_h, velocity_stride_w, PATCH,
         )  # fmt: skip
-        grad_normalized = tl.zeros([BLOCK, D], tl.float32)
-        grad_channels = tl.zeros([16, BLOCK], tl.float32)
-        for c in tl.static_range(C):
-            grad = tl.load(grad_velocity_ptr + offsets + c * velocity_stride_c, mask=valid, other=0.0).to(tl.float32)
-            grad_normalized += grad[:, None] * tl.load(head_weight_ptr + c * D + d).to(tl.float32)[None, :]
-            grad_channels = tl.where(channel[:, None] == c, grad[None, :], grad_channels)
-        tl.store(grad_h_ptr + rows, normalize_grad(grad_normalized, normalized, rstd, D), mask=valid[:, None])
+        normalized, grad_h, grad_channels = head_backward(
+            h, grad_velocity_ptr, offsets, velocity_stride_c, valid, head_weight_ptr, D, C, BLOCK, EPS
+        )
+        tl.store(grad_h_ptr + rows, grad_h, mask=valid[:, None])
         if WEIGHT_GRAD:
             operand: tl.constexpr = matrices_ptr.dtype.element_ty
             grad_head_weight = tl.dot(
@@ -191,9 +224,7 @@ def recompute_kernel(
             )
             grad_head_bias += tl.sum(grad_channels, 1)
     if WEIGHT_GRAD:
-        row = tl.program_id(0) * C + channel
-        add_to(grad_head_weight_ptr + row[:, None] * D + d[None, :], grad_head_weight, mask=(channel < C)[:, None])
-        add_to(grad_head_bias_ptr + row, grad_head_bias, mask=channel < C)
+        add_head_sums(grad_head_weight_ptr, grad_head_bias_ptr, grad_head_weight, grad_head_bias, D, C)
 
 
 @triton.jit(do_not_specialize=["first_token", "n_tokens"])
@@ -262,6 +293,9 @@ class DecoderBackward:
         weights: weights of pixel_decoder.
         dtype: activation dtype.
         needs: whether (image, cond, any weight) need a gradient.
+        grad_image: written, any strides; None: allocated.
+        velocity_bytes: bytes per pixel of a chunk besides N + 1 activations.
+        share: of the L2 cache, for a chunk.
     """
 
     def __init__(
@@ -273,6 +307,9 @@ class DecoderBackward:
         patch_size: int,
         eps: float,
         needs: tuple[bool, bool, bool],
+        grad_image: torch.Tensor | None = None,
+        velocity_bytes: int = 0,
+        share: float = l2_cache.SHARE,
     ):
         self.image, self.grad_velocity, self.weights = image, grad_velocity, weights
         self.dtype, self.patch_size, self.eps = dtype, patch_size, eps
@@ -280,7 +317,9 @@ class DecoderBackward:
         self.pixel_weight, self.pixel_table, self.head_weight, _ = query_and_head(weights)
         self.packed = pack(weights.blocks, dtype)
         self.depth, self.width = weights.blocks.modulation.norm_weight.shape
-        self.grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device)
+        if grad_image is None:
+            grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device)
+        self.grad_image = grad_image
         device, pixels, channels = image.device, patch_size**2, image.shape[1]
 
         def zeros(*shape: int) -> torch.Tensor:
@@ -293,10 +332,11 @@ class DecoderBackward:
         programs = program_limit(device, recompute)
         # The workspace of a chunk holds N + 1 activations. At least two tiles for every program of recompute_kernel,
         # which has the largest tiles.
-        chunk_pixels = l2_cache.chunk_pixels(
-            device, (self.depth + 1) * self.width * dtype.itemsize, least=2 * recompute.block * programs
+        bytes_per_pixel = (self.depth + 1) * self.width * dtype.itemsize + velocity_bytes
+        self.chunk_pixels = l2_cache.chunk_pixels(
+            device, bytes_per_pixel, least=2 * recompute.block * programs, share=share
         )
-        self.chunk_tokens = max(1, chunk_pixels // pixels)
+        self.chunk_tokens = max(1, self.chunk_pixels // pixels)
         if self.needs_weights:
             self.grad_head_weight = zeros(programs, channels, self.width)
             self.grad_head_bias = zeros(programs, channels)
@@ -317,10 +357,25 @@ class DecoderBackward:
     def _add_chunk(
         self, cond: torch.Tensor, first_token: int, grad_cond: torch.Tensor, workspace: torch.Tensor
     ) -> None:
+        self._recompute(cond, first_token, workspace, workspace[self.depth])
+        self.add_from_head(cond, first_token, grad_cond, workspace)
+
+    def on(self, image: torch.Tensor, grad_velocity: torch.Tensor, grad_image: torch.Tensor) -> DecoderBackward:
+        """The same sums, for these images."""
+        part = copy.copy(self)
+        part.image, part.grad_velocity, part.grad_image = image, grad_velocity, grad_image
+        return part
+
+    def add_from_head(
+        self, cond: torch.Tensor, first_token: int, grad_cond: torch.Tensor, workspace: torch.Tensor
+    ) -> None:
+        """The backward of blocks and embedding for one chunk.
+
+        `workspace` [N + 1, tokens, P, D]: h before each block, and the gradient of h after the last one.
+        """
         width = cond.shape[-1]
         grad_h = workspace[self.depth]
         grad_h_rows = grad_h.view(-1, width)
-        self._recompute(cond, first_token, workspace, grad_h)
         for block in reversed(range(self.depth)):
             partials = (self.grad_matrix[:, block], self.grad_bias[:, block]) if self.needs_weights else None
             run_block_backward(
@@ -330,17 +385,21 @@ class DecoderBackward:
         if self.needs_image or self.needs_weights:
             self._embedding(grad_h, first_token)
 
-    def _places(self, first_token: int, tokens: int) -> tuple[int, int, int, int]:
+    def head_sums(self, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per program; `unused` if no weight needs a gradient."""
+        return (self.grad_head_weight, self.grad_head_bias) if self.needs_weights else (unused, unused)
+
+    def places(self, first_token: int, tokens: int) -> tuple[int, int, int, int]:
         return first_token, tokens, self.image.shape[2] // self.patch_size, self.image.shape[3] // self.patch_size
 
     def _recompute(self, cond: torch.Tensor, first_token: int, workspace: torch.Tensor, grad_h: torch.Tensor) -> None:
         tokens, pixels, _ = cond.shape
-        sums = (self.grad_head_weight, self.grad_head_bias) if self.needs_weights else (grad_h, grad_h)
+        sums = self.head_sums(grad_h)
         launch_over_rows(
             recompute_kernel, "pixel_decoder_recompute", tokens * pixels, cond,
             self.image, *self.image.stride(), cond, cond.stride(0), cond.stride(1), self.pixel_weight, self.pixel_table,
             *self.packed, self.head_weight, self.grad_velocity, *self.grad_velocity.stride(),
-            workspace, workspace.stride(0), grad_h, *sums, *self._places(first_token, tokens),
+            workspace, workspace.stride(0), grad_h, *sums, *self.places(first_token, tokens),
             WEIGHT_GRAD=self.needs_weights, N=self.depth, C=self.image.shape[1], PATCH=self.patch_size, EPS=self.eps,
         )  # fmt: skip
 
@@ -352,18 +411,22 @@ class DecoderBackward:
             embedding_kernel, (self.groups, min(steps, self.slices)), self.embedding,
             grad_h, self.image, *self.image.stride(), self.pixel_weight,
             self.grad_image, *self.grad_image.stride(), *sums,
-            *self._places(first_token, tokens), IMAGE_GRAD=self.needs_image, WEIGHT_GRAD=self.needs_weights,
+            *self.places(first_token, tokens), IMAGE_GRAD=self.needs_image, WEIGHT_GRAD=self.needs_weights,
             D=width, C=self.image.shape[1], PATCH=self.patch_size, BLOCK=self.embedding.block,
             PRECISION=math_options(grad_h.dtype, grad_h.device)["PRECISION"],
         )  # fmt: skip
 
-    def grad_weights(self) -> tuple[torch.Tensor, ...]:
-        """Gradients of the weights in their dtypes."""
+    def weight_sums(self) -> tuple[torch.Tensor, ...]:
+        """Gradients of the weights in float32."""
         pixel_weight = self.grad_pixel_weight.sum((0, 1)).T.contiguous()
         pixel_table = self.grad_pixel_table.view(-1, self.patch_size**2, self.width).sum(0)
-        blocks = unpack_grad((self.grad_matrix, self.grad_bias), self.weights.blocks)
-        sums = (pixel_weight, pixel_table, *blocks, self.grad_head_weight.sum(0), self.grad_head_bias.sum(0))
-        return tuple(total.to(weight.dtype) for total, weight in zip(sums, flat(self.weights), strict=True))
+        blocks = unpack_grad((self.grad_matrix, self.grad_bias), self.weights.blocks, torch.float32)
+        return (pixel_weight, pixel_table, *blocks, self.grad_head_weight.sum(0), self.grad_head_bias.sum(0))
+
+    def grad_weights(self) -> tuple[torch.Tensor, ...]:
+        """Gradients of the weights in their dtypes."""
+        pairs = zip(self.weight_sums(), flat(self.weights), strict=True)
+        return tuple(total.to(weight.dtype) for total, weight in pairs)
 
 
 # -------------------------------------------------------------------------------------------------------------- ops

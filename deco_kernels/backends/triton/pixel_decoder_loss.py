@@ -1,10 +1,230 @@
-"""pixel_decoder_loss on Triton: the kernels of pixel_decoder and flow_matching_loss, one after the other."""
+"""pixel_decoder_loss on Triton: decoder and loss in one pass by chunks, for patches that hold whole 8x8 blocks of the
+loss; for smaller ones the kernels of pixel_decoder and flow_matching_loss, one after the other.
+
+A chunk is whole images, or whole rows of patches of one image, whose workspace stays in the L2 cache (l2_cache.py):
+    forward_kernel      of pixel_decoder.py, stores h before each block and before the head
+    gradient_kernel     of flow_matching_loss.py, stores the sums of the losses, and the gradient of the velocity in its
+                        place
+    head_kernel         the backward of the head, overwrites h before the head by its gradient
+    the rest            the backward of the blocks and of the embedding, as in the backward of pixel_decoder
+Nothing is computed twice, and velocity, its gradient and h exist for one chunk only: 2·D·(N + 1) + 6 bytes per pixel in
+16-bit dtypes.
+"""
 
 from __future__ import annotations
 
-from deco_kernels.backends.composition import Composition
-from deco_kernels.backends.triton import flow_matching_loss, pixel_decoder
+from collections.abc import Iterator, Sequence
 
-_composition = Composition("triton", pixel_decoder, flow_matching_loss)
-forward = _composition.forward
-forward_with_gradients = _composition.forward_with_gradients
+import torch
+import triton
+import triton.language as tl
+
+from deco_kernels.backends import l2_cache
+from deco_kernels.backends.arguments import Gradients, Losses, zeroed
+from deco_kernels.backends.composition import (
+    BLOCK,
+    SMALL_PATCHES,
+    Composition,
+    empty_one_pass_gradients,
+    gradient_scale,
+    unscaled,
+)
+from deco_kernels.signatures import PixelDecoderLoss
+
+from . import flow_matching_loss, pixel_decoder
+from .flow_matching_loss import LossCall, grad_frequency_weight, grad_sample_weight, no_losses
+from .functions import row_offsets, tile_pixels
+from .launching import collapsed_rows, device_guard, launch_over_rows
+from .pixel_decoder import DecoderBackward, add_head_sums, head_backward, image_offsets, query_and_head, run_forward
+from .weights import PackedWeights, pack
+
+_composition = Composition("triton", pixel_decoder, flow_matching_loss, reason=SMALL_PATCHES)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def head_kernel(
+    h_ptr,  # in [n_tokens, P, D]: h after the last block; out: its gradient
+    head_weight_ptr,  # [C, D]
+    grad_velocity_ptr, velocity_stride_b, velocity_stride_c, velocity_stride_h, velocity_stride_w,  # [B, C, H, W]
+    grad_head_weight_ptr, grad_head_bias_ptr,  # in and out [programs, C, D], [programs, C] float32
+    n_tokens, tokens_y, tokens_x,
+    WEIGHT_GRAD: tl.constexpr,  # whether gradients of the head are needed
+    D: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
+):  # fmt: skip
+    """Backward of the head."""
+    PIXELS: tl.constexpr = PATCH * PATCH
+    grad_head_weight = tl.zeros([16, D], tl.float32)
+    grad_head_bias = tl.zeros([16], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(n_tokens * PIXELS, BLOCK), tl.num_programs(0)):
+        token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
+        rows = h_ptr + row_offsets(token, pixel, PIXELS * D, D, D)
+        offsets = image_offsets(
+            token, pixel, tokens_y, tokens_x, velocity_stride_b, velocity_stride_h, velocity_stride_w, PATCH
+        )
+        h = tl.load(rows, mask=valid[:, None], other=0.0).to(tl.float32)
+        normalized, grad_h, grad_channels = head_backward(
+            h, grad_velocity_ptr, offsets, velocity_stride_c, valid, head_weight_ptr, D, C, BLOCK, EPS
+        )
+        tl.store(rows, grad_h, mask=valid[:, None])
+        if WEIGHT_GRAD:
+            operand: tl.constexpr = h_ptr.dtype.element_ty
+            grad_head_weight = tl.dot(
+                grad_channels.to(operand), normalized.to(operand), grad_head_weight, input_precision=PRECISION
+            )
+            grad_head_bias += tl.sum(grad_channels, 1)
+    if WEIGHT_GRAD:
+        add_head_sums(grad_head_weight_ptr, grad_head_bias_ptr, grad_head_weight, grad_head_bias, D, C)
+
+
+class _Pass:
+    """The chunks of one call, and what they share."""
+
+    def __init__(self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float):
+        self.inputs, self.patch_size, self.frequency_scale, self.eps = inputs, patch_size, frequency_scale, eps
+        self.cond = collapsed_rows(inputs.cond, 2)
+        self.ends = query_and_head(inputs.weights)
+        velocity = self.cond.new_empty(()).expand(inputs.image.shape)  # for its sizes and dtype
+        self.loss = LossCall(velocity, inputs.target, inputs.frequency_weight, inputs.sample_weight)
+        self.forms = self.loss.forms()
+
+    def losses(self, packed: PackedWeights) -> Losses:
+        """The losses without gradients."""
+        parts = []
+        for chunk in self.chunks(l2_cache.LARGE_PIXELS):
+            loss = self.loss_of(chunk, self.run_decoder(chunk, packed))
+            parts.append(loss.new_sums(loss.forward))
+            loss.write_sums(self.forms, parts[-1])
+        return self.loss.losses(self.sums_of(parts), self.frequency_scale)
+
+    def chunks(self, pixels: int) -> Iterator[l2_cache.ImageChunk]:
+        return l2_cache.image_chunks(self.inputs.image, self.patch_size, pixels)
+
+    def run_decoder(
+        self, chunk: l2_cache.ImageChunk, packed: PackedWeights, states: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The velocity of a chunk; `states` as in `run_forward`."""
+        image, cond = chunk.of(self.inputs.image), self.cond[chunk.tokens]
+        velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
+        run_forward(image, cond, packed, self.ends, velocity, 0, self.patch_size, self.eps, states)
+        return velocity
+
+    def loss_of(self, chunk: l2_cache.ImageChunk, velocity: torch.Tensor) -> LossCall:
+        weight = self.inputs.sample_weight
+        chunk_weight = None if weight is None else weight[chunk.images]
+        return LossCall(velocity, chunk.of(self.inputs.target), self.inputs.frequency_weight, chunk_weight)
+
+    def sums_of(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """[B, tiles, 2] from the sums of the chunks in order."""
+        return torch.cat([part.view(-1, 2) for part in parts]).view(self.loss.batch, -1, 2)
+
+
+class _PassWithGradients(_Pass):
+    """With the gradients of `scale` times the total."""
+
+    def __init__(
+        self,
+        inputs: PixelDecoderLoss,
+        patch_size: int,
+        frequency_scale: float,
+        eps: float,
+        scale: float,
+        grads: Gradients,
+    ):
+        """`grads`: the gradients of all tensors, written; None where not needed."""
+        super().__init__(inputs, patch_size, frequency_scale, eps)
+        grad_image, grad_cond, self.grad_target, *self.grad_weights, self.grad_frequency, self.grad_sample = grads
+        needs_weights = any(gradient is not None for gradient in self.grad_weights)
+        self.needs_decoder = grad_image is not None or grad_cond is not None or needs_weights
+        self.grad_image = inputs.image if grad_image is None else grad_image  # as it is, if not needed
+        self.grad_cond = torch.empty_like(self.cond) if grad_cond is None else grad_cond.view(self.cond.shape)
+        self.backward = DecoderBackward(
+            inputs.image, inputs.image, inputs.weights, self.cond.dtype, patch_size, eps,
+            (grad_image is not None, grad_cond is not None, needs_weights), self.grad_image,
+            velocity_bytes=3 * self.cond.itemsize, share=l2_cache.ONE_PASS_SHARE,
+        )  # fmt: skip
+        one = torch.full((), scale, dtype=torch.float32, device=self.cond.device)
+        zero = torch.zeros_like(one)
+        self.coefficients = self.loss.coefficients((one, zero, zero), frequency_scale)
+
+    def run(self) -> Losses:
+        backward = self.backward
+        chunks = list(self.chunks(backward.chunk_pixels if self.needs_decoder else l2_cache.LARGE_PIXELS))
+        pixels, width = self.cond.shape[1:]
+        states = self.cond.new_empty(backward.depth + 1, chunks[0].tokens.stop, pixels, width)
+        parts: list[torch.Tensor] = []
+        spectra: list[torch.Tensor] = []
+        for chunk in chunks:
+            tokens = chunk.tokens.stop - chunk.tokens.start
+            kept = states[:, :tokens] if self.needs_decoder else None
+            velocity = self.run_decoder(chunk, backward.packed, kept)
+            loss = self.loss_of(chunk, velocity)
+            if self.grad_frequency is not None:
+                spectra.append(loss.spectrum())
+            parts.append(loss.new_sums(loss.backward))
+            self._differentiate(chunk, loss, parts[-1])
+            if kept is not None:
+                self._backward(chunk, velocity, kept)
+        sums = self.sums_of(parts)
+        self._write_weights(sums, spectra)
+        return self.loss.losses(sums, self.frequency_scale)
+
+    def _differentiate(self, chunk: l2_cache.ImageChunk, loss: LossCall, sums: torch.Tensor) -> None:
+        """The gradient of the velocity in its place, and that of the target."""
+        grad_velocity = loss.pred if self.needs_decoder else None
+        if self.grad_target is None:
+            loss.write_gradients(self.forms, self.coefficients, grad_velocity, None, sums=sums)
+            return
+        grad_target = chunk.of(self.grad_target)
+        written = grad_target.contiguous()
+        loss.write_gradients(self.forms, self.coefficients, grad_velocity, written, sums=sums)
+        if written is not grad_target:
+            grad_target.copy_(written)
+
+    def _backward(self, chunk: l2_cache.ImageChunk, grad_velocity: torch.Tensor, states: torch.Tensor) -> None:
+        part = self.backward.on(chunk.of(self.inputs.image), grad_velocity, chunk.of(self.grad_image))
+        h = states[part.depth]
+        tokens, pixels, _ = h.shape
+        _, *places = part.places(0, tokens)
+        launch_over_rows(
+            head_kernel, "pixel_decoder_head", tokens * pixels, h,
+            h, part.head_weight, grad_velocity, *grad_velocity.stride(), *part.head_sums(h), *places,
+            WEIGHT_GRAD=part.needs_weights, C=grad_velocity.shape[1], PATCH=self.patch_size, EPS=self.eps,
+        )  # fmt: skip
+        part.add_from_head(self.cond[chunk.tokens], 0, self.grad_cond[chunk.tokens], states)
+
+    def _write_weights(self, sums: torch.Tensor, spectra: list[torch.Tensor]) -> None:
+        if self.backward.needs_weights:
+            for gradient, total in zip(self.grad_weights, self.backward.weight_sums(), strict=True):
+                if gradient is not None:
+                    gradient.copy_(total)
+        if self.grad_frequency is not None:
+            self.grad_frequency.copy_(grad_frequency_weight(torch.stack(spectra).sum(0), self.coefficients))
+        if self.grad_sample is not None:
+            self.grad_sample.copy_(grad_sample_weight(sums, self.coefficients))
+
+
+def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float) -> Losses:
+    """(total, pixel, frequency), float32 scalars."""
+    if patch_size < BLOCK:
+        return _composition.forward(inputs, patch_size, frequency_scale, eps)
+    with device_guard(inputs.cond):
+        if inputs.image.numel() == 0:
+            return no_losses(inputs.image)
+        call = _Pass(inputs, patch_size, frequency_scale, eps)
+        return call.losses(pack(inputs.weights.blocks, inputs.cond.dtype))
+
+
+def forward_with_gradients(
+    inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float, needs: Sequence[bool]
+) -> tuple[Losses, Gradients]:
+    """The losses, and the gradients of total in the dtypes in which they are kept; None where `needs` is False."""
+    if patch_size < BLOCK:
+        return _composition.forward_with_gradients(inputs, patch_size, frequency_scale, eps, needs)
+    with device_guard(inputs.cond):
+        grads = empty_one_pass_gradients(inputs, needs)
+        if inputs.image.numel() == 0:
+            return no_losses(inputs.image), zeroed(grads)
+        scale = gradient_scale(inputs.cond.dtype, inputs.image.numel())
+        losses = _PassWithGradients(inputs, patch_size, frequency_scale, eps, scale, grads).run()
+        return losses, unscaled(grads, scale)

@@ -38,6 +38,12 @@ _TABLE: dict[tuple[str, int, int], Launch] = {
     ("pixel_decoder_recompute", 16, 4): Launch(64, 4, 2, 4),
     ("pixel_decoder_recompute", 32, 4): Launch(64, 4, 2, 2),
     ("pixel_decoder_recompute", 64, 4): Launch(128, 8, 1, 1),
+    ("pixel_decoder_head", 16, 2): Launch(128, 4, 2, 4),
+    ("pixel_decoder_head", 32, 2): Launch(128, 4, 2, 2),
+    ("pixel_decoder_head", 64, 2): Launch(128, 8, 1, 1),
+    ("pixel_decoder_head", 16, 4): Launch(64, 4, 2, 4),
+    ("pixel_decoder_head", 32, 4): Launch(64, 4, 2, 2),
+    ("pixel_decoder_head", 64, 4): Launch(64, 8, 1, 1),
     # Few programs: each reads and writes block·D sums in every chunk.
     ("pixel_decoder_embedding", 16, 2): Launch(128, 4, 1, 2),
     ("pixel_decoder_embedding", 32, 2): Launch(128, 4, 1, 2),

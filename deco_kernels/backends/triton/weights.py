@@ -146,15 +146,17 @@ def pack(group: BlockWeights | ModulationWeights, dtype: torch.dtype) -> PackedW
 
 
 def unpack_grad(
-    sums: tuple[torch.Tensor, torch.Tensor], group: BlockWeights | ModulationWeights
+    sums: tuple[torch.Tensor, torch.Tensor],
+    group: BlockWeights | ModulationWeights,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of the weights given to `pack`, in order, in their dtypes.
+    """Gradients of the weights given to `pack`, in order, in their dtypes or in `dtype`.
 
     sums: those of the programs that `weight_partials` describes, [programs, N, M, D, D] as [out, in] and
     [programs, N, M, D]; their sums over the programs are the gradients of the packed tensors.
     """
     weights = flat(group)
-    grads = tuple(torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights)
+    grads = tuple(torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format) for weight in weights)
     blocks, width = weights[0].shape
     padding = [grads[0]] * (8 - len(grads))
     args = (*(total.sum(0) for total in sums), *contiguous(*weights[:4]), *grads, *padding)
