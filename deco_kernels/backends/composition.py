@@ -1,4 +1,4 @@
-"""pixel_decoder_loss as a composition of the decoder's and the loss's kernels, where no kernel computes both."""
+"""pixel_decoder_loss as a composition of the decoder's and the loss's kernels, for small patches."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from deco_kernels.signatures import PixelDecoderLoss
 _log = logging.getLogger("deco_kernels")
 
 BLOCK = 8
-"""Side of the 8x8 blocks of the loss: a kernel that computes both needs patches that hold whole ones."""
-SMALL_PATCHES = f"patches of less than {BLOCK}x{BLOCK} pixels hold no whole block"
+"""Side of the 8x8 blocks of the loss: backends compute both in one pass for patches that hold whole ones."""
 
 
 class Composition:
@@ -27,22 +26,19 @@ class Composition:
     times a power of two, so that they do not underflow.
     """
 
-    def __init__(
-        self, backend: str, decoder: ModuleType, loss: ModuleType, reason: str = "it has no kernel that computes both"
-    ):
-        """`reason` is logged once."""
-        self.backend, self.decoder, self.loss, self.reason = backend, decoder, loss, reason
+    def __init__(self, backend: str, decoder: ModuleType, loss: ModuleType):
+        self.backend, self.decoder, self.loss = backend, decoder, loss
 
     def forward(self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float) -> Losses:
         """(total, pixel, frequency)."""
-        log_composition(self.backend, self.reason)
+        log_composition(self.backend)
         return self._velocity_and_losses(inputs, patch_size, frequency_scale, eps)[1]
 
     def forward_with_gradients(
         self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float, needs: Sequence[bool]
     ) -> tuple[Losses, Gradients]:
         """The losses, and the gradients of total in the dtypes in which they are kept; None where `needs` is False."""
-        log_composition(self.backend, self.reason)
+        log_composition(self.backend)
         cond = inputs.cond
         wide = kept_like("pixel_decoder_loss", inputs)._replace(cond=cond)
         velocity, losses = self._velocity_and_losses(wide, patch_size, frequency_scale, eps)
@@ -95,6 +91,10 @@ def unscaled(gradients: Gradients, scale: float) -> Gradients:
 
 
 @functools.cache
-def log_composition(backend: str, reason: str) -> None:
+def log_composition(backend: str) -> None:
     """Log once that a backend computes pixel_decoder_loss in two steps."""
-    _log.info("pixel_decoder_loss runs pixel_decoder and flow_matching_loss on backend %r: %s", backend, reason)
+    _log.info(
+        "pixel_decoder_loss runs pixel_decoder and flow_matching_loss on backend %r: "
+        "patches of less than %dx%d pixels hold no whole block",
+        *(backend, BLOCK, BLOCK),
+    )

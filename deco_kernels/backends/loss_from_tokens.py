@@ -11,11 +11,11 @@ import torch
 
 from deco_kernels.backends import arguments
 from deco_kernels.backends.arguments import Gradients, Losses
+from deco_kernels.backends.composition import BLOCK
 from deco_kernels.backends.upsample import UpsampleGradients, image_chunks
 from deco_kernels.signatures import PixelDecoderLoss, PixelDecoderLossFromTokens, mapped
 
 OP = "pixel_decoder_loss_from_tokens"
-BLOCK = 8  # side of the loss's blocks of pixels
 
 Chunk = tuple[slice, slice]
 """Images and lines of a batch [B, C, H, W]."""

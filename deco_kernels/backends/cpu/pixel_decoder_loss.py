@@ -10,11 +10,11 @@ import torch
 from deco_kernels import native
 from deco_kernels.backends import arguments
 from deco_kernels.backends.arguments import Gradients, Losses
-from deco_kernels.backends.composition import BLOCK, SMALL_PATCHES, Composition
+from deco_kernels.backends.composition import BLOCK, Composition
 from deco_kernels.backends.cpu import flow_matching_loss, pixel_decoder
 from deco_kernels.signatures import PixelDecoderLoss, flat
 
-_composition = Composition("cpu", pixel_decoder, flow_matching_loss, reason=SMALL_PATCHES)
+_composition = Composition("cpu", pixel_decoder, flow_matching_loss)
 
 
 def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float) -> Losses:

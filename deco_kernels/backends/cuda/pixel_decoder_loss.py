@@ -11,7 +11,6 @@ from deco_kernels.backends import arguments, l2_cache
 from deco_kernels.backends.arguments import Gradients, Losses
 from deco_kernels.backends.composition import (
     BLOCK,
-    SMALL_PATCHES,
     Composition,
     empty_one_pass_gradients,
     gradient_scale,
@@ -20,7 +19,7 @@ from deco_kernels.backends.composition import (
 from deco_kernels.backends.cuda import calls, flow_matching_loss, pixel_decoder
 from deco_kernels.signatures import PixelDecoderLoss, flat
 
-_composition = Composition("cuda", pixel_decoder, flow_matching_loss, reason=SMALL_PATCHES)
+_composition = Composition("cuda", pixel_decoder, flow_matching_loss)
 
 
 def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float) -> Losses:

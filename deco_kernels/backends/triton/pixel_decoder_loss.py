@@ -23,7 +23,6 @@ from deco_kernels.backends import l2_cache
 from deco_kernels.backends.arguments import Gradients, Losses, zeroed
 from deco_kernels.backends.composition import (
     BLOCK,
-    SMALL_PATCHES,
     Composition,
     empty_one_pass_gradients,
     gradient_scale,
@@ -38,7 +37,7 @@ from .launching import collapsed_rows, device_guard, launch_over_rows
 from .pixel_decoder import DecoderBackward, add_head_sums, head_backward, image_offsets, query_and_head, run_forward
 from .weights import PackedWeights, pack
 
-_composition = Composition("triton", pixel_decoder, flow_matching_loss, reason=SMALL_PATCHES)
+_composition = Composition("triton", pixel_decoder, flow_matching_loss)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
