@@ -118,6 +118,7 @@ def run_reuse(options: argparse.Namespace, out: Path) -> str:
     """Runs the study of the trunk at some steps only; returns the text of its table.md."""
     from tqdm import tqdm
 
+    from deco_kernels import flow
     from deco_kernels.model import DeCo, load_model
     from sampling.inputs import sha256
     from studies import reuse
@@ -134,6 +135,7 @@ def run_reuse(options: argparse.Namespace, out: Path) -> str:
         )
     given = {name: getattr(options, name) for name in ("steps", "guidance", "samples", "image_size")}
     recipe = reuse.Settings(**{name: value for name, value in given.items() if value is not None})
+    flow.Sampler(network, steps=recipe.steps, guidance=recipe.guidance)  # validates them, before the folder has them
     settings = {"study": REUSE, "checkpoint_sha256": sha256(options.checkpoint), **dataclasses.asdict(recipe)}
     with alone_in(out):
         claim(out, settings, options.resume)

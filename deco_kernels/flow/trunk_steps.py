@@ -125,6 +125,8 @@ def read_trunk_steps(file: str | os.PathLike[str], *, steps: int) -> list[int]:
     try:
         found = json.loads(Path(file).read_text())
         chosen, recorded = list(found["trunk_steps"]), int(found["steps"])
+        if any(type(step) is not int for step in chosen):
+            raise TypeError(f"the steps {chosen}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{os.fspath(file)}: expected JSON with steps and trunk_steps, as choose_trunk_steps' result is written by "

@@ -231,7 +231,13 @@ def test_a_bad_choice_is_refused(tmp_path):
     flow.write_trunk_steps(file, [0, 2], steps=5)
     with pytest.raises(ValueError, match="expected trunk steps chosen for 8 steps, got those for 5"):
         flow.read_trunk_steps(file, steps=8)
-    for text in ("{", "[]", json.dumps({"steps": 5}), json.dumps({"steps": 5, "trunk_steps": 3})):
+    for text in (
+        "{",
+        "[]",
+        json.dumps({"steps": 5}),
+        json.dumps({"steps": 5, "trunk_steps": 3}),
+        '{"steps": 5, "trunk_steps": [0, 1.5]}',
+    ):
         file.write_text(text)
         with pytest.raises(ValueError, match="expected JSON with steps and trunk_steps"):
             flow.read_trunk_steps(file, steps=5)

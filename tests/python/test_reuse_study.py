@@ -129,6 +129,7 @@ def test_a_continued_study_repeats_nothing_and_grows(checkpoint, study, monkeypa
         (["--checkpoint", "missing.ckpt"], "missing.ckpt: expected a checkpoint file, found nothing"),
         (["--checkpoint", "{dit}"], "--checkpoint: expected a class-to-image DeCo model, got DiT"),
         (["--checkpoint", "{deco}", "--image-size", "40"], "--image-size: expected a multiple of the patch size 16"),
+        (["--checkpoint", "{deco}", "--guidance", "nan"], "guidance: expected a finite number, got nan"),
         (["--checkpoint", "{deco}", "--preset", "deco-tiny"], "--preset: not an option of reuse; leave it out"),
         (["--checkpoint", "{deco}", "--batch-size", "2"], "--batch-size: not an option of reuse; leave it out"),
     ],
