@@ -12,6 +12,7 @@ from deco_kernels.signatures import UpsampleWeights
 
 MIN_TOKENS = 1024
 MIN_VALUES = 1 << 23
+STEP = 2048  # rows of up_weight
 
 
 def chunk_tokens(up: UpsampleWeights) -> int:
@@ -108,11 +109,7 @@ class UpsampleGradients:
         if self.grad_tokens is not None:
             self.grad_tokens[first:last] = grad @ self.weight
         if self.needs[1]:
-            rows = self.rows[first:last].to(self.dtype)
-            if self.grad_weight is not None and self.dtype is torch.float32:
-                self.grad_weight.addmm_(grad.T, rows)
-            else:
-                self.grad_weight = added(self.grad_weight, grad.T @ rows)
+            self.grad_weight = added_product(self.grad_weight, grad, self.rows[first:last].to(self.dtype))
         if self.needs[2]:
             self.grad_bias = added(self.grad_bias, grad.sum(0, dtype=torch.float32))
 
@@ -123,6 +120,21 @@ class UpsampleGradients:
             finished(total, tensor) if need else None
             for total, tensor, need in zip(totals, self.inputs, self.needs, strict=True)
         )
+
+
+def added_product(total: torch.Tensor | None, grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """total + grad.T @ rows in float32; a single chunk keeps the dtype of the matmul.
+
+    A 16-bit product is computed in parts of STEP rows, because it is added out of place.
+    """
+    if total is None:
+        return grad.T @ rows
+    total = total.float()
+    if grad.dtype is torch.float32:
+        return total.addmm_(grad.T, rows)
+    for part, columns in zip(total.split(STEP), grad.split(STEP, dim=1), strict=True):
+        part += columns.T @ rows
+    return total
 
 
 def added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
