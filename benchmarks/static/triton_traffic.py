@@ -23,8 +23,8 @@ from benchmarks.static.calls import forward_and_backward
 from benchmarks.static.triton_kernels import DTYPES, kernel_name
 from deco_kernels import testing
 
-_SMALL, _LARGE = (1, 32, 32), (1, 32, 64)  # the difference excludes what does not depend on the number of pixels
-_PIXELS = 32 * 32
+_SMALL, _LARGE = (1, 16, 32), (1, 16, 64)  # the difference excludes what does not depend on the number of pixels
+_PIXELS = 16 * 32
 
 
 @functools.cache
@@ -95,12 +95,13 @@ def _recorded() -> Iterator[Counter[str]]:
         GridExecutor.__call__ = run
 
 
-def bytes_of_op(op: str, width: int, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes per pixel of the kernels that forward and backward of an op launch, in this process."""
+def bytes_of_op(op: str, width: int, dtype: torch.dtype, other_dtype: torch.dtype | None = None) -> dict[str, float]:
+    """Bytes per pixel of the kernels that forward and backward of an op launch, in this process; `other_dtype` of image
+    and weights is `dtype` by default."""
     counts = []
     for image_size in (_SMALL, _LARGE):
         inputs = testing.random_inputs(
-            op, dtype=dtype, other_dtype=dtype, width=width, image_size=image_size, token_width=64
+            op, dtype=dtype, other_dtype=other_dtype or dtype, width=width, image_size=image_size, token_width=64
         )
         with _recorded() as found:
             forward_and_backward(inputs, "triton")

@@ -70,11 +70,19 @@ def test_the_largest_bound_is_named():
 
 @pytest.mark.interpret
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs a separate run with TRITON_INTERPRET=1")
-def test_global_bytes_of_a_triton_kernel_are_its_tensors():
-    """adaln_block in bfloat16: h, cond and the result; their gradients besides in the backward."""
+def test_global_bytes_of_the_decoder_with_a_float32_image():
+    """The table of docs/triton.md: D 32, N 3, C 3."""
     from benchmarks.static import triton_traffic
 
-    row = 16 * torch.bfloat16.itemsize
-    found = triton_traffic.bytes_of_op("adaln_block", 16, torch.bfloat16)
-    assert found["adaln_block.forward_kernel"] == 3 * row
-    assert found["adaln_block.backward_kernel+first+last"] == 5 * row
+    found = triton_traffic.bytes_of_op("pixel_decoder", 32, torch.bfloat16, torch.float32)
+    row, image, velocity = 64, 12, 6
+    assert found == {
+        "weights.pack_kernel": 0,
+        "weights.unpack_grad_kernel": 0,
+        "pixel_decoder.forward_kernel": row + image + velocity,
+        "pixel_decoder.recompute_kernel": (row + image + velocity) + 4 * row,  # 338
+        "adaln_block.backward_kernel+first": 3 * row + 2 * row,
+        "adaln_block.backward_kernel": 4 * row + 2 * row,
+        "adaln_block.backward_kernel+last": 4 * row + 2 * row,
+        "pixel_decoder.embedding_kernel": row + 2 * image,
+    }
