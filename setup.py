@@ -8,7 +8,7 @@ DECO_KERNELS_BUILD chooses what is built:
   cuda-only  the CUDA module; a failure is an error
   none  no native module, only Python
 Needs neither PyTorch nor a GPU. DECO_KERNELS_CUDA_ARCHS selects the architectures of the CUDA module, by default
-"80+PTX,90a,100"; +PTX adds code that newer GPUs compile when they first load it.
+"80+PTX,90a,100,120"; +PTX adds code that newer GPUs compile when they first load it.
 """
 
 import os

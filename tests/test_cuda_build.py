@@ -82,17 +82,19 @@ def gencode(tmp_path, architectures, version):
 
 @pytest.mark.parametrize("version", ["12.8", "13.0.88"])
 def test_a_recent_nvcc_builds_for_all_architectures(tmp_path, version):
-    result = gencode(tmp_path, "80+PTX;90a;100", version)
+    result = gencode(tmp_path, "80+PTX;90a;100;120", version)
     codes = ("arch=compute_80,code=sm_80", "arch=compute_80,code=compute_80")
-    codes += ("arch=compute_90a,code=sm_90a", "arch=compute_100,code=sm_100")
+    codes += tuple(f"arch=compute_{number},code=sm_{number}" for number in ("90a", "100", "120"))
     assert f"OPTIONS={';'.join(f'-gencode={code}' for code in codes)}\n" in result.stderr
     assert "Warning" not in result.stderr
 
 
 def test_an_old_nvcc_leaves_out_what_it_cannot_build_for(tmp_path):
-    result = gencode(tmp_path, "90a;100", "12.6")
+    result = gencode(tmp_path, "90a;100;120", "12.6")
     assert result.returncode == 0 and "OPTIONS=-gencode=arch=compute_90a,code=sm_90a\n" in result.stderr
-    assert "CUDA 12.6 cannot build for sm_100 (that needs 12.8); left out" in " ".join(result.stderr.split())
+    for number in (100, 120):
+        said = f"CUDA 12.6 cannot build for sm_{number} (that needs 12.8); left out"
+        assert said in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from benchmarks.gpu_check import prepared, probes
 from benchmarks.gpu_check.running import ROOT, result_in, say
 from benchmarks.static.machines import MACHINES
 
-ARCHITECTURES = ("80", "90a", "100", "120")
+ARCHITECTURES = ("80", "89", "90a", "100", "120")
 
 
 def main(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ figure is measured on a GPU. `--record` writes benchmarks/budgets.json; otherwis
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.static import cuda_kernels, cuda_traffic, tables, triton_kernels, triton_traffic
-from benchmarks.static.figures import BUDGETS, CUDA_PREFIX, SHARED_LIMIT, SMALL_SHARED, Figures, exceeded
+from benchmarks.static.figures import BUDGETS, CUDA_PREFIX, SHARED_LIMIT, Figures, exceeded
 from benchmarks.static.triton_kernels import ARCHITECTURES, DTYPES, WIDTHS
 
 BACKENDS = ("triton", "cuda")
@@ -35,15 +36,25 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--record", action="store_true", help="write benchmarks/budgets.json")
     parser.add_argument("--backend", choices=BACKENDS, help="kernels to examine (default: both)")
     parser.add_argument(
-        "--architecture", action="append", choices=tuple(SHARED_LIMIT), help=f"repeatable (default: no {SMALL_SHARED})"
+        "--architecture", action="append", choices=tuple(SHARED_LIMIT), help="repeatable (default: all but sm_86)"
     )
     parser.add_argument("--width", action="append", type=int, choices=WIDTHS, help="repeatable (default: 32)")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="repeatable (default: bfloat16)")
     parser.add_argument("--everywhere", action="store_true", help="every width and dtype on every architecture")
+    parser.add_argument("--kernel", default="", metavar="PREFIX", help="only Triton kernels whose names start so")
+    parser.add_argument(
+        "--launch",
+        metavar="KERNEL=BLOCK,WARPS,STAGES,PROGRAMS",
+        type=_launch,
+        help="other parameters of a kernel of the launch table (Triton); its figures are not compared or recorded",
+    )
     parser.add_argument("--tables", action="store_true", help="print the tables of docs/triton.md and docs/cuda.md")
     parser.add_argument("--output", metavar="FILE.json", help="write all figures to this file")
     options = parser.parse_args(arguments)
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    backend = "triton" if options.launch or options.kernel else options.backend
+    if options.launch and options.record:
+        parser.error("--launch: figures of other parameters are not recorded; leave out --record")
     if options.tables:
         for backend in [options.backend] if options.backend else BACKENDS:
             print(*tables.tables(budgets, backend), sep="\n\n", end="\n\n")
@@ -63,7 +74,7 @@ def main(arguments: list[str]) -> int:
     failures = []
     print("Modeled, not measured. Issue slots and cycles per scheduler for 16 pixels; ms for 32 images of 256x256.")
     print(_row("kernel", "architecture", "registers", "spills", "shared", "slots", "ms", "bound", "cycles"), flush=True)
-    for name, architecture, compiled in _examined(options.backend, cases):
+    for name, architecture, compiled in _examined(backend, cases, options.kernel, options.launch):
         found = _with_traffic(name, compiled, budgets, options.record)
         everything.setdefault(name, {})[architecture] = found._asdict()
         print(_row(name, architecture, *_cells(found, architecture)), flush=True)
@@ -71,10 +82,9 @@ def main(arguments: list[str]) -> int:
             failures.append(f"{name}: {found.shared_bytes} bytes of shared memory do not fit {architecture}")
         if options.record:
             budgets.setdefault(name, {})[architecture] = found._asdict()
-        elif architecture in budgets.get(name, {}):
+            BUDGETS.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
+        elif not options.launch and architecture in budgets.get(name, {}):
             failures += [f"{name} on {architecture}: {what}" for what in exceeded(found, budgets[name][architecture])]
-    if options.record:
-        BUDGETS.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
     if options.output:
         Path(options.output).write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n")
     for failure in failures:
@@ -82,10 +92,31 @@ def main(arguments: list[str]) -> int:
     return 1 if failures else 0
 
 
-def _examined(backend: str | None, cases: list[tuple[str, int, str]]) -> Iterator[tuple[str, str, Figures]]:
+def _launch(text: str) -> tuple[str, tuple[int, ...]]:
+    from deco_kernels.backends.triton import table
+
+    kernel, _, numbers = text.partition("=")
+    if kernel not in table.KERNELS:
+        raise argparse.ArgumentTypeError(f"expected a kernel of {', '.join(table.KERNELS)}, got {kernel!r}")
+    parts = numbers.split(",")
+    if len(parts) != 4 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected four numbers after {kernel}=, got {numbers!r}")
+    return kernel, tuple(int(part) for part in parts)
+
+
+def _examined(
+    backend: str | None,
+    cases: list[tuple[str, int, str]],
+    kernel: str,
+    launch: tuple[str, tuple[int, ...]] | None,
+) -> Iterator[tuple[str, str, Figures]]:
     """Figures of the requested backend; without --backend, of every backend that this machine can compile."""
     if backend != "cuda":
-        yield from triton_kernels.all_figures(cases)
+        from deco_kernels.backends.triton import table
+
+        other = table.replaced(launch[0], table.Launch(*launch[1])) if launch else contextlib.nullcontext()
+        with other:
+            yield from triton_kernels.all_figures(cases, kernel)
     if backend != "triton":
         reason = cuda_kernels.unavailable_reason()
         if reason is None:

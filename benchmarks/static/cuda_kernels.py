@@ -5,6 +5,7 @@ the launches of the ops, which the emulator records without running them.
 """
 
 import functools
+import math
 import re
 import subprocess
 import tempfile
@@ -16,12 +17,12 @@ import torch
 
 from benchmarks.harness.toolkit import cuda_tool
 from benchmarks.static import divergence, sass
-from benchmarks.static.figures import COLOR_CHANNELS, CUDA_PREFIX, SHARED_LIMIT, Figures, counted_figures
+from benchmarks.static.figures import COLOR_CHANNELS, CONSUMER, CUDA_PREFIX, SHARED_LIMIT, Figures, counted_figures
 from benchmarks.static.machines import MACHINES
 from deco_kernels import testing
 from deco_kernels.testing import emulation, source_regions
 
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", *CONSUMER)
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 _WIDTHS, _DEPTH, _IMAGE = (16, 32, 64), 3, (1, 256, 256)
@@ -147,24 +148,27 @@ def sources() -> list[str]:
     return [path.stem for path in sorted(found, key=lambda path: (path.stem != "block_backward", path.stem))]
 
 
-def compile_source(source: str, architecture: str, cubin: Path, only_width: int | None) -> None:
+def compile_source(source: str, architecture: str, cubin: Path, only_width: int | None, general: bool) -> None:
     """Compiles csrc/cuda/SOURCE.cu with the flags of the module and with source lines of the instructions."""
     number = architecture.removeprefix("sm_")
     command = [nvcc(), "-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     command += [f"-gencode=arch=compute_{number},code=sm_{number}", "-cubin", "-o", str(cubin)]
-    command += [f"-DDECO_ONLY_WIDTH={only_width}", "-DDECO_ONLY_COMPACT"] if only_width else []
+    command += [f"-DDECO_ONLY_WIDTH={only_width}"] if only_width else []
+    command += [] if general else ["-DDECO_ONLY_COMPACT"]
     command += [str(CSRC / "cuda" / f"{source}.cu")]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0 or "warning" in result.stderr:
         raise RuntimeError(f"{source}.cu does not compile cleanly for {architecture}:\n{result.stderr[-4000:]}")
 
 
-def source_figures(source: str, architecture: str, only_width: int | None = None) -> dict[str, Figures]:
+def source_figures(
+    source: str, architecture: str, only_width: int | None = None, general: bool = True
+) -> dict[str, Figures]:
     """Figures of every kernel of a source, by "cuda.source.kernel+flags/D32/bfloat16". With `only_width`, decoder
-    kernels are compiled only for that width in bfloat16, without the general variants."""
+    kernels are compiled only for that width in bfloat16; with or without the general variants."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{source}.cubin"
-        compile_source(source, architecture, cubin, only_width)
+        compile_source(source, architecture, cubin, only_width, general)
         codes, lines = sass.read_all(cubin), sass.read_lines(cubin)
     figures = {}
     for mangled, code in codes.items():
@@ -181,11 +185,13 @@ def source_figures(source: str, architecture: str, only_width: int | None = None
 
 def all_figures(cases: list[tuple[str, int, str]]) -> Iterator[tuple[str, str, Figures]]:
     """(name, architecture, figures) of every CUDA kernel in the (architecture, width, dtype) of `cases`. A source is
-    compiled once for all widths and dtypes."""
+    compiled once: for one width in bfloat16 if nothing else is wanted, else for all widths and dtypes."""
     for architecture in ARCHITECTURES:
         wanted = {(w, d) for a, w, d in cases if a == architecture.removesuffix("a")}
+        widths = {width for width, _ in wanted}
+        only_width = widths.pop() if len(widths) == 1 and {dtype for _, dtype in wanted} == {"bfloat16"} else None
         for source in sources() if wanted else ():
-            for name, found in source_figures(source, architecture).items():
+            for name, found in source_figures(source, architecture, only_width).items():
                 if is_among(name, wanted):
                     yield name, architecture, found
 
@@ -236,8 +242,9 @@ def _lines_of(names: tuple[str, ...]) -> set[tuple[str, int]]:
 def per_16_pixels(code: sass.Code, launch: "Launch", inner_trips: int | None, is_skipped) -> dict[str, float] | None:
     """Executed warp instructions of the steady loop per 16 pixels by opcode.
 
-    All warps run the outermost loop. If there are two, one warp per tile of 16 pixels runs the larger one and the other
-    warps run the second. Inner loops without matmuls count once. None if the compiler has interleaved loops.
+    All warps run the outermost loop; if they are more than tiles of 16 pixels, the others run only its inner loops. If
+    there are two outermost loops, one warp per tile runs the larger one and the other warps run the second. Inner loops
+    without matmuls count once. None if the compiler has interleaved loops.
     """
     tiles = launch.turn_pixels // 16
     inner_trips = inner_trips or tiles
@@ -248,12 +255,14 @@ def per_16_pixels(code: sass.Code, launch: "Launch", inner_trips: int | None, is
         return None
     warps = [launch.warps] if len(outermost) == 1 else [tiles, launch.warps - tiles]
     weights = {loop: count / tiles for loop, count in zip(outermost, warps, strict=True)}
+    most = 1 if len(outermost) == 1 else math.inf  # executions of an outermost loop per tile
 
     def executions(address: int) -> float:
         weight = sum(weight for (first, last), weight in weights.items() if first <= address <= last)
         if weight == 0 or is_skipped(address):
             return 0
-        return weight * inner_trips if any(first <= address <= last for first, last in inner) else weight
+        is_inner = any(first <= address <= last for first, last in inner)
+        return weight * inner_trips if is_inner else min(weight, most)
 
     return sass.counts(code, executions)
 

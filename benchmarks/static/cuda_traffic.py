@@ -19,7 +19,11 @@ _PADDED_ROWS = 28
 
 
 def bytes_per_pixel(label: str) -> float:
-    """Bytes of the kernel with a label of `cuda_kernels.source_figures`."""
+    """Bytes of the kernel with a label of `cuda_kernels.source_figures`.
+
+    Raises:
+        RuntimeError: bank conflicts in the loop over pixels, which the model of shared memory leaves out.
+    """
     variant, *parts = label.removeprefix(CUDA_PREFIX).split("/")
     width = next((int(part[1:]) for part in parts if part.startswith("D")), 32)
     dtype = next((part for part in parts if part in _DTYPES), "bfloat16")
@@ -30,6 +34,8 @@ def bytes_per_pixel(label: str) -> float:
     )
     pixels = (_PADDED_ROWS if "padded" in flags else _ROWS) * (_COLUMNS[1] - _COLUMNS[0])
     moved = [launch.read.distinct + launch.written.distinct for launch in (small, large)]
+    if small.shared.conflicts * large.blocks != large.shared.conflicts * small.blocks:
+        raise RuntimeError(f"{label}: bank conflicts in the loop over pixels, which the model leaves out")
     return (moved[1] - moved[0]) / pixels
 
 

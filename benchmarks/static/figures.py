@@ -8,9 +8,14 @@ from typing import Any, NamedTuple
 from benchmarks.static.machines import MACHINES, Bound, Machine, largest_bound
 
 BUDGETS = Path(__file__).resolve().parents[1] / "budgets.json"
-SMALL_SHARED = "sm_86"  # represents GPUs with 99 kB of shared memory; only the shared-memory limit is checked
 # Shared memory available to one block, in bytes; kernels that need more cannot be launched.
-SHARED_LIMIT = {"sm_80": 166_912, SMALL_SHARED: 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+SHARED_LIMIT = {
+    **{"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448},
+    **{"sm_86": 101_376, "sm_89": 101_376, "sm_120": 101_376},  # GPUs outside data centers
+    "gfx942": 65_536,
+}
+CONSUMER = ("sm_89", "sm_120")
+"""Recorded architectures outside data centers. sm_86 has the instructions and shared memory of sm_89."""
 TOLERANCE = 1.03
 _BUDGETED = ("registers", "spill_bytes", "shared_bytes", "issue_slots_per_16_px")
 COLOR_CHANNELS = 3  # Y, Cb and Cr: iterations of the inner loop of the loss kernels

@@ -95,6 +95,8 @@ MACHINES = {
     "sm_90": _H100,
     "sm_90a": _H100,
     "sm_100": Machine("B200", 148, 1.85e9, 7.7e12, mma_cycles=8.5, fp32_cycles=1, special_cycles=8.75),
+    "sm_86": Machine("RTX 3090", 82, 1.7e9, 0.94e12, mma_cycles=32, fp32_cycles=1, special_cycles=8),
+    "sm_89": Machine("RTX 4090", 128, 2.52e9, 1.01e12, mma_cycles=32, fp32_cycles=1, special_cycles=8),
     "sm_120": Machine("RTX 5090", 170, 2.41e9, 1.79e12, mma_cycles=32, fp32_cycles=1, special_cycles=8),
 }
 """Architecture -> its model."""

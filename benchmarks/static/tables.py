@@ -6,7 +6,7 @@
 from typing import Any, NamedTuple
 
 from benchmarks.static.figures import bound_of
-from benchmarks.static.machines import MACHINES
+from benchmarks.static.machines import BYTES, MACHINES
 
 _TRITON_KERNELS = {
     "pixel_decoder.forward_kernel": "decoder forward",
@@ -47,24 +47,35 @@ _CUDA_KERNELS = {
 class _Page(NamedTuple):
     kernels: dict[str, str]  # name in the record -> its title
     architecture: str
-    architectures: tuple[str, ...]  # of the table of bounds
+    architectures: tuple[str, ...]  # of the tables of bounds
     other_cases: tuple[tuple[int, str], ...]  # (width, dtype) besides D 32 in bfloat16
 
 
 _PAGES = {
     "triton": _Page(
-        _TRITON_KERNELS, "sm_90", ("sm_80", "sm_90", "sm_100"), ((16, "bfloat16"), (64, "bfloat16"), (32, "float32"))
+        _TRITON_KERNELS,
+        "sm_90",
+        ("sm_80", "sm_90", "sm_100", "sm_120"),
+        ((16, "bfloat16"), (64, "bfloat16"), (32, "float32")),
     ),
     "cuda": _Page(
-        _CUDA_KERNELS, "sm_90a", ("sm_80", "sm_90a", "sm_100"), ((16, "bfloat16"), (64, "bfloat16"), (32, "float16"))
+        _CUDA_KERNELS,
+        "sm_90a",
+        ("sm_80", "sm_90a", "sm_100", "sm_120"),
+        ((16, "bfloat16"), (64, "bfloat16"), (32, "float16")),
     ),
 }
 
 
-def tables(budgets: dict[str, Any], backend: str) -> tuple[str, str, str]:
+def tables(budgets: dict[str, Any], backend: str) -> tuple[str, ...]:
     """The tables of docs/BACKEND.md."""
     page = _PAGES[backend]
-    return _main_table(budgets, page), _bounds_table(budgets, page), _other_cases_table(budgets, page)
+    return (
+        _main_table(budgets, page),
+        _largest_bounds_table(budgets, page),
+        _other_cases_table(budgets, page),
+        *(_all_bounds_table(budgets, page, architecture) for architecture in page.architectures),
+    )
 
 
 def _in_bfloat16(budgets: dict[str, Any], kernel: str) -> dict[str, Any]:
@@ -92,14 +103,32 @@ def _bytes(per_px: float | None) -> str:
     return "–" if per_px is None else f"{per_px:,.0f}"
 
 
-def _bounds_table(budgets: dict[str, Any], page: _Page) -> str:
+def _largest_bounds_table(budgets: dict[str, Any], page: _Page) -> str:
     """Modeled milliseconds of every kernel at D 32 in bfloat16, with the largest bound, by architecture."""
     heads = [f"{name} ({MACHINES[name].device})" for name in page.architectures]
     lines = [f"| kernel | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for kernel, title in page.kernels.items():
         records = _in_bfloat16(budgets, kernel)
         bounds = [bound_of(records[name], name) for name in page.architectures]
-        cells = [f"{b.milliseconds:.{3 if b.milliseconds < 0.02 else 2}f} {b.name}" for b in bounds if b is not None]
+        cells = [f"{_milliseconds(bound.milliseconds)} {bound.name}" for bound in bounds if bound is not None]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _milliseconds(time: float) -> str:
+    return f"{time:.{3 if time < 0.02 else 2}f}"
+
+
+def _all_bounds_table(budgets: dict[str, Any], page: _Page, architecture: str) -> str:
+    """Modeled milliseconds of every bound of every kernel at D 32 in bfloat16 on one architecture, the largest bold."""
+    bounds = ("issue", "tensor", "shared", "special", "fp32", "alu", BYTES)
+    lines = [f"| {architecture} | {' | '.join(bounds)} |", "|---" * (1 + len(bounds)) + "|"]
+    for kernel, title in page.kernels.items():
+        record = _in_bfloat16(budgets, kernel)[architecture]
+        times = MACHINES[architecture].milliseconds(record["cycles_per_16_px"], record["bytes_per_px"])
+        cells = [_milliseconds(times[bound]) for bound in bounds]
+        largest = bounds.index(max(times, key=lambda bound: times[bound]))
+        cells[largest] = f"**{cells[largest]}**"
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

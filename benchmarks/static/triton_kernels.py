@@ -9,11 +9,11 @@ import torch
 
 from benchmarks.static import sass
 from benchmarks.static.calls import gradients_needed
-from benchmarks.static.figures import COLOR_CHANNELS, Figures, counted_figures
+from benchmarks.static.figures import COLOR_CHANNELS, CONSUMER, Figures, counted_figures
 from benchmarks.static.machines import MACHINES
 from deco_kernels.testing.inputs import ONE_PASS
 
-NVIDIA = ("sm_80", "sm_90", "sm_100")
+NVIDIA = ("sm_80", "sm_90", "sm_100", *CONSUMER)
 ARCHITECTURES = (*NVIDIA, "gfx942")
 """Architectures of the Triton kernels; the CUDA kernels for Hopper are built for sm_90a."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -151,15 +151,16 @@ def toolchain(architecture: str) -> str:
         return f"triton {triton.__version__}, its LLVM"
     from triton import knobs
 
-    assembler = knobs.nvidia.ptxas_blackwell if architecture == "sm_100" else knobs.nvidia.ptxas
+    assembler = knobs.nvidia.ptxas_blackwell if int(architecture.removeprefix("sm_")) >= 100 else knobs.nvidia.ptxas
     return f"triton {triton.__version__}, ptxas {assembler.version}"
 
 
-def all_figures(cases: list[tuple[str, int, str]]) -> Iterator[tuple[str, str, Figures]]:
-    """(name, architecture, figures) of every Triton kernel in the (architecture, width, dtype) of `cases`."""
+def all_figures(cases: list[tuple[str, int, str]], part: str = "") -> Iterator[tuple[str, str, Figures]]:
+    """(name, architecture, figures) of every Triton kernel in the (architecture, width, dtype) of `cases` whose name
+    starts with `part`."""
     seen = set()
     for architecture, width, dtype in cases:
         for name, launch in recorded_launches(architecture, width, DTYPES[dtype]).items():
-            if (name, architecture) not in seen:
+            if name.startswith(part) and (name, architecture) not in seen:
                 seen.add((name, architecture))
                 yield name, architecture, figures(launch, architecture)

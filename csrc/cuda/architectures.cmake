@@ -1,4 +1,4 @@
-# Converts a list of architectures ("80+PTX;90a;100") to nvcc's -gencode options. +PTX adds PTX, which newer GPUs
+# Converts a list of architectures ("80+PTX;90a;100;120") to nvcc's -gencode options. +PTX adds PTX, which newer GPUs
 # compile when they first load it. Architectures that `version` of nvcc does not support are skipped with a warning.
 function(deco_cuda_gencode result architectures version)
   set(options "")

@@ -22,6 +22,17 @@ DECO_DEVICE Operand<D> silu_operand(const RowWords<D>& upper, const RowWords<D>&
   return s;
 }
 
+template <int D>
+DECO_DEVICE Operand<D> operand_of(const RowWords<D>& upper, const RowWords<D>& lower) {
+  Operand<D> operand;
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j) {
+    operand.k_step[j / 2][2 * (j % 2)] = upper.word[j];
+    operand.k_step[j / 2][2 * (j % 2) + 1] = lower.word[j];
+  }
+  return operand;
+}
+
 // Row `which` (0: upper, 1: lower) of the lane's two rows of a left operand.
 template <int D>
 DECO_DEVICE RowWords<D> row_of(const Operand<D>& operand, int which) {

@@ -12,7 +12,8 @@
 // registers, and stores the rounded operands of the weight gradients in shared memory, next to the packed weights.
 // After a barrier each of M gradient warps adds the gradient of one matrix over the pixels of all chain warps, in
 // registers, for all tiles of the thread block. For D <= 32 every warp has both roles; at D = 64 registers do not
-// suffice for both, and chain and gradient warps are separate.
+// suffice for both, and chain and gradient warps are separate. On devices with little shared memory only some of the
+// warps run the chain.
 // Per pixel: at most 10·D bytes (h, cond, δh', δs in and out, δh) and 2·15·D² FLOPs. Deterministic: sums over pixels
 // have the fixed order of the grid (gradient_sums.h).
 #include <algorithm>
@@ -40,10 +41,11 @@ struct Plan {
   // Operand tiles in shared memory: s, the gradients of the M outputs, then m and SiLU(z).
   static constexpr int kS = 0, kOutputs = 1, kM = 6, kA = 7, kTiles = Mlp ? 8 : 4;
   static constexpr int kTileElements = kTilePixels * kRowStride<D>;  // one operand of one warp
+  static constexpr int kWarpElements = kTiles * kTileElements;
 
   static DECO_HOST_DEVICE int input_of(int matrix) { return matrix == kFc1 ? kM : matrix == kFc2 ? kA : kS; }
   static constexpr int shared_bytes(int chain_warps) {
-    return BlockSlots<BFloat16, D, kMatrices>::kBytes + kTiles * chain_warps * kTileElements * 2;
+    return BlockSlots<BFloat16, D, kMatrices>::kBytes + chain_warps * kWarpElements * 2;
   }
 };
 
@@ -70,38 +72,39 @@ struct Chain {
   using P = Plan<D, Mlp>;
   const BackwardParams& p;
   const BlockWeights<T, D> w;
-  T* operands;         // the warp's tile of operand 0 of Plan
-  int operand_stride;  // elements between operands of Plan
-  uint32_t tile;       // index of the warp's operand tile, at most that of the last tile
+  T* operands;    // the warp's operand tiles in shared memory
+  uint32_t tile;  // index of the warp's operand tile in global memory, at most that of the last tile
   bool tile_exists;
   uint32_t pixel[2];  // the lane's two rows, at most the last pixel
   bool valid[2];      // whether the rows exist
 
   DECO_DEVICE void run() const {
     const Operand<D> s = load_s();
-    Tile<D> normalized = load_h();
+    const Operand<D> h = load_operand(p.h_tiles, p.h);
     put(P::kS, s);
-    const RowPair rstd = normalize(normalized, p.eps);
+    const RowStatistics stats = statistics(tile_of<T>(h), p.eps);
+    Tile<D> normalized = normalized_by(stats, tile_of<T>(h));
 
     Tile<D> grad_h, grad_m;  // grad_h: first of h', finally of h
     Operand<D> grad_gate, scale;
     if constexpr (Mlp) {
-      Operand<D> slope, grad_u;
+      Operand<D> slope;
       const Operand<D> m = recompute_m(s, normalized, scale);
       put(P::kM, m);
       spill(P::kOutputs + kScale, scale);
       const Operand<D> a = recompute_a(m, slope);
       put(P::kA, a);
-      spill(P::kOutputs + kShift, slope);
-      grad_h = load_gradient(p.grad);
-      run_residual(grad_gate, grad_u, grad_h, reload(P::kS), a);
+      spill(P::kOutputs + kFc1, slope);
+      grad_h = tile_of<T>(load_gradient(p.grad));
+      const Operand<D> grad_u = multiplied(kGate, reload(P::kS), grad_h);  // δu = δh'·gate
+      grad_gate = multiplied(kFc2, a, grad_h);                             // δgate = δh'·u
       put(P::kOutputs + kFc2, grad_u);
-      const Operand<D> grad_z = run_activation(grad_u, reload_spilled(P::kOutputs + kShift, slope));
+      const Operand<D> grad_z = run_activation(grad_u, reload_spilled(P::kOutputs + kFc1, slope));
       put(P::kOutputs + kFc1, grad_z);
       grad_m = run_fc1(grad_z);
     } else {
-      grad_m = load_gradient(p.grad);
-      grad_gate = rounded<T>(load_gradient(p.grad_gate));
+      grad_m = tile_of<T>(load_gradient(p.grad));
+      grad_gate = load_gradient(p.grad_gate);
       scale = recompute_scale(s);
       grad_h = zeros<D>();
       spill(P::kOutputs + kScale, scale);
@@ -109,12 +112,15 @@ struct Chain {
     put(P::kOutputs + kGate, grad_gate);
 
     const Operand<D> grad_shift = rounded<T>(grad_m);  // δshift = δm
+    if constexpr (P::kSpecialized)  // again, to shorten the lifetime of its registers, like δh' below
+      normalized = normalized_by(stats, tile_of<T>(load_operand(p.h_tiles, p.h)));
     Tile<D> grad_normalized;
     const Operand<D> grad_scale =
         run_modulation(grad_normalized, grad_m, normalized, reload_spilled(P::kOutputs + kScale, scale));
     put(P::kOutputs + kShift, grad_shift);
     put(P::kOutputs + kScale, grad_scale);
-    add_normalize_gradient(grad_h, grad_normalized, normalized, rstd);  // δh = δh' + LayerNorm'(δn)
+    if constexpr (P::kSpecialized && Mlp) grad_h = tile_of<T>(load_gradient(p.grad));
+    add_normalize_gradient(grad_h, grad_normalized, normalized, stats.rstd);  // δh = δh' + LayerNorm'(δn)
     store_gradient_of_h(grad_h);
     if (p.grad_cond.data != nullptr) run_cond(grad_shift, grad_scale, reload(P::kOutputs + kGate));
   }
@@ -172,23 +178,19 @@ struct Chain {
 
   // ---- chain --------------------------------------------------------------------------------------------------------
 
-  // δgate = δh'·u with u = W_2·a + b_2;  δu = δh'·gate
-  DECO_DEVICE void run_residual(Operand<D>& grad_gate, Operand<D>& grad_u, const Tile<D>& grad_out, const Operand<D>& s,
-                                const Operand<D>& a) const {
-    const Linear<T, D> to_gate = w.linear(kGate), fc2 = w.linear(kFc2);
+  // δh'·(W·x + b), elementwise
+  DECO_DEVICE Operand<D> multiplied(BlockMatrix matrix, const Operand<D>& x, const Tile<D>& grad_out) const {
+    Operand<D> result;
+    const Linear<T, D> linear = w.linear(matrix);
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
-      float gate[4], u[4];
-      to_gate.apply(gate, s, j);
-      fc2.apply(u, a, j);
+      float v[4];
+      linear.apply(v, x, j);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        u[i] *= grad_out.v[j][i];
-        gate[i] *= grad_out.v[j][i];
-      }
-      grad_gate.template set<T>(j, u);
-      grad_u.template set<T>(j, gate);
+      for (int i = 0; i < 4; ++i) v[i] *= grad_out.v[j][i];
+      result.template set<T>(j, v);
     }
+    return result;
   }
 
   // δz = (W_2ᵀ·δu)·SiLU'(z)
@@ -276,17 +278,17 @@ struct Chain {
   // ---- operands in shared memory ------------------------------------------------------------------------------------
 
   DECO_DEVICE void put(int which, const Operand<D>& operand) const {
-    store_operand_tile<T, D>(operands + which * operand_stride, operand);
+    store_operand_tile<T, D>(operands + which * P::kTileElements, operand);
   }
   // Reads back an operand of `put`, to shorten the lifetime of its registers.
   DECO_DEVICE Operand<D> reload(int which) const {
     // region: barrier_before_reload
     warp_barrier();
     // end region
-    return load_operand_tile<T, D>(operands + which * operand_stride);
+    return load_operand_tile<T, D>(operands + which * P::kTileElements);
   }
 
-  // At D = 64, where registers do not suffice: stores an operand temporarily in the slot of a later operand.
+  // At D = 64, where registers do not suffice: stores an operand until `reload_spilled` in the slot of a later operand.
   DECO_DEVICE void spill(int which, const Operand<D>& operand) const {
     if constexpr (P::kSpecialized) put(which, operand);
   }
@@ -313,24 +315,22 @@ struct Chain {
     if constexpr (Tiled) return load_tile<D>(p.s_tiles, tile);
     return silu_operand<T>(load_row<T, D>(p.cond, pixel[0]), load_row<T, D>(p.cond, pixel[1]));
   }
-  DECO_DEVICE Tile<D> load_h() const {
-    if constexpr (Tiled) return tile_of<T>(load_tile<D>(p.h_tiles, tile));
-    return load_rows(p.h);
+  // From operand tiles or rows.
+  DECO_DEVICE Operand<D> load_operand(const void* tiles, const RowsView& rows) const {
+    if constexpr (Tiled) return load_tile<D>(tiles, tile);
+    return operand_of(load_row<T, D>(rows, pixel[0]), load_row<T, D>(rows, pixel[1]));
   }
 
   // Rows of a gradient; zero for missing pixels, so that they add nothing to the sums.
-  DECO_DEVICE Tile<D> load_gradient(const RowsView& rows) const {
-    RowWords<D> pair[2];
+  DECO_DEVICE Operand<D> load_gradient(const RowsView& rows) const {
+    Operand<D> grad = load_operand(p.grad_tiles, rows);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if constexpr (Tiled)
-        pair[r] = row_of(load_tile<D>(p.grad_tiles, tile), r);
-      else
-        pair[r] = load_row<T, D>(rows, pixel[r]);
+    for (int r = 0; r < 2; ++r)
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j) pair[r].word[j] = valid[r] ? pair[r].word[j] : 0u;
-    }
-    return tile_of<T>(pair[0], pair[1]);
+      for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+        for (int i = r; i < 4; i += 2) grad.k_step[k][i] = valid[r] ? grad.k_step[k][i] : 0u;
+    return grad;
   }
   DECO_DEVICE void store_gradient_of_h(const Tile<D>& grad_h) const {
     if constexpr (Tiled) {
@@ -347,7 +347,6 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
   using P = Plan<D, Mlp>;
   const BlockSlots<T, D, P::kMatrices> slots{shared_memory()};
   auto* operands = reinterpret_cast<T*>(shared_memory() + slots.kBytes);
-  const int operand_stride = p.chain_warps * P::kTileElements;
   const uint32_t turn_pixels = p.chain_warps * kTilePixels, step = block_count() * turn_pixels;
   wait_for_previous_kernel();
   slots.fill(0, p.packed, p.block);
@@ -361,8 +360,7 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
     const uint32_t first = tile * kTilePixels + (lane() >> 2);
     const Chain<T, D, Mlp, Tiled> chain{p,
                                         weights,
-                                        operands + warp() * P::kTileElements,
-                                        operand_stride,
+                                        operands + warp() * P::kWarpElements,
                                         min(tile, last_tile),
                                         tile <= last_tile,
                                         {min(first, end), min(first + 8, end)},
@@ -372,12 +370,12 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
 
   // A gradient warp: δW += δoutput ⊗ input and δb += δoutput of one matrix, over the pixels of all chain warps.
   const int matrix = P::kSpecialized ? warp() - p.chain_warps : warp();
-  const T* output = operands + (P::kOutputs + matrix) * operand_stride;
-  const T* input = operands + P::input_of(matrix) * operand_stride;
+  const T* output = operands + (P::kOutputs + matrix) * P::kTileElements;
+  const T* input = operands + P::input_of(matrix) * P::kTileElements;
   MatrixGradient<T, D> gradient;
   const auto add_tiles = [&] {
 #pragma unroll 1
-    for (int w = 0; w < p.chain_warps; ++w) gradient.add(output + w * P::kTileElements, input + w * P::kTileElements);
+    for (int w = 0; w < p.chain_warps; ++w) gradient.add(output + w * P::kWarpElements, input + w * P::kWarpElements);
   };
   const auto write_gradient = [&] {
     constexpr int kNumbers = D * (D + 1);
@@ -402,9 +400,10 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
       if (sums) write_gradient();
     }
   } else {
+    const UniformWarp uniform_warp;
     gradient.clear();
     for (uint32_t begin = block() * turn_pixels; begin < p.pixels; begin += step) {
-      run_chain(begin);
+      if (uniform_warp < p.chain_warps) run_chain(begin);
       if (sums) {
         // region: barrier_before_weight_gradients
         block_barrier();
@@ -417,13 +416,19 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
   }
 }
 
-// Chain warps of a thread block on this device: at D = 64 as many as fit in shared memory.
+// Chain warps of a thread block: as many as fit in the shared memory of a multiprocessor, which its thread blocks share.
+// The device takes kReservedBytes more for each of them; limits.shared_bytes excludes those of one.
 template <int D, bool Mlp>
 int chain_warps(const DeviceLimits& limits) {
   using P = Plan<D, Mlp>;
+  constexpr int kReservedBytes = 1024;
+  const auto fit = [&](int warps) {
+    const int bytes = P::kBlocksPerMultiprocessor * (P::shared_bytes(warps) + kReservedBytes);
+    return bytes <= limits.shared_bytes + kReservedBytes;
+  };
   int warps = P::kMostChainWarps;
-  while (warps > 1 && P::shared_bytes(warps) > limits.shared_bytes) --warps;
-  return P::kSpecialized ? warps : P::kMostChainWarps;
+  while (warps > 1 && !fit(warps)) --warps;
+  return warps;
 }
 
 template <int D, bool Mlp>

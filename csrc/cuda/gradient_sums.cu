@@ -6,7 +6,7 @@ namespace deco::cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 // ---- sums over parts ------------------------------------------------------------------------------------------------
 
@@ -141,17 +141,21 @@ DECO_DEVICE void unpack_ends(const UnpackParams& p) {
   for (int c = thread(); c < C; c += block_threads()) put(p.ends.head_bias, c, channel_sum(p.sums.head, D, c));
 }
 
-// One thread block per decoder block, whose warps take the output channels in turn, and one for pixel_weight and the
-// head.
+// One warp per output channel of the decoder blocks, and a thread block for pixel_weight and the head.
 DECO_KERNEL(kThreads, 1, unpack_kernel, const UnpackParams p) {
-  if (block() == p.depth) {
+  const int row = block() * kWarps + warp(), n = row / p.width, out = row % p.width;
+  if (n >= p.depth) {
     unpack_ends(p);
     return;
   }
-  for (int out = warp(); out < p.width; out += block_threads() / 32) {
-    unpack_modulation(p, block(), out);
-    if (p.matrices == kBlockMatrices) unpack_mlp(p, block(), out);
-  }
+  unpack_modulation(p, n, out);
+  if (p.matrices == kBlockMatrices) unpack_mlp(p, n, out);
+}
+
+// Thread blocks for the decoder blocks; a thread block has rows of one of them.
+int row_blocks(int depth, int width) {
+  static_assert(16 % kWarps == 0, "widths are multiples of 16");
+  return depth * width / kWarps;
 }
 
 }  // namespace
@@ -172,7 +176,8 @@ Status unpack_decoder_gradients(const Call& call, const GradientSums& sums, cons
   p.width = shape.decoder_width;
   p.matrices = kBlockMatrices;
   p.channels = shape.channels;
-  return launch("unpack_gradients", unpack_kernel, {shape.depth + 1, kThreads, 0}, call.stream, p);
+  return launch("unpack_gradients", unpack_kernel, {row_blocks(shape.depth, shape.decoder_width) + 1, kThreads, 0},
+                call.stream, p);
 }
 
 Status unpack_block_gradients(const Call& call, const GradientSums& sums, const BlockWeightArrays& weights,
@@ -184,7 +189,7 @@ Status unpack_block_gradients(const Call& call, const GradientSums& sums, const 
   p.depth = 1;
   p.width = width;
   p.matrices = matrices;
-  return launch("unpack_gradients", unpack_kernel, {1, kThreads, 0}, call.stream, p);
+  return launch("unpack_gradients", unpack_kernel, {row_blocks(1, width), kThreads, 0}, call.stream, p);
 }
 
 }  // namespace deco::cuda

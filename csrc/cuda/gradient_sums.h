@@ -35,23 +35,21 @@ DECO_DEVICE Operand<D> load_operand_tile(const T* tile) {
 template <class T, int D>
 struct MatrixGradient {
   float weight[D / 16][D / 8][4];  // [u]: outputs 16u + g and 16u + g + 8, in the layout of Tile
-  float bias[D / 16][4];           // columns 0 and 1 of lanes t = 0
+  float bias[4];                   // column u: sums of outputs 16u + g and 16u + g + 8
 
   DECO_DEVICE void clear() {
 #pragma unroll
-    for (int u = 0; u < D / 16; ++u)
+    for (int i = 0; i < 4; ++i) {
+      bias[i] = 0.0f;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        bias[u][i] = 0.0f;
+      for (int u = 0; u < D / 16; ++u)
 #pragma unroll
         for (int j = 0; j < D / 8; ++j) weight[u][j][i] = 0.0f;
-      }
+    }
   }
 
   // Adds outputᵀ·input over 16 pixels; both are [16][kRowStride] in shared memory.
   DECO_DEVICE void add(const T* output, const T* input) {
-    const uint32_t one = lane() < 4 ? T::kOne * 0x10001u : 0u;
-    const uint32_t ones[2] = {one, one};
     uint32_t right[D / 16][4];
 #pragma unroll
     for (int k = 0; k < D / 16; ++k)
@@ -67,7 +65,9 @@ struct MatrixGradient {
         multiply<T>(weight[u][2 * k], left, first, weight[u][2 * k]);
         multiply<T>(weight[u][2 * k + 1], left, second, weight[u][2 * k + 1]);
       }
-      multiply<T>(bias[u], left, ones, bias[u]);
+      const uint32_t one = lane() >> 2 == u ? T::kOne * 0x10001u : 0u;
+      const uint32_t ones[2] = {one, one};  // in column u
+      multiply<T>(bias, left, ones, bias);
     }
   }
 
@@ -88,7 +88,7 @@ struct MatrixGradient {
           put(row, 8 * j + 2 * t, weight[u][j][i]);
           put(row, 8 * j + 2 * t + 1, weight[u][j][i + 1]);
         }
-        if (t == 0) put(row, D, bias[u][i]);
+        if (t == u / 2) put(row, D, bias[i + u % 2]);
       }
   }
 };

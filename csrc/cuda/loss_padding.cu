@@ -11,7 +11,8 @@ namespace deco::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kBlocksPerMultiprocessor = 8;
+// 1,536 threads, the most on a multiprocessor of compute capability 8.6, 8.9 or 12.0.
+constexpr int kThreads = 256, kBlocksPerMultiprocessor = 6;
 
 // Indices of the pixels of a batch of planes with fewer than 2^31 pixels in total.
 struct PixelGrid {

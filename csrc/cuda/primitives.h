@@ -5,6 +5,7 @@
 //                thread blocks that must fit on a multiprocessor at once, parameters: one struct by value
 //                wait_for_previous_kernel(): waits for the previous kernel, then lets the next one start early (launch.h)
 // Indices:       thread(), lane(), warp(), block(), block_count(), block_threads(); block: thread block
+//                UniformWarp: warp() for branches that no warp splits; constructed and read by all lanes
 // Memory:        load(p), store(p, value), shared_memory(): every access of a kernel to shared and global memory;
 //                store_global(p, words): global memory only, in one access
 //                held(value), held(p): the same value or shared address, which the compiler keeps in a register and does

@@ -77,6 +77,17 @@ DECO_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// The number from lane 0, by which the compiler knows that a branch does not split the warp. From sm_90 on it is read
+// anew at every use, which takes fewer registers.
+struct UniformWarp {
+#if __CUDA_ARCH__ >= 900
+  DECO_DEVICE operator int() const { return __shfl_sync(0xffffffffu, warp(), 0); }
+#else
+  int number = __shfl_sync(0xffffffffu, warp(), 0);
+  DECO_DEVICE operator int() const { return number; }
+#endif
+};
+
 // A shuffle hides from the compiler that the value is the lane's own.
 template <class V>
 DECO_DEVICE V held(V value) {

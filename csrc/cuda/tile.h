@@ -194,11 +194,19 @@ struct Linear {
     }
   }
 
-  // Outputs 8j to 8j + 7 for M tiles.
+  // Outputs 8j to 8j + 7 for M tiles. Several tiles share the product of the bias. For one, it comes last: nothing before
+  // it depends on x, so the compiler would compute it early for all j, and registers would not suffice.
   template <int M>
   DECO_DEVICE void apply(float (&out)[M][4], const Operand<D> (&x)[M], int j) const {
     const Weights8<D> w = weight_rows<T, D>(weights + 8 * j * kRowStride<D>);
     const float zero[4] = {0, 0, 0, 0};
+    if constexpr (M == 1) {
+      multiply<T>(out[0], x[0].k_step[0], w.k_step[0], zero);
+#pragma unroll
+      for (int k = 1; k < D / 16; ++k) multiply<T>(out[0], x[0].k_step[k], w.k_step[k], out[0]);
+      multiply<T>(out[0], selector.words, bias[j], out[0]);
+      return;
+    }
     float b[4];
     multiply<T>(b, selector.words, bias[j], zero);
 #pragma unroll
@@ -274,14 +282,21 @@ DECO_DEVICE RowStatistics statistics(const Tile<D>& h, float eps) {
       {reciprocal_deviation<D>(quad_sum(squares.upper), eps), reciprocal_deviation<D>(quad_sum(squares.lower), eps)}};
 }
 
-// Replaces h by (h - mean)·rstd and returns rstd.
+// (h - mean)·rstd
 template <int D>
-DECO_DEVICE RowPair normalize(Tile<D>& h, float eps) {
-  const RowStatistics s = statistics(h, eps);
+DECO_DEVICE Tile<D> normalized_by(const RowStatistics& s, Tile<D> h) {
 #pragma unroll
   for (int j = 0; j < D / 8; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) h.v[j][i] = (h.v[j][i] - s.mean.of(i)) * s.rstd.of(i);
+  return h;
+}
+
+// Replaces h by (h - mean)·rstd and returns rstd.
+template <int D>
+DECO_DEVICE RowPair normalize(Tile<D>& h, float eps) {
+  const RowStatistics s = statistics(h, eps);
+  h = normalized_by(s, h);
   return s.rstd;
 }
 

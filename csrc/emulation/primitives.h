@@ -172,6 +172,9 @@ inline void wait_for_previous_kernel() { emulated::Machine::instance().wait_for_
 DECO_DEVICE int thread() { return emulated::Machine::instance().thread(); }
 DECO_DEVICE int lane() { return thread() % emulated::kLanes; }
 DECO_DEVICE int warp() { return thread() / emulated::kLanes; }
+struct UniformWarp {
+  operator int() const { return warp(); }
+};
 DECO_DEVICE int block() { return emulated::Machine::instance().block(); }
 DECO_DEVICE int block_count() { return emulated::Machine::instance().size().blocks; }
 DECO_DEVICE int block_threads() { return emulated::Machine::instance().size().threads; }

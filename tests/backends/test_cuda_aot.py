@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.static import cuda_kernels, sass, triton_kernels
 from benchmarks.static.figures import CUDA_PREFIX, SHARED_LIMIT, Figures, exceeded, recorded_budgets
+from tests.backends.architectures import in_make_test
 
 pytestmark = [
     pytest.mark.aot,
@@ -16,14 +17,14 @@ BUDGETS = recorded_budgets("cuda")
 COMPACT = {name for name in cuda_kernels.KERNELS if "+general" not in name}
 
 
-def compiled(architecture: str, only_width: int | None = None) -> dict[str, Figures]:
-    """Figures of all kernels by label, or of those for one width in bfloat16."""
+def compiled(architecture: str, only_width: int | None = None, general: bool = True) -> dict[str, Figures]:
+    """Figures of all kernels by label, or of those for one width in bfloat16, with or without the general variants."""
     reason = cuda_kernels.unavailable_reason()
     if reason is not None:
         pytest.skip(reason)
     pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with Triton")
     sources = cuda_kernels.sources()
-    return {k: v for s in sources for k, v in cuda_kernels.source_figures(s, architecture, only_width).items()}
+    return {k: v for s in sources for k, v in cuda_kernels.source_figures(s, architecture, only_width, general).items()}
 
 
 def assert_kernels_fit_their_budgets(
@@ -50,9 +51,11 @@ def assert_kernels_fit_their_budgets(
         assert not list(exceeded(figures, budgets[name])), name
 
 
-@pytest.mark.parametrize("architecture", cuda_kernels.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", in_make_test(cuda_kernels.ARCHITECTURES))
 def test_kernels_for_d32_in_bfloat16_fit_their_budgets(architecture):
-    assert_kernels_fit_their_budgets(architecture, compiled(architecture, only_width=32), COMPACT, {(32, "bfloat16")})
+    assert_kernels_fit_their_budgets(
+        architecture, compiled(architecture, 32, general=False), COMPACT, {(32, "bfloat16")}
+    )
 
 
 @pytest.mark.aot_all
@@ -120,6 +123,14 @@ def test_slots_of_warps_with_two_roles():
     launch = cuda_kernels.Launch(warps=12, shared_bytes=0, turn_pixels=7 * 16)
     executed = cuda_kernels.per_16_pixels(code_of(*chain, *sums, "EXIT"), launch, None, lambda address: False)
     assert sum(executed.values()) == pytest.approx(11 + (2 + 2 * 7) * 5 / 7)
+
+
+def test_slots_of_warps_without_a_tile():
+    """Three of five warps run the chain on one tile each; all five run the inner loop, with three iterations."""
+    code = code_of("FADD", "FADD", "HMMA.16816", "BRA 2", "BRA 0", "EXIT")
+    launch = cuda_kernels.Launch(warps=5, shared_bytes=0, turn_pixels=3 * 16)
+    executed = cuda_kernels.per_16_pixels(code, launch, None, lambda address: False)
+    assert sum(executed.values()) == pytest.approx(3 + 5 * 3 * 2 / 3)
 
 
 def test_the_module_imports_without_a_driver():

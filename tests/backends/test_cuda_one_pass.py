@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from benchmarks.static.figures import SHARED_LIMIT
 from deco_kernels import ops, testing
 from deco_kernels.backends import composition, l2_cache
 from deco_kernels.backends.cuda import pixel_decoder_loss
@@ -159,7 +158,7 @@ def test_empty_batch(emulated, poisoned_memory):
         assert gradient.shape == inputs.tensors[name].shape and not gradient.any(), name
 
 
-@pytest.mark.parametrize("architecture", [name for name in SHARED_LIMIT if name.startswith("sm_")])
+@pytest.mark.parametrize("architecture", cuda_ops.ONE_OF_EACH_LIMIT)
 def test_every_architecture_accepts_the_launches(emulated, architecture):
     cuda_ops.test_every_architecture_accepts_the_launches(emulated, OP, architecture)
 

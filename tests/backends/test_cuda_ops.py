@@ -257,14 +257,27 @@ def test_barriers_order_all_accesses_of_shared_memory(emulated, op, width, share
         testing.run(testing.random_inputs(op, dtype=BF16, width=width, depth=2, image_size=(1, 16, 32)), BACKEND)
 
 
+ONE_OF_EACH_LIMIT = ("sm_80", "sm_90", "sm_120")  # of shared memory
+
+
 @each_op
-@pytest.mark.parametrize("architecture", [name for name in SHARED_LIMIT if name.startswith("sm_")])
+@pytest.mark.parametrize("architecture", ONE_OF_EACH_LIMIT)
 def test_every_architecture_accepts_the_launches(emulated, op, architecture):
     """Thread blocks, threads and shared memory of the largest decoder; nothing runs."""
     emulated.set_device_limits(132, SHARED_LIMIT[architecture])
     inputs = testing.random_inputs(op, dtype=BF16, width=64, depth=8, patch_size=8, image_size=(1, 16, 32))
     launches = emulated.launches_of(lambda: testing.run(inputs, BACKEND))
     assert len(launches) >= 4 and all(shared <= SHARED_LIMIT[architecture] for *_, shared in launches)
+
+
+@pytest.mark.parametrize(("width", "blocks"), [(16, 3), (32, 2), (64, 1)])
+def test_thread_blocks_share_a_multiprocessor_with_little_shared_memory(emulated, width, blocks):
+    """100 KB per multiprocessor, of which the device takes 1 KB for each thread block."""
+    emulated.set_device_limits(7, emulation.SMALL_SHARED)
+    inputs = testing.random_inputs("adaln_block", dtype=BF16, width=width, image_size=(1, 64, 64))
+    launches = emulated.launches_of(lambda: testing.run(inputs, BACKEND))
+    (backward,) = (launch for launch in launches if launch[0] == "block_backward")
+    assert backward[1] == 7 * blocks and blocks * (backward[3] + 1024) <= 100 << 10
 
 
 def test_recorded_accesses(emulated):
@@ -297,7 +310,7 @@ def test_packing_has_a_warp_for_every_row(emulated):
     assert blocks * threads // 32 >= 5 * depth * width + width + 8 + patch_size**2
 
 
-def test_bytes_per_pixel_of_the_static_model():
+def test_bytes_per_pixel_of_the_static_model(emulated):
     """adaln_block's backward reads h, cond and the gradient of the result, and writes the gradients of h and cond."""
     found = cuda_traffic.bytes_per_pixel("cuda.block_backward.backward_kernel+mlp+first+last/D16/bfloat16")
     assert found == 5 * 16 * torch.bfloat16.itemsize

@@ -46,11 +46,23 @@ def test_every_kernel_has_launch_parameters(op):
     """Every width and dtype, forward and backward, on the architectures of the table and on others."""
     for width, dtype in itertools.product(triton_kernels.WIDTHS, triton_kernels.DTYPES.values()):
         inputs = testing.random_inputs(op, dtype=dtype, width=width, patch_size=4, image_size=(1, 8, 8))
-        for architecture in (*triton_kernels.ARCHITECTURES, "sm_86", "sm_120", "gfx950"):
+        for architecture in (*triton_kernels.ARCHITECTURES, "sm_86", "gfx950"):
             for launch in triton_kernels.launches_of(inputs, architecture):
                 block = launch.args.get("BLOCK", 16)
                 assert block >= 16 and block & (block - 1) == 0, (width, dtype, architecture)
                 assert launch.options["num_warps"] in (1, 2, 4, 8) and launch.options["num_stages"] >= 1
+
+
+def test_parameters_can_be_replaced():
+    from deco_kernels.backends.triton import table
+
+    def block():
+        return table.launch_parameters("adaln_block", 32, torch.bfloat16, "sm_120").block
+
+    before = block()
+    with table.replaced("adaln_block", table.Launch(2 * before, 8, 1, 1)):
+        assert block() == 2 * before
+    assert block() == before
 
 
 @pytest.mark.parametrize("images", [12, 24])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.static import triton_kernels
+from tests.backends.architectures import in_make_test
 
 pytestmark = [
     pytest.mark.aot,
@@ -58,7 +59,7 @@ def _lanes(instruction: str) -> int:
     return int((re.findall(r"<(\d+) x", instruction) or [1])[0])
 
 
-@pytest.mark.parametrize("architecture", triton_kernels.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", in_make_test(triton_kernels.ARCHITECTURES))
 @pytest.mark.parametrize(("width", "warps"), [(32, 4), pytest.param(16, 4, marks=pytest.mark.aot_all), (64, 8)])
 def test_sums_of_equal_channels_are_exact(architecture, width, warps):
     """Every addition has two sides of as many terms; equal channels make them equal, and doubling is exact."""

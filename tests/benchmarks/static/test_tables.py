@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.static import __main__ as static_program
 from benchmarks.static import tables
-from benchmarks.static.figures import BUDGETS, recorded_budgets
+from benchmarks.static.figures import BUDGETS, bound_of, recorded_budgets
 
 DOCS = Path(__file__).parents[3] / "docs"
 each_backend = pytest.mark.parametrize("backend", static_program.BACKENDS)
@@ -65,3 +65,36 @@ def test_the_slots_of_the_cuda_backward_are_those_of_its_kernels():
         for kernel in ("pixel_decoder.forward_kernel", "decoder_recompute.recompute_kernel")
     ]
     assert "forward and recompute take {:,.0f} and {:,.0f} slots".format(*general) in page("cuda")
+
+
+def test_the_page_shows_the_block_backward_of_d64_with_smaller_tiles():
+    kernel, launches = "adaln_block.backward_kernel/D64/bfloat16", BUDGETS.parent / "results" / "static"
+    records = {"128, 8 (the launch table)": json.loads(BUDGETS.read_text())}
+    for rows in (64, 32):
+        path = launches / f"triton_block_backward_d64_tile{rows}.json"
+        records[f"{rows}, 8"] = json.loads(path.read_text())
+    for name, figures in records.items():
+        record = figures[kernel]["sm_90"]
+        bound, cycles = bound_of(record, "sm_90"), record["cycles_per_16_px"]
+        line = f"{name} | {record['spill_bytes']} | {cycles['issue']:,.0f} | {cycles['shared']:,.0f} "
+        assert f"| {line}| {bound.milliseconds:.2f} {bound.name} |" in page("triton")
+
+
+@pytest.mark.parametrize(
+    ("launch", "said"),
+    [
+        ("no_kernel=64,4,1,1", "expected a kernel of adaln_block, "),
+        ("adaln_block=64,4,1", "expected four numbers after adaln_block=, got '64,4,1'"),
+        ("adaln_block=64,4,1,x", "got '64,4,1,x'"),
+    ],
+)
+def test_a_wrong_launch_is_named(launch, said, capsys):
+    with pytest.raises(SystemExit):
+        static_program.main(["--launch", launch])
+    assert said in capsys.readouterr().err
+
+
+def test_other_launch_parameters_are_not_recorded(capsys):
+    with pytest.raises(SystemExit):
+        static_program.main(["--launch", "adaln_block=64,4,1,1", "--record"])
+    assert "leave out --record" in capsys.readouterr().err
