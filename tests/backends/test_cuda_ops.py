@@ -36,6 +36,8 @@ def accuracy_cases():
 TRUNCATED = (HALF_CASES["pixel_decoder"] + OTHER_CASES)[::2]
 
 each_op = pytest.mark.parametrize("op", OPS)
+# The ops with different kernels; the decoder from tokens runs those of the decoder.
+each_op_but_one_long = pytest.mark.parametrize("op", [*OPS[:3], pytest.param(OPS[3], marks=pytest.mark.long)])
 
 
 def assert_equal(first: testing.Results, second: testing.Results):
@@ -76,7 +78,7 @@ def test_rule_of_error(emulated, op, case, poisoned_memory):
         assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape and gradient.is_contiguous(), name
 
 
-@each_op
+@each_op_but_one_long
 @pytest.mark.parametrize("width", [32, 64])
 def test_small_shared_memory_and_chunks(emulated, op, width, monkeypatch):
     """A device with 99 KB runs variants that need less shared memory; chunks of pixels give the same sums."""
@@ -92,7 +94,7 @@ def test_small_shared_memory_and_chunks(emulated, op, width, monkeypatch):
         assert all(torch.equal(small.gradients[name], large.gradients[name]) for name in ("image", "cond"))
 
 
-@each_op
+@each_op_but_one_long
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_the_order_of_warps_does_not_matter(emulated, op, dtype):
     inputs = testing.random_inputs(op, dtype=dtype, patch_size=8, image_size=(1, 24, 40))
