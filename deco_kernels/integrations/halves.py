@@ -17,7 +17,8 @@ from deco_kernels.model.patches import from_patches, to_patches
 
 
 class SwappedHalves:
-    """`encode` and `decode` of a model after the swap; the first call of `encode` checks them against its forward.
+    """`encode` and `decode` of a model after the swap; the first call of `encode` checks them against its forward. A
+    call with NaN or infinity, which hides differences, is no check.
 
     Holds modules, not tensors, so that deep copies, `.to()` and `load_state_dict` take effect.
     """
@@ -45,7 +46,7 @@ class SwappedHalves:
             handle.remove()
         if not self.checked:
             self._check(x, t, image, results, calls)
-            self.checked = True
+            self.checked = all(bool(found.isfinite().all()) for found in (image, calls[0][1]))
         return results[0]
 
     def decode(self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -101,12 +102,17 @@ class SwappedHalves:
         if not isinstance(tokens, torch.Tensor) or tokens.shape[:1] != x.shape[:1] or tokens.dim() != 3:
             found = list(getattr(tokens, "shape", [type(tokens).__name__]))
             _differs("the last of blocks to return the tokens [B, L, Z]", f"{found}")
-        if not torch.equal(condition, self._condition(t, tokens)):
+        if not _same(condition, self._condition(t, tokens)):
             _differs("to pass SiLU(t_embedder(t) + tokens of the last block) to dec_net", "another condition")
-        if not torch.equal(pixels, self._pixels(x).to(pixels.dtype)):
+        if not _same(pixels, self._pixels(x).to(pixels.dtype)):
             _differs("to pass the pixels of the patches, row by row, to dec_net", "other pixels")
-        if not torch.equal(image, x.to(image.dtype)):
+        if not _same(image, x.to(image.dtype)):
             _differs("to return what dec_net returns, as an image", "another result")
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether both have the same shape and values, NaN included."""
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def _differs(expected: str, found: str) -> NoReturn:
