@@ -15,7 +15,7 @@ from benchmarks.ops.problem import problem_of
 from benchmarks.ops.sizes import Size
 from benchmarks.static.triton_kernels import kernel_name
 from deco_kernels import signatures, testing
-from deco_kernels.testing.inputs import LOSSES
+from deco_kernels.testing.inputs import KEEPS_COND, LOSSES
 
 BF16 = torch.bfloat16
 
@@ -105,7 +105,7 @@ def launches(call: Call, architecture: str, multiprocessors: int) -> list:
     inputs = call.inputs
     loss, prefix = inputs.op == "frequency_loss", "frequency_loss_" if inputs.op == "frequency_loss" else ""
     module = importlib.import_module(f"deco_kernels.backends.triton.{'flow_matching_loss' if loss else inputs.op}")
-    groups, options = inputs.groups(), list(inputs.options.values())
+    groups, options = inputs.groups(), [value for name, value in inputs.options.items() if name != "save_memory"]
     if inputs.op not in LOSSES:
         options.append(1e-6)
     with launching.record_launches(architecture, multiprocessors) as recorded:
@@ -117,7 +117,12 @@ def launches(call: Call, architecture: str, multiprocessors: int) -> list:
         else:
             getattr(module, f"{prefix}forward")(*groups, *options)
             if call.needs is not None:
-                getattr(module, f"{prefix}backward")(*inputs.grad_outputs, *groups, *options, list(call.needs))
+                backward = getattr(module, f"{prefix}backward")
+                kept = [[]]
+                if inputs.op in KEEPS_COND:  # both choices of save_memory
+                    kept = [[None], [module.forward_with_cond(*groups, *options)[1]]]
+                for cond in kept:
+                    backward(*inputs.grad_outputs, *groups, *cond, *options, list(call.needs))
     return recorded
 
 
