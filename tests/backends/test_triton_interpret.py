@@ -3,13 +3,12 @@
 They run only if Python was started with TRITON_INTERPRET=1, which changes all of Triton and needs a separate run.
 """
 
-import os
-
 import pytest
 import torch
 
 from deco_kernels import ops, testing
 from deco_kernels.ops.registry import BackendUnavailable
+from tests.interpreted import INTERPRETED
 from tests.ops import test_backends as shared
 from tests.ops import test_equal_rows as equal_rows
 from tests.ops.cases import (
@@ -26,13 +25,7 @@ from tests.ops.cases import (
     transposed,
 )
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1",
-        reason="needs a separate run: TRITON_INTERPRET=1 python -m pytest -m interpret",
-    ),
-]
+pytestmark = INTERPRETED
 
 # About 1,000 pixels each, with rows of patches, several tiles and a partial last tile.
 SMALL_SIZES = {16: (1, 32, 32), 8: (1, 24, 40), 4: (1, 28, 36), 2: (1, 30, 34), 1: (1, 29, 31)}

@@ -1,23 +1,16 @@
 """pixel_decoder_loss of backend "triton" in one pass by chunks, its kernels run by Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 
 from deco_kernels import ops, testing
 from deco_kernels.backends import l2_cache
+from tests.interpreted import INTERPRETED
 from tests.ops import test_backends as shared
 from tests.ops import test_pixel_decoder_loss as one_pass
 from tests.ops.cases import BF16, F16, F32, Case, small_inputs, transposed
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1",
-        reason="needs a separate run: TRITON_INTERPRET=1 python -m pytest -m interpret",
-    ),
-]
+pytestmark = INTERPRETED
 
 OP = one_pass.OP
 CASES = [

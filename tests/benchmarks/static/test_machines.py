@@ -1,12 +1,11 @@
 """The static model: cycles per pipe and the largest bound."""
 
-import os
-
 import pytest
 import torch
 
 from benchmarks.static import sass
 from benchmarks.static.machines import MACHINES, PIXELS, largest_bound
+from tests.interpreted import interpreted
 
 H100 = MACHINES["sm_90a"]
 
@@ -68,8 +67,7 @@ def test_the_largest_bound_is_named():
     assert largest_bound(H100, None, None) is None
 
 
-@pytest.mark.interpret
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs a separate run with TRITON_INTERPRET=1")
+@interpreted
 def test_global_bytes_of_the_decoder_with_a_float32_image():
     """The table of docs/triton.md: D 32, N 3, C 3."""
     from benchmarks.static import triton_traffic
