@@ -31,7 +31,7 @@ def refuses_other_numbers(recorder):
         function = getattr(recorder.module, name)
         listed = re.search("Arguments: (.*)[.] Written", function.__doc__)
         fields = listed[1].split(", ") if listed else [r"\w+"] * len(arguments)  # workspace queries list none
-        for changed in (arguments[:-1], (*arguments, 0)):
+        for changed in {arguments[:-1], (*arguments, 0)} - {arguments}:
             with pytest.raises(TypeError, match=rf"^{name}: expected {len(arguments)} arguments|^{name}\(\): incompat"):
                 function(*changed)
         for place, (field, value) in enumerate(zip(fields, arguments, strict=True)):

@@ -67,7 +67,7 @@ def test_rows_stand_with_what_they_were_timed_with():
 
 def test_every_target_is_looked_up():
     reached = {target.text: target for target in targets_in(results.load(STORED))}
-    assert len(reached) == 18
+    assert len(reached) == 26
     loss = [target for text, target in reached.items() if text.startswith("flow_matching_loss")]
     assert [(target.reached, target.met) for target in loss] == [(12.5, False), (20.0, False)]
     assert not reached["pixel_decoder, host time per call on one pixel, forward and backward"].met
