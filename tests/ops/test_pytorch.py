@@ -22,6 +22,10 @@ from tests.ops.cases import (
 )
 
 each_op = pytest.mark.parametrize("op", OPS)
+SAME_CODE = "pixel_decoder_loss_from_tokens"  # its autograd code is that of pixel_decoder_loss
+each_code = pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=pytest.mark.long) if op == SAME_CODE else op for op in OPS]
+)
 each_backend = pytest.mark.parametrize("implementation", BACKENDS, indirect=True)
 DECODERS = ["adaln_block", "upsample_modulate", "pixel_decoder", "pixel_decoder_from_tokens"]
 
@@ -107,7 +111,7 @@ def test_compile_fullgraph(op, dynamic):
         assert_same(gradients_of(compiled, inputs), gradients_of(loss_of, inputs), 1e-6)
 
 
-@each_op
+@each_code
 def test_compile_without_gradients(op):
     torch._dynamo.reset()
     inputs = small_inputs(op)
@@ -159,7 +163,7 @@ def test_export(op):
 
 
 @each_backend
-@each_op
+@each_code
 def test_pending_negations_are_resolved(implementation, op):
     """Views such as z.conj().imag have the negative bit: as arguments and as gradients of the outputs."""
 
@@ -183,7 +187,7 @@ def test_pending_negations_are_resolved(implementation, op):
 
 
 @each_backend
-@each_op
+@each_code
 def test_zeros_without_memory(implementation, op):
     """PyTorch's derivative formulas pass zero tensors without storage."""
     inputs = small_inputs(op)
@@ -197,7 +201,7 @@ def test_zeros_without_memory(implementation, op):
 
 
 @each_backend
-@each_op
+@each_code
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_batched_gradients(implementation, op):
     inputs = small_inputs(op)
@@ -213,7 +217,7 @@ def test_batched_gradients(implementation, op):
         assert testing.relative_error(gradients, torch.stack((gradient, 2 * gradient))) <= 1e-6
 
 
-@each_op
+@each_code
 @pytest.mark.parametrize("default", [BF16, torch.float64])
 def test_the_default_dtype_changes_nothing(op, default):
     inputs = small_inputs(op)
@@ -282,7 +286,7 @@ def operators_in_a_profile(call):
     return [event.name.replace("::", ".") + ".default" for event in profile.events()]
 
 
-@each_op
+@each_code
 @pytest.mark.parametrize(
     "observe", [operators_in_a_dispatch_mode, operators_in_a_function_mode, operators_in_a_profile]
 )
@@ -306,7 +310,7 @@ def test_jit_trace_records_the_operator():
     assert testing.relative_error(traced(2 * h), ops.adaln_block(2 * h, *others)) == 0
 
 
-@each_op
+@each_code
 @pytest.mark.parametrize("pre_dispatch", [False, True])
 def test_make_fx_records_the_operators(op, pre_dispatch):
     inputs = small_inputs(op)
@@ -414,7 +418,7 @@ def test_fake_tensors_have_the_real_strides():
 
 
 @each_backend
-@each_op
+@each_code
 def test_anomaly_mode(implementation, op):
     inputs = small_inputs(op)
     with torch.autograd.set_detect_anomaly(True, check_nan=True):
