@@ -1,10 +1,19 @@
-"""pixel_decoder_loss_from_tokens on the CPU: PyTorch's matmuls and the op pixel_decoder_loss, in chunks of tokens."""
+"""pixel_decoder_loss_from_tokens on the CPU. With gradients: PyTorch's matmuls and pixel_decoder_loss, in chunks of
+tokens. Losses alone: the kernel of pixel_decoder_from_tokens, which multiplies in its tiles, and that of the loss."""
 
 from __future__ import annotations
 
-from deco_kernels.backends.cpu import pixel_decoder_loss
+from deco_kernels.backends.arguments import Losses
+from deco_kernels.backends.cpu import flow_matching_loss, pixel_decoder_from_tokens, pixel_decoder_loss
 from deco_kernels.backends.loss_from_tokens import LossFromTokens
+from deco_kernels.signatures import PixelDecoderLossFromTokens
 
-chunked = LossFromTokens(pixel_decoder_loss, 1 << 17)
-forward = chunked.forward
-forward_with_gradients = chunked.forward_with_gradients
+forward_with_gradients = LossFromTokens(pixel_decoder_loss, 1 << 17).forward_with_gradients
+
+
+def forward(inputs: PixelDecoderLossFromTokens, patch_size: int, frequency_scale: float, eps: float) -> Losses:
+    """(total, pixel, frequency)."""
+    decoder = (inputs.image, inputs.tokens, inputs.up, inputs.weights)
+    velocity = pixel_decoder_from_tokens.forward(*decoder, patch_size, eps)
+    loss = (velocity, inputs.target, inputs.frequency_weight, inputs.sample_weight)
+    return flow_matching_loss.forward(*loss, frequency_scale)
