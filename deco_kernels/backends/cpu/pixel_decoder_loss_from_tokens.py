@@ -8,7 +8,8 @@ from deco_kernels.backends.cpu import flow_matching_loss, pixel_decoder_from_tok
 from deco_kernels.backends.loss_from_tokens import LossFromTokens
 from deco_kernels.signatures import PixelDecoderLossFromTokens
 
-forward_with_gradients = LossFromTokens(pixel_decoder_loss, 1 << 17).forward_with_gradients
+chunked = LossFromTokens(pixel_decoder_loss, 1 << 17)
+forward_with_gradients = chunked.forward_with_gradients
 
 
 def forward(inputs: PixelDecoderLossFromTokens, patch_size: int, frequency_scale: float, eps: float) -> Losses:
