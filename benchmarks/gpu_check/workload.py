@@ -118,12 +118,16 @@ def launches(call: Call, architecture: str, multiprocessors: int) -> list:
             getattr(module, f"{prefix}forward")(*groups, *options)
             if call.needs is not None:
                 backward = getattr(module, f"{prefix}backward")
-                kept = [[]]
-                if inputs.op in KEEPS_COND:  # both choices of save_memory
-                    kept = [[None], [module.forward_with_cond(*groups, *options)[1]]]
-                for cond in kept:
+                for cond in ([None], [new_cond(inputs)]) if inputs.op in KEEPS_COND else ([],):
                     backward(*inputs.grad_outputs, *groups, *cond, *options, list(call.needs))
     return recorded
+
+
+def new_cond(inputs: testing.Inputs) -> torch.Tensor:
+    """Uninitialized [..., P, D] for the condition of an op that can keep it."""
+    tokens, rows = inputs.tensors["tokens"], inputs.tensors["up_weight"].shape[0]
+    width = inputs.tensors["mod_weight"].shape[-1]
+    return tokens.new_empty((*tokens.shape[:-1], rows // width, width))
 
 
 def kernels(architecture: str, multiprocessors: int, every_call: Iterable[Call] | None = None) -> list[Kernel]:

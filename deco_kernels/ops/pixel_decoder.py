@@ -138,12 +138,12 @@ def _define_decoder(name: str, upsamples: bool) -> Operation:
     def fake(image: torch.Tensor, activation: torch.Tensor, *_: Any) -> torch.Tensor:
         return image.new_empty(image.shape, dtype=activation.dtype)
 
-    def fake_cond(*arguments: Any) -> torch.Tensor:
+    def new_cond(*arguments: Any) -> torch.Tensor:
         tokens, pixel_table = arguments[1], arguments[names.index("pixel_table")]
         return tokens.new_empty((*tokens.shape[:-1], *pixel_table.shape))
 
-    cond = fake_cond if upsamples else None
-    return define_op(name, "int patch_size, float eps", ("velocity",), request, fake, fake_cond=cond)
+    options, cond = "int patch_size, float eps", new_cond if upsamples else None
+    return define_op(name, options, ("velocity",), request, fake, new_cond=cond)
 
 
 _pixel_decoder = _define_decoder("pixel_decoder", upsamples=False)

@@ -167,11 +167,11 @@ def define_op(
     request: Callable[..., Request],
     fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
     functions: tuple[str, str] = ("forward", "backward"),
-    fake_cond: Callable[..., torch.Tensor] | None = None,
+    new_cond: Callable[..., torch.Tensor] | None = None,
 ) -> Operation:
     """Register the operators `name` and `name_backward`; returns one function of (tensors, options, backend).
 
-    An op with `fake_cond` can keep the upsampled condition between forward and backward. Its third operator,
+    An op with `new_cond` can keep the upsampled condition between forward and backward. Its third operator,
     `name_with_cond`, returns the condition after the results, and its function takes `keep_cond`.
 
     Args:
@@ -181,25 +181,20 @@ def define_op(
         request: (tensors, options) -> Request, whose op names the backend module.
         fake: (tensors, options) -> results without data, with the real shapes, dtypes and strides.
         functions: names of forward and backward in that module; they take the tensors in the groups of the description.
-        fake_cond: (tensors, options) -> the condition without data. The module then has `forward_with_cond`, and its
-            backward takes the condition, or None, after the tensors.
+        new_cond: (tensors, options) -> an uninitialized tensor for the condition. The module's forward then takes it,
+            or None, as its last argument and fills it, and its backward takes it, or None, after the tensors.
     """
     group, count = OPS[name].group, len(OPS[name].arguments)
-    saved = count + (fake_cond is not None)
+    saved = count + (new_cond is not None)
     schema = schema_of_arguments(name, options)
 
-    def call(function: str, inputs: Sequence[Any], backend: str) -> Any:
+    def call(inputs: Sequence[Any], backend: str, *cond: torch.Tensor) -> Any:
         inputs_in_groups = (*grouped(group, inputs[:count]), *inputs[count:])
-        return serve(function, request(*inputs), inputs[0].device, backend, *inputs_in_groups)
+        return serve(functions[0], request(*inputs), inputs[0].device, backend, *inputs_in_groups, *cond)
 
     def forward(*arguments: Any) -> Any:
         *inputs, backend = arguments
-        return call(functions[0], inputs, backend)
-
-    def forward_with_cond(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        *inputs, backend = arguments
-        results, cond = call("forward_with_cond", inputs, backend)
-        return (*outputs_of(results), cond)
+        return call(inputs, backend)
 
     def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
         """Returns an empty placeholder for a gradient that is not needed, since an operator cannot return None."""
@@ -225,11 +220,16 @@ def define_op(
         backward,
         fake_backward,
     )
-    if fake_cond is None:
+    if new_cond is None:
         return _differentiable(name, forward_op, None, backward_op, count, fake)
 
+    def forward_with_cond(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        *inputs, backend = arguments
+        cond = new_cond(*inputs)
+        return (*outputs_of(call(inputs, backend, cond)), cond)
+
     def fake_with_cond(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        return (*outputs_of(fake(*arguments[:-1])), fake_cond(*arguments[:-1]))
+        return (*outputs_of(fake(*arguments[:-1])), new_cond(*arguments[:-1]))
 
     results_schema = schema_of_results(len(outputs) + 1)
     with_cond_op = register(f"{name}_with_cond", f"({schema}) -> {results_schema}", forward_with_cond, fake_with_cond)

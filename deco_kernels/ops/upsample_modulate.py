@@ -74,10 +74,10 @@ def _fake(h: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return tuple(torch.empty_like(h, memory_format=torch.contiguous_format) for _ in range(2))
 
 
-def _fake_cond(h: torch.Tensor, *_: Any) -> torch.Tensor:
+def _new_cond(h: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
 _upsample_modulate = define_op(
-    "upsample_modulate", "float eps", ("modulated", "gate"), _request, _fake, fake_cond=_fake_cond
+    "upsample_modulate", "float eps", ("modulated", "gate"), _request, _fake, new_cond=_new_cond
 )

@@ -14,33 +14,16 @@ from deco_kernels.backends import arguments
 from deco_kernels.backends.upsample import UpsampleGradients, chunk_tokens
 from deco_kernels.signatures import ModulationWeights, UpsampleWeights
 
-Results = tuple[torch.Tensor, torch.Tensor]
-
 
 def forward(
-    h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
-) -> Results:
-    """(modulated, gate) with the shape and dtype of h."""
-    return _forward(h, tokens, up, weights, None, eps)
-
-
-def forward_with_cond(
-    h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
-) -> tuple[Results, torch.Tensor]:
-    """The results of `forward`, and the conditions [..., P, D]."""
-    cond = torch.empty(h.shape, dtype=h.dtype)
-    return _forward(h, tokens, up, weights, cond, eps), cond
-
-
-def _forward(
     h: torch.Tensor,
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: ModulationWeights,
-    cond: torch.Tensor | None,
     eps: float,
-) -> Results:
-    """(modulated, gate); writes the conditions to `cond` if it is given."""
+    cond: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(modulated, gate), both like h; writes the conditions to `cond` [..., P, D] if it is given."""
     up, weights = arguments.contiguous(up), arguments.contiguous(weights)
     modulated, gate = torch.empty(h.shape, dtype=h.dtype), torch.empty(h.shape, dtype=h.dtype)
     if native.upsamples_in_pytorch(h.dtype):

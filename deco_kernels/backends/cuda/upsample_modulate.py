@@ -13,29 +13,14 @@ from deco_kernels.signatures import ModulationWeights, UpsampleWeights
 
 
 def forward(
-    h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(modulated, gate) with the shape and dtype of h."""
-    return _forward(h, tokens, up, weights, None, eps)
-
-
-def forward_with_cond(
-    h: torch.Tensor, tokens: torch.Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
-) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The results of `forward`, and the conditions [..., P, D]."""
-    cond = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    return _forward(h, tokens, up, weights, cond, eps), cond
-
-
-def _forward(
     h: torch.Tensor,
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: ModulationWeights,
-    cond: torch.Tensor | None,
     eps: float,
+    cond: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(modulated, gate); writes the conditions to `cond` if it is given."""
+    """(modulated, gate), both like h; writes the conditions to `cond` [..., P, D] if it is given."""
     module = calls.module_for(h)
     modulated, gate = (torch.empty(h.shape, dtype=h.dtype, device=h.device) for _ in range(2))
     upsample = UpsampleGradients(tokens, up, needs=(False, False, False))

@@ -19,18 +19,18 @@ def formula(
 
 
 def forward(
-    image: Tensor, tokens: Tensor, up: UpsampleWeights, weights: DecoderWeights, patch_size: int, eps: float
+    image: Tensor,
+    tokens: Tensor,
+    up: UpsampleWeights,
+    weights: DecoderWeights,
+    patch_size: int,
+    eps: float,
+    cond: Tensor | None = None,
 ) -> Tensor:
-    return forward_with_cond(image, tokens, up, weights, patch_size, eps)[0]
-
-
-def forward_with_cond(
-    image: Tensor, tokens: Tensor, up: UpsampleWeights, weights: DecoderWeights, patch_size: int, eps: float
-) -> tuple[Tensor, Tensor]:
     inputs = prepare("pixel_decoder_from_tokens", PixelDecoderFromTokens(image, tokens, up, weights), tokens)
-    cond = upsample(inputs.tokens, inputs.up, weights.pixel_table.shape)
-    velocity = pixel_decoder.formula(inputs.image, cond, inputs.weights, patch_size, eps)
-    return velocity.to(tokens.dtype).contiguous(), cond.to(tokens.dtype).contiguous()
+    if cond is not None:
+        cond.copy_(upsample(inputs.tokens, inputs.up, weights.pixel_table.shape))
+    return formula(*inputs, patch_size, eps).to(tokens.dtype).contiguous()
 
 
 def backward(

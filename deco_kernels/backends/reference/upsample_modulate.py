@@ -19,18 +19,18 @@ def formula(
 
 
 def forward(
-    h: Tensor, tokens: Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
+    h: Tensor,
+    tokens: Tensor,
+    up: UpsampleWeights,
+    weights: ModulationWeights,
+    eps: float,
+    cond: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return forward_with_cond(h, tokens, up, weights, eps)[0]
-
-
-def forward_with_cond(
-    h: Tensor, tokens: Tensor, up: UpsampleWeights, weights: ModulationWeights, eps: float
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
     inputs = prepare("upsample_modulate", UpsampleModulate(h, tokens, up, weights), h)
-    cond = upsample(inputs.tokens, inputs.up, h.shape[-2:])
-    modulated, gate = modulate(inputs.h, F.silu(cond), inputs.weights, eps)
-    return (modulated.to(h.dtype).contiguous(), gate.to(h.dtype).contiguous()), cond.to(h.dtype).contiguous()
+    if cond is not None:
+        cond.copy_(upsample(inputs.tokens, inputs.up, h.shape[-2:]))
+    modulated, gate = formula(*inputs, eps)
+    return modulated.to(h.dtype).contiguous(), gate.to(h.dtype).contiguous()
 
 
 def backward(

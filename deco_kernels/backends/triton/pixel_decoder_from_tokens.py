@@ -29,35 +29,9 @@ def forward(
     weights: DecoderWeights,
     patch_size: int,
     eps: float,
+    cond: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """velocity [B, C, H, W] in the dtype of tokens."""
-    return _forward(image, tokens, up, weights, None, patch_size, eps)
-
-
-def forward_with_cond(
-    image: torch.Tensor,
-    tokens: torch.Tensor,
-    up: UpsampleWeights,
-    weights: DecoderWeights,
-    patch_size: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """velocity, and the conditions [..., P, D]."""
-    shape = (*tokens.shape[:-1], *weights.pixel_table.shape)
-    cond = torch.empty(shape, dtype=tokens.dtype, device=tokens.device)
-    return _forward(image, tokens, up, weights, cond, patch_size, eps), cond
-
-
-def _forward(
-    image: torch.Tensor,
-    tokens: torch.Tensor,
-    up: UpsampleWeights,
-    weights: DecoderWeights,
-    cond: torch.Tensor | None,
-    patch_size: int,
-    eps: float,
-) -> torch.Tensor:
-    """velocity; writes the conditions to `cond` if it is given."""
+    """velocity [B, C, H, W] in the dtype of tokens; writes the conditions to `cond` [..., P, D] if it is given."""
     velocity = torch.empty(image.shape, dtype=tokens.dtype, device=tokens.device)
     with device_guard(tokens), torch.no_grad():
         packed = pack(weights.blocks, tokens.dtype)
