@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
@@ -49,19 +47,6 @@ def chunk_pixels(device: torch.device, bytes_per_pixel: int, least: int, share: 
     return min(fitting, LARGE_PIXELS) if fitting >= least else large_pixels(bytes_per_pixel)
 
 
-class ImageChunk(NamedTuple):
-    """Part of a batch of images: whole images, or whole rows of patches of one image."""
-
-    images: slice
-    rows: slice
-    """Of pixels."""
-    tokens: slice
-
-    def of(self, images: torch.Tensor) -> torch.Tensor:
-        """The part of [B, C, H, W]."""
-        return images[self.images, :, self.rows]
-
-
 def chunk_of_images(image: torch.Tensor, patch_size: int, pixels: int) -> tuple[int, int]:
     """(images, rows of pixels) of chunks of at most `pixels` pixels: whole images, or whole rows of patches of one.
 
@@ -77,20 +62,6 @@ def _parts(size: int, most: int, step: int) -> int:
     steps = size // step
     parts = math.ceil(steps / max(1, min(most // step, steps)))
     return step * math.ceil(steps / parts)
-
-
-def image_chunks(image: torch.Tensor, patch_size: int, pixels: int) -> Iterator[ImageChunk]:
-    """The chunks of `chunk_of_images` in order."""
-    batch, _, height, width = image.shape
-    images, rows = chunk_of_images(image, patch_size, pixels)
-    columns, tokens = width // patch_size, (height // patch_size) * (width // patch_size)
-    for first in range(0, batch, images):
-        count = min(images, batch - first)
-        for row in range(0, height, rows):
-            end = min(row + rows, height)
-            start = first * tokens + row // patch_size * columns
-            length = count * ((end - row) // patch_size) * columns
-            yield ImageChunk(slice(first, first + count), slice(row, end), slice(start, start + length))
 
 
 def large_pixels(bytes_per_pixel: int) -> int:

@@ -11,14 +11,12 @@ import torch
 
 from deco_kernels.backends import arguments
 from deco_kernels.backends.arguments import Gradients, Losses
+from deco_kernels.backends.chunks import ImageChunk
 from deco_kernels.backends.composition import BLOCK
-from deco_kernels.backends.upsample import UpsampleGradients, image_chunks
+from deco_kernels.backends.upsample import UpsampleGradients, upsample_chunks
 from deco_kernels.signatures import PixelDecoderLoss, PixelDecoderLossFromTokens, mapped
 
 OP = "pixel_decoder_loss_from_tokens"
-
-Chunk = tuple[slice, slice]
-"""Images and lines of a batch [B, C, H, W]."""
 
 
 class LossFromTokens:
@@ -39,7 +37,7 @@ class LossFromTokens:
         upsample = _upsample(inputs, needs=(False, False, False))
         parts = [
             self.loss.forward(part, patch_size, frequency_scale, eps)
-            for _, _, part in self._parts(inputs, upsample, patch_size)
+            for _, part in self._parts(inputs, upsample, patch_size)
         ]
         return _sums(parts, inputs.image)
 
@@ -59,41 +57,38 @@ class LossFromTokens:
         kept = arguments.empty_kept_gradients(OP, inputs, needs_here)
         grad_image, _, grad_target, _, _, *totals, grad_sample_weight = arguments.zeroed(kept)
         losses = []
-        for (images, lines), first, part in self._parts(inputs, upsample, patch_size):
+        for chunk, part in self._parts(inputs, upsample, patch_size):
             found, grads = self.loss.forward_with_gradients(part, patch_size, frequency_scale, eps, needs_part)
             losses.append(found)
             grad_image_part, grad_cond, grad_target_part, *grads_of_weights, grad_sample_weight_part = grads
-            _copy(grad_image, (images, slice(None), lines), grad_image_part)
-            _copy(grad_target, (images, slice(None), lines), grad_target_part)
-            upsample.add(first, grad_cond)
+            for gradient, gradient_part in ((grad_image, grad_image_part), (grad_target, grad_target_part)):
+                if gradient is not None and gradient_part is not None:
+                    chunk.of(gradient).copy_(gradient_part)
+            upsample.add(chunk.tokens.start, grad_cond)
             arguments.add_gradients(tuple(totals), tuple(grads_of_weights))
             if grad_sample_weight is not None:
-                grad_sample_weight[images] += grad_sample_weight_part * _share(part.image, inputs.image)
+                grad_sample_weight[chunk.images] += grad_sample_weight_part * _share(part.image, inputs.image)
         grad_tokens, *grads_up = upsample.results()
         gradients = (grad_image, grad_tokens, grad_target, *grads_up, *totals, grad_sample_weight)
         return _sums(losses, inputs.image), gradients
 
     def _parts(
         self, inputs: PixelDecoderLossFromTokens, upsample: UpsampleGradients, patch_size: int
-    ) -> Iterator[tuple[Chunk, int, PixelDecoderLoss]]:
-        """(chunk, its first token, its call of pixel_decoder_loss) for each chunk."""
-        image, tokens, target = inputs.image, inputs.tokens, inputs.target
+    ) -> Iterator[tuple[ImageChunk, PixelDecoderLoss]]:
+        """(chunk, its call of pixel_decoder_loss) for each chunk."""
+        image, tokens, sample_weight = inputs.image, inputs.tokens, inputs.sample_weight
         pixels, width = inputs.weights.pixel_table.shape
-        first = 0
         count = max(1, self.chunk_pixels // pixels)
-        for images, lines in image_chunks(image.shape, patch_size, count, lines=_line_step(image, patch_size)):
-            image_part, target_part = image[images, :, lines], target[images, :, lines]
-            last = first + image_part[:, 0].numel() // pixels
-            cond = upsample.cond(first, last).to(tokens.dtype).view(last - first, pixels, width)
-            sample_weight = inputs.sample_weight
-            share = _share(image_part, image)
+        for chunk in upsample_chunks(image.shape, patch_size, count, lines=_line_step(image, patch_size)):
+            image_part = chunk.of(image)
+            cond = upsample.cond(chunk.tokens).to(tokens.dtype).view(-1, pixels, width)
+            share, part_weight = _share(image_part, image), None
             if sample_weight is not None:
-                sample_weight = sample_weight[images] * share
+                part_weight = sample_weight[chunk.images] * share
             elif share != 1:
-                sample_weight = image.new_full((len(image_part),), share, dtype=torch.float32)
-            weights = (inputs.weights, inputs.frequency_weight, sample_weight)
-            yield (images, lines), first, PixelDecoderLoss(image_part, cond, target_part, *weights)
-            first = last
+                part_weight = image.new_full((len(image_part),), share, dtype=torch.float32)
+            weights = (inputs.weights, inputs.frequency_weight, part_weight)
+            yield chunk, PixelDecoderLoss(image_part, cond, chunk.of(inputs.target), *weights)
 
 
 def _upsample(inputs: PixelDecoderLossFromTokens, needs: Sequence[bool]) -> UpsampleGradients:
@@ -112,11 +107,6 @@ def _line_step(image: torch.Tensor, patch_size: int) -> int:
 
 def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
     return part.numel() / whole.numel()
-
-
-def _copy(gradient: torch.Tensor | None, place: tuple[slice, slice, slice], part: torch.Tensor | None) -> None:
-    if gradient is not None and part is not None:
-        gradient[place] = part
 
 
 def _sums(losses: Sequence[Losses], image: torch.Tensor) -> Losses:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from deco_kernels.backends import l2_cache
+from deco_kernels.backends.chunks import ImageChunk, image_chunks
 from deco_kernels.signatures import UpsampleWeights
 
 MIN_TOKENS = 1024
@@ -32,29 +33,19 @@ def forward_chunk_pixels(tokens: torch.Tensor, up: UpsampleWeights, pixels: int)
     )
 
 
-def image_chunks(
-    shape: torch.Size, patch_size: int, tokens: int, lines: int | None = None
-) -> Iterator[tuple[slice, slice]]:
-    """Split a batch [B, C, H, W] into (images, lines) slices of consecutive tokens, about `tokens` tokens each.
+def upsample_chunks(shape: torch.Size, patch_size: int, tokens: int, lines: int | None = None) -> Iterator[ImageChunk]:
+    """Chunks of about `tokens` tokens of a batch [B, C, H, W].
 
-    A chunk is whole images, or a multiple of `lines` lines of one image (by default `patch_size`; a multiple of it).
-    Yields nothing if there are no tokens.
+    A chunk is whole images, or a multiple of `lines` rows of pixels of one image (by default `patch_size`; a multiple
+    of it).
     """
-    batch, _, height, width = shape
-    per_row = width // patch_size
-    per_image = height // patch_size * per_row
-    if per_image == 0:
-        return
+    _, _, height, width = shape
+    per_row = max(1, width // patch_size)
+    per_image = max(1, height // patch_size * per_row)
     if per_image <= tokens:
-        step = -(-tokens // per_image)
-        for first in range(0, batch, step):
-            yield slice(first, first + step), slice(None)
-        return
+        return image_chunks(shape, patch_size, -(-tokens // per_image), max(1, height))
     lines = patch_size if lines is None else lines
-    step = -(-tokens * patch_size // (per_row * lines)) * lines
-    for index in range(batch):
-        for first in range(0, height, step):
-            yield slice(index, index + 1), slice(first, first + step)
+    return image_chunks(shape, patch_size, 1, -(-tokens * patch_size // (per_row * lines)) * lines)
 
 
 class UpsampleGradients:
@@ -81,19 +72,19 @@ class UpsampleGradients:
         tokens, up_weight, _ = self.inputs
         return up_weight.to(tokens.dtype).to(self.dtype)
 
-    def cond(self, first: int, last: int, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Conditions [last - first, P*D] of tokens first to last - 1, in the dtype of tokens.
+    def cond(self, part: slice, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Conditions [tokens, P*D] of a part of the tokens, in the dtype of tokens.
 
         `kept` [T, P*D], of the dtype of tokens: memory for the conditions of all tokens; the result is a part of it.
         """
         tokens, _, up_bias = self.inputs
-        rows = self.rows[first:last].to(self.dtype)
+        rows = self.rows[part].to(self.dtype)
         if kept is None:
             return torch.nn.functional.linear(rows, self.weight).add_(up_bias).to(tokens.dtype)
-        part = kept[first:last]
+        result = kept[part]
         if self.dtype is tokens.dtype:
-            return torch.mm(rows, self.weight.T, out=part).add_(up_bias)
-        return part.copy_(torch.nn.functional.linear(rows, self.weight).add_(up_bias))
+            return torch.mm(rows, self.weight.T, out=result).add_(up_bias)
+        return result.copy_(torch.nn.functional.linear(rows, self.weight).add_(up_bias))
 
     def new_grad_cond(self, tokens: int, pixels: int) -> torch.Tensor | None:
         """Uninitialized [tokens, P, D] for the gradient of a chunk's cond; None if no gradient needs it."""

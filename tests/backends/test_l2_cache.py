@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deco_kernels.backends import l2_cache
+from deco_kernels.backends.chunks import image_chunks
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -58,10 +59,10 @@ def test_chunks_are_whole_images_or_rows_of_patches(pixels, size):
     """Three images of 40x32 in patches of 8x8; five rows of patches in parts of two, two and one."""
     image = torch.arange(3 * 40 * 32).view(3, 1, 40, 32)
     assert l2_cache.chunk_of_images(image, 8, pixels) == size
-    chunks = list(l2_cache.image_chunks(image, 8, pixels))
+    chunks = list(image_chunks(image.shape, 8, *size))
     assert torch.equal(torch.cat([chunk.of(image).flatten() for chunk in chunks]), image.flatten())
     for chunk in chunks:
         count = chunk.of(image).numel()
-        assert count <= max(pixels, 8 * 32) and count == 64 * (chunk.tokens.stop - chunk.tokens.start)
+        assert count <= max(pixels, 8 * 32) and count == 64 * chunk.token_count
     assert chunks[0].tokens.start == 0 and chunks[-1].tokens.stop == 3 * 5 * 4
     assert all(first.tokens.stop == second.tokens.start for first, second in zip(chunks, chunks[1:], strict=False))

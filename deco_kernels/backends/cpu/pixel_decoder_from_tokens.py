@@ -10,7 +10,7 @@ import torch
 
 from deco_kernels import native
 from deco_kernels.backends import arguments
-from deco_kernels.backends.upsample import UpsampleGradients, chunk_tokens, image_chunks
+from deco_kernels.backends.upsample import UpsampleGradients, chunk_tokens, upsample_chunks
 from deco_kernels.signatures import DecoderWeights, UpsampleWeights
 
 
@@ -59,21 +59,18 @@ def _decode(
     """Write velocity, and the conditions to `kept` if it is given, from conditions of PyTorch in chunks."""
     pixels, width = weights.pixel_table.shape
     kept_rows = None if kept is None else kept.view(-1, pixels * width)
-    first = 0
-    for images, lines in image_chunks(image.shape, patch_size, chunk_tokens(upsample.up)):
-        image_chunk = image[images, :, lines]
-        last = first + image_chunk[:, 0].numel() // pixels
-        cond = upsample.cond(first, last, kept_rows).view(-1, pixels, width)
+    for chunk in upsample_chunks(image.shape, patch_size, chunk_tokens(upsample.up)):
+        image_chunk = chunk.of(image)
+        cond = upsample.cond(chunk.tokens, kept_rows).view(-1, pixels, width)
         native.cpu().pixel_decoder_forward(
             arguments.decoder_sizes(image_chunk, weights, patch_size),
             arguments.image(image_chunk),
             arguments.pixel_rows(cond),
             arguments.arrays(weights),
-            arguments.image(velocity[images, :, lines]),
+            arguments.image(chunk.of(velocity)),
             eps,
             torch.get_num_threads(),
         )
-        first = last
 
 
 def backward(
@@ -97,26 +94,23 @@ def backward(
     upsample = UpsampleGradients(tokens, up, needs[1:4])
     totals = arguments.zero_totals(weights, needs[4:])
     kept_rows = None if cond is None else cond.reshape(-1, pixels * width)
-    first = 0
-    for images, lines in image_chunks(image.shape, patch_size, chunk_tokens(up)):
-        image_chunk = image[images, :, lines]
-        count = image_chunk[:, 0].numel() // pixels
-        cond_chunk = upsample.cond(first, first + count) if kept_rows is None else kept_rows[first : first + count]
-        grad_cond = upsample.new_grad_cond(count, pixels)
+    for chunk in upsample_chunks(image.shape, patch_size, chunk_tokens(up)):
+        image_chunk = chunk.of(image)
+        cond_chunk = upsample.cond(chunk.tokens) if kept_rows is None else kept_rows[chunk.tokens]
+        grad_cond = upsample.new_grad_cond(chunk.token_count, pixels)
         grads = arguments.empty_parts(totals)
         native.cpu().pixel_decoder_backward(
             arguments.decoder_sizes(image_chunk, weights, patch_size),
-            arguments.image(grad_velocity[images, :, lines]),
+            arguments.image(chunk.of(grad_velocity)),
             arguments.image(image_chunk),
-            arguments.pixel_rows(cond_chunk.view(count, pixels, width)),
+            arguments.pixel_rows(cond_chunk.view(-1, pixels, width)),
             arguments.arrays(weights),
-            arguments.image(None if grad_image is None else grad_image[images, :, lines]),
+            arguments.image(None if grad_image is None else chunk.of(grad_image)),
             arguments.pixel_rows(grad_cond),
             arguments.arrays(grads),
             eps,
             torch.get_num_threads(),
         )
         arguments.add_gradients(totals, grads)
-        upsample.add(first, grad_cond)
-        first += count
+        upsample.add(chunk.tokens.start, grad_cond)
     return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, weights))

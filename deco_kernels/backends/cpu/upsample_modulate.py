@@ -60,7 +60,7 @@ def _modulate(
     h_rows, modulated_rows, gate_rows = _rows(h), modulated.view(-1, width), gate.view(-1, width)
     for first, last in _chunks(upsample):
         rows = slice(first * pixels, last * pixels)
-        cond = upsample.cond(first, last, kept_rows).view(-1, width)
+        cond = upsample.cond(slice(first, last), kept_rows).view(-1, width)
         native.cpu().modulate_forward(
             *arguments.row_sizes(cond),
             arguments.rows(h_rows[rows]),
@@ -98,7 +98,7 @@ def backward(
     kept_rows = None if cond is None else _rows(cond)
     for first, last in _chunks(upsample):
         rows = slice(first * pixels, last * pixels)
-        cond_rows = upsample.cond(first, last).view(-1, width) if kept_rows is None else kept_rows[rows]
+        cond_rows = upsample.cond(slice(first, last)).view(-1, width) if kept_rows is None else kept_rows[rows]
         grad_cond = upsample.new_grad_cond(last - first, pixels)
         grads = arguments.empty_parts(totals)
         native.cpu().modulate_backward(

@@ -6,13 +6,13 @@ chunk reads and writes the sum of up_weight's gradients, and the decoder splits 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from deco_kernels.backends import arguments, l2_cache
 from deco_kernels.backends.cuda import pixel_decoder
-from deco_kernels.backends.upsample import UpsampleGradients, forward_chunk_pixels, image_chunks
+from deco_kernels.backends.upsample import UpsampleGradients, forward_chunk_pixels, upsample_chunks
 from deco_kernels.signatures import DecoderWeights, UpsampleWeights
 
 
@@ -30,9 +30,10 @@ def forward(
     weights = arguments.contiguous(weights)
     velocity = torch.empty(image.shape, dtype=tokens.dtype, device=tokens.device)
     kept = None if cond is None else cond.view(-1, weights.pixel_table.numel())
-    for part, first, last in _chunks(image.shape, patch_size, forward_chunk_pixels(tokens, up, patch_size**2)):
-        conditions = upsample.cond(first, last, kept).view(last - first, *weights.pixel_table.shape)
-        pixel_decoder.run_forward(image[part], conditions, weights, velocity[part], patch_size, eps)
+    chunk_tokens = max(1, forward_chunk_pixels(tokens, up, patch_size**2) // patch_size**2)
+    for chunk in upsample_chunks(image.shape, patch_size, chunk_tokens):
+        conditions = upsample.cond(chunk.tokens, kept).view(-1, *weights.pixel_table.shape)
+        pixel_decoder.run_forward(chunk.of(image), conditions, weights, chunk.of(velocity), patch_size, eps)
     return velocity
 
 
@@ -56,33 +57,22 @@ def backward(
     totals = arguments.zero_totals(weights, needs[4:])
     grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device) if needs[0] else None
     kept = None if cond is None else cond.reshape(-1, weights.pixel_table.numel())
-    for part, first, last in _chunks(image.shape, patch_size, l2_cache.LARGE_PIXELS):
-        part_of_cond = upsample.cond(first, last) if kept is None else kept[first:last]
-        conditions = part_of_cond.view(last - first, *weights.pixel_table.shape)
+    for chunk in upsample_chunks(image.shape, patch_size, max(1, l2_cache.LARGE_PIXELS // patch_size**2)):
+        part_of_cond = upsample.cond(chunk.tokens) if kept is None else kept[chunk.tokens]
+        conditions = part_of_cond.view(-1, *weights.pixel_table.shape)
         grad_cond = torch.empty_like(conditions) if upsample.wanted else None
         grads = arguments.empty_parts(totals)
         pixel_decoder.run_backward(
-            grad_velocity[part],
-            image[part],
+            chunk.of(grad_velocity),
+            chunk.of(image),
             conditions,
             weights,
-            None if grad_image is None else grad_image[part],
+            None if grad_image is None else chunk.of(grad_image),
             grad_cond,
             grads,
             patch_size,
             eps,
         )
         arguments.add_gradients(totals, grads)
-        upsample.add(first, grad_cond)
+        upsample.add(chunk.tokens.start, grad_cond)
     return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, weights))
-
-
-def _chunks(shape: torch.Size, patch_size: int, pixels: int) -> Iterator[tuple[tuple[slice, slice, slice], int, int]]:
-    """(index into [B, C, H, W], first token, end token) of consecutive chunks of about `pixels` pixels."""
-    first = 0
-    for images, lines in image_chunks(shape, patch_size, max(1, pixels // patch_size**2)):
-        height = len(range(shape[2])[lines])
-        last = first + len(range(shape[0])[images]) * (height // patch_size) * (shape[3] // patch_size)
-        if last > first:
-            yield (images, slice(None), lines), first, last
-        first = last

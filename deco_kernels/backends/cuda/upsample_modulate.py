@@ -30,7 +30,7 @@ def forward(
     kept = None if cond is None else cond.view(-1, pixels * width)
     for first, last in _token_chunks(len(upsample.rows), pixels, forward_chunk_pixels(tokens, up, pixels)):
         rows = slice(first * pixels, last * pixels)
-        conditions = upsample.cond(first, last, kept).view(-1, width)
+        conditions = upsample.cond(slice(first, last), kept).view(-1, width)
         calls.launch(
             module.modulate_forward,
             module.modulate_forward_workspace(width),
@@ -73,7 +73,7 @@ def backward(
     kept = None if cond is None else _rows(cond)
     for first, last in _token_chunks(len(upsample.rows), pixels, l2_cache.LARGE_PIXELS):
         rows = slice(first * pixels, last * pixels)
-        conditions = upsample.cond(first, last).view(-1, width) if kept is None else kept[rows]
+        conditions = upsample.cond(slice(first, last)).view(-1, width) if kept is None else kept[rows]
         grad_cond = torch.empty_like(conditions) if upsample.wanted else None
         grads = arguments.empty_parts(totals)
         calls.launch(

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from deco_kernels.backends import l2_cache
 from deco_kernels.backends.arguments import Gradients, Losses, zeroed
+from deco_kernels.backends.chunks import ImageChunk, image_chunks
 from deco_kernels.backends.composition import (
     BLOCK,
     Composition,
@@ -96,19 +97,18 @@ class _Pass:
             loss.write_sums(self.forms, parts[-1])
         return self.loss.losses(self.sums_of(parts), self.frequency_scale)
 
-    def chunks(self, pixels: int) -> Iterator[l2_cache.ImageChunk]:
-        return l2_cache.image_chunks(self.inputs.image, self.patch_size, pixels)
+    def chunks(self, pixels: int) -> Iterator[ImageChunk]:
+        image = self.inputs.image
+        return image_chunks(image.shape, self.patch_size, *l2_cache.chunk_of_images(image, self.patch_size, pixels))
 
-    def run_decoder(
-        self, chunk: l2_cache.ImageChunk, packed: PackedWeights, states: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def run_decoder(self, chunk: ImageChunk, packed: PackedWeights, states: torch.Tensor | None = None) -> torch.Tensor:
         """The velocity of a chunk; `states` as in `run_forward`."""
         image, cond = chunk.of(self.inputs.image), self.cond[chunk.tokens]
         velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
         run_forward(image, cond, packed, self.ends, velocity, 0, self.patch_size, self.eps, states)
         return velocity
 
-    def loss_of(self, chunk: l2_cache.ImageChunk, velocity: torch.Tensor) -> LossCall:
+    def loss_of(self, chunk: ImageChunk, velocity: torch.Tensor) -> LossCall:
         weight = self.inputs.sample_weight
         chunk_weight = None if weight is None else weight[chunk.images]
         return LossCall(velocity, chunk.of(self.inputs.target), self.inputs.frequency_weight, chunk_weight)
@@ -154,8 +154,7 @@ class _PassWithGradients(_Pass):
         parts: list[torch.Tensor] = []
         spectra: list[torch.Tensor] = []
         for chunk in chunks:
-            tokens = chunk.tokens.stop - chunk.tokens.start
-            kept = states[:, :tokens] if self.needs_decoder else None
+            kept = states[:, : chunk.token_count] if self.needs_decoder else None
             velocity = self.run_decoder(chunk, backward.packed, kept)
             loss = self.loss_of(chunk, velocity)
             if self.grad_frequency is not None:
@@ -168,7 +167,7 @@ class _PassWithGradients(_Pass):
         self._write_weights(sums, spectra)
         return self.loss.losses(sums, self.frequency_scale)
 
-    def _differentiate(self, chunk: l2_cache.ImageChunk, loss: LossCall, sums: torch.Tensor) -> None:
+    def _differentiate(self, chunk: ImageChunk, loss: LossCall, sums: torch.Tensor) -> None:
         """The gradient of the velocity in its place, and that of the target."""
         grad_velocity = loss.pred if self.needs_decoder else None
         if self.grad_target is None:
@@ -180,7 +179,7 @@ class _PassWithGradients(_Pass):
         if written is not grad_target:
             grad_target.copy_(written)
 
-    def _backward(self, chunk: l2_cache.ImageChunk, grad_velocity: torch.Tensor, states: torch.Tensor) -> None:
+    def _backward(self, chunk: ImageChunk, grad_velocity: torch.Tensor, states: torch.Tensor) -> None:
         part = self.backward.on(chunk.of(self.inputs.image), grad_velocity, chunk.of(self.grad_image))
         h = states[part.depth]
         tokens, pixels, _ = h.shape
