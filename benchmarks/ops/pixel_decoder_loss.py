@@ -17,6 +17,7 @@ class PixelDecoderLoss(PixelDecoder):
     full_precision = ("image", "target")
     constants = ("positions", "frequency_weight")
     one_pass = True
+    decoder = "pixel_decoder"
 
     def arguments(self, size: Size) -> Shapes:
         """Without sample_weight."""
@@ -53,8 +54,8 @@ class PixelDecoderLoss(PixelDecoder):
             return published.losses(velocity, tensors["target"], weight, frequency_scale=FREQUENCY_SCALE)
 
     def two_ops(self, tensors: Tensors, size: Size, backend: str) -> Outputs:
-        decoder = {name: tensors[name] for name in OPS["pixel_decoder"].names}
-        velocity = ops.pixel_decoder(**decoder, patch_size=size.patch_size, backend=backend)
+        given = {name: tensors[name] for name in OPS[self.decoder].names}
+        velocity = getattr(ops, self.decoder)(**given, patch_size=size.patch_size, backend=backend)
         pair = (velocity, tensors["target"], tensors["frequency_weight"])
         return ops.flow_matching_loss(*pair, frequency_scale=FREQUENCY_SCALE, backend=backend)
 

@@ -104,16 +104,23 @@ def differentiate(
     )
 
 
-def losses_and_gradients(
-    op: str,
-    formula: Callable[..., Losses],
-    inputs: Group,
-    activation: torch.Tensor,
-    options: tuple[float, ...],
-    needs: Sequence[bool],
-) -> tuple[Losses, Gradients]:
-    """The losses of a one-pass op, and the gradients of the first in the dtypes in which they are kept."""
-    prepared = prepare(op, inputs, activation)
-    total, pixel, frequency = losses = formula(*prepared, *options)
-    grad_losses = (torch.ones_like(total), torch.zeros_like(pixel), torch.zeros_like(frequency))
-    return losses, differentiate(formula, options, prepared, kept_like(op, inputs), needs, grad_losses)
+class OnePass:
+    """The functions of a one-pass op from its formula (tensors, options) -> (total, pixel, frequency).
+
+    The second tensor of the op has the activation dtype.
+    """
+
+    def __init__(self, op: str, formula: Callable[..., Losses]):
+        self.op, self.formula = op, formula
+
+    def forward(self, inputs: Any, *options: float) -> Losses:
+        return self.formula(*prepare(self.op, inputs, inputs[1]), *options)
+
+    def forward_with_gradients(self, inputs: Any, *options: Any) -> tuple[Losses, Gradients]:
+        """The losses, and the gradients of total in the dtypes in which they are kept; the last argument is `needs`."""
+        *scalars, needs = options
+        prepared = prepare(self.op, inputs, inputs[1])
+        total, pixel, frequency = losses = self.formula(*prepared, *scalars)
+        grad_losses = (torch.ones_like(total), torch.zeros_like(pixel), torch.zeros_like(frequency))
+        kept = kept_like(self.op, inputs)
+        return losses, differentiate(self.formula, tuple(scalars), prepared, kept, needs, grad_losses)

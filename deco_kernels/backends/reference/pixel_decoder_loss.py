@@ -1,16 +1,12 @@
 """Reference pixel_decoder_loss."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from deco_kernels.backends.arguments import Gradients, Losses
+from deco_kernels.backends.arguments import Losses
 from deco_kernels.backends.reference import flow_matching_loss, pixel_decoder
-from deco_kernels.backends.reference.common import losses_and_gradients, prepare
-from deco_kernels.signatures import DecoderWeights, PixelDecoderLoss
-
-OP = "pixel_decoder_loss"
+from deco_kernels.backends.reference.common import OnePass
+from deco_kernels.signatures import DecoderWeights
 
 
 def formula(
@@ -33,12 +29,5 @@ def formula(
         return flow_matching_loss.formula(*pair, frequency_weight.to(wide), sample_weight, frequency_scale)
 
 
-def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float) -> Losses:
-    return formula(*prepare(OP, inputs, inputs.cond), patch_size, frequency_scale, eps)
-
-
-def forward_with_gradients(
-    inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float, needs: Sequence[bool]
-) -> tuple[Losses, Gradients]:
-    """The losses, and the gradients of total in the dtypes in which they are kept."""
-    return losses_and_gradients(OP, formula, inputs, inputs.cond, (patch_size, frequency_scale, eps), needs)
+_op = OnePass("pixel_decoder_loss", formula)
+forward, forward_with_gradients = _op.forward, _op.forward_with_gradients

@@ -7,7 +7,8 @@
 namespace deco::cuda {
 
 // The dtype of cond, bfloat16 or float16, is the compute dtype; rows of cond and grad_cond are aligned to 16 bytes. image
-// has that dtype or float32. target too, with unit stride along a row and rows aligned to 16 bytes.
+// has that dtype or float32. target too, with unit stride along a row and rows aligned to 16 bytes. H and W are multiples
+// of 8.
 struct PixelDecoderLoss {
   DecoderShape shape;  // C = 3, p = 8 or 16
   ImageArray image;
@@ -51,6 +52,11 @@ struct PixelDecoderLoss {
   }
 };
 
+// velocity = pixel_decoder(image, cond),  d = velocity - target,  s = sample_weight,  W = frequency_weight
+// pixel = sum_b s_b sum d^2 / (3 B H W)
+// frequency = sum_b s_b sum W (DCT(YCbCr(d)))^2 / (3 B H W)
+// total = pixel + frequency_scale frequency
+// An empty batch writes nothing. Refused: a workspace that is too small, and more pixels than 32 bits count.
 int64_t pixel_decoder_loss_workspace(const DeviceLimits& limits, const PixelDecoderLoss& op);
 Status pixel_decoder_loss(const Call& call, const PixelDecoderLoss& op);
 
