@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from deco_kernels import ops
 from deco_kernels.integrations.structure import DecoderParts, is_sharded
-from deco_kernels.model.pixel_decoder import decode, fold_query
+from deco_kernels.model.pixel_decoder import fold_query
 
 
 class FusedForward:
@@ -71,7 +72,7 @@ class FusedForward:
         images = pixels.transpose(1, 2).unflatten(2, (p, p))
         up = parts.up
         options: dict[str, Any] = dict(patch_size=p, eps=parts.eps, save_memory=self.save_memory, backend=self.backend)
-        velocity = decode(images, tokens, up.weight, up.bias, self._weights(), **options)
+        velocity = ops.pixel_decoder_from_tokens(images, tokens, up.weight, up.bias, *self._weights(), **options)
         return velocity.flatten(2).transpose(1, 2)
 
     def _weights(self) -> tuple[torch.Tensor, ...]:

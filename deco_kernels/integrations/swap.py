@@ -50,8 +50,8 @@ def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | 
         model: with `x_embedder.embedder`, `dec_net.cond_embed`, `dec_net.input_proj`,
             `dec_net.res_blocks[i].{in_ln, mlp, adaLN_modulation}` and `dec_net.final_layer`, class-to-image or
             text-to-image. Its parameters must not be on the meta device.
-        save_memory: use the op that starts from tokens in training too. The pixel conditions [T, P, D] are then never
-            stored, and the backward recomputes them.
+        save_memory: whether the backward computes the pixel conditions [T, P, D] again in training, in place of keeping
+            them.
         backend: backend of the ops; None for the automatic choice.
 
     Returns:

@@ -6,7 +6,6 @@ Source: DeCo (arXiv 2511.19365), section 3.2; decoder patch and "add" interactio
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,30 +61,6 @@ def upsample(tokens: torch.Tensor, up_weight: torch.Tensor, up_bias: torch.Tenso
     return cond.unflatten(-1, (-1, width))
 
 
-def decode(
-    image: torch.Tensor,
-    tokens: torch.Tensor,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    *,
-    patch_size: int,
-    eps: float,
-    save_memory: bool = False,
-    backend: str | None = None,
-) -> torch.Tensor:
-    """Decode image [B, C, H, W] and tokens [..., Z] to the velocity [B, C, H, W].
-
-    Calls `pixel_decoder_from_tokens` with `save_memory` or if no gradient is needed, and otherwise the upsample and
-    `pixel_decoder`. `weights` are the weights of `pixel_decoder` in its order, from pixel_weight on.
-    """
-    options: dict[str, Any] = dict(patch_size=patch_size, eps=eps, backend=backend)
-    tensors = (image, tokens, up_weight, up_bias, *weights)
-    if save_memory or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-        return ops.pixel_decoder_from_tokens(*tensors, **options)
-    return ops.pixel_decoder(image, upsample(tokens, up_weight, up_bias, weights[0].shape[0]), *weights, **options)
-
-
 @dataclass(frozen=True)
 class TrainingLoss:
     """The loss that a decoder computes in place of its velocity, see `ops.pixel_decoder_loss_from_tokens`.
@@ -101,25 +76,6 @@ class TrainingLoss:
 
 Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """(total, pixel, frequency), scalars; only total has gradients."""
-
-
-def decoder_losses(
-    image: torch.Tensor,
-    tokens: torch.Tensor,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    loss: TrainingLoss,
-    *,
-    patch_size: int,
-    eps: float,
-    backend: str | None = None,
-) -> Losses:
-    """Losses of the velocity that `decode` returns for the same arguments, computed with it in one op."""
-    options: dict[str, Any] = dict(patch_size=patch_size, frequency_scale=loss.frequency_scale, eps=eps)
-    options["backend"] = loss.backend if backend is None else backend
-    tensors = (image, tokens, loss.target, up_weight, up_bias, *weights, loss.frequency_weight)
-    return ops.pixel_decoder_loss_from_tokens(*tensors, **options)
 
 
 def awaits_output(module: nn.Module) -> bool:
@@ -154,8 +110,7 @@ class PixelDecoder(nn.Module):
             sees C·r² channels and patches of (p/r)² positions. 1 in all published models.
         interaction: "adaln" or "add".
         position_features: "class" or "text", see `pixel_position_features`.
-        save_memory: use the op that starts from tokens in training too. The upsampled y [T, P, D] is then never stored,
-            and the backward recomputes it.
+        save_memory: whether the backward computes the upsampled y [T, P, D] again in training, in place of keeping it.
         eps: epsilon of both layer norms.
         backend: backend of the ops; None for the automatic choice.
 
@@ -293,11 +248,14 @@ class PixelDecoder(nn.Module):
             velocity = self._decode_by_addition(image, cond, pixel_weight, pixel_table)
         else:
             weights = (pixel_weight, pixel_table, *(getattr(self, name) for name in _STORED_WEIGHTS))
+            parameters = (self.up_weight, self.up_bias, *weights)
             options: dict[str, Any] = dict(patch_size=self.grid, eps=self.eps, backend=self.backend)
-            arguments = (image, tokens, self.up_weight, self.up_bias, weights)
             if loss is not None:
-                return decoder_losses(*arguments, loss, **options)
-            velocity = decode(*arguments, save_memory=self.save_memory, **options)
+                tensors = (image, tokens, loss.target, *parameters, loss.frequency_weight)
+                options |= dict(frequency_scale=loss.frequency_scale, backend=self.backend or loss.backend)
+                return ops.pixel_decoder_loss_from_tokens(*tensors, **options)
+            options["save_memory"] = self.save_memory
+            velocity = ops.pixel_decoder_from_tokens(image, tokens, *parameters, **options)
         return F.pixel_shuffle(velocity, self.decoder_patch) if self.decoder_patch > 1 else velocity
 
     def _check_inputs(self, image: torch.Tensor, tokens: torch.Tensor) -> None:
