@@ -6,7 +6,9 @@
 
 namespace deco {
 
-// LayerNorm and modulation of rows: upsample_modulate after its matmul. cond: the upsampled tokens.
+// LayerNorm and modulation of rows: upsample_modulate after its matmul. cond: the upsampled tokens y.
+//   (shift, scale, gate) = W_mod SiLU(y) + b_mod
+//   modulated = LayerNorm(h) (1 + scale) + shift
 struct ModulateForward {
   int64_t rows = 0;
   int width = 0;              // D: 16, 32 or 64
@@ -30,11 +32,11 @@ struct ModulateForward {
 
 struct ModulateBackward {
   int64_t rows = 0;
-  int width = 0;
-  Rows grad_modulated, grad_gate, h, cond;
-  BlockWeightArrays weights;
+  int width = 0;                            // D: 16, 32 or 64
+  Rows grad_modulated, grad_gate, h, cond;  // [rows, D]; h and cond of one dtype, the activation dtype
+  BlockWeightArrays weights;                // N = 1, only norm and mod
   // Written; gradients with null data are not computed.
-  Rows grad_h, grad_cond;
+  Rows grad_h, grad_cond;  // [rows, D]
   BlockWeightArrays grad_weights;
   float eps = 0;
 
@@ -56,6 +58,7 @@ struct ModulateBackward {
 
 namespace cpu {
 
+// ModulateForward of y = W_up token + b_up.
 struct UpsampleModulateForward {
   UpsampleArrays upsample;
   PixelRows h;                // [T, P, D]
