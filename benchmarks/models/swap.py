@@ -1,4 +1,4 @@
-"""A model of the published structure before and after `swap_decoder`, with the published and the fused loss.
+"""A model of the published structure before and after `swap_decoder`, with the published loss and one op for both.
 
 `python -m benchmarks swap [times] [memory] [losses]` measures on the CPU, prints Markdown, and writes JSON with
 `--output`. `python -m benchmarks swap --show FILE.json` prints an earlier result. See docs/swap.md.
@@ -48,7 +48,8 @@ class Recipe:
 class Training:
     """Training of a model on one batch, with AdamW and averaged weights; noise and times are seeded.
 
-    `fused` swaps the decoder and uses the fused loss. Everything else is the same, including the initial weights.
+    `fused` swaps the decoder and computes it and the loss as one op. Everything else is the same, including the initial
+    weights.
     """
 
     def __init__(self, recipe: Recipe, *, fused: bool):
@@ -60,7 +61,7 @@ class Training:
             swap_decoder(self.model)
         self.labels = torch.arange(recipe.batch) % 10
         self.images = smooth_images(recipe.batch, recipe.image_size)
-        self.frequency_weight = ops.jpeg_frequency_weight()
+        self.objective = flow.Objective(ops.jpeg_frequency_weight(), fused=fused)
         self.generator = torch.Generator().manual_seed(SEED)
         options = dict(lr=recipe.learning_rate, weight_decay=0.0, fused=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **options)
@@ -70,18 +71,19 @@ class Training:
         """One training step: draw, forward, loss, backward, AdamW, averaged weights. Returns the total loss."""
         times = flow.sample_time(len(self.images), generator=self.generator)
         noise = torch.randn(self.images.shape, generator=self.generator)
-        x_t, target = flow.interpolate(self.images, noise, times)
         self.optimizer.zero_grad(set_to_none=True)
-        total = self.loss(self.model(x_t, times, self.labels), target)
+        total = self.total(times, noise)
         total.backward()
         self.optimizer.step()
         self.averaged.update_parameters(self.model)
         return total.item()
 
-    def loss(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def total(self, times: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         if self.fused:
-            return ops.flow_matching_loss(pred, target, self.frequency_weight)[0]
-        return published_losses(pred, target, self.frequency_weight)[0]
+            return self.objective.losses(self.model, self.images, self.labels, times, noise)["total"]
+        x_t, target = flow.interpolate(self.images, noise, times)
+        velocity = self.model(x_t, times, self.labels)
+        return published_losses(velocity, target, self.objective.frequency_weight)[0]
 
     @torch.no_grad()
     def sampling_step(self) -> torch.Tensor:

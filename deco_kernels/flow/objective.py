@@ -5,6 +5,8 @@ Source: DeCo (arXiv 2511.19365), sections 3.3 and 4.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,6 +18,8 @@ from deco_kernels.flow.path import interpolate, sample_time
 from deco_kernels.model.arguments import require_tensors
 from deco_kernels.model.deco import PixelDiffusion
 from deco_kernels.model.pixel_decoder import TrainingLoss, awaits_output
+
+_log = logging.getLogger("deco_kernels")
 
 
 def drop_labels(
@@ -63,13 +67,15 @@ class Objective(nn.Module):
         label_dropout: probability of replacing the condition by the null condition.
         null_label: the null condition, required with label_dropout: the label of the null class (`model.null_label`)
             or the text features of the empty prompt (`encoder.empty_prompt`).
-        fused: let the model compute decoder and loss as one op (`ops.pixel_decoder_loss_from_tokens`) where it can:
-            `DeCo` and `DeCoTextToImage`, bare or in DistributedDataParallel, whose decoder is the published one and
-            without hooks that await the velocity. "total" then is the only differentiable loss; with False, or for
-            other models, the parts have gradients too.
+        fused: let the model compute decoder and loss as one op (`ops.pixel_decoder_loss_from_tokens`). "total" then is
+            the only differentiable loss; otherwise the parts have gradients too. None: where the model can, and the log
+            says once why another cannot; True: always; False: never. `DeCo`, `DeCoTextToImage` and models after
+            `swap_decoder` can, bare or in DistributedDataParallel, if the decoder is the published one and no hook
+            awaits the velocity.
         backend: backend of the loss op; None for the automatic choice.
 
-    Raises TypeError or ValueError for invalid arguments.
+    Raises TypeError or ValueError for invalid arguments. With `fused=True` a call raises ValueError for a model that
+    cannot compute decoder and loss as one op.
     """
 
     frequency_weight: torch.Tensor
@@ -85,7 +91,7 @@ class Objective(nn.Module):
         shift: float = 1.0,
         label_dropout: float = 0.0,
         null_label: int | torch.Tensor | None = None,
-        fused: bool = True,
+        fused: bool | None = None,
         backend: str | None = None,
     ):
         super().__init__()
@@ -97,6 +103,8 @@ class Objective(nn.Module):
                 "null_label: expected the label of the null class or the features of the empty prompt when "
                 "label_dropout > 0, got None"
             )
+        if not isinstance(fused, (bool, type(None))):
+            raise TypeError(f"fused: expected None, True or False, got {fused!r}")
         sample_time(0, distribution=distribution, shift=shift, device="cpu")  # checks both
         self.register_buffer("frequency_weight", frequency_weight, persistent=False)
         self.frequency_scale, self.repa = frequency_scale, repa
@@ -132,7 +140,7 @@ class Objective(nn.Module):
         _check_images(x)
         require_tensors(y=y, t=t, noise=noise)
         x_t, v = interpolate(x, noise, t)
-        fused = self.fused and _computes_losses(model, self.backend)
+        fused = self._fuses(model, x_t, t, y)
         options: dict[str, Any] = {}
         if fused:
             options["loss"] = TrainingLoss(v, self.frequency_weight, self.frequency_scale, self.backend)
@@ -149,6 +157,20 @@ class Objective(nn.Module):
         if self.repa is not None:
             total = total + self.repa.weight * alignment["repa"]
         return {"total": total, "pixel": pixel, "frequency": frequency, **alignment, "t": t}
+
+    def _fuses(self, model: nn.Module, *inputs: torch.Tensor) -> bool:
+        """Whether the model computes the losses of these inputs. Raises ValueError if it cannot and `fused` is True."""
+        if self.fused is False:
+            return False
+        reason = _unfused_reason(model, self.backend, *inputs)
+        if reason is not None and self.fused:
+            raise ValueError(
+                "fused: expected None or False for this model, got True; it cannot compute decoder and loss as one op: "
+                f"{reason}"
+            )
+        if reason is not None:
+            _log_two_ops(reason)
+        return reason is None
 
     def forward(
         self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator | None = None
@@ -176,11 +198,23 @@ class Objective(nn.Module):
         return self.losses(model, x, *self.draw(x, y, generator))
 
 
-def _computes_losses(model: nn.Module, backend: str | None) -> bool:
-    """Whether the model, bare or in DistributedDataParallel, computes the losses with its decoder."""
-    if type(model) is nn.parallel.DistributedDataParallel and not awaits_output(model):
+def _unfused_reason(model: nn.Module, backend: str | None, *inputs: torch.Tensor) -> str | None:
+    """Why the model, bare or in DistributedDataParallel, cannot compute the losses with its decoder; None if it can."""
+    if type(model) is nn.parallel.DistributedDataParallel:
+        if awaits_output(model):
+            return "a hook on DistributedDataParallel awaits the velocity"
         model = model.module
-    return isinstance(model, PixelDiffusion) and model.computes_losses(backend)
+    if isinstance(model, PixelDiffusion):
+        return model.unfused_reason(backend)
+    swapped: Callable[..., str | None] | None = vars(model).get("unfused_reason")  # of a model after swap_decoder
+    if swapped is not None:
+        return swapped(backend, *inputs)
+    return f"{type(model).__name__} is neither a DeCo model nor one after swap_decoder"
+
+
+@functools.cache
+def _log_two_ops(reason: str) -> None:
+    _log.info("flow.Objective computes decoder and loss as two ops; the model cannot compute them as one: %s", reason)
 
 
 def _check_images(x: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ Source: the module structure of the published DeCo models (arXiv 2511.19365, sec
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from torch import nn
 
 from deco_kernels import ops
 from deco_kernels.integrations.structure import DecoderParts, is_sharded
-from deco_kernels.model.pixel_decoder import fold_query
+from deco_kernels.model.pixel_decoder import Losses, TrainingLoss, fold_query
+
+Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Pixels [T, P, C] and tokens [T, Z] → what `dec_net` returns, [T, P, C]."""
 
 
 class FusedForward:
@@ -27,16 +30,28 @@ class FusedForward:
     def __init__(self, parts: DecoderParts, save_memory: bool, backend: str | None):
         self.parts, self.save_memory, self.backend = parts, save_memory, backend
         self.places = [*_places("x_embedder", parts.x_embedder), *_places("dec_net", parts.dec_net)]
-        self.calls: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.other: Decode | None = None
+
+    @contextlib.contextmanager
+    def decoding_by(self, other: Decode) -> Iterator[None]:
+        """`dec_net` returns other(pixels, tokens) in place of the velocity."""
+        self.other = other
+        try:
+            yield
+        finally:
+            self.other = None
 
     @contextlib.contextmanager
     def without_decoder(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """`decode` returns its pixels and appends (pixels, tokens) to the yielded list."""
-        self.calls = []
-        try:
-            yield self.calls
-        finally:
-            self.calls = None
+        """`dec_net` returns its pixels; (pixels, tokens) of every call are appended to the yielded list."""
+        calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def record(pixels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+            calls.append((pixels, tokens))
+            return pixels
+
+        with self.decoding_by(record):
+            yield calls
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """Replaces the forward of `x_embedder`: returns the pixels [T, P, C] unchanged."""
@@ -48,6 +63,25 @@ class FusedForward:
         Raises TypeError for sharded weights and ValueError for a wrong number of pixels per patch or a module that was
         replaced after the swap; the ops check the rest.
         """
+        self._check(pixels)
+        if self.other is not None:
+            return self.other(pixels, tokens)
+        p, up = self.parts.patch_size, self.parts.up
+        images = pixels.transpose(1, 2).unflatten(2, (p, p))
+        weights = (up.weight, up.bias, *self._weights())
+        options: dict[str, Any] = dict(patch_size=p, eps=self.parts.eps, backend=self.backend)
+        velocity = ops.pixel_decoder_from_tokens(images, tokens, *weights, save_memory=self.save_memory, **options)
+        return velocity.flatten(2).transpose(1, 2)
+
+    def losses(self, image: torch.Tensor, tokens: torch.Tensor, loss: TrainingLoss) -> Losses:
+        """(total, pixel, frequency) of the velocity of an image [B, 3, H, W] and the tokens [T, Z] of its patches."""
+        up = self.parts.up
+        tensors = (image, tokens, loss.target, up.weight, up.bias, *self._weights(), loss.frequency_weight)
+        options: dict[str, Any] = dict(patch_size=self.parts.patch_size, eps=self.parts.eps)
+        options |= dict(frequency_scale=loss.frequency_scale, backend=self.backend or loss.backend)
+        return ops.pixel_decoder_loss_from_tokens(*tensors, **options)
+
+    def _check(self, pixels: torch.Tensor) -> None:
         parts = self.parts
         for path, owner, name, child in self.places:
             if getattr(owner, name, None) is not child:
@@ -66,14 +100,6 @@ class FusedForward:
                 f"dec_net: expected the pixels [tokens, {p * p}, channels] that x_embedder returns after the swap, "
                 f"got shape {list(pixels.shape)}; pass them to dec_net unchanged"
             )
-        if self.calls is not None:
-            self.calls.append((pixels, tokens))
-            return pixels
-        images = pixels.transpose(1, 2).unflatten(2, (p, p))
-        up = parts.up
-        options: dict[str, Any] = dict(patch_size=p, eps=parts.eps, save_memory=self.save_memory, backend=self.backend)
-        velocity = ops.pixel_decoder_from_tokens(images, tokens, up.weight, up.bias, *self._weights(), **options)
-        return velocity.flatten(2).transpose(1, 2)
 
     def _weights(self) -> tuple[torch.Tensor, ...]:
         """The weights of `pixel_decoder` from pixel_weight on: input linears folded, blocks stacked."""

@@ -68,13 +68,9 @@ class SwappedHalves:
                 f"tokens: expected shape {expected} for an image {list(x.shape)}, as `encode` returns it, got "
                 f"{list(tokens.shape)}"
             )
-        pixels = self.model.get_submodule("x_embedder")(self._pixels(x))
+        pixels = self.model.get_submodule("x_embedder")(_pixels(self.fused, x))
         velocity = self.model.get_submodule("dec_net")(pixels, self._condition(t, tokens))
         return from_patches(velocity.transpose(1, 2).unflatten(0, (len(x), -1)), p, *x.shape[2:])
-
-    def _pixels(self, x: torch.Tensor) -> torch.Tensor:
-        """Pixels [T, P, C] of the patches of x [B, C, H, W]."""
-        return to_patches(x, self.fused.parts.patch_size).flatten(0, 1).transpose(1, 2)
 
     def _condition(self, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """SiLU(time embedding + tokens) [T, Z] of times [B] and tokens [B, L, Z]."""
@@ -104,10 +100,25 @@ class SwappedHalves:
             _differs("the last of blocks to return the tokens [B, L, Z]", f"{found}")
         if not _same(condition, self._condition(t, tokens)):
             _differs("to pass SiLU(t_embedder(t) + tokens of the last block) to dec_net", "another condition")
-        if not _same(pixels, self._pixels(x).to(pixels.dtype)):
-            _differs("to pass the pixels of the patches, row by row, to dec_net", "other pixels")
-        if not _same(image, x.to(image.dtype)):
-            _differs("to return what dec_net returns, as an image", "another result")
+        around = difference_around_decoder(self.fused, x, image, pixels)
+        if around is not None:
+            _differs(*around)
+
+
+def difference_around_decoder(
+    fused: FusedForward, x: torch.Tensor, image: torch.Tensor, pixels: torch.Tensor
+) -> tuple[str, str] | None:
+    """(expected, found) if a forward of x without decoder passed other pixels to `dec_net`, or changed its result."""
+    if not _same(pixels, _pixels(fused, x).to(pixels.dtype)):
+        return "to pass the pixels of the patches, row by row, to dec_net", "other pixels"
+    if not _same(image, x.to(image.dtype)):
+        return "to return what dec_net returns, as an image", "another result"
+    return None
+
+
+def _pixels(fused: FusedForward, x: torch.Tensor) -> torch.Tensor:
+    """Pixels [T, P, C] of the patches of x [B, C, H, W]."""
+    return to_patches(x, fused.parts.patch_size).flatten(0, 1).transpose(1, 2)
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 
 from deco_kernels.integrations.fused_forward import FusedForward
 from deco_kernels.integrations.halves import attach_halves, detach_halves
+from deco_kernels.integrations.losses import attach_losses, detach_losses
 from deco_kernels.integrations.structure import (
     DecoderParts,
     find_parts,
@@ -39,9 +40,12 @@ class Swap:
 def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | None = None) -> Swap:
     """Make a model of the published structure run its per-pixel decoder through the fused ops.
 
-    Replaces only the `forward` of `model.x_embedder` and `model.dec_net`, on these two objects. Modules, parameters and
+    Replaces the `forward` of `model.x_embedder` and `model.dec_net`, on these two objects. Modules, parameters and
     names in the state_dict do not change, so optimizers, checkpoints, averaged copies and `copy.deepcopy` work as
     before. Call it before `torch.compile`, DDP and FSDP.
+
+    The model's own `forward` also takes `loss`, for which the model returns the training losses in place of the
+    velocity, so that `flow.Objective` computes decoder and loss as one op.
 
     A model with the published `blocks` and `t_embedder` also gets the methods `encode(x, t, y)` and
     `decode(x, t, tokens)`, its trunk and its decoder, so that `flow.Sampler(trunk_steps=...)` takes it.
@@ -80,6 +84,7 @@ def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | 
     _warn_of_hooks(parts)
     parts.x_embedder.forward, parts.dec_net.forward = fused.embed, fused.decode
     attach_halves(model, fused)
+    attach_losses(model, fused)
     return Swap(model)
 
 
@@ -96,6 +101,7 @@ def undo_swap(model: nn.Module) -> None:
     x_embedder, dec_net = model.get_submodule("x_embedder"), model.get_submodule("dec_net")
     del x_embedder.forward, dec_net.forward, x_embedder.fused_positions
     detach_halves(model)
+    detach_losses(model)
 
 
 def _warn_of_hooks(parts: DecoderParts) -> None:

@@ -37,15 +37,20 @@ class PixelDiffusion(PretrainedModel):
         """Compile the trunk's blocks in place with torch.compile, see `PatchTransformer.compile_blocks`."""
         self.trunk.compile_blocks(**options)
 
-    def computes_losses(self, backend: str | None = None) -> bool:
-        """Whether `forward` takes a `TrainingLoss` of this backend, and no hook on model and decoder awaits a velocity.
+    def unfused_reason(self, backend: str | None = None) -> str | None:
+        """Why the losses of this backend cannot take the place of the velocity; None if `forward` takes a
+        `TrainingLoss` and no hook on model and decoder awaits the velocity.
 
-        So it is for the published decoder on images of 3 channels, if neither forward has been replaced.
+        It takes one if the decoder is the published one on images of 3 channels and neither forward has been replaced.
         """
-        own_forward = type(self).forward is PixelDiffusion.forward and "forward" not in vars(self)
+        if type(self).forward is not PixelDiffusion.forward or "forward" in vars(self):
+            return "its forward has been replaced"
+        if awaits_output(self):
+            return "a hook on the model awaits the velocity"
         decoder: Any = self.decoder  # may have been replaced
-        whole = isinstance(decoder, PixelDecoder) and decoder.computes_losses(backend)
-        return own_forward and whole and not awaits_output(self)
+        if not isinstance(decoder, PixelDecoder):
+            return f"its decoder is no PixelDecoder but a module {type(decoder).__name__}"
+        return decoder.unfused_reason(backend)
 
     def forward(
         self,

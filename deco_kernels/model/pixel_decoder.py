@@ -85,6 +85,13 @@ def awaits_output(module: nn.Module) -> bool:
     return any(not str(getattr(hook, "__module__", "")).startswith("torch.distributed.") for hook in found)
 
 
+def other_backend(decoder: str | None, loss: str | None) -> str | None:
+    """Why one op cannot serve both if decoder and loss name different backends."""
+    if decoder is None or loss is None or decoder == loss:
+        return None
+    return f"its decoder uses backend {decoder!r}, the loss {loss!r}"
+
+
 class PixelDecoder(nn.Module):
     """Decodes a noised image to a velocity, pixel by pixel, conditioned on one token per patch.
 
@@ -206,12 +213,18 @@ class PixelDecoder(nn.Module):
         query = (self.embed_weight, self.embed_bias, self.input_weight, self.input_bias)
         return fold_query(*query, self.position_features)
 
-    def computes_losses(self, backend: str | None = None) -> bool:
-        """Whether `forward` takes a `TrainingLoss` of this backend, and no hook on the module awaits the velocity."""
-        published = self.interaction == "adaln" and self.decoder_patch == 1 and self.channels == 3
-        own_forward = type(self).forward is PixelDecoder.forward and "forward" not in vars(self)
-        same_backend = backend is None or self.backend is None or backend == self.backend
-        return published and own_forward and same_backend and not awaits_output(self)
+    def unfused_reason(self, backend: str | None = None) -> str | None:
+        """Why the losses of this backend cannot take the place of the velocity; None if `forward` takes a
+        `TrainingLoss` and no hook on the module awaits the velocity."""
+        if self.interaction != "adaln" or self.decoder_patch != 1:
+            return f"its decoder has interaction {self.interaction!r} and decoder_patch {self.decoder_patch}"
+        if self.channels != 3:
+            return f"its decoder has {self.channels} channels, not 3"
+        if type(self).forward is not PixelDecoder.forward or "forward" in vars(self):
+            return "the forward of its decoder has been replaced"
+        if awaits_output(self):
+            return "a hook on its decoder awaits the velocity"
+        return other_backend(self.backend, backend)
 
     def forward(
         self, image: torch.Tensor, tokens: torch.Tensor, loss: TrainingLoss | None = None

@@ -72,7 +72,7 @@ class DataConfig:
 class ObjectiveConfig:
     """Training times, label dropout, and the frequency loss with its JPEG table (quality, mode, gamma).
 
-    fused: compute decoder and loss as one op where the model can, see `flow.Objective`.
+    fused: compute decoder and loss as one op; null where the model can, see `flow.Objective`.
     """
 
     distribution: str = "lognormal"
@@ -82,7 +82,7 @@ class ObjectiveConfig:
     quality: int = 85
     mode: str = "inv_gamma"
     gamma: float = 1.0
-    fused: bool = True
+    fused: bool | None = None
 
 
 @dataclass

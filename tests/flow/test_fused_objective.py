@@ -95,29 +95,49 @@ def test_hooks_that_await_the_velocity(place):
     hooks = ((module.register_forward_hook, forward_hook), (module.register_full_backward_hook, backward_hook))
     for register, hook in hooks:
         handle = register(hook)
-        assert not net.computes_losses()
+        assert "awaits the velocity" in net.unfused_reason()
         handle.remove()
-        assert net.computes_losses()
+        assert net.unfused_reason() is None
     module.register_forward_hook(forward_hook)
     assert not is_fused(net)
 
 
 def test_models_that_compute_only_the_velocity():
     assert not is_fused(random_model("dit-tiny"))
-    assert random_model(backend="reference").computes_losses() and random_model().computes_losses("reference")
-    assert not random_model(backend="reference").computes_losses("cpu")
-    assert not random_model(interaction="add").computes_losses()
-    assert not random_model(decoder_patch=2).computes_losses()
-    assert not published.eager_twin(random_model()).computes_losses()
+    assert random_model(backend="reference").unfused_reason() is None
+    assert random_model().unfused_reason("reference") is None
+    two_backends = random_model(backend="reference").unfused_reason("cpu")
+    assert two_backends == "its decoder uses backend 'reference', the loss 'cpu'"
+    assert "interaction 'add'" in random_model(interaction="add").unfused_reason()
+    assert "decoder_patch 2" in random_model(decoder_patch=2).unfused_reason()
+    assert random_model(channels=1).unfused_reason() == "its decoder has 1 channels, not 3"
+    twin = published.eager_twin(random_model())
+    assert twin.unfused_reason() == "the forward of its decoder has been replaced"
+    twin.decoder = nn.Identity()
+    assert twin.unfused_reason() == "its decoder is no PixelDecoder but a module Identity"
     replaced = random_model()
     replaced.decoder.forward = replaced.decoder.forward
-    assert not replaced.computes_losses()
+    assert replaced.unfused_reason() == "the forward of its decoder has been replaced"
 
     class Scaled(type(replaced)):
         def forward(self, x, t, y):
             return 2 * super().forward(x, t, y)
 
-    assert not Scaled(**replaced.config).computes_losses()
+    assert Scaled(**replaced.config).unfused_reason() == "its forward has been replaced"
+
+
+def test_two_ops_are_logged_once_and_refused_where_one_is_demanded(caplog):
+    net = random_model(decoder_patch=4)
+    with caplog.at_level("INFO", "deco_kernels"):
+        losses_of(net), losses_of(net)
+    said = [record.getMessage() for record in caplog.records]
+    assert len([line for line in said if "as two ops" in line and "decoder_patch 4" in line]) == 1
+    with pytest.raises(ValueError, match="fused: expected None or False .* decoder_patch 4"):
+        losses_of(net, fused=True)
+    with pytest.raises(ValueError, match="fused: expected None or False .* DiT is neither a DeCo model"):
+        losses_of(random_model("dit-tiny"), fused=True)
+    with pytest.raises(TypeError, match="fused: expected None, True or False, got 1"):
+        objective(fused=1)
 
 
 def test_a_decoder_without_the_op_refuses_the_loss():

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from deco_kernels import flow, ops
 from deco_kernels.integrations import is_swapped, swap_decoder
 from tests.golden_files import relative_error
 from tests.integrations.published import gradients_of, published_model
@@ -39,8 +40,25 @@ def backward(model: nn.Module, rank: int) -> None:
     (model(*inputs) * grad_output).sum().backward()
 
 
-def worst_error(gradients: dict[str, torch.Tensor]) -> float:
-    expected = expected_gradients()
+def total_loss(model: nn.Module, part: slice, fused: bool) -> torch.Tensor:
+    """Loss of the images, times and noise of one process, or of all."""
+    (x, t, y), noise = whole_batch()
+    objective = flow.Objective(ops.jpeg_frequency_weight(85), fused=fused)
+    return objective.losses(model, x[part], y[part], t[part], noise[part])["total"]
+
+
+def expected_gradients_of_the_loss() -> dict[str, torch.Tensor]:
+    model = published_model()
+    total_loss(model, slice(None), fused=False).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def backward_of_the_loss(model: nn.Module, rank: int) -> None:
+    model.zero_grad(set_to_none=True)
+    total_loss(model, slice(2 * rank, 2 * rank + 2), fused=True).backward()
+
+
+def worst_error(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     assert gradients.keys() == expected.keys()
     return max(relative_error(gradients[name], expected[name]) for name in expected)
 
@@ -49,8 +67,9 @@ def ddp(rank: int) -> None:
     model = published_model()
     swap_decoder(model)
     wrapped = nn.parallel.DistributedDataParallel(model)
-    backward(wrapped, rank)
-    assert worst_error({name: parameter.grad for name, parameter in model.named_parameters()}) < 1e-5
+    for run, expected in ((backward, expected_gradients()), (backward_of_the_loss, expected_gradients_of_the_loss())):
+        run(wrapped, rank)
+        assert worst_error({name: parameter.grad for name, parameter in model.named_parameters()}, expected) < 1e-5
     refused(wrapped, "DDP")
 
 
@@ -62,9 +81,10 @@ def fsdp(rank: int) -> None:
     swap_decoder(model)
     for part in (*model.blocks, model.dec_net, model):
         fully_shard(part)
-    backward(model, rank)
-    gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
-    assert worst_error(gradients) < 1e-5
+    for run, expected in ((backward, expected_gradients()), (backward_of_the_loss, expected_gradients_of_the_loss())):
+        run(model, rank)
+        gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+        assert worst_error(gradients, expected) < 1e-5
     assert is_swapped(model)
     with torch.no_grad():
         model(*share_of(rank)[0])
