@@ -33,8 +33,9 @@ GPU_PYTHON ?= python3
 GPU_VENV       := .venv-gpu
 GPU_ENV_PYTHON ?= python3.12
 
-# Two processes share the tests; they and their children use one thread unless a test sets another number.
-PYTEST    := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal --durations=25
+# Two processes share the tests; they and their children use one thread unless a test sets another number. Threads that
+# wait sleep, since there can be more of them than cores.
+PYTEST    := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest -q -n 2 --dist worksteal --durations=25
 # Exit status of pytest if ARGS selects no test.
 NO_TESTS  := 5
 LEFT_OUT  := not gpu and not long and not timing and not aot_all and not sanitize

@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks.__main__ import COMMANDS
+from benchmarks import __main__ as command_line
+from benchmarks import run
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -20,10 +21,25 @@ def benchmarks(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ("", *COMMANDS))
-def test_help(command):
-    answer = benchmarks(*command.split(), "--help")
-    assert answer.returncode == 0 and answer.stdout.startswith("usage: python -m benchmarks")
+@pytest.fixture
+def called(capsys, monkeypatch):
+    """A function that runs the command line in this process, with its own heap; returns status, output and errors."""
+    monkeypatch.setattr(command_line, "keep_heap", lambda *_: None)
+
+    def call(*arguments):
+        try:
+            status = command_line.main(list(arguments))
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize("command", ("", *command_line.COMMANDS))
+def test_help(command, called):
+    status, output, _ = called(*command.split(), "--help")
+    assert status == 0 and output.startswith("usage: python -m benchmarks")
 
 
 @pytest.mark.parametrize(
@@ -56,29 +72,36 @@ def test_help(command):
     ),
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line(arguments, expected):
-    answer = benchmarks(*arguments)
-    assert answer.returncode == 2
-    assert answer.stdout == "" and len(answer.stderr.splitlines()) == 1
-    assert expected in answer.stderr
+def test_bad_input_is_one_line(arguments, expected, called):
+    status, output, errors = called(*arguments)
+    assert status == 2
+    assert output == "" and len(errors.splitlines()) == 1
+    assert expected in errors
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_no_gpu_is_one_line():
-    answer = benchmarks("--device", "cuda")
-    assert answer.returncode == 2
-    assert answer.stderr == "benchmarks: no GPU: PyTorch sees no CUDA device here; use --device cpu\n"
+def test_no_gpu_is_one_line(called):
+    status, _, errors = called("--device", "cuda")
+    assert status == 2
+    assert errors == "benchmarks: no GPU: PyTorch sees no CUDA device here; use --device cpu\n"
 
 
-def test_what_no_time_is_left_for_is_said(tmp_path):
+def test_the_program_ends_with_the_status():
+    answer = benchmarks("--device", "tpu")
+    assert answer.returncode == 2 and answer.stderr.startswith("benchmarks: unknown device 'tpu'")
+
+
+def test_what_no_time_is_left_for_is_said(tmp_path, called, monkeypatch):
+    ceilings = {"bytes_per_s": 1e10, "matmul_flops_per_s": {"float32": 1e11}, "fma_flops_per_s": {}}
+    monkeypatch.setattr(run, "measure_ceilings", lambda *_: ceilings | {"flops": ceilings["matmul_flops_per_s"]})
     path = tmp_path / "result.json"
     small = ["--quick", "--size", "H=32,W=32", "--backend", "reference", "--dtype", "float32", "--threads", "1"]
-    answer = benchmarks("adaln_block", *small, "--stop-after", "0.01", "--output", str(path))
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stderr.splitlines()[-1].startswith("benchmarks: left out, for lack of time: adaln_block")
+    status, output, errors = called("adaln_block", *small, "--stop-after", "0.01", "--output", str(path))
+    assert status == 0, errors
+    assert errors.splitlines()[-1].startswith("benchmarks: left out, for lack of time: adaln_block")
     result = json.loads(path.read_text())
     assert {row["pass"] for row in result["rows"]} == {"forward"}  # the first part is always measured
-    assert len(result["left_out"]) == 1 and "## Skipped for lack of time" in answer.stdout
+    assert len(result["left_out"]) == 1 and "## Skipped for lack of time" in output
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="needs pytest-benchmark")
@@ -96,7 +119,7 @@ def test_through_pytest_benchmark(tmp_path):
     assert found["extra_info"]["flops"] == 2 * 5 * 32**2 * 256**2
 
 
-def test_small_run_and_its_report(tmp_path):
+def test_small_run_and_its_report(tmp_path, called):
     path = tmp_path / "result.json"
     small = ["--quick", "--size", "H=32,W=32", "--backend", "reference", "--dtype", "float32", "--threads", "1"]
     answer = benchmarks("adaln_block", "overhead", *small, "--output", str(path))
@@ -111,6 +134,5 @@ def test_small_run_and_its_report(tmp_path):
         for contender in ("published", "best_eager", "reference")
         for pass_ in ("forward", "forward_backward")
     }
-    assert benchmarks("report", str(path)).stdout.strip() == answer.stdout.strip()
-    compared = benchmarks("report", str(path), "--compare", str(path)).stdout
-    assert "- 0 of 4 rows moved beyond the spread" in compared
+    assert called("report", str(path))[1].strip() == answer.stdout.strip()
+    assert "- 0 of 4 rows moved beyond the spread" in called("report", str(path), "--compare", str(path))[1]
