@@ -7,8 +7,8 @@ import pytest
 IN_MAKE_TEST = ("sm_80", "sm_90", "sm_90a", "gfx942")
 """One per kind of instructions; compiling for all of them takes too long for every run."""
 PARTLY = "sm_80"
-"""Whose budgets `make test` checks for some kernels alone: sm_90 and sm_90a compile the same sources, and `make aot-all`
-compiles all of them for every architecture."""
+"""Whose budgets `make test` checks for some kernels alone: the same sources are compiled for sm_90 or sm_90a, and
+`make aot-all` compiles all of them for every architecture."""
 
 
 def in_make_test(architectures: Iterable[str]) -> list:
