@@ -3,7 +3,8 @@
 The annotation of a field gives its shape in symbols and the rounding of its value. Operator schemas, shape checks and
 their errors, the groups of weights passed to backends, and the tables in docs are generated from these descriptions.
 
-Symbols: B, C, H, W of the image; P = p² pixels of a patch; D, decoder width; N, decoder depth; Z, token width.
+Symbols: B, C, H, W of the image; P = p² pixels of a patch; D, decoder width; N, decoder depth; Z, token width; Zq,
+width of the query tokens.
 """
 
 import functools
@@ -55,6 +56,18 @@ class DecoderWeights(NamedTuple):
     head_bias: Annotated[Tensor, "[C]", KEPT]
 
 
+class Query(NamedTuple):
+    """What is added to the first h besides pixel and position: given, or a linear map of a second token per patch.
+
+    Either `query`, or the other three, or none is given.
+    """
+
+    query: Annotated[Tensor | None, "[..., P, D]", ACTIVATION]
+    query_tokens: Annotated[Tensor | None, "[..., Zq]", ACTIVATION]
+    query_weight: Annotated[Tensor | None, "[P*D, Zq]", MATMUL]
+    query_bias: Annotated[Tensor | None, "[P*D]", KEPT]
+
+
 class AdalnBlock(NamedTuple):
     h: Annotated[Tensor, "[..., D]", ACTIVATION]
     cond: Annotated[Tensor, "[..., D]", ACTIVATION]
@@ -72,6 +85,7 @@ class PixelDecoder(NamedTuple):
     image: Annotated[Tensor, "[B, C, H, W]", KEPT]
     cond: Annotated[Tensor, "[..., P, D]", ACTIVATION]
     weights: DecoderWeights
+    query: Annotated[Tensor | None, "[..., P, D]", ACTIVATION]
 
 
 class PixelDecoderFromTokens(NamedTuple):
@@ -79,6 +93,7 @@ class PixelDecoderFromTokens(NamedTuple):
     tokens: Annotated[Tensor, "[..., Z]", ACTIVATION]
     up: UpsampleWeights
     weights: DecoderWeights
+    query: Query
 
 
 class Loss(NamedTuple):
@@ -97,6 +112,7 @@ class PixelDecoderLoss(NamedTuple):
     weights: DecoderWeights
     frequency_weight: Annotated[Tensor, "[3, 8, 8]", KEPT]
     sample_weight: Annotated[Tensor | None, "[B]", KEPT]
+    query: Annotated[Tensor | None, "[..., P, D]", ACTIVATION]
 
 
 class PixelDecoderLossFromTokens(NamedTuple):
@@ -109,6 +125,7 @@ class PixelDecoderLossFromTokens(NamedTuple):
     weights: DecoderWeights
     frequency_weight: Annotated[Tensor, "[3, 8, 8]", KEPT]
     sample_weight: Annotated[Tensor | None, "[B]", KEPT]
+    query: Query
 
 
 # --- values derived from the descriptions ----------------------------------------------------------------------------
@@ -153,10 +170,11 @@ class Op(NamedTuple):
         return tuple(argument.name for argument in self.arguments)
 
     def shapes(self, leading: tuple[int, ...] = (), **sizes: int) -> dict[str, tuple[int, ...]]:
-        """Shape of every argument by name, from the sizes of the symbols; `leading` takes the place of "..."."""
+        """Shape of every argument that is not optional, from the sizes of the symbols; `leading` replaces "..."."""
         for text, factor, symbols in self.computed:
             sizes[text] = factor * math.prod(sizes[symbol] for symbol in symbols)
-        return {a.name: (*leading * a.leading, *(sizes[size] for size in a.sizes)) for a in self.arguments}
+        required = [argument for argument in self.arguments if not argument.optional]
+        return {a.name: (*leading * a.leading, *(sizes[size] for size in a.sizes)) for a in required}
 
     def table(self) -> str:
         """The arguments as a Markdown table."""
@@ -187,9 +205,9 @@ def _op(group: type[Any], *sized_by: str, blocks: bool = True) -> Op:
     texts = dict.fromkeys(size for argument in arguments for size in argument.sizes)
     computed = []
     for text in texts:
-        if not re.fullmatch("[A-Z]", text):
+        if not re.fullmatch("[A-Z][a-z]?", text):
             factors = [int(number) for number in re.findall("[0-9]+", text)]
-            computed.append((text, math.prod(factors), tuple(re.findall("[A-Z]", text))))
+            computed.append((text, math.prod(factors), tuple(re.findall("[A-Z][a-z]?", text))))
     return Op(group, arguments, tuple(names.index(name) for name in sized_by), tuple(computed))
 
 
@@ -197,9 +215,13 @@ OPS = {
     "adaln_block": _op(AdalnBlock, "h", blocks=False),
     "upsample_modulate": _op(UpsampleModulate, "h", "tokens", blocks=False),
     "pixel_decoder": _op(PixelDecoder, "image", "cond", "norm_weight"),
-    "pixel_decoder_from_tokens": _op(PixelDecoderFromTokens, "image", "tokens", "pixel_table", "norm_weight"),
+    "pixel_decoder_from_tokens": _op(
+        PixelDecoderFromTokens, "image", "tokens", "pixel_table", "norm_weight", "query_tokens", "query_weight"
+    ),
     "pixel_decoder_loss": _op(PixelDecoderLoss, "image", "cond", "norm_weight"),
-    "pixel_decoder_loss_from_tokens": _op(PixelDecoderLossFromTokens, "image", "tokens", "pixel_table", "norm_weight"),
+    "pixel_decoder_loss_from_tokens": _op(
+        PixelDecoderLossFromTokens, "image", "tokens", "pixel_table", "norm_weight", "query_tokens", "query_weight"
+    ),
     "flow_matching_loss": _op(Loss, "pred"),
     "frequency_loss": _op(Loss, "pred"),
 }

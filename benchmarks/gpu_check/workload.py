@@ -81,20 +81,18 @@ def _benchmarks() -> Iterator[Call]:
 
 
 def _with_all_gradients(inputs: testing.Inputs) -> Call:
-    return Call(inputs, [True] * len(inputs.tensors))
+    return Call(inputs, [tensor is not None for tensor in inputs.in_order()])
 
 
 def _of_problem(op: str, size: Size, dtype: torch.dtype) -> Call:
     """A training step of the benchmarks."""
     problem = problem_of(op)
     shapes = problem.arguments(size)
-    tensors = {
-        name: torch.empty(shapes[name], dtype=problem.dtype_of(name, dtype)) if name in shapes else None
-        for name in signatures.OPS[op].names
-    }
+    names = signatures.OPS[op].names
+    tensors = {n: torch.empty(shapes[n], dtype=problem.dtype_of(n, dtype)) for n in names if n in shapes}
     incoming = [torch.empty(shape, dtype=problem.output_dtype(dtype)) for shape in problem.outputs(size).values()]
     constant = {*problem.activations, *problem.constants} - {*problem.trained}
-    needs = [name in shapes and name not in constant for name in tensors]
+    needs = [name in shapes and name not in constant for name in names]
     return Call(testing.Inputs(op, tensors, problem.options(size), tuple(incoming)), needs)
 
 

@@ -54,10 +54,7 @@ class FlowMatchingLoss(Problem):
     def row_width(self, size: Size) -> int:
         return size.channels
 
-    def given(self, tensors: Tensors, size: Size) -> dict[str, torch.Tensor | None]:
-        return {**super().given(tensors, size), "sample_weight": None}
-
-    def options(self, size: Size) -> dict[str, int | float]:
+    def options(self, size: Size) -> dict[str, int | float | str]:
         return {"frequency_scale": FREQUENCY_SCALE}
 
     def backward_alone(self, operands: Operands, size: Size, backend: str) -> Outputs:
@@ -68,6 +65,7 @@ class FlowMatchingLoss(Problem):
             torch.zeros_like(one),
             torch.zeros_like(one),
             *self.given(tensors, size).values(),
+            None,  # sample_weight
             FREQUENCY_SCALE,
             backend,
             [True, False, False, False],

@@ -28,8 +28,8 @@ class PixelDecoder(Problem):
     def outputs(self, size: Size) -> Shapes:
         return {"velocity": (size.batch, size.channels, size.height, size.width)}
 
-    def options(self, size: Size) -> dict[str, int | float]:
-        return {"patch_size": size.patch_size}
+    def options(self, size: Size) -> dict[str, int | float | str]:
+        return {"patch_size": size.patch_size, "head_norm": "layer"}
 
     def multiply_adds(self, size: Size, training: bool) -> int:
         return decoder_multiply_adds(size, training)

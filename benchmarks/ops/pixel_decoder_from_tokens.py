@@ -21,8 +21,8 @@ class PixelDecoderFromTokens(Problem):
     def outputs(self, size: Size) -> Shapes:
         return {"velocity": (size.batch, size.channels, size.height, size.width)}
 
-    def options(self, size: Size) -> dict[str, int | float]:
-        return {"patch_size": size.patch_size}
+    def options(self, size: Size) -> dict[str, int | float | str]:
+        return {"patch_size": size.patch_size, "head_norm": "layer"}
 
     def multiply_adds(self, size: Size, training: bool) -> int:
         upsample = size.pixels * size.decoder_width * size.token_width

@@ -19,21 +19,14 @@ class PixelDecoderLoss(PixelDecoder):
     one_pass = True
     decoder = "pixel_decoder"
 
-    def arguments(self, size: Size) -> Shapes:
-        """Without sample_weight."""
-        return {name: shape for name, shape in super().arguments(size).items() if name != "sample_weight"}
-
     def outputs(self, size: Size) -> Shapes:
         return {"total": (), "pixel": (), "frequency": ()}
 
     def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
-    def options(self, size: Size) -> dict[str, int | float]:
-        return {"patch_size": size.patch_size, "frequency_scale": FREQUENCY_SCALE}
-
-    def given(self, tensors: Tensors, size: Size) -> dict[str, torch.Tensor | None]:
-        return {**super().given(tensors, size), "sample_weight": None}
+    def options(self, size: Size) -> dict[str, int | float | str]:
+        return {"patch_size": size.patch_size, "frequency_scale": FREQUENCY_SCALE, "head_norm": "layer"}
 
     def multiply_adds(self, size: Size, training: bool) -> int:
         return super().multiply_adds(size, training) + loss_multiply_adds(size, training)
@@ -54,7 +47,7 @@ class PixelDecoderLoss(PixelDecoder):
             return published.losses(velocity, tensors["target"], weight, frequency_scale=FREQUENCY_SCALE)
 
     def two_ops(self, tensors: Tensors, size: Size, backend: str) -> Outputs:
-        given = {name: tensors[name] for name in OPS[self.decoder].names}
+        given = {name: tensors[name] for name in OPS[self.decoder].names if name in tensors}
         velocity = getattr(ops, self.decoder)(**given, patch_size=size.patch_size, backend=backend)
         pair = (velocity, tensors["target"], tensors["frequency_weight"])
         return ops.flow_matching_loss(*pair, frequency_scale=FREQUENCY_SCALE, backend=backend)

@@ -90,7 +90,7 @@ class Problem:
         """The two ops that a `one_pass` op joins."""
         raise NotImplementedError
 
-    def given(self, tensors: Tensors, size: Size) -> dict[str, torch.Tensor | None]:
+    def given(self, tensors: Tensors, size: Size) -> dict[str, torch.Tensor]:
         """The op's arguments from `tensors`, in the order of its signature."""
         return {name: tensors[name] for name in self.arguments(size)}
 
@@ -98,7 +98,7 @@ class Problem:
         """Channels of the intermediate activations."""
         return size.decoder_width
 
-    def options(self, size: Size) -> dict[str, int | float]:
+    def options(self, size: Size) -> dict[str, int | float | str]:
         """The op's non-tensor arguments."""
         return {}
 

@@ -64,8 +64,7 @@ def launches_of(inputs, architecture: str) -> list:
             return recorded
         module.forward(*groups, *options)
         recomputed = [None] * (inputs.op in KEEPS_COND)  # the condition, which is not kept here
-        needs = [True] * len(inputs.tensors)
-        module.backward(*inputs.grad_outputs, *groups, *recomputed, *options, needs)
+        module.backward(*inputs.grad_outputs, *groups, *recomputed, *options, gradients_needed(inputs))
     return recorded
 
 

@@ -29,43 +29,55 @@ class Composition:
     def __init__(self, backend: str, decoder: ModuleType, loss: ModuleType):
         self.backend, self.decoder, self.loss = backend, decoder, loss
 
-    def forward(self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float) -> Losses:
+    def forward(
+        self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, head_norm: str, eps: float
+    ) -> Losses:
         """(total, pixel, frequency)."""
         log_composition(self.backend)
-        return self._velocity_and_losses(inputs, patch_size, frequency_scale, eps)[1]
+        return self._velocity_and_losses(inputs, patch_size, frequency_scale, head_norm, eps)[1]
 
     def forward_with_gradients(
-        self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float, needs: Sequence[bool]
+        self,
+        inputs: PixelDecoderLoss,
+        patch_size: int,
+        frequency_scale: float,
+        head_norm: str,
+        eps: float,
+        needs: Sequence[bool],
     ) -> tuple[Losses, Gradients]:
         """The losses, and the gradients of total in the dtypes in which they are kept; None where `needs` is False."""
         log_composition(self.backend)
-        cond = inputs.cond
-        wide = kept_like("pixel_decoder_loss", inputs)._replace(cond=cond)
-        velocity, losses = self._velocity_and_losses(wide, patch_size, frequency_scale, eps)
-        needs_image, needs_cond, needs_target, *needs_weights, needs_frequency, needs_sample = needs
-        needs_decoder = [needs_image, needs_cond, *needs_weights]
+        cond, query = inputs.cond, inputs.query
+        wide = kept_like("pixel_decoder_loss", inputs)._replace(cond=cond, query=query)
+        velocity, losses = self._velocity_and_losses(wide, patch_size, frequency_scale, head_norm, eps)
+        needs_image, needs_cond, needs_target, *needs_weights, needs_frequency, needs_sample, needs_query = needs
+        needs_decoder = [needs_image, needs_cond, *needs_weights, needs_query]
 
         scale = gradient_scale(velocity.dtype, velocity.numel())
         one = losses[0].new_full((), scale)
         needs_loss = [any(needs_decoder), needs_target, needs_frequency, needs_sample]
         grad_losses = (one, torch.zeros_like(one), torch.zeros_like(one))
-        found: Gradients = self.loss.backward(
-            *grad_losses, velocity, wide.target, *wide[-2:], frequency_scale, needs_loss
-        )
+        found: Gradients = self.loss.backward(*grad_losses, velocity, *loss_weights(wide), frequency_scale, needs_loss)
         grad_velocity, grad_target, *grad_loss_weights = found
         grads: Gradients = (None,) * len(needs_decoder)
         if grad_velocity is not None:
-            decoder_inputs = (wide.image, cond, wide.weights, patch_size, eps)
+            decoder_inputs = (wide.image, cond, wide.weights, query, patch_size, head_norm, eps)
             grads = self.decoder.backward(grad_velocity, *decoder_inputs, needs_decoder)
-        gradients = (*grads[:2], grad_target, *grads[2:], *grad_loss_weights)
+        gradients = (*grads[:2], grad_target, *grads[2:-1], *grad_loss_weights, grads[-1])
         return losses, unscaled(gradients, scale)
 
     def _velocity_and_losses(
-        self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float
+        self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, head_norm: str, eps: float
     ) -> tuple[torch.Tensor, Losses]:
-        velocity = self.decoder.forward(inputs.image, inputs.cond, inputs.weights, patch_size, eps)
-        losses = self.loss.forward(velocity, inputs.target, *inputs[-2:], frequency_scale)
+        decoder = (inputs.image, inputs.cond, inputs.weights, inputs.query)
+        velocity = self.decoder.forward(*decoder, patch_size, head_norm, eps)
+        losses = self.loss.forward(velocity, *loss_weights(inputs), frequency_scale)
         return velocity, losses
+
+
+def loss_weights(inputs: PixelDecoderLoss) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The arguments of the loss besides the velocity: target and weights."""
+    return inputs.target, inputs.frequency_weight, inputs.sample_weight
 
 
 def gradient_scale(dtype: torch.dtype, values: int) -> float:
@@ -76,11 +88,12 @@ def gradient_scale(dtype: torch.dtype, values: int) -> float:
 
 
 def empty_one_pass_gradients(inputs: PixelDecoderLoss, needs: Sequence[bool]) -> Gradients:
-    """Uninitialized tensors for the gradients times `gradient_scale`: as they are kept, that of cond in its dtype."""
-    grad_image, grad_cond, *others = empty_kept_gradients("pixel_decoder_loss", inputs, needs)
-    if grad_cond is not None:
-        grad_cond = torch.empty_like(grad_cond, dtype=inputs.cond.dtype)
-    return (grad_image, grad_cond, *others)
+    """Uninitialized tensors for the gradients times `gradient_scale`: as they are kept, those of cond and query in
+    their dtype."""
+    grad_image, grad_cond, *others, grad_query = empty_kept_gradients("pixel_decoder_loss", inputs, needs)
+    dtype = inputs.cond.dtype
+    grad_cond, grad_query = (g if g is None else torch.empty_like(g, dtype=dtype) for g in (grad_cond, grad_query))
+    return (grad_image, grad_cond, *others, grad_query)
 
 
 def unscaled(gradients: Gradients, scale: float) -> Gradients:

@@ -13,6 +13,7 @@ from deco_kernels.backends import arguments
 from deco_kernels.backends.arguments import Gradients, Losses
 from deco_kernels.backends.chunks import ImageChunk
 from deco_kernels.backends.composition import BLOCK
+from deco_kernels.backends.query import ChunkedQuery
 from deco_kernels.backends.upsample import UpsampleGradients, upsample_chunks
 from deco_kernels.signatures import PixelDecoderLoss, PixelDecoderLossFromTokens, mapped
 
@@ -31,13 +32,13 @@ class LossFromTokens:
         self.loss, self.chunk_pixels = loss, chunk_pixels
 
     def forward(
-        self, inputs: PixelDecoderLossFromTokens, patch_size: int, frequency_scale: float, eps: float
+        self, inputs: PixelDecoderLossFromTokens, patch_size: int, frequency_scale: float, head_norm: str, eps: float
     ) -> Losses:
         """(total, pixel, frequency)."""
-        upsample = _upsample(inputs, needs=(False, False, False))
+        upsample, query = _upsample(inputs, needs=(False,) * 3), _query(inputs, needs=(False,) * 4)
         parts = [
-            self.loss.forward(part, patch_size, frequency_scale, eps)
-            for _, part in self._parts(inputs, upsample, patch_size)
+            self.loss.forward(part, patch_size, frequency_scale, head_norm, eps)
+            for _, part in self._parts(inputs, upsample, query, patch_size)
         ]
         return _sums(parts, inputs.image)
 
@@ -46,34 +47,38 @@ class LossFromTokens:
         inputs: PixelDecoderLossFromTokens,
         patch_size: int,
         frequency_scale: float,
+        head_norm: str,
         eps: float,
         needs: Sequence[bool],
     ) -> tuple[Losses, Gradients]:
         """The losses, and the gradients of total in the dtypes in which they are kept; None where `needs` is False."""
-        needs_image, needs_tokens, needs_target, *needs_weights = needs
+        needs_image, needs_tokens, needs_target, *needs_weights = needs[: -len(inputs.query)]
         upsample = _upsample(inputs, (needs_tokens, *needs_weights[:2]))
-        needs_part = [needs_image, upsample.wanted, needs_target, *needs_weights[2:]]
-        needs_here = [needs_image, False, needs_target, False, False, *needs_weights[2:]]
-        kept = arguments.empty_kept_gradients(OP, inputs, needs_here)
+        query = _query(inputs, needs[-len(inputs.query) :])
+        needs_part = [needs_image, upsample.wanted, needs_target, *needs_weights[2:], query.wanted]
+        needs_here = [needs_image, False, needs_target, False, False, *needs_weights[2:], *[False] * len(inputs.query)]
+        kept = arguments.empty_kept_gradients(OP, inputs, needs_here)[: -len(inputs.query)]
         grad_image, _, grad_target, _, _, *totals, grad_sample_weight = arguments.zeroed(kept)
         losses = []
-        for chunk, part in self._parts(inputs, upsample, patch_size):
-            found, grads = self.loss.forward_with_gradients(part, patch_size, frequency_scale, eps, needs_part)
+        for chunk, part in self._parts(inputs, upsample, query, patch_size):
+            options = (patch_size, frequency_scale, head_norm, eps)
+            found, grads = self.loss.forward_with_gradients(part, *options, needs_part)
             losses.append(found)
-            grad_image_part, grad_cond, grad_target_part, *grads_of_weights, grad_sample_weight_part = grads
+            grad_image_part, grad_cond, grad_target_part, *grads_of_weights, grad_sample_weight_part, grad_query = grads
             for gradient, gradient_part in ((grad_image, grad_image_part), (grad_target, grad_target_part)):
                 if gradient is not None and gradient_part is not None:
                     chunk.of(gradient).copy_(gradient_part)
             upsample.add(chunk.tokens.start, grad_cond)
+            query.add(chunk.tokens, grad_query)
             arguments.add_gradients(tuple(totals), tuple(grads_of_weights))
             if grad_sample_weight is not None:
                 grad_sample_weight[chunk.images] += grad_sample_weight_part * _share(part.image, inputs.image)
         grad_tokens, *grads_up = upsample.results()
-        gradients = (grad_image, grad_tokens, grad_target, *grads_up, *totals, grad_sample_weight)
+        gradients = (grad_image, grad_tokens, grad_target, *grads_up, *totals, grad_sample_weight, *query.results())
         return _sums(losses, inputs.image), gradients
 
     def _parts(
-        self, inputs: PixelDecoderLossFromTokens, upsample: UpsampleGradients, patch_size: int
+        self, inputs: PixelDecoderLossFromTokens, upsample: UpsampleGradients, query: ChunkedQuery, patch_size: int
     ) -> Iterator[tuple[ImageChunk, PixelDecoderLoss]]:
         """(chunk, its call of pixel_decoder_loss) for each chunk."""
         image, tokens, sample_weight = inputs.image, inputs.tokens, inputs.sample_weight
@@ -88,7 +93,8 @@ class LossFromTokens:
             elif share != 1:
                 part_weight = image.new_full((len(image_part),), share, dtype=torch.float32)
             weights = (inputs.weights, inputs.frequency_weight, part_weight)
-            yield chunk, PixelDecoderLoss(image_part, cond, chunk.of(inputs.target), *weights)
+            part_query = query.of(chunk.tokens, tokens.dtype)
+            yield chunk, PixelDecoderLoss(image_part, cond, chunk.of(inputs.target), *weights, part_query)
 
 
 def _upsample(inputs: PixelDecoderLossFromTokens, needs: Sequence[bool]) -> UpsampleGradients:
@@ -97,6 +103,14 @@ def _upsample(inputs: PixelDecoderLossFromTokens, needs: Sequence[bool]) -> Upsa
     if tokens.dtype is torch.float16:  # its gradients would underflow
         tokens, up = tokens.float(), up._replace(up_weight=up.up_weight.to(torch.float16))
     return UpsampleGradients(tokens, mapped(torch.Tensor.float, up), needs)
+
+
+def _query(inputs: PixelDecoderLossFromTokens, needs: Sequence[bool]) -> ChunkedQuery:
+    """The query, with its tensors in the dtypes in which their gradients are kept."""
+    wide = arguments.kept_like(OP, inputs).query
+    if inputs.tokens.dtype is torch.float16 and wide.query_weight is not None:
+        wide = wide._replace(query_weight=wide.query_weight.to(torch.float16).float())
+    return ChunkedQuery(wide, inputs.weights.pixel_table.shape, needs)
 
 
 def _line_step(image: torch.Tensor, patch_size: int) -> int:

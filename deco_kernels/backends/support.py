@@ -23,6 +23,8 @@ class Request(NamedTuple):
     patch_size: int | None = None  # p
     channels: int | None = None  # C
     pixels: int | None = None  # P, if patches need not be square
+    query: bool = False  # whether a query is given
+    head_norm: str | None = None
     called_as: str = ""  # the public function if its name is not `op`
 
     @property
@@ -44,6 +46,8 @@ class Support:
     max_depth: int = 8
     patch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     channels: tuple[int, ...] = (1, 3, 4)
+    queries: tuple[bool, ...] = (False, True)
+    head_norms: tuple[str, ...] = ("layer", "rms")
 
     def refusal(self, request: Request) -> str | None:
         """Reason, with remedy, why the backend has no kernel for a call, or None. Skips sizes that the call lacks."""
@@ -59,6 +63,8 @@ class Support:
             (request.patch_size, self.patch_sizes, f"a patch size of {sizes}"),
             (request.pixels, areas, f"square patches of size {sizes}, whose P (of h) is {_words(areas)}"),
             (request.channels, self.channels, f"{channels} image channels"),
+            (request.query, self.queries, "no query"),
+            (request.head_norm, self.head_norms, f"a head norm of {_words(self.head_norms)}"),
         ]
         for given, served, text in checks:
             if given is not None and given not in served:

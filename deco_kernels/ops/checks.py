@@ -16,14 +16,18 @@ from deco_kernels.signatures import OPS, Argument
 Sizes = dict[str, Any]
 """Size of each symbol; "..." maps to the leading sizes."""
 
+Tensors = Sequence[Any]
+"""Tensor arguments of an op in order; None for an optional one that is not given, as are those left out at the end."""
+
 _STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _DOUBLE = frozenset((torch.float64,))
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _STRIDED = torch.strided
+HEAD_NORMS = ("layer", "rms")
 _MIN_SIDE = 5  # sides of 1 to 4 pixels cannot be reflected to 8
 
 
-def check_tensors(op: str, tensors: Sequence[torch.Tensor]) -> None:
+def check_tensors(op: str, tensors: Tensors) -> None:
     """Check that an op's tensors are strided, floating-point, on one device, and either all or none float64."""
     first, names = tensors[0], OPS[op].names
     if not isinstance(first, torch.Tensor):
@@ -40,8 +44,9 @@ def check_tensors(op: str, tensors: Sequence[torch.Tensor]) -> None:
             break
     else:
         return
-    for name, tensor in zip(names, tensors, strict=False):
-        _refuse_tensor(op, name, tensor, names[0], first)
+    for argument, tensor in zip(OPS[op].arguments, tensors, strict=False):
+        if tensor is not None or not argument.optional:
+            _refuse_tensor(op, argument.name, tensor, names[0], first)
 
 
 def _refuse_tensor(op: str, name: str, tensor: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
@@ -84,18 +89,21 @@ def check_same_dtype(op: str, name: str, tensor: torch.Tensor, other_name: str, 
         )
 
 
-def check_shapes(op: str, tensors: Sequence[torch.Tensor], sizes: Sizes | None = None) -> Sizes:
+def check_shapes(op: str, tensors: Tensors, sizes: Sizes | None = None) -> Sizes:
     """Check an op's tensors against each other and the given sizes. Returns the size of every symbol."""
     described = OPS[op]
     sizes = dict(sizes or {})
     for index in described.sized_by:
-        _take_sizes(op, described.arguments[index], tensors[index], sizes)
+        if index < len(tensors) and tensors[index] is not None:
+            _take_sizes(op, described.arguments[index], tensors[index], sizes)
     for text, factor, symbols in described.computed:
         size = factor
         for symbol in symbols:
             size = size * sizes[symbol]
         sizes[text] = size
     for argument, tensor in zip(described.arguments, tensors, strict=False):
+        if tensor is None:
+            continue
         expected = [sizes[symbol] for symbol in argument.sizes]
         if argument.leading:
             expected = [*sizes["..."], *expected]
@@ -152,7 +160,7 @@ def check_patch_size(op: str, image: torch.Tensor, patch_size: int) -> int:
     return size
 
 
-def check_decoder(op: str, tensors: Sequence[torch.Tensor], patch_size: int) -> int:
+def check_decoder(op: str, tensors: Tensors, patch_size: int) -> int:
     """Check the tensors and the patch size of a decoder; returns the patch size as an int."""
     check_tensors(op, tensors)
     patch_size = check_patch_size(op, tensors[0], patch_size)
@@ -165,6 +173,19 @@ def check_decoder(op: str, tensors: Sequence[torch.Tensor], patch_size: int) -> 
             f"B*(H/p)*(W/p) = {expected}, got {list(sizes['...'])} = {count}; check patch_size and the image's size"
         )
     return patch_size
+
+
+def given_query(*tensors: Any) -> Tensors:
+    """The arguments of a query, or () if all are None."""
+    return tensors if any(tensor is not None for tensor in tensors) else ()
+
+
+def check_head_norm(op: str, head_norm: str) -> str:
+    if head_norm not in HEAD_NORMS:
+        raise ValueError(
+            f"{op}: head_norm: expected one of {list(HEAD_NORMS)}, got {head_norm!r}; published DeCo models use 'layer'"
+        )
+    return head_norm
 
 
 def check_loss_images(op: str, name: str, image: torch.Tensor) -> None:
@@ -208,6 +229,39 @@ def check_number(op: str, name: str, value: float) -> float:
     if not -math.inf < number < math.inf:
         raise ValueError(f"{op}: {name}: expected a finite number, got {value}; pass a finite number")
     return number
+
+
+def check_query(op: str, activation: torch.Tensor, given: Tensors) -> tuple[torch.Tensor, Tensors]:
+    """Check that a query is given in one way at most, in the dtype of the activation.
+
+    Args:
+        activation: the op's second argument.
+        given: query, or query, query_tokens, query_weight, query_bias; () if all are None.
+
+    Returns:
+        (activation, query tensors), both after `autocast_activation`; None for each tensor that is not given.
+    """
+    names = OPS[op].names
+    names_of_query = names[names.index("query") :]
+    (activation,) = autocast_activation(activation)
+    if not given:
+        return activation, [None] * len(names_of_query)
+    query, *upsampled = given
+    missing = [name for name, tensor in zip(names_of_query[1:], upsampled, strict=True) if tensor is None]
+    if missing and len(missing) < len(upsampled):
+        raise ValueError(
+            f"{op}: {missing[0]}: expected a tensor, got None; pass query_tokens, query_weight and query_bias together"
+        )
+    if query is not None and upsampled and not missing:
+        raise ValueError(
+            f"{op}: query: expected None beside query_tokens, got a tensor; pass only one of them, for a sum of both "
+            "add an upsampled query yourself"
+        )
+    activations = [None if tensor is None else autocast_activation(tensor)[0] for tensor in given[:2]]
+    for name, tensor in zip(names_of_query, activations, strict=False):
+        if tensor is not None:
+            check_same_dtype(op, name, tensor, names[1], activation)
+    return activation, (*activations, *given[2:])
 
 
 def autocast_activation(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,5 +1,6 @@
 """pixel_decoder and pixel_decoder_from_tokens: the whole per-pixel decoder as one op."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,19 +28,24 @@ def pixel_decoder(
     head_bias: torch.Tensor,
     *,
     patch_size: int,
+    query: torch.Tensor | None = None,
+    head_norm: str = "layer",
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Per-pixel decoder of DeCo (arXiv 2511.19365, section 3): N AdaLN-modulated MLP blocks of width D on every pixel.
 
-    For pixel k = ky*p + kx of a p x p patch, with y the pixel's row of `cond`:
+    For pixel k = ky*p + kx of a p x p patch, with y and q the pixel's rows of `cond` and `query`:
 
-        h = pixel_weight @ rgb + pixel_table[k]
+        h = pixel_weight @ rgb + pixel_table[k] + q
         for each of the N blocks:
             shift, scale, gate = chunk3(mod_weight @ SiLU(y) + mod_bias)
             m = LayerNorm(h; norm_weight, norm_bias, eps) * (1 + scale) + shift
             h = h + gate * (fc2_weight @ SiLU(fc1_weight @ m + fc1_bias) + fc2_bias)
-        velocity = head_weight @ LayerNorm(h; no affine, eps) + head_bias
+        velocity = head_weight @ norm(h) + head_bias
+
+    norm(h) is LayerNorm(h; no affine, eps), or for head_norm "rms" h / sqrt(mean(h^2) + eps), as in the decoders of
+    CoD-Lite (arXiv 2604.12525); a weight of the norm is a factor of head_weight's columns.
 
     Args:
         image: [B, C, H, W], the noised image, any strides; float32, bfloat16 or float16.
@@ -51,7 +57,9 @@ def pixel_decoder(
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: [N, D, D] (out, in) and [N, D].
         head_weight, head_bias: [C, D], [C].
         patch_size: p, a divisor of H and W.
-        eps: added to the variance in LayerNorm.
+        query: like cond, in its dtype; None for zeros.
+        head_norm: "layer" or "rms".
+        eps: added to the variance in LayerNorm, and to the mean square.
         backend: name of a backend, or None for the choice by `use_backend`, then DECO_KERNELS_BACKEND, then automatic.
 
     Returns:
@@ -62,16 +70,17 @@ def pixel_decoder(
 
     Raises:
         TypeError: an argument that is not a tensor, an unsupported dtype, or mixed devices.
-        ValueError: sizes that do not match, or H or W not divisible by p.
+        ValueError: sizes that do not match, H or W not divisible by p, or another head_norm.
         BackendUnavailable: the explicitly chosen backend cannot run the call.
     """
     name = "pixel_decoder"
+    given = checks.given_query(query)
     blocks = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     weights = (pixel_weight, pixel_table, *blocks, head_weight, head_bias)
-    patch_size = checks.check_decoder(name, (image, cond, *weights), patch_size)
-    eps = checks.check_eps(name, eps)
-    (cond,) = checks.autocast_activation(cond)
-    velocity: torch.Tensor = _pixel_decoder(image, cond, *weights, patch_size, eps, chosen_backend(backend))
+    patch_size = checks.check_decoder(name, (image, cond, *weights, *given), patch_size)
+    options = (patch_size, checks.check_head_norm(name, head_norm), checks.check_eps(name, eps))
+    cond, queries = checks.check_query(name, cond, given)
+    velocity: torch.Tensor = _pixel_decoder(image, cond, *weights, *queries, *options, chosen_backend(backend))
     return velocity
 
 
@@ -94,6 +103,11 @@ def pixel_decoder_from_tokens(
     head_bias: torch.Tensor,
     *,
     patch_size: int,
+    query: torch.Tensor | None = None,
+    query_tokens: torch.Tensor | None = None,
+    query_weight: torch.Tensor | None = None,
+    query_bias: torch.Tensor | None = None,
+    head_norm: str = "layer",
     save_memory: bool = True,
     eps: float = 1e-6,
     backend: str | None = None,
@@ -105,35 +119,51 @@ def pixel_decoder_from_tokens(
         tokens: [..., Z]; leading sizes multiply to B*(H/p)*(W/p), patches in row-major order. Its dtype is the
             activation dtype; under autocast, float32 is cast to the autocast dtype.
         up_weight, up_bias: [P*D, Z], [P*D]; row k*D + d belongs to channel d of pixel k.
+        query: [..., P, D], in the dtype of tokens; None for zeros.
+        query_tokens, query_weight, query_bias: [..., Zq], leading sizes and dtype as tokens; [P*D, Zq] and [P*D], rows
+            as those of up_weight. In place of `query`: query = query_tokens @ query_weight.T + query_bias, which is not
+            stored as a whole.
         save_memory: whether the backward computes cond again. With False the forward keeps cond [..., P, D] for the
-            backward, in the activation dtype, if a gradient is wanted.
+            backward, in the activation dtype, if a gradient is wanted. The query is computed again in either case.
 
     The other arguments, the result and the errors are those of `pixel_decoder`.
     """
     name = "pixel_decoder_from_tokens"
+    given = checks.given_query(query, query_tokens, query_weight, query_bias)
     blocks = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     weights = (up_weight, up_bias, pixel_weight, pixel_table, *blocks, head_weight, head_bias)
-    patch_size = checks.check_decoder(name, (image, tokens, *weights), patch_size)
-    eps = checks.check_eps(name, eps)
-    (tokens,) = checks.autocast_activation(tokens)
-    save_memory = checks.check_flag(name, "save_memory", save_memory)
-    options = (patch_size, eps, chosen_backend(backend))
-    velocity: torch.Tensor = _pixel_decoder_from_tokens(image, tokens, *weights, *options, keep_cond=not save_memory)
+    patch_size = checks.check_decoder(name, (image, tokens, *weights, *given), patch_size)
+    options = (patch_size, checks.check_head_norm(name, head_norm), checks.check_eps(name, eps))
+    tokens, queries = checks.check_query(name, tokens, given)
+    keep_cond = not checks.check_flag(name, "save_memory", save_memory)
+    inputs = (image, tokens, *weights, *queries, *options, chosen_backend(backend))
+    velocity: torch.Tensor = _pixel_decoder_from_tokens(*inputs, keep_cond=keep_cond)
     return velocity
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def _define_decoder(name: str, upsamples: bool) -> Operation:
+def decoder_request(name: str, images: Sequence[str]) -> Callable[..., Request]:
+    """(tensors, options) -> Request of an op with a decoder; `images`: its arguments [B, C, H, W]."""
     names = OPS[name].names
-    norm_weight, patch_size = names.index("norm_weight"), len(names)
+    norm_weight, query = names.index("norm_weight"), names.index("query")
+    head_norm = len(names) + ("frequency_weight" in names) + 1
+    places = [names.index(image) for image in images]
 
     def request(*arguments: Any) -> Request:
         image, activation = arguments[:2]
         depth, width = arguments[norm_weight].shape
-        dtypes = (activation.dtype, image.dtype)
-        return Request(name, image.device.type, dtypes, width, depth, arguments[patch_size], image.shape[1])
+        dtypes = (activation.dtype, *[arguments[place].dtype for place in places])
+        has_query = any(tensor is not None for tensor in arguments[query : len(names)])
+        sizes = (width, depth, arguments[len(names)], image.shape[1])
+        return Request(name, image.device.type, dtypes, *sizes, query=has_query, head_norm=arguments[head_norm])
+
+    return request
+
+
+def _define_decoder(name: str, upsamples: bool) -> Operation:
+    names = OPS[name].names
 
     def fake(image: torch.Tensor, activation: torch.Tensor, *_: Any) -> torch.Tensor:
         return image.new_empty(image.shape, dtype=activation.dtype)
@@ -142,8 +172,8 @@ def _define_decoder(name: str, upsamples: bool) -> Operation:
         tokens, pixel_table = arguments[1], arguments[names.index("pixel_table")]
         return tokens.new_empty((*tokens.shape[:-1], *pixel_table.shape))
 
-    options, cond = "int patch_size, float eps", new_cond if upsamples else None
-    return define_op(name, options, ("velocity",), request, fake, new_cond=cond)
+    options, cond = "int patch_size, str head_norm, float eps", new_cond if upsamples else None
+    return define_op(name, options, ("velocity",), decoder_request(name, ("image",)), fake, new_cond=cond)
 
 
 _pixel_decoder = _define_decoder("pixel_decoder", upsamples=False)

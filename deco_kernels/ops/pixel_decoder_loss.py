@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 
-from deco_kernels.backends.support import Request
 from deco_kernels.ops import checks
 from deco_kernels.ops.one_pass import define_one_pass_op
+from deco_kernels.ops.pixel_decoder import decoder_request
 from deco_kernels.ops.registry import Operation, chosen_backend
-from deco_kernels.signatures import OPS
 
 
 def pixel_decoder_loss(
@@ -32,6 +31,8 @@ def pixel_decoder_loss(
     patch_size: int,
     frequency_scale: float = 1.0,
     sample_weight: torch.Tensor | None = None,
+    query: torch.Tensor | None = None,
+    head_norm: str = "layer",
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -55,8 +56,7 @@ def pixel_decoder_loss(
         patch_size: p, a divisor of H and W.
         frequency_scale: weight of the frequency part.
         sample_weight: [B], or None for ones; not renormalized.
-        eps: added to the variance in LayerNorm.
-        backend: as in `pixel_decoder`.
+        query, head_norm, eps, backend: as in `pixel_decoder`.
 
     Returns:
         (total, pixel, frequency), float32 scalars (float64 for float64 arguments); zeros for an empty batch. Only
@@ -68,8 +68,10 @@ def pixel_decoder_loss(
     """
     blocks = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     weights = (pixel_weight, pixel_table, *blocks, head_weight, head_bias, frequency_weight)
-    tensors, options = (image, cond, target, *weights), (patch_size, frequency_scale, eps, backend)
-    return _losses("pixel_decoder_loss", _pixel_decoder_loss, tensors, sample_weight, *options)
+    name, tensors = "pixel_decoder_loss", (image, cond, target, *weights)
+    given = checks.given_query(query)
+    options = (patch_size, frequency_scale, head_norm, eps, backend)
+    return _losses(name, _pixel_decoder_loss, tensors, sample_weight, given, *options)
 
 
 def pixel_decoder_loss_from_tokens(
@@ -95,6 +97,11 @@ def pixel_decoder_loss_from_tokens(
     patch_size: int,
     frequency_scale: float = 1.0,
     sample_weight: torch.Tensor | None = None,
+    query: torch.Tensor | None = None,
+    query_tokens: torch.Tensor | None = None,
+    query_weight: torch.Tensor | None = None,
+    query_bias: torch.Tensor | None = None,
+    head_norm: str = "layer",
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -105,14 +112,16 @@ def pixel_decoder_loss_from_tokens(
         tokens: [..., Z]; leading sizes multiply to B*(H/p)*(W/p), patches in row-major order. Its dtype is the
             activation dtype; under autocast, float32 is cast to the autocast dtype.
         up_weight, up_bias: [P*D, Z], [P*D]; row k*D + d belongs to channel d of pixel k.
+        query, query_tokens, query_weight, query_bias: as in `pixel_decoder_from_tokens`.
 
     The other arguments, the results and the errors are those of `pixel_decoder_loss`.
     """
     blocks = (norm_weight, norm_bias, mod_weight, mod_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     weights = (up_weight, up_bias, pixel_weight, pixel_table, *blocks, head_weight, head_bias, frequency_weight)
-    tensors = (image, tokens, target, *weights)
-    options = (patch_size, frequency_scale, eps, backend)
-    return _losses("pixel_decoder_loss_from_tokens", _pixel_decoder_loss_from_tokens, tensors, sample_weight, *options)
+    name, tensors = "pixel_decoder_loss_from_tokens", (image, tokens, target, *weights)
+    given = checks.given_query(query, query_tokens, query_weight, query_bias)
+    options = (patch_size, frequency_scale, head_norm, eps, backend)
+    return _losses(name, _pixel_decoder_loss_from_tokens, tensors, sample_weight, given, *options)
 
 
 def _losses(
@@ -120,21 +129,23 @@ def _losses(
     operation: Operation,
     tensors: tuple[torch.Tensor, ...],
     sample_weight: torch.Tensor | None,
+    query: checks.Tensors,
     patch_size: int,
     frequency_scale: float,
+    head_norm: str,
     eps: float,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Check the arguments of op `name` and call it."""
-    given = tensors + (() if sample_weight is None else (sample_weight,))
+    """Check the arguments of op `name` and call it; `query` comes from `given_query`."""
+    given = (*tensors, sample_weight, *query) if query or sample_weight is not None else tensors
     patch_size = checks.check_decoder(name, given, patch_size)
     checks.check_loss_images(name, "image", tensors[0])
     frequency_scale = checks.check_number(name, "frequency_scale", frequency_scale)
-    eps = checks.check_eps(name, eps)
+    head_norm, eps = checks.check_head_norm(name, head_norm), checks.check_eps(name, eps)
     image, activation, *others = tensors
-    (activation,) = checks.autocast_activation(activation)
-    options = (patch_size, frequency_scale, eps, chosen_backend(backend))
-    total, pixel, frequency = operation(image, activation, *others, sample_weight, *options)
+    activation, queries = checks.check_query(name, activation, query)
+    options = (patch_size, frequency_scale, head_norm, eps, chosen_backend(backend))
+    total, pixel, frequency = operation(image, activation, *others, sample_weight, *queries, *options)
     return total, pixel, frequency
 
 
@@ -147,17 +158,9 @@ def _fake_losses(image: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _define(name: str) -> Operation:
-    names = OPS[name].names
-    norm_weight, patch_size = names.index("norm_weight"), len(names)
-
-    def request(*arguments: Any) -> Request:
-        image, activation, target = arguments[:3]
-        depth, width = arguments[norm_weight].shape
-        dtypes = (activation.dtype, image.dtype, target.dtype)
-        return Request(name, image.device.type, dtypes, width, depth, arguments[patch_size], image.shape[1])
-
-    options, outputs = "int patch_size, float frequency_scale, float eps", ("total", "pixel", "frequency")
-    return define_one_pass_op(name, options, outputs, request, _fake_losses)
+    options = "int patch_size, float frequency_scale, str head_norm, float eps"
+    request = decoder_request(name, ("image", "target"))
+    return define_one_pass_op(name, options, ("total", "pixel", "frequency"), request, _fake_losses)
 
 
 _pixel_decoder_loss = _define("pixel_decoder_loss")

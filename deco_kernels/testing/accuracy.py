@@ -71,27 +71,29 @@ def eager_results(inputs: Inputs) -> Results:
     return _differentiate(inputs, lambda tensors: eager(inputs.op, tensors, inputs.options))
 
 
-def eager(op: str, tensors: dict[str, torch.Tensor | None], options: dict[str, int | float]) -> Outputs:
+def eager(op: str, tensors: dict[str, torch.Tensor | None], options: dict[str, int | float | str]) -> Outputs:
     """The op's formula in plain PyTorch, as computed by a training script under autocast."""
     module = "flow_matching_loss" if op in LOSSES else op
     reference = importlib.import_module(f"deco_kernels.backends.reference.{module}")
     formula = reference.frequency_formula if op == "frequency_loss" else reference.formula
     options = {name: value for name, value in options.items() if name != "save_memory"}  # it changes no result
-    options = options if op in LOSSES else {**options, "eps": options.get("eps", 1e-6)}
+    if op not in LOSSES:
+        head_norm = {"head_norm": options.get("head_norm", "layer")} if "patch_size" in options else {}
+        options = {**options, **head_norm, "eps": options.get("eps", 1e-6)}
     if op in LOSSES:
-        tensors = {name: None if t is None else t.to(_loss_dtype(t)) for name, t in tensors.items()}
-        return formula(*tensors.values(), *options.values())
+        given = [None if t is None else t.to(_loss_dtype(t)) for t in map(tensors.get, OPS[op].names)]
+        return formula(*given, *options.values())
     activation = _activation(tensors)
     assert activation is not None
-    group = OPS[op].group
+    group, names = OPS[op].group, OPS[op].names
     if activation.dtype in (torch.float32, torch.float64):
-        converted = (None if tensor is None else tensor.to(activation.dtype) for tensor in tensors.values())
+        converted = (None if t is None else t.to(activation.dtype) for t in map(tensors.get, names))
         return formula(*grouped(group, converted), *options.values())
     table = tensors.get("pixel_table")
     if table is not None:
         tensors = {**tensors, "pixel_table": table.to(activation.dtype)}
     with torch.autocast(activation.device.type, activation.dtype):
-        return formula(*grouped(group, tensors.values()), *options.values())
+        return formula(*grouped(group, map(tensors.get, names)), *options.values())
 
 
 def _activation(tensors: dict[str, torch.Tensor | None]) -> torch.Tensor | None:

@@ -18,6 +18,8 @@ OPS = (
 LOSSES = ("flow_matching_loss", "frequency_loss")
 ONE_PASS = ("pixel_decoder_loss", "pixel_decoder_loss_from_tokens")
 """Ops whose forward also computes the gradients; only their first output is differentiable."""
+QUERY_WIDTH = 24
+"""Zq."""
 KEEPS_COND = ("upsample_modulate", "pixel_decoder_from_tokens")
 """Ops that keep the upsampled condition between forward and backward, or with `save_memory` compute it again."""
 
@@ -25,17 +27,21 @@ KEEPS_COND = ("upsample_modulate", "pixel_decoder_from_tokens")
 class Inputs(NamedTuple):
     """One call of an op: its tensors by argument name, its options, and the gradients of its outputs.
 
-    The gradient of an output that is not differentiable is 0.
+    Optional tensors may be left out. The gradient of an output that is not differentiable is 0.
     """
 
     op: str
     tensors: dict[str, torch.Tensor | None]
-    options: dict[str, int | float]
+    options: dict[str, int | float | str]
     grad_outputs: tuple[torch.Tensor, ...]
+
+    def in_order(self) -> list[torch.Tensor | None]:
+        """The tensors as passed to operators, with None for those that are left out."""
+        return [self.tensors.get(name) for name in signatures.OPS[self.op].names]
 
     def groups(self) -> tuple[Any, ...]:
         """The tensors as passed to backends, with weights in groups."""
-        return signatures.grouped(signatures.OPS[self.op].group, self.tensors.values())
+        return signatures.grouped(signatures.OPS[self.op].group, self.in_order())
 
 
 def random_inputs(
@@ -50,6 +56,8 @@ def random_inputs(
     channels: int = 3,
     image_size: tuple[int, int, int] = (1, 64, 64),
     token_width: int = 48,
+    query: str | None = None,
+    head_norm: str = "layer",
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Inputs:
@@ -63,6 +71,8 @@ def random_inputs(
         width, depth, patch_size, channels: D, N, p, C.
         image_size: (B, H, W); ops on rows have B*H*W rows.
         token_width: Z.
+        query: None, "given" for the argument of this name, or "tokens" for query_tokens, with Zq = 24.
+        head_norm: of a decoder.
         device: device of the tensors; values do not depend on it.
         seed: seed of the random generator.
     """
@@ -72,7 +82,7 @@ def random_inputs(
     token_count = batch * (rows // patch_size) * (columns // patch_size)
     image_shape, row_shape = (batch, channels, rows, columns), (token_count, pixels, width)
     tensors: dict[str, torch.Tensor | None]
-    options: dict[str, int | float]
+    options: dict[str, int | float | str]
     up = {
         "up_weight": draw.weight(pixels * width, token_width),
         "up_bias": draw.bias(pixels * width),
@@ -110,6 +120,9 @@ def random_inputs(
         tensors |= draw.decoder(width, depth, pixels, channels)
         if op in ONE_PASS:
             tensors |= draw.loss_weights(batch)
+        if query is not None:
+            tensors |= draw.query(query, token_count, pixels, width)
+        options |= {"head_norm": head_norm}
     return Inputs(op, tensors, options, grad_outputs)
 
 
@@ -163,6 +176,15 @@ class _Draw:
             "fc1_bias": self.bias(*stack, width),
             "fc2_weight": self.weight(*stack, width, width),
             "fc2_bias": self.bias(*stack, width),
+        }
+
+    def query(self, kind: str, tokens: int, pixels: int, width: int) -> dict[str, torch.Tensor]:
+        if kind == "given":
+            return {"query": self.normal(tokens, pixels, width)}
+        return {
+            "query_tokens": self.normal(tokens, QUERY_WIDTH),
+            "query_weight": self.weight(pixels * width, QUERY_WIDTH),
+            "query_bias": self.bias(pixels * width),
         }
 
     def loss_weights(self, batch: int) -> dict[str, torch.Tensor]:

@@ -275,7 +275,7 @@ def test_nan_and_inf_reach_the_losses(emulated, op, size, value):
 @each_op
 def test_loss_opcheck(emulated, op):
     inputs = small_inputs(op, BF16)
-    arguments = (*inputs.tensors.values(), *inputs.options.values(), BACKEND)
+    arguments = (*inputs.in_order(), *inputs.options.values(), BACKEND)
     torch.library.opcheck(getattr(torch.ops.deco_kernels, op).default, arguments)
     for needs in ([True] * 4, [True, False, True, False]):
         backward = getattr(torch.ops.deco_kernels, f"{op}_backward").default

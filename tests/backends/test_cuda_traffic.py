@@ -7,7 +7,7 @@ import torch
 from deco_kernels import testing
 from deco_kernels.backends import l2_cache
 from deco_kernels.backends.cuda import pixel_decoder_loss
-from deco_kernels.signatures import PixelDecoderLoss, flat, grouped
+from deco_kernels.signatures import OPS, flat
 from deco_kernels.testing import emulation
 
 pytestmark = pytest.mark.emulate
@@ -57,14 +57,15 @@ def test_every_chunk_reads_and_writes_the_sums(emulated, monkeypatch):
 
 def bytes_outside_the_workspace(columns: int) -> dict[str, tuple[int, int]]:
     """Bytes of the inputs and gradients that one chunk of pixel_decoder_loss reads and writes, each once."""
-    tensors = testing.random_inputs(
+    call = testing.random_inputs(
         "pixel_decoder_loss", dtype=torch.bfloat16, other_dtype=torch.float32, depth=N, image_size=(1, 16, columns)
-    ).tensors
-    inputs = grouped(PixelDecoderLoss, list(tensors.values()))
-    needs = [name != "target" and "frequency" not in name and name != "sample_weight" for name in tensors]
+    )
+    tensors, inputs = call.tensors, call.groups()
+    without = ("target", "frequency_weight", "sample_weight", "query")
+    needs = [name not in without for name in OPS["pixel_decoder_loss"].names]
     kept = []
     launches = emulation.record_accesses(
-        lambda: kept.extend(pixel_decoder_loss.forward_with_gradients(inputs, 16, 1.0, 1e-6, needs)[1])
+        lambda: kept.extend(pixel_decoder_loss.forward_with_gradients(inputs, 16, 1.0, "layer", 1e-6, needs)[1])
     )
     places = {"cond": tensors["cond"], "image": tensors["image"], "target": tensors["target"]}
     places |= {"grad image": kept[0], "grad cond": kept[1]}

@@ -48,7 +48,7 @@ def test_views_give_the_same_result(op, dtype):
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
     inputs = on_gpu(small_inputs(op, BF16))
-    arguments = (*inputs.tensors.values(), *(inputs.options | DEFAULTS[op]).values(), "triton")
+    arguments = (*inputs.in_order(), *(inputs.options | DEFAULTS[op]).values(), "triton")
     torch.library.opcheck(getattr(torch.ops.deco_kernels, op).default, arguments)
 
 

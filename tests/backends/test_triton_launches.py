@@ -36,7 +36,7 @@ def test_recording_launches_runs_nothing():
 
     inputs = testing.random_inputs("pixel_decoder", dtype=torch.bfloat16, image_size=(1, 32, 32))
     with launching.record_launches("sm_90") as launches:
-        pixel_decoder.forward(*inputs.groups(), 16, 1e-6)
+        pixel_decoder.forward(*inputs.groups(), 16, "layer", 1e-6)
     assert names(launches) == ["pack_kernel", "forward_kernel"]
     assert launches[1].args["D"] == 32 and launches[1].options["num_warps"] == 4
 

@@ -69,6 +69,8 @@ class Case(NamedTuple):
     token_width: int = 48
     seed: int = 0
     save_memory: bool = False  # of the ops in KEEPS_COND
+    query: str | None = None
+    head_norm: str = "layer"
 
     def inputs(self, op: str) -> testing.Inputs:
         arguments = self._asdict()

@@ -65,10 +65,12 @@ def test_opcheck_of_the_composition(implementation, op):
 
 def opcheck(implementation, op, inputs):
     operators = torch.ops.deco_kernels
-    arguments = (*inputs.tensors.values(), *(inputs.options | DEFAULTS[op]).values(), implementation)
+    tensors = inputs.in_order()
+    arguments = (*tensors, *(inputs.options | DEFAULTS[op]).values(), implementation)
     torch.library.opcheck(getattr(operators, op).default, arguments)
     backward = getattr(operators, f"{op}_backward").default
-    every_second = [index % 2 == 0 for index in range(len(inputs.tensors))]
+    every = [tensor is not None for tensor in tensors]
+    every_second = [given and index % 2 == 0 for index, given in enumerate(every)]
     if op in ONE_PASS:
         pass_with_gradients = getattr(operators, f"{op}_with_gradients").default
         without_autograd = {"test_utils": ("test_schema", "test_faketensor")}
@@ -81,9 +83,9 @@ def opcheck(implementation, op, inputs):
         with_cond = getattr(operators, f"{op}_with_cond").default
         torch.library.opcheck(with_cond, arguments)
         conds = [(with_cond(*arguments)[-1],), (None,)]
-    scalars = arguments[len(inputs.tensors) :]
-    for needs, cond in zip(([True] * len(inputs.tensors), every_second), 2 * conds, strict=False):
-        torch.library.opcheck(backward, (*inputs.grad_outputs, *inputs.tensors.values(), *cond, *scalars, needs))
+    scalars = arguments[len(tensors) :]
+    for needs, cond in zip((every, every_second), 2 * conds, strict=False):
+        torch.library.opcheck(backward, (*inputs.grad_outputs, *tensors, *cond, *scalars, needs))
 
 
 @each_op

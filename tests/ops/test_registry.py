@@ -143,8 +143,8 @@ def test_the_description_is_the_public_signature(op):
 
 
 def test_groups_hold_the_tensors_in_order():
-    group = grouped(OPS["pixel_decoder"].group, range(14))
-    assert flat(group) == list(range(14))
+    group = grouped(OPS["pixel_decoder"].group, range(15))
+    assert flat(group) == list(range(15))
     assert (group.weights.blocks.modulation.norm_weight, group.weights.head_bias) == (4, 13)
 
 

@@ -67,7 +67,7 @@ def test_nothing_is_kept_without_a_gradient(op, save_memory):
 def test_the_kept_condition_is_the_upsample(implementation, dtype, tolerance):
     inputs = small_inputs("upsample_modulate", dtype)
     operator = torch.ops.deco_kernels.upsample_modulate_with_cond.default
-    cond = operator(*inputs.tensors.values(), 1e-6, implementation)[-1]
+    cond = operator(*inputs.in_order(), 1e-6, implementation)[-1]
     tokens, weight, bias = (inputs.tensors[name].double() for name in ("tokens", "up_weight", "up_bias"))
     expected = tokens @ weight.to(dtype).double().T + bias
     assert cond.shape == inputs.tensors["h"].shape and cond.dtype is dtype

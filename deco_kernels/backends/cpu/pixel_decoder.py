@@ -12,7 +12,13 @@ from deco_kernels.signatures import DecoderWeights
 
 
 def forward(
-    image: torch.Tensor, cond: torch.Tensor, weights: DecoderWeights, patch_size: int, eps: float
+    image: torch.Tensor,
+    cond: torch.Tensor,
+    weights: DecoderWeights,
+    query: torch.Tensor | None,
+    patch_size: int,
+    head_norm: str,
+    eps: float,
 ) -> torch.Tensor:
     """velocity [B, C, H, W] in the dtype of cond."""
     cond = arguments.readable_pixel_rows(cond)
@@ -35,12 +41,14 @@ def backward(
     image: torch.Tensor,
     cond: torch.Tensor,
     weights: DecoderWeights,
+    query: torch.Tensor | None,
     patch_size: int,
+    head_norm: str,
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (image, cond, weights); None where `needs` is False."""
-    grads = arguments.empty_gradients((image, cond, weights), needs)
+    """Gradients of (image, cond, weights, query); None where `needs` is False."""
+    grads = arguments.empty_gradients((image, cond, weights, query), needs)
     cond = arguments.readable_pixel_rows(cond)
     weights = arguments.contiguous(weights)
     native.cpu().pixel_decoder_backward(
@@ -51,7 +59,7 @@ def backward(
         arguments.arrays(weights),
         arguments.image(grads[0]),
         arguments.pixel_rows(grads[1]),
-        arguments.arrays(grads[2:]),
+        arguments.arrays(grads[2:-1]),
         eps,
         torch.get_num_threads(),
     )

@@ -11,7 +11,7 @@ import torch
 from deco_kernels import native
 from deco_kernels.backends import arguments
 from deco_kernels.backends.upsample import UpsampleGradients, chunk_tokens, upsample_chunks
-from deco_kernels.signatures import DecoderWeights, UpsampleWeights
+from deco_kernels.signatures import DecoderWeights, Query, UpsampleWeights
 
 
 def forward(
@@ -19,7 +19,9 @@ def forward(
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: DecoderWeights,
+    query: Query,
     patch_size: int,
+    head_norm: str,
     eps: float,
     cond: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -79,12 +81,14 @@ def backward(
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: DecoderWeights,
+    query: Query,
     cond: torch.Tensor | None,
     patch_size: int,
+    head_norm: str,
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (image, tokens, upsample weights, decoder weights); None where `needs` is False.
+    """Gradients of (image, tokens, upsample weights, decoder weights, query); None where `needs` is False.
 
     `cond` has the conditions of the forward; None if they are computed again.
     """
@@ -92,7 +96,7 @@ def backward(
     pixels, width = weights.pixel_table.shape
     grad_image = torch.empty(image.shape, dtype=image.dtype) if needs[0] else None
     upsample = UpsampleGradients(tokens, up, needs[1:4])
-    totals = arguments.zero_totals(weights, needs[4:])
+    totals = arguments.zero_totals(weights, needs[4:-4])
     kept_rows = None if cond is None else cond.reshape(-1, pixels * width)
     for chunk in upsample_chunks(image.shape, patch_size, chunk_tokens(up)):
         image_chunk = chunk.of(image)
@@ -113,4 +117,4 @@ def backward(
         )
         arguments.add_gradients(totals, grads)
         upsample.add(chunk.tokens.start, grad_cond)
-    return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, weights))
+    return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, weights), *[None] * 4)

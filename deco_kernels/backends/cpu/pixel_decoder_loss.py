@@ -17,19 +17,24 @@ from deco_kernels.signatures import PixelDecoderLoss, flat
 _composition = Composition("cpu", pixel_decoder, flow_matching_loss)
 
 
-def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float) -> Losses:
+def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, head_norm: str, eps: float) -> Losses:
     """(total, pixel, frequency), float32 scalars."""
     if patch_size < BLOCK:
-        return _composition.forward(inputs, patch_size, frequency_scale, eps)
+        return _composition.forward(inputs, patch_size, frequency_scale, head_norm, eps)
     return _run(inputs, patch_size, frequency_scale, eps, [None] * len(flat(inputs)))
 
 
 def forward_with_gradients(
-    inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float, needs: Sequence[bool]
+    inputs: PixelDecoderLoss,
+    patch_size: int,
+    frequency_scale: float,
+    head_norm: str,
+    eps: float,
+    needs: Sequence[bool],
 ) -> tuple[Losses, Gradients]:
     """The losses, and the gradients of total in the dtypes in which they are kept; None where `needs` is False."""
     if patch_size < BLOCK:
-        return _composition.forward_with_gradients(inputs, patch_size, frequency_scale, eps, needs)
+        return _composition.forward_with_gradients(inputs, patch_size, frequency_scale, head_norm, eps, needs)
     kept = arguments.empty_kept_gradients("pixel_decoder_loss", inputs, needs)
     return _run(inputs, patch_size, frequency_scale, eps, kept), kept
 
@@ -42,12 +47,12 @@ def _run(
     grads: Sequence[torch.Tensor | None],
 ) -> Losses:
     """Computes the losses, and writes the gradients that are not None."""
-    image, cond, target, weights, *loss_weights = inputs
+    image, cond, target, weights, *loss_weights, _ = inputs
     cond = arguments.readable_pixel_rows(cond)
     weights = arguments.contiguous(weights)
     loss_weights_in_float32 = [None if w is None else w.to(torch.float32).contiguous() for w in loss_weights]
     total, pixel, frequency = (torch.empty((), dtype=torch.float32) for _ in range(3))
-    grad_image, grad_cond, grad_target, *grad_weights, grad_frequency_weight, grad_sample_weight = grads
+    grad_image, grad_cond, grad_target, *grad_weights, grad_frequency_weight, grad_sample_weight, _ = grads
     native.cpu().pixel_decoder_loss(
         arguments.decoder_sizes(image, weights, patch_size),
         arguments.image(image),
@@ -57,7 +62,7 @@ def _run(
         *arguments.addresses(loss_weights_in_float32),
         frequency_scale,
         *arguments.addresses((total, pixel, frequency)),
-        int(any(gradient is not None for gradient in grads[:-2])),
+        int(any(gradient is not None for gradient in grads[:-3])),
         arguments.image(grad_image),
         arguments.pixel_rows(grad_cond),
         arguments.image(grad_target),

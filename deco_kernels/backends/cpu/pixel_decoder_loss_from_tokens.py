@@ -12,9 +12,11 @@ chunked = LossFromTokens(pixel_decoder_loss, 1 << 17)
 forward_with_gradients = chunked.forward_with_gradients
 
 
-def forward(inputs: PixelDecoderLossFromTokens, patch_size: int, frequency_scale: float, eps: float) -> Losses:
+def forward(
+    inputs: PixelDecoderLossFromTokens, patch_size: int, frequency_scale: float, head_norm: str, eps: float
+) -> Losses:
     """(total, pixel, frequency)."""
-    decoder = (inputs.image, inputs.tokens, inputs.up, inputs.weights)
-    velocity = pixel_decoder_from_tokens.forward(*decoder, patch_size, eps)
+    decoder = (inputs.image, inputs.tokens, inputs.up, inputs.weights, inputs.query)
+    velocity = pixel_decoder_from_tokens.forward(*decoder, patch_size, head_norm, eps)
     loss = (velocity, inputs.target, inputs.frequency_weight, inputs.sample_weight)
     return flow_matching_loss.forward(*loss, frequency_scale)

@@ -13,7 +13,10 @@ from deco_kernels import native
 from deco_kernels.backends.support import Support
 
 SUPPORT = Support(
-    "NVIDIA GPUs from sm_80, where the CUDA module was built; by name only", activations=(torch.bfloat16, torch.float16)
+    "NVIDIA GPUs from sm_80, where the CUDA module was built; by name only",
+    activations=(torch.bfloat16, torch.float16),
+    queries=(False,),
+    head_norms=("layer",),
 )
 unsupported_reason = SUPPORT.refusal
 

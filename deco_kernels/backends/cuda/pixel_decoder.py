@@ -13,7 +13,13 @@ from deco_kernels.signatures import DecoderWeights
 
 
 def forward(
-    image: torch.Tensor, cond: torch.Tensor, weights: DecoderWeights, patch_size: int, eps: float
+    image: torch.Tensor,
+    cond: torch.Tensor,
+    weights: DecoderWeights,
+    query: torch.Tensor | None,
+    patch_size: int,
+    head_norm: str,
+    eps: float,
 ) -> torch.Tensor:
     """velocity [B, C, H, W] in the dtype of cond."""
     velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
@@ -27,16 +33,18 @@ def backward(
     image: torch.Tensor,
     cond: torch.Tensor,
     weights: DecoderWeights,
+    query: torch.Tensor | None,
     patch_size: int,
+    head_norm: str,
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (image, cond, weights); None where `needs` is False."""
-    grads = arguments.empty_gradients((image, cond, weights), needs)
+    """Gradients of (image, cond, weights, query); None where `needs` is False."""
+    grads = arguments.empty_gradients((image, cond, weights, query), needs)
     if image.numel() == 0:
         return arguments.zeroed(grads)
     cond, weights = calls.readable_pixel_rows(cond), arguments.contiguous(weights)
-    run_backward(grad_velocity, image, cond, weights, grads[0], grads[1], grads[2:], patch_size, eps)
+    run_backward(grad_velocity, image, cond, weights, grads[0], grads[1], grads[2:-1], patch_size, eps)
     return grads
 
 

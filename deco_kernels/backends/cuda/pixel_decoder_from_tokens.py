@@ -13,7 +13,7 @@ import torch
 from deco_kernels.backends import arguments, l2_cache
 from deco_kernels.backends.cuda import pixel_decoder
 from deco_kernels.backends.upsample import UpsampleGradients, forward_chunk_pixels, upsample_chunks
-from deco_kernels.signatures import DecoderWeights, UpsampleWeights
+from deco_kernels.signatures import DecoderWeights, Query, UpsampleWeights
 
 
 def forward(
@@ -21,7 +21,9 @@ def forward(
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: DecoderWeights,
+    query: Query,
     patch_size: int,
+    head_norm: str,
     eps: float,
     cond: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -43,18 +45,20 @@ def backward(
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: DecoderWeights,
+    query: Query,
     cond: torch.Tensor | None,
     patch_size: int,
+    head_norm: str,
     eps: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of (image, tokens, upsample weights, decoder weights); None where `needs` is False.
+    """Gradients of (image, tokens, upsample weights, decoder weights, query); None where `needs` is False.
 
     `cond` has the conditions of the forward; None if they are computed again.
     """
     upsample = UpsampleGradients(tokens, up, needs=needs[1:4])
     weights = arguments.contiguous(weights)
-    totals = arguments.zero_totals(weights, needs[4:])
+    totals = arguments.zero_totals(weights, needs[4:-4])
     grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device) if needs[0] else None
     kept = None if cond is None else cond.reshape(-1, weights.pixel_table.numel())
     for chunk in upsample_chunks(image.shape, patch_size, max(1, l2_cache.LARGE_PIXELS // patch_size**2)):
@@ -75,4 +79,4 @@ def backward(
         )
         arguments.add_gradients(totals, grads)
         upsample.add(chunk.tokens.start, grad_cond)
-    return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, weights))
+    return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, weights), *[None] * 4)

@@ -22,20 +22,25 @@ from deco_kernels.signatures import PixelDecoderLoss, flat
 _composition = Composition("cuda", pixel_decoder, flow_matching_loss)
 
 
-def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float) -> Losses:
+def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, head_norm: str, eps: float) -> Losses:
     """(total, pixel, frequency), float32 scalars."""
     if patch_size < BLOCK:
-        return _composition.forward(inputs, patch_size, frequency_scale, eps)
+        return _composition.forward(inputs, patch_size, frequency_scale, head_norm, eps)
     nothing: Gradients = (None,) * len(flat(inputs))
     return _run(inputs, patch_size, frequency_scale, eps, 1.0, nothing)
 
 
 def forward_with_gradients(
-    inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float, needs: Sequence[bool]
+    inputs: PixelDecoderLoss,
+    patch_size: int,
+    frequency_scale: float,
+    head_norm: str,
+    eps: float,
+    needs: Sequence[bool],
 ) -> tuple[Losses, Gradients]:
     """The losses, and the gradients of total in the dtypes in which they are kept; None where `needs` is False."""
     if patch_size < BLOCK:
-        return _composition.forward_with_gradients(inputs, patch_size, frequency_scale, eps, needs)
+        return _composition.forward_with_gradients(inputs, patch_size, frequency_scale, head_norm, eps, needs)
     grads = empty_one_pass_gradients(inputs, needs)
     if needs[2]:
         inputs = inputs._replace(target=inputs.target.float())  # its gradient is written in its dtype
@@ -53,7 +58,7 @@ def _run(
     grads: Gradients,
 ) -> Losses:
     """Computes the losses, and writes the gradients of grad_total·total that are not None."""
-    image, cond, target, weights, *loss_weights = inputs
+    image, cond, target, weights, *loss_weights, _ = inputs
     total, pixel, frequency = (torch.empty((), dtype=torch.float32, device=cond.device) for _ in range(3))
     if image.numel() == 0:
         arguments.zeroed(grads)
@@ -62,7 +67,7 @@ def _run(
     target = calls.readable_image_rows(target, cond.dtype)
     weights = arguments.contiguous(weights)
     loss_weights = [None if weight is None else weight.contiguous() for weight in loss_weights]
-    grad_image, grad_cond, grad_target, *grad_weights, grad_frequency_weight, grad_sample_weight = grads
+    grad_image, grad_cond, grad_target, *grad_weights, grad_frequency_weight, grad_sample_weight, _ = grads
     shape = arguments.decoder_sizes(image, weights, patch_size)
     backward = any(gradient is not None for gradient in (grad_image, grad_cond, *grad_weights))
     pixels = chunk_pixels(cond.device, *shape[-2:]) if backward else l2_cache.LARGE_PIXELS

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from deco_kernels.backends.arguments import Gradients, Losses, kept_like
-from deco_kernels.signatures import MATMUL, OPS, Argument, Group, UpsampleWeights, flat, grouped
+from deco_kernels.signatures import MATMUL, OPS, Argument, Group, Query, UpsampleWeights, flat, grouped
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -29,6 +29,14 @@ def prepare(op: str, inputs: Group, activation: torch.Tensor) -> Group:
 def upsample(tokens: torch.Tensor, up: UpsampleWeights, shape: Sequence[int]) -> torch.Tensor:
     """Conditions [..., P, D] of tokens [..., Z]; `shape` is (P, D)."""
     return torch.nn.functional.linear(tokens, *up).unflatten(-1, shape)
+
+
+def query_of(query: Query, shape: Sequence[int]) -> torch.Tensor | None:
+    """Query [..., P, D], given or upsampled; None if there is none. `shape` is (P, D)."""
+    if query.query_tokens is None:
+        return query.query
+    assert query.query_weight is not None and query.query_bias is not None
+    return upsample(query.query_tokens, UpsampleWeights(query.query_weight, query.query_bias), shape)
 
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -72,7 +80,7 @@ def _recording_gradients() -> Iterator[None]:
 
 def differentiate(
     formula: Callable[..., Any],
-    options: tuple[float, ...],
+    options: tuple[float | str, ...],
     inputs: Group,
     originals: Group,
     needs: Sequence[bool],
@@ -113,7 +121,7 @@ class OnePass:
     def __init__(self, op: str, formula: Callable[..., Losses]):
         self.op, self.formula = op, formula
 
-    def forward(self, inputs: Any, *options: float) -> Losses:
+    def forward(self, inputs: Any, *options: float | str) -> Losses:
         return self.formula(*prepare(self.op, inputs, inputs[1]), *options)
 
     def forward_with_gradients(self, inputs: Any, *options: Any) -> tuple[Losses, Gradients]:

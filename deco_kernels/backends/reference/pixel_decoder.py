@@ -28,21 +28,40 @@ def image_of(patches: Tensor, shape: torch.Size, patch_size: int) -> Tensor:
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(shape)
 
 
-def formula(image: Tensor, cond: Tensor, weights: DecoderWeights, patch_size: int, eps: float) -> Tensor:
+def formula(
+    image: Tensor,
+    cond: Tensor,
+    weights: DecoderWeights,
+    query: Tensor | None,
+    patch_size: int,
+    head_norm: str,
+    eps: float,
+) -> Tensor:
     """velocity [B, C, H, W]; every tensor in one dtype, or under autocast."""
     pixel_weight, pixel_table, blocks, head_weight, head_bias = weights
     patches = patches_of(image, patch_size)
     silu_cond = F.silu(cond).reshape(patches.shape[0], *pixel_table.shape)
     h = F.linear(patches, pixel_weight) + pixel_table
+    if query is not None:
+        h = h + query.reshape(h.shape)
     for one in zip(*flat(blocks), strict=True):
         h = block(h, silu_cond, grouped(BlockWeights, one), eps)
-    velocity = F.linear(F.layer_norm(h, h.shape[-1:], eps=eps), head_weight, head_bias)
+    normalized = (F.rms_norm if head_norm == "rms" else F.layer_norm)(h, h.shape[-1:], eps=eps)
+    velocity = F.linear(normalized, head_weight, head_bias)
     return image_of(velocity, image.shape, patch_size)
 
 
-def forward(image: Tensor, cond: Tensor, weights: DecoderWeights, patch_size: int, eps: float) -> Tensor:
-    inputs = prepare("pixel_decoder", PixelDecoder(image, cond, weights), cond)
-    return formula(*inputs, patch_size, eps).to(cond.dtype).contiguous()
+def forward(
+    image: Tensor,
+    cond: Tensor,
+    weights: DecoderWeights,
+    query: Tensor | None,
+    patch_size: int,
+    head_norm: str,
+    eps: float,
+) -> Tensor:
+    inputs = prepare("pixel_decoder", PixelDecoder(image, cond, weights, query), cond)
+    return formula(*inputs, patch_size, head_norm, eps).to(cond.dtype).contiguous()
 
 
 def backward(
@@ -50,10 +69,12 @@ def backward(
     image: Tensor,
     cond: Tensor,
     weights: DecoderWeights,
+    query: Tensor | None,
     patch_size: int,
+    head_norm: str,
     eps: float,
     needs: Sequence[bool],
 ) -> Gradients:
-    inputs = PixelDecoder(image, cond, weights)
+    inputs = PixelDecoder(image, cond, weights, query)
     prepared = prepare("pixel_decoder", inputs, cond)
-    return differentiate(formula, (patch_size, eps), prepared, inputs, needs, (grad_velocity,))
+    return differentiate(formula, (patch_size, head_norm, eps), prepared, inputs, needs, (grad_velocity,))

@@ -16,12 +16,14 @@ def formula(
     weights: DecoderWeights,
     frequency_weight: Tensor,
     sample_weight: Tensor | None,
+    query: Tensor | None,
     patch_size: int,
     frequency_scale: float,
+    head_norm: str,
     eps: float,
 ) -> Losses:
     """(total, pixel, frequency), scalars; every tensor in one dtype, or under autocast, which excludes the loss."""
-    velocity = pixel_decoder.formula(image, cond, weights, patch_size, eps)
+    velocity = pixel_decoder.formula(image, cond, weights, query, patch_size, head_norm, eps)
     wide = torch.promote_types(target.dtype, torch.float32)
     sample_weight = None if sample_weight is None else sample_weight.to(wide)
     with torch.autocast(image.device.type, enabled=False):

@@ -433,7 +433,13 @@ class DecoderBackward:
 
 
 def forward(
-    image: torch.Tensor, cond: torch.Tensor, weights: DecoderWeights, patch_size: int, eps: float
+    image: torch.Tensor,
+    cond: torch.Tensor,
+    weights: DecoderWeights,
+    query: torch.Tensor | None,
+    patch_size: int,
+    head_norm: str,
+    eps: float,
 ) -> torch.Tensor:
     """velocity [B, C, H, W] in the dtype of cond."""
     velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
@@ -452,17 +458,19 @@ def backward(
     image: torch.Tensor,
     cond: torch.Tensor,
     weights: DecoderWeights,
+    query: torch.Tensor | None,
     patch_size: int,
+    head_norm: str,
     eps: float,
     needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients of (image, cond, weights); None where `needs` is False."""
+    """Gradients of (image, cond, weights, query); None where `needs` is False."""
     grad_cond = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
     with device_guard(cond):
-        needed = (needs[0], needs[1], any(needs[2:]))
+        needed = (needs[0], needs[1], any(needs[2:-1]))
         sums = DecoderBackward(image, grad_velocity, weights, cond.dtype, patch_size, eps, needed)
         tokens = collapsed_rows(cond, 2)
         sums.add(tokens, 0, grad_cond.view(tokens.shape))
-        grad_weights = sums.grad_weights() if needed[2] else (None,) * len(needs[2:])
-    grads = (sums.grad_image, grad_cond, *grad_weights)
+        grad_weights = sums.grad_weights() if needed[2] else (None,) * len(needs[2:-1])
+    grads = (sums.grad_image, grad_cond, *grad_weights, None)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

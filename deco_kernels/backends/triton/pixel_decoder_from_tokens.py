@@ -14,7 +14,7 @@ import torch
 from deco_kernels.backends import l2_cache
 from deco_kernels.backends.arguments import Gradients
 from deco_kernels.backends.upsample import forward_chunk_pixels
-from deco_kernels.signatures import DecoderWeights, UpsampleWeights
+from deco_kernels.signatures import DecoderWeights, Query, UpsampleWeights
 
 from .launching import chunks, device_guard
 from .pixel_decoder import DecoderBackward, query_and_head, run_forward
@@ -27,7 +27,9 @@ def forward(
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: DecoderWeights,
+    query: Query,
     patch_size: int,
+    head_norm: str,
     eps: float,
     cond: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -51,17 +53,19 @@ def backward(
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: DecoderWeights,
+    query: Query,
     cond: torch.Tensor | None,
     patch_size: int,
+    head_norm: str,
     eps: float,
     needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients of (image, tokens, upsample weights, decoder weights); None where `needs` is False.
+    """Gradients of (image, tokens, upsample weights, decoder weights, query); None where `needs` is False.
 
     `cond` has the conditions of the forward; None if they are computed again.
     """
     upsample_needs = needs[1:4]
-    needed = (needs[0], any(upsample_needs), any(needs[4:]))
+    needed = (needs[0], any(upsample_needs), any(needs[4:-4]))
     with device_guard(tokens), torch.no_grad():
         sums = DecoderBackward(image, grad_velocity, weights, tokens.dtype, patch_size, eps, needed)
         upsample = Upsample(tokens, up, weights.pixel_table.shape)
@@ -72,6 +76,6 @@ def backward(
             grad_cond = torch.empty_like(conditions)
             sums.add(conditions, start, grad_cond)
             upsample.add_gradients(start, grad_cond, upsample_needs)
-        grad_weights = sums.grad_weights() if needed[2] else (None,) * len(needs[4:])
-        grads = (sums.grad_image, *upsample.grads(upsample_needs), *grad_weights)
+        grad_weights = sums.grad_weights() if needed[2] else (None,) * len(needs[4:-4])
+        grads = (sums.grad_image, *upsample.grads(upsample_needs), *grad_weights, *[None] * 4)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

@@ -132,7 +132,7 @@ class _PassWithGradients(_Pass):
     ):
         """`grads`: the gradients of all tensors, written; None where not needed."""
         super().__init__(inputs, patch_size, frequency_scale, eps)
-        grad_image, grad_cond, self.grad_target, *self.grad_weights, self.grad_frequency, self.grad_sample = grads
+        grad_image, grad_cond, self.grad_target, *self.grad_weights, self.grad_frequency, self.grad_sample, _ = grads
         needs_weights = any(gradient is not None for gradient in self.grad_weights)
         self.needs_decoder = grad_image is not None or grad_cond is not None or needs_weights
         self.grad_image = inputs.image if grad_image is None else grad_image  # as it is, if not needed
@@ -202,10 +202,10 @@ class _PassWithGradients(_Pass):
             self.grad_sample.copy_(grad_sample_weight(sums, self.coefficients))
 
 
-def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float) -> Losses:
+def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, head_norm: str, eps: float) -> Losses:
     """(total, pixel, frequency), float32 scalars."""
     if patch_size < BLOCK:
-        return _composition.forward(inputs, patch_size, frequency_scale, eps)
+        return _composition.forward(inputs, patch_size, frequency_scale, head_norm, eps)
     with device_guard(inputs.cond):
         if inputs.image.numel() == 0:
             return no_losses(inputs.image)
@@ -214,11 +214,16 @@ def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, e
 
 
 def forward_with_gradients(
-    inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float, needs: Sequence[bool]
+    inputs: PixelDecoderLoss,
+    patch_size: int,
+    frequency_scale: float,
+    head_norm: str,
+    eps: float,
+    needs: Sequence[bool],
 ) -> tuple[Losses, Gradients]:
     """The losses, and the gradients of total in the dtypes in which they are kept; None where `needs` is False."""
     if patch_size < BLOCK:
-        return _composition.forward_with_gradients(inputs, patch_size, frequency_scale, eps, needs)
+        return _composition.forward_with_gradients(inputs, patch_size, frequency_scale, head_norm, eps, needs)
     with device_guard(inputs.cond):
         grads = empty_one_pass_gradients(inputs, needs)
         if inputs.image.numel() == 0:
