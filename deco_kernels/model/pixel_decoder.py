@@ -21,7 +21,7 @@ from deco_kernels.ops.registry import check_backend_name
 from deco_kernels.signatures import OPS
 
 INTERACTIONS = ("adaln", "add")
-_STORED_WEIGHTS = OPS["pixel_decoder"].names[4:]  # those after pixel_weight and pixel_table
+_STORED_WEIGHTS = OPS["pixel_decoder"].names[4:-1]  # those after pixel_weight and pixel_table, without query
 
 
 def fold_query(
