@@ -60,10 +60,11 @@ test-timing: env
 sanitize: env
 	$(RUN) -m pytest -q -m sanitize tests/sanitize $(ARGS)
 
+# The tests compile all CUDA kernels.
 aot-all: env
 	@status=0; \
 	$(PYTEST) -m aot_all || status=$$?; \
-	$(RUN) -m benchmarks static --everywhere $(ARGS) || status=$$?; \
+	$(RUN) -m benchmarks static --everywhere --backend triton $(ARGS) || status=$$?; \
 	exit $$status
 
 demo: env-demo

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from benchmarks.harness.scaling import SIDES
 from benchmarks.ops.problem import problem_of
@@ -28,7 +28,7 @@ class Call(NamedTuple):
 
 
 class Pointer:
-    """Stands for a tensor in a kernel's arguments: dtype, and alignment of its address to 16 bytes."""
+    """Stands for a fake tensor in a kernel's arguments: dtype, and alignment of its address to 16 bytes."""
 
     def __init__(self, tensor: torch.Tensor):
         self.dtype = tensor.dtype
@@ -150,7 +150,7 @@ def distinct(recorded: Iterable[Any]) -> list[Kernel]:
     triton.knobs.runtime.jit_cache_hook = keep_key
     try:
         for launch in recorded:
-            arguments = {n: Pointer(v) if isinstance(v, torch.Tensor) else v for n, v in launch.args.items()}
+            arguments = {n: Pointer(v) if isinstance(v, FakeTensor) else v for n, v in launch.args.items()}
             arguments |= launch.options
             launch.kernel.warmup(grid=launch.grid, **arguments)
             function = f"{launch.kernel.fn.__module__}.{launch.kernel.fn.__name__}"

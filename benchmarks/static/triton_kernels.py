@@ -1,6 +1,7 @@
 """Figures of the compiled Triton kernels that the ops launch, for `python -m benchmarks static`."""
 
 import importlib
+import multiprocessing
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -156,10 +157,18 @@ def toolchain(architecture: str) -> str:
 
 def all_figures(cases: list[tuple[str, int, str]], part: str = "") -> Iterator[tuple[str, str, Figures]]:
     """(name, architecture, figures) of every Triton kernel in the (architecture, width, dtype) of `cases` whose name
-    starts with `part`."""
-    seen = set()
+    starts with `part`. The kernels of a case are compiled on all cores."""
     for architecture, width, dtype in cases:
-        for name, launch in recorded_launches(architecture, width, DTYPES[dtype]).items():
-            if name.startswith(part) and (name, architecture) not in seen:
-                seen.add((name, architecture))
-                yield name, architecture, figures(launch, architecture)
+        _case.clear()
+        launches = recorded_launches(architecture, width, DTYPES[dtype]).items()
+        _case.update((name, (launch, architecture)) for name, launch in launches if name.startswith(part))
+        with multiprocessing.get_context("fork").Pool() as pool:
+            for name, found in zip(_case, pool.imap(_figures_of, _case), strict=True):
+                yield name, architecture, found
+
+
+_case: dict[str, tuple[Any, str]] = {}  # kernel -> (launch, architecture); inherited by the processes of the pool
+
+
+def _figures_of(name: str) -> Figures:
+    return figures(*_case[name])

@@ -88,6 +88,7 @@ _ARCHITECTURE_TABLE: dict[tuple[str, int, int, str], Launch] = {
     ("pixel_decoder", 32, 4, "gfx942"): Launch(64, 8, 1, 2),
     ("pixel_decoder_recompute", 32, 4, "gfx942"): Launch(64, 4, 1, 2),
     ("pixel_decoder_recompute", 32, 2, "sm_80"): Launch(64, 2, 1, 4),
+    ("flow_matching_loss_backward", 0, 2, "sm_80"): Launch(32, 4, 1, 2),
     ("adaln_block_backward", 64, 2, "sm_100"): Launch(64, 8, 1, 1),
     ("adaln_block_backward", 64, 2, "sm_103"): Launch(64, 8, 1, 1),
 }
@@ -99,6 +100,7 @@ _CONSUMER_TABLE: dict[tuple[str, int, int], Launch] = {
     ("adaln_block_backward", 32, 2): Launch(32, 4, 2, 2),
     ("adaln_block_backward", 64, 2): Launch(64, 8, 1, 1),
     ("upsample_modulate_backward", 32, 2): Launch(64, 4, 1, 2),
+    ("flow_matching_loss_backward", 0, 2): Launch(32, 4, 1, 2),
 }
 
 

@@ -80,6 +80,18 @@ def test_the_page_shows_the_block_backward_of_d64_with_smaller_tiles():
         assert f"| {line}| {bound.milliseconds:.2f} {bound.name} |" in page("triton")
 
 
+def test_the_page_shows_the_gradient_of_the_loss_with_larger_tiles():
+    kernel = "flow_matching_loss.gradient_kernel+sums/D32/bfloat16"
+    path = BUDGETS.parent / "results" / "static" / "triton_loss_gradient_tile64.json"
+    for name, file in (("64, 8", path), ("32, 4 (the launch table)", BUDGETS)):
+        cells = [name]
+        for architecture in ("sm_80", "sm_89", "sm_120"):
+            record = json.loads(file.read_text())[kernel][architecture]
+            bound = bound_of(record, architecture)
+            cells.append(f"{record['spill_bytes']}, {bound.milliseconds:.3f} {bound.name}")
+        assert f"| {' | '.join(cells)} |" in page("triton")
+
+
 @pytest.mark.parametrize(
     ("launch", "said"),
     [
