@@ -229,14 +229,19 @@ OPS = {
 
 def grouped(group: type[Group], tensors: Iterable[Any]) -> Group:
     """Group the tensors, in order, into the fields of a group and its nested groups."""
-    values = iter(tensors)
-
-    def fill(group: Callable[..., Any]) -> Any:
-        hints = _fields(group).values()
-        return group(*[next(values) if get_origin(hint) is Annotated else fill(hint) for hint in hints])
-
-    result: Group = fill(group)
+    result: Group = _filled(group, iter(tensors))
     return result
+
+
+def _filled(group: Callable[..., Any], tensors: Iterator[Any]) -> Any:
+    """A local function that calls itself would be a reference cycle, which keeps the tensors for some time."""
+    return group(*[next(tensors) if nested is None else _filled(nested, tensors) for nested in _nested_groups(group)])
+
+
+@functools.cache
+def _nested_groups(group: Hashable) -> tuple[Callable[..., Any] | None, ...]:
+    """For each field of a group its own group, or None for a tensor."""
+    return tuple(None if get_origin(hint) is Annotated else hint for hint in _fields(group).values())
 
 
 def flat(group: Sequence[Any]) -> list[Any]:

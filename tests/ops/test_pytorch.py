@@ -1,5 +1,8 @@
 """The ops in PyTorch: opcheck, gradcheck, compile, export, autocast, checkpointing, functional transforms."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -46,6 +49,22 @@ def assert_same(actual, expected, tolerance=0.0):
     assert testing.relative_error(actual[0], expected[0]) <= tolerance
     for gradient, other in zip(actual[1], expected[1], strict=True):
         assert testing.relative_error(gradient, other) <= tolerance
+
+
+@each_backend
+@each_op
+def test_calls_leave_no_reference_cycle(implementation, op):
+    """Cycles would hold tensors of a training step until Python's garbage collector runs."""
+    inputs = small_inputs(op)
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.tensors.items() if tensor is not None}
+    found = {name: weakref.ref(leaf) for name, leaf in leaves.items()}
+    gc.disable()
+    try:
+        loss_of(op, inputs.tensors, inputs.options, inputs.grad_outputs, backend=implementation).backward()
+        del inputs, leaves
+        assert [name for name, reference in found.items() if reference() is not None] == []
+    finally:
+        gc.enable()
 
 
 @each_backend
