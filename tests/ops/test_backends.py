@@ -140,8 +140,8 @@ def test_nan_and_inf_propagate(implementation, op, value):
 
 @each_backend
 @each_op
-def test_only_the_gradients_asked_for(implementation, op):
-    inputs = small_inputs(op)
+def test_only_the_gradients_asked_for(implementation, op, **sizes):
+    inputs = small_inputs(op, **sizes)
     expected = testing.run(inputs, implementation).gradients
     for wanted in inputs.tensors:
         leaves = {n: t.detach().requires_grad_(n == wanted) for n, t in inputs.tensors.items()}
