@@ -17,26 +17,26 @@ FORK = """
 import os, sys, torch
 from deco_kernels import testing
 torch.set_num_threads(2)
-inputs = testing.random_inputs({op!r}, image_size=(2, 32, 64))
-before = testing.run(inputs, {backend!r})
-child = os.fork()
-if child == 0:
-    after = testing.run(inputs, {backend!r})
-    torch.set_num_threads(1)  # for the comparison
-    same = all(torch.equal(*pair) for pair in zip(before.outputs, after.outputs, strict=True))
-    same = same and all(torch.equal(before.gradients[name], after.gradients[name]) for name in before.gradients)
-    os._exit(0 if same else 1)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+for op in ("adaln_block", "pixel_decoder", "flow_matching_loss"):
+    inputs = testing.random_inputs(op, image_size=(2, 32, 64))
+    before = testing.run(inputs, "cpu")
+    child = os.fork()
+    if child == 0:
+        after = testing.run(inputs, "cpu")
+        torch.set_num_threads(1)  # for the comparison
+        same = all(torch.equal(*pair) for pair in zip(before.outputs, after.outputs, strict=True))
+        same = same and all(torch.equal(before.gradients[name], after.gradients[name]) for name in before.gradients)
+        os._exit(0 if same else 1)
+    if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        sys.exit(f"{op}: the child ended with {status}")
 """
 
 
-@pytest.mark.parametrize("op", ["adaln_block", "pixel_decoder", "flow_matching_loss"])
-def test_a_forked_child_computes_the_same_bits(op):
+def test_a_forked_child_computes_the_same_bits():
     """Only on the cpu backend: PyTorch's parallel loops do not work after a fork."""
     if len(IMPLEMENTATIONS) == 1:
         pytest.skip("the native CPU module is not built")
-    code = FORK.format(op=op, backend="cpu")
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    finished = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
 
 
