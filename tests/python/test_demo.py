@@ -120,9 +120,15 @@ def test_demo_writes_the_report(tmp_path):
         assert picture.width > 1000 and picture.height > 600
 
 
+QUICK = dataclasses.replace(contenders.FULL, sample_steps=2)
+
+
 @pytest.fixture
 def quick(monkeypatch):
+    """Two steps per sample, without memory and picture, which the test above measures and draws."""
+    monkeypatch.setattr(demo, "FULL", QUICK)
     monkeypatch.setattr(demo, "measure", lambda *_: 1.0)
+    monkeypatch.setattr(demo, "write_picture", lambda *_: None)
 
 
 @pytest.mark.parametrize("broken", ["GRADIENT_ERROR", "LOSS_DIFFERENCE"])
@@ -133,7 +139,7 @@ def test_broken_promise_fails_the_demo(tmp_path, monkeypatch, quick, broken, cap
 
 
 def test_too_low_psnr_fails_the_demo(tmp_path, monkeypatch, quick):
-    monkeypatch.setattr(demo, "SHORT", dataclasses.replace(contenders.FULL.shortened(2), required_psnr=25.0))
+    monkeypatch.setattr(demo, "SHORT", dataclasses.replace(QUICK.shortened(2), required_psnr=25.0))
     assert demo.main(["--short", "--out", str(tmp_path)]) == 1
     report = json.loads((tmp_path / "report.json").read_text())
     assert not report["promises"]["psnr"]["kept"] and report["psnr"] < 25
