@@ -1,12 +1,13 @@
 // Decoder forward on one tile of T pixels (DeCo, arXiv 2511.19365, section 3):
 //
-//   h = pixel_weight rgb + table                                             query
+//   h = pixel_weight rgb + panel                                             query
 //   for each decoder block:                                                  forward_block
 //     (shift, scale, gate) = W_mod SiLU(y) + b_mod
 //     m = LayerNorm(h) (1 + scale) + shift
 //     h += gate (W_2 SiLU(W_1 m + b_1) + b_2)
-//   velocity = W_head LayerNorm(h) + b_head                                  head
+//   velocity = W_head norm(h) + b_head, norm: LayerNorm or RMSNorm           head
 //
+// A panel holds what the query adds per pixel: pixel_table, and the rows of the caller's query if there are any.
 // `pixels` is the number of pixels to compute, a multiple of kStrip up to T. A tile is channel-major, [D][T]; its
 // working set stays in the L1 and L2 caches (about 40 KB at D = 32, T = 64 in float). Per pixel and decoder block:
 // 5 D^2 multiply-adds and D SiLUs.
@@ -93,7 +94,28 @@ DECO_INLINE void with_channels(int channels, Body&& body) {
   }
 }
 
-// h = pixel_weight rgb + table, with pixel_weight [D][C] and one panel [D][T] of the table.
+// panel += rows; rows[i] is the address of the D values of row i.
+template <int D, int T>
+void add_rows(DType dtype, const char* const (&rows)[T], int pixels, float (*panel)[T]) {
+  alignas(64) float tile[D][T];
+  load_rows<D, T>(dtype, rows, pixels, tile);
+  for (int d = 0; d < D; ++d)
+    for (int pixel = 0; pixel < pixels; pixel += kLanes) accumulate(&panel[d][pixel], load(&tile[d][pixel]));
+}
+
+// The panel `table` of a tile, plus the tile's rows of the query in `panel` if there is a query.
+template <int D, int T, class Addresses>
+const float (*with_query(const PixelRows& query, const float (*table)[T], int pixels, Addresses&& addresses,
+                         float (*panel)[T])) [T] {
+  if (query.data == nullptr) return table;
+  const char* rows[T];
+  addresses(query, rows);
+  std::memcpy(panel, table, sizeof(float) * D * T);
+  add_rows<D, T>(query.dtype, rows, pixels, panel);
+  return panel;
+}
+
+// h = pixel_weight rgb + panel, with pixel_weight [D][C] and panel [D][T].
 template <int D, int T>
 void query(int channels, const float* pixel_weight, const float (*panel)[T], const float (*rgb)[T], int pixels,
            float (*h)[T]) {
@@ -140,6 +162,30 @@ void layer_norm_statistics(const float (*h)[T], float eps, int pixels, float* me
       store(mean + p, average);
       store(rstd + p, rsqrt(variance + broadcast(eps)) + nan_if_infinite);
     });
+}
+
+// mean = 0 and rstd = 1 / sqrt(mean(h^2) + eps): with them the formulas of LayerNorm give RMSNorm. rstd is NaN if the
+// mean square is not finite.
+template <int D, int T>
+void rms_norm_statistics(const float (*h)[T], float eps, int pixels, float* mean, float* rstd) {
+  for (int pixel = 0; pixel < pixels; pixel += kLanes) {
+    VecF even = broadcast(0.0f), odd = broadcast(0.0f);
+    for (int d = 0; d < D; d += 2) {
+      const VecF a = load(&h[d][pixel]), b = load(&h[d + 1][pixel]);
+      even = fma(a, a, even);
+      odd = fma(b, b, odd);
+    }
+    const VecF square = (even + odd) * broadcast(1.0f / D), nan_if_infinite = square * broadcast(0.0f);
+    store(mean + pixel, broadcast(0.0f));
+    store(rstd + pixel, rsqrt(square + broadcast(eps)) + nan_if_infinite);
+  }
+}
+
+// Statistics of the head's norm.
+template <int D, int T>
+void head_statistics(bool rms_norm, const float (*h)[T], float eps, int pixels, float* mean, float* rstd) {
+  if (rms_norm) return rms_norm_statistics<D, T>(h, eps, pixels, mean, rstd);
+  layer_norm_statistics<D, T>(h, eps, pixels, mean, rstd);
 }
 
 // modulated = LayerNorm(h) (1 + scale) + shift, for the strip at `pixel`. Each group of sums is half shift, half scale.
@@ -249,14 +295,14 @@ DECO_INLINE void head_matmul(int channels, const float* weight, const float* bia
   });
 }
 
-// velocity = W_head LayerNorm(h) + b_head
-template <int D, int T>
-void head(int channels, const float* weight, const float* bias, float eps, const float (*h)[T], int pixels, float* mean,
-          float* rstd, float (*velocity)[T]) {
-  layer_norm_statistics<D, T>(h, eps, pixels, mean, rstd);
+// velocity = W_head norm(h) + b_head
+template <class Operand, int D, int T>
+void head(const DecoderWeights<Operand, T>& weights, const float (*h)[T], int pixels, float* mean, float* rstd,
+          float (*velocity)[T]) {
+  head_statistics<D, T>(weights.rms_norm, h, weights.eps, pixels, mean, rstd);
   const auto normalized = [&](int d, int p)
                               DECO_INLINE_LAMBDA { return (load(&h[d][p]) - load(mean + p)) * load(rstd + p); };
-  head_matmul<D, T>(channels, weight, bias, pixels, normalized, velocity);
+  head_matmul<D, T>(weights.channels, weights.head_weight, weights.head_bias, pixels, normalized, velocity);
 }
 
 // Working memory of one thread in the forward.
@@ -266,6 +312,7 @@ struct alignas(64) DecoderTile {
   typename Operand::Element silu_cond[D / Operand::kPack][T];
   BlockTile<Operand, D, T> block;
   float rgb[kMaxChannels][T], velocity[kMaxChannels][T];
+  float panel[D][T];  // with a query
 };
 
 // Computes tile.velocity from tile.silu_cond, tile.rgb and the panel of the tile's pixels.
@@ -275,8 +322,7 @@ void forward_tile(const DecoderWeights<Operand, T>& weights, const float (*panel
   query<D, T>(weights.channels, weights.pixel_weight, panel, tile.rgb, pixels, tile.h);
   for (int n = 0; n < weights.depth; ++n)
     forward_block<Operand, D, T>(weights.blocks[n], weights.eps, tile.silu_cond, pixels, tile.h, tile.block);
-  head<D, T>(weights.channels, weights.head_weight, weights.head_bias, weights.eps, tile.h, pixels, tile.block.mean,
-             tile.block.rstd, tile.velocity);
+  head<Operand, D, T>(weights, tile.h, pixels, tile.block.mean, tile.block.rstd, tile.velocity);
 }
 
 // Calls body(Operand{}, integral_constant<int, D>): PairOperand for bfloat16 with DECO_HAVE_BF16_DOT, otherwise

@@ -5,7 +5,7 @@
 //   dz = SiLU'(z) (W_2^T du)                                                  hidden_backward
 //   dm = W_1^T dz                dshift = dm, dscale = l dm                   modulate_backward
 //   dx = norm_weight (1 + scale) dm
-//   dh += rstd (dx - mean(dx) - x mean(x dx))                                 layer_norm_backward
+//   dh += rstd (dx - mean(dx) - x mean(x dx))                                 norm_backward
 //   dSiLU(y) += W_mod^T [dshift, dscale, dgate]                               modulation_backward
 //   dW_2 += du a^T,  dW_1 += dz m^T,  dW_mod += [dshift, dscale, dgate] SiLU(y)^T
 //
@@ -137,10 +137,11 @@ void modulate_backward(const BlockWeights<Operand>& w, const TransposedBlockWeig
     }
 }
 
-// grad_h = [grad_h +] rstd (dx - mean(dx) - x mean(x dx)), the means over the channels.
-template <bool kAdd, int D, int T>
-void layer_norm_backward(const float (*grad_normalized)[T], const float (*normalized)[T], const float* rstd, int pixels,
-                         float (*grad_h)[T]) {
+// grad_h = [grad_h +] rstd (dx - mean(dx) - x mean(x dx)), the means over the channels; RMSNorm (kCenter false) has no
+// mean(dx).
+template <bool kAdd, bool kCenter, int D, int T>
+void norm_backward(const float (*grad_normalized)[T], const float (*normalized)[T], const float* rstd, int pixels,
+                   float (*grad_h)[T]) {
   for (int pixel = 0; pixel < pixels; pixel += kLanes) {
     VecF sums[2], products[2];
     unroll<2>([&](auto i) DECO_INLINE_LAMBDA { sums[i] = products[i] = broadcast(0.0f); });
@@ -150,7 +151,7 @@ void layer_norm_backward(const float (*grad_normalized)[T], const float (*normal
         sums[i] = sums[i] + gradient;
         products[i] = fma(gradient, load(&normalized[d + i][pixel]), products[i]);
       });
-    const VecF mean = (sums[0] + sums[1]) * broadcast(1.0f / D);
+    const VecF mean = kCenter ? (sums[0] + sums[1]) * broadcast(1.0f / D) : broadcast(0.0f);
     const VecF mean_product = (products[0] + products[1]) * broadcast(1.0f / D), scale = load(rstd + pixel);
     for (int d = 0; d < D; ++d) {
       const VecF gradient = load(&grad_normalized[d][pixel]) - mean;
@@ -208,7 +209,7 @@ void backward_block(const BlockWeights<Operand>& w, const TransposedBlockWeights
   if (wanted.matrices)
     add_weight_gradient<Operand, 3 * D, D, T>(tile.grad_modulation.by_pixel(), tile.silu_cond_by_pixel, pixels,
                                               gradients.mod_weight);
-  layer_norm_backward<true, D, T>(tile.grad_normalized, saved.normalized, saved.rstd, pixels, tile.grad_h);
+  norm_backward<true, true, D, T>(tile.grad_normalized, saved.normalized, saved.rstd, pixels, tile.grad_h);
   if (wanted.cond) modulation_backward(transposed, pixels, tile);
 }
 
@@ -224,8 +225,9 @@ void finish_grad_cond(int pixels, BlockBackwardTile<Operand, D, T>& tile) {
 
 // normalized = (h - mean) rstd, the input of the head's matmul.
 template <int D, int T>
-void normalize(const float (*h)[T], float eps, int pixels, float* mean, float* rstd, float (*normalized)[T]) {
-  layer_norm_statistics<D, T>(h, eps, pixels, mean, rstd);
+void normalize(bool rms_norm, const float (*h)[T], float eps, int pixels, float* mean, float* rstd,
+               float (*normalized)[T]) {
+  head_statistics<D, T>(rms_norm, h, eps, pixels, mean, rstd);
   for (int pixel = 0; pixel < pixels; pixel += kLanes)
     for (int d = 0; d < D; ++d)
       store(&normalized[d][pixel], (load(&h[d][pixel]) - load(mean + pixel)) * load(rstd + pixel));

@@ -7,12 +7,14 @@
 namespace deco::cpu::DECO_CPU_ISA {
 
 // Working memory of one part for one tile. Inputs: rgb, and grad_velocity before the backward. Results: normalized, the
-// input of the head's matmul, after the forward; grad_rgb, and block.grad_silu_cond for cond, after the backward.
+// input of the head's matmul, after the forward; grad_rgb, block.grad_silu_cond for cond, and block.grad_h for the query,
+// after the backward.
 template <class Operand, int D, int T>
 struct alignas(64) TrainingTile {
   BlockBackwardTile<Operand, D, T> block;
   float h[D][T], normalized[D][T], mean[T], rstd[T];
   float rgb[kMaxChannels][T], grad_rgb[kMaxChannels][T], grad_velocity[kMaxChannels][T];
+  float panel[D][T];  // with a query
 };
 
 template <class Operand, int D, int T, class Order>
@@ -21,11 +23,11 @@ class DecoderTraining {
   DecoderTraining(const DecoderShape& shape, Order order, int parts) : shape_(shape), order_(order), parts_(parts) {}
 
   // Takes memory for weights, tiles and sums; the gradients with null data are not wanted.
-  void lay_out(Arena& arena, const DecoderWeightArrays& weights, float eps, DType activation, bool wants_cond,
-               const DecoderWeightArrays& grads) {
+  void lay_out(Arena& arena, const DecoderWeightArrays& weights, int head_norm, float eps, DType activation,
+               bool wants_cond, const DecoderWeightArrays& grads) {
     const BlockWeightArrays& blocks = grads.blocks;
     wanted_ = {wants_cond, blocks.mod_weight.data || blocks.fc1_weight.data || blocks.fc2_weight.data};
-    take_decoder_weights<Operand, D, T>(arena, weights, shape_, eps, activation, order_, weights_);
+    take_decoder_weights<Operand, D, T>(arena, weights, shape_, head_norm, eps, activation, order_, weights_);
     take_transposed_block_weights<Operand, D>(arena, weights.blocks, shape_.depth, activation, transposed_);
     tiles_ = arena.take<TrainingTile<Operand, D, T>>(parts_);
     saved_ = arena.take<SavedBlockTile<Operand, D, T>>(parts_ * shape_.depth);
@@ -44,25 +46,32 @@ class DecoderTraining {
     std::memset(grad_table_ + part * table_size(), 0, table_size() * sizeof(float));
   }
 
-  // From the tile's rgb and rows of cond to its normalized; `panel` is that of the tile's pixels. Keeps the
-  // SavedBlockTile of each decoder block.
-  void forward(int part, int panel, DType dtype, const char* const (&rows)[T], int pixels) {
+  // From the tile's rgb, and its rows of cond and query, to its normalized; `panel` is that of the tile's pixels.
+  // addresses(rows, pointers) sets the addresses of the tile's rows. Keeps the SavedBlockTile of each decoder block.
+  template <class Addresses>
+  void forward(int part, int panel, const PixelRows& cond, const PixelRows& query_rows, Addresses&& addresses,
+               int pixels) {
     TrainingTile<Operand, D, T>& tile = tiles_[part];
-    load_silu_cond<Operand, D, T>(dtype, rows, pixels, tile.block.silu_cond, tile.block.silu_cond_derivative);
-    query<D, T>(weights_.channels, weights_.pixel_weight, panel_of<const float>(weights_.table, panel), tile.rgb,
-                pixels, tile.h);
+    const char* rows[T];
+    addresses(cond, rows);
+    load_silu_cond<Operand, D, T>(cond.dtype, rows, pixels, tile.block.silu_cond, tile.block.silu_cond_derivative);
+    const auto* sums =
+        with_query<D, T>(query_rows, panel_of<const float>(weights_.table, panel), pixels, addresses, tile.panel);
+    query<D, T>(weights_.channels, weights_.pixel_weight, sums, tile.rgb, pixels, tile.h);
     for (int n = 0; n < shape_.depth; ++n)
       forward_block<Operand, D, T>(weights_.blocks[n], weights_.eps, tile.block.silu_cond, pixels, tile.h,
                                    saved_[part * shape_.depth + n]);
-    normalize<D, T>(tile.h, weights_.eps, pixels, tile.mean, tile.rstd, tile.normalized);
+    normalize<D, T>(weights_.rms_norm, tile.h, weights_.eps, pixels, tile.mean, tile.rstd, tile.normalized);
   }
 
-  // From grad_velocity to grad_rgb and the gradient of cond; adds the weights' gradients to the part's sums.
+  // From grad_velocity to grad_rgb and the gradients of cond and query; adds the weights' gradients to the part's sums.
   void backward(int part, int panel, int pixels) {
     TrainingTile<Operand, D, T>& tile = tiles_[part];
     head_backward<D, T>(weights_.channels, weights_.head_weight, tile.grad_velocity, tile.normalized, pixels,
                         tile.block.grad_normalized, query_head_gradients_[part]);
-    layer_norm_backward<false, D, T>(tile.block.grad_normalized, tile.normalized, tile.rstd, pixels, tile.block.grad_h);
+    const auto head_norm_backward =
+        weights_.rms_norm ? norm_backward<false, false, D, T> : norm_backward<false, true, D, T>;
+    head_norm_backward(tile.block.grad_normalized, tile.normalized, tile.rstd, pixels, tile.block.grad_h);
     start_backward(pixels, wanted_, tile.block);
     for (int n = shape_.depth - 1; n >= 0; --n) {
       const int index = part * shape_.depth + n;

@@ -31,6 +31,7 @@ struct TransposedBlockWeights {
 template <class Operand, int T>
 struct DecoderWeights {
   int depth, channels;
+  bool rms_norm;  // the head's norm: RMSNorm or LayerNorm
   float eps;
   BlockWeights<Operand> blocks[kMaxDepth];
   const float* pixel_weight;  // [D][C]
@@ -182,11 +183,12 @@ void take_transposed_block_weights(Arena& arena, const BlockWeightArrays& from, 
 }
 
 template <class Operand, int D, int T, class Order>
-void take_decoder_weights(Arena& arena, const DecoderWeightArrays& from, const DecoderShape& shape, float eps,
-                          DType activation, Order order, DecoderWeights<Operand, T>& weights) {
+void take_decoder_weights(Arena& arena, const DecoderWeightArrays& from, const DecoderShape& shape, int head_norm,
+                          float eps, DType activation, Order order, DecoderWeights<Operand, T>& weights) {
   const int pixels = shape.pixels_per_token();
   weights.depth = shape.depth;
   weights.channels = shape.channels;
+  weights.rms_norm = head_norm != 0;
   weights.eps = eps;
   take_block_weights<Operand, D>(arena, from.blocks, shape.depth, activation, weights.blocks);
   weights.pixel_weight = take_floats(arena, from.pixel_weight, D * shape.channels, activation);
@@ -199,10 +201,10 @@ void take_decoder_weights(Arena& arena, const DecoderWeightArrays& from, const D
 }
 
 template <class Operand, int D, int T>
-void take_decoder_weights(Arena& arena, const DecoderWeightArrays& from, const DecoderShape& shape, float eps,
-                          DType activation, DecoderWeights<Operand, T>& weights) {
+void take_decoder_weights(Arena& arena, const DecoderWeightArrays& from, const DecoderShape& shape, int head_norm,
+                          float eps, DType activation, DecoderWeights<Operand, T>& weights) {
   const RowOrder order = {shape.pixels_per_token()};
-  take_decoder_weights<Operand, D, T>(arena, from, shape, eps, activation, order, weights);
+  take_decoder_weights<Operand, D, T>(arena, from, shape, head_norm, eps, activation, order, weights);
 }
 
 }  // namespace deco::cpu::DECO_CPU_ISA

@@ -190,7 +190,7 @@ class Backward {
                                   tile.block.silu_cond_derivative);
     scale_forward(weights_, place.pixels(), tile);
     load_h<D>(call_.h, place, tile.h);
-    normalize<D, T>(tile.h, call_.eps, place.pixels(), tile.saved.mean, tile.saved.rstd, tile.saved.normalized);
+    normalize<D, T>(false, tile.h, call_.eps, place.pixels(), tile.saved.mean, tile.saved.rstd, tile.saved.normalized);
   }
 
   void backward(const RowTile& place, Scratch<Operand, D>& tile) {
@@ -203,7 +203,7 @@ class Backward {
       add_weight_gradient<Operand, 3 * D, D, T>(tile.block.grad_modulation.by_pixel(), tile.block.silu_cond_by_pixel,
                                                 pixels, tile.gradients.mod_weight);
     if (call_.grad_h.data != nullptr) {
-      layer_norm_backward<false, D, T>(tile.block.grad_normalized, tile.saved.normalized, tile.saved.rstd, pixels,
+      norm_backward<false, true, D, T>(tile.block.grad_normalized, tile.saved.normalized, tile.saved.rstd, pixels,
                                        tile.block.grad_h);
       store_tile<FloatOperand, D>(call_.grad_h, place, grad_h_writes_, tile.block.grad_h);
     }

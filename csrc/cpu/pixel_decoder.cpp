@@ -22,7 +22,8 @@ void forward(const PixelDecoderForward& call) {
   DecoderWeights<Operand, T> weights;
   DecoderTile<Operand, D, T>* scratch = nullptr;
   const auto lay_out = [&](Arena& arena) {
-    take_decoder_weights<Operand, D, T>(arena, call.weights, call.shape, call.eps, call.cond.dtype, weights);
+    take_decoder_weights<Operand, D, T>(arena, call.weights, call.shape, call.head_norm, call.eps, call.cond.dtype,
+                                        weights);
     scratch = arena.take<DecoderTile<Operand, D, T>>(parts);
   };
   Arena counter;
@@ -39,11 +40,16 @@ void forward(const PixelDecoderForward& call) {
         const int count = static_cast<int>(rows - first < T ? rows - first : T);
         const int pixels = whole_strips(count);
         prefetch_rows<D, T>(call.shape, call.cond, first + T);
-        const char* addresses[T];
-        row_addresses<T, const char*>(call.shape, call.cond, first, count, kZeroRow, addresses);
-        load_silu_cond<Operand, D, T>(call.cond.dtype, addresses, pixels, tile.silu_cond);
+        if (call.query.data != nullptr) prefetch_rows<D, T>(call.shape, call.query, first + T);
+        const auto addresses = [&](const PixelRows& rows, const char*(&pointers)[T]) {
+          row_addresses<T, const char*>(call.shape, rows, first, count, kZeroRow, pointers);
+        };
+        const char* rows_of_cond[T];
+        addresses(call.cond, rows_of_cond);
+        load_silu_cond<Operand, D, T>(call.cond.dtype, rows_of_cond, pixels, tile.silu_cond);
         gather_pixels<T>(call.shape, call.image, first, count, tile.rgb);
-        const auto* panel = reinterpret_cast<const float (*)[T]>(weights.table + t % weights.panels * D * T);
+        const auto* table = reinterpret_cast<const float (*)[T]>(weights.table + t % weights.panels * D * T);
+        const auto* panel = with_query<D, T>(call.query, table, pixels, addresses, tile.panel);
         forward_tile<Operand, D, T>(weights, panel, pixels, tile);
         scatter_pixels<T>(call.shape, call.velocity, first, count, tile.velocity);
       }

@@ -24,8 +24,8 @@ class Backward {
 
   void run() {
     const auto lay_out = [&](Arena& arena) {
-      training_.lay_out(arena, call_.weights, call_.eps, call_.cond.dtype, call_.grad_cond.data != nullptr,
-                        call_.grad_weights);
+      training_.lay_out(arena, call_.weights, call_.head_norm, call_.eps, call_.cond.dtype,
+                        call_.grad_cond.data != nullptr, call_.grad_weights);
     };
     Arena counter;
     lay_out(counter);
@@ -47,19 +47,24 @@ class Backward {
     const int64_t first = t * T;
     const int count = static_cast<int>(rows_ - first < T ? rows_ - first : T), pixels = whole_strips(count);
     const int panel = static_cast<int>(t % training_.weights().panels);
-    const char* rows[T];
-    row_addresses<T, const char*>(call_.shape, call_.cond, first, count, kZeroRow, rows);
+    const auto addresses = [&](const PixelRows& rows, const char*(&pointers)[T]) {
+      row_addresses<T, const char*>(call_.shape, rows, first, count, kZeroRow, pointers);
+    };
     gather_pixels<T>(call_.shape, call_.image, first, count, tile.rgb);
-    training_.forward(part, panel, call_.cond.dtype, rows, pixels);
+    training_.forward(part, panel, call_.cond, call_.query, addresses, pixels);
     gather_pixels<T>(call_.shape, call_.grad_velocity, first, count, tile.grad_velocity);
     training_.backward(part, panel, pixels);
     if (call_.grad_image.data != nullptr) scatter_pixels<T>(call_.shape, call_.grad_image, first, count, tile.grad_rgb);
-    if (call_.grad_cond.data != nullptr) {
-      char* grad_rows[T];
-      row_addresses<T, char*>(call_.shape, call_.grad_cond, first, count, nullptr, grad_rows);
-      store_rows<FloatOperand, D, T>(call_.grad_cond.dtype, tile.block.grad_silu_cond, count, grad_rows,
-                                     row_writes<D>(call_.grad_cond, rows_));
-    }
+    write_rows(call_.grad_cond, first, count, tile.block.grad_silu_cond);
+    write_rows(call_.grad_query, first, count, tile.block.grad_h);
+  }
+
+  // Writes a tile's rows, unless the data of `to` is null.
+  void write_rows(const PixelRows& to, int64_t first, int count, const float (*gradient)[T]) const {
+    if (to.data == nullptr) return;
+    char* rows[T];
+    row_addresses<T, char*>(call_.shape, to, first, count, nullptr, rows);
+    store_rows<FloatOperand, D, T>(to.dtype, gradient, count, rows, row_writes<D>(to, rows_));
   }
 
   const PixelDecoderBackward& call_;

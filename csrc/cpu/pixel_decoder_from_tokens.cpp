@@ -1,8 +1,9 @@
 // Forward of pixel_decoder_from_tokens: the upsample matmul (upsample.h) and the whole per-pixel decoder
-// (decoder_tile.h), one tile of upsample.h at a time; cond is written to memory only if the caller wants it.
+// (decoder_tile.h), one tile of upsample.h at a time; cond is written to memory only if the caller wants it. A query made
+// from tokens is the result of a second upsample of the same tile, and is never written.
 //
 // Per pixel the kernel reads C values of the image, writes C of the velocity, and takes D Z + N (5 D^2) + 2 C D
-// multiply-adds and (N + 1) D SiLUs: at D = 32, N = 3, C = 3, Z = 1152 in bfloat16 with a float image, 18 bytes and
+// multiply-adds, D Zq more with query tokens, and (N + 1) D SiLUs: at D = 32, N = 3, C = 3, Z = 1152 in bfloat16 with a float image, 18 bytes and
 // 105 kFLOP. Deterministic: one thread computes each output in a fixed order, so the result does not depend on the
 // number of threads.
 #include "deco/pixel_decoder_from_tokens.h"
@@ -16,12 +17,7 @@ namespace {
 
 constexpr int T = kTokenTile;
 
-// Working memory of one thread.
-template <class Operand, int D>
-struct alignas(64) TokenDecoderTile : DecoderTile<Operand, D, T> {
-  float panel[D][T];  // row of pixel_table of the tile's pixel, repeated T times
-};
-
+// The row of pixel_table of the tile's pixel, repeated T times.
 template <class Operand, int D>
 void fill_panel(const DecoderWeights<Operand, T>& weights, int pixel, float (*panel)[T]) {
   const float* table = weights.table + pixel / T * D * T + pixel % T;
@@ -31,27 +27,37 @@ void fill_panel(const DecoderWeights<Operand, T>& weights, int pixel, float (*pa
 
 template <class Operand, int D>
 void forward(const PixelDecoderFromTokensForward& call) {
-  Upsample<Operand, D> upsample(call.upsample, call.threads);
+  Upsample<Operand, D> upsample(call.upsample, call.threads), query(call.query_upsample, call.threads);
+  const bool query_from_tokens = call.query_upsample.tokens > 0;
   DecoderWeights<Operand, T> weights;
-  TokenDecoderTile<Operand, D>* scratch = nullptr;
+  DecoderTile<Operand, D, T>* scratch = nullptr;
   const auto lay_out = [&](Arena& arena) {
     upsample.lay_out(arena);
-    take_decoder_weights<Operand, D, T>(arena, call.weights, call.shape, call.eps, call.upsample.rows.dtype, weights);
-    scratch = arena.take<TokenDecoderTile<Operand, D>>(upsample.parts());
+    if (query_from_tokens) query.lay_out(arena);
+    take_decoder_weights<Operand, D, T>(arena, call.weights, call.shape, call.head_norm, call.eps,
+                                        call.upsample.rows.dtype, weights);
+    scratch = arena.take<DecoderTile<Operand, D, T>>(upsample.parts());
   };
   Arena counter;
   lay_out(counter);
   Arena arena(thread_scratch(counter.used()));
   lay_out(arena);
 
-  upsample.for_each_tile([&](int part, const UpsampleTile<Operand>& place) {
-    TokenDecoderTile<Operand, D>& tile = scratch[part];
+  const auto decode = [&](int part, const UpsampleTile<Operand>& place) {
+    DecoderTile<Operand, D, T>& tile = scratch[part];
     upsample.load_silu_cond(place, tile.silu_cond, [](int, int) {});
     gather_token_pixels<T>(call.shape, call.image, place.first_token, place.pixel, place.count, tile.rgb);
     fill_panel<Operand, D>(weights, place.pixel, tile.panel);
+    if (query_from_tokens) query.add_to(query.matching_tile(part, place), tile.panel);
+    if (call.query.data != nullptr) {
+      const char* rows[T];
+      tile_addresses(call.query, place, rows);
+      add_rows<D, T>(call.query.dtype, rows, place.pixels(), tile.panel);
+    }
     forward_tile<Operand, D, T>(weights, tile.panel, place.pixels(), tile);
     scatter_token_pixels<T>(call.shape, call.velocity, place.first_token, place.pixel, place.count, tile.velocity);
-  });
+  };
+  upsample.for_each_tile(decode, query_from_tokens ? &query : nullptr);
 }
 
 }  // namespace

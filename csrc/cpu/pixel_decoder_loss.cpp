@@ -52,10 +52,11 @@ class OnePass {
   void lay_out(Arena& arena) {
     const DType activation = call_.cond.dtype;
     if (call_.backward) {
-      training_.lay_out(arena, call_.weights, call_.eps, activation, call_.grad_cond.data != nullptr,
+      training_.lay_out(arena, call_.weights, call_.head_norm, call_.eps, activation, call_.grad_cond.data != nullptr,
                         call_.grad_weights);
     } else {
-      take_decoder_weights<Operand, D, T>(arena, call_.weights, call_.shape, call_.eps, activation, order_, weights_);
+      take_decoder_weights<Operand, D, T>(arena, call_.weights, call_.shape, call_.head_norm, call_.eps, activation,
+                                          order_, weights_);
       tiles_ = arena.take<DecoderTile<Operand, D, T>>(parts_);
     }
     sums_ = arena.take<SampleSums>(parts_ * call_.shape.batch);
@@ -71,34 +72,49 @@ class OnePass {
     const Range share = share_of(grid_.count(), parts_, part);
     for (int64_t t = share.begin; t < share.end; ++t) {
       const PixelBlock block = grid_[t];
-      const char* rows[T];
-      if (t + 1 < share.end) {
-        row_addresses<const char*>(call_.cond, grid_[t + 1], order_, rows);
-        prefetch_rows<D>(call_.cond.dtype, rows, 0, 1);
-      }
-      row_addresses<const char*>(call_.cond, block, order_, rows);
+      if (t + 1 < share.end) prefetch(grid_[t + 1]);
       if (call_.backward) {
-        with_gradients(part, block, rows, loss);
+        with_gradients(part, block, loss);
       } else {
-        losses_only(part, block, rows, loss);
+        losses_only(part, block, loss);
       }
     }
   }
 
-  void losses_only(int part, const PixelBlock& block, const char* const (&rows)[T], BlockLoss& loss) {
+  void prefetch(const PixelBlock& block) const {
+    const char* rows[T];
+    for (const PixelRows& source : {call_.cond, call_.query}) {
+      if (source.data == nullptr) continue;
+      row_addresses<const char*>(source, block, order_, rows);
+      prefetch_rows<D>(source.dtype, rows, 0, 1);
+    }
+  }
+
+  // Sets the addresses of a block's rows.
+  auto addresses_of(const PixelBlock& block) const {
+    return [&block, this](const PixelRows& rows, const char*(&pointers)[T]) {
+      row_addresses<const char*>(rows, block, order_, pointers);
+    };
+  }
+
+  void losses_only(int part, const PixelBlock& block, BlockLoss& loss) {
     DecoderTile<Operand, D, T>& tile = tiles_[part];
+    const auto addresses = addresses_of(block);
+    const char* rows[T];
+    addresses(call_.cond, rows);
     load_silu_cond<Operand, D, T>(call_.cond.dtype, rows, T, tile.silu_cond);
     gather_block(call_.image, block, kColors, tile.rgb);
-    const auto* panel = reinterpret_cast<const float (*)[T]>(weights_.table + block.index * D * T);
+    const auto* table = reinterpret_cast<const float (*)[T]>(weights_.table + block.index * D * T);
+    const auto* panel = with_query<D, T>(call_.query, table, T, addresses, tile.panel);
     forward_tile<Operand, D, T>(weights_, panel, T, tile);
     add_losses(part, block, tile.velocity, loss);
   }
 
-  void with_gradients(int part, const PixelBlock& block, const char* const (&rows)[T], BlockLoss& loss) {
+  void with_gradients(int part, const PixelBlock& block, BlockLoss& loss) {
     TrainingTile<Operand, D, T>& tile = training_.tile(part);
     const DecoderWeights<Operand, T>& weights = training_.weights();
     gather_block(call_.image, block, kColors, tile.rgb);
-    training_.forward(part, block.index, call_.cond.dtype, rows, T);
+    training_.forward(part, block.index, call_.cond, call_.query, addresses_of(block), T);
     const auto normalized = [&](int d, int p) DECO_INLINE_LAMBDA { return load(&tile.normalized[d][p]); };
     alignas(64) float velocity[kColors][T];
     head_matmul<D, T>(kColors, weights.head_weight, weights.head_bias, T, normalized, velocity);
@@ -126,18 +142,22 @@ class OnePass {
 
   void write_gradients(const PixelBlock& block, TrainingTile<Operand, D, T>& tile) {
     if (call_.grad_image.data != nullptr) scatter_block(call_.grad_image, block, kColors, tile.grad_rgb);
-    if (call_.grad_cond.data != nullptr) {
-      char* rows[T];
-      row_addresses<char*>(call_.grad_cond, block, order_, rows);
-      store_rows<FloatOperand, D, T>(call_.grad_cond.dtype, tile.block.grad_silu_cond, T, rows,
-                                     row_writes<D>(call_.grad_cond, call_.shape.pixels()));
-    }
+    write_rows(call_.grad_cond, block, tile.block.grad_silu_cond);
+    write_rows(call_.grad_query, block, tile.block.grad_h);
     if (call_.grad_target.data != nullptr) {
       for (int c = 0; c < kColors; ++c)
         for (int p = 0; p < T; p += kLanes)
           store(&tile.grad_velocity[c][p], broadcast(0.0f) - load(&tile.grad_velocity[c][p]));
       scatter_block(call_.grad_target, block, kColors, tile.grad_velocity);
     }
+  }
+
+  // Writes a block's rows, unless the data of `to` is null.
+  void write_rows(const PixelRows& to, const PixelBlock& block, const float (*gradient)[T]) const {
+    if (to.data == nullptr) return;
+    char* rows[T];
+    row_addresses<char*>(to, block, order_, rows);
+    store_rows<FloatOperand, D, T>(to.dtype, gradient, T, rows, row_writes<D>(to, call_.shape.pixels()));
   }
 
   const PixelDecoderLoss& call_;

@@ -12,6 +12,8 @@
 // the number of threads.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/arena.h"
 #include "cpu/decoder_tile.h"
 #include "deco/upsample.h"
@@ -97,13 +99,16 @@ class Upsample {
     const int64_t chunk = arrays_.tokens < kTokenChunk ? arrays_.tokens : kTokenChunk;
     tokens_ = arena.take<Element>(tiles(chunk) * kTokenTile * elements_);
     panels_ = arena.take<Element>(parts_ * panel_size());
+    packed_ = arena.take<int64_t>(parts_);
+    if (!arena.counts_only()) std::fill_n(packed_, parts_, int64_t{-1});
     bias_ = take_floats(arena, arrays_.bias, int64_t{arrays_.pixels_per_token} * D, DType::kFloat32);
   }
 
-  // Calls body(part, tile) for every tile, parts in parallel, with a dynamic schedule.
+  // Calls body(part, tile) for every tile, parts in parallel, with a dynamic schedule. `second`, if not null, is another
+  // map from as many tokens to the same pixels; the body gets its tiles from second->matching_tile.
   template <class Body>
-  void for_each_tile(Body&& body) const {
-    for_each_chunk([&](int64_t begin, int64_t count) {
+  void for_each_tile(Body&& body, const Upsample* second = nullptr) const {
+    for_each_chunk(second, [&](int64_t begin, int64_t count) {
       SharedWork work(arrays_.pixels_per_token * tiles(count), parts_);
       parallel_for(parts_, [&](int part) {
         work.for_each_share([&](Range share) { run_share(begin, count, part, share, body); });
@@ -117,6 +122,53 @@ class Upsample {
   void load_silu_cond(const UpsampleTile<Operand>& tile, Element (*silu_cond)[kTokenTile], Prefetch&& prefetch) const {
     alignas(64) float cond[D][kTokenTile];
     const bool keeps_cond = arrays_.cond.data != nullptr;
+    multiply(tile, prefetch, [&](const GroupSums& sums, int first, int pixel) DECO_INLINE_LAMBDA {
+      unroll<kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+        constexpr int kOutput = i / 2 * 2, kVector = i % 2;
+        put_silu<Operand, kTokenTile>(sums[2 * kOutput + kVector], sums[2 * kOutput + 2 + kVector], first + kOutput,
+                                      pixel + kVector * kLanes, silu_cond, nullptr);
+      });
+      if (keeps_cond)
+        unroll<2 * kGroup>([&](auto i)
+                               DECO_INLINE_LAMBDA { store(&cond[first + i / 2][pixel + i % 2 * kLanes], sums[i]); });
+    });
+    if (!keeps_cond) return;
+    char* rows[kTokenTile];
+    tile_addresses(arrays_.cond, tile, rows);
+    store_rows<FloatOperand, D, kTokenTile>(arrays_.cond.dtype, cond, tile.count, rows, cond_writes_);
+  }
+
+  // panel += y of a tile.
+  void add_to(const UpsampleTile<Operand>& tile, float (*panel)[kTokenTile]) const {
+    multiply(
+        tile, [](int, int) {},
+        [&](const GroupSums& sums, int first, int pixel) DECO_INLINE_LAMBDA {
+          unroll<2 * kGroup>(
+              [&](auto i) DECO_INLINE_LAMBDA { accumulate(&panel[first + i / 2][pixel + i % 2 * kLanes], sums[i]); });
+        });
+  }
+
+  // This map's tile of the same pixel and tokens as a tile of another map. Packs the weights of the pixel if the part
+  // has packed those of another one.
+  UpsampleTile<Operand> matching_tile(int part, const UpsampleTile<Operand>& other) const {
+    Element* panel = panels_ + part * panel_size();
+    if (packed_[part] != other.pixel) pack_panel(other.pixel, panel);
+    packed_[part] = other.pixel;
+    const int64_t first = other.first_token % kTokenChunk;
+    return {other.pixel,
+            other.count,
+            other.first_token,
+            panel,
+            bias_ + other.pixel * D,
+            tokens_ + first / kStrip * strip_size(),
+            nullptr,
+            nullptr};
+  }
+
+ private:
+  // Calls put(sums, first, pixel) with y of channels first .. first + kGroup - 1 and the strip at `pixel`.
+  template <class Prefetch, class Put>
+  DECO_INLINE void multiply(const UpsampleTile<Operand>& tile, Prefetch&& prefetch, Put&& put) const {
     const int steps = tile.pixels() / kStrip * (D / kGroup);
     const int64_t lines = (tile.ahead_end - tile.ahead) / (steps * (elements_ / kLanes)) / kCacheLine + 1;
     const char* ahead = tile.ahead;
@@ -134,22 +186,10 @@ class Upsample {
           multiply_add<Operand, kLanes, 1, kGroup, kStrip>(sums, weights + element * kGroup,
                                                            weights + element * kGroup + kGroup / 2, tokens + element);
         }
-        unroll<kGroup>([&](auto i) DECO_INLINE_LAMBDA {
-          constexpr int kOutput = i / 2 * 2, kVector = i % 2;
-          put_silu<Operand, kTokenTile>(sums[2 * kOutput + kVector], sums[2 * kOutput + 2 + kVector], first + kOutput,
-                                        pixel + kVector * kLanes, silu_cond, nullptr);
-        });
-        if (keeps_cond)
-          unroll<2 * kGroup>([&](auto i)
-                                 DECO_INLINE_LAMBDA { store(&cond[first + i / 2][pixel + i % 2 * kLanes], sums[i]); });
+        put(sums, first, pixel);
       }
-    if (!keeps_cond) return;
-    char* rows[kTokenTile];
-    tile_addresses(arrays_.cond, tile, rows);
-    store_rows<FloatOperand, D, kTokenTile>(arrays_.cond.dtype, cond, tile.count, rows, cond_writes_);
   }
 
- private:
   static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
   static int64_t tiles(int64_t tokens) { return round_up(tokens, kTokenTile) / kTokenTile; }
   int64_t strip_size() const { return elements_ * kStrip; }
@@ -159,18 +199,23 @@ class Upsample {
     return static_cast<const char*>(arrays_.weight.data) + row * arrays_.token_width * size_of(arrays_.weight.dtype);
   }
 
-  // Calls body(first token, number of tokens) for every chunk after its tokens are packed.
+  // Calls body(first token, number of tokens) for every chunk after its tokens are packed, here and in `second`.
   template <class Body>
-  void for_each_chunk(Body&& body) const {
+  void for_each_chunk(const Upsample* second, Body&& body) const {
     for (int64_t begin = 0; begin < arrays_.tokens; begin += kTokenChunk) {
       const int64_t left = arrays_.tokens - begin, count = left < kTokenChunk ? left : kTokenChunk;
       parallel_for(parts_, [&](int part) {
         const Range strips = share_of(round_up(count, kStrip) / kStrip, parts_, part);
-        for (int64_t strip = strips.begin; strip < strips.end; ++strip)
-          pack_strip(begin + strip * kStrip, begin + count - 1, tokens_ + strip * strip_size());
+        pack_strips(begin, count, strips);
+        if (second != nullptr) second->pack_strips(begin, count, strips);
       });
       body(begin, count);
     }
+  }
+
+  void pack_strips(int64_t begin, int64_t count, Range strips) const {
+    for (int64_t strip = strips.begin; strip < strips.end; ++strip)
+      pack_strip(begin + strip * kStrip, begin + count - 1, tokens_ + strip * strip_size());
   }
 
   // Processes tiles `share` of a chunk, pixel by pixel.
@@ -243,6 +288,7 @@ class Upsample {
   RowWrites cond_writes_;
   Element* tokens_ = nullptr;    // [strips][elements][kStrip]
   Element* panels_ = nullptr;    // [parts][groups][elements][kGroup]
+  int64_t* packed_ = nullptr;    // [parts]: pixel of the part's panel in matching_tile, or -1
   const float* bias_ = nullptr;  // [P][D]
 };
 

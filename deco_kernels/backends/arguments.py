@@ -146,6 +146,15 @@ def rows(tensor: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if tensor is None else (*array(tensor), collapsed_stride(tensor, 1) or 0)
 
 
+HEAD_NORMS = ("layer", "rms")
+"""By number in the native modules."""
+
+
+def readable_query(query: torch.Tensor | None) -> torch.Tensor | None:
+    """`readable_pixel_rows` of a query, if there is one."""
+    return None if query is None else readable_pixel_rows(query)
+
+
 def readable_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` [..., D], copied unless it has unit channel stride and a single row stride."""
     if tensor.is_contiguous() or (tensor.stride(-1) == 1 and collapsed_stride(tensor, 1) is not None):

@@ -33,6 +33,12 @@ class ChunkedQuery:
             return self.upsample.cond(part).to(dtype).view(-1, *self.shape)
         return None if self.given is None else self.given[part].to(dtype)
 
+    def new_gradient(self, tokens: int) -> torch.Tensor | None:
+        """Uninitialized [tokens, P, D] for the gradient of the query of a chunk; None if no gradient needs it."""
+        if self.upsample is not None:
+            return self.upsample.new_grad_cond(tokens, self.shape[0])
+        return None if self.grad_given is None else self.grad_given.new_empty(tokens, *self.shape)
+
     def add(self, part: slice, gradient: torch.Tensor | None) -> None:
         """Accumulate the gradients from that of the query of a part of the tokens, [tokens, P, D]."""
         if gradient is None:

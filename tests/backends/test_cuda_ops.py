@@ -23,7 +23,7 @@ SIZES = {16: (2, 32, 32), 8: (1, 40, 48), 4: (1, 44, 44), 2: (2, 30, 34), 1: (2,
 
 
 def sized(cases):
-    return [case._replace(image_size=SIZES[case.patch_size]) for case in cases]
+    return [case._replace(image_size=SIZES[case.patch_size], query=None, head_norm="layer") for case in cases]
 
 
 HALF_CASES = {op: sized(case for case in CASES[op] if case.dtype is not F32) for op in OPS}
@@ -69,7 +69,9 @@ def assert_rule_of_error(inputs, results):
 
 
 def test_cases_have_all_pairs_of_settings():
-    assert not uncovered_pairs(HALF_CASES["pixel_decoder"] + OTHER_CASES, dtype=(BF16, F16))
+    assert not uncovered_pairs(
+        HALF_CASES["pixel_decoder"] + OTHER_CASES, dtype=(BF16, F16), query=(None,), head_norm=("layer",)
+    )
 
 
 @pytest.mark.parametrize(("op", "case"), list(accuracy_cases()))

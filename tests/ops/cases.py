@@ -69,12 +69,14 @@ class Case(NamedTuple):
     token_width: int = 48
     seed: int = 0
     save_memory: bool = False  # of the ops in KEEPS_COND
-    query: str | None = None
+    query: str | None = None  # "tokens" only for the ops from tokens, for others "given"
     head_norm: str = "layer"
 
     def inputs(self, op: str) -> testing.Inputs:
         arguments = self._asdict()
         view, save_memory = LAYOUTS[arguments.pop("layout")], arguments.pop("save_memory")
+        if self.query == "tokens" and not op.endswith("_from_tokens"):
+            arguments["query"] = "given"
         inputs = in_layout(testing.random_inputs(op, **arguments), view)
         return with_choice(inputs, save_memory) if op in KEEPS_COND else inputs
 
@@ -83,7 +85,8 @@ class Case(NamedTuple):
         batch, height, width = self.image_size
         kinds = "-".join(str(t).removeprefix("torch.") for t in (self.dtype, self.other_dtype, self.weight_dtype) if t)
         sizes = f"D{self.width}N{self.depth}p{self.patch_size}C{self.channels}-{batch}x{height}x{width}"
-        return f"{kinds}-{sizes}" + f"-{self.layout}" * (self.layout != "contiguous") + "-saving" * self.save_memory
+        layout = f"-{self.layout}" * (self.layout != "contiguous") + "-saving" * self.save_memory
+        return f"{kinds}-{sizes}{layout}" + f"-{self.query}" * bool(self.query) + "-rms" * (self.head_norm == "rms")
 
 
 def with_choice(inputs: testing.Inputs, save_memory: bool) -> testing.Inputs:
@@ -91,26 +94,51 @@ def with_choice(inputs: testing.Inputs, save_memory: bool) -> testing.Inputs:
     return inputs._replace(options=inputs.options | {"save_memory": save_memory})
 
 
-# Any two values of dtype, D, N (one, few or many blocks), p, C, layout and save_memory occur together, which a test
-# asserts.
+# Any two values of dtype, D, N (one, few or many blocks), p, C, layout, save_memory, query and head_norm occur
+# together, which a test asserts.
 DECODER_CASES = [
     Case(F32),
     Case(BF16, save_memory=True),
-    Case(F16),
-    Case(F16, 16, 1, 1, (1, 61, 71), 3, "padded", save_memory=True),
-    Case(BF16, 32, 2, 1, (1, 67, 63), 1, token_width=9),
-    Case(F32, 64, 6, 1, (5, 29, 31), 4, "channels_last"),
-    Case(BF16, 16, 2, 2, (1, 46, 98), 3, "channels_last", weight_dtype=F16),
-    Case(F16, 32, 8, 2, (1, 58, 74), 4, "padded"),
-    Case(F32, 64, 1, 2, (3, 34, 42), 1, token_width=130, save_memory=True),
+    Case(F16, head_norm="rms"),
+    Case(F16, 16, 1, 1, (1, 61, 71), 3, "padded", save_memory=True, query="tokens"),
+    Case(BF16, 32, 2, 1, (1, 67, 63), 1, token_width=9, query="given"),
+    Case(F32, 64, 6, 1, (5, 29, 31), 4, "channels_last", head_norm="rms"),
+    Case(BF16, 16, 2, 2, (1, 46, 98), 3, "channels_last", weight_dtype=F16, query="tokens", head_norm="rms"),
+    Case(F16, 32, 8, 2, (1, 58, 74), 4, "padded", head_norm="rms"),
+    Case(F32, 64, 1, 2, (3, 34, 42), 1, token_width=130, save_memory=True, query="given"),
     Case(BF16, 16, 6, 4, (1, 60, 72), 4, other_dtype=BF16, weight_dtype=BF16, save_memory=True),
-    Case(F32, 32, 1, 4, (1, 52, 84), 1, "channels_last"),
-    Case(F16, 64, 3, 4, (1, 52, 84), 3, "padded", other_dtype=F16, weight_dtype=F16),
-    Case(F32, 16, 3, 8, (3, 24, 64), 4, "channels_last", other_dtype=BF16, save_memory=True),
-    Case(F16, 32, 6, 8, (1, 56, 80), 3),
-    Case(BF16, 64, 1, 8, (1, 40, 104), 1, "padded"),
-    Case(F16, 16, 6, 16, (2, 48, 96), 1, "channels_last"),
-    Case(F32, 64, 1, 16, (1, 16, 272), 4, "padded", other_dtype=F16, weight_dtype=BF16, token_width=33),
+    Case(F32, 32, 1, 4, (1, 52, 84), 1, "channels_last", query="tokens"),
+    Case(F16, 64, 3, 4, (1, 52, 84), 3, "padded", other_dtype=F16, weight_dtype=F16, query="given", head_norm="rms"),
+    Case(
+        F32,
+        16,
+        3,
+        8,
+        (3, 24, 64),
+        4,
+        "channels_last",
+        other_dtype=BF16,
+        save_memory=True,
+        query="given",
+        head_norm="rms",
+    ),
+    Case(F16, 32, 6, 8, (1, 56, 80), 3, query="tokens"),
+    Case(BF16, 64, 1, 8, (1, 40, 104), 1, "padded", head_norm="rms"),
+    Case(F16, 16, 6, 16, (2, 48, 96), 1, "channels_last", query="given"),
+    Case(
+        F32,
+        64,
+        1,
+        16,
+        (1, 16, 272),
+        4,
+        "padded",
+        other_dtype=F16,
+        weight_dtype=BF16,
+        token_width=33,
+        query="tokens",
+        head_norm="rms",
+    ),
 ]
 ROW_CASES = [case for case in DECODER_CASES if case.depth <= 3]
 LOSS_CASES = [
@@ -126,12 +154,23 @@ LOSS_CASES = [
 DECODER_LOSS_CASES = [
     Case(F32),
     Case(BF16),
-    Case(F32, 64, 1, 8, (3, 24, 64), layout="padded", other_dtype=BF16),
-    Case(BF16, 64, 2, 16, (1, 64, 80), layout="channels_last", other_dtype=F16, weight_dtype=F16),
-    Case(F16, 16, 1, 16, (5, 32, 32), layout="channels_last", other_dtype=BF16, weight_dtype=BF16),
+    Case(F32, 64, 1, 8, (3, 24, 64), layout="padded", other_dtype=BF16, query="given"),
+    Case(BF16, 64, 2, 16, (1, 64, 80), layout="channels_last", other_dtype=F16, weight_dtype=F16, head_norm="rms"),
+    Case(
+        F16,
+        16,
+        1,
+        16,
+        (5, 32, 32),
+        layout="channels_last",
+        other_dtype=BF16,
+        weight_dtype=BF16,
+        query="tokens",
+        head_norm="rms",
+    ),  # fmt: skip
     # The two ops one after the other.
     Case(BF16, 32, 2, 4, (2, 32, 64)),
-    Case(F16, 16, 1, 4, (2, 32, 64)),
+    Case(F16, 16, 1, 4, (2, 32, 64), query="tokens", head_norm="rms"),
 ]
 CASES = {
     "adaln_block": ROW_CASES,
@@ -163,6 +202,8 @@ VALUES = {
     "channels": (1, 3, 4),
     "layout": tuple(LAYOUTS),
     "save_memory": (False, True),
+    "query": (None, "given", "tokens"),
+    "head_norm": ("layer", "rms"),
 }
 
 

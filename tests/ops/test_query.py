@@ -6,7 +6,7 @@ import torch
 from deco_kernels import ops, testing
 from deco_kernels.model.position import pixel_position_features
 from tests.golden_files import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, golden_cases, load_golden, relative_error
-from tests.ops.cases import F32, small_inputs
+from tests.ops.cases import F32, IMPLEMENTATIONS, small_inputs
 
 REFERENCE = "reference"
 DECODERS = ("pixel_decoder", "pixel_decoder_from_tokens", "pixel_decoder_loss", "pixel_decoder_loss_from_tokens")
@@ -50,8 +50,13 @@ def cod_lite_arguments(state, image, tokens, cond, patch_size, depth):
     }
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 @pytest.mark.parametrize("path", golden_cases("cod_lite_*"))
-def test_golden(path, backend=REFERENCE):
+def test_golden(path, implementation):
+    golden_case(path, implementation)
+
+
+def golden_case(path, backend):
     golden = load_golden(path)
     state = {name: tensor.requires_grad_() for name, tensor in golden.group("state").items()}
     inputs = {name: tensor.requires_grad_() for name, tensor in golden.group("input").items()}

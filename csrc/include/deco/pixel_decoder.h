@@ -39,9 +39,11 @@ struct DecoderWeightArrays {
 struct PixelDecoderForward {
   DecoderShape shape;
   ImageArray image;
-  PixelRows cond;  // [T, P, D]; its dtype is the activation dtype
+  PixelRows cond;   // [T, P, D]; its dtype is the activation dtype
+  PixelRows query;  // [T, P, D] in that dtype, or null
   DecoderWeightArrays weights;
   ImageArray velocity;  // written
+  int head_norm = 0;    // 0: LayerNorm, 1: RMSNorm
   float eps = 0;
 
   template <class Visit>
@@ -49,8 +51,10 @@ struct PixelDecoderForward {
     visit("shape", shape);
     visit("image", image);
     visit("cond", cond);
+    visit("query", query);
     visit("weights", weights);
     visit("velocity", velocity);
+    visit("head_norm", head_norm);
     visit("eps", eps);
   }
 };
@@ -60,11 +64,14 @@ struct PixelDecoderBackward {
   ImageArray grad_velocity;
   ImageArray image;
   PixelRows cond;
+  PixelRows query;
   DecoderWeightArrays weights;
   // Written; gradients with null data are not computed.
   ImageArray grad_image;
   PixelRows grad_cond;
+  PixelRows grad_query;
   DecoderWeightArrays grad_weights;
+  int head_norm = 0;
   float eps = 0;
 
   template <class Visit>
@@ -73,10 +80,13 @@ struct PixelDecoderBackward {
     visit("grad_velocity", grad_velocity);
     visit("image", image);
     visit("cond", cond);
+    visit("query", query);
     visit("weights", weights);
     visit("grad_image", grad_image);
     visit("grad_cond", grad_cond);
+    visit("grad_query", grad_query);
     visit("grad_weights", grad_weights);
+    visit("head_norm", head_norm);
     visit("eps", eps);
   }
 };

@@ -10,8 +10,11 @@ struct PixelDecoderFromTokensForward {
   DecoderShape shape;
   ImageArray image;
   UpsampleArrays upsample;
+  PixelRows query;                // [T, P, D] in the activation dtype, or null
+  UpsampleArrays query_upsample;  // in place of query, or 0 tokens; its cond is null
   DecoderWeightArrays weights;
   ImageArray velocity;  // written
+  int head_norm = 0;    // 0: LayerNorm, 1: RMSNorm
   float eps = 0;
   int threads = 1;
 
@@ -20,8 +23,11 @@ struct PixelDecoderFromTokensForward {
     visit("shape", shape);
     visit("image", image);
     upsample.fields(visit);
+    visit("query", query);
+    visit("query_upsample", query_upsample);
     visit("weights", weights);
     visit("velocity", velocity);
+    visit("head_norm", head_norm);
     visit("eps", eps);
     visit("threads", threads);
   }

@@ -21,15 +21,17 @@ def forward(
     eps: float,
 ) -> torch.Tensor:
     """velocity [B, C, H, W] in the dtype of cond."""
-    cond = arguments.readable_pixel_rows(cond)
+    cond, query = arguments.readable_pixel_rows(cond), arguments.readable_query(query)
     weights = arguments.contiguous(weights)
     velocity = torch.empty_like(image, dtype=cond.dtype, memory_format=torch.contiguous_format)
     native.cpu().pixel_decoder_forward(
         arguments.decoder_sizes(image, weights, patch_size),
         arguments.image(image),
         arguments.pixel_rows(cond),
+        arguments.pixel_rows(query),
         arguments.arrays(weights),
         arguments.image(velocity),
+        arguments.HEAD_NORMS.index(head_norm),
         eps,
         torch.get_num_threads(),
     )
@@ -49,17 +51,20 @@ def backward(
 ) -> arguments.Gradients:
     """Gradients of (image, cond, weights, query); None where `needs` is False."""
     grads = arguments.empty_gradients((image, cond, weights, query), needs)
-    cond = arguments.readable_pixel_rows(cond)
+    cond, query = arguments.readable_pixel_rows(cond), arguments.readable_query(query)
     weights = arguments.contiguous(weights)
     native.cpu().pixel_decoder_backward(
         arguments.decoder_sizes(image, weights, patch_size),
         arguments.image(grad_velocity),
         arguments.image(image),
         arguments.pixel_rows(cond),
+        arguments.pixel_rows(query),
         arguments.arrays(weights),
         arguments.image(grads[0]),
         arguments.pixel_rows(grads[1]),
+        arguments.pixel_rows(grads[-1]),
         arguments.arrays(grads[2:-1]),
+        arguments.HEAD_NORMS.index(head_norm),
         eps,
         torch.get_num_threads(),
     )

@@ -10,6 +10,7 @@ import torch
 
 from deco_kernels import native
 from deco_kernels.backends import arguments
+from deco_kernels.backends.query import ChunkedQuery
 from deco_kernels.backends.upsample import UpsampleGradients, chunk_tokens, upsample_chunks
 from deco_kernels.signatures import DecoderWeights, Query, UpsampleWeights
 
@@ -31,9 +32,12 @@ def forward(
     velocity = torch.empty(image.shape, dtype=tokens.dtype)
     if native.upsamples_in_pytorch(tokens.dtype):
         upsample = UpsampleGradients(tokens, up, needs=(False,) * 3)
-        _decode(image, upsample, weights, cond, velocity, patch_size, eps)
+        chunked = ChunkedQuery(query, weights.pixel_table.shape, needs=(False,) * 4)
+        _decode(image, upsample, weights, chunked, cond, velocity, patch_size, head_norm, eps)
         return velocity
     tokens = arguments.readable_rows(tokens)
+    # named, so that copies outlive the call
+    readable = Query(*[None if tensor is None else tensor.contiguous() for tensor in query])
     native.cpu().pixel_decoder_from_tokens_forward(
         arguments.decoder_sizes(image, weights, patch_size),
         arguments.image(image),
@@ -41,21 +45,35 @@ def forward(
         arguments.rows(tokens),
         arguments.arrays(up),
         arguments.pixel_rows(cond),
+        arguments.pixel_rows(readable.query),
+        _query_upsample(readable, pixels, width),
         arguments.arrays(weights),
         arguments.image(velocity),
+        arguments.HEAD_NORMS.index(head_norm),
         eps,
         torch.get_num_threads(),
     )
     return velocity
 
 
+def _query_upsample(query: Query, pixels: int, width: int) -> tuple[int, ...]:
+    """The description of the query's upsample; its tensors are contiguous. Zeros if there is none."""
+    tokens, weight, bias = query[1:]
+    if tokens is None:
+        return (0,) * 15
+    sizes = arguments.upsample_sizes(tokens, pixels, width)
+    return (*sizes, *arguments.rows(tokens), *arguments.arrays((weight, bias)), *arguments.pixel_rows(None))
+
+
 def _decode(
     image: torch.Tensor,
     upsample: UpsampleGradients,
     weights: DecoderWeights,
+    query: ChunkedQuery,
     kept: torch.Tensor | None,
     velocity: torch.Tensor,
     patch_size: int,
+    head_norm: str,
     eps: float,
 ) -> None:
     """Write velocity, and the conditions to `kept` if it is given, from conditions of PyTorch in chunks."""
@@ -64,12 +82,15 @@ def _decode(
     for chunk in upsample_chunks(image.shape, patch_size, chunk_tokens(upsample.up)):
         image_chunk = chunk.of(image)
         cond = upsample.cond(chunk.tokens, kept_rows).view(-1, pixels, width)
+        part_query = arguments.readable_query(query.of(chunk.tokens, cond.dtype))
         native.cpu().pixel_decoder_forward(
             arguments.decoder_sizes(image_chunk, weights, patch_size),
             arguments.image(image_chunk),
             arguments.pixel_rows(cond),
+            arguments.pixel_rows(part_query),
             arguments.arrays(weights),
             arguments.image(chunk.of(velocity)),
+            arguments.HEAD_NORMS.index(head_norm),
             eps,
             torch.get_num_threads(),
         )
@@ -96,25 +117,32 @@ def backward(
     pixels, width = weights.pixel_table.shape
     grad_image = torch.empty(image.shape, dtype=image.dtype) if needs[0] else None
     upsample = UpsampleGradients(tokens, up, needs[1:4])
+    chunked = ChunkedQuery(query, weights.pixel_table.shape, needs[-4:])
     totals = arguments.zero_totals(weights, needs[4:-4])
     kept_rows = None if cond is None else cond.reshape(-1, pixels * width)
     for chunk in upsample_chunks(image.shape, patch_size, chunk_tokens(up)):
         image_chunk = chunk.of(image)
         cond_chunk = upsample.cond(chunk.tokens) if kept_rows is None else kept_rows[chunk.tokens]
+        part_query = arguments.readable_query(chunked.of(chunk.tokens, tokens.dtype))
         grad_cond = upsample.new_grad_cond(chunk.token_count, pixels)
+        grad_query = chunked.new_gradient(chunk.token_count)
         grads = arguments.empty_parts(totals)
         native.cpu().pixel_decoder_backward(
             arguments.decoder_sizes(image_chunk, weights, patch_size),
             arguments.image(chunk.of(grad_velocity)),
             arguments.image(image_chunk),
             arguments.pixel_rows(cond_chunk.view(-1, pixels, width)),
+            arguments.pixel_rows(part_query),
             arguments.arrays(weights),
             arguments.image(None if grad_image is None else chunk.of(grad_image)),
             arguments.pixel_rows(grad_cond),
+            arguments.pixel_rows(grad_query),
             arguments.arrays(grads),
+            arguments.HEAD_NORMS.index(head_norm),
             eps,
             torch.get_num_threads(),
         )
         arguments.add_gradients(totals, grads)
         upsample.add(chunk.tokens.start, grad_cond)
-    return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, weights), *[None] * 4)
+        chunked.add(chunk.tokens, grad_query)
+    return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, weights), *chunked.results())

@@ -21,7 +21,7 @@ def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, h
     """(total, pixel, frequency), float32 scalars."""
     if patch_size < BLOCK:
         return _composition.forward(inputs, patch_size, frequency_scale, head_norm, eps)
-    return _run(inputs, patch_size, frequency_scale, eps, [None] * len(flat(inputs)))
+    return _run(inputs, patch_size, frequency_scale, head_norm, eps, [None] * len(flat(inputs)))
 
 
 def forward_with_gradients(
@@ -36,38 +36,42 @@ def forward_with_gradients(
     if patch_size < BLOCK:
         return _composition.forward_with_gradients(inputs, patch_size, frequency_scale, head_norm, eps, needs)
     kept = arguments.empty_kept_gradients("pixel_decoder_loss", inputs, needs)
-    return _run(inputs, patch_size, frequency_scale, eps, kept), kept
+    return _run(inputs, patch_size, frequency_scale, head_norm, eps, kept), kept
 
 
 def _run(
     inputs: PixelDecoderLoss,
     patch_size: int,
     frequency_scale: float,
+    head_norm: str,
     eps: float,
     grads: Sequence[torch.Tensor | None],
 ) -> Losses:
     """Computes the losses, and writes the gradients that are not None."""
-    image, cond, target, weights, *loss_weights, _ = inputs
-    cond = arguments.readable_pixel_rows(cond)
+    image, cond, target, weights, *loss_weights, query = inputs
+    cond, query = arguments.readable_pixel_rows(cond), arguments.readable_query(query)
     weights = arguments.contiguous(weights)
     loss_weights_in_float32 = [None if w is None else w.to(torch.float32).contiguous() for w in loss_weights]
     total, pixel, frequency = (torch.empty((), dtype=torch.float32) for _ in range(3))
-    grad_image, grad_cond, grad_target, *grad_weights, grad_frequency_weight, grad_sample_weight, _ = grads
+    grad_image, grad_cond, grad_target, *grad_weights, grad_frequency_weight, grad_sample_weight, grad_query = grads
     native.cpu().pixel_decoder_loss(
         arguments.decoder_sizes(image, weights, patch_size),
         arguments.image(image),
         arguments.pixel_rows(cond),
+        arguments.pixel_rows(query),
         arguments.image(target),
         arguments.arrays(weights),
         *arguments.addresses(loss_weights_in_float32),
         frequency_scale,
         *arguments.addresses((total, pixel, frequency)),
-        int(any(gradient is not None for gradient in grads[:-3])),
+        int(any(gradient is not None for gradient in (*grads[:-3], grad_query))),
         arguments.image(grad_image),
         arguments.pixel_rows(grad_cond),
+        arguments.pixel_rows(grad_query),
         arguments.image(grad_target),
         arguments.arrays(grad_weights),
         *arguments.addresses((grad_frequency_weight, grad_sample_weight)),
+        arguments.HEAD_NORMS.index(head_norm),
         eps,
         torch.get_num_threads(),
     )

@@ -67,8 +67,10 @@ def run_forward(
         shape,
         arguments.image(image),
         arguments.pixel_rows(cond),
+        arguments.pixel_rows(None),
         arguments.arrays(weights),
         arguments.image(velocity),
+        0,
         eps,
     )
 
@@ -97,10 +99,13 @@ def run_backward(
         arguments.image(grad_velocity),
         arguments.image(image),
         arguments.pixel_rows(cond),
+        arguments.pixel_rows(None),
         arguments.arrays(weights),
         arguments.image(grad_image),
         arguments.pixel_rows(grad_cond),
+        arguments.pixel_rows(None),
         arguments.arrays(grad_weights),
+        0,
         eps,
         chunk_pixels,
     )
