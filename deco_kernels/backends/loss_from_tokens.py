@@ -37,8 +37,8 @@ class LossFromTokens:
         """(total, pixel, frequency)."""
         upsample, query = _upsample(inputs, needs=(False,) * 3), _query(inputs, needs=(False,) * 4)
         parts = [
-            self.loss.forward(part, patch_size, frequency_scale, head_norm, eps)
-            for _, part in self._parts(inputs, upsample, query, patch_size)
+            self.loss.forward(_part(inputs, upsample, query, chunk), patch_size, frequency_scale, head_norm, eps)
+            for chunk in self._chunks(inputs, patch_size)
         ]
         return _sums(parts, inputs.image)
 
@@ -59,9 +59,9 @@ class LossFromTokens:
         needs_here = [needs_image, False, needs_target, False, False, *needs_weights[2:], *[False] * len(inputs.query)]
         kept = arguments.empty_kept_gradients(OP, inputs, needs_here)[: -len(inputs.query)]
         grad_image, _, grad_target, _, _, *totals, grad_sample_weight = arguments.zeroed(kept)
-        losses = []
-        for chunk, part in self._parts(inputs, upsample, query, patch_size):
-            options = (patch_size, frequency_scale, head_norm, eps)
+        losses, options = [], (patch_size, frequency_scale, head_norm, eps)
+        for chunk in self._chunks(inputs, patch_size):
+            part = _part(inputs, upsample, query, chunk)
             found, grads = self.loss.forward_with_gradients(part, *options, needs_part)
             losses.append(found)
             grad_image_part, grad_cond, grad_target_part, *grads_of_weights, grad_sample_weight_part, grad_query = grads
@@ -73,28 +73,31 @@ class LossFromTokens:
             arguments.add_gradients(tuple(totals), tuple(grads_of_weights))
             if grad_sample_weight is not None:
                 grad_sample_weight[chunk.images] += grad_sample_weight_part * _share(part.image, inputs.image)
+            del part, grads, grad_cond, grad_query  # their memory serves the next chunk
         grad_tokens, *grads_up = upsample.results()
         gradients = (grad_image, grad_tokens, grad_target, *grads_up, *totals, grad_sample_weight, *query.results())
         return _sums(losses, inputs.image), gradients
 
-    def _parts(
-        self, inputs: PixelDecoderLossFromTokens, upsample: UpsampleGradients, query: ChunkedQuery, patch_size: int
-    ) -> Iterator[tuple[ImageChunk, PixelDecoderLoss]]:
-        """(chunk, its call of pixel_decoder_loss) for each chunk."""
-        image, tokens, sample_weight = inputs.image, inputs.tokens, inputs.sample_weight
-        pixels, width = inputs.weights.pixel_table.shape
-        count = max(1, self.chunk_pixels // pixels)
-        for chunk in upsample_chunks(image.shape, patch_size, count, lines=_line_step(image, patch_size)):
-            image_part = chunk.of(image)
-            cond = upsample.cond(chunk.tokens).to(tokens.dtype).view(-1, pixels, width)
-            share, part_weight = _share(image_part, image), None
-            if sample_weight is not None:
-                part_weight = sample_weight[chunk.images] * share
-            elif share != 1:
-                part_weight = image.new_full((len(image_part),), share, dtype=torch.float32)
-            weights = (inputs.weights, inputs.frequency_weight, part_weight)
-            part_query = query.of(chunk.tokens, tokens.dtype)
-            yield chunk, PixelDecoderLoss(image_part, cond, chunk.of(inputs.target), *weights, part_query)
+    def _chunks(self, inputs: PixelDecoderLossFromTokens, patch_size: int) -> Iterator[ImageChunk]:
+        count = max(1, self.chunk_pixels // len(inputs.weights.pixel_table))
+        return upsample_chunks(inputs.image.shape, patch_size, count, lines=_line_step(inputs.image, patch_size))
+
+
+def _part(
+    inputs: PixelDecoderLossFromTokens, upsample: UpsampleGradients, query: ChunkedQuery, chunk: ImageChunk
+) -> PixelDecoderLoss:
+    """The chunk's call of pixel_decoder_loss."""
+    image, tokens, sample_weight = inputs.image, inputs.tokens, inputs.sample_weight
+    image_part = chunk.of(image)
+    cond = upsample.cond(chunk.tokens).to(tokens.dtype).view(-1, *inputs.weights.pixel_table.shape)
+    share, part_weight = _share(image_part, image), None
+    if sample_weight is not None:
+        part_weight = sample_weight[chunk.images] * share
+    elif share != 1:
+        part_weight = image.new_full((len(image_part),), share, dtype=torch.float32)
+    weights = (inputs.weights, inputs.frequency_weight, part_weight)
+    part_query = query.of(chunk.tokens, tokens.dtype)
+    return PixelDecoderLoss(image_part, cond, chunk.of(inputs.target), *weights, part_query)
 
 
 def _upsample(inputs: PixelDecoderLossFromTokens, needs: Sequence[bool]) -> UpsampleGradients:

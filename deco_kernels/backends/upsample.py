@@ -100,7 +100,8 @@ class UpsampleGradients:
         if self.grad_tokens is not None:
             self.grad_tokens[first:last] = grad @ self.weight
         if self.needs[1]:
-            self.grad_weight = added_product(self.grad_weight, grad, self.rows[first:last].to(self.dtype))
+            rows = self.rows[first:last].to(self.dtype)
+            self.grad_weight = added_product(self.grad_weight, grad, rows, self.inputs[1].dtype)
         if self.needs[2]:
             self.grad_bias = added(self.grad_bias, grad.sum(0, dtype=torch.float32))
 
@@ -113,19 +114,23 @@ class UpsampleGradients:
         )
 
 
-def added_product(total: torch.Tensor | None, grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """total + grad.T @ rows in float32; a single chunk keeps the dtype of the matmul.
+def added_product(
+    total: torch.Tensor | None, grad: torch.Tensor, rows: torch.Tensor, wanted: torch.dtype
+) -> torch.Tensor:
+    """total + grad.T @ rows in float32; a single chunk keeps the dtype of the matmul if it is `wanted`.
 
-    A 16-bit product is computed in parts of STEP rows, because it is added out of place.
+    A 16-bit product is computed in parts of STEP rows, because it is converted or added out of place.
     """
-    if total is None:
-        return grad.T @ rows
-    total = total.float()
     if grad.dtype is torch.float32:
-        return total.addmm_(grad.T, rows)
-    for part, columns in zip(total.split(STEP), grad.split(STEP, dim=1), strict=True):
-        part += columns.T @ rows
-    return total
+        return grad.T @ rows if total is None else total.addmm_(grad.T, rows)
+    if total is None and grad.dtype is wanted:
+        return grad.T @ rows
+    shape = (grad.shape[1], rows.shape[1])
+    result = grad.new_empty(shape, dtype=torch.float32) if total is None else total.float()
+    for part, columns in zip(result.split(STEP), grad.split(STEP, dim=1), strict=True):
+        product = columns.T @ rows
+        part.copy_(product) if total is None else part.add_(product)
+    return result
 
 
 def added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
