@@ -63,8 +63,8 @@ def test_benchmarks_need_no_other_packages(tmp_path):
         "        importlib.import_module(module.name)\n"
         "runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)"
     )
-    arguments = ["flow_matching_loss", "--size", "H=16,W=16", "--pass", "forward", "--quick", "--stream"]
-    result = without_other_packages(program, *arguments, "--output", str(tmp_path / "result.json"))
+    arguments = ["flow_matching_loss", "--size", "H=16,W=16", "--dtype", "float32", "--pass", "forward", "--quick"]
+    result = without_other_packages(program, *arguments, "--stream", "--output", str(tmp_path / "result.json"))
     assert result.returncode == 0, result.stderr[-2000:]
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     streamed = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
