@@ -10,6 +10,8 @@
 # make test-gpu-env tests of the ops and backends in .venv-gpu
 # make lint        style and type checks
 # make docs        pages, API reference and results as HTML -> out/docs/index.html; fails on broken links
+# make wheels      source distribution and a checked wheel per CPython of this machine -> out/wheels
+# make aarch64     CPU module for 64-bit Arm, cross-compiled and run under qemu (Debian, as root)
 # make sanitize    CPU module and emulated CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, threads of
 #                  the CPU module under ThreadSanitizer, on a short list of cases
 #
@@ -38,11 +40,12 @@ GPU_ENV_PYTHON ?= python3.12
 PYTEST    := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest -q -n 2 --dist worksteal --durations=25
 # Exit status of pytest if ARGS selects no test.
 NO_TESTS  := 5
-LEFT_OUT  := not gpu and not long and not timing and not aot_all and not sanitize
+LEFT_OUT  := not gpu and not long and not timing and not aot_all and not sanitize and not aarch64
 
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: env-gpu test-gpu-env test sanitize test-long test-timing aot-all demo bench gpu-check lint docs env env-demo clean
+.PHONY: env-gpu test-gpu-env test sanitize test-long test-timing aot-all demo bench gpu-check lint docs wheels aarch64 env env-demo \
+        clean
 .DELETE_ON_ERROR:
 
 test: env
@@ -59,6 +62,9 @@ test-timing: env
 
 sanitize: env
 	$(RUN) -m pytest -q -m sanitize tests/sanitize $(ARGS)
+
+aarch64: env
+	$(RUN) -m pytest -q -m aarch64 tests/aarch64 $(ARGS)
 
 # The tests compile all CUDA kernels.
 aot-all: env
@@ -81,6 +87,9 @@ lint: $(VENV)/.demo-installed $(VENV)/.lint-installed
 
 docs: env $(VENV)/.docs-installed
 	$(RUN) -m sphinx -q -W --keep-going -c docs . out/docs $(ARGS)
+
+wheels: $(VENV)/.demo-installed $(VENV)/.wheels-installed
+	$(RUN) -m wheels $(ARGS)
 
 gpu-check:
 	@$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)

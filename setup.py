@@ -7,6 +7,7 @@ DECO_KERNELS_BUILD chooses what is built:
   cuda  the CPU and CUDA modules; a failure is an error
   cuda-only  the CUDA module; a failure is an error
   none  no native module, only Python
+DECO_KERNELS_BUILD_DIR names a folder for the objects, which later builds reuse, those of other Pythons too.
 Needs neither PyTorch nor a GPU. DECO_KERNELS_CUDA_ARCHS selects the architectures of the CUDA module, by default
 "80+PTX,90a,100,120"; +PTX adds code that newer GPUs compile when they first load it.
 """
@@ -64,7 +65,7 @@ def find_tool(name: str) -> str | None:
 class CMakeBuild(build_ext):
     def build_extension(self, ext: NativeModule) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve() / ext.target
+        build_dir = Path(os.environ.get("DECO_KERNELS_BUILD_DIR") or self.build_temp).resolve() / ext.target
         build_dir.mkdir(parents=True, exist_ok=True)
         log = build_dir / "build.log"
         try:
@@ -96,6 +97,8 @@ class CMakeBuild(build_ext):
             f"-B{build_dir}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output_dir}",
+            # Forget the Python of an earlier build in the same folder.
+            *("-UPython*", "-U_Python*", "-UPYTHON*", "-Upybind11*"),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPYTHON_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

@@ -15,6 +15,7 @@ project = author = "deco_kernels"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "README"
 include_patterns = ["*.md", "docs/*.md", "docs/api/*.rst", "docs/results/*.md", "benchmarks/results/*.md"]
+exclude_patterns = ["build", "out", ".venv*"]  # large; links in build/aarch64 lead out of it
 default_role = "code"
 myst_heading_anchors = 4
 html_theme = "furo"
@@ -36,7 +37,7 @@ CHAPTERS = {
         *("upsample_modulate", "adaln_block", "flow_matching_loss"),
     ),
     "Backends": ("triton", "cuda"),
-    "Programs": ("demo", "ablations", "app", "benchmarks"),
+    "Programs": ("demo", "ablations", "app", "benchmarks", "wheels"),
     "Results": (
         *("results/ops", "results/scaling", "results/end_to_end"),
         "../benchmarks/results/host_time_epyc_zen4_2_threads",

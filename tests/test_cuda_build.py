@@ -62,6 +62,10 @@ def test_without_a_choice_an_earlier_one_is_forgotten(build):
     assert not [argument for argument in arguments if argument.startswith("-DDECO_CUDA_ARCHS")]
 
 
+def test_objects_are_kept_where_the_environment_says(build, tmp_path):
+    assert f"-B{tmp_path}/objects/_native_cuda" in build(DECO_KERNELS_BUILD_DIR=f"{tmp_path}/objects")
+
+
 def gencode(tmp_path, architectures, version):
     """Result of CMake for a list of architectures and a version of nvcc."""
     beside = str(Path(sys.executable).parent)

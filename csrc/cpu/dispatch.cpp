@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 namespace deco::cpu {
@@ -25,12 +27,19 @@ DECO_DECLARE_TABLE(avx512)
 #ifdef DECO_HAVE_ISA_avx512bf16
 DECO_DECLARE_TABLE(avx512bf16)
 #endif
+#ifdef DECO_HAVE_ISA_neon
+DECO_DECLARE_TABLE(neon)
+#endif
+#ifdef DECO_HAVE_ISA_neonbf16
+DECO_DECLARE_TABLE(neonbf16)
+#endif
 #undef DECO_DECLARE_TABLE
 
 namespace {
 
 struct CpuFeatures {
   bool avx2 = false, avx512 = false, avx512bf16 = false, amx_bf16 = false;
+  bool neon = false, neonbf16 = false;
 };
 
 #if defined(__x86_64__)
@@ -66,6 +75,14 @@ CpuFeatures detect_features() {
   features.amx_bf16 = (state & kTileState) == kTileState && has(leaf7.edx, 24) && has(leaf7.edx, 22);
   return features;
 }
+#elif defined(__aarch64__)
+CpuFeatures detect_features() {
+  constexpr unsigned long kBFloat16 = 1ul << 14;  // HWCAP2_BF16
+  CpuFeatures features;
+  features.neon = true;  // part of the architecture
+  features.neonbf16 = (getauxval(AT_HWCAP2) & kBFloat16) != 0;
+  return features;
+}
 #else
 CpuFeatures detect_features() { return {}; }
 #endif
@@ -81,6 +98,7 @@ const std::vector<IsaEntry>& isa_entries() {
   static const std::vector<IsaEntry> entries = [] {
     const CpuFeatures features = detect_features();
     const KernelTable *avx2_table = nullptr, *avx512_table = nullptr, *avx512bf16_table = nullptr;
+    const KernelTable *neon_table = nullptr, *neonbf16_table = nullptr;
 #ifdef DECO_HAVE_ISA_avx2
     avx2_table = &avx2::kTable;
 #endif
@@ -90,9 +108,17 @@ const std::vector<IsaEntry>& isa_entries() {
 #ifdef DECO_HAVE_ISA_avx512bf16
     avx512bf16_table = &avx512bf16::kTable;
 #endif
+#ifdef DECO_HAVE_ISA_neon
+    neon_table = &neon::kTable;
+#endif
+#ifdef DECO_HAVE_ISA_neonbf16
+    neonbf16_table = &neonbf16::kTable;
+#endif
     return std::vector<IsaEntry>{{"avx512bf16", avx512bf16_table, features.avx512bf16},
                                  {"avx512", avx512_table, features.avx512},
                                  {"avx2", avx2_table, features.avx2},
+                                 {"neonbf16", neonbf16_table, features.neonbf16},
+                                 {"neon", neon_table, features.neon},
                                  {"portable", &portable::kTable, true}};
   }();
   return entries;

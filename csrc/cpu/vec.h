@@ -111,6 +111,8 @@ DECO_INLINE float round_to(DType dtype, float value) {
 #include "cpu/vec_avx512.h"
 #elif DECO_CPU_ISA_avx2
 #include "cpu/vec_avx2.h"
+#elif DECO_CPU_ISA_neon || DECO_CPU_ISA_neonbf16
+#include "cpu/vec_neon.h"
 #else
 #include "cpu/vec_portable.h"
 #endif

@@ -1,0 +1,1 @@
+"""`make wheels`: source distribution and wheels of this machine's Pythons, and their check. Needs no PyTorch."""
