@@ -28,7 +28,7 @@ ONE_PASS_KERNELS = (
     "pixel_decoder.forward_kernel+keeps", "pixel_decoder_loss.head_kernel", "flow_matching_loss.gradient_kernel+sums",
 )  # fmt: skip
 """Kernels that only `pixel_decoder_loss` launches."""
-_FLAGS = ("FIRST", "LAST", "PADDED", "KEEPS", "SUMS")
+_FLAGS = ("FIRST", "LAST", "PADDED", "KEEPS", "SUMS", "QUERY", "RMS")
 _TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -86,7 +86,7 @@ def compile_launch(launch, architecture: str):
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.args[parameter.name]
         specialized = not parameter.do_not_specialize
-        if parameter.is_constexpr or (specialized and isinstance(value, int) and value == 1):
+        if parameter.is_constexpr or value is None or (specialized and isinstance(value, int) and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + _TRITON_TYPES[value.dtype]

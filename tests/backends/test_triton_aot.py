@@ -87,6 +87,44 @@ def test_sizes_of_one_compile(op, sizes):
         triton_kernels.compile_launch(launch, "sm_90")
 
 
+QUERY_AND_RMS_HEAD = {
+    "pixel_decoder.forward_kernel+query+rms",
+    "pixel_decoder.recompute_kernel+query+rms",
+    "pixel_decoder.forward_kernel+keeps+query+rms",
+    "pixel_decoder_loss.head_kernel+rms",
+}
+
+
+def launches_with_query_and_rms_head(architecture: str, **sizes) -> dict:
+    """Launches in bfloat16 of the kernels that differ, by kernel."""
+    pytest.importorskip("triton")
+    launches = {}
+    for op in ("pixel_decoder", "pixel_decoder_loss"):
+        inputs = testing.random_inputs(op, dtype=torch.bfloat16, query="given", head_norm="rms", **sizes)
+        for launch in triton_kernels.launches_of(inputs, architecture):
+            launches[triton_kernels.kernel_name(launch)] = launch
+    found = {name: launch for name, launch in launches.items() if name.endswith("+rms")}
+    assert set(found) == QUERY_AND_RMS_HEAD
+    return found
+
+
+def test_query_and_rms_head_compile():
+    launches = launches_with_query_and_rms_head("sm_90", depth=1, width=16, image_size=(1, 16, 16))
+    for name in ("pixel_decoder.recompute_kernel+query+rms", "pixel_decoder_loss.head_kernel+rms"):
+        assert triton_kernels.figures(launches[name], "sm_90").spill_bytes == 0, name
+
+
+@pytest.mark.aot_all
+@pytest.mark.parametrize("architecture", triton_kernels.ARCHITECTURES)
+def test_query_and_rms_head_fit_the_device(architecture):
+    """With at most four spilled registers on NVIDIA GPUs."""
+    launches = launches_with_query_and_rms_head(architecture, other_dtype=torch.bfloat16)
+    for name, launch in launches.items():
+        figures = triton_kernels.figures(launch, architecture)
+        assert figures.shared_bytes <= SHARED_LIMIT[architecture], name
+        assert figures.spill_bytes <= 16 or architecture not in triton_kernels.NVIDIA, name
+
+
 @pytest.mark.aot_all
 @pytest.mark.parametrize("op", OPS)
 def test_channels_last_and_padded_images_compile(op):

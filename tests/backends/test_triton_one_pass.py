@@ -14,7 +14,7 @@ pytestmark = INTERPRETED
 
 OP = one_pass.OP
 CASES = [
-    Case(F32, 32, 1, 8, (2, 16, 32), layout="padded"),
+    Case(F32, 32, 1, 8, (2, 16, 32), layout="padded", query="given", head_norm="rms"),
     pytest.param(Case(BF16, 16, 2, 16, (1, 32, 32), weight_dtype=F16), marks=pytest.mark.long),
     pytest.param(
         Case(F16, 64, 1, 8, (1, 24, 40), layout="channels_last", other_dtype=BF16, weight_dtype=BF16),
@@ -33,13 +33,14 @@ def test_rule_of_error_by_chunks(case, monkeypatch, poisoned_memory):
     shared.test_rule_of_error("triton", OP, case, None)
 
 
-@pytest.mark.parametrize(("dtype", "patch_size"), [(BF16, 8), pytest.param(F16, 4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("dtype", "patch_size"), [(BF16, 8), (F16, 4)])
 def test_agrees_with_the_two_ops(dtype, patch_size):
     one_pass.test_agrees_with_the_two_ops("triton", dtype, patch_size)
 
 
 def test_from_tokens():
-    one_pass.test_from_tokens_agrees_with_the_formula("triton")
+    one_pass.test_from_tokens_agrees_with_the_formula("triton", query="tokens", head_norm="rms")
 
 
 def test_float16_is_scaled_inside():
@@ -54,13 +55,13 @@ def test_float16_is_scaled_inside():
 
 def test_chunks_give_the_same_results(monkeypatch):
     """Rows of patches, and single images. The same bits again."""
-    inputs = small_inputs(OP, BF16, width=16, depth=1, image_size=(2, 16, 16))
+    inputs = small_inputs(OP, BF16, width=16, depth=1, image_size=(2, 16, 16), query="given")
     whole = testing.run(inputs, "triton")
     for pixels in (128, 128, 256):
         set_chunk(monkeypatch, pixels)
         found = testing.run(inputs, "triton")
         shared.assert_close(found, whole, 2e-6)
-        for name in ("image", "cond", "target", "sample_weight"):
+        for name in ("image", "cond", "query", "target", "sample_weight"):
             assert torch.equal(found.gradients[name], whole.gradients[name]), name
 
 
@@ -84,9 +85,9 @@ def test_nan_propagates():
 
 
 def test_only_the_gradients_asked_for():
-    inputs = small_inputs(OP, BF16, width=16, depth=1)
+    inputs = small_inputs(OP, BF16, width=16, depth=1, query="given", head_norm="rms")
     expected = testing.run(inputs, "triton").gradients
-    for wanted in ("image", "cond", "target", "fc1_weight", "frequency_weight", "sample_weight"):
+    for wanted in ("image", "cond", "query", "target", "fc1_weight", "frequency_weight", "sample_weight"):
         leaves = {name: t.detach().requires_grad_(name == wanted) for name, t in inputs.tensors.items()}
         total, *_ = ops.pixel_decoder_loss(**leaves, **inputs.options, backend="triton")
         total.backward(inputs.grad_outputs[0])

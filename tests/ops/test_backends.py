@@ -91,7 +91,7 @@ def test_views_give_the_same_result(implementation, op, dtype, view):
 def test_expanded_inputs_and_stride_0_gradients(implementation, op):
     inputs = small_inputs(op)
     for name, tensor in inputs.tensors.items():
-        if name in ("image", "pred", "target", "cond", "h"):
+        if name in ("image", "pred", "target", "cond", "h", "query"):
             inputs.tensors[name] = tensor[:1].expand_as(tensor)
     grads = tuple(torch.ones((), dtype=g.dtype).expand_as(g) for g in inputs.grad_outputs)
     inputs = inputs._replace(grad_outputs=grads)

@@ -64,9 +64,9 @@ def test_agrees_with_the_two_ops(implementation, dtype, patch_size):
 
 
 @needs_module
-def test_from_tokens_agrees_with_the_formula(backend="cpu"):
+def test_from_tokens_agrees_with_the_formula(backend="cpu", **changes):
     """To rounding, every loss and gradient."""
-    inputs = block_inputs(BF16, op=FROM_TOKENS, image_size=(1, 8, 16), width=16, depth=1)
+    inputs = block_inputs(BF16, op=FROM_TOKENS, image_size=(1, 8, 16), width=16, depth=1, **changes)
     found, expected = testing.run(inputs, backend), testing.run(inputs, "reference")
     for loss, other in zip(found.outputs, expected.outputs, strict=True):
         assert testing.relative_error(loss, other) <= torch.finfo(BF16).eps

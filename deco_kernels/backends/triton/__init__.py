@@ -13,11 +13,7 @@ import torch
 
 from deco_kernels.backends.support import Support
 
-SUPPORT = Support(
-    "NVIDIA GPUs from sm_80; AMD GPUs through ROCm",
-    queries=(False,),
-    head_norms=("layer",),
-)
+SUPPORT = Support("NVIDIA GPUs from sm_80; AMD GPUs through ROCm")
 unsupported_reason = SUPPORT.refusal
 
 _OLDEST = (3, 3)  # oldest tested version

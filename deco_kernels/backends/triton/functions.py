@@ -63,23 +63,25 @@ def pairwise_sum(x, D: tl.constexpr):
 
 
 @triton.jit
-def normalize(h, D: tl.constexpr, EPS: tl.constexpr):
+def normalize(h, D: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr = False):
     """LayerNorm without affine over the last axis of h [BLOCK, D]: the normalized rows and 1/std [BLOCK].
 
-    NaN if the variance is not finite. 1/std amplifies the error of the mean by up to 1,000 at eps 1e-6.
+    With RMS, RMSNorm: the mean is not subtracted. NaN if the variance is not finite. 1/std amplifies the error of the
+    mean by up to 1,000 at eps 1e-6.
     """
-    centered = h - (pairwise_sum(h, D) * (1.0 / D))[:, None]
+    centered = h if RMS else h - (pairwise_sum(h, D) * (1.0 / D))[:, None]
     variance = tl.sum(centered * centered, 1) * (1.0 / D)
     rstd = tl.rsqrt(variance + EPS) + variance * 0.0
     return centered * rstd[:, None], rstd
 
 
 @triton.jit
-def normalize_grad(grad, normalized, rstd, D: tl.constexpr):
+def normalize_grad(grad, normalized, rstd, D: tl.constexpr, RMS: tl.constexpr = False):
     """Gradient of `normalize` with respect to h, from the gradient of its first result."""
     mean = tl.sum(grad, 1) * (1.0 / D)
     projection = tl.sum(grad * normalized, 1) * (1.0 / D)
-    return rstd[:, None] * (grad - mean[:, None] - normalized * projection[:, None])
+    centered = grad if RMS else grad - mean[:, None]
+    return rstd[:, None] * (centered - normalized * projection[:, None])
 
 
 @triton.jit
@@ -145,6 +147,16 @@ def row_offsets(token, pixel, token_stride, pixel_stride, D: tl.constexpr):
     """Element offsets [BLOCK, D] of the pixels' rows in a [tokens, pixels, D] tensor with unit channel stride."""
     rows = token.to(tl.int64) * token_stride + pixel.to(tl.int64) * pixel_stride
     return rows[:, None] + tl.arange(0, D)[None, :]
+
+
+@triton.jit
+def image_offsets(token, pixel, tokens_y, tokens_x, stride_b, stride_h, stride_w, PATCH: tl.constexpr):
+    """Element offsets [BLOCK] of the pixels' first channel in a [B, C, H, W] tensor with any strides."""
+    image = token // (tokens_y * tokens_x)
+    place = token - image * (tokens_y * tokens_x)
+    row = (place // tokens_x) * PATCH + pixel // PATCH
+    column = (place % tokens_x) * PATCH + pixel % PATCH
+    return image.to(tl.int64) * stride_b + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
 
 
 @triton.jit

@@ -203,6 +203,20 @@ def collapsed_rows(tensor: torch.Tensor, trailing: int) -> torch.Tensor:
         return tensor.contiguous().view(rows, *shape)
 
 
+def pixel_rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """[..., P, D] as `collapsed_rows`; None for None, here and below."""
+    return None if tensor is None else collapsed_rows(tensor, 2)
+
+
+def part_of(rows: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+    return None if rows is None else rows[part]
+
+
+def optional(rows: torch.Tensor | None) -> tuple[torch.Tensor | None, int | None, int | None]:
+    """Pointer and strides of tokens and pixels, the arguments of kernels for rows [tokens, P, D] or None."""
+    return (None, None, None) if rows is None else (rows, rows.stride(0), rows.stride(1))
+
+
 def contiguous(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors, copied if they are not contiguous."""
     return tuple(tensor.contiguous() for tensor in tensors)

@@ -1,6 +1,8 @@
 """pixel_decoder on Triton: the per-pixel decoder in one kernel, its backward in N + 2 kernels per chunk of tokens.
 
-    h = W_x·rgb + table[pixel];  N times h = adaln_block(h, cond);  velocity = W_out·LN(h) + b_out
+    h = W_x·rgb + table[pixel] + query;  N times h = adaln_block(h, cond);  velocity = W_out·norm(h) + b_out
+
+The query is optional, norm is LayerNorm or RMSNorm; both are compiled into the kernels (QUERY, RMS).
 
 Forward: a persistent program iterates over tiles of `block` pixels; h and SiLU(cond) of a tile stay in registers,
 weights pass through shared memory, and only the velocity is written. The image is read and the velocity written in
@@ -10,6 +12,7 @@ Backward, per chunk of tokens whose workspace stays in the L2 cache (l2_cache.py
     recompute_kernel    recomputes the forward, stores h before each block and runs the backward of the head
     backward_kernel     of adaln_block.py, once per block, last block first; the gradient of h stays in one buffer
     embedding_kernel    gradients of the image, pixel_weight and pixel_table
+The gradient of the query is that of h before the first block, which backward_kernel writes to its place.
 Per pixel at D 32, N 3, bfloat16: the kernels move 1.5 kB, of which 0.2 kB are inputs and results; about 125 kFLOP.
 
 Every sum over pixels is owned by one program (registers, then its partial buffer), and partial buffers are added in
@@ -30,7 +33,7 @@ from deco_kernels.backends.arguments import Gradients
 from deco_kernels.signatures import DecoderWeights, flat
 
 from .adaln_block import block_forward, run_block_backward
-from .functions import add_to, normalize, normalize_grad, row_offsets, silu_of_double, tile_pixels
+from .functions import add_to, image_offsets, normalize, normalize_grad, row_offsets, silu_of_double, tile_pixels
 from .launching import (
     chunks,
     collapsed_rows,
@@ -39,7 +42,10 @@ from .launching import (
     launch,
     launch_over_rows,
     math_options,
+    optional,
     parameters_for,
+    part_of,
+    pixel_rows,
     program_limit,
     weight_partials,
 )
@@ -51,25 +57,19 @@ LAUNCH_TOKENS = 2**22  # tokens per forward launch, so that pixel indices fit in
 
 
 @triton.jit
-def image_offsets(token, pixel, tokens_y, tokens_x, stride_b, stride_h, stride_w, PATCH: tl.constexpr):
-    """Element offsets [BLOCK] of the pixels' first channel in a [B, C, H, W] tensor with any strides."""
-    image = token // (tokens_y * tokens_x)
-    place = token - image * (tokens_y * tokens_x)
-    row = (place // tokens_x) * PATCH + pixel // PATCH
-    column = (place % tokens_x) * PATCH + pixel % PATCH
-    return image.to(tl.int64) * stride_b + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
-
-
-@triton.jit
 def embed_pixels(
-    image_ptr, offsets, stride_c, pixel, valid, pixel_weight_ptr, pixel_table_ptr, D: tl.constexpr, C: tl.constexpr
-):
-    """h⁰ [BLOCK, D] = W_x·rgb + table[pixel], float32."""
+    image_ptr, offsets, stride_c, pixel, valid, pixel_weight_ptr, pixel_table_ptr,
+    query_ptr, query_token_stride, query_pixel_stride, token, QUERY: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """h⁰ [BLOCK, D] = W_x·rgb + table[pixel] (+ query), float32."""
     d = tl.arange(0, D)
     h = tl.load(pixel_table_ptr + pixel[:, None] * D + d[None, :]).to(tl.float32)
     for c in tl.static_range(C):
         value = tl.load(image_ptr + offsets + c * stride_c, mask=valid, other=0.0).to(tl.float32)
         h += value[:, None] * tl.load(pixel_weight_ptr + d * C + c).to(tl.float32)[None, :]
+    if QUERY:
+        rows = row_offsets(token, pixel, query_token_stride, query_pixel_stride, D)
+        h += tl.load(query_ptr + rows, mask=valid[:, None], other=0.0).to(tl.float32)
     return h
 
 
@@ -77,13 +77,14 @@ def embed_pixels(
 def forward_kernel(
     image_ptr, image_stride_b, image_stride_c, image_stride_h, image_stride_w,  # [B, C, H, W]
     cond_ptr, cond_token_stride, cond_pixel_stride,  # [n_tokens, P, D], unit channel stride
+    query_ptr, query_token_stride, query_pixel_stride,  # with QUERY: like cond; else None
     pixel_weight_ptr, pixel_table_ptr,  # [D, C], [P, D]
     matrices_ptr, biases_ptr,  # [N, 5, D, D] (in, out), [N, 5, D]: see weights.py
     head_weight_ptr, head_bias_ptr,  # [C, D], [C]
     velocity_ptr, velocity_stride_b, velocity_stride_c, velocity_stride_h, velocity_stride_w,  # out [B, C, H, W]
     states_ptr, state_stride,  # with KEEPS: out [N + 1, n_tokens, P, D]: h before each block and the head, cond's dtype
     first_token, n_tokens, tokens_y, tokens_x,  # cond row 0 is token `first_token` of the images
-    KEEPS: tl.constexpr,
+    KEEPS: tl.constexpr, QUERY: tl.constexpr, RMS: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr,
     EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +97,10 @@ def forward_kernel(
         offsets = image_offsets(
             first_token + token, pixel, tokens_y, tokens_x, image_stride_b, image_stride_h, image_stride_w, PATCH
         )
-        h = embed_pixels(image_ptr, offsets, image_stride_c, pixel, valid, pixel_weight_ptr, pixel_table_ptr, D, C)
+        h = embed_pixels(
+            image_ptr, offsets, image_stride_c, pixel, valid, pixel_weight_ptr, pixel_table_ptr,
+            query_ptr, query_token_stride, query_pixel_stride, token, QUERY, D, C,
+        )  # fmt: skip
         rows = row_offsets(token, pixel, cond_token_stride, cond_pixel_stride, D)
         cond = tl.load(cond_ptr + rows, mask=valid[:, None], other=0.0).to(tl.float32)
         s = silu_of_double(0.5 * cond, FAST_TANH).to(matrices_ptr.dtype.element_ty)
@@ -107,7 +111,7 @@ def forward_kernel(
             h = block_forward(h, s, matrices_ptr, biases_ptr, block, D, EPS, PRECISION, FAST_TANH)
         if KEEPS:
             tl.store(states + N * state_stride, h, mask=valid[:, None])
-        normalized, _ = normalize(h, D, EPS)
+        normalized, _ = normalize(h, D, EPS, RMS)
         offsets = image_offsets(
             first_token + token, pixel, tokens_y, tokens_x,
             velocity_stride_b, velocity_stride_h, velocity_stride_w, PATCH,
@@ -121,15 +125,17 @@ def forward_kernel(
 def run_forward(
     image: torch.Tensor,
     cond: torch.Tensor,
+    query: torch.Tensor | None,
     packed: PackedWeights,
     decoder_weights: tuple[torch.Tensor, ...],
     velocity: torch.Tensor,
     first_token: int,
     patch_size: int,
+    head_norm: str,
     eps: float,
     states: torch.Tensor | None = None,
 ) -> None:
-    """Launch forward_kernel for the tokens of cond [tokens, P, D], which start at `first_token` of the images.
+    """Launch forward_kernel for the tokens of cond and query [tokens, P, D], from `first_token` of the images onward.
 
     `states` [N + 1, tokens, P, D] receives h before each block and the head.
     """
@@ -138,10 +144,11 @@ def run_forward(
     tokens, pixels, _ = cond.shape
     launch_over_rows(
         forward_kernel, "pixel_decoder", tokens * pixels, cond,
-        image, *image.stride(), cond, cond.stride(0), cond.stride(1), pixel_weight, pixel_table,
+        image, *image.stride(), cond, cond.stride(0), cond.stride(1), *optional(query), pixel_weight, pixel_table,
         *packed, head_weight, head_bias, velocity, *velocity.stride(), kept, kept.stride(0),
         first_token, tokens, image.shape[2] // patch_size, image.shape[3] // patch_size,
-        KEEPS=states is not None, N=packed.matrices.shape[0], C=image.shape[1], PATCH=patch_size, EPS=eps,
+        KEEPS=states is not None, QUERY=query is not None, RMS=head_norm == "rms",
+        N=packed.matrices.shape[0], C=image.shape[1], PATCH=patch_size, EPS=eps,
     )  # fmt: skip
 
 
@@ -151,18 +158,18 @@ def run_forward(
 @triton.jit
 def head_backward(
     h, grad_velocity_ptr, offsets, stride_c, valid, head_weight_ptr,
-    D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
     """Normalized h [BLOCK, D], the gradient of h, and that of the velocity [16, BLOCK], padded for matmuls."""
     channel = tl.arange(0, 16)
-    normalized, rstd = normalize(h, D, EPS)
+    normalized, rstd = normalize(h, D, EPS, RMS)
     grad_normalized = tl.zeros([BLOCK, D], tl.float32)
     grad_channels = tl.zeros([16, BLOCK], tl.float32)
     for c in tl.static_range(C):
         grad = tl.load(grad_velocity_ptr + offsets + c * stride_c, mask=valid, other=0.0).to(tl.float32)
         grad_normalized += grad[:, None] * tl.load(head_weight_ptr + c * D + tl.arange(0, D)).to(tl.float32)[None, :]
         grad_channels = tl.where(channel[:, None] == c, grad[None, :], grad_channels)
-    return normalized, normalize_grad(grad_normalized, normalized, rstd, D), grad_channels
+    return normalized, normalize_grad(grad_normalized, normalized, rstd, D, RMS), grad_channels
 
 
 @triton.jit
@@ -178,6 +185,7 @@ def add_head_sums(grad_weight_ptr, grad_bias_ptr, grad_weight, grad_bias, D: tl.
 def recompute_kernel(
     image_ptr, image_stride_b, image_stride_c, image_stride_h, image_stride_w,  # [B, C, H, W]
     cond_ptr, cond_token_stride, cond_pixel_stride,  # [n_tokens, P, D], unit channel stride
+    query_ptr, query_token_stride, query_pixel_stride,  # with QUERY: like cond; else None
     pixel_weight_ptr, pixel_table_ptr,  # [D, C], [P, D]
     matrices_ptr, biases_ptr,  # [N, 5, D, D] (in, out), [N, 5, D]: see weights.py
     head_weight_ptr,  # [C, D]
@@ -187,6 +195,7 @@ def recompute_kernel(
     grad_head_weight_ptr, grad_head_bias_ptr,  # in and out [programs, C, D], [programs, C] float32
     first_token, n_tokens, tokens_y, tokens_x,  # cond row 0 is token `first_token` of the images
     WEIGHT_GRAD: tl.constexpr,  # whether gradients of the head are needed
+    QUERY: tl.constexpr, RMS: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr,
     EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
 ):  # fmt: skip
@@ -200,7 +209,10 @@ def recompute_kernel(
         offsets = image_offsets(
             first_token + token, pixel, tokens_y, tokens_x, image_stride_b, image_stride_h, image_stride_w, PATCH
         )
-        h = embed_pixels(image_ptr, offsets, image_stride_c, pixel, valid, pixel_weight_ptr, pixel_table_ptr, D, C)
+        h = embed_pixels(
+            image_ptr, offsets, image_stride_c, pixel, valid, pixel_weight_ptr, pixel_table_ptr,
+            query_ptr, query_token_stride, query_pixel_stride, token, QUERY, D, C,
+        )  # fmt: skip
         cond_rows = row_offsets(token, pixel, cond_token_stride, cond_pixel_stride, D)
         cond = tl.load(cond_ptr + cond_rows, mask=valid[:, None], other=0.0).to(tl.float32)
         s = silu_of_double(0.5 * cond, FAST_TANH).to(matrices_ptr.dtype.element_ty)
@@ -214,7 +226,7 @@ def recompute_kernel(
             velocity_stride_b, velocity_stride_h, velocity_stride_w, PATCH,
         )  # fmt: skip
         normalized, grad_h, grad_channels = head_backward(
-            h, grad_velocity_ptr, offsets, velocity_stride_c, valid, head_weight_ptr, D, C, BLOCK, EPS
+            h, grad_velocity_ptr, offsets, velocity_stride_c, valid, head_weight_ptr, D, C, BLOCK, EPS, RMS
         )
         tl.store(grad_h_ptr + rows, grad_h, mask=valid[:, None])
         if WEIGHT_GRAD:
@@ -292,7 +304,7 @@ class DecoderBackward:
         image, grad_velocity: [B, C, H, W], any strides.
         weights: weights of pixel_decoder.
         dtype: activation dtype.
-        needs: whether (image, cond, any weight) need a gradient.
+        needs: whether (image, cond, any weight) need a gradient; that of the query is written where there is a place.
         grad_image: written, any strides; None: allocated.
         velocity_bytes: bytes per pixel of a chunk besides N + 1 activations.
         share: of the L2 cache, for a chunk.
@@ -305,6 +317,7 @@ class DecoderBackward:
         weights: DecoderWeights,
         dtype: torch.dtype,
         patch_size: int,
+        head_norm: str,
         eps: float,
         needs: tuple[bool, bool, bool],
         grad_image: torch.Tensor | None = None,
@@ -312,7 +325,7 @@ class DecoderBackward:
         share: float = l2_cache.SHARE,
     ):
         self.image, self.grad_velocity, self.weights = image, grad_velocity, weights
-        self.dtype, self.patch_size, self.eps = dtype, patch_size, eps
+        self.dtype, self.patch_size, self.rms, self.eps = dtype, patch_size, head_norm == "rms", eps
         self.needs_image, self.needs_cond, self.needs_weights = needs
         self.pixel_weight, self.pixel_table, self.head_weight, _ = query_and_head(weights)
         self.packed = pack(weights.blocks, dtype)
@@ -346,19 +359,24 @@ class DecoderBackward:
                 "adaln_block_backward", self.packed.matrices, self.depth, 5
             )
 
-    def add(self, cond: torch.Tensor, first_token: int, grad_cond: torch.Tensor) -> None:
-        """Process the tokens of cond [tokens, P, D] and write their rows of grad_cond [tokens, P, D], contiguous."""
+    def add(
+        self,
+        cond: torch.Tensor,
+        query: torch.Tensor | None,
+        first_token: int,
+        grad_cond: torch.Tensor,
+        grad_query: torch.Tensor | None,
+    ) -> None:
+        """Process the tokens of cond and query [tokens, P, D] and write their rows of grad_cond and grad_query.
+
+        The gradients are contiguous and have the dtype of cond; grad_query is None if it is not needed.
+        """
         tokens, pixels, width = cond.shape
         workspace = cond.new_empty(self.depth + 1, min(tokens, self.chunk_tokens), pixels, width)
         for start, length in chunks(tokens, self.chunk_tokens):
-            part = slice(start, start + length)
-            self._add_chunk(cond[part], first_token + start, grad_cond[part], workspace[:, :length])
-
-    def _add_chunk(
-        self, cond: torch.Tensor, first_token: int, grad_cond: torch.Tensor, workspace: torch.Tensor
-    ) -> None:
-        self._recompute(cond, first_token, workspace, workspace[self.depth])
-        self.add_from_head(cond, first_token, grad_cond, workspace)
+            part, states = slice(start, start + length), workspace[:, :length]
+            self._recompute(cond[part], part_of(query, part), first_token + start, states)
+            self.add_from_head(cond[part], first_token + start, grad_cond[part], part_of(grad_query, part), states)
 
     def on(self, image: torch.Tensor, grad_velocity: torch.Tensor, grad_image: torch.Tensor) -> DecoderBackward:
         """The same sums, for these images."""
@@ -367,9 +385,14 @@ class DecoderBackward:
         return part
 
     def add_from_head(
-        self, cond: torch.Tensor, first_token: int, grad_cond: torch.Tensor, workspace: torch.Tensor
+        self,
+        cond: torch.Tensor,
+        first_token: int,
+        grad_cond: torch.Tensor,
+        grad_query: torch.Tensor | None,
+        workspace: torch.Tensor,
     ) -> None:
-        """The backward of blocks and embedding for one chunk.
+        """The backward of blocks and embedding for one chunk. The last gradient of h is that of the query.
 
         `workspace` [N + 1, tokens, P, D]: h before each block, and the gradient of h after the last one.
         """
@@ -377,6 +400,8 @@ class DecoderBackward:
         grad_h = workspace[self.depth]
         grad_h_rows = grad_h.view(-1, width)
         for block in reversed(range(self.depth)):
+            if block == 0 and grad_query is not None:
+                grad_h = grad_query
             partials = (self.grad_matrix[:, block], self.grad_bias[:, block]) if self.needs_weights else None
             run_block_backward(
                 workspace[block].view(-1, width), cond, grad_h_rows, self.packed.block(block), grad_h, grad_cond,
@@ -392,15 +417,20 @@ class DecoderBackward:
     def places(self, first_token: int, tokens: int) -> tuple[int, int, int, int]:
         return first_token, tokens, self.image.shape[2] // self.patch_size, self.image.shape[3] // self.patch_size
 
-    def _recompute(self, cond: torch.Tensor, first_token: int, workspace: torch.Tensor, grad_h: torch.Tensor) -> None:
+    def _recompute(
+        self, cond: torch.Tensor, query: torch.Tensor | None, first_token: int, workspace: torch.Tensor
+    ) -> None:
         tokens, pixels, _ = cond.shape
+        grad_h = workspace[self.depth]
         sums = self.head_sums(grad_h)
         launch_over_rows(
             recompute_kernel, "pixel_decoder_recompute", tokens * pixels, cond,
-            self.image, *self.image.stride(), cond, cond.stride(0), cond.stride(1), self.pixel_weight, self.pixel_table,
-            *self.packed, self.head_weight, self.grad_velocity, *self.grad_velocity.stride(),
-            workspace, workspace.stride(0), grad_h, *sums, *self.places(first_token, tokens),
-            WEIGHT_GRAD=self.needs_weights, N=self.depth, C=self.image.shape[1], PATCH=self.patch_size, EPS=self.eps,
+            self.image, *self.image.stride(), cond, cond.stride(0), cond.stride(1), *optional(query),
+            self.pixel_weight, self.pixel_table, *self.packed, self.head_weight,
+            self.grad_velocity, *self.grad_velocity.stride(), workspace, workspace.stride(0), grad_h, *sums,
+            *self.places(first_token, tokens),
+            WEIGHT_GRAD=self.needs_weights, QUERY=query is not None, RMS=self.rms,
+            N=self.depth, C=self.image.shape[1], PATCH=self.patch_size, EPS=self.eps,
         )  # fmt: skip
 
     def _embedding(self, grad_h: torch.Tensor, first_token: int) -> None:
@@ -446,10 +476,13 @@ def forward(
     with device_guard(cond):
         packed = pack(weights.blocks, cond.dtype)
         decoder_weights = query_and_head(weights)
-        tokens = collapsed_rows(cond, 2)
+        tokens, queries = collapsed_rows(cond, 2), pixel_rows(query)
         for start, length in chunks(tokens.shape[0], LAUNCH_TOKENS):
-            part = tokens[start : start + length]
-            run_forward(image, part, packed, decoder_weights, velocity, start, patch_size, eps)
+            part = slice(start, start + length)
+            run_forward(
+                image, tokens[part], part_of(queries, part), packed, decoder_weights, velocity, start,
+                patch_size, head_norm, eps,
+            )  # fmt: skip
     return velocity
 
 
@@ -466,11 +499,14 @@ def backward(
 ) -> Gradients:
     """Gradients of (image, cond, weights, query); None where `needs` is False."""
     grad_cond = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
+    grad_query = None
+    if query is not None and needs[-1]:
+        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     with device_guard(cond):
         needed = (needs[0], needs[1], any(needs[2:-1]))
-        sums = DecoderBackward(image, grad_velocity, weights, cond.dtype, patch_size, eps, needed)
+        sums = DecoderBackward(image, grad_velocity, weights, cond.dtype, patch_size, head_norm, eps, needed)
         tokens = collapsed_rows(cond, 2)
-        sums.add(tokens, 0, grad_cond.view(tokens.shape))
+        sums.add(tokens, pixel_rows(query), 0, grad_cond.view(tokens.shape), pixel_rows(grad_query))
         grad_weights = sums.grad_weights() if needed[2] else (None,) * len(needs[2:-1])
-    grads = (sums.grad_image, grad_cond, *grad_weights, None)
+    grads = (sums.grad_image, grad_cond, *grad_weights, grad_query)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

@@ -1,8 +1,8 @@
 """pixel_decoder_from_tokens on Triton: PyTorch's matmul for the upsample and the fused decoder, in chunks.
 
 See upsample.py and pixel_decoder.py. The backward holds one chunk of conditions and of their gradients in addition to
-the workspace of the decoder. Its chunks are larger than the L2 cache: every chunk reads and writes the sum of
-up_weight's gradients.
+the workspace of the decoder, and the same of a query. Its chunks are larger than the L2 cache: every chunk reads and
+writes the sum of up_weight's gradients.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 
 from deco_kernels.backends import l2_cache
 from deco_kernels.backends.arguments import Gradients
+from deco_kernels.backends.query import ChunkedQuery
 from deco_kernels.backends.upsample import forward_chunk_pixels
 from deco_kernels.signatures import DecoderWeights, Query, UpsampleWeights
 
-from .launching import chunks, device_guard
+from .launching import chunks, device_guard, pixel_rows
 from .pixel_decoder import DecoderBackward, query_and_head, run_forward
 from .upsample import Upsample
 from .weights import pack
@@ -39,11 +40,16 @@ def forward(
         packed = pack(weights.blocks, tokens.dtype)
         decoder_weights = query_and_head(weights)
         upsample = Upsample(tokens, up, weights.pixel_table.shape)
+        queries = ChunkedQuery(query, weights.pixel_table.shape, needs=(False,) * len(query))
         kept = None if cond is None else cond.view(-1, weights.pixel_table.numel())
-        chunk_tokens = max(1, forward_chunk_pixels(tokens, up, patch_size**2) // patch_size**2)
+        upsampled = 1 if queries.upsample is None else 2  # tensors of a chunk
+        chunk_tokens = max(1, forward_chunk_pixels(tokens, up, patch_size**2) // (upsampled * patch_size**2))
         for start, length in chunks(upsample.tokens.shape[0], chunk_tokens):
             conditions = upsample.cond(start, length, kept)
-            run_forward(image, conditions, packed, decoder_weights, velocity, start, patch_size, eps)
+            part = pixel_rows(queries.of(slice(start, start + length), tokens.dtype))
+            run_forward(
+                image, conditions, part, packed, decoder_weights, velocity, start, patch_size, head_norm, eps
+            )  # fmt: skip
     return velocity
 
 
@@ -64,18 +70,24 @@ def backward(
 
     `cond` has the conditions of the forward; None if they are computed again.
     """
-    upsample_needs = needs[1:4]
-    needed = (needs[0], any(upsample_needs), any(needs[4:-4]))
+    upsample_needs, query_needs = needs[1:4], needs[-len(query) :]
+    weight_needs = needs[4 : -len(query)]
+    needed = (needs[0], any(upsample_needs), any(weight_needs))
     with device_guard(tokens), torch.no_grad():
-        sums = DecoderBackward(image, grad_velocity, weights, tokens.dtype, patch_size, eps, needed)
+        sums = DecoderBackward(image, grad_velocity, weights, tokens.dtype, patch_size, head_norm, eps, needed)
         upsample = Upsample(tokens, up, weights.pixel_table.shape)
+        queries = ChunkedQuery(query, weights.pixel_table.shape, query_needs)
         kept = None if cond is None else cond.reshape(-1, *weights.pixel_table.shape)
-        chunk_tokens = max(1, l2_cache.large_pixels(2 * sums.width * tokens.element_size()) // patch_size**2)
+        values = sums.width * (2 if queries.upsample is None else 4)  # of cond, of a query made here, of gradients
+        chunk_tokens = max(1, l2_cache.large_pixels(values * tokens.element_size()) // patch_size**2)
         for start, length in chunks(upsample.tokens.shape[0], chunk_tokens):
-            conditions = upsample.cond(start, length) if kept is None else kept[start : start + length]
+            part = slice(start, start + length)
+            conditions = upsample.cond(start, length) if kept is None else kept[part]
             grad_cond = torch.empty_like(conditions)
-            sums.add(conditions, start, grad_cond)
+            grad_query = torch.empty_like(conditions) if queries.wanted else None
+            sums.add(conditions, pixel_rows(queries.of(part, tokens.dtype)), start, grad_cond, grad_query)
             upsample.add_gradients(start, grad_cond, upsample_needs)
-        grad_weights = sums.grad_weights() if needed[2] else (None,) * len(needs[4:-4])
-        grads = (sums.grad_image, *upsample.grads(upsample_needs), *grad_weights, *[None] * 4)
+            queries.add(part, grad_query)
+        grad_weights = sums.grad_weights() if needed[2] else (None,) * len(weight_needs)
+        grads = (sums.grad_image, *upsample.grads(upsample_needs), *grad_weights, *queries.results())
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

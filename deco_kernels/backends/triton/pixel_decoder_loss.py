@@ -33,9 +33,9 @@ from deco_kernels.signatures import PixelDecoderLoss
 
 from . import flow_matching_loss, pixel_decoder
 from .flow_matching_loss import LossCall, grad_frequency_weight, grad_sample_weight, no_losses
-from .functions import row_offsets, tile_pixels
-from .launching import collapsed_rows, device_guard, launch_over_rows
-from .pixel_decoder import DecoderBackward, add_head_sums, head_backward, image_offsets, query_and_head, run_forward
+from .functions import image_offsets, row_offsets, tile_pixels
+from .launching import collapsed_rows, device_guard, launch_over_rows, part_of, pixel_rows
+from .pixel_decoder import DecoderBackward, add_head_sums, head_backward, query_and_head, run_forward
 from .weights import PackedWeights, pack
 
 _composition = Composition("triton", pixel_decoder, flow_matching_loss)
@@ -50,7 +50,7 @@ def head_kernel(
     n_tokens, tokens_y, tokens_x,
     WEIGHT_GRAD: tl.constexpr,  # whether gradients of the head are needed
     D: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr,
-    EPS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
+    EPS: tl.constexpr, RMS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
 ):  # fmt: skip
     """Backward of the head."""
     PIXELS: tl.constexpr = PATCH * PATCH
@@ -64,7 +64,7 @@ def head_kernel(
         )
         h = tl.load(rows, mask=valid[:, None], other=0.0).to(tl.float32)
         normalized, grad_h, grad_channels = head_backward(
-            h, grad_velocity_ptr, offsets, velocity_stride_c, valid, head_weight_ptr, D, C, BLOCK, EPS
+            h, grad_velocity_ptr, offsets, velocity_stride_c, valid, head_weight_ptr, D, C, BLOCK, EPS, RMS
         )
         tl.store(rows, grad_h, mask=valid[:, None])
         if WEIGHT_GRAD:
@@ -80,9 +80,10 @@ def head_kernel(
 class _Pass:
     """The chunks of one call, and what they share."""
 
-    def __init__(self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, eps: float):
-        self.inputs, self.patch_size, self.frequency_scale, self.eps = inputs, patch_size, frequency_scale, eps
-        self.cond = collapsed_rows(inputs.cond, 2)
+    def __init__(self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, head_norm: str, eps: float):
+        self.inputs, self.patch_size, self.frequency_scale = inputs, patch_size, frequency_scale
+        self.head_norm, self.eps = head_norm, eps
+        self.cond, self.query = collapsed_rows(inputs.cond, 2), pixel_rows(inputs.query)
         self.ends = query_and_head(inputs.weights)
         velocity = self.cond.new_empty(()).expand(inputs.image.shape)  # for its sizes and dtype
         self.loss = LossCall(velocity, inputs.target, inputs.frequency_weight, inputs.sample_weight)
@@ -103,9 +104,10 @@ class _Pass:
 
     def run_decoder(self, chunk: ImageChunk, packed: PackedWeights, states: torch.Tensor | None = None) -> torch.Tensor:
         """The velocity of a chunk; `states` as in `run_forward`."""
-        image, cond = chunk.of(self.inputs.image), self.cond[chunk.tokens]
+        image, cond, query = chunk.of(self.inputs.image), self.cond[chunk.tokens], part_of(self.query, chunk.tokens)
         velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
-        run_forward(image, cond, packed, self.ends, velocity, 0, self.patch_size, self.eps, states)
+        options = (self.patch_size, self.head_norm, self.eps)
+        run_forward(image, cond, query, packed, self.ends, velocity, 0, *options, states)
         return velocity
 
     def loss_of(self, chunk: ImageChunk, velocity: torch.Tensor) -> LossCall:
@@ -126,19 +128,22 @@ class _PassWithGradients(_Pass):
         inputs: PixelDecoderLoss,
         patch_size: int,
         frequency_scale: float,
+        head_norm: str,
         eps: float,
         scale: float,
         grads: Gradients,
     ):
         """`grads`: the gradients of all tensors, written; None where not needed."""
-        super().__init__(inputs, patch_size, frequency_scale, eps)
-        grad_image, grad_cond, self.grad_target, *self.grad_weights, self.grad_frequency, self.grad_sample, _ = grads
+        super().__init__(inputs, patch_size, frequency_scale, head_norm, eps)
+        grad_image, grad_cond, self.grad_target, *others, grad_query = grads
+        *self.grad_weights, self.grad_frequency, self.grad_sample = others
         needs_weights = any(gradient is not None for gradient in self.grad_weights)
-        self.needs_decoder = grad_image is not None or grad_cond is not None or needs_weights
+        self.needs_decoder = needs_weights or any(g is not None for g in (grad_image, grad_cond, grad_query))
         self.grad_image = inputs.image if grad_image is None else grad_image  # as it is, if not needed
         self.grad_cond = torch.empty_like(self.cond) if grad_cond is None else grad_cond.view(self.cond.shape)
+        self.grad_query = pixel_rows(grad_query)
         self.backward = DecoderBackward(
-            inputs.image, inputs.image, inputs.weights, self.cond.dtype, patch_size, eps,
+            inputs.image, inputs.image, inputs.weights, self.cond.dtype, patch_size, head_norm, eps,
             (grad_image is not None, grad_cond is not None, needs_weights), self.grad_image,
             velocity_bytes=3 * self.cond.itemsize, share=l2_cache.ONE_PASS_SHARE,
         )  # fmt: skip
@@ -187,9 +192,10 @@ class _PassWithGradients(_Pass):
         launch_over_rows(
             head_kernel, "pixel_decoder_head", tokens * pixels, h,
             h, part.head_weight, grad_velocity, *grad_velocity.stride(), *part.head_sums(h), *places,
-            WEIGHT_GRAD=part.needs_weights, C=grad_velocity.shape[1], PATCH=self.patch_size, EPS=self.eps,
+            WEIGHT_GRAD=part.needs_weights, C=grad_velocity.shape[1], PATCH=self.patch_size, EPS=self.eps, RMS=part.rms,
         )  # fmt: skip
-        part.add_from_head(self.cond[chunk.tokens], 0, self.grad_cond[chunk.tokens], states)
+        grad_query = part_of(self.grad_query, chunk.tokens)
+        part.add_from_head(self.cond[chunk.tokens], 0, self.grad_cond[chunk.tokens], grad_query, states)
 
     def _write_weights(self, sums: torch.Tensor, spectra: list[torch.Tensor]) -> None:
         if self.backward.needs_weights:
@@ -209,7 +215,7 @@ def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, h
     with device_guard(inputs.cond):
         if inputs.image.numel() == 0:
             return no_losses(inputs.image)
-        call = _Pass(inputs, patch_size, frequency_scale, eps)
+        call = _Pass(inputs, patch_size, frequency_scale, head_norm, eps)
         return call.losses(pack(inputs.weights.blocks, inputs.cond.dtype))
 
 
@@ -229,5 +235,5 @@ def forward_with_gradients(
         if inputs.image.numel() == 0:
             return no_losses(inputs.image), zeroed(grads)
         scale = gradient_scale(inputs.cond.dtype, inputs.image.numel())
-        losses = _PassWithGradients(inputs, patch_size, frequency_scale, eps, scale, grads).run()
+        losses = _PassWithGradients(inputs, patch_size, frequency_scale, head_norm, eps, scale, grads).run()
         return losses, unscaled(grads, scale)
