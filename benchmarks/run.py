@@ -19,7 +19,7 @@ from benchmarks.harness import results, scaling
 from benchmarks.harness.ceilings import measure_ceilings
 from benchmarks.harness.header import header
 from benchmarks.harness.measure import Options, check_memory, measure
-from benchmarks.harness.memory import measure_memory
+from benchmarks.harness.memory import CASES, measure_memory
 from benchmarks.harness.overhead import measure_import, measure_overhead
 from benchmarks.models import end_to_end
 from benchmarks.names import AUTOTUNED, COMPILED, DEVICE_BACKENDS, OPS
@@ -112,8 +112,9 @@ def _parts(options: argparse.Namespace, backends: tuple[str, ...]) -> Iterator[P
         yield text, "rows", lambda: _rows_with_instruction_set("avx2", options)
     if "memory" in options.parts:
         for dtype in options.dtype[:1] if options.quick else options.dtype:
-            measurement = functools.partial(measure_memory, options.device, dtype, backends, torch.get_num_threads())
-            yield f"peak memory, {dtype}", "memory", measurement
+            for op, batch in CASES[:1] if options.quick else CASES:
+                asked = (op, batch, options.device, dtype, backends, torch.get_num_threads())
+                yield f"peak memory, {op}, {batch} images, {dtype}", "memory", functools.partial(measure_memory, *asked)
     if "overhead" in options.parts:
         calls = 50 if options.quick else 200
         yield "host time per call", "overhead", lambda: measure_overhead(options.device, backends, calls)

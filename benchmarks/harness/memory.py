@@ -1,31 +1,43 @@
-"""Peak memory growth of one training step of pixel_decoder, outputs included; one process per contender."""
+"""Peak memory growth of one training step of an op, outputs included; one process per contender."""
 
+import functools
+import gc
 import json
 import subprocess
 import sys
 
 import torch
 
-from benchmarks.harness.steps import Step, contenders_of, require_gradients
+from benchmarks.harness.steps import Contender, Step, contenders_of, require_gradients
 from benchmarks.harness.verification import SEED
-from benchmarks.names import PUBLISHED
-from benchmarks.ops.problem import problem_of
+from benchmarks.names import KEEPING_COND, PUBLISHED, REFERENCE, TWO_OPS
+from benchmarks.ops.problem import Problem, problem_of
 from benchmarks.ops.sizes import Size
 from deco_kernels import BackendUnavailable
 from deco_kernels.machine import default_heap, peak_bytes, reset_peak
 
-_OP = "pixel_decoder"
-SIZE = Size(batch=8)  # 524,288 pixels
+_DECODER, _ONE_PASS = "pixel_decoder", "pixel_decoder_loss_from_tokens"
+CASES = ((_DECODER, 8), (_ONE_PASS, 1), (_ONE_PASS, 32))  # (op, images of 256x256 pixels)
 _WARM = Size(height=16, width=16)
 
 
-def measure_memory(device: str, dtype: str, backends: tuple[str, ...], threads: int) -> list[dict]:
-    """Rows of the published formulation and of every backend."""
+def contenders_in(op: str, backends: tuple[str, ...]) -> list[str]:
+    """The published formulation and every backend; of a one-pass op, at whose sizes the formulations may not fit the
+    memory, every fused backend and its two ops, which keep cond or compute it again."""
+    if op == _DECODER:
+        return [PUBLISHED, *backends]
+    choices = (TWO_OPS + KEEPING_COND, TWO_OPS, "")
+    return [backend + choice for backend in backends if backend != REFERENCE for choice in choices]
+
+
+def measure_memory(op: str, batch: int, device: str, dtype: str, backends: tuple[str, ...], threads: int) -> list[dict]:
+    """Rows of all contenders."""
     rows = []
-    for contender in (PUBLISHED, *backends):
-        command = [sys.executable, "-m", "benchmarks.harness.memory", contender, dtype, device, str(threads)]
+    for contender in contenders_in(op, backends):
+        arguments = (op, str(batch), contender, dtype, device, str(threads))
+        command = [sys.executable, "-m", "benchmarks.harness.memory", *arguments]
         answer = subprocess.run(command, env=default_heap(), capture_output=True, text=True, check=False)
-        row = {"op": _OP, "pixels": SIZE.pixels, "dtype": dtype, "contender": contender}
+        row = {"op": op, "pixels": Size(batch=batch).pixels, "dtype": dtype, "contender": contender}
         if answer.returncode:
             lines = answer.stderr.strip().splitlines()
             rows.append(row | {"status": "unavailable", "reason": lines[-1] if lines else "the process was killed"})
@@ -34,27 +46,40 @@ def measure_memory(device: str, dtype: str, backends: tuple[str, ...], threads: 
     return rows
 
 
-def growth(name: str, dtype: torch.dtype, device: str) -> int:
+def growth(op: str, size: Size, name: str, dtype: torch.dtype, device: str) -> int:
     """Peak memory during the step minus memory before it, in bytes. A step on one token runs first, so that code and
     thread stacks are loaded."""
-    problem = problem_of(_OP)
-    backends = () if name == PUBLISHED else (name,)
-    before = 0
-    for size in (_WARM, SIZE):
-        contender = next(c for c in contenders_of(problem, size, backends) if c.name == name)
-        operands = problem.make_operands(size, dtype, torch.Generator(device).manual_seed(SEED))
-        require_gradients(problem, operands, training=True)
-        before = reset_peak(device)
-        Step(problem, contender, dtype, device, training=True)(operands)
+    step_growth(op, _WARM, name, dtype, device)
+    gc.collect()
+    return step_growth(op, size, name, dtype, device)
+
+
+def step_growth(op: str, size: Size, name: str, dtype: torch.dtype, device: str) -> int:
+    problem = problem_of(op)
+    operands = problem.make_operands(size, dtype, torch.Generator(device).manual_seed(SEED))
+    require_gradients(problem, operands, training=True)
+    step = Step(problem, _contender(problem, size, name), dtype, device, training=True)
+    before = reset_peak(device)
+    step(operands)
     return peak_bytes(device) - before
 
 
+def _contender(problem: Problem, size: Size, name: str) -> Contender:
+    backend = name.split()[0]
+    if name == backend + TWO_OPS + KEEPING_COND:
+        call = functools.partial(problem.two_ops, size=size, backend=backend, save_memory=False)
+        return Contender(name, call, backend)
+    backends = () if name == PUBLISHED else (backend,)
+    return next(contender for contender in contenders_of(problem, size, backends) if contender.name == name)
+
+
 def main(arguments: list[str]) -> int:
-    """CONTENDER DTYPE DEVICE THREADS: prints one JSON object."""
-    name, dtype, device, threads = arguments
+    """OP BATCH CONTENDER DTYPE DEVICE THREADS: prints one JSON object."""
+    op, batch, name, dtype, device, threads = arguments
     torch.set_num_threads(int(threads))
     try:
-        found = {"status": "ok", "growth_bytes": growth(name, getattr(torch, dtype), device)}
+        size = Size(batch=int(batch))
+        found = {"status": "ok", "growth_bytes": growth(op, size, name, getattr(torch, dtype), device)}
     except BackendUnavailable as error:
         found = {"status": "unavailable", "reason": str(error)}
     print(json.dumps(found))

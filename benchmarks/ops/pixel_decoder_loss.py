@@ -46,9 +46,9 @@ class PixelDecoderLoss(PixelDecoder):
             weight = tensors["frequency_weight"]
             return published.losses(velocity, tensors["target"], weight, frequency_scale=FREQUENCY_SCALE)
 
-    def two_ops(self, tensors: Tensors, size: Size, backend: str) -> Outputs:
+    def two_ops(self, tensors: Tensors, size: Size, backend: str, **choice: bool) -> Outputs:
         given = {name: tensors[name] for name in OPS[self.decoder].names if name in tensors}
-        velocity = getattr(ops, self.decoder)(**given, patch_size=size.patch_size, backend=backend)
+        velocity = getattr(ops, self.decoder)(**given, patch_size=size.patch_size, backend=backend, **choice)
         pair = (velocity, tensors["target"], tensors["frequency_weight"])
         return ops.flow_matching_loss(*pair, frequency_scale=FREQUENCY_SCALE, backend=backend)
 

@@ -86,7 +86,7 @@ class Problem:
         function = getattr(ops, self.op)
         return _as_tuple(function(**self.given(tensors, size), **self.options(size), **choice, backend=backend))
 
-    def two_ops(self, tensors: Tensors, size: Size, backend: str) -> Outputs:
+    def two_ops(self, tensors: Tensors, size: Size, backend: str, **choice: bool) -> Outputs:
         """The two ops that a `one_pass` op joins."""
         raise NotImplementedError
 

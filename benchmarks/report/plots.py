@@ -20,7 +20,7 @@ from benchmarks.names import (  # noqa: E402
     TRAINING,
 )
 from benchmarks.report.markdown import title_of  # noqa: E402
-from benchmarks.report.rows import EAGER, FLAT_FROM, curves, eager_medians, groups  # noqa: E402
+from benchmarks.report.rows import EAGER, FLAT_FROM, curves, eager_medians, groups, memory_cases  # noqa: E402
 
 _COLORS = {
     PUBLISHED: "tab:gray",
@@ -188,21 +188,24 @@ def _mark_call(axes, points: list[tuple[int, float]], color: str, until: int) ->
 
 def memory(result: dict):
     """Bars of peak memory growth."""
-    rows = [row for row in result["memory"] if row["status"] == "ok"]
-    if not rows:
+    cases = memory_cases([row for row in result["memory"] if row["status"] == "ok"])
+    if not cases:
         return None
-    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.35 * len(rows)), layout="constrained")
-    for position, row in enumerate(rows):
-        megabytes = row["growth_bytes"] / 1e6
-        axes.barh(position, megabytes, color=_color(row["contender"]))
-        axes.text(megabytes, position, f" {megabytes:,.0f}", va="center", fontsize=8)
-    labels = [f"{title_of(row['contender'])}, {row['dtype']}" for row in rows]
-    axes.set_yticks(range(len(rows)), labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel="MB, outputs and gradients included")
-    axes.margins(x=0.12)
-    what = f"{rows[0]['op']}, forward and backward, {rows[0]['pixels']:,} pixels"
-    figure.suptitle(f"Peak memory growth: {what}")
+    heights = [1.5 + 0.35 * len(rows) for rows in cases]
+    figure, grid = plt.subplots(
+        len(cases), 1, figsize=(8, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for axes, rows in zip(grid[:, 0], cases, strict=True):
+        for position, row in enumerate(rows):
+            megabytes = row["growth_bytes"] / 1e6
+            axes.barh(position, megabytes, color=_color(row["contender"]))
+            axes.text(megabytes, position, f" {megabytes:,.0f}", va="center", fontsize=8)
+        labels = [f"{title_of(row['contender'])}, {row['dtype']}" for row in rows]
+        axes.set_yticks(range(len(rows)), labels, fontsize=8)
+        axes.invert_yaxis()
+        axes.set(xlabel="MB, outputs and gradients included", title=f"{rows[0]['op']}, {rows[0]['pixels']:,} pixels")
+        axes.margins(x=0.12)
+    figure.suptitle("Peak memory growth, forward and backward")
     return figure
 
 

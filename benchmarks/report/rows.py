@@ -44,6 +44,14 @@ def eager_medians(rows: list[dict]) -> tuple[float | None, float | None]:
     return medians.get(PUBLISHED), medians.get(BEST_EAGER, medians.get(PUBLISHED))
 
 
+def memory_cases(rows: list[dict]) -> list[list[dict]]:
+    """Rows of peak memory with the same op and pixels."""
+    cases: dict[tuple[str, int], list[dict]] = {}
+    for row in rows:
+        cases.setdefault((row["op"], row["pixels"]), []).append(row)
+    return list(cases.values())
+
+
 def share_of_ceiling(row: dict, ceilings: dict) -> tuple[float, str]:
     """Percent of the speed that the measured ceilings allow, and the binding ceiling: "memory" or "compute"."""
     memory = row["bytes"] / ceilings["bytes_per_s"]

@@ -106,7 +106,7 @@ def _memory_ratio(result: dict, dtype: str) -> float | None:
     bytes_of = {
         row["contender"]: row["growth_bytes"]
         for row in result["memory"]
-        if row["dtype"] == dtype and row["status"] == "ok"
+        if (row["op"], row["dtype"], row["status"]) == ("pixel_decoder", dtype, "ok")
     }
     ours, eager = bytes_of.get(BACKEND), bytes_of.get(PUBLISHED)
     return eager / ours if ours and eager else None
