@@ -33,7 +33,7 @@ from deco_kernels.signatures import PixelDecoderLoss
 
 from . import flow_matching_loss, pixel_decoder
 from .flow_matching_loss import LossCall, grad_frequency_weight, grad_sample_weight, no_losses
-from .functions import image_offsets, row_offsets, tile_pixels
+from .functions import image_offsets, load_states, row_offsets, tile_pixels
 from .launching import collapsed_rows, device_guard, launch_over_rows, part_of, pixel_rows
 from .pixel_decoder import DecoderBackward, add_head_sums, head_backward, query_and_head, run_forward
 from .weights import PackedWeights, pack
@@ -58,15 +58,15 @@ def head_kernel(
     grad_head_bias = tl.zeros([16], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(n_tokens * PIXELS, BLOCK), tl.num_programs(0)):
         token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
-        rows = h_ptr + row_offsets(token, pixel, PIXELS * D, D, D)
+        rows = row_offsets(token, pixel, PIXELS * D, D, D)
         offsets = image_offsets(
             token, pixel, tokens_y, tokens_x, velocity_stride_b, velocity_stride_h, velocity_stride_w, PATCH
         )
-        h = tl.load(rows, mask=valid[:, None], other=0.0).to(tl.float32)
+        h = load_states(h_ptr, rows, valid[:, None], D)
         normalized, grad_h, grad_channels = head_backward(
             h, grad_velocity_ptr, offsets, velocity_stride_c, valid, head_weight_ptr, D, C, BLOCK, EPS, RMS
         )
-        tl.store(rows, grad_h, mask=valid[:, None])
+        tl.store(h_ptr + rows, grad_h, mask=valid[:, None])
         if WEIGHT_GRAD:
             operand: tl.constexpr = h_ptr.dtype.element_ty
             grad_head_weight = tl.dot(
