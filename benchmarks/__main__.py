@@ -11,6 +11,7 @@ from deco_kernels.machine import keep_heap
 
 # Subcommands: modules with a `main(arguments)` function.
 COMMANDS = {
+    "codec": "benchmarks.models.codec",
     "fused_losses": "benchmarks.models.fused_losses",
     "host_time": "benchmarks.models.host_time",
     "report": "benchmarks.report.__main__",

@@ -1,6 +1,7 @@
 """The per-pixel decoder as a module: parameters, initialization and the choice of fused op.
 
-Source: DeCo (arXiv 2511.19365), section 3.2; decoder patch and "add" interaction are ablations of its Table 4.
+Source: DeCo (arXiv 2511.19365), section 3.2; decoder patch and "add" interaction are ablations of its Table 4. Features
+of a second token and the RMS head: CoD-Lite (arXiv 2604.12525).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from deco_kernels import ops
 from deco_kernels.model.arguments import require_sizes, require_tensors
 from deco_kernels.model.patches import from_patches, to_patches
 from deco_kernels.model.position import NUM_POSITION_FEATURES, pixel_position_features
+from deco_kernels.ops.checks import HEAD_NORMS
 from deco_kernels.ops.registry import check_backend_name
 from deco_kernels.signatures import OPS
 
@@ -53,6 +55,33 @@ def fold_query(
         pixel_part, position_part = embed_weight.split((channels, position_features.shape[1]), dim=1)
         embedded = F.linear(position_features.to(dtype), position_part, embed_bias.to(dtype))
         return input_weight @ pixel_part, F.linear(embedded, input_weight, input_bias.to(dtype))
+
+
+def fold_query_features(
+    feature_weight: torch.Tensor, feature_bias: torch.Tensor, embed_weight: torch.Tensor, input_weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fold the map from a query token to its pixels' features and the two input linears into one linear.
+
+    With W_f = input_weight·embed_weight and feature_weight_k the rows of pixel k:
+    query_weight_k = W_f·feature_weight_k, query_bias_k = W_f·feature_bias_k. Differentiable; unaffected by autocast.
+
+    Args:
+        feature_weight, feature_bias: [F·P, Zq], [F·P]; row f·P + k makes feature f of pixel k.
+        embed_weight: [D, F], the columns of the features.
+        input_weight: [D, D].
+
+    Returns:
+        (query_weight [P·D, Zq], query_bias [P·D]), row k·D + d, in float32 or in the dtype of the weights if wider.
+    """
+    device_type = embed_weight.device.type
+    dtype = torch.promote_types(embed_weight.dtype, torch.float32)
+    autocast_off = contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+    with autocast_off:
+        features = input_weight.to(dtype) @ embed_weight.to(dtype)
+        count = features.shape[1]
+        weight = torch.einsum("df,fpz->pdz", features, feature_weight.to(dtype).unflatten(0, (count, -1)))
+        bias = torch.einsum("df,fp->pd", features, feature_bias.to(dtype).unflatten(0, (count, -1)))
+        return weight.flatten(0, 1), bias.flatten()
 
 
 def upsample(tokens: torch.Tensor, up_weight: torch.Tensor, up_bias: torch.Tensor, width: int) -> torch.Tensor:
@@ -103,7 +132,12 @@ class PixelDecoder(nn.Module):
                  h = h + gate·(fc2·SiLU(fc1·(LayerNorm(h)·(1 + scale) + shift)))
         velocity = head_weight·LayerNorm(h) + head_bias
 
-    Every call folds the two input linears into pixel_weight [D, C] and pixel_table [P, D] (float32, autocast off).
+    With `query_width`, embed_weight also takes F features f_k = feature_weight_k·u + feature_bias_k, between pixel and
+    position, of a second token u [Zq] per patch. With `head_norm="rms"` the head is
+    head_weight·(h/sqrt(mean(h²) + eps)·head_norm_weight) + head_bias.
+
+    Every call folds the two input linears into pixel_weight [D, C] and pixel_table [P, D], the map of the features into
+    query_weight [P·D, Zq] and query_bias [P·D], and head_norm_weight into head_weight (float32, autocast off).
     Gradients are those of the unfolded linears. With `interaction="add"`, y is added to the first h and the blocks have
     no modulation; this variant is plain PyTorch.
 
@@ -117,6 +151,9 @@ class PixelDecoder(nn.Module):
             sees C·r² channels and patches of (p/r)² positions. 1 in all published models.
         interaction: "adaln" or "add".
         position_features: "class" or "text", see `pixel_position_features`.
+        query_width: Zq, width of the query tokens, or None for a decoder without them.
+        query_features: F, features per pixel from a query token.
+        head_norm: "layer", or "rms" for RMSNorm with a weight.
         save_memory: whether the backward computes the upsampled y [T, P, D] again in training, in place of keeping it.
         eps: epsilon of both layer norms.
         backend: backend of the ops; None for the automatic choice.
@@ -127,7 +164,9 @@ class PixelDecoder(nn.Module):
     Parameters are float32 and stacked over blocks: norm_weight and norm_bias [N, D], mod_weight [N, 3D, D] (shift,
     scale, gate), mod_bias [N, 3D], fc1 and fc2 weights [N, D, D] and biases [N, D], head_weight [C, D], head_bias [C],
     up_weight [P·D, Z] (row k·D + d), up_bias [P·D], embed_weight [D, C + 64], embed_bias [D], input_weight [D, D],
-    input_bias [D]. For decoder_patch r, C·r² and (p/r)² take the place of C and P.
+    input_bias [D]. With `query_width` embed_weight is [D, C + F + 64], and there are feature_weight [F·P, Zq] (row
+    f·P + k) and feature_bias [F·P]; with head_norm "rms" there is head_norm_weight [D]. For decoder_patch r, C·r² and
+    (p/r)² take the place of C and P.
     """
 
     def __init__(
@@ -141,6 +180,9 @@ class PixelDecoder(nn.Module):
         decoder_patch: int = 1,
         interaction: str = "adaln",
         position_features: str = "class",
+        query_width: int | None = None,
+        query_features: int = 32,
+        head_norm: str = "layer",
         save_memory: bool = False,
         eps: float = 1e-6,
         backend: str | None = None,
@@ -152,6 +194,16 @@ class PixelDecoder(nn.Module):
             raise ValueError(f"decoder_patch: expected a divisor of patch_size {patch_size}, got {decoder_patch}")
         if interaction not in INTERACTIONS:
             raise ValueError(f"interaction: expected one of {list(INTERACTIONS)}, got {interaction!r}")
+        if head_norm not in HEAD_NORMS:
+            raise ValueError(f"head_norm: expected one of {list(HEAD_NORMS)}, got {head_norm!r}")
+        if query_width is not None:
+            require_sizes(query_width=query_width, query_features=query_features)
+        published = interaction == "adaln" and decoder_patch == 1
+        if not published and (query_width is not None or head_norm != "layer"):
+            raise ValueError(
+                "query_width, head_norm: expected None and 'layer' for a decoder with decoder_patch > 1 or interaction "
+                f"'add', got {query_width} and {head_norm!r}"
+            )
         if not isinstance(save_memory, bool):
             raise TypeError(f"save_memory: expected True or False, got {save_memory!r}")
         if backend is not None:
@@ -160,6 +212,7 @@ class PixelDecoder(nn.Module):
         self.patch_size, self.channels, self.decoder_patch = patch_size, channels, decoder_patch
         self.interaction, self.position_kind = interaction, position_features
         self.save_memory, self.eps, self.backend = save_memory, eps, backend
+        self.query_width, self.query_features, self.head_norm = query_width, query_features, head_norm
         self.grid = patch_size // decoder_patch
         self.position_channels = channels * decoder_patch**2
 
@@ -167,7 +220,8 @@ class PixelDecoder(nn.Module):
             return nn.Parameter(torch.empty(shape))
 
         positions = self.grid**2
-        self.embed_weight = parameter(width, self.position_channels + NUM_POSITION_FEATURES)
+        features = 0 if query_width is None else query_features
+        self.embed_weight = parameter(width, self.position_channels + features + NUM_POSITION_FEATURES)
         self.embed_bias = parameter(width)
         self.input_weight = parameter(width, width)
         self.input_bias = parameter(width)
@@ -184,6 +238,11 @@ class PixelDecoder(nn.Module):
         self.fc2_bias = parameter(depth, width)
         self.head_weight = parameter(self.position_channels, width)
         self.head_bias = parameter(self.position_channels)
+        if query_width is not None:
+            self.feature_weight = parameter(features * positions, query_width)
+            self.feature_bias = parameter(features * positions)
+        if head_norm == "rms":
+            self.head_norm_weight = parameter(width)
         self.register_buffer("position_features", None, persistent=False)
         self.reset_parameters()
 
@@ -196,7 +255,7 @@ class PixelDecoder(nn.Module):
         """
         self.fill_position_features()
         for name, parameter in self.named_parameters(recurse=False):
-            if name == "norm_weight":
+            if name in ("norm_weight", "head_norm_weight"):
                 nn.init.ones_(parameter)
             elif name.endswith("_bias") or name in ("mod_weight", "head_weight"):
                 nn.init.zeros_(parameter)
@@ -210,14 +269,38 @@ class PixelDecoder(nn.Module):
 
     def fold_input(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Fold the two input linears: (pixel_weight [D, C·r²], pixel_table [P, D]), see `fold_query`."""
-        query = (self.embed_weight, self.embed_bias, self.input_weight, self.input_bias)
+        embed_weight: torch.Tensor = self.embed_weight
+        if self.query_width is not None:
+            pixel, _, position = self._embed_parts()
+            embed_weight = torch.cat((pixel, position), dim=1)
+        query = (embed_weight, self.embed_bias, self.input_weight, self.input_bias)
         return fold_query(*query, self.position_features)
+
+    def fold_features(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fold the map of the query tokens: (query_weight [P·D, Zq], query_bias [P·D]), see `fold_query_features`."""
+        _, features, _ = self._embed_parts()
+        return fold_query_features(self.feature_weight, self.feature_bias, features, self.input_weight)
+
+    def _embed_parts(self) -> tuple[torch.Tensor, ...]:
+        """The columns of embed_weight for the pixel, the features and the position."""
+        sizes = (self.position_channels, self.query_features, NUM_POSITION_FEATURES)
+        return self.embed_weight.split(sizes, dim=1)
+
+    def folded_weights(self) -> tuple[torch.Tensor, ...]:
+        """The weights of `ops.pixel_decoder`."""
+        stored = [getattr(self, name) for name in _STORED_WEIGHTS]
+        if self.head_norm == "rms":
+            head = _STORED_WEIGHTS.index("head_weight")
+            stored[head] = stored[head].float() * self.head_norm_weight.float()
+        return (*self.fold_input(), *stored)
 
     def unfused_reason(self, backend: str | None = None) -> str | None:
         """Why the losses of this backend cannot take the place of the velocity; None if `forward` takes a
         `TrainingLoss` and no hook on the module awaits the velocity."""
         if self.interaction != "adaln" or self.decoder_patch != 1:
             return f"its decoder has interaction {self.interaction!r} and decoder_patch {self.decoder_patch}"
+        if self.query_width is not None:
+            return "its decoder takes query tokens"
         if self.channels != 3:
             return f"its decoder has {self.channels} channels, not 3"
         if type(self).forward is not PixelDecoder.forward or "forward" in vars(self):
@@ -227,7 +310,11 @@ class PixelDecoder(nn.Module):
         return other_backend(self.backend, backend)
 
     def forward(
-        self, image: torch.Tensor, tokens: torch.Tensor, loss: TrainingLoss | None = None
+        self,
+        image: torch.Tensor,
+        tokens: torch.Tensor,
+        loss: TrainingLoss | None = None,
+        query_tokens: torch.Tensor | None = None,
     ) -> torch.Tensor | Losses:
         """Decode a noised image to the velocity, or to the losses of the velocity.
 
@@ -235,6 +322,7 @@ class PixelDecoder(nn.Module):
             image: noised image [B, C, H, W], any floating dtype and strides; H and W divisible by patch_size.
             tokens: [..., Z], whose leading sizes multiply to B·(H/p)·(W/p), with patches in row-major order.
             loss: asks for the losses, for 3 channels, interaction "adaln" and decoder patch 1.
+            query_tokens: [..., Zq], leading sizes and dtype as tokens, for a decoder with `query_width`.
 
         Returns:
             Velocity [B, C, H, W] in the activation dtype (that of tokens, or autocast's); with `loss`, the float32
@@ -245,7 +333,7 @@ class PixelDecoder(nn.Module):
             ValueError: shapes that do not fit the decoder or each other, or `loss` for another decoder.
             BackendUnavailable: `backend` cannot run these tensors.
         """
-        self._check_inputs(image, tokens)
+        self._check_inputs(image, tokens, query_tokens)
         if not isinstance(loss, (TrainingLoss, type(None))):
             raise TypeError(f"loss: expected a TrainingLoss or None, got {type(loss).__name__}; pass one of them")
         if loss is not None and (self.interaction == "add" or self.decoder_patch > 1):
@@ -255,14 +343,18 @@ class PixelDecoder(nn.Module):
             )
         if self.decoder_patch > 1:
             image = F.pixel_unshuffle(image, self.decoder_patch)
-        pixel_weight, pixel_table = self.fold_input()
         if self.interaction == "add":
+            pixel_weight, pixel_table = self.fold_input()
             cond = upsample(tokens, self.up_weight, self.up_bias, self.width)
             velocity = self._decode_by_addition(image, cond, pixel_weight, pixel_table)
         else:
-            weights = (pixel_weight, pixel_table, *(getattr(self, name) for name in _STORED_WEIGHTS))
-            parameters = (self.up_weight, self.up_bias, *weights)
-            options: dict[str, Any] = dict(patch_size=self.grid, eps=self.eps, backend=self.backend)
+            parameters = (self.up_weight, self.up_bias, *self.folded_weights())
+            options: dict[str, Any] = dict(
+                patch_size=self.grid, head_norm=self.head_norm, eps=self.eps, backend=self.backend
+            )
+            if query_tokens is not None:
+                query_weight, query_bias = self.fold_features()
+                options |= dict(query_tokens=query_tokens, query_weight=query_weight, query_bias=query_bias)
             if loss is not None:
                 tensors = (image, tokens, loss.target, *parameters, loss.frequency_weight)
                 options |= dict(frequency_scale=loss.frequency_scale, backend=self.backend or loss.backend)
@@ -271,7 +363,7 @@ class PixelDecoder(nn.Module):
             velocity = ops.pixel_decoder_from_tokens(image, tokens, *parameters, **options)
         return F.pixel_shuffle(velocity, self.decoder_patch) if self.decoder_patch > 1 else velocity
 
-    def _check_inputs(self, image: torch.Tensor, tokens: torch.Tensor) -> None:
+    def _check_inputs(self, image: torch.Tensor, tokens: torch.Tensor, query_tokens: torch.Tensor | None) -> None:
         require_tensors(image=image, tokens=tokens)
         p = self.patch_size
         if image.dim() != 4 or image.shape[1] != self.channels or image.shape[2] % p or image.shape[3] % p:
@@ -284,6 +376,19 @@ class PixelDecoder(nn.Module):
                 f"tokens: expected [..., {self.token_width}] with {count} tokens, one per patch of the image, got "
                 f"{tuple(tokens.shape)}"
             )
+        if (query_tokens is None) != (self.query_width is None):
+            expected = "None" if self.query_width is None else f"[..., {self.query_width}]"
+            found = "None" if query_tokens is None else "a tensor"
+            raise ValueError(
+                f"query_tokens: expected {expected} for a decoder with query_width={self.query_width}, got {found}"
+            )
+        if query_tokens is not None:
+            require_tensors(query_tokens=query_tokens)
+            if query_tokens.shape != (*tokens.shape[:-1], self.query_width):
+                raise ValueError(
+                    f"query_tokens: expected {(*tokens.shape[:-1], self.query_width)}, leading sizes as tokens, got "
+                    f"{tuple(query_tokens.shape)}"
+                )
 
     def _decode_by_addition(
         self, image: torch.Tensor, cond: torch.Tensor, pixel_weight: torch.Tensor, pixel_table: torch.Tensor
@@ -314,5 +419,6 @@ class PixelDecoder(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"token_width={self.token_width}, width={self.width}, depth={self.depth}, patch_size={self.patch_size}, "
-            f"channels={self.channels}, decoder_patch={self.decoder_patch}, interaction={self.interaction!r}"
+            f"channels={self.channels}, decoder_patch={self.decoder_patch}, interaction={self.interaction!r}, "
+            f"query_width={self.query_width}, head_norm={self.head_norm!r}"
         )

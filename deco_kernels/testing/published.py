@@ -115,9 +115,15 @@ def _dct(image: torch.Tensor) -> torch.Tensor:
 class EagerDecoder(PixelDecoder):
     """`PixelDecoder` with decoder patch 1 and AdaLN interaction, without the fused ops. Same parameters."""
 
-    def forward(self, image: torch.Tensor, tokens: torch.Tensor, loss: TrainingLoss | None = None) -> torch.Tensor:
-        """The velocity; `loss` must be None."""
-        assert loss is None
+    def forward(
+        self,
+        image: torch.Tensor,
+        tokens: torch.Tensor,
+        loss: TrainingLoss | None = None,
+        query_tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The velocity; `loss` and `query_tokens` must be None."""
+        assert loss is None and query_tokens is None
         tensors = {
             **dict(self.named_parameters()),
             "image": image,

@@ -1,7 +1,8 @@
 """The class-to-image model in the published structure: module names, state_dict names and order of operations.
 
-Source: DeCo (arXiv 2511.19365), section 3, and the published checkpoints. The trunk uses
-modules of `deco_kernels.model`; the decoder is plain PyTorch on [tokens, pixels of a patch, channels].
+Source: DeCo (arXiv 2511.19365), section 3, and the published checkpoints; for `CodLiteDecoder` CoD-Lite (arXiv
+2604.12525). The trunk uses modules of `deco_kernels.model`; the decoder is plain PyTorch on [tokens, pixels of a patch,
+channels].
 `deco_kernels.integrations.swap_decoder` swaps its decoder and `deco_kernels.model.from_published` reads its state_dict.
 """
 
@@ -15,7 +16,8 @@ from deco_kernels.testing.published import POSITION_FEATURES, fold, position_fea
 
 
 class PixelEmbedder(nn.Module):
-    """Pixels [T, P, C], P = p², → [T, P, D]: a linear of the pixel's channels and its 64 position features."""
+    """Pixels [T, P, C], P = p², → [T, P, D]: a linear of the pixel's channels, or channels and features, and its 64
+    position features."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -54,21 +56,74 @@ class FinalLayer(nn.Module):
 
 
 class DecoderNet(nn.Module):
-    """Embedded pixels [T, P, D] and tokens [T, Z] → velocity [T, P, C]."""
+    """Embedded pixels [T, P, D] and tokens [T, Z] → velocity [T, P, C], or h [T, P, D] without the final layer."""
 
-    def __init__(self, channels: int, token_width: int, width: int, depth: int, patch_size: int):
+    def __init__(
+        self,
+        channels: int,
+        token_width: int,
+        width: int,
+        depth: int,
+        patch_size: int,
+        final_layer: bool = True,
+    ):
         super().__init__()
         self.cond_embed = nn.Linear(token_width, patch_size**2 * width)
         self.input_proj = nn.Linear(width, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
-        self.final_layer = FinalLayer(width, channels)
+        if final_layer:
+            self.final_layer = FinalLayer(width, channels)
 
     def forward(self, h: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         h = self.input_proj(h)
         cond = self.cond_embed(tokens).reshape(h.shape)
         for block in self.res_blocks:
             h = block(h, cond)
-        return self.final_layer(h)
+        return self.final_layer(h) if hasattr(self, "final_layer") else h
+
+
+class RmsFinalLayer(nn.Module):
+    """[..., D] → [..., C]: RMSNorm with a weight, then a linear."""
+
+    def __init__(self, width: int, channels: int):
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.linear = nn.Linear(width, channels)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(h))
+
+
+class CodLiteDecoder(nn.Module):
+    """The per-pixel decoder of CoD-Lite: image [B, C, H, W], tokens [T, Z] of the trunk and condition
+    [B, Zq, H/p, W/p] → [B, C, H, W].
+
+    Pixels and D features per pixel of the condition (a 1x1 convolution) are concatenated and embedded together.
+    """
+
+    def __init__(
+        self,
+        token_width: int,
+        query_width: int,
+        width: int = 32,
+        depth: int = 3,
+        patch_size: int = 16,
+        channels: int = 3,
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        self.y_embedder_x = nn.Conv2d(query_width, width * patch_size**2, 1)
+        self.x_embedder = PixelEmbedder(channels + width, width)
+        self.dec_net = DecoderNet(channels, token_width, width, depth, patch_size, final_layer=False)
+        self.final_layer = RmsFinalLayer(width, channels)
+
+    def forward(self, image: torch.Tensor, tokens: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        pixels = self.patch_size**2
+        patches = F.unfold(image, kernel_size=self.patch_size, stride=self.patch_size)
+        joined = torch.cat((patches, self.y_embedder_x(cond).flatten(2)), dim=1)  # [B, (C + F)·P, L]
+        per_pixel = joined.unflatten(1, (-1, pixels)).permute(0, 3, 2, 1).flatten(0, 1)
+        h = self.dec_net(self.x_embedder(per_pixel), tokens)
+        return fold(self.final_layer(h), image.shape, self.patch_size)
 
 
 class PatchEmbedder(nn.Module):

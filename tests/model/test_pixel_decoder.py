@@ -183,6 +183,11 @@ def test_compiles_to_one_graph(interaction):
         (dict(decoder_patch=3), "decoder_patch: expected a divisor of patch_size 16, got 3"),
         (dict(interaction="cross"), r"interaction: expected one of \['adaln', 'add'\], got 'cross'"),
         (dict(position_features="sine"), "position_features: expected one of"),
+        (dict(head_norm="batch"), r"head_norm: expected one of \['layer', 'rms'\], got 'batch'"),
+        (dict(query_width=0), "query_width: expected at least 1, got 0"),
+        (dict(query_width=8, query_features=0), "query_features: expected at least 1, got 0"),
+        (dict(query_width=8, interaction="add"), "query_width, head_norm: expected None and 'layer'"),
+        (dict(head_norm="rms", decoder_patch=2), "query_width, head_norm: expected None and 'layer'"),
     ],
 )
 def test_bad_options(options, message):
@@ -229,3 +234,25 @@ def test_what_is_not_a_tensor_is_refused(name):
     assert decoder(**arguments).shape == (1, 3, 4, 4)
     with pytest.raises(TypeError, match=f"{name}: expected a torch.Tensor, got list"):
         decoder(**(arguments | {name: [0.0]}))
+
+
+@pytest.mark.parametrize(
+    ("query_width", "shape", "message"),
+    [
+        (None, (1, 4, 8), "query_tokens: expected None for a decoder with query_width=None, got a tensor"),
+        (8, None, r"query_tokens: expected \[..., 8\] for a decoder with query_width=8, got None"),
+        (8, (1, 4, 9), r"query_tokens: expected \(1, 4, 8\), leading sizes as tokens, got \(1, 4, 9\)"),
+        (8, (4, 8), r"query_tokens: expected \(1, 4, 8\)"),
+    ],
+)
+def test_bad_query_tokens(query_width, shape, message):
+    decoder = random_decoder(query_width=query_width)
+    query_tokens = None if shape is None else torch.randn(shape)
+    with pytest.raises(ValueError, match=message):
+        decoder(torch.randn(1, 3, 32, 32), torch.randn(1, 4, 12), query_tokens=query_tokens)
+
+
+def test_a_new_decoder_with_query_tokens_returns_zero():
+    decoder = model.PixelDecoder(12, query_width=8, head_norm="rms")
+    velocity = decoder(torch.randn(1, 3, 32, 32), torch.randn(1, 4, 12), query_tokens=torch.randn(1, 4, 8))
+    assert torch.equal(velocity, torch.zeros_like(velocity))

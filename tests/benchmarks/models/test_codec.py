@@ -1,0 +1,67 @@
+"""`python -m benchmarks codec`: contenders agree, memory is measured in a process of its own, docs show the result."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.models import codec
+from deco_kernels import testing
+
+ROOT = Path(__file__).parents[3]
+RESULT = "benchmarks/results/codec_epyc_zen4_2_threads.json"
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, one_thread):
+    """keep_heap would start the test process anew."""
+    monkeypatch.setattr(codec, "keep_heap", lambda *_: None)
+    monkeypatch.setattr(codec, "SIZES", {"1920x1024": (40, 48)})
+
+
+def test_a_result_has_every_contender(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "result.json"
+    options = ["--dtype", "float32", "--no-compile", "--rounds", "1", "--threads", "1", "--output", str(path)]
+    monkeypatch.setattr(codec, "growth_elsewhere", lambda *_: 7 * codec.MIB)
+    assert codec.main(options) == 0
+    result = json.loads(path.read_text())
+    assert [row["contender"] for row in result["rows"]] == ["published", "best_eager", "deco_kernels"]
+    assert all(row["ms"] > 0 for row in result["rows"])
+    assert codec.report(result) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_contenders_agree(dtype):
+    """On a frame whose sides are no whole patches."""
+    frame = codec.Frame(40, 40)
+    assert frame.image.shape == (1, 3, 48, 48)
+    expected = frame.call(codec.PUBLISHED, torch.float32)()
+    for name in (codec.BEST_EAGER, codec.OURS):
+        tolerance = 1e-5 if dtype is torch.float32 else 3e-2
+        assert testing.relative_error(frame.call(name, dtype)(), expected) <= tolerance
+    codec.verify(dtype, [codec.PUBLISHED, codec.OURS])
+
+
+def test_a_wrong_decoder_is_refused(monkeypatch):
+    right = codec.decoder_of
+
+    def wrong(published):
+        decoder = right(published)
+        decoder.feature_bias += 0.1
+        return decoder
+
+    monkeypatch.setattr(codec, "decoder_of", wrong)
+    with pytest.raises(ValueError, match="codec: deco_kernels: expected a relative error"):
+        codec.verify(torch.float32, [codec.PUBLISHED, codec.OURS])
+
+
+def test_memory_is_measured(capsys):
+    assert codec.main(["--growth", "deco_kernels", "--dtype", "float32", "--threads", "1"]) == 0
+    assert int(capsys.readouterr().out) >= 0
+
+
+def test_the_page_shows_the_committed_result():
+    result = json.loads((ROOT / RESULT).read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "codec.md").read_text(encoding="utf-8")
+    assert codec.report(result) in page and RESULT in page
