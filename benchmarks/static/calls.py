@@ -16,6 +16,6 @@ def forward_and_backward(inputs: testing.Inputs, backend: str) -> None:
     if inputs.op not in ONE_PASS:
         testing.run(inputs, backend)
         return
-    needs = zip(inputs.tensors.items(), gradients_needed(inputs), strict=True)
-    leaves = {name: tensor.detach().requires_grad_(need) for (name, tensor), need in needs}
+    needs = zip(OPS[inputs.op].names, inputs.in_order(), gradients_needed(inputs), strict=True)
+    leaves = {name: tensor.detach().requires_grad_(need) for name, tensor, need in needs if tensor is not None}
     getattr(ops, inputs.op)(**leaves, **inputs.options, backend=backend)

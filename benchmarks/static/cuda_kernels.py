@@ -5,6 +5,7 @@ the launches of the ops, which the emulator records without running them.
 """
 
 import functools
+import itertools
 import math
 import re
 import subprocess
@@ -30,6 +31,10 @@ _PIXELS = _IMAGE[1] * _IMAGE[2]
 _LOSS, _PADDED_IMAGE = "flow_matching_loss", (1, 252, 252)
 _MANY_MULTIPROCESSORS = 1 << 16  # every grid then has one block per tile
 _DTYPES = {"BFloat16": "bfloat16", "Float16": "float16"}
+GENERAL, EXTENDED = "+general", "+extended"
+EXTENSION = {"query": "given", "head_norm": "rms"}
+"""Arguments of `testing.random_inputs` with which the EXTENDED variants run."""
+_VARIANTS = tuple(itertools.product(("", GENERAL), ("", EXTENDED)))
 
 
 class Kernel(NamedTuple):
@@ -44,33 +49,34 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {
-    # "general": patches with few pixels, and tensors with offsets of 2^32 bytes or more.
+    # "general": patches with few pixels, and tensors with offsets of 2^32 bytes or more. "extended": with a query or an
+    # RMS head.
     **{
-        f"pixel_decoder.forward_kernel{variant}": Kernel(
+        f"pixel_decoder.forward_kernel{general}{extended}": Kernel(
             "pixel_decoder", "pixel_decoder_forward", inner_trips=_DEPTH, skipped=("refill_of_forward",)
         )
-        for variant in ("", "+general")
+        for general, extended in _VARIANTS
     },
     **{
-        f"pixel_decoder.forward_kernel{variant}+keeps": Kernel(
+        f"pixel_decoder.forward_kernel{general}+keeps{extended}": Kernel(
             "pixel_decoder_loss",
             "pixel_decoder_keeping_forward",
             inner_trips=_DEPTH,
             skipped=("refill_of_forward",),
         )
-        for variant in ("", "+general")
+        for general, extended in _VARIANTS
     },
     **{
-        f"decoder_head.head_kernel{variant}": Kernel("pixel_decoder_loss", "pixel_decoder_head")
-        for variant in ("", "+general")
+        f"decoder_head.head_kernel{general}{extended}": Kernel("pixel_decoder_loss", "pixel_decoder_head")
+        for general, extended in _VARIANTS
     },
     "adaln_block.forward_kernel": Kernel("adaln_block", "adaln_block_forward"),
     "upsample_modulate.modulate_kernel": Kernel("upsample_modulate", "upsample_modulate_forward"),
     **{
-        f"decoder_recompute.recompute_kernel{variant}": Kernel(
+        f"decoder_recompute.recompute_kernel{general}{extended}": Kernel(
             "pixel_decoder", "pixel_decoder_recompute", inner_trips=_DEPTH, skipped=("refill_of_recompute",)
         )
-        for variant in ("", "+general")
+        for general, extended in _VARIANTS
     },
     # Template flags, then the step of the chain; the last block of a decoder is launched first.
     "block_backward.backward_kernel+mlp+tiled+first": Kernel(
@@ -86,7 +92,10 @@ KERNELS = {
     "block_backward.backward_kernel+first+last": Kernel(
         "upsample_modulate", "block_backward", skipped=("gradient_of_later_blocks",)
     ),
-    "decoder_embedding.embedding_kernel": Kernel("pixel_decoder", "pixel_decoder_embedding"),
+    **{
+        f"decoder_embedding.embedding_kernel{extended}": Kernel("pixel_decoder", "pixel_decoder_embedding")
+        for extended in ("", EXTENDED)
+    },
     "decoder_embedding.table_kernel": Kernel("pixel_decoder", "pixel_table_gradient", counted=False),
     "pack_weights.pack_kernel": Kernel("pixel_decoder", "pack_weights", counted=False),
     "gradient_sums.sum_kernel": Kernel("pixel_decoder", "sum_partials", counted=False),
@@ -118,10 +127,11 @@ KERNELS = {
 }
 _FLAGS = {  # boolean template parameters by kernel
     "block_backward.backward_kernel": ("mlp", "tiled"),
-    "pixel_decoder.forward_kernel": ("general", "keeps"),
-    "decoder_head.head_kernel": ("general",),
+    "pixel_decoder.forward_kernel": ("general", "keeps", "extended"),
+    "decoder_head.head_kernel": ("general", "extended"),
+    "decoder_embedding.embedding_kernel": ("extended",),
     "flow_matching_loss_backward.gradient_kernel": ("sums",),
-    "decoder_recompute.recompute_kernel": ("general",),
+    "decoder_recompute.recompute_kernel": ("general", "extended"),
 }
 
 
@@ -148,13 +158,13 @@ def sources() -> list[str]:
     return [path.stem for path in sorted(found, key=lambda path: (path.stem != "block_backward", path.stem))]
 
 
-def compile_source(source: str, architecture: str, cubin: Path, only_width: int | None, general: bool) -> None:
+def compile_source(source: str, architecture: str, cubin: Path, only_width: int | None, variants: bool) -> None:
     """Compiles csrc/cuda/SOURCE.cu with the flags of the module and with source lines of the instructions."""
     number = architecture.removeprefix("sm_")
     command = [nvcc(), "-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     command += [f"-gencode=arch=compute_{number},code=sm_{number}", "-cubin", "-o", str(cubin)]
     command += [f"-DDECO_ONLY_WIDTH={only_width}"] if only_width else []
-    command += [] if general else ["-DDECO_ONLY_COMPACT"]
+    command += [] if variants else ["-DDECO_ONLY_PLAIN"]
     command += [str(CSRC / "cuda" / f"{source}.cu")]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0 or "warning" in result.stderr:
@@ -162,24 +172,24 @@ def compile_source(source: str, architecture: str, cubin: Path, only_width: int 
 
 
 def source_figures(
-    source: str, architecture: str, only_width: int | None = None, general: bool = True
+    source: str, architecture: str, only_width: int | None = None, variants: bool = True
 ) -> dict[str, Figures]:
     """Figures of every kernel of a source, by "cuda.source.kernel+flags/D32/bfloat16". With `only_width`, decoder
-    kernels are compiled only for that width in bfloat16; with or without the general variants."""
+    kernels are compiled only for that width in bfloat16; with or without the variants GENERAL and EXTENDED."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{source}.cubin"
-        compile_source(source, architecture, cubin, only_width, general)
+        compile_source(source, architecture, cubin, only_width, variants)
         codes, lines = sass.read_all(cubin), sass.read_lines(cubin)
     figures = {}
     for mangled, code in codes.items():
         name, width, dtype = _describe(source, mangled)
         divergence.check(name, code)
-        variants = {variant: kernel for variant, kernel in KERNELS.items() if _is_variant(variant, name)}
-        if not variants:
+        found = [variant for variant in KERNELS if _is_variant(variant, name)]
+        if not found:
             raise LookupError(f"{name} of {source}.cu is missing in benchmarks.static.cuda_kernels.KERNELS")
-        for variant, kernel in variants.items():
+        for variant in found:
             label = "/".join([CUDA_PREFIX + variant] + [f"D{width}"] * bool(width) + [dtype] * bool(dtype))
-            figures[label] = _figures(code, lines[mangled], kernel, source, width, architecture)
+            figures[label] = _figures(code, lines[mangled], variant, source, width, architecture)
     return figures
 
 
@@ -222,8 +232,9 @@ def _is_variant(variant: str, name: str) -> bool:
     return variant in (name, f"{name}+first", f"{name}+last", f"{name}+first+last")
 
 
-def _figures(code: sass.Code, lines, kernel: Kernel, source: str, width: int, architecture: str) -> Figures:
-    launch = launches(width or 32, SHARED_LIMIT[architecture.removesuffix("a")])[kernel.op, kernel.launch]
+def _figures(code: sass.Code, lines, variant: str, source: str, width: int, architecture: str) -> Figures:
+    kernel, is_extended = KERNELS[variant], EXTENDED in variant
+    launch = launches(width or 32, SHARED_LIMIT[architecture.removesuffix("a")], is_extended)[kernel.op, kernel.launch]
     counted: dict[str, Any] = {}
     if kernel.counted:
         skipped = _lines_of(kernel.skipped)
@@ -295,17 +306,19 @@ class Launch(NamedTuple):
 
 
 @functools.cache
-def launches(width: int, shared_limit: int) -> dict[tuple[str, str], Launch]:
+def launches(width: int, shared_limit: int, extended: bool = False) -> dict[tuple[str, str], Launch]:
     """(op, name) -> launch, for forward and backward of the ops with N 3 on a 256x256 image, and of the loss also on an
-    image that needs padding."""
+    image that needs padding; extended only of the decoder's ops."""
     module = emulation.emulated_module()
     module.set_device_limits(_MANY_MULTIPROCESSORS, shared_limit)
-    calls = {(_LOSS, _PADDED_IMAGE): None} | {(kernel.op, _IMAGE): None for kernel in KERNELS.values()}
+    ops = {kernel.op: None for variant, kernel in KERNELS.items() if not extended or EXTENDED in variant}
+    calls = [(_LOSS, _PADDED_IMAGE)] * (not extended) + [(op, _IMAGE) for op in ops]
+    options = EXTENSION if extended else {}
     found = {}
     try:
         for op, image_size in calls:
             inputs = testing.random_inputs(
-                op, dtype=torch.bfloat16, width=width, depth=_DEPTH, image_size=image_size, token_width=8
+                op, dtype=torch.bfloat16, width=width, depth=_DEPTH, image_size=image_size, token_width=8, **options
             )
             for name, blocks, threads, shared_bytes in module.launches_of(
                 lambda inputs=inputs: testing.run(inputs, emulation.BACKEND)

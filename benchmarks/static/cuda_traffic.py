@@ -8,7 +8,7 @@ import functools
 import torch
 
 from benchmarks.static.calls import forward_and_backward
-from benchmarks.static.cuda_kernels import KERNELS
+from benchmarks.static.cuda_kernels import EXTENSION, KERNELS
 from benchmarks.static.figures import CUDA_PREFIX
 from deco_kernels import testing
 from deco_kernels.testing import emulation
@@ -43,7 +43,8 @@ def _launch(
     op: str, name: str, width: int, dtype: str, columns: int, flags: tuple[str, ...]
 ) -> emulation.RecordedLaunch:
     """The launch of a variant; the block backward of the decoder runs once per decoder block: first, between, last."""
-    launches = _launches(op, width, dtype, columns, "float32_target" in flags, "padded" in flags)
+    kind = ("float32_target" in flags, "padded" in flags, "extended" in flags)
+    launches = _launches(op, width, dtype, columns, *kind)
     found = [launch for launch in launches if launch.name == name]
     if "tiled" not in flags or "first" in flags:
         return found[0]
@@ -52,7 +53,7 @@ def _launch(
 
 @functools.cache
 def _launches(
-    op: str, width: int, dtype: str, columns: int, float32_target: bool, padded: bool
+    op: str, width: int, dtype: str, columns: int, float32_target: bool, padded: bool, extended: bool
 ) -> list[emulation.RecordedLaunch]:
     emulation.emulated_module()
     inputs = testing.random_inputs(
@@ -62,5 +63,6 @@ def _launches(
         width=width,
         image_size=(1, _PADDED_ROWS if padded else _ROWS, columns),
         token_width=16,
+        **(EXTENSION if extended else {}),
     )
     return emulation.record_accesses(lambda: forward_and_backward(inputs, emulation.BACKEND))

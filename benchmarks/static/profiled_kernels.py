@@ -11,7 +11,7 @@ from benchmarks.static.figures import CUDA_PREFIX
 from deco_kernels import BackendUnavailable, testing
 
 _STEPS = {"first", "last"}  # variant flags for the position of the launch in a call
-_OTHER_CALLS = {"float32_target", "padded", "general"}  # variant flags that the timed calls do not launch
+_OTHER_CALLS = {"float32_target", "padded", "general", "extended"}  # variant flags that the timed calls do not launch
 _REPEATS = 5
 
 Event = tuple[str, float]  # demangled kernel name, milliseconds

@@ -136,9 +136,20 @@ DECO_DEVICE void embed(Tile<D>& h, const uint32_t (&x)[2], const T* pixel_weight
   }
 }
 
-// Gradient of the input of the head's LayerNorm; x is the gradient of the velocity as a left operand.
+// h += query, whose lane's two rows these are.
 template <class T, int D>
-DECO_DEVICE Tile<D> head_backward(const uint32_t (&x)[2], const Tile<D>& normalized, RowPair rstd, const T* head) {
+DECO_DEVICE void add_query(Tile<D>& h, const RowWords<D>& upper, const RowWords<D>& lower) {
+  const Tile<D> query = tile_of<T>(upper, lower);
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) h.v[j][i] += query.v[j][i];
+}
+
+// Gradient of the input of the head's norm, LayerNorm if centered; x is the gradient of the velocity as a left operand.
+template <class T, int D>
+DECO_DEVICE Tile<D> head_backward(const uint32_t (&x)[2], const Tile<D>& normalized, RowPair rstd, const T* head,
+                                  bool centered) {
   Tile<D> grad, result = zeros<D>();
 #pragma unroll
   for (int i = 0; i < D; i += 32) {
@@ -150,7 +161,7 @@ DECO_DEVICE Tile<D> head_backward(const uint32_t (&x)[2], const Tile<D>& normali
       multiply<T>(grad.v[i / 8 + j], x, w[j], zero);
     }
   }
-  add_normalize_gradient(result, grad, normalized, rstd);
+  add_normalize_gradient(result, grad, normalized, rstd, centered);
   return result;
 }
 

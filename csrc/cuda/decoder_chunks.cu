@@ -52,7 +52,7 @@ Status DecoderChunks::backward(const Call& call, DType operand, float eps, const
     const Status status = block_backward(call, block);
     if (!status.ok()) return status;
   }
-  if (!sums && chunk.grad_image.data == nullptr) return {};
+  if (!sums && chunk.grad_image.data == nullptr && chunk.grad_query.data == nullptr) return {};
   DecoderEmbedding embedding;
   embedding.packed = packed_;
   embedding.shape = chunk.shape;
@@ -64,7 +64,7 @@ Status DecoderChunks::backward(const Call& call, DType operand, float eps, const
   embedding.partials = sums ? pixel_ : nullptr;
   embedding.table_partials = sums ? table_ : nullptr;
   embedding.accumulate = chunk.accumulate;
-  return decoder_embedding(call, operand, embedding);
+  return decoder_embedding(call, operand, embedding, chunk.grad_query);
 }
 
 Status DecoderChunks::sum_weights(const Call& call, const DecoderShape& shape, const DecoderWeightArrays& weights,

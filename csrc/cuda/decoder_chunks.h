@@ -12,9 +12,9 @@ namespace deco::cuda {
 struct DecoderChunk {
   DecoderShape shape;  // of the images
   Image image;
-  Image grad_image;    // written, or null
-  PatchRows cond;      // of the chunk
-  RowsView grad_cond;  // of the chunk: written, or null
+  Image grad_image;                // written, or null
+  PatchRows cond;                  // of the chunk
+  RowsView grad_cond, grad_query;  // of the chunk: written, or null
   int64_t first_pixel = 0, pixels = 0;
   bool accumulate = false;  // not the first chunk
 };

@@ -1,8 +1,8 @@
 // Backward of the decoder's embedding (formula in decoder_kernels.h). Persistent grid; a warp owns tiles of 16
 // pixels. All tiles of a thread block are at the same positions of the patch, so that it sums the gradients of its rows
 // of the pixel table in registers, then over its warps. The packed weights are in shared memory. Per pixel: reads 2·D
-// bytes and C image values, writes C values; 6·C·D FLOPs. Deterministic: sums are written per thread block and added in
-// a fixed order.
+// bytes and C image values, writes C values and, if wanted, 2·D bytes of the query's gradient; 6·C·D FLOPs.
+// Deterministic: sums are written per thread block and added in a fixed order.
 #include "cuda/block.h"
 #include "cuda/decoder_kernels.h"
 #include "cuda/gradient_sums.h"
@@ -20,6 +20,7 @@ struct EmbeddingParams {
   uint32_t first_pixel = 0, pixels = 0;
   int parts = 0;
   int table_rows = 0;  // per thread block: min(P, 16)
+  RowsView grad_query;
 
   template <class V>
   void visit(V& buffers) const {
@@ -28,6 +29,7 @@ struct EmbeddingParams {
     op.packed.visit(buffers, false, shape.depth, width, kBlockMatrices, shape.pixels_per_token());
     op.image.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
     op.grad_image.visit(buffers, true, shape.batch, shape.channels, shape.height, shape.width);
+    grad_query.visit(buffers, true, pixels, width);
     buffers.read(op.grad_h_tiles, 2 * padded_rows(pixels) * width);
     buffers.write(op.partials, int64_t{4} * parts * (width + 1) * kChannelSlots);
     buffers.write(op.table_partials, int64_t{4} * parts * table_rows * width);
@@ -69,7 +71,7 @@ DECO_HOST_DEVICE int positions_of(int pixels_per_token) {
   return pixels_per_token > kTilePixels ? pixels_per_token / kTilePixels : 1;
 }
 
-template <class T, int D>
+template <class T, int D, bool Extended>
 DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, embedding_kernel, const EmbeddingParams p) {
   const DecoderEmbedding& op = p.op;
   const DecoderEnds<T, D> ends{shared_memory()};
@@ -94,6 +96,11 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, embedding_kernel, const Embeddin
       if (first + 8 * r > end) grad_h.clear_row(r);
       place[r] = locate(p.grid, p.first_pixel + pixel);
       for (int c = 0; c < 2; ++c) own.row[r][c] = op.image.at(place[r], image_channel(c, channels));
+    }
+    if constexpr (Extended) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (first + 8 * r <= end) store_row<T>(p.grad_query, first + 8 * r, row_of(grad_h, r));
     }
     if (op.partials != nullptr) {
       uint32_t x[1][2];
@@ -120,11 +127,12 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, embedding_kernel, const Embeddin
   pixel_gradient.write(op.partials + int64_t{block()} * pixel_gradient.kNumbers, shared, op.accumulate);
 }
 
-template <class T, int D>
+template <class T, int D, bool Extended>
 Status run(const Call& call, const EmbeddingParams& p) {
   const int sums = std::max(ChannelGradient<T, D>::kNumbers, p.table_rows * D);
   const int shared = std::max(DecoderEnds<T, D>::kBytes, kWarps * sums * 4);
-  return launch("pixel_decoder_embedding", embedding_kernel<T, D>, {p.parts, kThreads, shared, true}, call.stream, p);
+  return launch("pixel_decoder_embedding", embedding_kernel<T, D, Extended>, {p.parts, kThreads, shared, true},
+                call.stream, p);
 }
 
 // ---- the pixel table ------------------------------------------------------------------------------------------------
@@ -172,7 +180,7 @@ int64_t decoder_embedding_table_numbers(const DeviceLimits& limits, const Decode
          shape.decoder_width;
 }
 
-Status decoder_embedding(const Call& call, DType operand, const DecoderEmbedding& op) {
+Status decoder_embedding(const Call& call, DType operand, const DecoderEmbedding& op, const RowsView& grad_query) {
   EmbeddingParams p;
   p.op = op;
   p.grid = patch_grid(op.shape);
@@ -180,8 +188,11 @@ Status decoder_embedding(const Call& call, DType operand, const DecoderEmbedding
   p.pixels = static_cast<uint32_t>(op.pixels);
   p.parts = decoder_embedding_parts(call.limits, op.shape, op.pixels);
   p.table_rows = std::min(op.shape.pixels_per_token(), kTilePixels);
-  return with_kernel(operand, op.shape.decoder_width,
-                     [&](auto type, auto width) { return run<decltype(type), width.value>(call, p); });
+  p.grad_query = grad_query;
+  return with_kernel(operand, op.shape.decoder_width, [&](auto type, auto width) {
+    return with_extension(grad_query.data != nullptr,
+                          [&](auto extended) { return run<decltype(type), width.value, extended.value>(call, p); });
+  });
 }
 
 Status sum_table_partials(const Call& call, const Array& grad_table, const float* table_partials,

@@ -24,8 +24,9 @@ inline PatchGrid patch_grid(const DecoderShape& shape) {
   return grid;
 }
 
-// The rows from pixel `first` on, the first of a token.
+// The rows from pixel `first` on, the first of a token; null if they are.
 inline PatchRows rows_of(const PixelRows& rows, const DecoderShape& shape, int64_t first = 0) {
+  if (rows.data == nullptr) return {};
   const int log2_pixels = 2 * log2_of(shape.patch_size);
   return {static_cast<uint16_t*>(rows.data) + (first >> log2_pixels) * rows.token_stride, rows.token_stride,
           rows.pixel_stride, log2_pixels};

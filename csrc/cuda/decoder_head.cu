@@ -28,7 +28,7 @@ struct HeadParams {
   }
 };
 
-template <class T, int D, bool General>
+template <class T, int D, bool General, bool Extended>
 DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, head_kernel, const HeadParams p) {
   constexpr int M = kTiles<D>;
   using Pixels = WarpPixels<M, General>;
@@ -54,9 +54,9 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, head_kernel, const HeadParams p)
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       Tile<D> n = tile_of<T>(load_tile<D>(op.h_tiles, tile + m));
-      const RowPair rstd = normalize(n, op.eps);
+      const RowPair rstd = normalize(n, op.eps, !Extended);
       if (sums && pixels.any_exists()) head_gradient.add(rounded<T>(n), grad_velocity[m]);
-      const Tile<D> grad_h = head_backward<T, D>(grad_velocity[m], n, rstd, ends.head());
+      const Tile<D> grad_h = head_backward<T, D>(grad_velocity[m], n, rstd, ends.head(), !Extended);
       store_tile<D>(lane_words<D>(op.h_tiles, tile + m), rounded<T>(grad_h));
     }
   }
@@ -65,14 +65,14 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, head_kernel, const HeadParams p)
                         reinterpret_cast<float*>(shared_memory()), op.accumulate);
 }
 
-template <class T, int D>
+template <class T, int D, bool Extended>
 Status run(const Call& call, const HeadParams& p) {
   const DecoderShape& s = p.op.shape;
   const int sums = kWarps * ChannelGradient<T, D>::kNumbers * 4;
   const LaunchSize size = {p.parts, kThreads, std::max(DecoderEnds<T, D>::kBytes + kLaneBytes, sums), true};
   const int64_t of_gradient = p.op.grad_velocity.bytes(s.batch, s.channels, s.height, s.width);
   return with_pixels<kTiles<D>>(s, {of_gradient}, [&](auto general) {
-    return launch("pixel_decoder_head", head_kernel<T, D, general.value>, size, call.stream, p);
+    return launch("pixel_decoder_head", head_kernel<T, D, general.value, Extended>, size, call.stream, p);
   });
 }
 
@@ -82,13 +82,15 @@ int decoder_head_parts(const DeviceLimits& limits, int width, int64_t pixels) {
   return grid_blocks(pixels, width <= 32 ? kBlockPixels<32> : kBlockPixels<64>, limits, kBlocksPerMultiprocessor);
 }
 
-Status decoder_head(const Call& call, DType operand, const DecoderHead& op) {
+Status decoder_head(const Call& call, DType operand, const DecoderHead& op, bool rms) {
   HeadParams p;
   p.op = op;
   p.range = {patch_grid(op.shape), 0, static_cast<uint32_t>(op.shape.pixels())};
   p.parts = decoder_head_parts(call.limits, op.shape.decoder_width, op.shape.pixels());
-  return with_kernel(operand, op.shape.decoder_width,
-                     [&](auto type, auto width) { return run<decltype(type), width.value>(call, p); });
+  return with_kernel(operand, op.shape.decoder_width, [&](auto type, auto width) {
+    return with_extension(rms,
+                          [&](auto extended) { return run<decltype(type), width.value, extended.value>(call, p); });
+  });
 }
 
 }  // namespace deco::cuda

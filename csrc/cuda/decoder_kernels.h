@@ -5,6 +5,25 @@
 
 namespace deco::cuda {
 
+// What other decoders add to DeCo's: a query per pixel, h = W_x·x + table[k] + query, and a head with RMSNorm. Kernels
+// have variants for it, so that DeCo's decoder costs nothing more: Extended, of the head with RMSNorm, of the embedding
+// with the gradient of the query.
+struct DecoderExtension {
+  PatchRows query;  // of the chunk; or null
+  bool rms = false;
+
+  bool any() const { return query.data != nullptr || rms; }
+};
+
+// Calls run(std::bool_constant<extended>{}). DECO_ONLY_PLAIN leaves the extended kernels out.
+template <class Run>
+Status with_extension([[maybe_unused]] bool extended, Run&& run) {
+#ifndef DECO_ONLY_PLAIN
+  if (extended) return run(std::true_type{});
+#endif
+  return run(std::false_type{});
+}
+
 // The decoder's forward (pixel_decoder.cu).
 struct DecoderForward {
   PackedWeights packed;
@@ -17,10 +36,10 @@ struct DecoderForward {
   void* h_tiles = nullptr;  // [N + 1], inputs of the decoder blocks and of the head
   void* s_tiles = nullptr;  // SiLU(cond)
 };
-Status decoder_forward(const Call& call, DType operand, const DecoderForward& op);
+Status decoder_forward(const Call& call, DType operand, const DecoderForward& op, const DecoderExtension& extension);
 
-// Backward of the head:
-//   n = LayerNorm(h_N);  δn = W_outᵀ·δvelocity;  δh_N = LayerNorm'(δn)
+// Backward of the head; Norm: LayerNorm, or RMSNorm with `rms`:
+//   n = Norm(h_N);  δn = W_outᵀ·δvelocity;  δh_N = Norm'(δn)
 //   δW_out = Σ δvelocity ⊗ n;  δb_out = Σ δvelocity
 struct DecoderHead {
   PackedWeights packed;
@@ -32,7 +51,7 @@ struct DecoderHead {
   bool accumulate = false;    // add to the partials instead of overwriting them
 };
 int decoder_head_parts(const DeviceLimits& limits, int width, int64_t pixels);
-Status decoder_head(const Call& call, DType operand, const DecoderHead& op);
+Status decoder_head(const Call& call, DType operand, const DecoderHead& op, bool rms);
 
 // Recomputes the decoder's forward and runs the backward of its head.
 struct DecoderRecompute {
@@ -51,10 +70,11 @@ struct DecoderRecompute {
   bool accumulate = false;       // add to the partials instead of overwriting them
 };
 int decoder_recompute_parts(const DeviceLimits& limits, int width, int64_t pixels);
-Status decoder_recompute(const Call& call, DType operand, const DecoderRecompute& op);
+Status decoder_recompute(const Call& call, DType operand, const DecoderRecompute& op,
+                         const DecoderExtension& extension);
 
-// Backward of the embedding h = W_x·x + table[k]:
-//   δx = W_xᵀ·δh;  δW_x = Σ δh ⊗ x;  δtable[k] = Σ over tokens of δh
+// Backward of the embedding h = W_x·x + table[k] + query:
+//   δx = W_xᵀ·δh;  δW_x = Σ δh ⊗ x;  δtable[k] = Σ over tokens of δh;  δquery = δh
 struct DecoderEmbedding {
   PackedWeights packed;
   DecoderShape shape;
@@ -69,7 +89,8 @@ struct DecoderEmbedding {
 };
 int decoder_embedding_parts(const DeviceLimits& limits, const DecoderShape& shape, int64_t pixels);
 int64_t decoder_embedding_table_numbers(const DeviceLimits& limits, const DecoderShape& shape, int64_t pixels);
-Status decoder_embedding(const Call& call, DType operand, const DecoderEmbedding& op);
+// grad_query: written, or null
+Status decoder_embedding(const Call& call, DType operand, const DecoderEmbedding& op, const RowsView& grad_query);
 
 // Gradient of the pixel table from the partials of chunks of at most `pixels` pixels.
 Status sum_table_partials(const Call& call, const Array& grad_table, const float* table_partials,

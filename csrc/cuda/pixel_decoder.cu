@@ -2,6 +2,7 @@
 //
 //   h = W_x·x + table[k];  N decoder blocks (block.h);  velocity = W_out·LayerNorm(h) + b_out
 //
+// Extended (decoder_kernels.h): h gets a query, 2·D bytes per pixel; the head's norm may be RMSNorm.
 // For pixel_decoder_loss it also keeps what the backward needs: it writes the rounded SiLU(cond), the input of each
 // decoder block and that of the head as operand tiles, 2·D·(N + 2) bytes per pixel.
 //
@@ -22,6 +23,7 @@ struct ForwardParams {
   PixelRange range;
   int64_t rows = 0;       // padded_rows(pixels): pixels per array of operand tiles
   bool resident = false;  // the weights of all decoder blocks fit in shared memory
+  DecoderExtension extension;
 
   template <class V>
   void visit(V& buffers) const {
@@ -31,23 +33,27 @@ struct ForwardParams {
     op.image.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
     op.velocity.visit(buffers, true, shape.batch, shape.channels, shape.height, shape.width);
     op.cond.visit(buffers, range.count, width);
+    extension.query.visit(buffers, range.count, width);
     buffers.write(op.h_tiles, int64_t{2} * (shape.depth + 1) * rows * width);
     buffers.write(op.s_tiles, int64_t{2} * rows * width);
   }
 };
 
-template <class T, int D>
+template <bool Extended>
+constexpr int kLanes = (Extended ? 4 : 3) * kLaneBytes;
+
+template <class T, int D, bool Extended>
 int shared_bytes(int slots) {
-  return DecoderEnds<T, D>::kBytes + 3 * kLaneBytes + slots * BlockSlots<T, D>::kBytes;
+  return DecoderEnds<T, D>::kBytes + kLanes<Extended> + slots * BlockSlots<T, D>::kBytes;
 }
 
-template <class T, int D, bool General, bool Keeps>
+template <class T, int D, bool General, bool Keeps, bool Extended>
 DECO_KERNEL(kThreads, 1, forward_kernel, const ForwardParams p) {
   constexpr int M = kTiles<D>;
   const DecoderForward& op = p.op;
   const DecoderEnds<T, D> ends{shared_memory()};
   char* lanes = shared_memory() + DecoderEnds<T, D>::kBytes;
-  const BlockSlots<T, D> slots{lanes + 3 * kLaneBytes};
+  const BlockSlots<T, D> slots{lanes + kLanes<Extended>};
   const int depth = op.shape.depth, channels = op.shape.channels;
   if constexpr (Keeps) wait_for_previous_kernel();
   ends.fill(op.packed);
@@ -60,6 +66,10 @@ DECO_KERNEL(kThreads, 1, forward_kernel, const ForwardParams p) {
   const auto of_velocity = Pixels::lane_of(p.range, op.velocity, channel, channel + 1, lanes + kLaneBytes);
   const auto of_image = Pixels::lane_of(p.range, op.image, image_channel(0, channels), image_channel(1, channels),
                                         lanes + 2 * kLaneBytes);
+  [[maybe_unused]] typename Pixels::Lane of_query{};
+  if constexpr (Extended)
+    of_query = Pixels::lane_of(p.range, p.extension.query, lane_channel<D>(), lanes + 3 * kLaneBytes);
+  const bool centered = !(Extended && p.extension.rms);
   block_barrier();
 
   const BlockWeights<T, D> weights = slots.first_held();
@@ -76,10 +86,13 @@ DECO_KERNEL(kThreads, 1, forward_kernel, const ForwardParams p) {
     uint32_t x[M][2];
     load_channels<T>(x, pixels.addresses(op.image, of_image), op.image.dtype);
     if constexpr (!kAhead<D>) load_rows<D, M>(cond, pixels, op.cond, of_cond);
+    [[maybe_unused]] RowWords<D> query[2 * M];
+    if constexpr (Extended) load_query<D, M>(query, pixels, p.extension.query, of_query);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       s[m] = silu_operand<T>(cond[2 * m], cond[2 * m + 1]);
       embed<T, D>(h[m], x[m], ends.pixel(), op.packed.table + pixels.patch_tile(m) * (kTilePixels * D));
+      if constexpr (Extended) add_query<T>(h[m], query[2 * m], query[2 * m + 1]);
       if constexpr (Keeps) store_tile<D>(lane_words<D>(op.s_tiles, first / kTilePixels) + m * kTileWords<D>, s[m]);
     }
     if constexpr (kAhead<D>) load_rows<D, M>(cond, Pixels(p.range, first + turn), op.cond, of_cond);
@@ -110,7 +123,7 @@ DECO_KERNEL(kThreads, 1, forward_kernel, const ForwardParams p) {
     float velocity[M][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      normalize(h[m], op.eps);
+      normalize(h[m], op.eps, centered);
       normalized[m] = rounded<T>(h[m]);
     }
     ends.head(weights.selector).apply(velocity, normalized, 0);
@@ -126,30 +139,34 @@ DECO_KERNEL(kThreads, 1, forward_kernel, const ForwardParams p) {
   }
 }
 
-template <class T, int D, bool Keeps>
+template <class T, int D, bool Keeps, bool Extended>
 Status run(const Call& call, ForwardParams p) {
   const DecoderShape& s = p.op.shape;
-  p.resident = shared_bytes<T, D>(s.depth) <= call.limits.shared_bytes;
+  p.resident = shared_bytes<T, D, Extended>(s.depth) <= call.limits.shared_bytes;
   const LaunchSize size = {grid_blocks(p.range.count, kBlockPixels<D>, call.limits, 1), kThreads,
-                           shared_bytes<T, D>(p.resident ? s.depth : 1), Keeps};
+                           shared_bytes<T, D, Extended>(p.resident ? s.depth : 1), Keeps};
   const int64_t of_image = p.op.image.bytes(s.batch, s.channels, s.height, s.width);
   const int64_t of_velocity = p.op.velocity.bytes(s.batch, s.channels, s.height, s.width);
+  const int64_t of_cond = p.op.cond.bytes(p.range.count, D), of_query = p.extension.query.bytes(p.range.count, D);
   const char* name = Keeps ? "pixel_decoder_keeping_forward" : "pixel_decoder_forward";
-  return with_pixels<kTiles<D>>(s, {of_image, of_velocity, p.op.cond.bytes(p.range.count, D)}, [&](auto general) {
-    return launch(name, forward_kernel<T, D, general.value, Keeps>, size, call.stream, p);
+  return with_pixels<kTiles<D>>(s, {of_image, of_velocity, of_cond, of_query}, [&](auto general) {
+    return launch(name, forward_kernel<T, D, general.value, Keeps, Extended>, size, call.stream, p);
   });
 }
 
 }  // namespace
 
-Status decoder_forward(const Call& call, DType operand, const DecoderForward& op) {
+Status decoder_forward(const Call& call, DType operand, const DecoderForward& op, const DecoderExtension& extension) {
   ForwardParams p;
   p.op = op;
   p.range = {patch_grid(op.shape), 0, static_cast<uint32_t>(op.shape.pixels())};
   p.rows = padded_rows(op.shape.pixels());
+  p.extension = extension;
   return with_kernel(operand, op.shape.decoder_width, [&](auto type, auto width) {
-    return op.h_tiles == nullptr ? run<decltype(type), width.value, false>(call, p)
-                                 : run<decltype(type), width.value, true>(call, p);
+    return with_extension(extension.any(), [&](auto extended) {
+      return op.h_tiles == nullptr ? run<decltype(type), width.value, false, extended.value>(call, p)
+                                   : run<decltype(type), width.value, true, extended.value>(call, p);
+    });
   });
 }
 
@@ -175,7 +192,8 @@ Status pixel_decoder_forward(const Call& call, const PixelDecoderForward& op) {
   forward.cond = rows_of(op.cond, shape);
   forward.eps = op.eps;
   const Status packed = pack_decoder(call, op.cond.dtype, forward.packed, op.weights, shape);
-  return packed.ok() ? decoder_forward(call, op.cond.dtype, forward) : packed;
+  const DecoderExtension extension = {rows_of(op.query, shape), op.head_norm != 0};
+  return packed.ok() ? decoder_forward(call, op.cond.dtype, forward, extension) : packed;
 }
 
 }  // namespace deco::cuda

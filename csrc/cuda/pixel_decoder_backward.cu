@@ -37,7 +37,8 @@ Status run_chunk(const Call& call, const PixelDecoderBackward& op, const Decoder
   recompute.grad_h_tiles = chunks.h_tiles(op.shape.depth, chunk.pixels);
   recompute.partials = sums ? chunks.head_partials() : nullptr;
   recompute.accumulate = chunk.accumulate;
-  const Status status = decoder_recompute(call, op.cond.dtype, recompute);
+  const DecoderExtension extension = {rows_of(op.query, op.shape, chunk.first_pixel), op.head_norm != 0};
+  const Status status = decoder_recompute(call, op.cond.dtype, recompute, extension);
   return status.ok() ? chunks.backward(call, op.cond.dtype, op.eps, chunk, sums) : status;
 }
 
@@ -67,6 +68,7 @@ Status pixel_decoder_backward(const Call& call, const PixelDecoderBackward& op) 
     chunk.grad_image = Image(op.grad_image);
     chunk.cond = rows_of(op.cond, shape, pixel);
     chunk.grad_cond = contiguous_rows(op.grad_cond, shape, pixel);
+    chunk.grad_query = contiguous_rows(op.grad_query, shape, pixel);
     chunk.first_pixel = pixel;
     chunk.pixels = std::min(step, shape.pixels() - pixel);
     chunk.accumulate = pixel > 0;

@@ -95,7 +95,8 @@ class OnePass {
 
  private:
   bool wants_decoder() const {
-    return op_.grad_image.data != nullptr || op_.grad_cond.data != nullptr || wants_gradients(op_.grad_weights);
+    return op_.grad_image.data != nullptr || op_.grad_cond.data != nullptr || op_.grad_query.data != nullptr ||
+           wants_gradients(op_.grad_weights);
   }
   bool wants_frequency_weight() const { return op_.grad_frequency_weight.data != nullptr; }
   const PackedWeights& packed() const { return backward_ ? backward_->packed() : packed_; }
@@ -136,7 +137,8 @@ class OnePass {
       forward.h_tiles = backward_->h_tiles(0, sizes.pixels());
       forward.s_tiles = backward_->s_tiles();
     }
-    Status status = decoder_forward(call, op_.cond.dtype, forward);
+    const DecoderExtension extension = {rows_of(op_.query, op_.shape, first_pixel), op_.head_norm != 0};
+    Status status = decoder_forward(call, op_.cond.dtype, forward, extension);
 
     if (wants_frequency_weight()) {
       if (!accumulate) frequency_parts_ = frequency_parts(call, plan);
@@ -162,7 +164,7 @@ class OnePass {
     head.h_tiles = backward_->h_tiles(sizes.depth, sizes.pixels());
     head.partials = with_weights ? backward_->head_partials() : nullptr;
     head.accumulate = accumulate;
-    status = decoder_head(call, op_.cond.dtype, head);
+    status = decoder_head(call, op_.cond.dtype, head, extension.rms);
 
     DecoderChunk chunk;
     chunk.shape = sizes;
@@ -170,6 +172,7 @@ class OnePass {
     chunk.grad_image = Image(part_of(op_.grad_image, image, row));
     chunk.cond = forward.cond;
     chunk.grad_cond = contiguous_rows(op_.grad_cond, sizes, first_pixel);
+    chunk.grad_query = contiguous_rows(op_.grad_query, sizes, first_pixel);
     chunk.pixels = sizes.pixels();
     chunk.accumulate = accumulate;
     return status.ok() ? backward_->backward(call, op_.cond.dtype, op_.eps, chunk, with_weights) : status;

@@ -263,11 +263,12 @@ DECO_DEVICE float reciprocal_deviation(float squares, float eps) {
 }
 
 // Mean and rstd = 1 / sqrt(variance + eps) of each row, in two passes. rstd multiplies the error of the mean, by up to
-// 1,000 at eps = 1e-6; the pairwise sum limits that error to a few roundings.
+// 1,000 at eps = 1e-6; the pairwise sum limits that error to a few roundings. Not centered, for RMSNorm: the mean is
+// replaced by 0.
 template <int D>
-DECO_DEVICE RowStatistics statistics(const Tile<D>& h, float eps) {
-  const RowPair mean = {quad_sum(pairwise_sum<D / 8>(h, 0)) * (1.0f / D),
-                        quad_sum(pairwise_sum<D / 8>(h, 2)) * (1.0f / D)};
+DECO_DEVICE RowStatistics statistics(const Tile<D>& h, float eps, bool centered = true) {
+  const RowPair mean = {centered ? quad_sum(pairwise_sum<D / 8>(h, 0)) * (1.0f / D) : 0.0f,
+                        centered ? quad_sum(pairwise_sum<D / 8>(h, 2)) * (1.0f / D) : 0.0f};
   RowPair squares = {0, 0};
 #pragma unroll
   for (int j = 0; j < D / 8; ++j)
@@ -294,16 +295,17 @@ DECO_DEVICE Tile<D> normalized_by(const RowStatistics& s, Tile<D> h) {
 
 // Replaces h by (h - mean)·rstd and returns rstd.
 template <int D>
-DECO_DEVICE RowPair normalize(Tile<D>& h, float eps) {
-  const RowStatistics s = statistics(h, eps);
+DECO_DEVICE RowPair normalize(Tile<D>& h, float eps, bool centered = true) {
+  const RowStatistics s = statistics(h, eps, centered);
   h = normalized_by(s, h);
   return s.rstd;
 }
 
 // Gradient of the input of `normalize` from its result `normalized`, the gradient `grad` of the result, and rstd:
-// total += rstd·(grad - mean(grad) - normalized·mean(grad·normalized)).
+// total += rstd·(grad - mean(grad) - normalized·mean(grad·normalized)), not centered without mean(grad).
 template <int D>
-DECO_DEVICE void add_normalize_gradient(Tile<D>& total, const Tile<D>& grad, const Tile<D>& normalized, RowPair rstd) {
+DECO_DEVICE void add_normalize_gradient(Tile<D>& total, const Tile<D>& grad, const Tile<D>& normalized, RowPair rstd,
+                                        bool centered = true) {
   RowPair sum = {0, 0}, product = {0, 0};
 #pragma unroll
   for (int j = 0; j < D / 8; ++j)
@@ -313,7 +315,8 @@ DECO_DEVICE void add_normalize_gradient(Tile<D>& total, const Tile<D>& grad, con
       float& p = i < 2 ? product.upper : product.lower;
       p = fmaf(grad.v[j][i], normalized.v[j][i], p);
     }
-  const RowPair mean = {quad_sum(sum.upper) * (1.0f / D), quad_sum(sum.lower) * (1.0f / D)};
+  const RowPair mean = {centered ? quad_sum(sum.upper) * (1.0f / D) : 0.0f,
+                        centered ? quad_sum(sum.lower) * (1.0f / D) : 0.0f};
   const RowPair projection = {quad_sum(product.upper) * (1.0f / D), quad_sum(product.lower) * (1.0f / D)};
 #pragma unroll
   for (int j = 0; j < D / 8; ++j)

@@ -193,14 +193,23 @@ DECO_DEVICE void load_rows(RowWords<D> (&words)[2 * M], const Pixels& pixels, co
   for (int i = 0; i < 2 * M; ++i) words[i] = load_row<D>(addresses.row[i]);
 }
 
+// The same for a query that may be null: zeros.
+template <int D, int M, class Pixels>
+DECO_DEVICE void load_query(RowWords<D> (&words)[2 * M], const Pixels& pixels, const PatchRows& query,
+                            const typename Pixels::Lane& of) {
+#pragma unroll
+  for (int i = 0; i < 2 * M; ++i) words[i] = {};
+  if (query.data != nullptr) load_rows<D, M>(words, pixels, query, of);
+}
+
 template <int M, bool General>
 using WarpPixels = std::conditional_t<General, GeneralPixels<M>, CompactPixels<M>>;
 
-// Calls run(std::bool_constant<General>{}) for tensors of these sizes in bytes. DECO_ONLY_COMPACT leaves the kernels
-// with GeneralPixels out.
+// Calls run(std::bool_constant<General>{}) for tensors of these sizes in bytes. DECO_ONLY_PLAIN leaves the kernels with
+// GeneralPixels out.
 template <int M, class Run>
 Status with_pixels(const DecoderShape& shape, std::initializer_list<int64_t> bytes, Run&& run) {
-#ifndef DECO_ONLY_COMPACT
+#ifndef DECO_ONLY_PLAIN
   if (shape.pixels_per_token() % (kTilePixels * M) != 0 || std::max(bytes) > int64_t{1} << 32)
     return run(std::true_type{});
 #endif

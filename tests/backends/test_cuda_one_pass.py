@@ -16,6 +16,7 @@ pytestmark = pytest.mark.emulate
 OP, BACKEND = one_pass.OP, emulation.BACKEND
 SHARED = [c._replace(query=None, head_norm="layer") for c in DECODER_LOSS_CASES if c.dtype is not F32]
 FAST = [case for case in SHARED if case.patch_size >= composition.BLOCK and case.width <= 32]
+EXTENDED = ((BF16, 32, 16), (BF16, 32, 4))  # dtype, D, p of cases that get a query and an RMS head: one pass, two ops
 OF_A_CHUNK = ["pixel_decoder_keeping_forward", "flow_matching_loss_gradient_and_sums", "pixel_decoder_head"]
 
 
@@ -32,6 +33,8 @@ def names_of_launches(emulated, inputs):
 )
 def test_rule_of_error_by_chunks(emulated, case, monkeypatch, poisoned_memory):
     """Several chunks; float16 also with truncated sums of products and truncated tanh."""
+    if (case.dtype, case.width, case.patch_size) in EXTENDED:
+        case = case._replace(**cuda_ops.EXTENDED[OP])
     inputs = case.inputs(OP)
     before = {name: tensor.clone() for name, tensor in inputs.tensors.items()}
     set_chunk(monkeypatch, 1500)
@@ -46,7 +49,9 @@ def test_rule_of_error_by_chunks(emulated, case, monkeypatch, poisoned_memory):
 
 @pytest.mark.parametrize(("dtype", "patch_size"), [(BF16, 8), (F16, 16), (F16, 4)])
 def test_agrees_with_the_two_ops(emulated, dtype, patch_size):
-    one_pass.test_agrees_with_the_two_ops(BACKEND, dtype, patch_size)
+    """float16 with a query and an RMS head."""
+    extension = cuda_ops.EXTENDED[OP] if dtype is F16 else {}
+    one_pass.test_agrees_with_the_two_ops(BACKEND, dtype, patch_size, **extension)
 
 
 def test_float16_with_a_loss_scale_of_2_to_the_16(emulated):
@@ -54,19 +59,20 @@ def test_float16_with_a_loss_scale_of_2_to_the_16(emulated):
 
 
 def test_from_tokens(emulated):
-    one_pass.test_from_tokens_agrees_with_the_formula(BACKEND)
+    one_pass.test_from_tokens_agrees_with_the_formula(BACKEND, query="tokens", head_norm="rms")
 
 
 def test_chunks_give_the_same_results(emulated, monkeypatch):
     """A row of patches, an image, two images, and the batch of three."""
-    inputs = testing.random_inputs(OP, dtype=BF16, width=16, depth=2, patch_size=8, image_size=(3, 24, 32))
+    sizes = {"width": 16, "depth": 2, "patch_size": 8, "image_size": (3, 24, 32)}
+    inputs = testing.random_inputs(OP, dtype=BF16, **sizes, **cuda_ops.EXTENDED[OP])
     whole = testing.run(inputs, BACKEND)
     for pixels, chunks in ((1, 9), (512, 6), (768, 3), (1536, 2)):
         set_chunk(monkeypatch, pixels)
         assert names_of_launches(emulated, inputs).count(OF_A_CHUNK[0]) == chunks
         found = testing.run(inputs, BACKEND)
         cuda_ops.assert_close(found, whole, 2e-6)
-        for name in ("image", "cond", "target"):
+        for name in ("image", "cond", "query", "target"):
             assert torch.equal(found.gradients[name], whole.gradients[name]), name
 
 
@@ -107,9 +113,9 @@ def test_other_dtypes_of_the_images(emulated):
 
 
 def test_only_the_gradients_asked_for(emulated):
-    inputs = small_inputs(OP, BF16, depth=1)
+    inputs = cuda_ops.extended_inputs(OP, BF16, depth=1)
     expected = testing.run(inputs, BACKEND).gradients
-    for wanted in ("image", "cond", "target", "fc1_weight", "head_bias", "frequency_weight", "sample_weight"):
+    for wanted in ("image", "cond", "query", "target", "fc1_weight", "head_bias", "frequency_weight", "sample_weight"):
         leaves = {name: t.detach().requires_grad_(name == wanted) for name, t in inputs.tensors.items()}
         total, *_ = ops.pixel_decoder_loss(**leaves, **inputs.options, backend=BACKEND)
         total.backward(inputs.grad_outputs[0])
@@ -151,7 +157,7 @@ def test_nan_and_inf_propagate(emulated, value):
 
 
 def test_empty_batch(emulated, poisoned_memory):
-    inputs = small_inputs(OP, BF16, image_size=(0, 8, 16))
+    inputs = cuda_ops.extended_inputs(OP, BF16, image_size=(0, 8, 16))
     results = testing.run(inputs, BACKEND)
     assert not any(loss.any() for loss in results.outputs)
     for name, gradient in results.gradients.items():
@@ -175,6 +181,7 @@ def test_failures_name_the_op_and_its_sizes(emulated):
     rest = (
         image,
         rows,
+        rows,
         image,
         arrays,
         (0,) * 4,
@@ -183,9 +190,11 @@ def test_failures_name_the_op_and_its_sizes(emulated):
         1.0,
         image,
         (0,) * 4,
+        (0,) * 4,
         image,
         arrays,
         (0,) * 4,
+        0,
         1e-6,
         (1, 16),
     )

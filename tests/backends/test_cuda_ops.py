@@ -11,7 +11,9 @@ from deco_kernels import BackendUnavailable, ops, testing
 from deco_kernels.backends import l2_cache
 from deco_kernels.ops import registry
 from deco_kernels.testing import emulation
+from tests.golden_files import golden_cases
 from tests.ops import test_equal_rows as equal_rows
+from tests.ops import test_query
 from tests.ops.cases import BF16, CASES, DECODER_CASES, F16, F32, small_inputs, uncovered_pairs
 
 pytestmark = pytest.mark.emulate
@@ -23,13 +25,26 @@ SIZES = {16: (2, 32, 32), 8: (1, 40, 48), 4: (1, 44, 44), 2: (2, 30, 34), 1: (2,
 
 
 def sized(cases):
-    return [case._replace(image_size=SIZES[case.patch_size], query=None, head_norm="layer") for case in cases]
+    return [case._replace(image_size=SIZES[case.patch_size]) for case in cases]
 
 
 HALF_CASES = {op: sized(case for case in CASES[op] if case.dtype is not F32) for op in OPS}
 # Of the decoder's ops, which have their kernels in common, one takes the float32 cases in bfloat16: together all pairs
 # of settings. Its other cases are long, and so is the slowest one.
 OTHER_CASES = sized(case._replace(dtype=BF16) for case in DECODER_CASES if case.dtype is F32)
+
+
+EXTENDED = {
+    "pixel_decoder": {"query": "given", "head_norm": "rms"},
+    "pixel_decoder_from_tokens": {"query": "tokens", "head_norm": "rms"},
+    "pixel_decoder_loss": {"query": "given", "head_norm": "rms"},
+}
+"""Arguments of `random_inputs` by op."""
+
+
+def extended_inputs(op, dtype, **changes):
+    """`small_inputs`, for a decoder with a query and an RMS head."""
+    return small_inputs(op, dtype, **EXTENDED.get(op, {}), **changes)
 
 
 def accuracy_cases():
@@ -69,9 +84,7 @@ def assert_rule_of_error(inputs, results):
 
 
 def test_cases_have_all_pairs_of_settings():
-    assert not uncovered_pairs(
-        HALF_CASES["pixel_decoder"] + OTHER_CASES, dtype=(BF16, F16), query=(None,), head_norm=("layer",)
-    )
+    assert not uncovered_pairs(HALF_CASES["pixel_decoder"] + OTHER_CASES, dtype=(BF16, F16))
 
 
 @pytest.mark.parametrize(("op", "case"), list(accuracy_cases()))
@@ -88,12 +101,19 @@ def test_rule_of_error(emulated, op, case, poisoned_memory):
         assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape and gradient.is_contiguous(), name
 
 
+@pytest.mark.parametrize("path", golden_cases("cod_lite_*"))
+def test_golden(emulated, path):
+    test_query.check_golden(path, BACKEND, F16, 4 * torch.finfo(F16).eps)
+
+
 @each_op_but_one_long
 @pytest.mark.parametrize("width", [32, 64])
 def test_small_shared_memory_and_chunks(emulated, op, width, monkeypatch):
     """A device with 99 KB runs variants that need less shared memory; chunks of pixels give the same sums."""
     depth = 8 if width == 32 else 3  # neither fits in 99 KB at once
-    inputs = testing.random_inputs(op, dtype=BF16, width=width, depth=depth, patch_size=8, image_size=(1, 24, 40))
+    extension = EXTENDED.get(op, {}) if width == 32 else {}
+    sizes = {"width": width, "depth": depth, "patch_size": 8, "image_size": (1, 24, 40)}
+    inputs = testing.random_inputs(op, dtype=BF16, **sizes, **extension)
     large = testing.run(inputs, BACKEND)
     emulated.set_device_limits(3, emulation.SMALL_SHARED)
     monkeypatch.setattr(l2_cache, "chunk_pixels", lambda *_, **__: 300)
@@ -101,7 +121,8 @@ def test_small_shared_memory_and_chunks(emulated, op, width, monkeypatch):
     small = testing.run(inputs, BACKEND)
     assert_close(small, large, 2e-5)
     if op == "pixel_decoder":  # the others depend on PyTorch's matmul of a chunk
-        assert all(torch.equal(small.gradients[name], large.gradients[name]) for name in ("image", "cond"))
+        names = ["image", "cond", *["query"] * (width == 32)]
+        assert all(torch.equal(small.gradients[name], large.gradients[name]) for name in names)
 
 
 @each_op_but_one_long
@@ -138,7 +159,7 @@ VIEWS = (_padded, _offset, _reversed_dimensions)
 @each_op
 @pytest.mark.parametrize("view", VIEWS)
 def test_views_give_the_same_result(emulated, op, view):
-    inputs = small_inputs(op, BF16)
+    inputs = extended_inputs(op, BF16)
     viewed = inputs._replace(
         tensors={name: view(tensor) if tensor.dim() > 1 else tensor for name, tensor in inputs.tensors.items()},
         grad_outputs=tuple(view(g) if g.dim() > 1 else g for g in inputs.grad_outputs),
@@ -148,8 +169,8 @@ def test_views_give_the_same_result(emulated, op, view):
 
 @each_op
 def test_expanded_inputs_and_stride_0_gradients(emulated, op):
-    inputs = small_inputs(op, BF16)
-    for name in ("image", "cond", "h"):
+    inputs = extended_inputs(op, BF16)
+    for name in ("image", "cond", "query", "h"):
         if name in inputs.tensors:
             inputs.tensors[name] = inputs.tensors[name][:1].expand_as(inputs.tensors[name])
     grads = tuple(torch.ones((), dtype=g.dtype).expand_as(g) for g in inputs.grad_outputs)
@@ -193,7 +214,7 @@ def test_images_of_the_other_half_precision(emulated, op):
 
 @each_op
 def test_empty_batch(emulated, op, poisoned_memory):
-    inputs = small_inputs(op, BF16, image_size=(0, 8, 12))
+    inputs = extended_inputs(op, BF16, image_size=(0, 8, 12))
     results = testing.run(inputs, BACKEND)
     assert all(o.shape == g.shape for o, g in zip(results.outputs, inputs.grad_outputs, strict=True))
     for name, gradient in results.gradients.items():
@@ -202,7 +223,7 @@ def test_empty_batch(emulated, op, poisoned_memory):
 
 @each_op
 def test_only_the_gradients_asked_for(emulated, op):
-    inputs = small_inputs(op, BF16, depth=1)
+    inputs = extended_inputs(op, BF16, depth=1)
     expected = testing.run(inputs, BACKEND).gradients
     for wanted in inputs.tensors:
         leaves = {name: t.detach().requires_grad_(name == wanted) for name, t in inputs.tensors.items()}
@@ -217,7 +238,7 @@ def test_only_the_gradients_asked_for(emulated, op):
 @each_op
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_propagate(emulated, op, value):
-    inputs = small_inputs(op, BF16)
+    inputs = small_inputs(op, BF16) if value != value else extended_inputs(op, BF16)
     name = next(n for n in ("image", "h") if n in inputs.tensors)
     inputs.tensors[name].flatten()[5] = value
     results, expected = testing.run(inputs, BACKEND), testing.exact_results(inputs)
@@ -265,8 +286,10 @@ def test_weights_changed_in_place_are_seen(emulated, op):
 @pytest.mark.parametrize(("width", "shared_bytes"), [(32, emulation.LARGE_SHARED), (64, emulation.SMALL_SHARED)])
 def test_barriers_order_all_accesses_of_shared_memory(emulated, op, width, shared_bytes):
     emulated.set_device_limits(emulation.MULTIPROCESSORS, shared_bytes)
+    extension = EXTENDED.get(op, {}) if width == 32 else {}
+    inputs = testing.random_inputs(op, dtype=BF16, width=width, depth=2, image_size=(1, 16, 32), **extension)
     with emulation.checked_for_races(emulated):
-        testing.run(testing.random_inputs(op, dtype=BF16, width=width, depth=2, image_size=(1, 16, 32)), BACKEND)
+        testing.run(inputs, BACKEND)
 
 
 ONE_OF_EACH_LIMIT = ("sm_80", "sm_90", "sm_120")  # of shared memory
@@ -277,7 +300,8 @@ ONE_OF_EACH_LIMIT = ("sm_80", "sm_90", "sm_120")  # of shared memory
 def test_every_architecture_accepts_the_launches(emulated, op, architecture):
     """Thread blocks, threads and shared memory of the largest decoder; nothing runs."""
     emulated.set_device_limits(132, SHARED_LIMIT[architecture])
-    inputs = testing.random_inputs(op, dtype=BF16, width=64, depth=8, patch_size=8, image_size=(1, 16, 32))
+    sizes = {"width": 64, "depth": 8, "patch_size": 8, "image_size": (1, 16, 32)}
+    inputs = testing.random_inputs(op, dtype=BF16, **sizes, **EXTENDED.get(op, {}))
     launches = emulated.launches_of(lambda: testing.run(inputs, BACKEND))
     assert len(launches) >= 4 and all(shared <= SHARED_LIMIT[architecture] for *_, shared in launches)
 
@@ -364,7 +388,8 @@ SMALL_SHAPE, LARGE_SHAPE = (2, 3, 16, 32, 16, 32, 3), (1, 3, 1 << 16, 1 << 15, 1
 def _native_calls(module):
     """Name -> (workspace for 64 rows or a small image, sizes in words, arguments for small sizes and for 2^31 pixels);
     all but the context. Sizes are checked before any argument is read."""
-    decoder = (IMAGE, (0, 1, 0, 0), DECODER_WEIGHTS)
+    pixel_rows = (0, 1, 0, 0)
+    decoder = (IMAGE, pixel_rows, pixel_rows, DECODER_WEIGHTS)
 
     def rows_of(*others):
         return [(rows, 32, *others, EPS) for rows in (64, 1 << 31)]
@@ -389,12 +414,12 @@ def _native_calls(module):
         "pixel_decoder_forward": (
             module.pixel_decoder_forward_workspace(SMALL_SHAPE),
             image,
-            shapes_of(*decoder, IMAGE, EPS),
+            shapes_of(*decoder, IMAGE, 0, EPS),
         ),
         "pixel_decoder_backward": (
             module.pixel_decoder_backward_workspace(0, SMALL_SHAPE, 512),
             image,
-            shapes_of(IMAGE, *decoder, IMAGE, (0,) * 4, DECODER_WEIGHTS, EPS, 512),
+            shapes_of(IMAGE, *decoder, IMAGE, pixel_rows, pixel_rows, DECODER_WEIGHTS, 0, EPS, 512),
         ),
     }
 

@@ -24,7 +24,8 @@ def block_inputs(dtype=F32, patch_size=8, op=OP, **changes):
 
 def two_ops(tensors, options, backend):
     decoder = {name: tensors[name] for name in OPS["pixel_decoder"].names if name in tensors}
-    velocity = ops.pixel_decoder(**decoder, patch_size=options["patch_size"], backend=backend)
+    decoder |= {name: options[name] for name in ("patch_size", "head_norm")}
+    velocity = ops.pixel_decoder(**decoder, backend=backend)
     return ops.flow_matching_loss(
         velocity,
         tensors["target"],
@@ -49,9 +50,9 @@ def losses_and_gradients(function, inputs, backend, factor=1.0):
 
 @each_implementation
 @pytest.mark.parametrize(("dtype", "patch_size"), [(F32, 16), (BF16, 8), (F16, 4)])
-def test_agrees_with_the_two_ops(implementation, dtype, patch_size):
+def test_agrees_with_the_two_ops(implementation, dtype, patch_size, **changes):
     """To rounding: the two ops round the velocity, and its gradient, to the activation dtype."""
-    inputs = block_inputs(dtype, patch_size)
+    inputs = block_inputs(dtype, patch_size, **changes)
     factor = 2.0**10 if dtype is F16 else 1.0  # the two ops need a loss scale
     losses, gradients = losses_and_gradients(one_op, inputs, implementation, factor)
     expected, expected_gradients = losses_and_gradients(two_ops, inputs, implementation, factor)

@@ -53,22 +53,24 @@ def cod_lite_arguments(state, image, tokens, cond, patch_size, depth):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 @pytest.mark.parametrize("path", golden_cases("cod_lite_*"))
 def test_golden(path, implementation):
-    golden_case(path, implementation)
+    check_golden(path, implementation)
 
 
-def golden_case(path, backend):
+def check_golden(path, backend, dtype=F32, tolerance=None):
+    """Output and gradients of all parameters and inputs, with activations of this dtype."""
     golden = load_golden(path)
     state = {name: tensor.requires_grad_() for name, tensor in golden.group("state").items()}
     inputs = {name: tensor.requires_grad_() for name, tensor in golden.group("input").items()}
     patch_size, depth = int(golden.metadata["p"]), int(golden.metadata["depth"])
     tensors = cod_lite_arguments(state, *(inputs[name] for name in ("image", "tokens", "cond")), patch_size, depth)
+    tensors |= {name: tensors[name].to(dtype) for name in ("tokens", "query_tokens")}
     output = ops.pixel_decoder_from_tokens(**tensors, patch_size=patch_size, head_norm="rms", backend=backend)
-    assert relative_error(output, golden.tensors["output"]) <= OUTPUT_TOLERANCE
-    output.backward(golden.tensors["grad_output"])
+    assert relative_error(output, golden.tensors["output"]) <= (tolerance or OUTPUT_TOLERANCE)
+    output.backward(golden.tensors["grad_output"].to(dtype))
     expected = golden.group("grad") | golden.group("grad_input")
     assert len(expected) == len(state) + len(inputs)
     for name, tensor in (state | inputs).items():
-        assert relative_error(tensor.grad, expected[name]) <= GRADIENT_TOLERANCE, name
+        assert relative_error(tensor.grad, expected[name]) <= (tolerance or GRADIENT_TOLERANCE), name
 
 
 @pytest.mark.parametrize("op", FROM_TOKENS)

@@ -15,8 +15,6 @@ from deco_kernels.backends.support import Support
 SUPPORT = Support(
     "NVIDIA GPUs from sm_80, where the CUDA module was built; by name only",
     activations=(torch.bfloat16, torch.float16),
-    queries=(False,),
-    head_norms=("layer",),
 )
 unsupported_reason = SUPPORT.refusal
 

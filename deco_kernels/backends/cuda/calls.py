@@ -27,6 +27,11 @@ def launch(
     function((like.device.index or 0, stream, workspace.data_ptr(), workspace_bytes), *description)
 
 
+def readable_query(query: torch.Tensor | None) -> torch.Tensor | None:
+    """`readable_pixel_rows` of a query, if there is one."""
+    return None if query is None else readable_pixel_rows(query)
+
+
 def readable_pixel_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` [..., P, D], copied unless the kernels can read its rows in place."""
     rows = arguments.readable_pixel_rows(tensor)

@@ -24,7 +24,7 @@ def forward(
     """velocity [B, C, H, W] in the dtype of cond."""
     velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
     cond, weights = calls.readable_pixel_rows(cond), arguments.contiguous(weights)
-    run_forward(image, cond, weights, velocity, patch_size, eps)
+    run_forward(image, cond, weights, calls.readable_query(query), velocity, patch_size, head_norm, eps)
     return velocity
 
 
@@ -44,7 +44,8 @@ def backward(
     if image.numel() == 0:
         return arguments.zeroed(grads)
     cond, weights = calls.readable_pixel_rows(cond), arguments.contiguous(weights)
-    run_backward(grad_velocity, image, cond, weights, grads[0], grads[1], grads[2:-1], patch_size, eps)
+    inputs = (image, cond, weights, calls.readable_query(query))
+    run_backward(grad_velocity, *inputs, grads, patch_size, head_norm, eps)
     return grads
 
 
@@ -52,11 +53,13 @@ def run_forward(
     image: torch.Tensor,
     cond: torch.Tensor,
     weights: DecoderWeights,
+    query: torch.Tensor | None,
     velocity: torch.Tensor,
     patch_size: int,
+    head_norm: str,
     eps: float,
 ) -> None:
-    """Write velocity, any strides with unit stride in W; cond must come from `readable_pixel_rows`."""
+    """Write velocity, any strides with unit stride in W; cond and query must come from `readable_pixel_rows`."""
     module = calls.module_for(cond)
     shape = arguments.decoder_sizes(image, weights, patch_size)
     image = calls.readable_image(image, cond.dtype)
@@ -67,10 +70,10 @@ def run_forward(
         shape,
         arguments.image(image),
         arguments.pixel_rows(cond),
-        arguments.pixel_rows(None),
+        arguments.pixel_rows(query),
         arguments.arrays(weights),
         arguments.image(velocity),
-        0,
+        arguments.HEAD_NORMS.index(head_norm),
         eps,
     )
 
@@ -80,13 +83,15 @@ def run_backward(
     image: torch.Tensor,
     cond: torch.Tensor,
     weights: DecoderWeights,
-    grad_image: torch.Tensor | None,
-    grad_cond: torch.Tensor | None,
-    grad_weights: arguments.Gradients,
+    query: torch.Tensor | None,
+    grads: arguments.Gradients,
     patch_size: int,
+    head_norm: str,
     eps: float,
 ) -> None:
-    """Write the gradients that are not None: grad_image with any strides, grad_cond and grad_weights contiguous."""
+    """Write those of `grads`, of (image, cond, weights, query), that are not None: that of image with any strides, the
+    others contiguous."""
+    grad_image, grad_cond, *grad_weights, grad_query = grads
     module = calls.module_for(cond)
     shape = arguments.decoder_sizes(image, weights, patch_size)
     image, grad_velocity = calls.readable_image(image, cond.dtype), grad_velocity.to(cond.dtype)
@@ -99,13 +104,13 @@ def run_backward(
         arguments.image(grad_velocity),
         arguments.image(image),
         arguments.pixel_rows(cond),
-        arguments.pixel_rows(None),
+        arguments.pixel_rows(query),
         arguments.arrays(weights),
         arguments.image(grad_image),
         arguments.pixel_rows(grad_cond),
-        arguments.pixel_rows(None),
+        arguments.pixel_rows(grad_query),
         arguments.arrays(grad_weights),
-        0,
+        arguments.HEAD_NORMS.index(head_norm),
         eps,
         chunk_pixels,
     )

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from deco_kernels.backends import arguments, l2_cache
-from deco_kernels.backends.cuda import pixel_decoder
+from deco_kernels.backends.cuda import calls, pixel_decoder
+from deco_kernels.backends.query import ChunkedQuery
 from deco_kernels.backends.upsample import UpsampleGradients, forward_chunk_pixels, upsample_chunks
 from deco_kernels.signatures import DecoderWeights, Query, UpsampleWeights
 
@@ -30,12 +31,14 @@ def forward(
     """velocity [B, C, H, W] in the dtype of tokens; writes the conditions to `cond` [..., P, D] if it is given."""
     upsample = UpsampleGradients(tokens, up, needs=(False, False, False))
     weights = arguments.contiguous(weights)
+    queries = ChunkedQuery(query, weights.pixel_table.shape, needs=(False,) * 4)
     velocity = torch.empty(image.shape, dtype=tokens.dtype, device=tokens.device)
     kept = None if cond is None else cond.view(-1, weights.pixel_table.numel())
     chunk_tokens = max(1, forward_chunk_pixels(tokens, up, patch_size**2) // patch_size**2)
     for chunk in upsample_chunks(image.shape, patch_size, chunk_tokens):
         conditions = upsample.cond(chunk.tokens, kept).view(-1, *weights.pixel_table.shape)
-        pixel_decoder.run_forward(chunk.of(image), conditions, weights, chunk.of(velocity), patch_size, eps)
+        inputs = (chunk.of(image), conditions, weights, calls.readable_query(queries.of(chunk.tokens, tokens.dtype)))
+        pixel_decoder.run_forward(*inputs, chunk.of(velocity), patch_size, head_norm, eps)
     return velocity
 
 
@@ -58,6 +61,7 @@ def backward(
     """
     upsample = UpsampleGradients(tokens, up, needs=needs[1:4])
     weights = arguments.contiguous(weights)
+    queries = ChunkedQuery(query, weights.pixel_table.shape, needs[-4:])
     totals = arguments.zero_totals(weights, needs[4:-4])
     grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device) if needs[0] else None
     kept = None if cond is None else cond.reshape(-1, weights.pixel_table.numel())
@@ -65,18 +69,13 @@ def backward(
         part_of_cond = upsample.cond(chunk.tokens) if kept is None else kept[chunk.tokens]
         conditions = part_of_cond.view(-1, *weights.pixel_table.shape)
         grad_cond = torch.empty_like(conditions) if upsample.wanted else None
+        grad_query = torch.empty_like(conditions) if queries.wanted else None
+        grad_part = None if grad_image is None else chunk.of(grad_image)
         grads = arguments.empty_parts(totals)
-        pixel_decoder.run_backward(
-            chunk.of(grad_velocity),
-            chunk.of(image),
-            conditions,
-            weights,
-            None if grad_image is None else chunk.of(grad_image),
-            grad_cond,
-            grads,
-            patch_size,
-            eps,
-        )
+        inputs = (chunk.of(image), conditions, weights, calls.readable_query(queries.of(chunk.tokens, tokens.dtype)))
+        found = (grad_part, grad_cond, *grads, grad_query)
+        pixel_decoder.run_backward(chunk.of(grad_velocity), *inputs, found, patch_size, head_norm, eps)
         arguments.add_gradients(totals, grads)
         upsample.add(chunk.tokens.start, grad_cond)
-    return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, weights), *[None] * 4)
+        queries.add(chunk.tokens, grad_query)
+    return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, weights), *queries.results())

@@ -27,7 +27,7 @@ def forward(inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, h
     if patch_size < BLOCK:
         return _composition.forward(inputs, patch_size, frequency_scale, head_norm, eps)
     nothing: Gradients = (None,) * len(flat(inputs))
-    return _run(inputs, patch_size, frequency_scale, eps, 1.0, nothing)
+    return _run(inputs, patch_size, frequency_scale, head_norm, eps, 1.0, nothing)
 
 
 def forward_with_gradients(
@@ -45,7 +45,7 @@ def forward_with_gradients(
     if needs[2]:
         inputs = inputs._replace(target=inputs.target.float())  # its gradient is written in its dtype
     scale = gradient_scale(inputs.cond.dtype, inputs.image.numel())
-    losses = _run(inputs, patch_size, frequency_scale, eps, scale, grads)
+    losses = _run(inputs, patch_size, frequency_scale, head_norm, eps, scale, grads)
     return losses, unscaled(grads, scale)
 
 
@@ -53,28 +53,31 @@ def _run(
     inputs: PixelDecoderLoss,
     patch_size: int,
     frequency_scale: float,
+    head_norm: str,
     eps: float,
     grad_total: float,
     grads: Gradients,
 ) -> Losses:
     """Computes the losses, and writes the gradients of grad_total·total that are not None."""
-    image, cond, target, weights, *loss_weights, _ = inputs
+    image, cond, target, weights, *loss_weights, query = inputs
     total, pixel, frequency = (torch.empty((), dtype=torch.float32, device=cond.device) for _ in range(3))
     if image.numel() == 0:
         arguments.zeroed(grads)
         return total.zero_(), pixel.zero_(), frequency.zero_()
     image, cond = calls.readable_image(image, cond.dtype), calls.readable_pixel_rows(cond)
+    query = calls.readable_query(query)
     target = calls.readable_image_rows(target, cond.dtype)
     weights = arguments.contiguous(weights)
     loss_weights = [None if weight is None else weight.contiguous() for weight in loss_weights]
-    grad_image, grad_cond, grad_target, *grad_weights, grad_frequency_weight, grad_sample_weight, _ = grads
+    grad_image, grad_cond, grad_target, *grad_weights, grad_frequency_weight, grad_sample_weight, grad_query = grads
     shape = arguments.decoder_sizes(image, weights, patch_size)
-    backward = any(gradient is not None for gradient in (grad_image, grad_cond, *grad_weights))
+    backward = any(gradient is not None for gradient in (grad_image, grad_cond, *grad_weights, grad_query))
     pixels = chunk_pixels(cond.device, *shape[-2:]) if backward else l2_cache.LARGE_PIXELS
     description = (
         shape,
         arguments.image(image),
         arguments.pixel_rows(cond),
+        arguments.pixel_rows(query),
         arguments.image(target),
         arguments.arrays(weights),
         arguments.arrays(loss_weights),
@@ -83,9 +86,11 @@ def _run(
         grad_total,
         arguments.image(grad_image),
         arguments.pixel_rows(grad_cond),
+        arguments.pixel_rows(grad_query),
         arguments.image(grad_target),
         arguments.arrays(grad_weights),
         arguments.arrays((grad_frequency_weight, grad_sample_weight)),
+        arguments.HEAD_NORMS.index(head_norm),
         eps,
         l2_cache.chunk_of_images(image, patch_size, pixels),
     )

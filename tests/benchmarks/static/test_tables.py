@@ -67,6 +67,24 @@ def test_the_slots_of_the_cuda_backward_are_those_of_its_kernels():
     assert "forward and recompute take {:,.0f} and {:,.0f} slots".format(*general) in page("cuda")
 
 
+def test_the_page_shows_the_cuda_kernels_with_a_query_and_an_rms_head():
+    budgets, kernels = recorded_budgets("cuda"), {
+        "forward": "pixel_decoder.forward_kernel",
+        "forward that keeps its activations": "pixel_decoder.forward_kernel+keeps",
+        "recompute": "decoder_recompute.recompute_kernel",
+        "head backward": "decoder_head.head_kernel",
+        "embedding backward": "decoder_embedding.embedding_kernel",
+    }  # fmt: skip
+    records = {title: budgets[f"cuda.{name}+extended/D32/bfloat16"] for title, name in kernels.items()}
+    for title, record in records.items():
+        figures = record["sm_90a"]
+        numbers = f"{figures['registers']}, {figures['issue_slots_per_16_px']:,.0f}, {figures['bytes_per_px']:.0f}"
+        assert f" {title} {numbers}" in page("cuda")
+    at_64 = budgets["cuda.decoder_recompute.recompute_kernel+extended/D64/bfloat16"]["sm_90a"]["spill_bytes"]
+    on_120 = records["recompute"]["sm_120"]["spill_bytes"]
+    assert f"then spills {at_64} bytes at D 64, and {on_120} bytes at D 32 on sm_120" in page("cuda")
+
+
 def test_the_page_shows_the_block_backward_of_d64_with_smaller_tiles():
     kernel, launches = "adaln_block.backward_kernel/D64/bfloat16", BUDGETS.parent / "results" / "static"
     records = {"128, 8 (the launch table)": json.loads(BUDGETS.read_text())}

@@ -6,28 +6,31 @@
 
 namespace deco::cuda {
 
-// The dtype of cond, bfloat16 or float16, is the compute dtype; rows of cond and grad_cond are aligned to 16 bytes. image
-// has that dtype or float32. target too, with unit stride along a row and rows aligned to 16 bytes. H and W are multiples
-// of 8.
+// The dtype of cond, bfloat16 or float16, is the compute dtype; rows of cond, query and their gradients are aligned to 16
+// bytes. image has that dtype or float32. target too, with unit stride along a row and rows aligned to 16 bytes. H and W
+// are multiples of 8.
 struct PixelDecoderLoss {
   DecoderShape shape;  // C = 3, p = 8 or 16
   ImageArray image;
   PixelRows cond;     // [T, P, D]
+  PixelRows query;    // [T, P, D] in the dtype of cond, or null
   ImageArray target;  // [B, 3, H, W]
   DecoderWeightArrays weights;
   Array frequency_weight;  // [3, 8, 8] for Y, Cb, Cr; row = vertical frequency
   Array sample_weight;     // [B]; null: ones
   float frequency_scale = 1;
   float *total = nullptr, *pixel = nullptr, *frequency = nullptr;  // written: scalars on the device
-  // Gradients of grad_total·total, written; those with null data are not computed. grad_cond, grad_target and arrays are
-  // contiguous, grad_target has the dtype of target and is aligned to 16 bytes.
+  // Gradients of grad_total·total, written; those with null data are not computed. grad_cond, grad_query, grad_target and
+  // arrays are contiguous, grad_target has the dtype of target and is aligned to 16 bytes.
   float grad_total = 1;
   ImageArray grad_image;
   PixelRows grad_cond;
+  PixelRows grad_query;
   ImageArray grad_target;
   DecoderWeightArrays grad_weights;
   Array grad_frequency_weight;  // [3, 8, 8]
   Array grad_sample_weight;     // [B]
+  int head_norm = 0;            // 0: LayerNorm, 1: RMSNorm
   float eps = 0;
   int64_t chunk_images = 1, chunk_rows = 0;  // size of a chunk: whole images, or whole rows of patches of one image
 
@@ -36,6 +39,7 @@ struct PixelDecoderLoss {
     visit("shape", shape);
     visit("image", image);
     visit("cond", cond);
+    visit("query", query);
     visit("target", target);
     visit("weights", weights);
     visit("loss_weights", frequency_weight, sample_weight);
@@ -44,9 +48,11 @@ struct PixelDecoderLoss {
     visit("grad_total", grad_total);
     visit("grad_image", grad_image);
     visit("grad_cond", grad_cond);
+    visit("grad_query", grad_query);
     visit("grad_target", grad_target);
     visit("grad_weights", grad_weights);
     visit("grad_loss_weights", grad_frequency_weight, grad_sample_weight);
+    visit("head_norm", head_norm);
     visit("eps", eps);
     visit("chunk", chunk_images, chunk_rows);
   }
