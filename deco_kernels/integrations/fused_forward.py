@@ -29,7 +29,7 @@ class FusedForward:
 
     def __init__(self, parts: DecoderParts, save_memory: bool, backend: str | None):
         self.parts, self.save_memory, self.backend = parts, save_memory, backend
-        self.places = [*_places("x_embedder", parts.x_embedder), *_places("dec_net", parts.dec_net)]
+        self.places = [place for root, top in parts.tops.items() for place in _places(root, top)]
         self.other: Decode | None = None
 
     @contextlib.contextmanager
@@ -53,6 +53,13 @@ class FusedForward:
         with self.decoding_by(record):
             yield calls
 
+    def forwards(self) -> dict[str, Callable[..., torch.Tensor]]:
+        """The forwards that take the place of those of `parts.tops`."""
+        return {"x_embedder": self.embed, "dec_net": self.decode}
+
+    def features(self, cond: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("the decoder of DeCo has no map of features")
+
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """Replaces the forward of `x_embedder`: returns the pixels [T, P, C] unchanged."""
         return pixels
@@ -63,12 +70,12 @@ class FusedForward:
         Raises TypeError for sharded weights and ValueError for a wrong number of pixels per patch or a module that was
         replaced after the swap; the ops check the rest.
         """
-        self._check(pixels)
+        self.check(pixels)
         if self.other is not None:
             return self.other(pixels, tokens)
         p, up = self.parts.patch_size, self.parts.up
         images = pixels.transpose(1, 2).unflatten(2, (p, p))
-        weights = (up.weight, up.bias, *self._weights())
+        weights = (up.weight, up.bias, *self.weights())
         options: dict[str, Any] = dict(patch_size=p, eps=self.parts.eps, backend=self.backend)
         velocity = ops.pixel_decoder_from_tokens(images, tokens, *weights, save_memory=self.save_memory, **options)
         return velocity.flatten(2).transpose(1, 2)
@@ -76,12 +83,12 @@ class FusedForward:
     def losses(self, image: torch.Tensor, tokens: torch.Tensor, loss: TrainingLoss) -> Losses:
         """(total, pixel, frequency) of the velocity of an image [B, 3, H, W] and the tokens [T, Z] of its patches."""
         up = self.parts.up
-        tensors = (image, tokens, loss.target, up.weight, up.bias, *self._weights(), loss.frequency_weight)
+        tensors = (image, tokens, loss.target, up.weight, up.bias, *self.weights(), loss.frequency_weight)
         options: dict[str, Any] = dict(patch_size=self.parts.patch_size, eps=self.parts.eps)
         options |= dict(frequency_scale=loss.frequency_scale, backend=self.backend or loss.backend)
         return ops.pixel_decoder_loss_from_tokens(*tensors, **options)
 
-    def _check(self, pixels: torch.Tensor) -> None:
+    def check(self, pixels: torch.Tensor) -> None:
         parts = self.parts
         for path, owner, name, child in self.places:
             if getattr(owner, name, None) is not child:
@@ -89,7 +96,7 @@ class FusedForward:
                     f"{path}: expected the module that was there when the decoder was swapped, got another one; undo "
                     "the swap before replacing modules of the decoder"
                 )
-        if any(is_sharded(module.weight) for module in parts.with_parameters()):
+        if any(is_sharded(tensor) for module in parts.with_parameters() for tensor in module.parameters()):
             raise TypeError(
                 "dec_net: expected whole weights, got DTensors; with fully_shard make dec_net one unit and leave "
                 "x_embedder in the enclosing unit"
@@ -101,19 +108,26 @@ class FusedForward:
                 f"got shape {list(pixels.shape)}; pass them to dec_net unchanged"
             )
 
-    def _weights(self) -> tuple[torch.Tensor, ...]:
+    def weights(self) -> tuple[torch.Tensor, ...]:
         """The weights of `pixel_decoder` from pixel_weight on: input linears folded, blocks stacked."""
         parts = self.parts
         embed, project, head = parts.embed, parts.input, parts.head
         positions = parts.x_embedder.fused_positions
         assert isinstance(positions, torch.Tensor)
-        query = fold_query(embed.weight, embed.bias, project.weight, project.bias, positions)
+        query = fold_query(self.embed_weight(), embed.bias, project.weight, project.bias, positions)
         stacked = [
             torch.stack([getattr(module, kind) for module in modules])
             for modules in (parts.norms, parts.mods, parts.fc1s, parts.fc2s)
             for kind in ("weight", "bias")
         ]
-        return (*query, *stacked, head.weight, head.bias)
+        return (*query, *stacked, self.head_weight(), head.bias)
+
+    def embed_weight(self) -> torch.Tensor:
+        """The columns of the embedder's weight for pixel and position."""
+        return self.parts.embed.weight
+
+    def head_weight(self) -> torch.Tensor:
+        return self.parts.head.weight
 
 
 def _places(root: str, top: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:

@@ -12,12 +12,17 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from deco_kernels.integrations.fused_features import FusedForwardWithFeatures
 from deco_kernels.integrations.fused_forward import FusedForward
 from deco_kernels.integrations.halves import attach_halves, detach_halves
 from deco_kernels.integrations.losses import attach_losses, detach_losses
 from deco_kernels.integrations.structure import (
+    DECO,
+    TOPS,
+    TOPS_WITH_FEATURES,
     DecoderParts,
     find_parts,
+    holder_of,
     position_features,
     require_same_function,
     require_unwrapped,
@@ -27,10 +32,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class Swap:
-    """Handle of a swapped model; `undo()` restores it."""
+    """Handle of a swapped model; `undo()` restores it.
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    Attributes:
+        structure: the structure that was recognized, "DeCo", "CoD-Lite" or "Mage-VAE".
+    """
+
+    def __init__(self, model: nn.Module, structure: str):
+        self.model, self.structure = model, structure
 
     def undo(self) -> None:
         """Restore the model's own forward; parameters keep their current values. Raises ValueError on a second call."""
@@ -38,14 +47,16 @@ class Swap:
 
 
 def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | None = None) -> Swap:
-    """Make a model of the published structure run its per-pixel decoder through the fused ops.
+    """Make a model of a published structure run its per-pixel decoder through the fused ops.
 
-    Replaces the `forward` of `model.x_embedder` and `model.dec_net`, on these two objects. Modules, parameters and
+    Replaces the `forward` of `model.x_embedder` and `model.dec_net`, on these two objects; in CoD-Lite (arXiv
+    2604.12525), and in the `pipeline` or `decoder_model` of Mage-VAE (arXiv 2607.19064), also that of `y_embedder_x`
+    and `final_layer`. Modules, parameters and
     names in the state_dict do not change, so optimizers, checkpoints, averaged copies and `copy.deepcopy` work as
     before. Call it before `torch.compile`, DDP and FSDP.
 
-    The model's own `forward` also takes `loss`, for which the model returns the training losses in place of the
-    velocity, so that `flow.Objective` computes decoder and loss as one op.
+    The own `forward` of a model of DeCo's structure also takes `loss`, for which the model returns the training losses
+    in place of the velocity, so that `flow.Objective` computes decoder and loss as one op.
 
     A model with the published `blocks` and `t_embedder` also gets the methods `encode(x, t, y)` and
     `decode(x, t, tokens)`, its trunk and its decoder, so that `flow.Sampler(trunk_steps=...)` takes it.
@@ -53,7 +64,8 @@ def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | 
     Args:
         model: with `x_embedder.embedder`, `dec_net.cond_embed`, `dec_net.input_proj`,
             `dec_net.res_blocks[i].{in_ln, mlp, adaLN_modulation}` and `dec_net.final_layer`, class-to-image or
-            text-to-image. Its parameters must not be on the meta device.
+            text-to-image; or of the structure of CoD-Lite, with a 1x1 convolution `y_embedder_x` and a `final_layer`
+            outside `dec_net` that has an RMSNorm; or Mage-VAE. Its parameters must not be on the meta device.
         save_memory: whether the backward computes the pixel conditions [T, P, D] again in training, in place of keeping
             them.
         backend: backend of the ops; None for the automatic choice.
@@ -66,31 +78,36 @@ def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | 
 
     Raises:
         TypeError: not a module, or a module that is already compiled or wrapped for data-parallel training.
-        ValueError: the structure differs from the published one, or a copy of the modules computes another function on
-            random weights (the message names the first difference); or the model is already swapped.
+        ValueError: the structure differs from the nearest published one, or a copy of the modules computes another
+            function on random weights (the message names the first difference); or the model is already swapped.
     """
     require_unwrapped(model)
     if is_swapped(model):
         raise ValueError("model: its decoder is already swapped; call undo_swap(model) before swapping it again")
-    parts = find_parts(model)
+    holder, structure = holder_of(model)
+    require_unwrapped(holder)
+    parts = find_parts(holder, structure)
     features = position_features(parts)
     parts.x_embedder.register_buffer("fused_positions", features, persistent=False)
-    fused = FusedForward(parts, save_memory, backend)
+    kind = FusedForward if structure == DECO else FusedForwardWithFeatures
+    fused = kind(parts, save_memory, backend)
     try:
-        require_same_function(parts, lambda copied: FusedForward(copied, save_memory, "reference"))
+        require_same_function(parts, lambda copied: kind(copied, save_memory, "reference"))
     except BaseException:
         del parts.x_embedder.fused_positions
         raise
     _warn_of_hooks(parts)
-    parts.x_embedder.forward, parts.dec_net.forward = fused.embed, fused.decode
-    attach_halves(model, fused)
-    attach_losses(model, fused)
-    return Swap(model)
+    for name, forward in fused.forwards().items():
+        parts.tops[name].forward = forward
+    if structure == DECO:
+        attach_halves(model, fused)
+        attach_losses(model, fused)
+    return Swap(model, structure)
 
 
 def is_swapped(model: nn.Module) -> bool:
     """Whether the model itself (not a submodule) runs the fused decoder."""
-    forward = getattr(getattr(model, "dec_net", None), "forward", None)
+    forward = getattr(getattr(holder_of(model)[0], "dec_net", None), "forward", None)
     return isinstance(getattr(forward, "__self__", None), FusedForward)
 
 
@@ -98,10 +115,13 @@ def undo_swap(model: nn.Module) -> None:
     """Restore a swapped model, or a deep copy of one. Raises ValueError if it is not swapped."""
     if not is_swapped(model):
         raise ValueError("model: expected one that swap_decoder has swapped, got one that runs its own decoder")
-    x_embedder, dec_net = model.get_submodule("x_embedder"), model.get_submodule("dec_net")
-    del x_embedder.forward, dec_net.forward, x_embedder.fused_positions
-    detach_halves(model)
-    detach_losses(model)
+    holder, structure = holder_of(model)
+    for name in TOPS if structure == DECO else (*TOPS, *TOPS_WITH_FEATURES):
+        del holder.get_submodule(name).forward
+    del holder.get_submodule("x_embedder").fused_positions
+    if structure == DECO:
+        detach_halves(model)
+        detach_losses(model)
 
 
 def _warn_of_hooks(parts: DecoderParts) -> None:
@@ -116,9 +136,10 @@ def _warn_of_hooks(parts: DecoderParts) -> None:
 
 def _hooked(parts: DecoderParts) -> Iterator[str]:
     """Names of the modules whose hooks see other tensors or no longer run."""
-    for root, top in (("x_embedder", parts.x_embedder), ("dec_net", parts.dec_net)):
+    last = parts.dec_net if parts.final_layer is None else parts.final_layer
+    for root, top in parts.tops.items():
         for name, module in top.named_modules(prefix=root):
-            # The output of dec_net does not change, so hooks that run after it stay valid.
-            kinds = _HOOKS[1:2] if module is parts.dec_net else _HOOKS
+            # The output of the last module does not change, so hooks that run after it stay valid.
+            kinds = _HOOKS[1:2] if module is last else _HOOKS
             if any(getattr(module, kind, None) for kind in kinds):
                 yield name

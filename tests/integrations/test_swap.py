@@ -376,7 +376,7 @@ DIFFERENT = {
     "dec_net.res_blocks[1].in_ln": lambda: replaced("dec_net.res_blocks.1.in_ln", lambda old: nn.LayerNorm(32)),
     "dec_net.res_blocks[2].mlp": lambda: replaced("dec_net.res_blocks.2.mlp", lambda old: old[:2]),
     "dec_net.res_blocks[0].mlp[1]": lambda: replaced("dec_net.res_blocks.0.mlp.1", lambda old: nn.GELU()),
-    "dec_net.res_blocks[0].mlp[2]": lambda: replaced("dec_net.res_blocks.0.mlp.2", lambda old: Adapted(32, 32)),
+    "dec_net differs": lambda: replaced("dec_net.res_blocks.0.mlp.2", lambda old: Adapted(32, 32)),
     "dec_net.res_blocks[0].adaLN_modulation": lambda: without("dec_net.res_blocks.0.adaLN_modulation"),
     "dec_net.res_blocks[1].adaLN_modulation[1]": lambda: replaced(
         "dec_net.res_blocks.1.adaLN_modulation.1", lambda old: nn.Linear(32, 64)
