@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from deco_kernels import ops
+from deco_kernels.backends.arguments import HEAD_NORMS
 from deco_kernels.model.arguments import require_sizes, require_tensors
 from deco_kernels.model.patches import from_patches, to_patches
 from deco_kernels.model.position import NUM_POSITION_FEATURES, pixel_position_features
-from deco_kernels.ops.checks import HEAD_NORMS
 from deco_kernels.ops.registry import check_backend_name
 from deco_kernels.signatures import OPS
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from deco_kernels.backends.arguments import HEAD_NORMS
 from deco_kernels.signatures import OPS, Argument
 
 Sizes = dict[str, Any]
@@ -23,7 +24,6 @@ _STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _DOUBLE = frozenset((torch.float64,))
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _STRIDED = torch.strided
-HEAD_NORMS = ("layer", "rms")
 _MIN_SIDE = 5  # sides of 1 to 4 pixels cannot be reflected to 8
 
 
