@@ -1,11 +1,11 @@
 // Forward of pixel_decoder_from_tokens: the upsample matmul (upsample.h) and the whole per-pixel decoder
-// (decoder_tile.h), one tile of upsample.h at a time; cond is written to memory only if the caller wants it. A query made
-// from tokens is the result of a second upsample of the same tile, and is never written.
+// (decoder_tile.h), one tile of upsample.h at a time; cond is written to memory only if the caller wants it. A query
+// made from tokens is the result of a second upsample of the same tile, and is never written.
 //
 // Per pixel the kernel reads C values of the image, writes C of the velocity, and takes D Z + N (5 D^2) + 2 C D
-// multiply-adds, D Zq more with query tokens, and (N + 1) D SiLUs: at D = 32, N = 3, C = 3, Z = 1152 in bfloat16 with a float image, 18 bytes and
-// 105 kFLOP. Deterministic: one thread computes each output in a fixed order, so the result does not depend on the
-// number of threads.
+// multiply-adds (with query tokens D Zq more) and (N + 1) D SiLUs: at D = 32, N = 3, C = 3, Z = 1152 in bfloat16 with a
+// float image and no query, 18 bytes and 105 kFLOP. Deterministic: one thread computes each output in a fixed order, so
+// the result does not depend on the number of threads.
 #include "deco/pixel_decoder_from_tokens.h"
 
 #include "cpu/decoder_tile.h"

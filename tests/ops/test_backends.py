@@ -34,6 +34,11 @@ each_op_and_implementation = pytest.mark.parametrize(
 )
 
 
+def with_query(op: str) -> dict[str, str]:
+    """Arguments of `small_inputs` for a query, from tokens where the op takes them, and an RMS head."""
+    return {"query": "tokens" if op.endswith("_from_tokens") else "given", "head_norm": "rms"}
+
+
 def test_cases_have_all_pairs_of_settings():
     assert not uncovered_pairs(DECODER_CASES)
     assert (("width", 64), ("layout", "padded")) in uncovered_pairs(DECODER_CASES[:3])
@@ -82,14 +87,14 @@ def test_rule_of_error(implementation, op, case, poisoned_memory):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("view", [transposed, offset, padded, channels_last])
 def test_views_give_the_same_result(implementation, op, dtype, view):
-    inputs = small_inputs(op, dtype)
+    inputs = small_inputs(op, dtype, **(with_query(op) if dtype is F32 else {}))
     expected = testing.run(inputs, implementation)
     assert_close(testing.run(in_layout(inputs, view), implementation), expected)
 
 
 @each_op_and_implementation
 def test_expanded_inputs_and_stride_0_gradients(implementation, op):
-    inputs = small_inputs(op)
+    inputs = small_inputs(op, **with_query(op))
     for name, tensor in inputs.tensors.items():
         if name in ("image", "pred", "target", "cond", "h", "query"):
             inputs.tensors[name] = tensor[:1].expand_as(tensor)
@@ -104,7 +109,7 @@ def test_expanded_inputs_and_stride_0_gradients(implementation, op):
 
 @each_op_and_implementation
 def test_empty_batch(implementation, op, poisoned_memory):
-    inputs = small_inputs(op, image_size=(0, 8, 16))
+    inputs = small_inputs(op, image_size=(0, 8, 16), **with_query(op))
     results = testing.run(inputs, implementation)
     for output, gradient in zip(results.outputs, inputs.grad_outputs, strict=True):
         assert output.shape == gradient.shape
@@ -118,7 +123,7 @@ def test_empty_batch(implementation, op, poisoned_memory):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_repeated_runs_give_the_same_bits(implementation, op, threads, two_threads):
     torch.set_num_threads(threads)
-    inputs = CASES[op][0].inputs(op)
+    inputs = CASES[op][0]._replace(query="tokens", head_norm="rms").inputs(op)
     first, second = testing.run(inputs, implementation), testing.run(inputs, implementation)
     assert all(torch.equal(*pair) for pair in zip(first.outputs, second.outputs, strict=True))
     for name, gradient in first.gradients.items():
@@ -128,8 +133,8 @@ def test_repeated_runs_give_the_same_bits(implementation, op, threads, two_threa
 @each_op_and_implementation
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_propagate(implementation, op, value):
-    inputs = small_inputs(op)
-    name = next(n for n in ("image", "pred", "h") if n in inputs.tensors)
+    inputs = small_inputs(op, **(with_query(op) if value == float("inf") else {}))
+    name = next(n for n in ("query", "query_tokens", "image", "pred", "h") if n in inputs.tensors)
     inputs.tensors[name].flatten()[5] = value
     results, expected = testing.run(inputs, implementation), testing.exact_results(inputs)
     for actual, exact in zip(results.outputs, expected.outputs, strict=True):
@@ -185,6 +190,6 @@ def test_float16_extremes_do_not_overflow_inside(implementation):
 @pytest.mark.parametrize("op", ["adaln_block", "upsample_modulate", "pixel_decoder", "pixel_decoder_from_tokens"])
 def test_eps_zero_on_ragged_rows(implementation, op):
     """Padding rows of a vector or tile must not add NaN to the gradients of the weights."""
-    inputs = small_inputs(op, patch_size=1, image_size=(1, 5, 13))
+    inputs = small_inputs(op, patch_size=1, image_size=(1, 5, 13), **with_query(op))
     inputs.options["eps"] = 0.0
     assert_close(testing.run(inputs, implementation), testing.run(inputs, "reference"))

@@ -6,7 +6,7 @@ import torch
 from deco_kernels import native, testing
 from deco_kernels.backends import upsample
 from deco_kernels.backends.cpu import pixel_decoder_loss_from_tokens
-from tests.ops.cases import BF16, F16, F32, KEEPS_COND, small_inputs, with_choice
+from tests.ops.cases import BF16, F16, F32, KEEPS_COND, padded, small_inputs, with_choice
 
 pytestmark = pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason="needs the native CPU module")
 
@@ -25,7 +25,7 @@ def chunk_size(monkeypatch):
 @pytest.mark.parametrize("op", KEEPS_COND)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 1e-6), (BF16, 1e-2), (F16, 1e-3)])
 def test_chunks_give_the_same_gradients(op, dtype, tolerance, tokens, save_memory, chunk_size):
-    inputs = with_choice(small_inputs(op, dtype, image_size=(3, 8, 12)), save_memory)
+    inputs = with_choice(small_inputs(op, dtype, image_size=(3, 8, 12), query="tokens", head_norm="rms"), save_memory)
     whole = testing.run(inputs, "cpu")
     chunk_size(tokens)
     chunked = testing.run(inputs, "cpu")
@@ -41,7 +41,7 @@ def test_chunks_give_the_same_gradients(op, dtype, tolerance, tokens, save_memor
 def test_chunks_of_a_loss_add_up(patch_size, image_size, tokens, weighted, monkeypatch):
     """The shares of the chunks, with and without sample_weight; every gradient against the formula."""
     sizes = dict(patch_size=patch_size, image_size=image_size, width=16, depth=1)
-    inputs = small_inputs("pixel_decoder_loss_from_tokens", **sizes)
+    inputs = small_inputs("pixel_decoder_loss_from_tokens", **sizes, query="tokens" if weighted else "given")
     if not weighted:
         inputs.tensors["sample_weight"] = None
     monkeypatch.setattr(pixel_decoder_loss_from_tokens.chunked, "chunk_pixels", tokens * patch_size**2)
@@ -54,10 +54,11 @@ def test_chunks_of_a_loss_add_up(patch_size, image_size, tokens, weighted, monke
 
 @pytest.mark.parametrize("tokens", [2, 10])
 def test_views_are_cut_in_place(tokens, chunk_size):
-    inputs = small_inputs("pixel_decoder_from_tokens", image_size=(3, 8, 12))
+    inputs = small_inputs("pixel_decoder_from_tokens", image_size=(3, 8, 12), query="given")
     chunk_size(tokens)
     expected = testing.run(inputs, "cpu")
     image, velocity_gradient = inputs.tensors["image"], inputs.grad_outputs[0]
+    inputs.tensors["query"] = padded(inputs.tensors["query"])
     inputs.tensors["image"] = image.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
     inputs = inputs._replace(grad_outputs=(velocity_gradient.mT.contiguous().mT,))
     actual = testing.run(inputs, "cpu")
