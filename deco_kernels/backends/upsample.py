@@ -13,7 +13,7 @@ from deco_kernels.signatures import UpsampleWeights
 
 MIN_TOKENS = 1024
 MIN_VALUES = 1 << 23
-STEP = 2048  # rows of up_weight
+STEP = 4096  # rows of up_weight
 
 
 def chunk_tokens(up: UpsampleWeights) -> int:
