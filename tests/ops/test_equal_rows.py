@@ -1,4 +1,4 @@
-"""Hard cases of LayerNorm: rows of equal or nearly equal channels, and rows whose variance overflows."""
+"""Hard cases of the norms: rows of equal or nearly equal channels, and rows whose variance or square overflows."""
 
 import functools
 import itertools
@@ -95,6 +95,21 @@ def test_a_variance_that_overflows_gives_nan(implementation, op, dtype, size):
     assert exact.outputs[0].isnan().any() and not exact.outputs[0].isnan().all()
     for output, wanted in zip(results.outputs, exact.outputs, strict=True):
         assert torch.equal(output.isnan(), wanted.isnan())
+    for argument, gradient in results.gradients.items():
+        assert torch.equal(gradient.isnan(), exact.gradients[argument].isnan()), argument
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:], indirect=True)
+def test_a_mean_square_that_overflows_gives_nan(implementation):
+    """In the RMS head alone: the variance of equal channels is 0. The reference divides by infinity."""
+    inputs = small_inputs("pixel_decoder", query="given", head_norm="rms")
+    overflowing, nan = (inputs._replace(tensors=dict(inputs.tensors)) for _ in range(2))
+    for changed, value in ((overflowing, 1e20), (nan, torch.nan)):
+        changed.tensors["query"] = inputs.tensors["query"].clone()
+        changed.tensors["query"][0, 5] = value
+    results, exact = testing.run(overflowing, implementation), testing.exact_results(nan)
+    assert exact.outputs[0].isnan().sum() == 3
+    assert torch.equal(results.outputs[0].isnan(), exact.outputs[0].isnan())
     for argument, gradient in results.gradients.items():
         assert torch.equal(gradient.isnan(), exact.gradients[argument].isnan()), argument
 
