@@ -36,8 +36,7 @@ def forward(
         _decode(image, upsample, weights, chunked, cond, velocity, patch_size, head_norm, eps)
         return velocity
     tokens = arguments.readable_rows(tokens)
-    # named, so that copies outlive the call
-    readable = Query(*[None if tensor is None else tensor.contiguous() for tensor in query])
+    readable = _readable(query)  # named, so that copies outlive the call
     native.cpu().pixel_decoder_from_tokens_forward(
         arguments.decoder_sizes(image, weights, patch_size),
         arguments.image(image),
@@ -56,8 +55,15 @@ def forward(
     return velocity
 
 
+def _readable(query: Query) -> Query:
+    """The query's tensors, copied unless the kernel can read them in place."""
+    given, tokens, *up = query
+    rows = None if tokens is None else arguments.readable_rows(tokens)
+    return Query(arguments.readable_query(given), rows, *[None if t is None else t.contiguous() for t in up])
+
+
 def _query_upsample(query: Query, pixels: int, width: int) -> tuple[int, ...]:
-    """The description of the query's upsample; its tensors are contiguous. Zeros if there is none."""
+    """The description of the upsample of a query from `_readable`; zeros if there is none."""
     tokens, weight, bias = query[1:]
     if tokens is None:
         return (0,) * 15
