@@ -78,7 +78,8 @@ def _refuse_tensor(op: str, name: str, tensor: torch.Tensor, first_name: str, fi
 
 
 def _is_dtensor(tensor: torch.Tensor) -> bool:
-    return any(base.__name__ == "DTensor" for base in type(tensor).__mro__)
+    own = type(tensor) in (torch.Tensor, torch.nn.Parameter)  # torch.compile does not trace every loop over __mro__
+    return not own and any(base.__name__ == "DTensor" for base in type(tensor).__mro__)
 
 
 def check_same_dtype(op: str, name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

@@ -151,6 +151,14 @@ def test_checkpointing_of_the_whole_decoder():
     assert_same((output.detach(), gradients), expected)
 
 
+def test_compiled_without_graph_break():
+    net, inputs = randomized(CodLiteDecoder(**(SIZES | {"depth": 1}))), random_inputs()
+    swap_decoder(net)
+    expected = results(net, inputs)
+    assert_same(results(torch.compile(net, fullgraph=True, backend="aot_eager"), inputs), expected)
+    torch.compiler.reset()
+
+
 def test_subclasses_of_linear():
     """One that computes the same is accepted, another is refused by the comparison."""
     net, inputs = randomized(CodLiteDecoder(**SIZES)), random_inputs()
