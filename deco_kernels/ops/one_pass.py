@@ -8,8 +8,7 @@ while the intermediate results of the forward exist. Each op is registered as th
     name_backward          those gradients times the incoming gradient
 
 Gradients are kept between forward and backward in float32, and rounded after the incoming gradient is applied; that of
-a bfloat16 activation is kept in bfloat16. The first backward multiplies them in place and returns them, so that they do
-not exist twice; a repeated one (`retain_graph=True`) runs the pass again.
+a bfloat16 activation is kept in bfloat16. They are not changed, so a backward may be repeated.
 """
 
 from collections.abc import Callable, Sequence
@@ -102,17 +101,6 @@ def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return gradient * factor
 
 
-def scaled_in_place(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> Sequence[torch.Tensor]:
-    """gradients * factor in the memory of the gradients, where PyTorch multiplies before it rounds."""
-    if factor.device.type != "cpu":
-        wide = [gradient.dtype is torch.bfloat16 for gradient in gradients]
-        pairs = zip(gradients, wide, strict=True)
-        return [scaled(gradient, factor) if own else gradient.data.mul_(factor) for gradient, own in pairs]
-    if factor == 1:
-        return [gradient.data for gradient in gradients]
-    return [gradient.data.mul_(factor) for gradient in gradients]
-
-
 def _differentiable(
     name: str, output_count: int, forward_op: Operation, gradients_op: Operation, backward_op: Operation
 ) -> Operation:
@@ -149,48 +137,41 @@ def _differentiable(
             return _gradients(ctx, total, grad_total, kept)
 
     class EagerForward(Forward):
-        """Used outside torch.compile. Saves the inputs too, for a backward that finds no gradients: a repeated one, or
-        one of a tensor that did not show that it needs a gradient, as in functional transforms."""
+        """Used outside torch.compile, where functional transforms may hide that a tensor needs a gradient.
+
+        Then the inputs are saved too, and the backward runs the pass again.
+        """
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
             Forward.setup_context(ctx, inputs, output)
             pairs = zip(ctx.needs_input_grad[:count], inputs[-1], strict=True)
-            kept = output[output_count:] if all(kept or not need for need, kept in pairs) else ()
-            ctx.save_for_backward(output[0], *inputs[:count], *kept)
-            ctx.scalars = inputs[count:-1]
-            ctx.finds_gradients = len(kept) > 0
+            ctx.complete = all(kept or not need for need, kept in pairs)
+            if not ctx.complete:
+                ctx.save_for_backward(output[0], *inputs[:count])
+                ctx.scalars = inputs[count:-1]
 
         @staticmethod
         def backward(ctx: Any, grad_total: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-            total, *saved = ctx.saved_tensors
-            inputs, kept = saved[:count], saved[count:]
-            if not ctx.finds_gradients:
-                kept = gradients_op(*inputs, *ctx.scalars, list(ctx.needs_input_grad[:count]))[output_count:]
-            in_place = _is_plain(grad_total) and not torch.is_grad_enabled()
-            if in_place:
-                ctx.finds_gradients = False
-            return _gradients(ctx, total, grad_total, kept, in_place)
+            total, *kept = ctx.saved_tensors
+            if not ctx.complete:
+                inputs, needs = kept, list(ctx.needs_input_grad[:count])
+                kept = gradients_op(*inputs, *ctx.scalars, needs)[output_count:]
+            return _gradients(ctx, total, grad_total, kept)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: torch.Tensor) -> None:
             refuse_forward_mode(name)
 
     def _gradients(
-        ctx: Any,
-        total: torch.Tensor,
-        grad_total: torch.Tensor | None,
-        kept: Sequence[torch.Tensor],
-        in_place: bool = False,
+        ctx: Any, total: torch.Tensor, grad_total: torch.Tensor | None, kept: Sequence[torch.Tensor]
     ) -> tuple[Any, ...]:
-        """The gradients of Forward's arguments from those that were kept, and in their memory if `in_place`."""
+        """The gradients of Forward's arguments from those that were kept."""
         none = [None] * (len(ctx.needs_input_grad) - count)
         if grad_total is None:
             return (*[None] * count, *none)
         function: Any = Backward
-        if in_place:
-            results = scaled_in_place(kept, grad_total)
-        elif torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             results = function.apply(total, grad_total, *kept)
         else:
             results = backward_op(grad_total, *kept)
@@ -206,14 +187,3 @@ def _differentiable(
         return function.apply(*arguments, needs)[:output_count]
 
     return apply
-
-
-def _is_plain(tensor: torch.Tensor | None) -> bool:
-    """Whether the tensor is of no subclass and has memory, unlike one inside functional transforms."""
-    if type(tensor) is not torch.Tensor:
-        return False
-    try:
-        tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
-        return False
-    return True

@@ -68,7 +68,7 @@ def with_query(monkeypatch):
 
 @pytest.mark.parametrize("path", golden_cases("cod_lite_*"))
 def test_golden_with_query_and_rms_head(path):
-    queries.golden_case(path, "triton")
+    queries.check_golden(path, "triton")
 
 
 @pytest.mark.parametrize(("op", "case"), list(small_cases()))

@@ -11,7 +11,7 @@ import torch
 from deco_kernels import native
 from deco_kernels.backends.support import Support
 
-SUPPORT = Support("CPU tensors; portable C++, AVX2, AVX-512, AVX-512-BF16 chosen at run time")
+SUPPORT = Support("CPU tensors; portable C++, AVX2, AVX-512, AVX-512-BF16, NEON, NEON with bfloat16 chosen at run time")
 unsupported_reason = SUPPORT.refusal
 
 
