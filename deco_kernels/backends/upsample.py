@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from deco_kernels.backends import l2_cache
+from deco_kernels.backends.arguments import readable_rows
 from deco_kernels.backends.chunks import ImageChunk, image_chunks
 from deco_kernels.signatures import UpsampleWeights
 
@@ -52,6 +53,7 @@ class UpsampleGradients:
     """Gradients of tokens [T, Z], up_weight [P*D, Z] and up_bias [P*D], accumulated over chunks of tokens in order.
 
     Matmuls run in PyTorch in the dtype of tokens (float16 on the CPU in float32). Sums over chunks are float32.
+    Transposed matrices are copied, because libraries choose other matmuls for them, with other bits.
     """
 
     def __init__(self, tokens: torch.Tensor, up: UpsampleWeights, needs: Sequence[bool]):
@@ -59,7 +61,7 @@ class UpsampleGradients:
         up_weight, up_bias = up
         self.up, self.inputs = up, (tokens, up_weight, up_bias)
         self.dtype = tokens.dtype if tokens.is_cuda or tokens.dtype is torch.bfloat16 else torch.float32
-        self.rows = tokens.reshape(-1, tokens.shape[-1])
+        self.rows = readable_rows(tokens.reshape(-1, tokens.shape[-1]))
         self.grad_tokens = torch.empty_like(self.rows, memory_format=torch.contiguous_format) if needs[0] else None
         self.needs = needs
         self.grad_weight: torch.Tensor | None = None
@@ -70,7 +72,7 @@ class UpsampleGradients:
     def weight(self) -> torch.Tensor:
         """up_weight [P*D, Z] rounded to the dtype of tokens, in the compute dtype."""
         tokens, up_weight, _ = self.inputs
-        return up_weight.to(tokens.dtype).to(self.dtype)
+        return readable_rows(up_weight.to(tokens.dtype).to(self.dtype))
 
     def cond(self, part: slice, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Conditions [tokens, P*D] of a part of the tokens, in the dtype of tokens.

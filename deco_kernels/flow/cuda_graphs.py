@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -43,7 +44,7 @@ def capture(call: Callable[[], Result], warm_up: Callable[[], object]) -> tuple[
     cause: Exception | None = None
     try:
         # PyTorch leaves its own stream current where ending the capture raises; the outer context does not.
-        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):
+        with _no_collection(), torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):
             try:
                 result = call()
             except Exception as error:  # ending the capture then raises another one
@@ -58,6 +59,18 @@ def capture(call: Callable[[], Result], warm_up: Callable[[], object]) -> tuple[
     return graph, result
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Context without garbage collection: destroying another graph is not permitted during a capture and ends it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
     """Undo what a capture leaves behind if ending it raised: `pool` takes allocations, the generator is capturing."""
     native: Any = torch._C
@@ -65,7 +78,8 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         native._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         native._cuda_releasePool(torch.cuda.current_device(), pool)
         _abandoned.append(graph)  # the allocator of pinned memory still asks it whether its capture is under way
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # the end of a capture that succeeds resets the generator
+    # The end of a capture that succeeds resets the generator.
+    with _no_collection(), torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
 
 

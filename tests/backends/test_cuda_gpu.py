@@ -5,6 +5,7 @@ import torch
 
 from deco_kernels import ops, testing
 from deco_kernels.backends import cuda, l2_cache
+from deco_kernels.flow import cuda_graphs
 from deco_kernels.testing import emulation
 from tests.ops.cases import BF16, CASES, F16, F32
 
@@ -98,15 +99,15 @@ def test_a_stream_of_the_caller(device, op):
 @each_op
 def test_graph_replay_sees_changed_weights(device, op):
     inputs = on(device, testing.random_inputs(op, dtype=BF16, patch_size=4, image_size=(2, 32, 32)))
-    call = getattr(ops, op)
+
+    def call():
+        return getattr(ops, op)(**inputs.tensors, **inputs.options, backend="cuda")
+
     with torch.no_grad():
-        call(**inputs.tensors, **inputs.options, backend="cuda")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call(**inputs.tensors, **inputs.options, backend="cuda")
+        graph, captured = cuda_graphs.capture(call, warm_up=call)
         for scale in (1.0, 0.5):
             inputs.tensors["frequency_weight" if "loss" in op else "mod_weight"].mul_(scale)
             graph.replay()
-            fresh = call(**inputs.tensors, **inputs.options, backend="cuda")
+            fresh = call()
             pairs = zip(captured, fresh, strict=True) if isinstance(captured, tuple) else [(captured, fresh)]
             assert all(torch.equal(*pair) for pair in pairs)

@@ -1,6 +1,8 @@
 """What a failed capture leaves behind is undone: with fakes that leave it as PyTorch 2.11 does."""
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -26,6 +28,10 @@ class Device:
             yield
         finally:
             self.stream = previous
+
+    def destroy_graph(self, *_):
+        """Not permitted during a capture, and the error is not raised."""
+        self.invalid |= self.capturing_generator
 
     @contextlib.contextmanager
     def graph(self, graph, pool=None):
@@ -90,6 +96,43 @@ def test_a_capture_warms_up_on_a_side_stream(device):
     )
     assert result == "result" and streams == ["side", "of the capture"] and device.calls == ["begin", "end"]
     assert_as_before(device)
+
+
+def leave_garbage(device):
+    """A graph in a reference cycle, as that of a sampler that is not used any more."""
+    cycle = Stream()
+    cycle.itself = cycle
+    weakref.finalize(cycle, device.destroy_graph)
+
+
+def collect():
+    """What Python does after some allocations, unless collection is disabled."""
+    if gc.isenabled():
+        gc.collect()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_garbage_is_collected_during_a_capture(device, fails):
+    leave_garbage(device)
+
+    def call():
+        collect()
+        assert not device.invalid
+        return device.wait() if fails else "result"
+
+    with pytest.raises(CaptureFailed, match="not permitted") if fails else contextlib.nullcontext():
+        cuda_graphs.capture(call, warm_up=lambda: None)
+    assert gc.isenabled()
+    assert_as_before(device)
+
+
+def test_collection_that_the_caller_has_disabled_stays_disabled(device):
+    gc.disable()
+    try:
+        cuda_graphs.capture(lambda: None, warm_up=lambda: None)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_a_failed_capture_is_undone(device):

@@ -112,3 +112,19 @@ def test_a_failed_capture_leaves_the_gpu_as_it_was(call):
     x.fill_(3.0)
     after.replay()
     assert doubled.eq(6.0).all()
+
+
+def test_garbage_is_not_collected_during_a_capture():
+    """A graph in a reference cycle, left by the call, in which Python collects garbage unless that is disabled."""
+    x = torch.randn(8, 8, device="cuda")
+    cycles = [[cuda_graphs.capture(lambda: 2 * x, warm_up=lambda: 2 * x)[0]]]
+    cycles[0].append(cycles[0])
+
+    def call():
+        cycles.clear()
+        lists = [[] for _ in range(100_000)]
+        return 3 * x + len(lists)
+
+    graph, tripled = cuda_graphs.capture(call, warm_up=lambda: 3 * x)
+    graph.replay()
+    assert torch.equal(tripled, 3 * x + 100_000)

@@ -26,7 +26,16 @@ import triton.language as tl
 from deco_kernels.backends.arguments import Gradients, Losses, empty_gradients, zeroed
 
 from .launching import device_guard, launch, math_options, parameters_for, program_limit
-from .loss_tiles import block_dct, block_offsets, form_product, load_tile, split_bfloat16, store_sums, ycbcr_row
+from .loss_tiles import (
+    block_dct,
+    block_offsets,
+    form_product,
+    load_tile,
+    split_bfloat16,
+    store_sums,
+    sum_of_products,
+    ycbcr_row,
+)
 from .table import Launch
 
 _FORMS = Launch(block=0, warps=8, stages=1, programs_per_multiprocessor=1)
@@ -91,7 +100,7 @@ def sums_kernel(
             pred_ptr, pred_stride_c, pred_stride_h, pred_stride_w,
             target_ptr, target_stride_c, target_stride_h, target_stride_w, tile, height, width, PADDED, BLOCK,
         )  # fmt: skip
-        squares = r * r + g * g + b * b
+        squares = sum_of_products(r, r, g, g, b, b)
         if PADDED:
             e = tl.arange(0, 64)[None, :]
             real = (block_y[:, None] * 8 + e // 8 < height) & (block_x[:, None] * 8 + e % 8 < width)
@@ -99,7 +108,7 @@ def sums_kernel(
         energy = tl.zeros([BLOCK, 64], tl.float32)
         for channel in range(3):  # not unrolled: the operands of one channel at a time fit in registers
             of_r, of_g, of_b = ycbcr_row(channel)
-            x = of_r * r + of_g * g + of_b * b
+            x = sum_of_products(of_r, r, of_g, g, of_b, b)
             energy += x * form_product(x, forms_ptr, channel, PRECISION)
         store_sums(sums_ptr, sample * n_tiles + tile, squares, energy)
 
@@ -183,13 +192,15 @@ def gradient_kernel(
         grad_b = tl.zeros([BLOCK, 64], tl.float32)
         for channel in range(3):
             of_r, of_g, of_b = ycbcr_row(channel)
-            form_x = form_product(of_r * r + of_g * g + of_b * b, forms_ptr, channel, PRECISION)
+            form_x = form_product(sum_of_products(of_r, r, of_g, g, of_b, b), forms_ptr, channel, PRECISION)
             grad_r += of_r * form_x
             grad_g += of_g * form_x
             grad_b += of_b * form_x
         if SUMS:  # the sum of x·A x over the channels
             n_tiles = tl.cdiv(n_blocks, BLOCK)
-            store_sums(sums_ptr, sample * n_tiles + tile, r * r + g * g + b * b, r * grad_r + g * grad_g + b * grad_b)
+            squares = sum_of_products(r, r, g, g, b, b)
+            energy = sum_of_products(r, grad_r, g, grad_g, b, grad_b)
+            store_sums(sums_ptr, sample * n_tiles + tile, squares, energy)
         if PADDED:
             padded_width = blocks_x * 8
             plane = n_blocks.to(tl.int64) * 64
@@ -201,9 +212,9 @@ def gradient_kernel(
         else:
             plane = height.to(tl.int64) * width
             offsets = sample * 3 * plane + block_offsets(block_y, block_x, height, width, width, 1, False)
-            grad_r = of_frequency * grad_r + of_pixel * r
-            grad_g = of_frequency * grad_g + of_pixel * g
-            grad_b = of_frequency * grad_b + of_pixel * b
+            grad_r = tl.fma(of_frequency, grad_r, of_pixel * r)
+            grad_g = tl.fma(of_frequency, grad_g, of_pixel * g)
+            grad_b = tl.fma(of_frequency, grad_b, of_pixel * b)
             store_gradients(grad_pred_ptr, grad_target_ptr, offsets, grad_r, valid, PRED_GRAD, TARGET_GRAD)
             store_gradients(grad_pred_ptr, grad_target_ptr, offsets + plane, grad_g, valid, PRED_GRAD, TARGET_GRAD)
             store_gradients(grad_pred_ptr, grad_target_ptr, offsets + 2 * plane, grad_b, valid, PRED_GRAD, TARGET_GRAD)
@@ -272,7 +283,7 @@ def spectrum_kernel(
     place = spectrum_ptr + (sample * tl.num_programs(1) + tl.program_id(1)) * 192 + tl.arange(0, 64)
     for channel in range(3):
         of_r, of_g, of_b = ycbcr_row(channel)
-        coefficients = tl.dot(of_r * r + of_g * g + of_b * b, dct, input_precision=PRECISION)
+        coefficients = tl.dot(sum_of_products(of_r, r, of_g, g, of_b, b), dct, input_precision=PRECISION)
         tl.store(place + channel * 64, tl.sum(coefficients * coefficients, 0))
 
 

@@ -45,6 +45,15 @@ def ycbcr_row(channel):
 
 
 @triton.jit
+def sum_of_products(a0, b0, a1, b1, a2, b2):
+    """a0·b0 + a1·b1 + a2·b2, rounded alike for all strides of the images.
+
+    From plain sums the compiler makes fma(a1, b1, a0·b0) or fma(a0, b0, a1·b1), depending on the tensors' layout.
+    """
+    return tl.fma(a2, b2, tl.fma(a1, b1, a0 * b0))
+
+
+@triton.jit
 def reflected(index, size):
     """Map an index into the padded axis to the unpadded axis."""
     return tl.where(index < size, index, 2 * (size - 1) - index)
