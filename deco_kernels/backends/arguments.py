@@ -85,10 +85,11 @@ def kept_like(op: str, inputs: Group) -> Group:
 
 
 def add_gradients(totals: Gradients, gradients: Gradients) -> None:
-    """Add the gradients of one chunk to the float32 `totals`; None if not needed."""
-    for total, gradient in zip(totals, gradients, strict=True):
-        if total is not None and gradient is not None:
-            total += gradient
+    """Add the gradients of one chunk to the float32 `totals`, in one kernel on a GPU; None if not needed."""
+    pairs = zip(totals, gradients, strict=True)
+    found = [(total, gradient) for total, gradient in pairs if total is not None and gradient is not None]
+    if found:
+        torch._foreach_add_(*map(list, zip(*found, strict=True)))
 
 
 def zeroed(gradients: Gradients) -> Gradients:

@@ -74,19 +74,23 @@ class UpsampleGradients:
         tokens, up_weight, _ = self.inputs
         return readable_rows(up_weight.to(tokens.dtype).to(self.dtype))
 
+    @functools.cached_property
+    def bias(self) -> torch.Tensor:
+        """up_bias [P*D], rounded and in the compute dtype as `weight`, so that the matmul can add it."""
+        tokens, _, up_bias = self.inputs
+        return up_bias.to(tokens.dtype).to(self.dtype)
+
     def cond(self, part: slice, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Conditions [tokens, P*D] of a part of the tokens, in the dtype of tokens.
 
         `kept` [T, P*D], of the dtype of tokens: memory for the conditions of all tokens; the result is a part of it.
         """
-        tokens, _, up_bias = self.inputs
-        rows = self.rows[part].to(self.dtype)
-        if kept is None:
-            return torch.nn.functional.linear(rows, self.weight).add_(up_bias).to(tokens.dtype)
-        result = kept[part]
+        tokens, rows = self.inputs[0], self.rows[part].to(self.dtype)
+        result = None if kept is None else kept[part]
         if self.dtype is tokens.dtype:
-            return torch.mm(rows, self.weight.T, out=result).add_(up_bias)
-        return result.copy_(torch.nn.functional.linear(rows, self.weight).add_(up_bias))
+            return torch.addmm(self.bias, rows, self.weight.T, out=result)
+        found = torch.addmm(self.bias, rows, self.weight.T)
+        return found.to(tokens.dtype) if result is None else result.copy_(found)
 
     def new_grad_cond(self, tokens: int, pixels: int) -> torch.Tensor | None:
         """Uninitialized [tokens, P, D] for the gradient of a chunk's cond; None if no gradient needs it."""

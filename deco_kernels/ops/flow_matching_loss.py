@@ -171,6 +171,7 @@ _flow_matching_loss = define_op(
     ("total", "pixel", "frequency"),
     _request,
     _fake_losses,
+    scalars=True,
 )
 _frequency_loss = define_op(
     "frequency_loss",
@@ -179,4 +180,5 @@ _frequency_loss = define_op(
     _frequency_request,
     _fake_frequency_loss,
     functions=("frequency_loss_forward", "frequency_loss_backward"),
+    scalars=True,
 )

@@ -168,6 +168,7 @@ def define_op(
     fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
     functions: tuple[str, str] = ("forward", "backward"),
     new_cond: Callable[..., torch.Tensor] | None = None,
+    scalars: bool = False,
 ) -> Operation:
     """Register the operators `name` and `name_backward`; returns one function of (tensors, options, backend).
 
@@ -183,6 +184,8 @@ def define_op(
         functions: names of forward and backward in that module; they take the tensors in the groups of the description.
         new_cond: (tensors, options) -> an uninitialized tensor for the condition. The module's forward then takes it,
             or None, as its last argument and fills it, and its backward takes it, or None, after the tensors.
+        scalars: whether the results are scalars. The module's backward then takes None for the gradient of a result
+            that is not used, in place of a zero, which would cost a kernel.
     """
     group, count = OPS[name].group, len(OPS[name].arguments)
     saved = count + (new_cond is not None)
@@ -211,7 +214,7 @@ def define_op(
         inputs, needs = arguments[len(outputs) : len(outputs) + count], arguments[-1]
         return without_none(inputs[0], empty_gradients(inputs, needs))
 
-    gradient_schema = ", ".join(f"Tensor grad_{output}" for output in outputs)
+    gradient_schema = ", ".join(f"Tensor{'?' * scalars} grad_{output}" for output in outputs)
     backward_schema = schema_of_arguments(name, options, kept=("cond",) * (saved - count))
     forward_op = register(name, f"({schema}) -> {schema_of_results(len(outputs))}", forward, fake_forward)
     backward_op = register(
@@ -221,7 +224,7 @@ def define_op(
         fake_backward,
     )
     if new_cond is None:
-        return _differentiable(name, forward_op, None, backward_op, count, fake)
+        return _differentiable(name, forward_op, None, backward_op, count, fake, scalars)
 
     def forward_with_cond(*arguments: Any) -> tuple[torch.Tensor, ...]:
         *inputs, backend = arguments
@@ -233,7 +236,7 @@ def define_op(
 
     results_schema = schema_of_results(len(outputs) + 1)
     with_cond_op = register(f"{name}_with_cond", f"({schema}) -> {results_schema}", forward_with_cond, fake_with_cond)
-    return _differentiable(name, forward_op, with_cond_op, backward_op, count, fake)
+    return _differentiable(name, forward_op, with_cond_op, backward_op, count, fake, scalars)
 
 
 def schema_of_arguments(name: str, options: str, kept: Sequence[str] = ()) -> str:
@@ -301,6 +304,7 @@ def _differentiable(
     backward_op: Operation,
     tensor_count: int,
     fake: Callable[..., Any],
+    scalars: bool,
 ) -> Operation:
     """The autograd function around the operators. Saves the inputs between forward and backward, and the condition if
     the call keeps it.
@@ -324,8 +328,9 @@ def _differentiable(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             tensors, ctx.scalars, keep_cond = inputs[:tensor_count], inputs[tensor_count:-1], inputs[-1]
-            if keep_cond:
+            if keep_cond or scalars:
                 ctx.set_materialize_grads(False)  # zeros for the gradient of the condition would be as large as it
+            if keep_cond:
                 ctx.mark_non_differentiable(output[-1])
                 tensors = (*tensors, output[-1])
             elif with_cond_op:
@@ -343,6 +348,8 @@ def _differentiable(
                     likes = outputs_of(fake(*saved[:tensor_count], *ctx.scalars[:-1]))
                     pairs = zip(gradients, likes, strict=True)
                     gradients = tuple(torch.zeros_like(like) if given is None else given for given, like in pairs)
+            if all(gradient is None for gradient in gradients):
+                return (None,) * len(ctx.needs_input_grad)
             function: Any = Backward
             differentiate = function.apply if torch.is_grad_enabled() else backward_op
             results = differentiate(*gradients, *saved, *ctx.scalars, needs)

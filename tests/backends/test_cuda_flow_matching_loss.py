@@ -217,6 +217,10 @@ def test_each_loss_has_its_gradient(emulated, size, index):
     for name in ("target", "frequency_weight", "sample_weight"):
         assert testing.relative_error(results.gradients[name], expected.gradients[name]) <= 5e-6, name
     assert testing.relative_error(results.gradients["pred"], expected.gradients["pred"]) <= torch.finfo(BF16).eps
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
+    ops.flow_matching_loss(**leaves, **inputs.options, backend=BACKEND)[index].backward(grads[index])
+    for name, leaf in leaves.items():  # without zeros for the others
+        assert torch.equal(leaf.grad, results.gradients[name]), name
 
 
 @each_path

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from deco_kernels import ops, testing
 from deco_kernels.backends.reference import flow_matching_loss as formulas
+from deco_kernels.ops import registry
 from tests.golden_files import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, golden_cases, load_golden, relative_error
 from tests.ops.cases import BF16, F16, F32, IMPLEMENTATIONS
 
@@ -115,6 +116,26 @@ def test_each_loss_alone_and_all_together(implementation, combination):
             assert found[name] is None or not found[name].any()
             continue
         assert relative_error(found[name], expected[name]) <= 5e-6, name
+
+
+@each_implementation
+@pytest.mark.parametrize("used", [0, 1, 2], ids=["total", "pixel", "frequency"])
+def test_a_loss_that_is_not_used_needs_no_zeros(implementation, used, monkeypatch):
+    """The backend gets None, and the same gradients follow."""
+    given, serve = [], registry.serve
+
+    def recorded(function, *arguments):
+        if function == "backward":
+            given.extend(arguments[3:6])
+        return serve(function, *arguments)
+
+    inputs = random_loss_inputs()
+    expected = gradients(inputs, implementation, lambda *losses: losses[used] + 0 * sum(losses))
+    monkeypatch.setattr(registry, "serve", recorded)
+    found = gradients(inputs, implementation, lambda *losses: losses[used])
+    assert [gradient is not None for gradient in given] == [index == used for index in range(3)]
+    for name in TENSORS:
+        assert torch.equal(found[name], expected[name]), name
 
 
 @each_implementation

@@ -8,7 +8,9 @@ import torch
 
 from deco_kernels import native, ops, testing
 from deco_kernels.backends import composition
+from deco_kernels.ops.one_pass import scaled
 from deco_kernels.signatures import OPS
+from tests.operators import OperatorNames
 from tests.ops.cases import BACKENDS, BF16, F16, F32, IMPLEMENTATIONS, small_inputs
 
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
@@ -133,6 +135,25 @@ def test_the_incoming_gradient_is_not_rounded(implementation):
         losses_and_gradients(one_op, inputs, implementation, factor)[1]["cond"].double() for factor in (1.0, 1.35)
     )
     assert abs((scaled * gradient).sum() / gradient.square().sum() - 1.35) <= 2e-4
+
+
+def test_a_backward_on_a_device_reads_each_kept_gradient_once():
+    """On the device "meta" as on a GPU: one kernel for each 16-bit gradient, and one for all others."""
+    dtypes = (F32, BF16, F32, F32, BF16)
+    kept = [torch.empty(5, 7, dtype=dtype, device="meta") for dtype in dtypes]
+    with OperatorNames() as names:
+        found = scaled(kept, torch.empty((), device="meta"))
+    assert [product.dtype for product in found] == list(dtypes)
+    assert sorted(name for name in names if "mul" in name) == ["aten._foreach_mul.Tensor", *["aten.mul.out"] * 2]
+    assert not [name for name in names if "copy" in name]
+
+
+def test_the_product_of_a_16_bit_gradient_is_rounded_once():
+    """What `scaled` relies on for 16-bit gradients on a device."""
+    gradient, factor = torch.randn(1000).to(BF16), torch.tensor(1.3519)
+    found = torch.mul(gradient, factor.view(1), out=torch.empty_like(gradient))
+    assert torch.equal(found, (gradient.double() * factor.double()).to(BF16))
+    assert torch.equal(found, scaled([gradient], factor)[0])
 
 
 @needs_module

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import deco_kernels
 from deco_kernels import ops, testing
+from tests.operators import OperatorNames
 from tests.ops.cases import (
     BACKENDS,
     BF16,
@@ -275,15 +276,7 @@ def test_activation_checkpointing(op, use_reentrant):
 
 
 def operators_in_a_dispatch_mode(call):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    seen = []
-    with Recorder():
+    with OperatorNames() as seen:
         call()
     return seen
 

@@ -34,9 +34,9 @@ def frequency_loss_forward(
 
 
 def backward(
-    grad_total: torch.Tensor,
-    grad_pixel: torch.Tensor,
-    grad_frequency: torch.Tensor,
+    grad_total: torch.Tensor | None,
+    grad_pixel: torch.Tensor | None,
+    grad_frequency: torch.Tensor | None,
     pred: torch.Tensor,
     target: torch.Tensor,
     frequency_weight: torch.Tensor,
@@ -44,11 +44,16 @@ def backward(
     frequency_scale: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of pred, target, frequency_weight and sample_weight; None where `needs` is False."""
-    total = grad_total.item()
+    """Gradients of pred, target, frequency_weight and sample_weight; None where `needs` is False.
+
+    The gradient of a loss is None if it is zero.
+    """
+    total, pixel, frequency = (
+        0.0 if grad is None else grad.item() for grad in (grad_total, grad_pixel, grad_frequency)
+    )
     return _gradients(
-        total + grad_pixel.item(),
-        frequency_scale * total + grad_frequency.item(),
+        total + pixel,
+        frequency_scale * total + frequency,
         Loss(pred, target, frequency_weight, sample_weight),
         needs,
     )

@@ -36,9 +36,9 @@ def frequency_loss_forward(
 
 
 def backward(
-    grad_total: torch.Tensor,
-    grad_pixel: torch.Tensor,
-    grad_frequency: torch.Tensor,
+    grad_total: torch.Tensor | None,
+    grad_pixel: torch.Tensor | None,
+    grad_frequency: torch.Tensor | None,
     pred: torch.Tensor,
     target: torch.Tensor,
     frequency_weight: torch.Tensor,
@@ -46,7 +46,10 @@ def backward(
     frequency_scale: float,
     needs: Sequence[bool],
 ) -> arguments.Gradients:
-    """Gradients of pred, target, frequency_weight and sample_weight; None where `needs` is False."""
+    """Gradients of pred, target, frequency_weight and sample_weight; None where `needs` is False.
+
+    The gradient of a loss is None if it is zero.
+    """
     inputs = Loss(pred, target, frequency_weight, sample_weight)
     return _gradients((grad_total, grad_pixel, grad_frequency), frequency_scale, inputs, needs)
 

@@ -84,11 +84,12 @@ def differentiate(
     inputs: Group,
     originals: Group,
     needs: Sequence[bool],
-    grad_outputs: Sequence[torch.Tensor],
+    grad_outputs: Sequence[torch.Tensor | None],
 ) -> Gradients:
     """Gradients of formula(*inputs, *options), contiguous, each in the dtype of its original; None where not needed.
 
-    `inputs` are `originals` in the compute dtype; an input that is not needed may be None.
+    `inputs` are `originals` in the compute dtype; an input that is not needed may be None, and so may the gradient of
+    an output that is not used.
     """
     with _recording_gradients():
         leaves = [
@@ -97,15 +98,15 @@ def differentiate(
         ]
         outputs = formula(*grouped(type(inputs), leaves), *options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    used = [pair for pair in zip(outputs, grad_outputs, strict=True) if pair[0].requires_grad]
-    outputs = [output for output, _ in used]
-    grad_outputs = [gradient.to(output.dtype) for output, gradient in used]
+    pairs = zip(outputs, grad_outputs, strict=True)
+    used = [(output, grad.to(output.dtype)) for output, grad in pairs if output.requires_grad and grad is not None]
     asked = [leaf for leaf, need in zip(leaves, needs, strict=True) if leaf is not None and need]
     if asked and not used:
         raise RuntimeError(
             "autograd did not record the reference formula: no output depends on the inputs that need gradients"
         )
-    found = iter(torch.autograd.grad(outputs, asked, grad_outputs, materialize_grads=True) if asked else ())
+    used_outputs, used_grads = zip(*used, strict=True) if used else ((), ())
+    found = iter(torch.autograd.grad(used_outputs, asked, used_grads, materialize_grads=True) if asked else ())
     return tuple(
         next(found).to(original.dtype).contiguous() if need else None
         for original, need in zip(flat(originals), needs, strict=True)

@@ -85,9 +85,9 @@ def forward(
 
 
 def backward(
-    grad_total: Tensor,
-    grad_pixel: Tensor,
-    grad_frequency: Tensor,
+    grad_total: Tensor | None,
+    grad_pixel: Tensor | None,
+    grad_frequency: Tensor | None,
     pred: Tensor,
     target: Tensor,
     frequency_weight: Tensor,

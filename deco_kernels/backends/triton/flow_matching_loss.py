@@ -369,11 +369,13 @@ class LossCall:
     def _weights(self) -> torch.Tensor:
         return self.frequency_weight if self.sample_weight is None else self.sample_weight
 
-    def coefficients(self, grads: Sequence[torch.Tensor], frequency_scale: float) -> torch.Tensor:
+    def coefficients(self, grads: Sequence[torch.Tensor | None], frequency_scale: float) -> torch.Tensor:
+        """Of the gradients of total, pixel and frequency; None for zero."""
         coefficients = self.empty(2)
+        zero = coefficients.new_zeros(()) if any(grad is None for grad in grads) else None
         launch(
-            coefficients_kernel, (1,), _SMALL, *grads, coefficients, self.pixel_count, self.padded_count, self.batch,
-            SCALE=frequency_scale,
+            coefficients_kernel, (1,), _SMALL, *(zero if grad is None else grad for grad in grads), coefficients,
+            self.pixel_count, self.padded_count, self.batch, SCALE=frequency_scale,
         )  # fmt: skip
         return coefficients
 
@@ -463,9 +465,9 @@ def forward(
 
 
 def backward(
-    grad_total: torch.Tensor,
-    grad_pixel: torch.Tensor,
-    grad_frequency: torch.Tensor,
+    grad_total: torch.Tensor | None,
+    grad_pixel: torch.Tensor | None,
+    grad_frequency: torch.Tensor | None,
     pred: torch.Tensor,
     target: torch.Tensor,
     frequency_weight: torch.Tensor,
@@ -473,7 +475,10 @@ def backward(
     frequency_scale: float,
     needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients of (pred, target, frequency_weight, sample_weight); None where `needs` is False."""
+    """Gradients of (pred, target, frequency_weight, sample_weight); None where `needs` is False.
+
+    The gradient of a loss is None if it is zero.
+    """
     with device_guard(pred):
         if pred.shape[0] == 0:
             return zeroed(empty_gradients((pred, target, frequency_weight, sample_weight), needs))
@@ -508,5 +513,4 @@ def frequency_loss_backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """Gradients of (pred, target, frequency_weight, sample_weight); None where `needs` is False."""
-    zero = torch.zeros_like(grad)
-    return backward(zero, zero, grad, pred, target, frequency_weight, sample_weight, 1.0, needs)
+    return backward(None, None, grad, pred, target, frequency_weight, sample_weight, 1.0, needs)

@@ -148,8 +148,7 @@ class _PassWithGradients(_Pass):
             velocity_bytes=3 * self.cond.itemsize, share=l2_cache.ONE_PASS_SHARE,
         )  # fmt: skip
         one = torch.full((), scale, dtype=torch.float32, device=self.cond.device)
-        zero = torch.zeros_like(one)
-        self.coefficients = self.loss.coefficients((one, zero, zero), frequency_scale)
+        self.coefficients = self.loss.coefficients((one, None, None), frequency_scale)
 
     def run(self) -> Losses:
         backward = self.backward
