@@ -103,7 +103,8 @@ def backend_lines(backend: str, reasons: dict[str, str | None]) -> list[str]:
 def selftest(backends: Sequence[str], dtypes: Sequence[torch.dtype]) -> int:
     """Print one row per device, backend, op and dtype; returns the number of failures."""
     started, failures, checked = time.perf_counter(), 0, 0
-    print(f"{'device':<7}{'backend':<11}{'op':<27}{'dtype':<10}{'error/bound':>11}  result")
+    width = max(map(len, OPS)) + 2
+    print(f"{'device':<7}{'backend':<11}{'op':<{width}}{'dtype':<10}{'error/bound':>11}  result")
     for device in devices():
         for backend in backends:
             for op in OPS:
@@ -113,7 +114,7 @@ def selftest(backends: Sequence[str], dtypes: Sequence[torch.dtype]) -> int:
                         ratio, verdict = check(backend, op, device, dtype)
                         checked += 1
                         failures += verdict != "ok"
-                        label = f"{device.type:<7}{backend:<11}{op:<27}{str(dtype).removeprefix('torch.'):<10}"
+                        label = f"{device.type:<7}{backend:<11}{op:<{width}}{str(dtype).removeprefix('torch.'):<10}"
                         print(f"{label}{ratio:>11.2f}  {verdict}", flush=True)
             for line in backend_lines(backend, refusals(backend, device)):
                 if "available for every op" not in line:

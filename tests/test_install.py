@@ -250,3 +250,5 @@ def test_selftest_finds_a_wrong_backend(planted_backend, capsys, source, passed,
     assert report.main(["--selftest", "--dtype", "float32", "--dtype", "bfloat16"]) == (0 if passed == 2 else 1)
     output = capsys.readouterr().out
     assert said in output and f"{passed} of 2 checks passed" in output
+    header = output.splitlines()[0]
+    assert header.index("dtype") - header.index("op") > max(map(len, report.OPS))

@@ -11,6 +11,7 @@ An archive is a .tar.xz with
 import hashlib
 import io
 import json
+import lzma
 import shutil
 import sys
 import tarfile
@@ -23,6 +24,8 @@ FOLDERS = {"module": ROOT / "deco_kernels", "programs": ROOT / "build" / "gpu_ch
 """Folder of an archive -> where its files are installed."""
 _GROUP = "__grp__"  # Triton's files with the paths of a kernel's other files
 _SOURCES = ("csrc", "deco_kernels/backends/triton")
+_TEXTS = {".source", ".ttir", ".ttgir", ".llir", ".ptx"}
+_DAMAGES = (EOFError, lzma.LZMAError, tarfile.TarError)
 
 
 def python_version() -> str:
@@ -58,16 +61,22 @@ def write(path: Path, architecture: str, kernels: list[str], cache: Path, files:
         "kernels": kernels,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:xz") as archive:
-        text = json.dumps(manifest, indent=1).encode()
-        entry = tarfile.TarInfo("manifest.json")
-        entry.size = len(text)
-        archive.addfile(entry, io.BytesIO(text))
+    with tarfile.open(path, "w:xz", preset=2) as archive:
+        _add_bytes(archive, "manifest.json", json.dumps(manifest, indent=1).encode())
         for folder, file in files.items():
             archive.add(file, f"{folder}/{file.name}")
         for file in sorted(cache.glob("*/*")):
-            if file.is_file() and file.name != "lock":
-                archive.add(file, f"triton/{file.parent.name}/{file.name}")
+            name = f"triton/{file.parent.name}/{file.name}"
+            if file.suffix in _TEXTS:  # a launch loads them with the kernel but uses only its binary
+                _add_bytes(archive, name, b"")
+            elif file.is_file() and file.name != "lock":
+                archive.add(file, name)
+
+
+def _add_bytes(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -77,7 +86,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             file = archive.extractfile("manifest.json")
             assert file is not None
             return json.load(file)
-    except (OSError, tarfile.TarError, KeyError, AssertionError, json.JSONDecodeError) as error:
+    except (OSError, *_DAMAGES, KeyError, AssertionError, json.JSONDecodeError) as error:
         raise ValueError(f"--prepared {path}: not an archive of `gpu_check prepare` ({error})") from error
 
 
@@ -96,22 +105,29 @@ def mismatch(manifest: dict[str, Any], architecture: str) -> str | None:
 def unpack(path: Path, architecture: str, cache: Path) -> dict[str, Any]:
     """Replaces Triton's cache in the folder `cache` by that of an archive, and installs its other files.
 
-    Returns the manifest. Raises ValueError if the archive does not fit this machine.
+    Returns the manifest. Raises ValueError if the archive does not fit this machine or is damaged.
     """
     manifest = read_manifest(path)
     reason = mismatch(manifest, architecture)
     if reason is not None:
         raise ValueError(f"--prepared {path}: {reason}")
     shutil.rmtree(cache, ignore_errors=True)
-    with tarfile.open(path) as archive:
-        for entry in archive:
-            folder, _, name = entry.name.partition("/")
-            target = {**FOLDERS, "triton": cache}.get(folder)
-            if target is not None and ".." not in name:
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                (target / name).write_bytes(archive.extractfile(entry).read())
-                (target / name).chmod(entry.mode)
+    try:
+        _install(path, {**FOLDERS, "triton": cache})
+    except _DAMAGES as error:
+        raise ValueError(f"--prepared {path}: the archive is damaged ({error}); copy or prepare it again") from error
     for group in cache.glob(f"*/{_GROUP}*.json"):
         files = json.loads(group.read_text())["child_paths"]
         group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in files}}))
     return manifest
+
+
+def _install(path: Path, folders: dict[str, Path]) -> None:
+    with tarfile.open(path) as archive:
+        for entry in archive:
+            folder, _, name = entry.name.partition("/")
+            target = folders.get(folder)
+            if target is not None and ".." not in name:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (target / name).write_bytes(archive.extractfile(entry).read())
+                (target / name).chmod(entry.mode)

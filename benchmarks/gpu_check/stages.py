@@ -1,6 +1,7 @@
 """The stages of `make gpu-check` and their steps, the most valuable first."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from benchmarks.gpu_check.running import ROOT, Step
 from benchmarks.harness.toolkit import cuda_tool
 
 STAGE_SECONDS = 540
+MOST_PROCESSES = 8
+"""Of the tests."""
 _TRAINING = ["--size", "train-xl-256"]
 _SEPARATE_ALLOCATIONS = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 _PROFILED = {  # op -> its kernel that ncu examines
@@ -61,17 +64,17 @@ def first(machine: Machine) -> Iterator[Step]:
     missing = None if probes.program(machine.architecture).exists() else _lacking("nvcc")
     yield Step("probes", "cycles of single instructions", command, 25, missing=missing)
     selftest = _module("deco_kernels", "--selftest", "--dtype", "bfloat16", "--backend", "cuda", "--backend", "triton")
-    yield Step("selftest", "bfloat16 of cuda and triton against float64", selftest, 50)
+    yield Step("selftest", "bfloat16 of cuda and triton against float64", selftest, 25)
     yield _benchmark(machine, "pixel_decoder", 50, "pixel_decoder", *_TRAINING, "--dtype", "bfloat16", "--no-compile")
-    yield _benchmark(machine, "loss", 40, "flow_matching_loss", *_TRAINING, "--dtype", "bfloat16", "--no-compile")
-    yield _tests("tests", 120, *map(str, gpu_tests()), "-k", "not emulator")
+    yield _benchmark(machine, "loss", 20, "flow_matching_loss", *_TRAINING, "--dtype", "bfloat16", "--no-compile")
+    yield _tests("tests", 180, *map(str, gpu_tests()), "-k", "not emulator")
     yield _benchmark(machine, "kernels", 40, "kernels", "--dtype", "bfloat16")
 
 
 def second(machine: Machine) -> Iterator[Step]:
     """Sanitizers, whole steps, sizes, and counters of three kernels."""
-    for check in ("memcheck", "racecheck"):
-        yield _sanitizer(check, 80)
+    yield _sanitizer("memcheck", 30)
+    yield _sanitizer("racecheck", 80)
     yield _benchmark(machine, "end_to_end", 80, "end_to_end", "--dtype", "bfloat16", "--no-compile")
     yield _benchmark(machine, "graphs", 30, "pixel_decoder", "overhead", "--size", "sample-256", "--quick")
     yield _benchmark(machine, "scaling", 55, "scaling", "--dtype", "bfloat16")
@@ -113,8 +116,10 @@ def _benchmark(machine: Machine, name: str, seconds: int, *arguments: str) -> St
 
 
 def _tests(name: str, seconds: int, *arguments: str) -> Step:
+    """With pytest-xdist in processes that share the GPU: most of a test is work of the host."""
     options = "-q -m gpu -p benchmarks.gpu_check.streamed_tests -p no:cacheprovider -o console_output_style=classic"
-    command = _module("pytest", *options.split(), *arguments)
+    processes = [] if _lacking_package("xdist") else ["-n", str(min(MOST_PROCESSES, os.cpu_count() or 1))]
+    command = _module("pytest", *options.split(), *processes, *arguments)
     return Step(name, "tests marked gpu", command, seconds, missing=_lacking_package("pytest"))
 
 

@@ -338,6 +338,19 @@ time.sleep(3600)
     assert ended()
 
 
+def test_tests_in_several_processes_are_recorded_once(tmp_path):
+    path = tmp_path / "test_two.py"
+    path.write_text("def test_right(): pass\ndef test_wrong(): assert 1 == 2\n")
+    (step,) = (step for step in stages.first(stages.Machine("9.0", tmp_path)) if step.name == "tests")
+    options = step.command[: step.command.index(str(stages.gpu_tests()[0]))]
+    assert "-n" in options
+    command = [*options, "-m", "", f"--rootdir={tmp_path}", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=running.ROOT)
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    found = {line["test"].split("::")[-1]: line["outcome"] for line in lines}
+    assert len(lines) == 2 and found == {"test_right": "passed", "test_wrong": "failed"}
+
+
 def test_tests_before_one_that_hangs_are_recorded(tmp_path):
     (tmp_path / "test_slow.py").write_text(
         "import pytest, time\n"

@@ -101,7 +101,7 @@ def test_nothing_is_compiled_with_a_prepared_archive(tmp_path, monkeypatch):
 @pytest.fixture
 def archive(tmp_path):
     (tmp_path / "cache" / "KEY").mkdir(parents=True)
-    (tmp_path / "cache" / "KEY" / "kernel.cubin").write_bytes(b"code")
+    (tmp_path / "cache" / "KEY" / "kernel.cubin").write_bytes(os.urandom(1000))
     (tmp_path / "_native_cuda.so").write_bytes(b"module")
     path = tmp_path / "prepared.tar.xz"
     prepared.write(path, "90a", ["kernel"], tmp_path / "cache", {"module": tmp_path / "_native_cuda.so"})
@@ -135,6 +135,27 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(ValueError, match="not an archive of `gpu_check prepare`"):
         prepared.unpack(path, "90a", tmp_path / "there")
+
+
+def test_a_truncated_archive_is_refused(tmp_path, monkeypatch, archive):
+    """Wherever it ends."""
+    monkeypatch.setitem(prepared.FOLDERS, "module", tmp_path / "there")
+    content = archive.read_bytes()
+    for size in range(0, len(content) - 100, 20):
+        archive.write_bytes(content[:size])
+        with pytest.raises(ValueError, match="--prepared .*: (not an archive of|the archive is damaged)"):
+            prepared.unpack(archive, "90a", tmp_path / "cache")
+
+
+def test_an_archive_holds_no_texts_of_the_compiler(tmp_path):
+    """The files are there, because Triton reads all files that a kernel's list names."""
+    (tmp_path / "cache" / "KEY").mkdir(parents=True)
+    for suffix in ("source", "ttir", "ttgir", "llir", "ptx", "cubin", "json"):
+        (tmp_path / "cache" / "KEY" / f"kernel.{suffix}").write_text("text")
+    prepared.write(tmp_path / "archive", "90a", ["kernel"], tmp_path / "cache", {})
+    with tarfile.open(tmp_path / "archive") as files:
+        sizes = {Path(entry.name).suffix: entry.size for entry in files if entry.name != "manifest.json"}
+    assert sizes == {".source": 0, ".ttir": 0, ".ttgir": 0, ".llir": 0, ".ptx": 0, ".cubin": 4, ".json": 4}
 
 
 def test_prepare_names_what_is_missing(capsys):
