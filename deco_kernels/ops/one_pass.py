@@ -26,6 +26,7 @@ from deco_kernels.ops.registry import (
     schema_of_arguments,
     schema_of_results,
     serve,
+    with_signature,
     without_none,
 )
 from deco_kernels.signatures import OPS, grouped
@@ -130,6 +131,7 @@ def _differentiable(
         generate_vmap_rule = True
 
         @staticmethod
+        @with_signature
         def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
             needs = arguments[-1]
             results: tuple[torch.Tensor, ...] = gradients_op(*arguments) if any(needs) else forward_op(*arguments[:-1])

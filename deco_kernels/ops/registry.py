@@ -9,6 +9,7 @@ device, dtypes and sizes of the call, so that forward and backward agree.
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -276,6 +277,15 @@ def refuse_forward_mode(name: str) -> NoReturn:
     )
 
 
+_ANY_ARGUMENTS = inspect.Signature([inspect.Parameter("arguments", inspect.Parameter.VAR_POSITIONAL)])
+
+
+def with_signature(forward: Operation) -> Operation:
+    """`forward(*arguments)` of an autograd function, with its signature stored: PyTorch asks for it in every call."""
+    forward.__signature__ = _ANY_ARGUMENTS  # type: ignore[attr-defined]
+    return forward
+
+
 def once_differentiable(name: str, operation: Operation) -> type[torch.autograd.Function]:
     """The autograd function of `operation`, a part of op `name`, whose derivative raises NotImplementedError."""
 
@@ -283,6 +293,7 @@ def once_differentiable(name: str, operation: Operation) -> type[torch.autograd.
         generate_vmap_rule = True
 
         @staticmethod
+        @with_signature
         def forward(*arguments: Any) -> Any:
             return operation(*arguments)
 
@@ -321,6 +332,7 @@ def _differentiable(
         generate_vmap_rule = True
 
         @staticmethod
+        @with_signature
         def forward(*arguments: Any) -> Any:
             *inputs, keep_cond = arguments
             return with_cond_op(*inputs) if keep_cond and with_cond_op else forward_op(*inputs)

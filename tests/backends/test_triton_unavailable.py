@@ -165,7 +165,7 @@ def test_a_compile_during_capture_is_refused(pretended_driver, monkeypatch):
         launching.launch(to_bfloat16, (1,), Launch(64, 4, 1, 1), torch.zeros(64, dtype=dtype), torch.zeros(64), SIZE=64)
 
     capturing = False
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     message = "to_bfloat16.* has to be compiled.*before the capture"
     capturing = True

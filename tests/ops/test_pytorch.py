@@ -1,6 +1,7 @@
 """The ops in PyTorch: opcheck, gradcheck, compile, export, autocast, checkpointing, functional transforms."""
 
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -273,6 +274,20 @@ def test_activation_checkpointing(op, use_reentrant):
         return torch.zeros(()), [leaf.grad for leaf in leaves.values()]
 
     assert_same(backward(checkpointed), backward(loss_of))
+
+
+def test_a_call_does_not_derive_the_signature_of_its_function_anew(monkeypatch):
+    """PyTorch asks for it in every call of an autograd function."""
+    asked, signature = [], inspect.signature
+    monkeypatch.setattr(inspect, "signature", lambda function: asked.append(function) or signature(function))
+    for op in testing.OPS:
+        inputs = small_inputs(op)
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
+        results = getattr(ops, op)(**leaves, **inputs.options, backend="reference")
+        first = results[0] if isinstance(results, tuple) else results
+        torch.autograd.grad(first.sum(), list(leaves.values()), create_graph=True, allow_unused=True)
+    ours = [function for function in asked if function.__module__.startswith("deco_kernels")]
+    assert len(ours) >= 2 * len(testing.OPS) and all(hasattr(function, "__signature__") for function in ours)
 
 
 def operators_in_a_dispatch_mode(call):

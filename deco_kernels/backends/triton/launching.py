@@ -151,7 +151,7 @@ def launch(kernel: Any, grid: tuple[int, ...], parameters: Launch, *args: Any, *
     if _recording is not None:
         bound = dict(zip(kernel.arg_names, args, strict=False)) | constexprs
         _recording.launches.append(RecordedLaunch(kernel, bound, grid, options))
-    elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    elif torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         with _compilation_refused():
             kernel[grid](*args, **constexprs, **options)
     else:
