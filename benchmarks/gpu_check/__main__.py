@@ -3,6 +3,7 @@
 Uses the current Python (with PyTorch; steps that need another package or tool are left out by name) and no network.
 `python -m benchmarks.gpu_check prepare` builds what a check needs on a machine without a GPU; --prepared uses it.
 Without it, the first stage builds the CUDA module and compiles the Triton kernels on all cores.
+`python -m benchmarks.gpu_check sweep` compares chunk sizes and launch parameters.
 
 Every step runs in a separate process with a time limit; a failed step does not stop the others. Results are printed
 and written as soon as they are known, to $OUT or out/gpu-check, at most 8 files:
@@ -91,6 +92,10 @@ def cached_kernels() -> set[str]:
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["prepare"]:
         return prepare.main(arguments[1:])
+    if arguments[:1] == ["sweep"]:
+        from benchmarks.gpu_check import sweep
+
+        return sweep.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="make gpu-check", description="Checks and benchmarks that need a GPU.")
     parser.add_argument(
         "stages", nargs="*", metavar="STAGE", help=f"{', '.join(stages.STAGES)} (default: all, in this order)"

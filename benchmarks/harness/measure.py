@@ -59,7 +59,7 @@ def time_contenders(
                 steps.append(_backward_alone(problem, size, contender.name))
     calls = [rotating(step, buffers) for step in steps]
     with Watch(device) as watch:
-        times = interleaved(calls, device, options.budget_s, options.min_rounds)
+        times = interleaved(calls, device, options.budget_s, options.min_rounds, asleep=True)
         seen = watch.take()
     columns = [statistics_of(ms) | seen for ms in times]
     if device == "cuda":

@@ -1,11 +1,13 @@
-"""`python -m benchmarks reuse`: guided sampling with the trunk at some steps only against every step, on the CPU.
+"""`python -m benchmarks reuse`: guided sampling with the trunk at some steps only against every step.
 
-Both contenders sample the same noise in turn with `flow.Sampler` and Euler steps, from random weights.
+The contenders sample the same noise in turn with `flow.Sampler` and Euler steps, from random weights. On a GPU, calls
+are captured as CUDA graphs, and the published decoder is timed, too, with and without them.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,68 +15,105 @@ from benchmarks.harness.header import header
 from benchmarks.harness.measure import statistics_of
 from benchmarks.harness.timing import interleaved
 from benchmarks.harness.verification import SEED
-from benchmarks.models.end_to_end import GUIDANCE, fill_zeros
-from benchmarks.names import DTYPES
+from benchmarks.models.end_to_end import GUIDANCE, fill_zeros, with_parts
+from benchmarks.names import DTYPES, PUBLISHED
 from deco_kernels import flow, model
 from deco_kernels.machine import keep_heap
+from deco_kernels.testing import published
+
+FUSED = "fused"
+
+
+class Contender(NamedTuple):
+    """`decoder`: PUBLISHED (eager) or FUSED."""
+
+    decoder: str
+    graphs: bool
+    trunk_steps: int | None
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks reuse", description="Times sampling with the trunk at some steps only, on the CPU."
+        prog="python -m benchmarks reuse", description="Times sampling with the trunk at some steps only."
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--preset", default="deco-l/16", help="class-to-image model (default: %(default)s)")
     parser.add_argument("--size", type=int, default=256, metavar="N", help="image side (default: 256)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="Euler steps (default: 10)")
     parser.add_argument("--trunk-steps", type=int, default=5, metavar="K", help="steps with the trunk (default: 5)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="PyTorch threads (default: 2)")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="PyTorch threads on the CPU (default: 2)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed rounds (default: 7)")
     parser.add_argument("--output", metavar="FILE.json", help="write the result to this file")
     options = parser.parse_args(arguments)
-    keep_heap("-m", "benchmarks", "reuse", *arguments)
-    torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    if options.device == "cpu":
+        keep_heap("-m", "benchmarks", "reuse", *arguments)
+        torch.set_num_threads(options.threads)
     try:
         rows = measure(options)
     except (KeyError, TypeError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
-    result = {"header": header("cpu"), "rows": rows}
+    result = {"header": header(options.device), "rows": rows}
     print(table(result))
     if options.output:
         Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
+def contenders(device: str, trunk_steps: int) -> list[Contender]:
+    """The first one is that which the others are compared with."""
+    if device == "cpu":
+        return [Contender(FUSED, False, None), Contender(FUSED, False, trunk_steps)]
+    every_step = [Contender(PUBLISHED, False, None), Contender(PUBLISHED, True, None), Contender(FUSED, True, None)]
+    return [*every_step, Contender(FUSED, True, trunk_steps)]
+
+
 def measure(options: argparse.Namespace) -> list[dict]:
-    """One row with the trunk at every step, one with it at `options.trunk_steps` steps. Raises as `flow.Sampler`."""
+    """One row per contender. Raises as `flow.Sampler`."""
     torch.manual_seed(SEED)
     network = model.build(options.preset).eval().requires_grad_(False)
     fill_zeros(network.decoder)
+    network.to(options.device)
+    networks = {FUSED: network, PUBLISHED: with_parts(network, decoder=published.eager_view(network.decoder))}
     dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
-    noise = torch.randn(options.batch, 3, options.size, options.size)
-    labels = torch.arange(options.batch) % network.null_label
+    noise = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
+    labels = torch.arange(options.batch, device=options.device) % network.null_label
     null = torch.full_like(labels, network.null_label)
+    found = contenders(options.device, options.trunk_steps)
     samplers = [
-        flow.Sampler(network, steps=options.steps, guidance=GUIDANCE, dtype=dtype, trunk_steps=trunk_steps)
-        for trunk_steps in (None, options.trunk_steps)
+        flow.Sampler(
+            networks[each.decoder],
+            steps=options.steps,
+            guidance=GUIDANCE,
+            dtype=dtype,
+            trunk_steps=each.trunk_steps,
+            cuda_graph=each.graphs,
+        )
+        for each in found
     ]
     calls = [lambda _, sampler=sampler: sampler(noise, labels, null) for sampler in samplers]
-    times = interleaved(calls, "cpu", 0.0, options.rounds)
+    times = interleaved(calls, options.device, 0.0, options.rounds)
     what = {name: getattr(options, name) for name in ("preset", "size", "batch", "steps", "dtype")}
     return [
-        what | {"trunk_steps": trunk_steps, "status": "ok", "least_ms": min(ms)} | statistics_of(ms)
-        for trunk_steps, ms in zip((options.steps, options.trunk_steps), times, strict=True)
+        what
+        | each._asdict()
+        | {"trunk_steps": each.trunk_steps or options.steps, "status": "ok", "least_ms": min(ms)}
+        | statistics_of(ms)
+        for each, ms in zip(found, times, strict=True)
     ]
 
 
 def table(result: dict) -> str:
     """The result as Markdown; the gain is that of the shortest rounds."""
-    lines = ["| sampling | trunk steps | shortest round | median | gain |", "|---|---:|---:|---:|---:|"]
+    lines = ["| sampling | decoder | trunk steps | shortest round | median | gain |", "|---|---|---:|---:|---:|---:|"]
     every = result["rows"][0]["least_ms"]
     for row in result["rows"]:
         what = f"{row['preset']}, {row['size']}x{row['size']}, batch {row['batch']}, {row['steps']} guided Euler steps"
-        cells = [f"{what}, {row['dtype']}", str(row["trunk_steps"])]
+        decoder = row["decoder"] + " in CUDA graphs" * row["graphs"]
+        cells = [f"{what}, {row['dtype']}", decoder, str(row["trunk_steps"])]
         cells += [f"{row[name] / 1e3:.2f} s" for name in ("least_ms", "ms")]
         lines.append(f"| {' | '.join(cells)} | {every / row['least_ms']:.2f} x |")
     return "\n".join(lines)

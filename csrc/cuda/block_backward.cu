@@ -11,9 +11,9 @@
 // Persistent grid. A chain warp owns 16 pixels at a time: it recomputes the forward, runs the chain with activations in
 // registers, and stores the rounded operands of the weight gradients in shared memory, next to the packed weights.
 // After a barrier each of M gradient warps adds the gradient of one matrix over the pixels of all chain warps, in
-// registers, for all tiles of the thread block. For D <= 32 every warp has both roles; at D = 64 registers do not
-// suffice for both, and chain and gradient warps are separate. On devices with little shared memory only some of the
-// warps run the chain.
+// registers, for all tiles of the thread block. At D = 16, and without the MLP at D = 32, every warp has both roles.
+// Else chain and gradient warps are separate: together the roles take too many registers. If shared memory holds the
+// operands of two turns, the chain computes those of the next turn meanwhile; with less, fewer warps run the chain.
 // Per pixel: at most 10·D bytes (h, cond, δh', δs in and out, δh) and 2·15·D² FLOPs. Deterministic: sums over pixels
 // have the fixed order of the grid (gradient_sums.h).
 #include <algorithm>
@@ -32,9 +32,10 @@ constexpr int matrices_of(bool mlp) { return mlp ? kBlockMatrices : kModulationM
 template <int D, bool Mlp>
 struct Plan {
   static constexpr int kMatrices = matrices_of(Mlp);
-  static constexpr bool kSpecialized = D == 64;
+  static constexpr bool kSpecialized = D == 64 || (D == 32 && Mlp);
+  static constexpr bool kFewRegisters = D == 64;
   static constexpr int kGradientWarps = kMatrices;
-  static constexpr int kMostChainWarps = kSpecialized ? 7 : kGradientWarps;
+  static constexpr int kMostChainWarps = !kSpecialized ? kGradientWarps : D == 64 ? 7 : 10;
   static constexpr int kThreads = 32 * (kSpecialized ? kMostChainWarps + kGradientWarps : kGradientWarps);
   static constexpr int kBlocksPerMultiprocessor = kSpecialized ? 1 : D == 32 ? 2 : 3;
 
@@ -44,8 +45,8 @@ struct Plan {
   static constexpr int kWarpElements = kTiles * kTileElements;
 
   static DECO_HOST_DEVICE int input_of(int matrix) { return matrix == kFc1 ? kM : matrix == kFc2 ? kA : kS; }
-  static constexpr int shared_bytes(int chain_warps) {
-    return BlockSlots<BFloat16, D, kMatrices>::kBytes + chain_warps * kWarpElements * 2;
+  static constexpr int shared_bytes(int chain_warps, int buffers) {
+    return BlockSlots<BFloat16, D, kMatrices>::kBytes + buffers * chain_warps * kWarpElements * 2;
   }
 };
 
@@ -112,14 +113,14 @@ struct Chain {
     put(P::kOutputs + kGate, grad_gate);
 
     const Operand<D> grad_shift = rounded<T>(grad_m);  // δshift = δm
-    if constexpr (P::kSpecialized)  // again, to shorten the lifetime of its registers, like δh' below
+    if constexpr (P::kFewRegisters)  // again, to shorten the lifetime of its registers, like δh' below
       normalized = normalized_by(stats, tile_of<T>(load_operand(p.h_tiles, p.h)));
     Tile<D> grad_normalized;
     const Operand<D> grad_scale =
         run_modulation(grad_normalized, grad_m, normalized, reload_spilled(P::kOutputs + kScale, scale));
     put(P::kOutputs + kShift, grad_shift);
     put(P::kOutputs + kScale, grad_scale);
-    if constexpr (P::kSpecialized && Mlp) grad_h = tile_of<T>(load_gradient(p.grad));
+    if constexpr (P::kFewRegisters && Mlp) grad_h = tile_of<T>(load_gradient(p.grad));
     add_normalize_gradient(grad_h, grad_normalized, normalized, stats.rstd);  // δh = δh' + LayerNorm'(δn)
     store_gradient_of_h(grad_h);
     if (p.grad_cond.data != nullptr) run_cond(grad_shift, grad_scale, reload(P::kOutputs + kGate));
@@ -290,10 +291,10 @@ struct Chain {
 
   // At D = 64, where registers do not suffice: stores an operand until `reload_spilled` in the slot of a later operand.
   DECO_DEVICE void spill(int which, const Operand<D>& operand) const {
-    if constexpr (P::kSpecialized) put(which, operand);
+    if constexpr (P::kFewRegisters) put(which, operand);
   }
   DECO_DEVICE Operand<D> reload_spilled(int which, const Operand<D>& operand) const {
-    if constexpr (!P::kSpecialized) return operand;
+    if constexpr (!P::kFewRegisters) return operand;
     const Operand<D> again = reload(which);
     warp_barrier();
     return again;
@@ -355,12 +356,12 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
   const bool sums = p.partials != nullptr;
 
   // A chain warp.
-  const auto run_chain = [&](uint32_t begin) {
+  const auto run_chain = [&](uint32_t begin, int buffer) {
     const uint32_t tile = begin / kTilePixels + warp(), end = p.pixels - 1, last_tile = end / kTilePixels;
     const uint32_t first = tile * kTilePixels + (lane() >> 2);
     const Chain<T, D, Mlp, Tiled> chain{p,
                                         weights,
-                                        operands + warp() * P::kWarpElements,
+                                        operands + (buffer * p.chain_warps + warp()) * P::kWarpElements,
                                         min(tile, last_tile),
                                         tile <= last_tile,
                                         {min(first, end), min(first + 8, end)},
@@ -373,9 +374,11 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
   const T* output = operands + (P::kOutputs + matrix) * P::kTileElements;
   const T* input = operands + P::input_of(matrix) * P::kTileElements;
   MatrixGradient<T, D> gradient;
-  const auto add_tiles = [&] {
+  const auto add_tiles = [&](int buffer) {
+    const int first = buffer * p.chain_warps;
 #pragma unroll 1
-    for (int w = 0; w < p.chain_warps; ++w) gradient.add(output + w * P::kWarpElements, input + w * P::kWarpElements);
+    for (int w = first; w < first + p.chain_warps; ++w)
+      gradient.add(output + w * P::kWarpElements, input + w * P::kWarpElements);
   };
   const auto write_gradient = [&] {
     constexpr int kNumbers = D * (D + 1);
@@ -384,18 +387,20 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
   };
 
   if constexpr (P::kSpecialized) {
+    const int other = p.buffers - 1;  // the second buffer, or the only one
+    int buffer = 0;
     if (warp() < p.chain_warps) {
-      for (uint32_t begin = block() * turn_pixels; begin < p.pixels; begin += step) {
-        run_chain(begin);
+      for (uint32_t begin = block() * turn_pixels; begin < p.pixels; begin += step, buffer ^= other) {
+        run_chain(begin, buffer);
         block_barrier();
-        block_barrier();
+        if (other == 0) block_barrier();
       }
     } else {
       gradient.clear();
-      for (uint32_t begin = block() * turn_pixels; begin < p.pixels; begin += step) {
+      for (uint32_t begin = block() * turn_pixels; begin < p.pixels; begin += step, buffer ^= other) {
         block_barrier();
-        if (sums) add_tiles();
-        block_barrier();
+        if (sums) add_tiles(buffer);
+        if (other == 0) block_barrier();
       }
       if (sums) write_gradient();
     }
@@ -403,12 +408,12 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
     const UniformWarp uniform_warp;
     gradient.clear();
     for (uint32_t begin = block() * turn_pixels; begin < p.pixels; begin += step) {
-      if (uniform_warp < p.chain_warps) run_chain(begin);
+      if (uniform_warp < p.chain_warps) run_chain(begin, 0);
       if (sums) {
         // region: barrier_before_weight_gradients
         block_barrier();
         // end region
-        add_tiles();
+        add_tiles(0);
         block_barrier();
       }
     }
@@ -416,34 +421,41 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
   }
 }
 
-// Chain warps of a thread block: as many as fit in the shared memory of a multiprocessor, which its thread blocks share.
-// The device takes kReservedBytes more for each of them; limits.shared_bytes excludes those of one.
+struct Schedule {
+  int chain_warps, buffers;  // buffers: turns whose operands are in shared memory at once
+};
+
+// As many chain warps as fit in the shared memory of a multiprocessor, which its thread blocks share, and two buffers
+// if they fit. The device takes kReservedBytes more for each thread block; limits.shared_bytes excludes those of one.
 template <int D, bool Mlp>
-int chain_warps(const DeviceLimits& limits) {
+Schedule schedule_of(const DeviceLimits& limits) {
   using P = Plan<D, Mlp>;
   constexpr int kReservedBytes = 1024;
-  const auto fit = [&](int warps) {
-    const int bytes = P::kBlocksPerMultiprocessor * (P::shared_bytes(warps) + kReservedBytes);
+  const auto fit = [&](int warps, int buffers) {
+    const int bytes = P::kBlocksPerMultiprocessor * (P::shared_bytes(warps, buffers) + kReservedBytes);
     return bytes <= limits.shared_bytes + kReservedBytes;
   };
   int warps = P::kMostChainWarps;
-  while (warps > 1 && !fit(warps)) --warps;
-  return warps;
+  while (warps > 1 && !fit(warps, 1)) --warps;
+  return {warps, P::kSpecialized && fit(warps, 2) ? 2 : 1};
 }
 
 template <int D, bool Mlp>
 int parts_of(const DeviceLimits& limits, int64_t pixels) {
-  return grid_blocks(pixels, chain_warps<D, Mlp>(limits) * kTilePixels, limits, Plan<D, Mlp>::kBlocksPerMultiprocessor);
+  const int turn_pixels = schedule_of<D, Mlp>(limits).chain_warps * kTilePixels;
+  return grid_blocks(pixels, turn_pixels, limits, Plan<D, Mlp>::kBlocksPerMultiprocessor);
 }
 
 template <class T, int D, bool Mlp, bool Tiled>
 Status run(const Call& call, BackwardParams p) {
   using P = Plan<D, Mlp>;
-  p.chain_warps = chain_warps<D, Mlp>(call.limits);
+  const Schedule schedule = schedule_of<D, Mlp>(call.limits);
+  p.chain_warps = schedule.chain_warps;
+  p.buffers = schedule.buffers;
   p.parts = parts_of<D, Mlp>(call.limits, p.pixels);
   const int warps = P::kSpecialized ? p.chain_warps + P::kGradientWarps : P::kGradientWarps;
   return launch("block_backward", backward_kernel<T, D, Mlp, Tiled>,
-                {p.parts, 32 * warps, P::shared_bytes(p.chain_warps), true}, call.stream, p);
+                {p.parts, 32 * warps, P::shared_bytes(p.chain_warps, p.buffers), true}, call.stream, p);
 }
 
 }  // namespace

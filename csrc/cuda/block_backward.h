@@ -26,7 +26,7 @@ struct BlockBackward {
   int block = 0;  // index of the decoder block in the packed weights and the partials
   int depth = 1;  // decoder blocks in the partials
   int width = 0;
-  int chain_warps = 0, parts = 0;  // set by block_backward
+  int chain_warps = 0, buffers = 0, parts = 0;  // set by block_backward
   bool first = true, last = true;  // first and last step of the chain
   bool accumulate = false;         // add to the partials instead of overwriting them
   bool mlp = true;

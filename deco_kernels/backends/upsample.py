@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from deco_kernels.backends import l2_cache
+from deco_kernels.backends import chunk_sizes
 from deco_kernels.backends.arguments import readable_rows
 from deco_kernels.backends.chunks import ImageChunk, image_chunks
 from deco_kernels.signatures import UpsampleWeights
@@ -23,15 +23,8 @@ def chunk_tokens(up: UpsampleWeights) -> int:
 
 
 def forward_chunk_pixels(tokens: torch.Tensor, up: UpsampleWeights, pixels: int) -> int:
-    """Pixels per chunk of a forward on a GPU; `pixels` per token.
-
-    The conditions of a chunk stay in the L2 cache between the matmul and the kernel that reads them. Every chunk reads
-    up_weight again, which costs less than conditions outside the cache if the chunk has at least Z / 2 tokens.
-    """
-    values, token_width = up.up_weight.shape
-    return l2_cache.chunk_pixels(
-        tokens.device, values // pixels * tokens.element_size(), least=token_width // 2 * pixels
-    )
+    """Pixels per chunk of a forward on a GPU, whose matmul hands on conditions; `pixels` per token."""
+    return chunk_sizes.chunk_pixels(up.up_weight.shape[0] // pixels * tokens.element_size())
 
 
 def upsample_chunks(shape: torch.Size, patch_size: int, tokens: int, lines: int | None = None) -> Iterator[ImageChunk]:

@@ -111,7 +111,9 @@ def automatic_candidates(request: Request) -> tuple[str, ...]:
     """Backends of the automatic choice, in order of preference."""
     if torch.float64 in request.dtypes:
         return ("reference",)
-    return {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}.get(request.device_type, ("reference",))
+    return {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}.get(
+        request.device_type, ("reference",)
+    )
 
 
 def refusal(name: str, request: Request, device: torch.device) -> str | None:

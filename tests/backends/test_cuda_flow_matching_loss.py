@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from deco_kernels import BackendUnavailable, ops, testing
-from deco_kernels.ops import registry
 from deco_kernels.testing import emulation
 from tests.golden_files import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, golden_cases, load_golden
 from tests.ops.cases import BF16, CASES, F16, F32, Case, small_inputs
@@ -290,11 +289,6 @@ def test_loss_opcheck(emulated, op):
 def test_float32_predictions_are_refused_by_name(emulated, op):
     with pytest.raises(BackendUnavailable, match="pred of a loss.*bfloat16 or float16, not torch.float32"):
         testing.run(small_inputs(op, F32, other_dtype=BF16), BACKEND)
-
-
-def test_the_loss_is_not_served_automatically():
-    request = registry.Request("flow_matching_loss", "cuda", (BF16, BF16))
-    assert "cuda" not in registry.automatic_candidates(request)
 
 
 def test_loss_failures_name_the_op_and_its_sizes(emulated):

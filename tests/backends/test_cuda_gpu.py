@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deco_kernels import ops, testing
-from deco_kernels.backends import cuda, l2_cache
+from deco_kernels.backends import chunk_sizes, cuda
 from deco_kernels.flow import cuda_graphs
 from deco_kernels.testing import emulation
 from tests.ops.cases import BF16, CASES, F16, F32
@@ -73,7 +73,7 @@ def test_chunks_whose_kernels_overlap_give_the_same_gradients(device, monkeypatc
     """Many small kernels in a row, each of which may start before the one before it has ended."""
     inputs = on(device, testing.random_inputs("pixel_decoder", dtype=BF16, image_size=(8, 128, 128)))
     whole = testing.run(inputs, "cuda").gradients
-    monkeypatch.setattr(l2_cache, "chunk_pixels", lambda *_, **__: 2048)
+    monkeypatch.setattr(chunk_sizes, "chunk_pixels", lambda *_, **__: 2048)
     chunked = testing.run(inputs, "cuda").gradients
     for name in ("image", "cond"):
         assert torch.equal(chunked[name], whole[name]), name

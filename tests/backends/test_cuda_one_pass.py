@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from deco_kernels import ops, testing
-from deco_kernels.backends import composition, l2_cache
-from deco_kernels.backends.cuda import pixel_decoder_loss
+from deco_kernels.backends import chunk_sizes, composition
 from deco_kernels.testing import emulation
 from tests.backends import test_cuda_ops as cuda_ops
 from tests.ops import test_pixel_decoder_loss as one_pass
@@ -21,7 +20,7 @@ OF_A_CHUNK = ["pixel_decoder_keeping_forward", "flow_matching_loss_gradient_and_
 
 
 def set_chunk(monkeypatch, pixels):
-    monkeypatch.setattr(l2_cache, "chunk_pixels", lambda *_, **__: pixels)
+    monkeypatch.setattr(chunk_sizes, "chunk_pixels", lambda *_, **__: pixels)
 
 
 def names_of_launches(emulated, inputs):
@@ -140,7 +139,7 @@ def test_launches_with_and_without_gradients(emulated):
 def test_losses_without_gradients(emulated, monkeypatch):
     inputs = small_inputs(OP, BF16)
     expected = testing.run(inputs, BACKEND).outputs
-    monkeypatch.setattr(l2_cache, "LARGE_PIXELS", 128)
+    monkeypatch.setattr(chunk_sizes, "MOST_PIXELS", 128)
     found = ops.pixel_decoder_loss(**inputs.tensors, **inputs.options, backend=BACKEND)
     for loss, other in zip(found, expected, strict=True):
         assert testing.relative_error(loss, other) <= 1e-6
@@ -167,13 +166,6 @@ def test_empty_batch(emulated, poisoned_memory):
 @pytest.mark.parametrize("architecture", cuda_ops.ONE_OF_EACH_LIMIT)
 def test_every_architecture_accepts_the_launches(emulated, architecture):
     cuda_ops.test_every_architecture_accepts_the_launches(emulated, OP, architecture)
-
-
-def test_a_chunk_stays_in_the_cache_of_an_h100(emulated):
-    """D 32, N 3: at most 30 MB, and enough pixels for every thread block of the forward."""
-    emulated.set_device_limits(132, emulation.LARGE_SHARED)
-    pixels = pixel_decoder_loss.chunk_pixels(torch.device("cpu"), 32, 3)
-    assert pixels * (2 * 32 * 5 + 6) <= 30_000_000 and pixels >= 2 * 256 * 132
 
 
 def test_failures_name_the_op_and_its_sizes(emulated):

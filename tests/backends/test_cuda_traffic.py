@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deco_kernels import testing
-from deco_kernels.backends import l2_cache
+from deco_kernels.backends import chunk_sizes
 from deco_kernels.backends.cuda import pixel_decoder_loss
 from deco_kernels.signatures import OPS, flat
 from deco_kernels.testing import emulation
@@ -43,7 +43,7 @@ def test_bytes_per_pixel_of_the_backward(emulated):
 
 
 def test_every_chunk_reads_and_writes_the_sums(emulated, monkeypatch):
-    monkeypatch.setattr(l2_cache, "chunk_pixels", lambda *_, **__: 512)
+    monkeypatch.setattr(chunk_sizes, "chunk_pixels", lambda *_, **__: 512)
     launches = backward_launches(64)
     assert len(launches) == 2 * (N + 2)
     # The sums are the last buffer that a kernel declares.

@@ -173,15 +173,15 @@ def test_repeated_runs_give_the_same_bits(op):
 @pytest.mark.parametrize("op", ["pixel_decoder", "pixel_decoder_from_tokens", "upsample_modulate"])
 def test_chunks_of_tokens_add_up(op, monkeypatch):
     """Chunks of seven tokens, the last one shorter, in larger chunks of the upsample, vs. all tokens at once."""
-    from deco_kernels.backends import l2_cache
+    from deco_kernels.backends import chunk_sizes
     from deco_kernels.backends.triton import pixel_decoder
 
     given = {"query": "given" if op == "pixel_decoder" else "tokens"} if op in DECODERS else {}
     inputs = small_inputs(op, image_size=(2, 12, 20), **given)
     whole = testing.run(inputs, "triton")
     pixels = inputs.tensors["pixel_table" if "pixel_table" in inputs.tensors else "h"].shape[-2]
-    monkeypatch.setattr(l2_cache, "chunk_pixels", lambda *_, **__: 7 * pixels)
-    monkeypatch.setattr(l2_cache, "LARGE_PIXELS", 18 * pixels)
+    monkeypatch.setattr(chunk_sizes, "chunk_pixels", lambda *_, **__: 7 * pixels)
+    monkeypatch.setattr(chunk_sizes, "MOST_PIXELS", 18 * pixels)
     monkeypatch.setattr(pixel_decoder, "LAUNCH_TOKENS", 11)
     chunked = testing.run(inputs, "triton")
     shared.assert_close(chunked, whole, 2e-6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deco_kernels import ops, testing
-from deco_kernels.backends import l2_cache
+from deco_kernels.backends import chunk_sizes
 from tests.interpreted import INTERPRETED
 from tests.ops import test_backends as shared
 from tests.ops import test_pixel_decoder_loss as one_pass
@@ -24,7 +24,7 @@ CASES = [
 
 
 def set_chunk(monkeypatch, pixels):
-    monkeypatch.setattr(l2_cache, "chunk_pixels", lambda *_, **__: pixels)
+    monkeypatch.setattr(chunk_sizes, "chunk_pixels", lambda *_, **__: pixels)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
@@ -106,7 +106,7 @@ def test_only_the_gradients_asked_for():
 def test_losses_without_gradients(monkeypatch):
     inputs = small_inputs(OP, BF16, width=16, depth=1)
     expected = testing.run(inputs, "triton").outputs
-    monkeypatch.setattr(l2_cache, "LARGE_PIXELS", 128)
+    monkeypatch.setattr(chunk_sizes, "MOST_PIXELS", 128)
     found = ops.pixel_decoder_loss(**inputs.tensors, **inputs.options, backend="triton")
     for loss, other in zip(found, expected, strict=True):
         assert testing.relative_error(loss, other) <= 1e-6

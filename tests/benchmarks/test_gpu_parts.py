@@ -89,6 +89,22 @@ def test_the_time_of_a_kernel_excludes_the_host(monkeypatch):
     assert order == ["sleep", "event", "kernel", "event", "wait"]
 
 
+def test_the_gpu_sleeps_while_the_host_enqueues_an_op(monkeypatch):
+    """In every timed round, and longer than the host takes; not unless asked."""
+    sleeps = []
+    monkeypatch.setattr(
+        timing, "milliseconds", lambda call, device, asleep_s: (call(), sleeps.append(asleep_s), 2.0)[2]
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    clock = itertools.count(step=0.5)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    timing.interleaved([lambda _: None], "cuda", 0.0, 3, max_rounds=3, asleep=True)
+    assert sleeps == [0.0] + 4 * [0.75]
+    sleeps.clear()
+    timing.interleaved([lambda _: None], "cuda", 0.0, 3, max_rounds=3)
+    assert sleeps == 5 * [0.0]
+
+
 def test_throttling_is_seen(nvml, monkeypatch):
     monkeypatch.setattr(gpu_state, "PERIOD_S", 0.001)
     looks, looked = itertools.count(), threading.Event()
@@ -127,7 +143,7 @@ def test_graph_times_are_per_call_and_a_failed_capture_is_said(monkeypatch, devi
         return Graph()
 
     monkeypatch.setattr(cuda_timing, "capture", capture)
-    monkeypatch.setattr("benchmarks.harness.timing.milliseconds", lambda call, device: (call(), 6.0)[1])
+    monkeypatch.setattr("benchmarks.harness.timing.milliseconds", lambda call, device, asleep_s=0.0: (call(), 6.0)[1])
     columns = cuda_timing.graph_columns(["good", "bad"], buffers=[1, 2, 3], budget_s=0.0, min_rounds=2)
     assert columns == [
         {"graph_ms": 2.0},

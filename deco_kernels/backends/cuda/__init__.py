@@ -1,6 +1,6 @@
 """Backend "cuda": CUDA C++ kernels (csrc/cuda) through the native module _native_cuda, for NVIDIA GPUs from sm_80 on.
 
-Activations are bfloat16 or float16; matmuls run on tensor cores with float32 accumulation. Used only by name.
+Activations are bfloat16 or float16; matmuls run on tensor cores with float32 accumulation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from deco_kernels import native
 from deco_kernels.backends.support import Support
 
 SUPPORT = Support(
-    "NVIDIA GPUs from sm_80, where the CUDA module was built; by name only",
+    "NVIDIA GPUs from sm_80, where the CUDA module was built",
     activations=(torch.bfloat16, torch.float16),
 )
 unsupported_reason = SUPPORT.refusal

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from deco_kernels import native
-from deco_kernels.backends import arguments, l2_cache
+from deco_kernels.backends import arguments, chunk_sizes
 from deco_kernels.backends.cuda import calls
 from deco_kernels.signatures import DecoderWeights
 
@@ -95,7 +94,7 @@ def run_backward(
     module = calls.module_for(cond)
     shape = arguments.decoder_sizes(image, weights, patch_size)
     image, grad_velocity = calls.readable_image(image, cond.dtype), grad_velocity.to(cond.dtype)
-    chunk_pixels = backward_chunk_pixels(cond.device, *shape[-2:])
+    chunk_pixels = backward_chunk_pixels(*shape[-2:])
     calls.launch(
         module.pixel_decoder_backward,
         module.pixel_decoder_backward_workspace(cond.device.index or 0, shape, chunk_pixels),
@@ -116,14 +115,6 @@ def run_backward(
     )
 
 
-def backward_chunk_pixels(
-    device: torch.device, width: int, depth: int, velocity_bytes: int = 0, share: float = l2_cache.SHARE
-) -> int:
-    """Pixels per chunk of the backward, whose kernels hand on 2·D·(N + 2) bytes per pixel, and those of the velocity.
-
-    At least two tiles for every thread block of the recompute kernel, which has the largest tiles.
-    """
-    multiprocessors, _ = native.cuda(device).device_limits(device.index or 0)
-    tile = 256 if width <= 32 else 128  # kBlockPixels of csrc/cuda/warp_pixels.h
-    bytes_per_pixel = 2 * width * (depth + 2) + velocity_bytes
-    return l2_cache.chunk_pixels(device, bytes_per_pixel, least=2 * tile * multiprocessors, share=share)
+def backward_chunk_pixels(width: int, depth: int, velocity_bytes: int = 0) -> int:
+    """Pixels per chunk of the backward: its kernels hand on 2·D·(N + 2) bytes per pixel and `velocity_bytes`."""
+    return chunk_sizes.chunk_pixels(2 * width * (depth + 2) + velocity_bytes)

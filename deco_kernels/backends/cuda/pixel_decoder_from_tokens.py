@@ -1,7 +1,7 @@
 """pixel_decoder_from_tokens on CUDA devices: PyTorch's matmul and the kernels of pixel_decoder, in chunks of tokens.
 
-In the forward, the conditions of a chunk stay in the L2 cache between the two. The backward uses larger chunks: every
-chunk reads and writes the sum of up_weight's gradients, and the decoder splits it into chunks of its own.
+Every chunk of the backward reads and writes the sum of up_weight's gradients. The decoder splits it into chunks of its
+own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from deco_kernels.backends import arguments, l2_cache
+from deco_kernels.backends import arguments, chunk_sizes
 from deco_kernels.backends.cuda import calls, pixel_decoder
 from deco_kernels.backends.query import ChunkedQuery
 from deco_kernels.backends.upsample import UpsampleGradients, forward_chunk_pixels, upsample_chunks
@@ -65,7 +65,7 @@ def backward(
     totals = arguments.zero_totals(weights, needs[4:-4])
     grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device) if needs[0] else None
     kept = None if cond is None else cond.reshape(-1, weights.pixel_table.numel())
-    for chunk in upsample_chunks(image.shape, patch_size, max(1, l2_cache.LARGE_PIXELS // patch_size**2)):
+    for chunk in upsample_chunks(image.shape, patch_size, max(1, chunk_sizes.MOST_PIXELS // patch_size**2)):
         part_of_cond = upsample.cond(chunk.tokens) if kept is None else kept[chunk.tokens]
         conditions = part_of_cond.view(-1, *weights.pixel_table.shape)
         grad_cond = torch.empty_like(conditions) if upsample.wanted else None

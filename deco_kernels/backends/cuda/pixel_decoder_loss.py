@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from deco_kernels.backends import arguments, l2_cache
+from deco_kernels.backends import arguments, chunk_sizes
 from deco_kernels.backends.arguments import Gradients, Losses
 from deco_kernels.backends.composition import (
     BLOCK,
@@ -72,7 +72,7 @@ def _run(
     grad_image, grad_cond, grad_target, *grad_weights, grad_frequency_weight, grad_sample_weight, grad_query = grads
     shape = arguments.decoder_sizes(image, weights, patch_size)
     backward = any(gradient is not None for gradient in (grad_image, grad_cond, *grad_weights, grad_query))
-    pixels = chunk_pixels(cond.device, *shape[-2:]) if backward else l2_cache.LARGE_PIXELS
+    pixels = chunk_pixels(*shape[-2:]) if backward else chunk_sizes.MOST_PIXELS
     description = (
         shape,
         arguments.image(image),
@@ -92,7 +92,7 @@ def _run(
         arguments.arrays((grad_frequency_weight, grad_sample_weight)),
         arguments.HEAD_NORMS.index(head_norm),
         eps,
-        l2_cache.chunk_of_images(image, patch_size, pixels),
+        chunk_sizes.chunk_of_images(image, patch_size, pixels),
     )
     module = calls.module_for(cond)
     workspace = module.pixel_decoder_loss_workspace(cond.device.index or 0, *description)
@@ -100,6 +100,6 @@ def _run(
     return total, pixel, frequency
 
 
-def chunk_pixels(device: torch.device, width: int, depth: int) -> int:
+def chunk_pixels(width: int, depth: int) -> int:
     """Pixels per chunk with gradients of the decoder, whose kernels hand on 2·D·(N + 2) + 6 bytes per pixel."""
-    return pixel_decoder.backward_chunk_pixels(device, width, depth, velocity_bytes=6, share=l2_cache.ONE_PASS_SHARE)
+    return pixel_decoder.backward_chunk_pixels(width, depth, velocity_bytes=6)

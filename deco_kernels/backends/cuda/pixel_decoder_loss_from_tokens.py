@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from deco_kernels.backends import l2_cache
+from deco_kernels.backends import chunk_sizes
 from deco_kernels.backends.cuda import pixel_decoder_loss
 from deco_kernels.backends.loss_from_tokens import LossFromTokens
 
-# Larger chunks than stay in the L2 cache: every chunk reads and writes the sum of up_weight's gradients.
-chunked = LossFromTokens(pixel_decoder_loss, l2_cache.LARGE_PIXELS)
+chunked = LossFromTokens(pixel_decoder_loss, chunk_sizes.MOST_PIXELS)
 forward = chunked.forward
 forward_with_gradients = chunked.forward_with_gradients

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from deco_kernels.backends import arguments, l2_cache
+from deco_kernels.backends import arguments, chunk_sizes
 from deco_kernels.backends.cuda import calls
 from deco_kernels.backends.upsample import UpsampleGradients, forward_chunk_pixels
 from deco_kernels.signatures import ModulationWeights, UpsampleWeights
@@ -71,7 +71,7 @@ def backward(
     grad_h_rows = grad_h.view(-1, width)
     inputs = [_rows(tensor) for tensor in (grad_modulated, grad_gate, h)]
     kept = None if cond is None else _rows(cond)
-    for first, last in _token_chunks(len(upsample.rows), pixels, l2_cache.LARGE_PIXELS):
+    for first, last in _token_chunks(len(upsample.rows), pixels, chunk_sizes.MOST_PIXELS):
         rows = slice(first * pixels, last * pixels)
         conditions = upsample.cond(slice(first, last)).view(-1, width) if kept is None else kept[rows]
         grad_cond = torch.empty_like(conditions) if upsample.wanted else None

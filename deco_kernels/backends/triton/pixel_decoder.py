@@ -8,7 +8,7 @@ Forward: a persistent program iterates over tiles of `block` pixels; h and SiLU(
 weights pass through shared memory, and only the velocity is written. The image is read and the velocity written in
 place, by strides. Per pixel at D 32, N 3, C 3, bfloat16: 76 bytes moved, 31 kFLOP.
 
-Backward, per chunk of tokens whose workspace stays in the L2 cache (l2_cache.py):
+Backward, per chunk of tokens (chunk_sizes.py):
     recompute_kernel    recomputes the forward, stores h before each block and runs the backward of the head
     backward_kernel     of adaln_block.py, once per block, last block first; the gradient of h stays in one buffer
     embedding_kernel    gradients of the image, pixel_weight and pixel_table
@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deco_kernels.backends import l2_cache
+from deco_kernels.backends import chunk_sizes
 from deco_kernels.backends.arguments import Gradients
 from deco_kernels.signatures import DecoderWeights, flat
 
@@ -307,7 +307,6 @@ class DecoderBackward:
         needs: whether (image, cond, any weight) need a gradient; that of the query is written where there is a place.
         grad_image: written, any strides; None: allocated.
         velocity_bytes: bytes per pixel of a chunk besides N + 1 activations.
-        share: of the L2 cache, for a chunk.
     """
 
     def __init__(
@@ -322,7 +321,6 @@ class DecoderBackward:
         needs: tuple[bool, bool, bool],
         grad_image: torch.Tensor | None = None,
         velocity_bytes: int = 0,
-        share: float = l2_cache.SHARE,
     ):
         self.image, self.grad_velocity, self.weights = image, grad_velocity, weights
         self.dtype, self.patch_size, self.rms, self.eps = dtype, patch_size, head_norm == "rms", eps
@@ -343,12 +341,8 @@ class DecoderBackward:
         self.slices = triton.cdiv(program_limit(device, self.embedding), self.groups)
         recompute = parameters_for("pixel_decoder_recompute", self.width, dtype, device)
         programs = program_limit(device, recompute)
-        # The workspace of a chunk holds N + 1 activations. At least two tiles for every program of recompute_kernel,
-        # which has the largest tiles.
-        bytes_per_pixel = (self.depth + 1) * self.width * dtype.itemsize + velocity_bytes
-        self.chunk_pixels = l2_cache.chunk_pixels(
-            device, bytes_per_pixel, least=2 * recompute.block * programs, share=share
-        )
+        # The workspace of a chunk holds N + 1 activations.
+        self.chunk_pixels = chunk_sizes.chunk_pixels((self.depth + 1) * self.width * dtype.itemsize + velocity_bytes)
         self.chunk_tokens = max(1, self.chunk_pixels // pixels)
         if self.needs_weights:
             self.grad_head_weight = zeros(programs, channels, self.width)

@@ -1,8 +1,7 @@
 """pixel_decoder_from_tokens on Triton: PyTorch's matmul for the upsample and the fused decoder, in chunks.
 
 See upsample.py and pixel_decoder.py. The backward holds one chunk of conditions and of their gradients in addition to
-the workspace of the decoder, and the same of a query. Its chunks are larger than the L2 cache: every chunk reads and
-writes the sum of up_weight's gradients.
+the workspace of the decoder, and the same of a query.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from deco_kernels.backends import l2_cache
+from deco_kernels.backends import chunk_sizes
 from deco_kernels.backends.arguments import Gradients
 from deco_kernels.backends.query import ChunkedQuery
 from deco_kernels.backends.upsample import forward_chunk_pixels
@@ -79,7 +78,7 @@ def backward(
         queries = ChunkedQuery(query, weights.pixel_table.shape, query_needs)
         kept = None if cond is None else cond.reshape(-1, *weights.pixel_table.shape)
         values = sums.width * (2 if queries.upsample is None else 4)  # of cond, of a query made here, of gradients
-        chunk_tokens = max(1, l2_cache.large_pixels(values * tokens.element_size()) // patch_size**2)
+        chunk_tokens = max(1, chunk_sizes.chunk_pixels(values * tokens.element_size()) // patch_size**2)
         for start, length in chunks(upsample.tokens.shape[0], chunk_tokens):
             part = slice(start, start + length)
             conditions = upsample.cond(start, length) if kept is None else kept[part]

@@ -1,7 +1,7 @@
 """pixel_decoder_loss on Triton: decoder and loss in one pass by chunks, for patches that hold whole 8x8 blocks of the
 loss; for smaller ones the kernels of pixel_decoder and flow_matching_loss, one after the other.
 
-A chunk is whole images, or whole rows of patches of one image, whose workspace stays in the L2 cache (l2_cache.py):
+A chunk is whole images, or whole rows of patches of one image (chunk_sizes.py):
     forward_kernel      of pixel_decoder.py, stores h before each block and before the head
     gradient_kernel     of flow_matching_loss.py, stores the sums of the losses, and the gradient of the velocity in its
                         place
@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deco_kernels.backends import l2_cache
+from deco_kernels.backends import chunk_sizes
 from deco_kernels.backends.arguments import Gradients, Losses, zeroed
 from deco_kernels.backends.chunks import ImageChunk, image_chunks
 from deco_kernels.backends.composition import (
@@ -92,7 +92,7 @@ class _Pass:
     def losses(self, packed: PackedWeights) -> Losses:
         """The losses without gradients."""
         parts = []
-        for chunk in self.chunks(l2_cache.LARGE_PIXELS):
+        for chunk in self.chunks(chunk_sizes.MOST_PIXELS):
             loss = self.loss_of(chunk, self.run_decoder(chunk, packed))
             parts.append(loss.new_sums(loss.forward))
             loss.write_sums(self.forms, parts[-1])
@@ -100,7 +100,7 @@ class _Pass:
 
     def chunks(self, pixels: int) -> Iterator[ImageChunk]:
         image = self.inputs.image
-        return image_chunks(image.shape, self.patch_size, *l2_cache.chunk_of_images(image, self.patch_size, pixels))
+        return image_chunks(image.shape, self.patch_size, *chunk_sizes.chunk_of_images(image, self.patch_size, pixels))
 
     def run_decoder(self, chunk: ImageChunk, packed: PackedWeights, states: torch.Tensor | None = None) -> torch.Tensor:
         """The velocity of a chunk; `states` as in `run_forward`."""
@@ -145,14 +145,14 @@ class _PassWithGradients(_Pass):
         self.backward = DecoderBackward(
             inputs.image, inputs.image, inputs.weights, self.cond.dtype, patch_size, head_norm, eps,
             (grad_image is not None, grad_cond is not None, needs_weights), self.grad_image,
-            velocity_bytes=3 * self.cond.itemsize, share=l2_cache.ONE_PASS_SHARE,
+            velocity_bytes=3 * self.cond.itemsize,
         )  # fmt: skip
         one = torch.full((), scale, dtype=torch.float32, device=self.cond.device)
         self.coefficients = self.loss.coefficients((one, None, None), frequency_scale)
 
     def run(self) -> Losses:
         backward = self.backward
-        chunks = list(self.chunks(backward.chunk_pixels if self.needs_decoder else l2_cache.LARGE_PIXELS))
+        chunks = list(self.chunks(backward.chunk_pixels if self.needs_decoder else chunk_sizes.MOST_PIXELS))
         pixels, width = self.cond.shape[1:]
         states = self.cond.new_empty(backward.depth + 1, chunks[0].tokens.stop, pixels, width)
         parts: list[torch.Tensor] = []

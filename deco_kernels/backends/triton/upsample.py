@@ -1,7 +1,6 @@
 """Upsample linear from tokens to per-pixel conditions by PyTorch's matmul, in chunks of tokens.
 
-In the forward, the next kernel reads a chunk of conditions while it is in the L2 cache (l2_cache.py). The next chunk
-reuses its buffer unless the conditions are kept for the backward.
+In the forward, the next chunk reuses the buffer of the conditions unless they are kept for the backward.
 """
 
 from __future__ import annotations

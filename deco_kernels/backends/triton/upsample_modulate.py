@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deco_kernels.backends import l2_cache
+from deco_kernels.backends import chunk_sizes
 from deco_kernels.backends.arguments import Gradients
 from deco_kernels.backends.upsample import forward_chunk_pixels
 from deco_kernels.signatures import ModulationWeights, UpsampleWeights
@@ -180,7 +180,7 @@ def backward(
         sums = weight_partials("upsample_modulate_backward", h, 1, 3) if weights_needed else (grad_h, grad_h)
         grad_h_rows = grad_h.view(h.shape)
         kept = None if cond is None else cond.reshape(h.shape)
-        chunk_tokens = max(1, l2_cache.large_pixels(2 * width * h.element_size()) // pixels)
+        chunk_tokens = max(1, chunk_sizes.chunk_pixels(2 * width * h.element_size()) // pixels)
         for start, length in chunks(h.shape[0], chunk_tokens):
             part = slice(start, start + length)
             conditions = upsample.cond(start, length) if kept is None else kept[part]

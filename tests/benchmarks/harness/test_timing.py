@@ -13,7 +13,7 @@ from deco_kernels.machine import last_level_cache
 
 def test_contenders_take_turns_and_buffers_rotate(monkeypatch):
     log = []
-    monkeypatch.setattr("benchmarks.harness.timing.milliseconds", lambda call, device: (call(), 5.0)[1])
+    monkeypatch.setattr("benchmarks.harness.timing.milliseconds", lambda call, device, asleep_s=0.0: (call(), 5.0)[1])
     calls = [lambda count, name=name: log.append((name, count)) for name in "ab"]
     times = interleaved(calls, "cpu", budget_s=0.02, min_rounds=3, max_rounds=3)
     assert times == [[5.0] * 3] * 2
@@ -23,14 +23,14 @@ def test_contenders_take_turns_and_buffers_rotate(monkeypatch):
 
 def test_short_calls_are_repeated(monkeypatch):
     counts = []
-    monkeypatch.setattr("benchmarks.harness.timing.milliseconds", lambda call, device: (call(), 0.25)[1])
+    monkeypatch.setattr("benchmarks.harness.timing.milliseconds", lambda call, device, asleep_s=0.0: (call(), 0.25)[1])
     times = interleaved([counts.append], "cpu", budget_s=0.02, min_rounds=1, max_rounds=1)
     assert times == [[0.25 / 4]] and len(counts) == 2 + 4
 
 
 def test_long_calls_warm_up_once(monkeypatch):
     counts = []
-    monkeypatch.setattr("benchmarks.harness.timing.milliseconds", lambda call, device: (call(), 5.0)[1])
+    monkeypatch.setattr("benchmarks.harness.timing.milliseconds", lambda call, device, asleep_s=0.0: (call(), 5.0)[1])
     interleaved([counts.append], "cpu", budget_s=0.001, min_rounds=2, max_rounds=2)
     assert len(counts) == 1 + 2
 
