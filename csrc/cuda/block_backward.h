@@ -27,8 +27,8 @@ struct BlockBackward {
   int depth = 1;  // decoder blocks in the partials
   int width = 0;
   int chain_warps = 0, buffers = 0, parts = 0;  // set by block_backward
-  bool first = true, last = true;  // first and last step of the chain
-  bool accumulate = false;         // add to the partials instead of overwriting them
+  bool first = true, last = true;               // first and last step of the chain
+  bool accumulate = false;                      // add to the partials instead of overwriting them
   bool mlp = true;
   float eps = 0;
   DType operand = DType::kBFloat16;
