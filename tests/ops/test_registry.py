@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_no_private_name_of_pytorch():
-    """Renames inside PyTorch must not break the ops, which fix only the lowest version. `torch._foreach_*` is public."""
+    """Renames in PyTorch must not break the ops, which fix only the lowest version. `torch._foreach_*` is public."""
     for path in Path(ops.__file__).parent.glob("*.py"):
         text = path.read_text().replace("torch._foreach_", "torch.foreach_")
         names = set(re.findall(r"\b\w+\._[a-zA-Z]\w*", text))
