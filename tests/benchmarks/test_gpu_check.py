@@ -344,8 +344,9 @@ def test_tests_in_several_processes_are_recorded_once(tmp_path):
     (step,) = (step for step in stages.first(stages.Machine("9.0", tmp_path)) if step.name == "tests")
     options = step.command[: step.command.index(str(stages.gpu_tests()[0]))]
     assert "-n" in options
-    command = [*options, "-m", "", f"--rootdir={tmp_path}", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=running.ROOT)
+    command = [*options, "-p", "xdist", "-m", "", f"--rootdir={tmp_path}", str(path)]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=running.ROOT)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     found = {line["test"].split("::")[-1]: line["outcome"] for line in lines}
     assert len(lines) == 2 and found == {"test_right": "passed", "test_wrong": "failed"}
