@@ -26,7 +26,7 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     outcome = _outcome(report)
-    if outcome is None or _reporter is None:  # processes of pytest-xdist report to the one that has the reporter
+    if outcome is None:
         return
     line = {"test": report.nodeid, "outcome": outcome, "seconds": round(report.duration, 3)}
     if outcome != "passed":
