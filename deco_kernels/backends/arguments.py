@@ -97,23 +97,31 @@ def zeroed(gradients: Gradients) -> Gradients:
     return tuple(None if gradient is None else gradient.zero_() for gradient in gradients)
 
 
-def zero_totals(weights: Sequence[Any], needs: Sequence[bool]) -> Gradients:
-    """Float32 zeros of the weights' shapes, to accumulate gradients in; None where `needs` is False."""
-    return tuple(
-        torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need else None
-        for weight, need in zip(flat(weights), needs, strict=True)
-    )
+class WeightGradients:
+    """Gradients of weights, summed over chunks in float32."""
 
+    def __init__(self, weights: Sequence[Any], needs: Sequence[bool]):
+        """`needs`: which gradients are needed."""
+        self.weights, self.needs = flat(weights), needs
+        self.totals: Gradients | None = None
 
-def empty_parts(totals: Gradients) -> Gradients:
-    """Uninitialized tensors for the gradients of one chunk."""
-    return tuple(None if total is None else torch.empty_like(total) for total in totals)
+    def new_part(self) -> Gradients:
+        """Uninitialized tensors for the gradients of one chunk; None if not needed."""
+        pairs = zip(self.weights, self.needs, strict=True)
+        return tuple([w.new_empty(w.shape, dtype=torch.float32) if need else None for w, need in pairs])
 
+    def add(self, part: Gradients) -> None:
+        """Add the gradients of a chunk; those of the first become the totals."""
+        if self.totals is None:
+            self.totals = part
+        else:
+            add_gradients(self.totals, part)
 
-def cast_gradients(totals: Gradients, weights: Sequence[Any]) -> Gradients:
-    """Cast each of `totals` to the dtype of its weight."""
-    pairs = zip(totals, flat(weights), strict=True)
-    return tuple(None if total is None else total.to(weight.dtype) for total, weight in pairs)
+    def results(self) -> Gradients:
+        """Each in the dtype of its weight; None if not needed, zeros if there are no chunks."""
+        totals = zeroed(self.new_part()) if self.totals is None else self.totals
+        pairs = zip(totals, self.weights, strict=True)
+        return tuple([None if total is None else total.to(weight.dtype) for total, weight in pairs])
 
 
 def image(tensor: torch.Tensor | None) -> tuple[int, ...]:

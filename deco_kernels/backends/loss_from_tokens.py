@@ -126,11 +126,11 @@ def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
     return part.numel() / whole.numel()
 
 
-def _sums(losses: Sequence[Losses], image: torch.Tensor) -> Losses:
+def _sums(parts: Sequence[Losses], image: torch.Tensor) -> Losses:
     """Sums over the chunks, in order; zeros for an empty batch."""
-    total, pixel, frequency = (torch.zeros((), dtype=torch.float32, device=image.device) for _ in range(3))
-    for total_part, pixel_part, frequency_part in losses:
-        total += total_part
-        pixel += pixel_part
-        frequency += frequency_part
+    total, pixel, frequency = losses = tuple(
+        torch.zeros((), dtype=torch.float32, device=image.device) for _ in range(3)
+    )
+    for part in parts:
+        torch._foreach_add_(losses, part)
     return total, pixel, frequency

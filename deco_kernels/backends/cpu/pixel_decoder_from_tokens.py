@@ -124,7 +124,7 @@ def backward(
     grad_image = torch.empty(image.shape, dtype=image.dtype) if needs[0] else None
     upsample = UpsampleGradients(tokens, up, needs[1:4])
     chunked = ChunkedQuery(query, weights.pixel_table.shape, needs[-4:])
-    totals = arguments.zero_totals(weights, needs[4:-4])
+    weight_gradients = arguments.WeightGradients(weights, needs[4:-4])
     kept_rows = None if cond is None else cond.reshape(-1, pixels * width)
     for chunk in upsample_chunks(image.shape, patch_size, chunk_tokens(up)):
         image_chunk = chunk.of(image)
@@ -132,7 +132,7 @@ def backward(
         part_query = arguments.readable_query(chunked.of(chunk.tokens, tokens.dtype))
         grad_cond = upsample.new_grad_cond(chunk.token_count, pixels)
         grad_query = chunked.new_gradient(chunk.token_count)
-        grads = arguments.empty_parts(totals)
+        grads = weight_gradients.new_part()
         native.cpu().pixel_decoder_backward(
             arguments.decoder_sizes(image_chunk, weights, patch_size),
             arguments.image(chunk.of(grad_velocity)),
@@ -148,7 +148,7 @@ def backward(
             eps,
             torch.get_num_threads(),
         )
-        arguments.add_gradients(totals, grads)
+        weight_gradients.add(grads)
         upsample.add(chunk.tokens.start, grad_cond)
         chunked.add(chunk.tokens, grad_query)
-    return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, weights), *chunked.results())
+    return (grad_image, *upsample.results(), *weight_gradients.results(), *chunked.results())

@@ -93,14 +93,14 @@ def backward(
     grad_h = torch.empty(h.shape, dtype=h.dtype) if needs[0] else None
     grad_h_rows = None if grad_h is None else grad_h.view(-1, width)
     upsample = UpsampleGradients(tokens, up, needs[1:4])
-    totals = arguments.zero_totals(weights, needs[4:])
+    weight_gradients = arguments.WeightGradients(weights, needs[4:])
     inputs = [_rows(tensor) for tensor in (grad_modulated, grad_gate, h)]
     kept_rows = None if cond is None else _rows(cond)
     for first, last in _chunks(upsample):
         rows = slice(first * pixels, last * pixels)
         cond_rows = upsample.cond(slice(first, last)).view(-1, width) if kept_rows is None else kept_rows[rows]
         grad_cond = upsample.new_grad_cond(last - first, pixels)
-        grads = arguments.empty_parts(totals)
+        grads = weight_gradients.new_part()
         native.cpu().modulate_backward(
             *arguments.row_sizes(cond_rows),
             *(arguments.rows(tensor[rows]) for tensor in inputs),
@@ -112,9 +112,9 @@ def backward(
             eps,
             torch.get_num_threads(),
         )
-        arguments.add_gradients(totals, grads)
+        weight_gradients.add(grads)
         upsample.add(first, grad_cond)
-    return (grad_h, *upsample.results(), *arguments.cast_gradients(totals, weights))
+    return (grad_h, *upsample.results(), *weight_gradients.results())
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ def backward(
     upsample = UpsampleGradients(tokens, up, needs=needs[1:4])
     weights = arguments.contiguous(weights)
     queries = ChunkedQuery(query, weights.pixel_table.shape, needs[-4:])
-    totals = arguments.zero_totals(weights, needs[4:-4])
+    weight_gradients = arguments.WeightGradients(weights, needs[4:-4])
     grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device) if needs[0] else None
     kept = None if cond is None else cond.reshape(-1, weights.pixel_table.numel())
     for chunk in upsample_chunks(image.shape, patch_size, max(1, chunk_sizes.MOST_PIXELS // patch_size**2)):
@@ -71,11 +71,11 @@ def backward(
         grad_cond = torch.empty_like(conditions) if upsample.wanted else None
         grad_query = torch.empty_like(conditions) if queries.wanted else None
         grad_part = None if grad_image is None else chunk.of(grad_image)
-        grads = arguments.empty_parts(totals)
+        grads = weight_gradients.new_part()
         inputs = (chunk.of(image), conditions, weights, calls.readable_query(queries.of(chunk.tokens, tokens.dtype)))
         found = (grad_part, grad_cond, *grads, grad_query)
         pixel_decoder.run_backward(chunk.of(grad_velocity), *inputs, found, patch_size, head_norm, eps)
-        arguments.add_gradients(totals, grads)
+        weight_gradients.add(grads)
         upsample.add(chunk.tokens.start, grad_cond)
         queries.add(chunk.tokens, grad_query)
-    return (grad_image, *upsample.results(), *arguments.cast_gradients(totals, weights), *queries.results())
+    return (grad_image, *upsample.results(), *weight_gradients.results(), *queries.results())

@@ -65,7 +65,7 @@ def backward(
     module = calls.module_for(h)
     upsample = UpsampleGradients(tokens, up, needs=needs[1:4])
     weights = arguments.contiguous(weights)
-    totals = arguments.zero_totals(weights, needs[4:])
+    weight_gradients = arguments.WeightGradients(weights, needs[4:])
     pixels, width = h.shape[-2:]
     grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     grad_h_rows = grad_h.view(-1, width)
@@ -75,7 +75,7 @@ def backward(
         rows = slice(first * pixels, last * pixels)
         conditions = upsample.cond(slice(first, last)).view(-1, width) if kept is None else kept[rows]
         grad_cond = torch.empty_like(conditions) if upsample.wanted else None
-        grads = arguments.empty_parts(totals)
+        grads = weight_gradients.new_part()
         calls.launch(
             module.modulate_backward,
             module.modulate_backward_workspace(h.device.index or 0, len(conditions), width),
@@ -90,12 +90,12 @@ def backward(
             arguments.arrays(grads),
             eps,
         )
-        arguments.add_gradients(totals, grads)
+        weight_gradients.add(grads)
         upsample.add(first, None if grad_cond is None else grad_cond.view(last - first, pixels, width))
     return (
         grad_h if needs[0] else None,
         *upsample.results(),
-        *arguments.cast_gradients(totals, weights),
+        *weight_gradients.results(),
     )
 
 
