@@ -81,7 +81,8 @@ class OnePass {
     }
   }
 
-  void prefetch(const PixelBlock& block) const {
+  // Always inlined (rows.h).
+  DECO_INLINE void prefetch(const PixelBlock& block) const {
     const char* rows[T];
     for (const PixelRows& source : {call_.cond, call_.query}) {
       if (source.data == nullptr) continue;

@@ -149,9 +149,9 @@ inline void row_addresses(const Rows& rows, int64_t first_row, int count, Pointe
   for (int i = 0; i < T; ++i) addresses[i] = i < count ? first + i * bytes : padding;
 }
 
-// Prefetches rows first_row .. first_row + T - 1 of D values, up to the last row.
+// Prefetches rows first_row .. first_row + T - 1 of D values, up to the last row. Always inlined (rows.h).
 template <int D, int T>
-inline void prefetch_rows(const DecoderShape& shape, const PixelRows& rows, int64_t first_row) {
+DECO_INLINE void prefetch_rows(const DecoderShape& shape, const PixelRows& rows, int64_t first_row) {
   const int64_t left = shape.pixels() - first_row;
   const char* addresses[T];
   row_addresses<T, const char*>(shape, rows, first_row, static_cast<int>(left < T ? left : T), kZeroRow, addresses);

@@ -133,6 +133,8 @@ void store_rows(DType dtype, const typename Operand::Element (*tile)[T], int cou
   store_rows_as<kCached, Operand, D, T>(dtype, tile, count, rows);
 }
 
+// Functions that only prefetch are always inlined: GCC takes them for functions without effect and drops their calls.
+
 // Prefetches share `step` of `steps` of the rows of D values into the L2 cache.
 template <int D, int T>
 DECO_INLINE void prefetch_rows(DType dtype, const char* const (&rows)[T], int step, int steps) {
@@ -142,7 +144,7 @@ DECO_INLINE void prefetch_rows(DType dtype, const char* const (&rows)[T], int st
 
 // Prefetches rows first .. first + T - 1, up to row total - 1, into the L2 cache.
 template <int D, int T>
-void prefetch_rows(const Rows& rows, int64_t first, int64_t total) {
+DECO_INLINE void prefetch_rows(const Rows& rows, int64_t first, int64_t total) {
   const int64_t end = first + T < total ? first + T : total, bytes = size_of(rows.dtype);
   for (int64_t row = first; row < end; ++row) {
     const char* address = static_cast<const char*>(rows.data) + row * rows.stride * bytes;
