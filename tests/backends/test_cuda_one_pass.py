@@ -137,12 +137,9 @@ def test_launches_with_and_without_gradients(emulated):
 
 
 def test_losses_without_gradients(emulated, monkeypatch):
-    inputs = small_inputs(OP, BF16)
-    expected = testing.run(inputs, BACKEND).outputs
     monkeypatch.setattr(chunk_sizes, "MOST_PIXELS", 128)
-    found = ops.pixel_decoder_loss(**inputs.tensors, **inputs.options, backend=BACKEND)
-    for loss, other in zip(found, expected, strict=True):
-        assert testing.relative_error(loss, other) <= 1e-6
+    for op in (OP, one_pass.FROM_TOKENS):
+        one_pass.test_losses_without_gradients(BACKEND, op, BF16)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

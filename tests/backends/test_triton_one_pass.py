@@ -104,12 +104,9 @@ def test_only_the_gradients_asked_for():
 
 
 def test_losses_without_gradients(monkeypatch):
-    inputs = small_inputs(OP, BF16, width=16, depth=1)
-    expected = testing.run(inputs, "triton").outputs
     monkeypatch.setattr(chunk_sizes, "MOST_PIXELS", 128)
-    found = ops.pixel_decoder_loss(**inputs.tensors, **inputs.options, backend="triton")
-    for loss, other in zip(found, expected, strict=True):
-        assert testing.relative_error(loss, other) <= 1e-6
+    for op in (OP, one_pass.FROM_TOKENS):
+        one_pass.test_losses_without_gradients("triton", op, BF16)
 
 
 def test_a_fault_in_the_gradient_of_the_loss_is_caught(monkeypatch):

@@ -202,6 +202,22 @@ def test_only_total_is_differentiable(implementation):
     assert total.requires_grad and not pixel.requires_grad and not frequency.requires_grad
 
 
+@each_implementation
+@pytest.mark.parametrize("op", [OP, FROM_TOKENS])
+def test_losses_without_gradients(implementation, op, dtype=F32):
+    """Computed by other code than with gradients, which takes the query and the head norm too."""
+    query = "given" if op == OP else "tokens"
+    sizes = {"image_size": (2, 16, 16), "width": 16, "depth": 1}
+    inputs = block_inputs(dtype, op=op, query=query, head_norm="rms", **sizes)
+    with torch.no_grad():
+        found = getattr(ops, op)(**inputs.tensors, **inputs.options, backend=implementation)
+    with_gradients = testing.run(inputs, implementation).outputs
+    exact = testing.exact_results(inputs).outputs
+    for loss, same, expected in zip(found, with_gradients, exact, strict=True):
+        assert testing.relative_error(loss, same) <= 1e-6
+        assert testing.relative_error(loss, expected) <= max(1e-6, torch.finfo(dtype).eps)
+
+
 def test_without_gradients_only_the_losses_are_computed():
     inputs = block_inputs()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
