@@ -155,14 +155,15 @@ class Upsample {
     if (packed_[part] != other.pixel) pack_panel(other.pixel, panel);
     packed_[part] = other.pixel;
     const int64_t first = other.first_token % kTokenChunk;
+    const char* ahead = weight_row((int64_t{other.pixel} + 1) * D);
     return {other.pixel,
             other.count,
             other.first_token,
             panel,
             bias_ + other.pixel * D,
             tokens_ + first / kStrip * strip_size(),
-            nullptr,
-            nullptr};
+            ahead,
+            other.ahead == other.ahead_end ? ahead : weight_row((int64_t{other.pixel} + 2) * D)};
   }
 
  private:

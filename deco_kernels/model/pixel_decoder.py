@@ -78,9 +78,10 @@ def fold_query_features(
     autocast_off = contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
     with autocast_off:
         features = input_weight.to(dtype) @ embed_weight.to(dtype)
-        count = features.shape[1]
-        weight = torch.einsum("df,fpz->pdz", features, feature_weight.to(dtype).unflatten(0, (count, -1)))
-        bias = torch.einsum("df,fp->pd", features, feature_bias.to(dtype).unflatten(0, (count, -1)))
+        by_feature = (features.shape[1], -1)
+        rows = feature_weight.to(dtype).unflatten(0, by_feature).transpose(0, 1)  # [P, F, Zq]
+        weight = torch.bmm(features.expand(len(rows), -1, -1), rows)  # reads the rows where they are
+        bias = feature_bias.to(dtype).unflatten(0, by_feature).T @ features.T
         return weight.flatten(0, 1), bias.flatten()
 
 
