@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from deco_kernels import ops
-from deco_kernels.integrations.structure import block_parts, randomize, require_unwrapped
-
-_SAME = 1e-4  # relative L2 difference allowed in float32
+from deco_kernels.integrations.structure import SAME, block_parts, randomize, require_unwrapped
 
 
 class FusedBlock:
@@ -100,7 +98,7 @@ def _require_same_function(block: nn.Module, path: str) -> None:
         raise ValueError(f"{path}: expected a block with forward(h, cond), got {found}") from error
     expected = fused.forward(h, cond)
     shape = list(getattr(own, "shape", [type(own).__name__]))
-    if shape != list(expected.shape) or not (own - expected).norm() <= _SAME * expected.norm():
+    if shape != list(expected.shape) or not (own - expected).norm() <= SAME * expected.norm():
         raise ValueError(
             f"{path}: expected h + gate·mlp(in_ln(h)·(1 + scale) + shift) on random weights, got a result of shape "
             f"{shape} that differs; leave this block out by calling swap_blocks on other modules"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from deco_kernels import ops
 from deco_kernels.integrations.fused_forward import FusedForward
@@ -82,6 +83,34 @@ class FusedForwardWithFeatures(FusedForward):
         channels, width = self.parts.channels, self.parts.input.in_features
         weight = self.parts.embed.weight
         return weight.split((channels, width, weight.shape[1] - channels - width), dim=1)
+
+
+class ConditionedForward:
+    """`forward` of the model that calls the four: its own, which leaves no condition behind if it raises.
+
+    Holds modules, not tensors, so that deep copies, `.to()` and `load_state_dict` take effect.
+    """
+
+    def __init__(self, model: nn.Module, fused: FusedForwardWithFeatures):
+        self.model, self.fused = model, fused
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        try:
+            return type(self.model).forward(self.model, *inputs, **options)
+        finally:
+            self.fused.pending.cond = None
+
+
+def attach_forward(model: nn.Module, fused: FusedForwardWithFeatures) -> None:
+    """Give a swapped model its `ConditionedForward`, unless its forward is replaced."""
+    if "forward" not in vars(model):
+        model.forward = ConditionedForward(model, fused).forward
+
+
+def detach_forward(model: nn.Module) -> None:
+    """Remove what `attach_forward` has added to the model."""
+    if isinstance(getattr(vars(model).get("forward"), "__self__", None), ConditionedForward):
+        del model.forward
 
 
 class _Pending(threading.local):

@@ -24,7 +24,8 @@ _WRAPPERS = {
     "FSDPModule": "FSDP",
     "ScriptModule": "torch.jit",
 }
-_SAME = 1e-4  # relative L2 difference allowed in float32 between the model's own decoder and the fused formula
+SAME = 1e-4
+"""Relative L2 difference allowed in float32 between a model's own function and the fused formula."""
 _ON_CPU: dict[str, Any] = dict(device="cpu", dtype=torch.float32)
 _COPIED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -361,7 +362,7 @@ def require_same_function(parts: DecoderParts, fused_forward: Callable[[DecoderP
             found = str(list(getattr(own, "shape", [type(own).__name__])))
             _differs("dec_net", f"to return {list(fused.shape)}", found)
         difference = ((own.double() - fused.double()).norm() / fused.double().norm()).item()
-        if not difference <= _SAME:
+        if not difference <= SAME:
             found = f"a relative difference of {difference:.2g} on random weights in {mode} mode"
             _differs("dec_net", "the published formula", found)
 

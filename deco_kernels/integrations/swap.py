@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from deco_kernels.integrations.fused_features import FusedForwardWithFeatures
+from deco_kernels.integrations.fused_features import FusedForwardWithFeatures, attach_forward, detach_forward
 from deco_kernels.integrations.fused_forward import FusedForward
 from deco_kernels.integrations.halves import attach_halves, detach_halves
 from deco_kernels.integrations.losses import attach_losses, detach_losses
@@ -50,8 +50,8 @@ def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | 
     """Make a model of a published structure run its per-pixel decoder through the fused ops.
 
     Replaces the `forward` of `model.x_embedder` and `model.dec_net`, on these two objects; in CoD-Lite (arXiv
-    2604.12525), and in the `pipeline` or `decoder_model` of Mage-VAE (arXiv 2607.19064), also that of `y_embedder_x`
-    and `final_layer`. Modules, parameters and
+    2604.12525), and in the `pipeline` or `decoder_model` of Mage-VAE (arXiv 2607.19064), also that of `y_embedder_x`,
+    of `final_layer` and of the module that has them. Modules, parameters and
     names in the state_dict do not change, so optimizers, checkpoints, averaged copies and `copy.deepcopy` work as
     before. Call it before `torch.compile`, DDP and FSDP.
 
@@ -102,6 +102,8 @@ def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | 
     if structure == DECO:
         attach_halves(model, fused)
         attach_losses(model, fused)
+    if isinstance(fused, FusedForwardWithFeatures):
+        attach_forward(holder, fused)
     return Swap(model, structure)
 
 
@@ -122,6 +124,8 @@ def undo_swap(model: nn.Module) -> None:
     if structure == DECO:
         detach_halves(model)
         detach_losses(model)
+    else:
+        detach_forward(holder)
 
 
 def _warn_of_hooks(parts: DecoderParts) -> None:

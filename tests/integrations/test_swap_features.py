@@ -142,6 +142,20 @@ def test_the_decoder_net_needs_a_condition():
     assert torch.equal(net(image, tokens, cond), expected)
 
 
+@pytest.mark.parametrize("held", [lambda net: net, lambda net: MageVae("pipeline", net)], ids=["own", "held"])
+def test_an_exception_leaves_no_condition_behind(held):
+    net, (image, tokens, cond) = randomized(CodLiteDecoder(**SIZES)), random_inputs()
+    swap = swap_decoder(held(net))
+    expected = net(image, tokens, cond)
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):  # after y_embedder_x
+        swap.model(image, tokens, cond[:, :, :, :2])
+    with pytest.raises(RuntimeError, match="expected a call of y_embedder_x before it"):
+        net.dec_net(torch.zeros(12, 16, 3), tokens)
+    assert torch.equal(net(image, tokens, cond), expected)
+    swap.undo()
+    assert "forward" not in vars(net)
+
+
 def test_checkpointing_of_the_whole_decoder():
     net, inputs = randomized(CodLiteDecoder(**SIZES)), random_inputs()
     swap_decoder(net)
