@@ -40,7 +40,7 @@ def test_contenders_agree(dtype):
     for name in (codec.BEST_EAGER, codec.OURS):
         tolerance = 1e-5 if dtype is torch.float32 else 3e-2
         assert testing.relative_error(frame.call(name, dtype)(), expected) <= tolerance
-    codec.verify(dtype, [codec.PUBLISHED, codec.OURS])
+    codec.verify(dtype, [codec.PUBLISHED, codec.BEST_EAGER, codec.OURS])
 
 
 def test_a_wrong_decoder_is_refused(monkeypatch):
@@ -54,6 +54,25 @@ def test_a_wrong_decoder_is_refused(monkeypatch):
     monkeypatch.setattr(codec, "decoder_of", wrong)
     with pytest.raises(ValueError, match="codec: deco_kernels: expected a relative error"):
         codec.verify(torch.float32, [codec.PUBLISHED, codec.OURS])
+
+
+def test_a_wrong_compiled_decoder_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: lambda *inputs: 1.01 * module(*inputs))
+    with pytest.raises(ValueError, match=r"codec: torch\.compile: expected a relative error"):
+        codec.verify(torch.float32, list(codec.CONTENDERS))
+
+
+def test_compilation_is_not_in_the_memory(monkeypatch):
+    frames, events = [], []
+
+    def compiled(module, dynamic):
+        return lambda image, *inputs: frames.append(image.shape[-2:]) or events.append("call") or image
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(codec, "reset_peak", lambda device: events.append("reset") or 0)
+    monkeypatch.setattr(codec, "peak_bytes", lambda device: 5)
+    assert codec.growth(codec.COMPILED, 48, 64, torch.float32) == 5
+    assert frames == [(32, 32), (48, 64), (48, 64)] and events == ["call", "call", "reset", "call"]
 
 
 def test_memory_is_measured(capsys):
