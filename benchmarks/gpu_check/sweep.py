@@ -112,7 +112,7 @@ def call_of(op: str, backend: str, training: bool) -> Callable[[], object]:
 @functools.cache
 def inputs_of(op: str) -> testing.Inputs:
     sizes = dict(width=32, image_size=IMAGE, token_width=_TOKEN_WIDTH)
-    return testing.randominputs_of(op, dtype=torch.bfloat16, other_dtype=torch.bfloat16, device="cuda", **sizes)
+    return testing.random_inputs(op, dtype=torch.bfloat16, other_dtype=torch.bfloat16, device="cuda", **sizes)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from deco_kernels.testing import emulation, source_regions
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", *CONSUMER)
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
-_WIDTHS, _DEPTH, _IMAGE = (16, 32, 64), 3, (1, 256, 256)
+_WIDTHS, DEPTH, _IMAGE = (16, 32, 64), 3, (1, 256, 256)
 _PIXELS = _IMAGE[1] * _IMAGE[2]
 _LOSS, _PADDED_IMAGE = "flow_matching_loss", (1, 252, 252)
 _MANY_MULTIPROCESSORS = 1 << 16  # every grid then has one block per tile
@@ -53,7 +53,7 @@ KERNELS = {
     # RMS head.
     **{
         f"pixel_decoder.forward_kernel{general}{extended}": Kernel(
-            "pixel_decoder", "pixel_decoder_forward", inner_trips=_DEPTH, skipped=("refill_of_forward",)
+            "pixel_decoder", "pixel_decoder_forward", inner_trips=DEPTH, skipped=("refill_of_forward",)
         )
         for general, extended in _VARIANTS
     },
@@ -61,7 +61,7 @@ KERNELS = {
         f"pixel_decoder.forward_kernel{general}+keeps{extended}": Kernel(
             "pixel_decoder_loss",
             "pixel_decoder_keeping_forward",
-            inner_trips=_DEPTH,
+            inner_trips=DEPTH,
             skipped=("refill_of_forward",),
         )
         for general, extended in _VARIANTS
@@ -74,7 +74,7 @@ KERNELS = {
     "upsample_modulate.modulate_kernel": Kernel("upsample_modulate", "upsample_modulate_forward"),
     **{
         f"decoder_recompute.recompute_kernel{general}{extended}": Kernel(
-            "pixel_decoder", "pixel_decoder_recompute", inner_trips=_DEPTH, skipped=("refill_of_recompute",)
+            "pixel_decoder", "pixel_decoder_recompute", inner_trips=DEPTH, skipped=("refill_of_recompute",)
         )
         for general, extended in _VARIANTS
     },
@@ -318,7 +318,7 @@ def launches(width: int, shared_limit: int, extended: bool = False) -> dict[tupl
     try:
         for op, image_size in calls:
             inputs = testing.random_inputs(
-                op, dtype=torch.bfloat16, width=width, depth=_DEPTH, image_size=image_size, token_width=8, **options
+                op, dtype=torch.bfloat16, width=width, depth=DEPTH, image_size=image_size, token_width=8, **options
             )
             for name, blocks, threads, shared_bytes in module.launches_of(
                 lambda inputs=inputs: testing.run(inputs, emulation.BACKEND)

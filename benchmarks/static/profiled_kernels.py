@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from benchmarks.static.cuda_kernels import KERNELS
+from benchmarks.static.cuda_kernels import DEPTH, KERNELS
 from benchmarks.static.figures import CUDA_PREFIX
 from deco_kernels import BackendUnavailable, testing
 
@@ -50,13 +50,14 @@ def by_variant(op: str, events: Iterable[Event]) -> dict[str, list[float]]:
         function = re.search(r"\bdeco::cuda::.*?(\w+_kernel)\b", name)
         if function:
             launches[function[1]].append(milliseconds)
+    depth = DEPTH if op.startswith("pixel_decoder") else 1  # launches of the block backward in a chunk
     variants = {variant: _parts(variant) for variant, kernel in KERNELS.items() if kernel.op == op}
     in_steps = {function for function, flags in variants.values() if flags & _STEPS}
     found: dict[str, list[float]] = defaultdict(list)
     for variant, (function, flags) in variants.items():
         times = launches[function] if not flags & _OTHER_CALLS else []
         for index, milliseconds in enumerate(times):
-            position = (("first", index == 0), ("last", index == len(times) - 1))
+            position = (("first", index % depth == 0), ("last", index % depth == depth - 1))
             if function not in in_steps or {step for step, holds in position if holds} == flags & _STEPS:
                 found[variant].append(milliseconds)
     return dict(found)

@@ -49,7 +49,7 @@ def recorded_launches(architecture: str, width: int, dtype: torch.dtype) -> dict
     return launches
 
 
-def launches_of(inputs, architecture: str) -> list:
+def launches_of(inputs, architecture: str, multiprocessors: int | None = None) -> list:
     """Launches of the Triton backend in forward and backward of these `testing.Inputs`, recorded without running."""
     from deco_kernels.backends.triton import launching
     from deco_kernels.testing.inputs import KEEPS_COND
@@ -58,7 +58,7 @@ def launches_of(inputs, architecture: str) -> list:
     groups, options = inputs.groups(), list(inputs.options.values())
     if inputs.op != "flow_matching_loss":
         options.append(1e-6)
-    with launching.record_launches(architecture) as recorded:
+    with launching.record_launches(architecture, multiprocessors) as recorded:
         if inputs.op in ONE_PASS:
             module.forward(groups, *options)
             module.forward_with_gradients(groups, *options, gradients_needed(inputs))

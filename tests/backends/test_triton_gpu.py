@@ -174,7 +174,7 @@ def test_memory_grows_by_the_outputs_and_the_workspace():
     before = torch.cuda.memory_allocated()
     results = testing.run(inputs, "triton")
     outputs = sum(t.numel() * t.element_size() for t in (*results.outputs, *results.gradients.values()))
-    assert torch.cuda.max_memory_allocated() - before - outputs <= 200e6
+    assert torch.cuda.max_memory_allocated() - before - outputs <= 300e6  # of which a chunk's workspace takes 268 MB
 
 
 def test_the_condition_of_all_tokens_never_exists_at_inference():
@@ -190,7 +190,7 @@ def test_the_condition_of_all_tokens_never_exists_at_inference():
     before = torch.cuda.memory_allocated()
     output = velocity()
     growth = torch.cuda.max_memory_allocated() - before - output.numel() * output.element_size()
-    assert growth <= 50e6  # one chunk of conditions has 34 MB, all of them 67 MB
+    assert growth <= 80e6  # one chunk of conditions has 67 MB, all of them 134 MB
 
 
 def test_float64_is_refused_by_name():

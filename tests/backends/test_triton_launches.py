@@ -53,6 +53,21 @@ def test_every_kernel_has_launch_parameters(op):
                 assert launch.options["num_warps"] in (1, 2, 4, 8) and launch.options["num_stages"] >= 1
 
 
+@pytest.mark.parametrize("op", ["adaln_block", "pixel_decoder", "pixel_decoder_loss", "upsample_modulate"])
+def test_every_program_has_a_place_for_its_sums(op):
+    """On a device with 132 multiprocessors and more tiles than programs, where sums are per program."""
+    sums = ("grad_head_weight_ptr", "grad_head_bias_ptr", "grad_matrix_ptr", "grad_bias_ptr")
+    found = set()
+    for width, dtype in itertools.product(triton_kernels.WIDTHS, (torch.bfloat16, torch.float32)):
+        inputs = testing.random_inputs(op, dtype=dtype, width=width, patch_size=16, image_size=(1, 256, 512))
+        for architecture in (*triton_kernels.ARCHITECTURES, "sm_86", "gfx950"):
+            for launch in triton_kernels.launches_of(inputs, architecture, 132):
+                for name in set(sums) & set(launch.args):
+                    found.add(launch.kernel.fn.__name__)
+                    assert launch.grid[0] <= launch.args[name].shape[0], (architecture, width, dtype, name)
+    assert found
+
+
 def test_parameters_can_be_replaced():
     from deco_kernels.backends.triton import table
 

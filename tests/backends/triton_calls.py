@@ -6,7 +6,7 @@ from deco_kernels import testing
 from deco_kernels.testing.inputs import LOSSES
 from tests.ops.cases import BF16, CASES, F16, F32, OPS, Case, in_layout, small_inputs, transposed
 
-MANY_PIXELS = (16, 256, 256)
+MANY_PIXELS = (32, 256, 256)
 
 
 def few_cases() -> Iterator[tuple[str, Case]]:

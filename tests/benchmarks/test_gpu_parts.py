@@ -251,20 +251,22 @@ def test_an_architecture_without_budgets_is_refused(device, monkeypatch):
 
 
 def test_profiled_launches_are_told_apart_by_their_order():
+    """Two chunks of a decoder with three decoder blocks."""
+
     def event(name, milliseconds):
         return f"void deco::cuda::(anonymous namespace)::{name}<deco::BFloat16, 32>(Params)", milliseconds
 
     events = [event("forward_kernel", 1.0), ("void at::native::elementwise_kernel<4>()", 9.0)]
     events += [event("recompute_kernel", 2.0)]
-    events += [event("backward_kernel", milliseconds) for milliseconds in (3.0, 4.0, 5.0)]
+    events += [event("backward_kernel", milliseconds) for milliseconds in (3.0, 4.0, 5.0, 6.0, 7.0, 8.0)]
     events += [event("sum_kernel", 0.1), event("sum_kernel", 0.2)]
     backward = "block_backward.backward_kernel+mlp+tiled"
     assert profiled_kernels.by_variant("pixel_decoder", events) == {
         "pixel_decoder.forward_kernel": [1.0],
         "decoder_recompute.recompute_kernel": [2.0],
-        f"{backward}+first": [3.0],
-        backward: [4.0],
-        f"{backward}+last": [5.0],
+        f"{backward}+first": [3.0, 6.0],
+        backward: [4.0, 7.0],
+        f"{backward}+last": [5.0, 8.0],
         "gradient_sums.sum_kernel": [0.1, 0.2],
     }
     alone = profiled_kernels.by_variant("adaln_block", [event("backward_kernel", 6.0)])

@@ -339,8 +339,11 @@ class DecoderBackward:
         self.embedding = parameters_for("pixel_decoder_embedding", self.width, dtype, device)
         self.groups = max(1, pixels // self.embedding.block)
         self.slices = triton.cdiv(program_limit(device, self.embedding), self.groups)
-        recompute = parameters_for("pixel_decoder_recompute", self.width, dtype, device)
-        programs = program_limit(device, recompute)
+        # Of recompute_kernel, or of head_kernel of pixel_decoder_loss.py.
+        programs = max(
+            program_limit(device, parameters_for(kernel, self.width, dtype, device))
+            for kernel in ("pixel_decoder_recompute", "pixel_decoder_head")
+        )
         # The workspace of a chunk holds N + 1 activations.
         self.chunk_pixels = chunk_sizes.chunk_pixels((self.depth + 1) * self.width * dtype.itemsize + velocity_bytes)
         self.chunk_tokens = max(1, self.chunk_pixels // pixels)

@@ -88,7 +88,6 @@ _TABLE: dict[tuple[str, int, int], Launch] = {
 _ARCHITECTURE_TABLE: dict[tuple[str, int, int, str], Launch] = {
     ("pixel_decoder", 32, 2, "sm_90"): Launch(64, 4, 2, 4),
     ("pixel_decoder_recompute", 32, 2, "sm_90"): Launch(128, 4, 1, 2),
-    ("pixel_decoder_head", 32, 2, "sm_90"): Launch(128, 4, 1, 4),
     ("flow_matching_loss", 0, 2, "sm_90"): Launch(64, 4, 2, 2),
     ("flow_matching_loss_backward", 0, 2, "sm_90"): Launch(64, 4, 2, 2),
     ("pixel_decoder", 32, 4, "gfx942"): Launch(64, 8, 1, 2),
