@@ -1,8 +1,8 @@
 """Markdown of the parts beyond single ops: scaling, end to end, kernels."""
 
-from benchmarks.names import COMPILED, LIMIT, PUBLISHED, SAMPLING
+from benchmarks.names import BACKWARD_ALONE, COMPILED, DEVICE_BACKENDS, FORWARD, LIMIT, PUBLISHED, SAMPLING
 from benchmarks.report.markdown import ratio, refusal_of, section, table, title_of
-from benchmarks.report.rows import EAGER, FLAT_FROM, curves, end_to_end_groups, flatness, pixels_of
+from benchmarks.report.rows import EAGER, FLAT_FROM, curves, end_to_end_groups, flatness, groups, pixels_of
 
 
 def scaling_summary(result: dict) -> str:
@@ -46,6 +46,25 @@ def scaling(result: dict) -> str:
             section(f"## Time per pixel vs. size: {op}, {dtype}, {title_of(pass_)}", table(heads, lines), notes)
         )
     return "\n\n".join(part for part in parts if part)
+
+
+def ops_summary(rows: list[dict]) -> str:
+    """One line per op and pass, in milliseconds; the ratios are those of the fastest backend."""
+    names = [name for name in DEVICE_BACKENDS["cuda"][1:] if any(row["contender"] == name for row in rows)]
+    lines = []
+    for group in groups(rows):
+        medians = {
+            row["contender"]: row["ms"] for row in group if row["status"] == "ok" and row["pass"] != BACKWARD_ALONE
+        }
+        if not medians:
+            continue
+        best = min((medians[name] for name in names if name in medians), default=None)
+        cells = [f"{medians[name]:.3g}" if name in medians else "–" for name in (PUBLISHED, COMPILED, *names)]
+        ratios = [ratio(medians.get(name), best) if best else "–" for name in (PUBLISHED, COMPILED)]
+        what = FORWARD if group[0]["pass"] == FORWARD else "forward and backward"
+        lines.append([f"{group[0]['op']}, {what}", *cells, *ratios])
+    heads = ["what", "published eager", "published, torch.compile", *names, "× published", "× torch.compile"]
+    return table(heads, lines)
 
 
 def end_to_end_summary(rows: list[dict]) -> str:

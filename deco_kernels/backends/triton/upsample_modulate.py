@@ -5,8 +5,8 @@
 
 A persistent program iterates over tiles of `block` pixels; SiLU(y), the modulation and LN(h) of a tile stay in
 registers; the three D×D matrices pass through shared memory. Forward: 6·D² FLOPs and 3·D values moved per pixel in
-addition to y, which comes from the L2 cache. Backward: reads or recomputes y, 18·D² FLOPs, 5·D values. Weight gradients
-as in adaln_block.py: registers, partial buffers, a sum in fixed order.
+addition to y. Backward: reads or recomputes y, 18·D² FLOPs, 5·D values. Weight gradients as in adaln_block.py:
+registers, partial buffers, a sum in fixed order.
 """
 
 from __future__ import annotations
