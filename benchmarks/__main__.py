@@ -8,6 +8,7 @@ import sys
 from benchmarks.names import DEVICE_BACKENDS, DTYPES, EXTRAS, FORWARD, ON_REQUEST, OPS, TRAINING
 from benchmarks.ops.sizes import PRESETS, STANDARD, size_of
 from deco_kernels.machine import keep_heap
+from deco_kernels.native import ISA_VARIABLE
 
 # Subcommands: modules with a `main(arguments)` function.
 COMMANDS = {
@@ -22,6 +23,13 @@ COMMANDS = {
     "trunk": "benchmarks.models.trunk",
 }
 PASSES = {"forward": (FORWARD,), "backward": (TRAINING,), "both": (FORWARD, TRAINING)}
+AVX2 = {
+    ISA_VARIABLE: "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+"""Environment that holds the cpu backend, PyTorch, oneDNN and MKL to AVX2."""
 _BY_HAND = "B=4,H=256,W=256,D=32,N=3,p=16,Z=1152"
 
 
@@ -34,7 +42,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         return _refuse(str(error))
     if options.device == "cpu" and not options.default_heap:
-        keep_heap("-m", "benchmarks", *arguments)
+        keep_heap("-m", "benchmarks", *arguments, **(AVX2 if options.avx2 else {}))
 
     from benchmarks import run
 
@@ -81,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep the C library's default heap settings; eager PyTorch then spends much of its time in page faults",
     )
+    parser.add_argument("--avx2", action="store_true", help="hold the cpu backend, PyTorch, oneDNN and MKL to AVX2")
     parser.add_argument("--quick", action="store_true", help="fewer rounds; no torch.compile, no reference backend")
     parser.add_argument(
         "--full", action="store_true", help="all parts of the device, and on a GPU torch.compile max-autotune"
@@ -130,6 +139,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--stop-after must be positive, got {options.stop_after}")
     if options.quick and options.full:
         raise ValueError("--quick and --full exclude each other; leave one out")
+    if options.avx2 and options.device != "cpu":
+        raise ValueError("--avx2 is for the device cpu; leave it out or use --device cpu")
+    if options.avx2 and options.default_heap:
+        raise ValueError("--avx2 and --default-heap exclude each other; leave one out")
     elsewhere = {"cpu": ("kernels",), "cuda": ("avx2",)}[options.device]
     for part in elsewhere:
         if part in options.parts:

@@ -66,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
 
     dtypes = tuple(getattr(torch, name) for name in options.dtype)
-    result = results.empty(header(options.device), measure_ceilings(options.device, dtypes))
+    about = header(options.device) | ({"held_to": "AVX2"} if options.avx2 else {})
+    result = results.empty(about, measure_ceilings(options.device, dtypes))
     for number, (text, section, work) in enumerate(_parts(options, backends)):
         if number > 0 and options.stop_after and time.perf_counter() - began > options.stop_after:
             result["left_out"].append(text)

@@ -57,14 +57,16 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def fma_peak(threads: int) -> dict[str, float]:
-    """FLOPs per second of all threads by dtype name; empty without a C compiler."""
+    """FLOPs per second of all threads by dtype name, with the instructions that PyTorch uses; empty without a C
+    compiler."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return {}
     source = os.path.join(os.path.dirname(__file__), "fma_peak.c")
     with tempfile.TemporaryDirectory() as folder:
         library = os.path.join(folder, "fma_peak.so")
-        flags = ["-O2", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
+        processor = "haswell" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "native"
+        flags = ["-O2", f"-march={processor}", "-ffp-contract=fast", "-shared", "-fPIC"]
         built = subprocess.run([compiler, *flags, source, "-o", library], capture_output=True, check=False)
         if built.returncode:
             return {}

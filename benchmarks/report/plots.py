@@ -52,6 +52,7 @@ def draw(result: dict, folder: str) -> list[str]:
             continue
         header = result["header"]
         machine = header.get("gpu") or f"{header['processor']}, {header['threads']} threads"
+        machine += f", held to {header['held_to']}" if "held_to" in header else ""
         figure.suptitle(f"{figure.get_suptitle()}\n{machine}, PyTorch {header['torch']}", fontsize=10)
         path = os.path.join(folder, f"{name}.png")
         figure.savefig(path, dpi=110)

@@ -26,7 +26,8 @@ def markdown(result: dict) -> str:
 
 def _header(result: dict) -> str:
     header, ceilings = result["header"], result["ceilings"]
-    lines = [f"# Benchmarks on {header.get('gpu') or header['processor']}", ""]
+    held = f", held to {header['held_to']}" if "held_to" in header else ""
+    lines = [f"# Benchmarks on {header.get('gpu') or header['processor']}{held}", ""]
     lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in header.items() if value is not None]
     lines.append(f"- ceilings, measured in this run: copy {ceilings['bytes_per_s'] / 1e9:.1f} GB/s")
     for name, rates in (("matmul", ceilings["matmul_flops_per_s"]), ("multiply-add", ceilings["fma_flops_per_s"])):

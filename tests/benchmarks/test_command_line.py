@@ -24,7 +24,7 @@ def benchmarks(*arguments):
 @pytest.fixture
 def called(capsys, monkeypatch):
     """A function that runs the command line in this process, with its own heap; returns status, output and errors."""
-    monkeypatch.setattr(command_line, "keep_heap", lambda *_: None)
+    monkeypatch.setattr(command_line, "keep_heap", lambda *_, **__: None)
 
     def call(*arguments):
         try:
@@ -58,6 +58,8 @@ def test_help(command, called):
         (["--threads", "0"], "--threads must be at least 1"),
         (["avx2", "--device", "cuda"], "part avx2 belongs to the device cpu"),
         (["kernels"], "part kernels belongs to the device cuda"),
+        (["--avx2", "--device", "cuda"], "--avx2 is for the device cpu"),
+        (["--avx2", "--default-heap"], "--avx2 and --default-heap exclude each other"),
         (["--quick", "--full"], "--quick and --full exclude each other"),
         (["--stop-after", "-1"], "--stop-after must be positive"),
         (["--compare", "no_such_file.json"], "No such file"),
@@ -77,6 +79,13 @@ def test_bad_input_is_one_line(arguments, expected, called):
     assert status == 2
     assert output == "" and len(errors.splitlines()) == 1
     assert expected in errors
+
+
+def test_avx2_is_set_before_the_libraries_read_it(called, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(command_line, "keep_heap", lambda *_, **environment: asked.update(environment))
+    monkeypatch.setattr(run, "run", lambda _: 0)
+    assert called("--avx2")[0] == 0 and asked["DECO_KERNELS_CPU_ISA"] == asked["ATEN_CPU_CAPABILITY"] == "avx2"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

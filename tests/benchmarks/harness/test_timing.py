@@ -1,9 +1,12 @@
 """Interleaving, cold buffers, sizes."""
 
 import dataclasses
+import platform
+import shutil
 
 import pytest
 
+from benchmarks.harness.ceilings import fma_peak
 from benchmarks.harness.results import best_of
 from benchmarks.harness.timing import COLD_FACTOR, buffer_count, interleaved
 from benchmarks.names import OPS
@@ -58,3 +61,9 @@ def test_the_higher_ceiling_stands():
     first = {"bytes_per_s": 3.0, "flops": {"float32": 1.0, "bfloat16": 5.0}}
     second = {"bytes_per_s": 2.0, "flops": {"float32": 4.0, "bfloat16": 2.0}}
     assert best_of(first, second) == {"bytes_per_s": 3.0, "flops": {"float32": 4.0, "bfloat16": 5.0}}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("cc") is None, reason="no x86-64 or no C compiler")
+def test_the_peak_is_that_of_the_instructions_in_use(monkeypatch):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    assert set(fma_peak(1)) == {"float32"}  # no bfloat16 products

@@ -84,6 +84,12 @@ def test_parts_that_were_not_run_are_left_out():
     assert "Time per pixel" not in text and "training step" not in text and "Kernels" not in text
 
 
+def test_the_title_says_what_the_run_was_held_to():
+    result = results.load(STORED)
+    result["header"]["held_to"] = "AVX2"
+    assert tables.markdown(result).startswith("# Benchmarks on Example CPU, held to AVX2\n")
+
+
 def test_only_results_are_read(tmp_path):
     other = tmp_path / "other.json"
     for content in ([], {"format": 0}):
