@@ -60,6 +60,15 @@ def test_a_symbol_of_no_library_is_found(module):
 
 
 @needs_tools
+def test_a_module_loads_in_a_python_that_lacks_symbols(module, tmp_path):
+    load = [sys.executable, "-c", check.LOAD]
+    missing = subprocess.run([*load, module], capture_output=True, text=True)
+    assert missing.returncode != 0 and "undefined symbol: later" in missing.stderr
+    check.write_placeholders(Path("a.whl"), [module], tmp_path / "placeholders.so")
+    subprocess.run([*load, tmp_path / "placeholders.so", module], check=True)
+
+
+@needs_tools
 def test_the_newest_version_up_to_the_limit_is_chosen():
     symbols = old_glibc.symbols_of(old_glibc.file_of("libc.so.6"), "2.14")
     assert symbols["memcpy"]["version"] == "2.14"  # also 2.2.5

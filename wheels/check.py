@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,13 +22,14 @@ assert "torch" not in sys.modules
 assert "libcuda" not in open("/proc/self/maps").read()
 """
 
-LOAD = "import ctypes, sys\nfor path in sys.argv[1:]: ctypes.CDLL(path)"
+LOAD = "import ctypes, sys\nfor path in sys.argv[1:]: ctypes.CDLL(path, ctypes.RTLD_GLOBAL)"
 
 PLACE_OF_PYTORCH = """
-import importlib.util, os, sys
+import importlib.metadata, importlib.util, os, sys
 spec = importlib.util.find_spec("torch")
 if spec:
-    print("%d.%d" % sys.version_info[:2], os.path.dirname(os.path.dirname(spec.origin)))
+    packages = os.path.dirname(os.path.dirname(spec.origin))
+    print("%d.%d" % sys.version_info[:2], importlib.metadata.version("torch"), packages)
 """
 
 
@@ -94,32 +96,45 @@ def unpack_modules(wheel: Path, folder: Path) -> list[Path]:
         return [Path(archive.extract(name, folder)) for name in names]
 
 
-def check_symbols(wheel: Path, module: Path) -> None:
-    """A symbol without a version that is not Python's is in no library that the module names."""
+def symbols_without_version(wheel: Path, module: Path) -> list[str]:
+    """Symbols that a module needs and that have no version: those of Python, or of no library that it names."""
     listed = call(wheel, "nm", "--dynamic", "--undefined-only", module)
-    symbols = re.findall(r" U (\S+)$", listed, re.M)
-    unknown = [name for name in symbols if "@" not in name and not name.startswith(("Py", "_Py"))]
+    return [name for name in re.findall(r" U (\S+)$", listed, re.M) if "@" not in name]
+
+
+def check_symbols(wheel: Path, module: Path) -> None:
+    unknown = [name for name in symbols_without_version(wheel, module) if not name.startswith(("Py", "_Py"))]
     if unknown:
         raise WheelError(wheel, f"{module.name} needs symbols of no library: {', '.join(unknown)}")
+
+
+def write_placeholders(wheel: Path, modules: list[Path], path: Path) -> None:
+    """Write a library with Python's symbols that modules need, without code: an older Python may lack some."""
+    names = {name for module in modules for name in symbols_without_version(wheel, module)}
+    source = path.with_suffix(".c")
+    source.write_text("".join(f"char {name};\n" for name in sorted(names)))
+    call(wheel, "gcc", "-shared", "-nostdlib", "-fPIC", source, "-o", path)
 
 
 def load_in_chroot(wheel: Path, modules: list[Path], root: Path) -> None:
     """Load the modules in the distribution under `root`, whose Python may have another version."""
     with tempfile.TemporaryDirectory(dir=root / "tmp") as folder:
-        copies = [Path(folder) / module.name for module in modules]
-        for module, copy in zip(modules, copies, strict=True):
-            copy.write_bytes(module.read_bytes())
-        call(wheel, "chroot", root, "python3", "-c", LOAD, *(f"/{copy.relative_to(root)}" for copy in copies))
+        placeholders = Path(folder) / "placeholders.so"
+        write_placeholders(wheel, modules, placeholders)
+        copies = [Path(shutil.copy(module, folder)) for module in modules]
+        loaded = (f"/{path.relative_to(root)}" for path in (placeholders, *copies))
+        call(wheel, "chroot", root, "python3", "-c", LOAD, *loaded)
 
 
 def selftest(wheel: Path, bare: Path, pythons_with_torch: list[str]) -> str:
     """Run `python -m deco_kernels --selftest` with the PyTorch of an interpreter of the same version."""
     version = call(wheel, bare, "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
     for lender in pythons_with_torch:
-        offered, _, packages = call(wheel, lender, "-c", PLACE_OF_PYTORCH).partition(" ")
+        offered, *pytorch = call(wheel, lender, "-c", PLACE_OF_PYTORCH).split(maxsplit=2) or [None]
         if offered == version:
             place = call(wheel, bare, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-            Path(place, "borrowed.pth").write_text(packages)
+            Path(place, "borrowed.pth").write_text(pytorch[1])
             output = call(wheel, bare, "-m", "deco_kernels", "--selftest", "--backend", "cpu")
-            return "self-test: " + re.findall(r"\d+ of \d+ checks passed", output)[0]
+            passed = re.findall(r"\d+ of \d+ checks passed", output)[0]
+            return f"self-test with PyTorch {pytorch[0]}: {passed}"
     return f"self-test not run: no PyTorch for CPython {version}, name one by --torch"
