@@ -1,5 +1,6 @@
 """`make wheels`: libraries of an older glibc, checks of a wheel, settings that it shares with cibuildwheel."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -116,3 +117,16 @@ def test_the_pythons_are_the_same_everywhere():
     built = re.search(r'^build = "(cp.*)"$', settings, re.M)[1].split()
     assert built == [f"cp3{minor}-manylinux_x86_64" for minor in wheels.MINORS]
     assert wheels.PLATFORM.startswith(re.search(r'^manylinux-x86_64-image = "(.*)"$', settings, re.M)[1])
+
+
+def test_the_page_shows_the_committed_results():
+    page = (ROOT / "docs" / "wheels.md").read_text(encoding="utf-8")
+    record = json.loads((ROOT / "benchmarks" / "results" / "wheels_epyc_zen4.json").read_text(encoding="utf-8"))
+    compiler = record["compiler"].split()[-1]
+    assert f"g++ {compiler}, glibc {record['glibc']}, CUDA {record['cuda']};" in page
+    assert [wheels.version_of(Path(row["wheel"])) for row in record["wheels"]] == [f"3.{m}" for m in wheels.MINORS]
+    for row in record["wheels"]:
+        place, torch, passed = re.search(r"imports, (.*), self-test with PyTorch (.*): (.*)", row["checked"]).groups()
+        assert place == "loads in the chroot"
+        cells = (wheels.version_of(Path(row["wheel"])), f"{row['bytes'] / 1e6:.1f} MB", f"{row['cpu_seconds']} s")
+        assert f"| {' | '.join(cells)} | PyTorch {torch}: {passed} |" in page
