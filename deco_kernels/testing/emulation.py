@@ -24,6 +24,7 @@ from deco_kernels.ops import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulation"
+LIBRARY = "_native_cuda_emulated*.so"
 BACKEND = "cuda_emulated"
 MULTIPROCESSORS = 2
 LARGE_SHARED, SMALL_SHARED = 227 << 10, 99 << 10  # bytes of shared memory per block: sm_90, small devices
@@ -53,11 +54,12 @@ def build(sources: Path, folder: Path) -> ModuleType:
     written, contents = folder / "contents.sha256", contents_of(sources)
     with alone_in(folder):
         if not written.exists() or written.read_text() != contents:
-            written.unlink(missing_ok=True)
+            for stale in (written, *folder.glob(LIBRARY)):  # the library of another Python has another name
+                stale.unlink(missing_ok=True)
             compile_tree(sources, folder)
             written.write_text(contents)
-    (library,) = folder.glob("_native_cuda_emulated*.so")
-    return load(library)
+        (library,) = folder.glob(LIBRARY)
+        return load(library)
 
 
 @contextlib.contextmanager

@@ -246,6 +246,9 @@ def test_the_module_is_compiled_again_where_contents_have_changed(tree, tmp_path
     assert builds() == 1
     monkeypatch.setenv("CXXFLAGS", "-O0")
     assert builds() == 1 and builds() == 0
+    (folder / "_native_cuda_emulated.so").rename(folder / "_native_cuda_emulated.cpython-30-x86_64-linux-gnu.so")
+    monkeypatch.setattr(emulation.sys, "version", "another Python")
+    assert builds() == 1 and builds() == 0
 
 
 def test_after_a_failure_the_module_is_compiled_again(tree, tmp_path, monkeypatch):
