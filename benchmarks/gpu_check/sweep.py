@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 def chunk_rows() -> Iterator[dict]:
     for op, backend, training in itertools.product(CHUNKED, ("cuda", "triton"), (False, True)):
-        call = call_of(op, backend, training)
+        call = call_of(inputs_of(op), backend, training)
         for pixels in CHUNKS:
             what = {"op": op, "backend": backend, "backward": training, "chunk_pixels": pixels}
             with chunks_of(pixels):
@@ -77,26 +77,23 @@ def chunk_rows() -> Iterator[dict]:
 
 
 def launch_rows() -> Iterator[dict]:
+    """The row of the table first."""
     for kernel, (op, training, candidates) in LAUNCHES.items():
-        call = call_of(op, "triton", training)
-        own = table.launch_parameters(
-            kernel, 32 if "decoder" in kernel or "block" in kernel else 0, torch.bfloat16, _sm()
-        )
-        for parameters in (own, *candidates):
-            what = {"kernel": kernel, "op": op, "backward": training, "launch": list(parameters)}
+        call, what = call_of(inputs_of(op), "triton", training), {"kernel": kernel, "op": op, "backward": training}
+        yield what | {"launch": "table"} | _timed(call)
+        for parameters in candidates:
             with table.replaced(kernel, parameters):
-                yield what | {"in_table": parameters is own} | _timed(call)
+                yield what | {"launch": list(parameters)} | _timed(call)
 
 
-def call_of(op: str, backend: str, training: bool) -> Callable[[], object]:
-    """A forward, or a forward and backward with all gradients."""
-    inputs = inputs_of(op)
+def call_of(inputs: testing.Inputs, backend: str, training: bool) -> Callable[[], Any]:
+    """A forward, or a forward and backward that returns all gradients."""
     tensors = {
         name: tensor.detach().requires_grad_(training and name not in _CONSTANT)
         for name, tensor in inputs.tensors.items()
         if tensor is not None
     }
-    function = functools.partial(getattr(ops, op), **tensors, **inputs.options, backend=backend)
+    function = functools.partial(getattr(ops, inputs.op), **tensors, **inputs.options, backend=backend)
     if not training:
         return torch.no_grad()(function)
     wanted = [tensor for tensor in tensors.values() if tensor.requires_grad]
@@ -110,9 +107,9 @@ def call_of(op: str, backend: str, training: bool) -> Callable[[], object]:
 
 
 @functools.cache
-def inputs_of(op: str) -> testing.Inputs:
-    sizes = dict(width=32, image_size=IMAGE, token_width=_TOKEN_WIDTH)
-    return testing.random_inputs(op, dtype=torch.bfloat16, other_dtype=torch.bfloat16, device="cuda", **sizes)
+def inputs_of(op: str, device: str = "cuda", image_size: tuple[int, int, int] = IMAGE) -> testing.Inputs:
+    sizes = dict(width=32, image_size=image_size, token_width=_TOKEN_WIDTH)
+    return testing.random_inputs(op, dtype=torch.bfloat16, other_dtype=torch.bfloat16, device=device, **sizes)
 
 
 @contextlib.contextmanager
@@ -131,8 +128,3 @@ def _timed(call: Callable[[], object]) -> dict:
     except (RuntimeError, ValueError) as error:  # of Triton, too: more shared memory than the device has
         return {"ms": None, "reason": str(error).splitlines()[0][:200]}
     return statistics_of(times)
-
-
-def _sm() -> str:
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"

@@ -8,14 +8,13 @@ from deco_kernels import testing
 from deco_kernels.backends import chunk_sizes
 
 
-@pytest.mark.parametrize("op", [*sweep.CHUNKED, "flow_matching_loss"])
-def test_calls_compute_outputs_and_gradients(op, monkeypatch):
-    inputs = testing.random_inputs(op, width=16, patch_size=8, image_size=(1, 16, 16), token_width=8)
-    monkeypatch.setattr(sweep, "inputs_of", lambda _: inputs)
-    result = sweep.call_of(op, "reference", False)()
+@pytest.mark.parametrize("op", sorted({*sweep.CHUNKED, *(op for op, *_ in sweep.LAUNCHES.values())}))
+def test_calls_compute_outputs_and_gradients(op):
+    inputs = sweep.inputs_of(op, "cpu", (1, 16, 32))
+    result = sweep.call_of(inputs, "reference", False)()
     outputs = result if isinstance(result, tuple) else (result,)
     assert all(torch.equal(*pair) for pair in zip(outputs, testing.run(inputs, "reference").outputs, strict=True))
-    gradients = sweep.call_of(op, "reference", True)()
+    gradients = sweep.call_of(inputs, "reference", True)()
     assert gradients and all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
