@@ -1,8 +1,9 @@
 """`python -m benchmarks codec`: the per-pixel decoder of CoD-Lite (arXiv 2604.12525) on whole frames, on the CPU.
 
 D 32, N 3, p 16, Z = Zq = 384, random weights, without gradients. Contenders: the published formulation, eager and
-compiled; the best eager one, with folded linears; the module of this package. Time, and peak memory growth of one call
-in a process of its own. See docs/codec.md.
+compiled; the best eager one, with folded linears; the module of this package. Time, interleaved in one process for
+frames that leave memory for all contenders, and peak memory growth of one call in a process of its own. See
+docs/codec.md.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from deco_kernels.signatures import OPS
 from deco_kernels.testing.published_model import CodLiteDecoder
 
 SIZES = {"1920x1024": (1024, 1920), "3840x2160": (2160, 3840)}
+ALONE = {"3840x2160"}  # sizes of which one contender, with its kept heap, takes most of 24 GiB
 COMPILED, OURS = "torch.compile", "deco_kernels"
 CONTENDERS = (PUBLISHED, COMPILED, BEST_EAGER, OURS)
 TOKEN_WIDTH = QUERY_WIDTH = 384
@@ -46,6 +48,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument("--output", metavar="FILE.json", help="write the result to this file")
     parser.add_argument("--growth", choices=CONTENDERS, help="print only the memory growth of one call, in bytes")
+    parser.add_argument("--times", choices=CONTENDERS, help="print only the milliseconds of each round, as JSON")
     options = parser.parse_args(arguments)
     sizes, dtypes = options.size or list(SIZES), options.dtype or list(DTYPES[:2])
     torch.set_num_threads(options.threads)
@@ -53,6 +56,9 @@ def main(arguments: list[str]) -> int:
         print(growth(options.growth, *SIZES[sizes[0]], getattr(torch, dtypes[0])))
         return 0
     keep_heap("-m", "benchmarks", "codec", *arguments)
+    if options.times:
+        print(json.dumps(interleaved_times([options.times], sizes[0], dtypes[0], options.rounds)[0]))
+        return 0
     names = [name for name in CONTENDERS if name != COMPILED or not options.no_compile]
     rows = [row for size in sizes for dtype in dtypes for row in measure(size, dtype, names, options)]
     result = {"header": header("cpu"), "rows": rows}
@@ -134,13 +140,22 @@ def measure(size: str, dtype: str, names: list[str], options: argparse.Namespace
     """Rows of the contenders on one size in one dtype, after their results have been verified."""
     kind = getattr(torch, dtype)
     verify(kind, names)
-    frame = Frame(*SIZES[size])
-    times = interleaved([_with_index(frame.call(name, kind)) for name in names], "cpu", 0.0, options.rounds)
+    if size in ALONE:
+        times = [json.loads(elsewhere("times", name, size, dtype, options)) for name in names]
+    else:
+        times = interleaved_times(names, size, dtype, options.rounds)
     rows = []
     for name, ms in zip(names, times, strict=True):
         row = {"size": size, "dtype": dtype, "contender": name, "least_ms": min(ms)} | statistics_of(ms)
-        rows.append(row | {"growth_bytes": growth_elsewhere(name, size, dtype, options.threads)})
+        rows.append(row | {"growth_bytes": int(elsewhere("growth", name, size, dtype, options))})
     return rows
+
+
+def interleaved_times(names: list[str], size: str, dtype: str, rounds: int) -> list[list[float]]:
+    """Milliseconds of every round, for each of the contenders."""
+    frame = Frame(*SIZES[size])
+    calls = [_with_index(frame.call(name, getattr(torch, dtype))) for name in names]
+    return interleaved(calls, "cpu", 0.0, rounds)
 
 
 def _with_index(call: Call) -> Callable[[int], torch.Tensor]:
@@ -173,15 +188,17 @@ def growth(name: str, height: int, width: int, dtype: torch.dtype) -> int:
     return peak_bytes("cpu") - before
 
 
-def growth_elsewhere(name: str, size: str, dtype: str, threads: int) -> int:
-    """`growth` in a process with the C library's default heap. Raises RuntimeError with its error if it fails."""
-    command = [sys.executable, "-m", "benchmarks", "codec", "--growth", name, "--size", size, "--dtype", dtype]
-    answer = subprocess.run(
-        [*command, "--threads", str(threads)], env=default_heap(), capture_output=True, text=True, check=False
-    )
+def elsewhere(measured: str, name: str, size: str, dtype: str, options: argparse.Namespace) -> str:
+    """What a new process prints with `--growth NAME`, on the C library's default heap, or with `--times NAME`.
+
+    Raises RuntimeError with its error if it fails.
+    """
+    command = [sys.executable, "-m", "benchmarks", "codec", f"--{measured}", name, "--size", size, "--dtype", dtype]
+    command += ["--threads", str(options.threads), "--rounds", str(options.rounds)]
+    answer = subprocess.run(command, env=default_heap(), capture_output=True, text=True, check=False)
     if answer.returncode:
-        raise RuntimeError(f"codec: memory of {name} was not measured: {answer.stderr.strip() or 'it was killed'}")
-    return int(answer.stdout)
+        raise RuntimeError(f"codec: {measured} of {name}: not measured: {answer.stderr.strip() or 'it was killed'}")
+    return answer.stdout
 
 
 def report(result: dict) -> str:

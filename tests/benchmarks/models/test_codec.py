@@ -1,6 +1,8 @@
 """`python -m benchmarks codec`: contenders agree, memory is measured in a process of its own, docs show the result."""
 
+import argparse
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ def small(monkeypatch, one_thread):
 def test_a_result_has_every_contender(tmp_path, capsys, monkeypatch):
     path = tmp_path / "result.json"
     options = ["--dtype", "float32", "--no-compile", "--rounds", "1", "--threads", "1", "--output", str(path)]
-    monkeypatch.setattr(codec, "growth_elsewhere", lambda *_: 7 * codec.MIB)
+    monkeypatch.setattr(codec, "elsewhere", lambda *_: str(7 * codec.MIB))
     assert codec.main(options) == 0
     result = json.loads(path.read_text())
     assert [row["contender"] for row in result["rows"]] == ["published", "best_eager", "deco_kernels"]
@@ -78,6 +80,30 @@ def test_compilation_is_not_in_the_memory(monkeypatch):
 def test_memory_is_measured(capsys):
     assert codec.main(["--growth", "deco_kernels", "--dtype", "float32", "--threads", "1"]) == 0
     assert int(capsys.readouterr().out) >= 0
+
+
+def test_times_are_printed(capsys):
+    assert codec.main(["--times", "best_eager", "--dtype", "float32", "--rounds", "3", "--threads", "1"]) == 0
+    times = json.loads(capsys.readouterr().out)
+    assert len(times) == 3 and min(times) > 0
+
+
+def test_large_frames_are_timed_in_processes_of_their_own(monkeypatch):
+    def run(command, **_):
+        assert command[command.index("--rounds") + 1] == "2"
+        return subprocess.CompletedProcess(command, 0, "[4.0, 2.0]" if "--times" in command else "8", "")
+
+    monkeypatch.setattr(codec, "ALONE", {"1920x1024"})
+    monkeypatch.setattr(codec.subprocess, "run", run)
+    options = argparse.Namespace(rounds=2, threads=1)
+    _, row = codec.measure("1920x1024", "float32", ["published", "deco_kernels"], options)
+    assert (row["least_ms"], row["ms"], row["growth_bytes"]) == (2.0, 3.0, 8)
+
+
+def test_a_failed_process_is_named(monkeypatch):
+    monkeypatch.setattr(codec.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, -9, "", ""))
+    with pytest.raises(RuntimeError, match="codec: times of published: not measured: it was killed"):
+        codec.elsewhere("times", "published", "1920x1024", "float32", argparse.Namespace(rounds=1, threads=1))
 
 
 def test_the_page_shows_the_committed_result():
