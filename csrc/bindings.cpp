@@ -58,6 +58,8 @@ PYBIND11_MODULE(_native_cpu, m) {
   bind(m, "pixel_decoder_backward", &pixel_decoder_backward);
   bind(m, "pixel_decoder_from_tokens_forward", &pixel_decoder_from_tokens_forward);
   bind(m, "pixel_decoder_loss", &pixel_decoder_loss);
+  bind(m, "upsample_forward", &upsample_forward);
+  bind(m, "upsample_backward", &upsample_backward);
   bind(m, "upsample_modulate_forward", &upsample_modulate_forward);
   bind(m, "modulate_forward", &modulate_forward);
   bind(m, "modulate_backward", &modulate_backward);

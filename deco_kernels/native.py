@@ -27,6 +27,8 @@ CPU_FUNCTIONS = (
     "pixel_decoder_backward",
     "pixel_decoder_from_tokens_forward",
     "pixel_decoder_loss",
+    "upsample_forward",
+    "upsample_backward",
     "upsample_modulate_forward",
     "modulate_forward",
     "modulate_backward",

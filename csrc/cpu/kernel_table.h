@@ -10,6 +10,8 @@
   X(pixel_decoder_backward, PixelDecoderBackward)                     \
   X(pixel_decoder_from_tokens_forward, PixelDecoderFromTokensForward) \
   X(pixel_decoder_loss, PixelDecoderLoss)                             \
+  X(upsample_forward, UpsampleForward)                                \
+  X(upsample_backward, UpsampleBackward)                              \
   X(upsample_modulate_forward, UpsampleModulateForward)               \
   X(modulate_forward, ModulateForward)                                \
   X(modulate_backward, ModulateBackward)                              \

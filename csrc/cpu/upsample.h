@@ -132,10 +132,19 @@ class Upsample {
         unroll<2 * kGroup>([&](auto i)
                                DECO_INLINE_LAMBDA { store(&cond[first + i / 2][pixel + i % 2 * kLanes], sums[i]); });
     });
-    if (!keeps_cond) return;
-    char* rows[kTokenTile];
-    tile_addresses(arrays_.cond, tile, rows);
-    store_rows<FloatOperand, D, kTokenTile>(arrays_.cond.dtype, cond, tile.count, rows, cond_writes_);
+    if (keeps_cond) store_cond(tile, cond);
+  }
+
+  // Writes y of a tile to `cond`.
+  void store_cond(const UpsampleTile<Operand>& tile) const {
+    alignas(64) float cond[D][kTokenTile];
+    multiply(
+        tile, [](int, int) {},
+        [&](const GroupSums& sums, int first, int pixel) DECO_INLINE_LAMBDA {
+          unroll<2 * kGroup>([&](auto i)
+                                 DECO_INLINE_LAMBDA { store(&cond[first + i / 2][pixel + i % 2 * kLanes], sums[i]); });
+        });
+    store_cond(tile, cond);
   }
 
   // panel += y of a tile.
@@ -167,6 +176,12 @@ class Upsample {
   }
 
  private:
+  void store_cond(const UpsampleTile<Operand>& tile, const float (&cond)[D][kTokenTile]) const {
+    char* rows[kTokenTile];
+    tile_addresses(arrays_.cond, tile, rows);
+    store_rows<FloatOperand, D, kTokenTile>(arrays_.cond.dtype, cond, tile.count, rows, cond_writes_);
+  }
+
   // Calls put(sums, first, pixel) with y of channels first .. first + kGroup - 1 and the strip at `pixel`.
   template <class Prefetch, class Put>
   DECO_INLINE void multiply(const UpsampleTile<Operand>& tile, Prefetch&& prefetch, Put&& put) const {

@@ -27,15 +27,15 @@ class LossFromTokens:
     of whole blocks are its part of the whole, if sample_weight is multiplied by the chunk's share of the pixels.
     """
 
-    def __init__(self, loss: ModuleType, chunk_pixels: int):
-        """`chunk_pixels`: pixels per chunk, about."""
-        self.loss, self.chunk_pixels = loss, chunk_pixels
+    def __init__(self, loss: ModuleType, chunk_pixels: int, upsample: type[UpsampleGradients] = UpsampleGradients):
+        """`chunk_pixels`: pixels per chunk, about. `upsample`: that of the backend."""
+        self.loss, self.chunk_pixels, self.upsample = loss, chunk_pixels, upsample
 
     def forward(
         self, inputs: PixelDecoderLossFromTokens, patch_size: int, frequency_scale: float, head_norm: str, eps: float
     ) -> Losses:
         """(total, pixel, frequency)."""
-        upsample, query = _upsample(inputs, needs=(False,) * 3), _query(inputs, needs=(False,) * 4)
+        upsample, query = self._upsample(inputs, needs=(False,) * 3), self._query(inputs, needs=(False,) * 4)
         parts = [
             self.loss.forward(_part(inputs, upsample, query, chunk), patch_size, frequency_scale, head_norm, eps)
             for chunk in self._chunks(inputs, patch_size)
@@ -53,8 +53,8 @@ class LossFromTokens:
     ) -> tuple[Losses, Gradients]:
         """The losses, and the gradients of total in the dtypes in which they are kept; None where `needs` is False."""
         needs_image, needs_tokens, needs_target, *needs_weights = needs[: -len(inputs.query)]
-        upsample = _upsample(inputs, (needs_tokens, *needs_weights[:2]))
-        query = _query(inputs, needs[-len(inputs.query) :])
+        upsample = self._upsample(inputs, (needs_tokens, *needs_weights[:2]))
+        query = self._query(inputs, needs[-len(inputs.query) :])
         needs_part = [needs_image, upsample.wanted, needs_target, *needs_weights[2:], query.wanted]
         needs_here = [needs_image, False, needs_target, False, False, *needs_weights[2:], *[False] * len(inputs.query)]
         kept = arguments.empty_kept_gradients(OP, inputs, needs_here)[: -len(inputs.query)]
@@ -82,6 +82,20 @@ class LossFromTokens:
         count = max(1, self.chunk_pixels // len(inputs.weights.pixel_table))
         return upsample_chunks(inputs.image.shape, patch_size, count, lines=_line_step(inputs.image, patch_size))
 
+    def _upsample(self, inputs: PixelDecoderLossFromTokens, needs: Sequence[bool]) -> UpsampleGradients:
+        """The upsample, with weights and tokens in the dtypes in which their gradients are kept."""
+        tokens, up = inputs.tokens, inputs.up
+        if tokens.dtype is torch.float16:  # its gradients would underflow
+            tokens, up = tokens.float(), up._replace(up_weight=up.up_weight.to(torch.float16))
+        return self.upsample(tokens, mapped(torch.Tensor.float, up), needs)
+
+    def _query(self, inputs: PixelDecoderLossFromTokens, needs: Sequence[bool]) -> ChunkedQuery:
+        """The query, with its tensors in the dtypes in which their gradients are kept."""
+        wide = arguments.kept_like(OP, inputs).query
+        if inputs.tokens.dtype is torch.float16 and wide.query_weight is not None:
+            wide = wide._replace(query_weight=wide.query_weight.to(torch.float16).float())
+        return ChunkedQuery(wide, inputs.weights.pixel_table.shape, needs, self.upsample)
+
 
 def _part(
     inputs: PixelDecoderLossFromTokens, upsample: UpsampleGradients, query: ChunkedQuery, chunk: ImageChunk
@@ -98,22 +112,6 @@ def _part(
     weights = (inputs.weights, inputs.frequency_weight, part_weight)
     part_query = query.of(chunk.tokens, tokens.dtype)
     return PixelDecoderLoss(image_part, cond, chunk.of(inputs.target), *weights, part_query)
-
-
-def _upsample(inputs: PixelDecoderLossFromTokens, needs: Sequence[bool]) -> UpsampleGradients:
-    """The upsample, with weights and tokens in the dtypes in which their gradients are kept."""
-    tokens, up = inputs.tokens, inputs.up
-    if tokens.dtype is torch.float16:  # its gradients would underflow
-        tokens, up = tokens.float(), up._replace(up_weight=up.up_weight.to(torch.float16))
-    return UpsampleGradients(tokens, mapped(torch.Tensor.float, up), needs)
-
-
-def _query(inputs: PixelDecoderLossFromTokens, needs: Sequence[bool]) -> ChunkedQuery:
-    """The query, with its tensors in the dtypes in which their gradients are kept."""
-    wide = arguments.kept_like(OP, inputs).query
-    if inputs.tokens.dtype is torch.float16 and wide.query_weight is not None:
-        wide = wide._replace(query_weight=wide.query_weight.to(torch.float16).float())
-    return ChunkedQuery(wide, inputs.weights.pixel_table.shape, needs)
 
 
 def _line_step(image: torch.Tensor, patch_size: int) -> int:

@@ -13,8 +13,14 @@ from deco_kernels.signatures import Query, UpsampleWeights
 class ChunkedQuery:
     """The query of parts of the tokens, given or upsampled by PyTorch's matmul, and the gradients of its tensors."""
 
-    def __init__(self, query: Query, shape: Sequence[int], needs: Sequence[bool]):
-        """`shape`: (P, D). `needs`: which gradients of the four tensors are needed."""
+    def __init__(
+        self,
+        query: Query,
+        shape: Sequence[int],
+        needs: Sequence[bool],
+        upsample: type[UpsampleGradients] = UpsampleGradients,
+    ):
+        """`shape`: (P, D). `needs`: which gradients of the four tensors are needed. `upsample`: that of the backend."""
         self.shape, self.needs, self.wanted = tuple(shape), needs, any(needs)
         self.given, self.upsample = None, None
         self.grad_given: torch.Tensor | None = None
@@ -25,7 +31,7 @@ class ChunkedQuery:
         elif query.query_tokens is not None:
             assert query.query_weight is not None and query.query_bias is not None
             up = UpsampleWeights(query.query_weight, query.query_bias)
-            self.upsample = UpsampleGradients(query.query_tokens, up, needs[1:])
+            self.upsample = upsample(query.query_tokens, up, needs[1:])
 
     def of(self, part: slice, dtype: torch.dtype) -> torch.Tensor | None:
         """Query [tokens, P, D] of a part of the tokens, in `dtype`; None if there is none."""

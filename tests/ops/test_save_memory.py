@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from deco_kernels import native, ops, testing
-from tests.ops.cases import BACKENDS, BF16, F32, KEEPS_COND, small_inputs, with_choice
+from tests.ops.cases import BACKENDS, BF16, F32, IMPLEMENTATIONS, KEEPS_COND, small_inputs, with_choice
 
 each_op = pytest.mark.parametrize("op", KEEPS_COND)
 each_backend = pytest.mark.parametrize("implementation", BACKENDS, indirect=True)
@@ -165,6 +165,18 @@ def test_pytorch_and_the_kernel_upsample_alike(op, upsample, poisoned_memory):
         failed = [str(row) for row in testing.compare(inputs, found[name], exact, eager) if not row.passed]
         assert not failed, name + "\n".join(failed)
     assert not torch.equal(found["kernel"].outputs[0], found["pytorch"].outputs[0])
+
+
+@needs_native
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:], indirect=True)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@each_op
+def test_the_kernel_computes_the_same_condition_again(implementation, op, dtype, upsample):
+    """So both choices give the same gradients, bit by bit."""
+    upsample("kernel")
+    inputs = small_inputs(op, dtype)
+    kept, again = (testing.run(with_choice(inputs, choice), implementation).gradients for choice in (False, True))
+    assert all(torch.equal(gradient, again[name]) for name, gradient in kept.items())
 
 
 @needs_native

@@ -24,4 +24,41 @@ struct UpsampleArrays {
   }
 };
 
+namespace cpu {
+
+// y = W_up token + b_up, written to `cond`.
+struct UpsampleForward : Threaded<UpsampleArrays> {};
+
+// Gradients of y = W_up token + b_up from dy:
+//   dtoken = W_up^T dy,  dW_up = sum over tokens dy token^T,  db_up = sum over tokens dy
+struct UpsampleBackward {
+  int64_t tokens = 0;       // T
+  int64_t token_width = 0;  // Z: any
+  int64_t outputs = 0;      // P*D, a multiple of 16
+  Rows grad_cond;           // dy, [T, P*D]
+  Rows rows;                // [T, Z]; its dtype is the activation dtype
+  Array weight;             // [P*D, Z], rounded to the activation dtype
+  // Written; gradients with null data are not computed. Those of the weights may be added to what is there, in float32.
+  Array grad_tokens;  // [T, Z]
+  Array grad_weight, grad_bias;
+  int adds = 0;
+  int threads = 1;
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    visit("upsample_sizes", tokens, token_width, outputs);
+    visit("grad_cond", grad_cond);
+    visit("tokens", rows);
+    visit("up_weight", weight);
+    visit("grad_tokens", grad_tokens);
+    visit("grad_weights", grad_weight, grad_bias);
+    visit("adds", adds);
+    visit("threads", threads);
+  }
+};
+
+void upsample_forward(const UpsampleForward& call);
+void upsample_backward(const UpsampleBackward& call);
+
+}  // namespace cpu
 }  // namespace deco

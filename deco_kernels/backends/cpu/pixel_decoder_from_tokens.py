@@ -1,6 +1,6 @@
 """pixel_decoder_from_tokens on the CPU: csrc/cpu/pixel_decoder_from_tokens.cpp, or where PyTorch multiplies
-csrc/cpu/pixel_decoder.cpp. In the backward, csrc/cpu/pixel_decoder_backward.cpp runs on chunks of the conditions of the
-forward or of PyTorch's."""
+csrc/cpu/pixel_decoder.cpp. In the backward, csrc/cpu/pixel_decoder_backward.cpp runs on chunks of conditions, kept or
+computed again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 
 from deco_kernels import native
 from deco_kernels.backends import arguments
+from deco_kernels.backends.cpu.upsample import UpsampleGradients
 from deco_kernels.backends.query import ChunkedQuery
-from deco_kernels.backends.upsample import UpsampleGradients, chunk_tokens, upsample_chunks
+from deco_kernels.backends.upsample import chunk_tokens, upsample_chunks
 from deco_kernels.signatures import DecoderWeights, Query, UpsampleWeights
 
 
@@ -123,7 +124,7 @@ def backward(
     pixels, width = weights.pixel_table.shape
     grad_image = torch.empty(image.shape, dtype=image.dtype) if needs[0] else None
     upsample = UpsampleGradients(tokens, up, needs[1:4])
-    chunked = ChunkedQuery(query, weights.pixel_table.shape, needs[-4:])
+    chunked = ChunkedQuery(query, weights.pixel_table.shape, needs[-4:], UpsampleGradients)
     weight_gradients = arguments.WeightGradients(weights, needs[4:-4])
     kept_rows = None if cond is None else cond.reshape(-1, pixels * width)
     for chunk in upsample_chunks(image.shape, patch_size, chunk_tokens(up)):

@@ -1,6 +1,6 @@
 """upsample_modulate on the CPU: csrc/cpu/upsample_modulate.cpp and, where PyTorch multiplies, csrc/cpu/modulate.cpp.
 
-In the backward, the conditions are those of the forward or PyTorch's, and the matmuls of the gradients are PyTorch's.
+In the backward, the conditions are those of the forward or computed again (csrc/cpu/upsample.cpp).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 
 from deco_kernels import native
 from deco_kernels.backends import arguments
-from deco_kernels.backends.upsample import UpsampleGradients, chunk_tokens
+from deco_kernels.backends.cpu.upsample import UpsampleGradients
+from deco_kernels.backends.upsample import chunk_tokens
 from deco_kernels.signatures import ModulationWeights, UpsampleWeights
 
 

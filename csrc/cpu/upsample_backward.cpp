@@ -1,0 +1,345 @@
+// Gradients of the upsample y = W_up token + b_up (upsample.h) from dy, with R = P D outputs per token:
+//
+//   dtoken[t] = sum over r of dy[t][r] W_up[r]        a sum over the outputs
+//   dW_up[r] = sum over t of dy[t][r] token[t]        a sum over the tokens
+//   db_up[r] = sum over t of dy[t][r]
+//
+// Both matmuls have Z in the vector lanes and broadcast dy; their second factor is packed in strips of kStrip columns,
+// [elements][kStrip], where an element (matmul.h) is a value, or a pair along the sum. Sums beyond their end are padded
+// with zeros to whole groups of kLanes elements.
+//
+// Each takes T R Z multiply-adds. Memory traffic: dW_up is written once (with `adds`, read too), W_up is read once per
+// part of the tokens, usually one, in the dtype in which it is stored. Deterministic: every result is one sum in
+// ascending order, independent of the number of threads.
+#include "cpu/kernel_table.h"
+#include "cpu/upsample.h"
+
+namespace deco::cpu::DECO_CPU_ISA {
+namespace {
+
+constexpr int kBlock = 128;             // elements of the sum over the outputs that are packed at a time
+constexpr int kPanelRows = 8 * kGroup;  // rows of dW_up whose dy is packed at a time
+constexpr int kMinTokens = 64;          // per part of the tokens
+
+int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+const char* address(const Rows& rows, int64_t row, int64_t column) {
+  return static_cast<const char*>(rows.data) + (row * rows.stride + column) * size_of(rows.dtype);
+}
+
+// kLanes elements of two adjacent rows (one, if an element is a single value) from column `column` on.
+template <class Operand, DType kStorage>
+DECO_INLINE typename Operand::Vector interleaved(const char* first, const char* second, int64_t column,
+                                                 DType rounding) {
+  const VecF values = load_as<kStorage>(first, column);
+  if constexpr (Operand::kPack == 1) {
+    return round_vector(rounding, values);
+  } else {
+    return make_pairs(values, load_as<kStorage>(second, column));
+  }
+}
+
+// Factor of a sum over rows: to[e] = elements of rows e kPack .. of `count` rows, `columns` <= kStrip columns of each.
+// Places beyond the rows and columns are 0.
+template <class Operand>
+void pack_strip(const Rows& from, int64_t first, int64_t count, int64_t column, int64_t columns, DType rounding,
+                int64_t elements, typename Operand::Element (*to)[kStrip]) {
+  constexpr int kPack = Operand::kPack;
+  with_dtype(from.dtype, [&](auto storage) {
+    constexpr int64_t kBytes = size_of(storage.value);
+    alignas(64) char ends[kPack][kStrip * kBytes] = {}, zeros[kStrip * kBytes] = {};
+    for (int64_t e = 0; e < elements; ++e) {
+      const char* rows[kPack];
+      unroll<kPack>([&](auto i) DECO_INLINE_LAMBDA {
+        const int64_t row = e * kPack + i;
+        rows[i] = row < count ? address(from, first + row, column) : zeros;
+        if (row < count && columns < kStrip) {
+          std::memcpy(ends[i], rows[i], columns * kBytes);
+          rows[i] = ends[i];
+        }
+      });
+      unroll<2>([&](auto v) DECO_INLINE_LAMBDA {
+        Operand::store_vector(&to[e][v * kLanes],
+                              interleaved<Operand, storage.value>(rows[0], rows[kPack - 1], v * kLanes, rounding));
+      });
+    }
+  });
+}
+
+template <class Operand>
+class Backward {
+ public:
+  using Element = typename Operand::Element;
+  using Strip = Element (*)[kStrip];
+
+  explicit Backward(const UpsampleBackward& call)
+      : call_(call),
+        strips_(divided(call.token_width, kStrip)),
+        elements_(whole_elements(call.tokens)),
+        streams_weight_(!call.adds && call.grad_weight.dtype == DType::kFloat32 &&
+                        row_writes<kStrip>(DType::kFloat32, call.grad_weight.data, call.outputs * strips_,
+                                           call.token_width) == RowWrites::kStreamed) {}
+
+  // dtoken, in parts of the strips and, if these are too few for all threads, of the tokens.
+  void token_gradient() {
+    const int64_t groups = divided(call_.tokens, kGroup);
+    const int64_t token_parts = at_most(divided(call_.tokens, kMinTokens), divided(2 * call_.threads, strips_));
+    const int strip_parts = part_count(strips_, static_cast<int>(divided(call_.threads, token_parts)));
+    const int parts = static_cast<int>(token_parts) * strip_parts;
+    const auto work_of = [&](int part) {
+      return TokenWork{share_of(groups, static_cast<int>(token_parts), part / strip_parts),
+                       share_of(strips_, strip_parts, part % strip_parts)};
+    };
+    Element *rows = nullptr, *strip = nullptr;
+    float* sums = nullptr;
+    const int64_t most_groups = divided(groups, token_parts), most_strips = divided(strips_, strip_parts);
+    const int64_t rows_size = most_groups * kGroup * kBlock, sums_size = most_groups * most_strips * kGroup * kStrip;
+    with_scratch([&](Arena& arena) {
+      rows = arena.take<Element>(parts * rows_size);
+      strip = arena.take<Element>(int64_t{parts} * kBlock * kStrip);
+      sums = arena.take<float>(parts * sums_size);
+    });
+    parallel_for(parts, [&](int part) {
+      add_tokens(work_of(part), rows + part * rows_size,
+                 reinterpret_cast<Strip>(strip + int64_t{part} * kBlock * kStrip), sums + part * sums_size);
+    });
+  }
+
+  // dW_up and db_up. Items: a strip of a panel of rows; db_up belongs to the first strip.
+  void weight_gradient() {
+    const int64_t panels = divided(call_.outputs, kPanelRows);
+    const int64_t panel_strips = call_.grad_weight.data == nullptr ? 1 : strips_;
+    const int parts = part_count(panels * panel_strips, call_.threads);
+    const int64_t panel_size = kPanelRows * elements_;
+    Element *tokens = nullptr, *panels_of_parts = nullptr;
+    with_scratch([&](Arena& arena) {
+      tokens = arena.take<Element>(strips_ * elements_ * kStrip);
+      panels_of_parts = arena.take<Element>(parts * panel_size);
+    });
+    parallel_for(parts, [&](int part) {
+      const Range share = share_of(strips_, parts, part);
+      for (int64_t s = share.begin; s < share.end; ++s)
+        pack_strip<Operand>(call_.rows, 0, call_.tokens, s * kStrip, columns_of(s), DType::kFloat32, elements_,
+                            strip_at(tokens, s));
+    });
+    SharedWork work(panels * panel_strips, parts);
+    parallel_for(parts, [&](int part) {
+      Element* panel = panels_of_parts + part * panel_size;
+      int64_t packed = -1;
+      work.for_each_share([&](Range share) {
+        for (int64_t item = share.begin; item < share.end; ++item) {
+          const int64_t index = item / panel_strips, s = item % panel_strips;
+          if (index != packed || s == 0) pack_panel(index, s == 0, panel);
+          packed = index;
+          if (call_.grad_weight.data != nullptr) add_strip(index, s, panel, strip_at(tokens, s));
+        }
+      });
+    });
+  }
+
+ private:
+  struct TokenWork {
+    Range groups, strips;
+  };
+
+  static int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t whole_elements(int64_t rows) { return divided(rows, kLanes * Operand::kPack) * kLanes; }
+
+  int64_t columns_of(int64_t strip) const { return at_most(kStrip, call_.token_width - strip * kStrip); }
+  Strip strip_at(Element* tokens, int64_t s) const { return reinterpret_cast<Strip>(tokens + s * elements_ * kStrip); }
+
+  template <class LayOut>
+  static void with_scratch(LayOut&& lay_out) {
+    Arena counter;
+    lay_out(counter);
+    Arena arena(thread_scratch(counter.used()));
+    lay_out(arena);
+  }
+
+  // ---- dtoken: sums over the outputs, block by block -----------------------------------------------------------------
+
+  // rows: [group][kGroup][kBlock]. sums: [strip][group], kept between the blocks.
+  void add_tokens(const TokenWork& work, Element* rows, Strip strip, float* sums) const {
+    constexpr int64_t kValues = kBlock * Operand::kPack;
+    for (int64_t first = 0; first < call_.outputs; first += kValues) {
+      const int64_t count = at_most(kValues, call_.outputs - first);
+      pack_rows(work.groups, first, count, rows);
+      float* of_group = sums;
+      for (int64_t s = work.strips.begin; s < work.strips.end; ++s) {
+        pack_strip<Operand>(weight_rows(), first, count, s * kStrip, columns_of(s), call_.rows.dtype,
+                            whole_elements(count), strip);
+        const Ahead ahead = ahead_of(work, first, count, s);
+        for (int64_t g = work.groups.begin; g < work.groups.end; ++g, of_group += kGroup * kStrip) {
+          prefetch(ahead, g - work.groups.begin, work.groups.end - work.groups.begin);
+          GroupSums found;
+          unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+            found[i] = first == 0 ? broadcast(0.0f) : load(of_group + i * kLanes);
+          });
+          const Element* row = rows + (g - work.groups.begin) * kGroup * kBlock;
+          for (int64_t e = 0; e < whole_elements(count); e += kLanes)
+            multiply_add<Operand, kLanes, kBlock, 1, kStrip>(found, row + e, row + kGroup / 2 * kBlock + e, strip + e);
+          unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA { store(of_group + i * kLanes, found[i]); });
+        }
+      }
+    }
+    put_tokens(work, sums);
+  }
+
+  // Rows of weights that are packed next, at one column.
+  struct Ahead {
+    int64_t first, count, column;
+  };
+
+  Ahead ahead_of(const TokenWork& work, int64_t first, int64_t count, int64_t strip) const {
+    if (strip + 1 < work.strips.end) return {first, count, (strip + 1) * kStrip};
+    const int64_t left = call_.outputs - first - count;
+    return {first + count, at_most(left, count), work.strips.begin * kStrip};
+  }
+
+  // Prefetches share `step` of `steps` into the L2 cache.
+  DECO_INLINE void prefetch(const Ahead& ahead, int64_t step, int64_t steps) const {
+    const Rows rows = weight_rows();
+    for (int64_t row = ahead.count * step / steps; row < ahead.count * (step + 1) / steps; ++row) {
+      const char* line = address(rows, ahead.first + row, ahead.column);
+      for (int64_t byte = 0; byte < kStrip * size_of(rows.dtype); byte += kCacheLine)
+        __builtin_prefetch(line + byte, 0, 2);
+    }
+  }
+
+  Rows weight_rows() const { return {call_.weight.data, call_.weight.dtype, call_.token_width}; }
+
+  // to[token] = outputs first .. first + count - 1 of dy; 0 beyond the tokens, and to a whole number of elements.
+  void pack_rows(Range groups, int64_t first, int64_t count, Element* to) const {
+    constexpr int64_t kValues = kLanes * Operand::kPack;
+    with_dtype(call_.grad_cond.dtype, [&](auto storage) {
+      for (int64_t token = groups.begin * kGroup; token < groups.end * kGroup; ++token, to += kBlock) {
+        const char* row = address(call_.grad_cond, at_most(token, call_.tokens - 1), first);
+        for (int64_t value = 0; value < count; value += kValues) {
+          alignas(64) char end[kValues * size_of(storage.value)] = {};
+          const bool whole = value + kValues <= count;
+          if (!whole) std::memcpy(end, row + value * size_of(storage.value), (count - value) * size_of(storage.value));
+          const void* from = whole ? row + value * size_of(storage.value) : end;
+          Operand::store_vector(to + value / Operand::kPack,
+                                load_elements<Operand, storage.value>(from, 0, DType::kFloat32));
+        }
+      }
+    });
+  }
+
+  void put_tokens(const TokenWork& work, const float* sums) const {
+    const Array& to = call_.grad_tokens;
+    for (int64_t s = work.strips.begin; s < work.strips.end; ++s)
+      for (int64_t row = work.groups.begin * kGroup; row < work.groups.end * kGroup; ++row, sums += kStrip) {
+        if (row >= call_.tokens) continue;
+        const int64_t first = row * call_.token_width + s * kStrip, columns = columns_of(s);
+        if (columns == kStrip) {
+          with_dtype(to.dtype, [&](auto storage) {
+            unroll<2>([&](auto v) DECO_INLINE_LAMBDA {
+              store_as<storage.value>(to.data, first + v * kLanes, load(sums + v * kLanes));
+            });
+          });
+        } else {
+          for (int64_t c = 0; c < columns; ++c) store_scalar(to.data, to.dtype, first + c, sums[c]);
+        }
+      }
+  }
+
+  // ---- dW_up and db_up: sums over the tokens -------------------------------------------------------------------------
+
+  int64_t panel_rows(int64_t index) const { return at_most(kPanelRows, call_.outputs - index * kPanelRows); }
+
+  // dW_up on a strip of panel `index`.
+  void add_strip(int64_t index, int64_t s, const Element* panel, Strip strip) const {
+    for (int64_t row = 0; row < panel_rows(index); row += kGroup) {
+      GroupSums sums;
+      unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA { sums[i] = broadcast(0.0f); });
+      const Element* factor = panel + row * elements_;
+      for (int64_t e = 0; e < elements_; e += kLanes)
+        multiply_add<Operand, kLanes, 1, kGroup, kStrip>(sums, factor + e * kGroup, factor + e * kGroup + kGroup / 2,
+                                                         strip + e);
+      put_weight(index * kPanelRows + row, s, sums);
+    }
+  }
+
+  // panel: dy of the rows, [groups][elements][kGroup]. Writes db_up if `sums_bias`.
+  void pack_panel(int64_t index, bool sums_bias, Element* panel) const {
+    constexpr int kPack = Operand::kPack;
+    alignas(64) float totals[kPanelRows] = {};
+    alignas(64) const char zeros[kPanelRows * sizeof(float)] = {};
+    const int64_t first = index * kPanelRows, rows = panel_rows(index);
+    with_dtype(call_.grad_cond.dtype, [&](auto storage) {
+      for (int64_t e = 0; e < elements_; ++e) {
+        const char* row[kPack];
+        unroll<kPack>([&](auto i) DECO_INLINE_LAMBDA {
+          const int64_t token = e * kPack + i;
+          row[i] = token < call_.tokens ? address(call_.grad_cond, token, first) : zeros;
+        });
+        for (int64_t r = 0; r < rows; r += kLanes) {
+          unroll<kPack>([&](auto i) DECO_INLINE_LAMBDA { accumulate(totals + r, load_as<storage.value>(row[i], r)); });
+          Element column[kLanes];
+          Operand::store_vector(column,
+                                interleaved<Operand, storage.value>(row[0], row[kPack - 1], r, DType::kFloat32));
+          for (int group = 0; group < kLanes / kGroup; ++group)
+            std::memcpy(panel + ((r / kGroup + group) * elements_ + e) * kGroup, column + group * kGroup,
+                        kGroup * sizeof(Element));
+        }
+      }
+    });
+    if (call_.grad_bias.data == nullptr || !sums_bias) return;
+    for (int64_t r = 0; r < rows; ++r) put(call_.grad_bias, first + r, totals[r]);
+  }
+
+  void put(const Array& to, int64_t index, float value) const {
+    store_scalar(to.data, to.dtype, index, call_.adds ? load_scalar(to.data, to.dtype, index) + value : value);
+  }
+
+  void put_weight(int64_t row, int64_t strip, const GroupSums& sums) const {
+    const Array& to = call_.grad_weight;
+    const int64_t first = row * call_.token_width + strip * kStrip;
+    if (columns_of(strip) < kStrip) {
+      alignas(64) float values[kGroup][kStrip];
+      unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA { store(&values[i / 2][i % 2 * kLanes], sums[i]); });
+      for (int o = 0; o < kGroup; ++o)
+        for (int64_t c = 0; c < columns_of(strip); ++c) put(to, first + o * call_.token_width + c, values[o][c]);
+      return;
+    }
+    if (streams_weight_) {
+      float* data = static_cast<float*>(to.data) + first;
+      unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+        store_streaming(data + i / 2 * call_.token_width + i % 2 * kLanes, sums[i]);
+      });
+      return;
+    }
+    with_dtype(to.dtype, [&](auto storage) {
+      unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+        const int64_t index = first + i / 2 * call_.token_width + i % 2 * kLanes;
+        store_as<storage.value>(to.data, index,
+                                call_.adds ? load_as<storage.value>(to.data, index) + sums[i] : sums[i]);
+      });
+    });
+  }
+
+  const UpsampleBackward& call_;
+  const int64_t strips_;       // of Z
+  const int64_t elements_;     // of a sum over the tokens
+  const bool streams_weight_;  // dW_up is written past the caches
+};
+
+template <class Operand>
+void backward(const UpsampleBackward& call) {
+  Backward<Operand> gradients(call);
+  if (call.grad_tokens.data != nullptr) gradients.token_gradient();
+  if (call.grad_weight.data != nullptr || call.grad_bias.data != nullptr) gradients.weight_gradient();
+}
+
+}  // namespace
+
+void upsample_backward(const UpsampleBackward& call) {
+  if (call.tokens == 0) return;
+#if DECO_HAVE_BF16_DOT
+  if (call.rows.dtype == DType::kBFloat16) return backward<PairOperand>(call);
+#endif
+  backward<FloatOperand>(call);
+}
+
+}  // namespace deco::cpu::DECO_CPU_ISA
