@@ -266,6 +266,12 @@ def test_a_variance_that_overflows_gives_nan(emulated, op, size):
     equal_rows.test_a_variance_that_overflows_gives_nan(BACKEND, op, BF16, size)
 
 
+@pytest.mark.parametrize(("op", "head_norm"), equal_rows.HEADS)
+@pytest.mark.parametrize("sizes", equal_rows.PARTLY_EMPTY, ids=str)
+def test_an_eps_of_zero_in_partly_empty_tiles(emulated, op, head_norm, sizes, poisoned_memory):
+    equal_rows.test_an_eps_of_zero_in_partly_empty_tiles(BACKEND, op, head_norm, sizes)
+
+
 @pytest.mark.parametrize("op", ["pixel_decoder", "pixel_decoder_from_tokens"])
 def test_images_without_pixels_have_zero_gradients(emulated, op):
     equal_rows.test_images_without_pixels_have_zero_gradients(BACKEND, op, (2, 0, 12))

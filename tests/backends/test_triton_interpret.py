@@ -152,6 +152,12 @@ def test_a_variance_that_overflows_gives_nan(op, size):
     equal_rows.test_a_variance_that_overflows_gives_nan("triton", op, F32, size)
 
 
+@pytest.mark.parametrize(("op", "head_norm"), [head for head in equal_rows.HEADS if "tokens" not in head[0]])
+def test_an_eps_of_zero_in_partly_empty_tiles(op, head_norm):
+    for sizes in equal_rows.PARTLY_EMPTY:
+        equal_rows.test_an_eps_of_zero_in_partly_empty_tiles("triton", op, head_norm, sizes)
+
+
 @pytest.mark.parametrize("op", DECODERS)
 def test_images_without_pixels_have_zero_gradients(op):
     equal_rows.test_images_without_pixels_have_zero_gradients("triton", op, (2, 0, 12))

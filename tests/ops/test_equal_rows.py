@@ -114,6 +114,29 @@ def test_a_mean_square_that_overflows_gives_nan(implementation):
         assert torch.equal(gradient.isnan(), exact.gradients[argument].isnan()), argument
 
 
+# Patches and images whose last tiles of pixels or tokens are partly empty.
+PARTLY_EMPTY = [(1, (1, 7, 11)), (2, (1, 10, 6)), (8, (1, 8, 24))]
+HEADS = [(op, None) for op in OPS[:2]] + list(itertools.product((*OPS[2:], "pixel_decoder_loss"), ("layer", "rms")))
+
+
+@each_implementation
+@pytest.mark.parametrize(("op", "head_norm"), HEADS)
+@pytest.mark.parametrize("sizes", PARTLY_EMPTY, ids=str)
+def test_an_eps_of_zero_in_partly_empty_tiles(implementation, op, head_norm, sizes):
+    """A row of zeros has no inverse deviation: nothing of the places that fill a tile may reach a result."""
+    dtype, (patch_size, image_size) = BF16, sizes
+    head = {"head_norm": head_norm, "query": "tokens" if "tokens" in op else "given"} if head_norm else {}
+    inputs = small_inputs(op, dtype, width=16, depth=1, patch_size=patch_size, image_size=image_size, **head)
+    results, expected = (
+        testing.run(inputs._replace(options=inputs.options | {"eps": eps}), name)
+        for name, eps in ((implementation, 0.0), ("reference", 1e-6))
+    )
+    for output, wanted in zip(results.outputs, expected.outputs, strict=True):
+        assert testing.relative_error(output, wanted) <= 0.05
+    for name, gradient in results.gradients.items():
+        assert testing.relative_error(gradient, expected.gradients[name]) <= 0.05, name
+
+
 @each_implementation
 @pytest.mark.parametrize("op", ["pixel_decoder", "pixel_decoder_from_tokens"])
 @pytest.mark.parametrize("image_size", [(2, 0, 12), (2, 8, 0)])
