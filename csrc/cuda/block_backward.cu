@@ -34,6 +34,7 @@ struct Plan {
   static constexpr int kMatrices = matrices_of(Mlp);
   static constexpr bool kSpecialized = D == 64 || (D == 32 && Mlp);
   static constexpr bool kFewRegisters = D == 64;
+  static constexpr bool kOverlaps = kSpecialized && D == 32;  // at D = 64 shared memory holds the operands of one turn
   static constexpr int kGradientWarps = kMatrices;
   static constexpr int kMostChainWarps = !kSpecialized ? kGradientWarps : D == 64 ? 7 : 10;
   static constexpr int kThreads = 32 * (kSpecialized ? kMostChainWarps + kGradientWarps : kGradientWarps);
@@ -387,7 +388,7 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
   };
 
   if constexpr (P::kSpecialized) {
-    const int other = p.buffers - 1;  // the second buffer, or the only one
+    const int other = P::kOverlaps ? p.buffers - 1 : 0;  // the second buffer, or the only one
     int buffer = 0;
     if (warp() < p.chain_warps) {
       for (uint32_t begin = block() * turn_pixels; begin < p.pixels; begin += step, buffer ^= other) {
@@ -437,7 +438,7 @@ Schedule schedule_of(const DeviceLimits& limits) {
   };
   int warps = P::kMostChainWarps;
   while (warps > 1 && !fit(warps, 1)) --warps;
-  return {warps, P::kSpecialized && fit(warps, 2) ? 2 : 1};
+  return {warps, P::kOverlaps && fit(warps, 2) ? 2 : 1};
 }
 
 template <int D, bool Mlp>
