@@ -1,10 +1,12 @@
 """`python -m benchmarks reuse`: guided sampling with the trunk at some steps only against every step.
 
 The contenders sample the same noise in turn with `flow.Sampler` and Euler steps, from random weights. On a GPU, calls
-are captured as CUDA graphs, and the published decoder is timed, too, with and without them.
+are captured as CUDA graphs, and the published decoder is timed, too, with and without them. `--compile-trunk` adds the
+contenders with a compiled trunk.
 """
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +32,7 @@ class Contender(NamedTuple):
     decoder: str
     graphs: bool
     trunk_steps: int | None
+    compiled: bool = False  # the trunk
 
 
 def main(arguments: list[str]) -> int:
@@ -42,6 +45,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="Euler steps (default: 10)")
     parser.add_argument("--trunk-steps", type=int, default=5, metavar="K", help="steps with the trunk (default: 5)")
+    parser.add_argument("--compile-trunk", action="store_true", help="time the fused ones with a compiled trunk, too")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="PyTorch threads on the CPU (default: 2)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed rounds (default: 7)")
@@ -63,12 +67,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def contenders(device: str, trunk_steps: int) -> list[Contender]:
+def contenders(device: str, trunk_steps: int, compile_trunk: bool) -> list[Contender]:
     """The first one is that which the others are compared with."""
-    if device == "cpu":
-        return [Contender(FUSED, False, None), Contender(FUSED, False, trunk_steps)]
-    every_step = [Contender(PUBLISHED, False, None), Contender(PUBLISHED, True, None), Contender(FUSED, True, None)]
-    return [*every_step, Contender(FUSED, True, trunk_steps)]
+    graphs = device == "cuda"
+    eager = [Contender(PUBLISHED, False, None), Contender(PUBLISHED, True, None)] if graphs else []
+    fused = [Contender(FUSED, graphs, steps) for steps in (None, trunk_steps)]
+    return eager + fused + [each._replace(compiled=True) for each in fused if compile_trunk]
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
@@ -82,15 +86,16 @@ def measure(options: argparse.Namespace) -> list[dict]:
     noise = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
     labels = torch.arange(options.batch, device=options.device) % network.null_label
     null = torch.full_like(labels, network.null_label)
-    found = contenders(options.device, options.trunk_steps)
+    found = contenders(options.device, options.trunk_steps, options.compile_trunk)
     samplers = [
         flow.Sampler(
-            networks[each.decoder],
+            copy.deepcopy(networks[each.decoder]) if each.compiled else networks[each.decoder],
             steps=options.steps,
             guidance=GUIDANCE,
             dtype=dtype,
             trunk_steps=each.trunk_steps,
             cuda_graph=each.graphs,
+            compile_trunk=each.compiled,
         )
         for each in found
     ]
@@ -112,7 +117,7 @@ def table(result: dict) -> str:
     every = result["rows"][0]["least_ms"]
     for row in result["rows"]:
         what = f"{row['preset']}, {row['size']}x{row['size']}, batch {row['batch']}, {row['steps']} guided Euler steps"
-        decoder = row["decoder"] + " in CUDA graphs" * row["graphs"]
+        decoder = row["decoder"] + " in CUDA graphs" * row["graphs"] + ", compiled trunk" * row.get("compiled", False)
         cells = [f"{what}, {row['dtype']}", decoder, str(row["trunk_steps"])]
         cells += [f"{row[name] / 1e3:.2f} s" for name in ("least_ms", "ms")]
         lines.append(f"| {' | '.join(cells)} | {every / row['least_ms']:.2f} x |")

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.models import reuse
+from deco_kernels import model
 
 SMALL = [
     "--preset",
@@ -34,6 +35,20 @@ def test_a_result_has_both_contenders(tmp_path, capsys):
     assert [row["trunk_steps"] for row in result["rows"]] == [4, 2]
     assert all(row["least_ms"] > 0 and row["rounds"] == 2 for row in result["rows"])
     assert reuse.table(result) in capsys.readouterr().out
+
+
+def test_the_trunk_of_some_contenders_is_compiled(tmp_path, capsys, monkeypatch):
+    """Not that of the others, which have the same weights."""
+    compiled, sampled = set(), []
+    monkeypatch.setattr(model.DeCo, "compile_trunk", lambda network: compiled.add(id(network)))
+    forward = model.DeCo.forward
+    monkeypatch.setattr(model.DeCo, "forward", lambda net, *args: sampled.append(id(net)) or forward(net, *args))
+    path = tmp_path / "result.json"
+    assert reuse.main([*SMALL, "--dtype", "float32", "--compile-trunk", "--output", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["trunk_steps"], row["compiled"]) for row in rows] == [(4, False), (2, False), (4, True), (2, True)]
+    assert len(compiled) == 2 and set(sampled) - compiled and compiled & set(sampled)
+    assert capsys.readouterr().out.count("fused, compiled trunk") == 2
 
 
 @pytest.mark.parametrize(
