@@ -9,7 +9,7 @@
 // with zeros to whole groups of kLanes elements.
 //
 // Each takes T R Z multiply-adds. Memory traffic: dW_up is written once (with `adds`, read too), W_up is read once per
-// part of the tokens, usually one, in the dtype in which it is stored. Deterministic: every result is one sum in
+// part of the tokens, on few threads one, in the dtype in which it is stored. Deterministic: every result is one sum in
 // ascending order, independent of the number of threads.
 #include "cpu/kernel_table.h"
 #include "cpu/upsample.h"
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kBlock = 128;             // elements of the sum over the outputs that are packed at a time
 constexpr int kPanelRows = 8 * kGroup;  // rows of dW_up whose dy is packed at a time
-constexpr int kMinTokens = 64;          // per part of the tokens
+constexpr int kPackingGroups = 4;       // groups of tokens whose sums take about as long as packing a strip of weights
 
 int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -80,19 +80,18 @@ class Backward {
                         row_writes<kStrip>(DType::kFloat32, call.grad_weight.data, call.outputs * strips_,
                                            call.token_width) == RowWrites::kStreamed) {}
 
-  // dtoken, in parts of the strips and, if these are too few for all threads, of the tokens.
+  // dtoken, in parts of the strips and of the tokens.
   void token_gradient() {
     const int64_t groups = divided(call_.tokens, kGroup);
-    const int64_t token_parts = at_most(divided(call_.tokens, kMinTokens), divided(2 * call_.threads, strips_));
-    const int strip_parts = part_count(strips_, static_cast<int>(divided(call_.threads, token_parts)));
-    const int parts = static_cast<int>(token_parts) * strip_parts;
+    const Division cut = division(groups);
+    const int parts = cut.tokens * cut.strips;
     const auto work_of = [&](int part) {
-      return TokenWork{share_of(groups, static_cast<int>(token_parts), part / strip_parts),
-                       share_of(strips_, strip_parts, part % strip_parts)};
+      return TokenWork{share_of(groups, cut.tokens, part / cut.strips),
+                       share_of(strips_, cut.strips, part % cut.strips)};
     };
     Element *rows = nullptr, *strip = nullptr;
     float* sums = nullptr;
-    const int64_t most_groups = divided(groups, token_parts), most_strips = divided(strips_, strip_parts);
+    const int64_t most_groups = divided(groups, cut.tokens), most_strips = divided(strips_, cut.strips);
     const int64_t rows_size = most_groups * kGroup * kBlock, sums_size = most_groups * most_strips * kGroup * kStrip;
     with_scratch([&](Arena& arena) {
       rows = arena.take<Element>(parts * rows_size);
@@ -157,6 +156,25 @@ class Backward {
   }
 
   // ---- dtoken: sums over the outputs, block by block -----------------------------------------------------------------
+
+  // Numbers of parts of the tokens and of the strips.
+  struct Division {
+    int tokens, strips;
+  };
+
+  // At most one part per thread, so that the largest part takes the least time; each packs its strips of weights.
+  Division division(int64_t groups) const {
+    Division best{};
+    int64_t least = 0;
+    for (int tokens = 1; tokens <= part_count(groups, call_.threads); ++tokens) {
+      const int strips = part_count(strips_, call_.threads / tokens);
+      const int64_t time = divided(strips_, strips) * (divided(groups, tokens) + kPackingGroups);
+      if (tokens > 1 && time >= least) continue;
+      best = {tokens, strips};
+      least = time;
+    }
+    return best;
+  }
 
   // rows: [group][kGroup][kBlock]. sums: [strip][group], kept between the blocks.
   void add_tokens(const TokenWork& work, Element* rows, Strip strip, float* sums) const {

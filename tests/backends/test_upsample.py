@@ -1,5 +1,8 @@
 """The upsample and its gradients: PyTorch's matmuls, and the kernels of the backend "cpu"."""
 
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from tests.operators import OperatorNames
 from tests.ops.cases import IMPLEMENTATIONS, padded
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+THREADS = Path("/proc/self/task")
 each_dtype = pytest.mark.parametrize("dtype", [F32, BF16, F16])
 each_isa = pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:], indirect=True)
 # (T, P*D, Z) with whole and partly empty tiles, strips, panels, groups and blocks of the kernels
@@ -118,6 +122,25 @@ def test_gradients_of_the_kernel_are_the_same_bits_on_any_number_of_threads(impl
         assert all(map(torch.equal, found, results[0]))
 
 
+@pytest.mark.skipif(not THREADS.is_dir(), reason="needs the list of the process's threads")
+@each_isa
+def test_gradients_of_the_kernel_start_no_more_threads_than_are_set(implementation):
+    """With fewer strips of Z than threads, too. OpenMP starts threads of its own for those of another Python thread."""
+    tokens, up, grad = random_upsample(F32, (256, 32, 8))
+    started = []
+
+    def count():
+        with threads(2):
+            before = len(list(THREADS.iterdir()))
+            gradients(kernels.UpsampleGradients, tokens, up, grad)
+            started.append(len(list(THREADS.iterdir())) - before)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    thread.join()
+    assert started == [1]
+
+
 @each_isa
 def test_large_gradients_of_the_kernel(implementation):
     """Beyond 4 MiB they are written past the caches, in whole cache lines."""
@@ -142,6 +165,7 @@ def test_values_that_are_not_finite_stay_in_their_rows(implementation):
 def test_no_tokens(implementation):
     tokens, up, grad = random_upsample(F32, (0, 80, 48))
     assert all(not gradient.any() for gradient in gradients(kernels.UpsampleGradients, tokens, up, grad))
+    assert kernels.UpsampleGradients(tokens, up, needs=(False,) * 3).cond(slice(0, 0)).shape == (0, 80)
 
 
 @pytest.mark.skipif(not IMPLEMENTATIONS[1:], reason="needs the native CPU module")

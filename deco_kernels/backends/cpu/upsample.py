@@ -38,7 +38,7 @@ class UpsampleGradients(upsample.UpsampleGradients):
             arguments.upsample_sizes(rows, len(weight) // width, width),
             arguments.rows(rows),
             arguments.arrays((weight, bias)),
-            arguments.pixel_rows(result.view(len(rows), -1, width)),
+            arguments.pixel_rows(result.view(len(rows), len(weight) // width, width)),
             torch.get_num_threads(),
         )
         return result
