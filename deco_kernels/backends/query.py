@@ -11,7 +11,7 @@ from deco_kernels.signatures import Query, UpsampleWeights
 
 
 class ChunkedQuery:
-    """The query of parts of the tokens, given or upsampled by PyTorch's matmul, and the gradients of its tensors."""
+    """The query of parts of the tokens, given or upsampled, and the gradients of its tensors."""
 
     def __init__(
         self,
