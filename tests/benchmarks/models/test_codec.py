@@ -100,6 +100,18 @@ def test_large_frames_are_timed_in_processes_of_their_own(monkeypatch):
     assert (row["least_ms"], row["ms"], row["growth_bytes"]) == (2.0, 3.0, 8)
 
 
+def test_large_frames_come_first(monkeypatch, capsys):
+    """The heap of this process does not shrink, and those of its children need the memory."""
+    sizes = []
+    row = {"contender": "published", "ms": 1.0}
+    monkeypatch.setattr(codec, "SIZES", {"1920x1024": (40, 48), "3840x2160": (48, 64)})
+    monkeypatch.setattr(
+        codec, "measure", lambda size, dtype, *_: sizes.append(size) or [row | {"size": size, "dtype": dtype}]
+    )
+    assert codec.main(["--dtype", "float32", "--threads", "1"]) == 0
+    assert sizes == ["3840x2160", "1920x1024"]
+
+
 def test_a_failed_process_is_named(monkeypatch):
     monkeypatch.setattr(codec.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, -9, "", ""))
     with pytest.raises(RuntimeError, match="codec: times of published: not measured: it was killed"):
