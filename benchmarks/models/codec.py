@@ -1,9 +1,9 @@
 """`python -m benchmarks codec`: the per-pixel decoder of CoD-Lite (arXiv 2604.12525) on whole frames, on the CPU.
 
 D 32, N 3, p 16, Z = Zq = 384, random weights, without gradients. Contenders: the published formulation, eager and
-compiled; the best eager one, with folded linears; the module of this package. Time, interleaved in one process for
-frames that leave memory for all contenders, and peak memory growth of one call in a process of its own. See
-docs/codec.md.
+compiled; the best eager one, with folded linears; the module of this package. Time, interleaved in one process with a
+kept heap; for large frames each contender in a process of its own with the C library's default heap. Peak memory growth
+of one call in a process of its own. See docs/codec.md.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from deco_kernels.signatures import OPS
 from deco_kernels.testing.published_model import CodLiteDecoder
 
 SIZES = {"1920x1024": (1024, 1920), "3840x2160": (2160, 3840)}
-ALONE = {"3840x2160"}  # sizes of which one contender, with its kept heap, takes most of 24 GiB
+ALONE = {"3840x2160"}  # sizes of which one contender with a kept heap may take 24 GiB
 COMPILED, OURS = "torch.compile", "deco_kernels"
 CONTENDERS = (PUBLISHED, COMPILED, BEST_EAGER, OURS)
 TOKEN_WIDTH = QUERY_WIDTH = 384
@@ -55,10 +55,10 @@ def main(arguments: list[str]) -> int:
     if options.growth:
         print(growth(options.growth, *SIZES[sizes[0]], getattr(torch, dtypes[0])))
         return 0
-    keep_heap("-m", "benchmarks", "codec", *arguments)
     if options.times:
         print(json.dumps(interleaved_times([options.times], sizes[0], dtypes[0], options.rounds)[0]))
         return 0
+    keep_heap("-m", "benchmarks", "codec", *arguments)
     names = [name for name in CONTENDERS if name != COMPILED or not options.no_compile]
     in_order = sorted(sizes, key=ALONE.__contains__, reverse=True)  # before the heap of this process has grown
     rows = [row for size in in_order for dtype in dtypes for row in measure(size, dtype, names, options)]
@@ -190,7 +190,7 @@ def growth(name: str, height: int, width: int, dtype: torch.dtype) -> int:
 
 
 def elsewhere(measured: str, name: str, size: str, dtype: str, options: argparse.Namespace) -> str:
-    """What a new process prints with `--growth NAME`, on the C library's default heap, or with `--times NAME`.
+    """What a new process, on the C library's default heap, prints with `--growth NAME` or `--times NAME`.
 
     Raises RuntimeError with its error if it fails.
     """
