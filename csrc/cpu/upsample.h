@@ -121,29 +121,18 @@ class Upsample {
   template <class Prefetch>
   void load_silu_cond(const UpsampleTile<Operand>& tile, Element (*silu_cond)[kTokenTile], Prefetch&& prefetch) const {
     alignas(64) float cond[D][kTokenTile];
-    const bool keeps_cond = arrays_.cond.data != nullptr;
-    multiply(tile, prefetch, [&](const GroupSums& sums, int first, int pixel) DECO_INLINE_LAMBDA {
-      unroll<kGroup>([&](auto i) DECO_INLINE_LAMBDA {
-        constexpr int kOutput = i / 2 * 2, kVector = i % 2;
-        put_silu<Operand, kTokenTile>(sums[2 * kOutput + kVector], sums[2 * kOutput + 2 + kVector], first + kOutput,
-                                      pixel + kVector * kLanes, silu_cond, nullptr);
-      });
-      if (keeps_cond)
-        unroll<2 * kGroup>([&](auto i)
-                               DECO_INLINE_LAMBDA { store(&cond[first + i / 2][pixel + i % 2 * kLanes], sums[i]); });
-    });
-    if (keeps_cond) store_cond(tile, cond);
+    load_cond(tile, prefetch, cond);
+    // In a loop of its own: with 16 registers, its constants would displace sums of the matmul.
+    for (int pixel = 0; pixel < tile.pixels(); pixel += kLanes)
+      for (int d = 0; d < D; d += 2)
+        put_silu<Operand, kTokenTile>(load(&cond[d][pixel]), load(&cond[d + 1][pixel]), d, pixel, silu_cond, nullptr);
+    if (arrays_.cond.data != nullptr) store_cond(tile, cond);
   }
 
   // Writes y of a tile to `cond`.
   void store_cond(const UpsampleTile<Operand>& tile) const {
     alignas(64) float cond[D][kTokenTile];
-    multiply(
-        tile, [](int, int) {},
-        [&](const GroupSums& sums, int first, int pixel) DECO_INLINE_LAMBDA {
-          unroll<2 * kGroup>([&](auto i)
-                                 DECO_INLINE_LAMBDA { store(&cond[first + i / 2][pixel + i % 2 * kLanes], sums[i]); });
-        });
+    load_cond(tile, [](int, int) {}, cond);
     store_cond(tile, cond);
   }
 
@@ -176,6 +165,15 @@ class Upsample {
   }
 
  private:
+  // cond = y of a tile.
+  template <class Prefetch>
+  void load_cond(const UpsampleTile<Operand>& tile, Prefetch&& prefetch, float (&cond)[D][kTokenTile]) const {
+    multiply(tile, prefetch, [&](const GroupSums& sums, int first, int pixel) DECO_INLINE_LAMBDA {
+      unroll<2 * kGroup>([&](auto i)
+                             DECO_INLINE_LAMBDA { store(&cond[first + i / 2][pixel + i % 2 * kLanes], sums[i]); });
+    });
+  }
+
   void store_cond(const UpsampleTile<Operand>& tile, const float (&cond)[D][kTokenTile]) const {
     char* rows[kTokenTile];
     tile_addresses(arrays_.cond, tile, rows);
