@@ -39,13 +39,14 @@ CHAPTERS = {
     "Backends": ("triton", "cuda"),
     "Programs": ("demo", "ablations", "app", "benchmarks", "wheels"),
     "Results": (
-        *("results/ops", "results/scaling", "results/end_to_end"),
+        *("results/ops", "results/ops_avx2", "results/scaling", "results/end_to_end"),
         "../benchmarks/results/host_time_epyc_zen4_2_threads",
     ),
     "API": ("api/deco_kernels", "api/ops", "api/model", "api/flow", "api/integrations", "api/testing"),
 }
 RESULTS = {
     "ops": "cpu_epyc_zen4_2_threads.json",
+    "ops_avx2": "cpu_epyc_zen4_held_to_avx2_2_threads.json",
     "scaling": "cpu_epyc_zen4_2_threads_scaling.json",
     "end_to_end": "cpu_epyc_zen4_2_threads_end_to_end.json",
 }

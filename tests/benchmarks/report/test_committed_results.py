@@ -66,7 +66,10 @@ def test_the_readme_has_the_table_of_every_whole_run(path):
     result = LOADED[path]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"benchmarks/results/{path.name}" in readme
-    assert "\n".join(line for line in tables.targets_table(result).splitlines() if line.startswith("|")) in readme
+    rows = [line for line in tables.targets_table(result).splitlines() if line.startswith("|")]
+    measured = [row for row in rows if "not measured" not in row]  # a run that is held to AVX2 may lack dtypes
+    assert measured == rows or "held_to" in result["header"]
+    assert "\n".join(measured) in readme
     assert "held_to" not in result["header"] or result["header"]["torch_instruction_set"] == "AVX2"
 
 
