@@ -1,7 +1,6 @@
 """`python -m benchmarks [PART ...]`: measures, prints Markdown, writes JSON. See docs/benchmarks.md."""
 
 import argparse
-import getpass
 import importlib
 import os
 import sys
@@ -32,7 +31,7 @@ AVX2 = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     # Inductor's own cache would return loops for the vectors of another instruction set.
-    "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_avx2"),
+    "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_avx2_{os.getuid()}"),
 }
 """Environment that holds the cpu backend, PyTorch, oneDNN and MKL to AVX2."""
 _BY_HAND = "B=4,H=256,W=256,D=32,N=3,p=16,Z=1152"

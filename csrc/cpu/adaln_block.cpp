@@ -39,10 +39,7 @@ void forward(const AdalnBlockForward& call) {
     take_block_weights<Operand, D>(arena, call.weights, 1, activation, &weights);
     scratch = arena.take<ForwardScratch<Operand, D, T>>(parts);
   };
-  Arena counter;
-  lay_out(counter);
-  Arena arena(thread_scratch(counter.used()));
-  lay_out(arena);
+  with_scratch(lay_out);
 
   SharedWork work(tiles, parts);
   const RowWrites writes = row_writes<D>(call.out, call.rows);
@@ -95,10 +92,7 @@ void backward(const AdalnBlockBackward& call) {
     take_transposed_block_weights<Operand, D>(arena, call.weights, 1, activation, &transposed);
     scratch = arena.take<BackwardScratch<Operand, D, T>>(parts);
   };
-  Arena counter;
-  lay_out(counter);
-  Arena arena(thread_scratch(counter.used()));
-  lay_out(arena);
+  with_scratch(lay_out);
 
   parallel_for(parts, [&](int part) {
     BackwardScratch<Operand, D, T>& tile = scratch[part];

@@ -29,4 +29,14 @@ class Arena {
   size_t used_ = 0;
 };
 
+// Calls lay_out(arena) twice, to compute the size and to assign addresses in the scratch memory of this thread, whose
+// arrays are valid until its next call.
+template <class LayOut>
+void with_scratch(LayOut&& lay_out) {
+  Arena counter;
+  lay_out(counter);
+  Arena arena(thread_scratch(counter.used()));
+  lay_out(arena);
+}
+
 }  // namespace deco::cpu::DECO_CPU_ISA

@@ -74,10 +74,7 @@ void forward(const ModulateForward& call) {
     weights = take_modulation_weights<Operand, D>(arena, call.weights, call.h.dtype);
     scratch = arena.take<ModulationTile<Operand, D, T>>(parts);
   };
-  Arena counter;
-  lay_out(counter);
-  Arena arena(thread_scratch(counter.used()));
-  lay_out(arena);
+  with_scratch(lay_out);
 
   const RowWrites modulated_writes = row_writes<D>(call.modulated, call.rows);
   const RowWrites gate_writes = row_writes<D>(call.gate, call.rows);
@@ -155,10 +152,7 @@ class Backward {
         grad_h_writes_(row_writes<D>(call.grad_h, call.rows)) {}
 
   void run() {
-    Arena counter;
-    lay_out(counter);
-    Arena arena(thread_scratch(counter.used()));
-    lay_out(arena);
+    with_scratch([&](Arena& arena) { lay_out(arena); });
     parallel_for(parts_, [&](int part) {
       Scratch<Operand, D>& tile = scratch_[part];
       std::memset(&tile.gradients, 0, sizeof(tile.gradients));

@@ -26,10 +26,7 @@ void forward(const PixelDecoderForward& call) {
                                         weights);
     scratch = arena.take<DecoderTile<Operand, D, T>>(parts);
   };
-  Arena counter;
-  lay_out(counter);
-  Arena arena(thread_scratch(counter.used()));
-  lay_out(arena);
+  with_scratch(lay_out);
 
   SharedWork work(tiles, parts);
   parallel_for(parts, [&](int part) {

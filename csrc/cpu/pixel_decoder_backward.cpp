@@ -27,10 +27,7 @@ class Backward {
       training_.lay_out(arena, call_.weights, call_.head_norm, call_.eps, call_.cond.dtype,
                         call_.grad_cond.data != nullptr, call_.grad_weights);
     };
-    Arena counter;
-    lay_out(counter);
-    Arena arena(thread_scratch(counter.used()));
-    lay_out(arena);
+    with_scratch(lay_out);
     parallel_for(parts_, [&](int part) { run_part(part); });
     training_.write_weight_gradients(call_.grad_weights);
   }

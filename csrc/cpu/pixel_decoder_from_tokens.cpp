@@ -38,10 +38,7 @@ void forward(const PixelDecoderFromTokensForward& call) {
                                         call.upsample.rows.dtype, weights);
     scratch = arena.take<DecoderTile<Operand, D, T>>(upsample.parts());
   };
-  Arena counter;
-  lay_out(counter);
-  Arena arena(thread_scratch(counter.used()));
-  lay_out(arena);
+  with_scratch(lay_out);
 
   const auto decode = [&](int part, const UpsampleTile<Operand>& place) {
     DecoderTile<Operand, D, T>& tile = scratch[part];

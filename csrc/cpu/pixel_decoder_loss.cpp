@@ -32,10 +32,7 @@ class OnePass {
         training_(call.shape, order_, parts_) {}
 
   void run() {
-    Arena counter;
-    lay_out(counter);
-    Arena arena(thread_scratch(counter.used()));
-    lay_out(arena);
+    with_scratch([&](Arena& arena) { lay_out(arena); });
     parallel_for(parts_, [&](int part) { run_part(part); });
 
     const double frequency_factor = call_.frequency_scale * normalization_.frequency;

@@ -107,16 +107,17 @@ class Backward {
   // dW_up and db_up. Items: a strip of a panel of rows; db_up belongs to the first strip.
   void weight_gradient() {
     const int64_t panels = divided(call_.outputs, kPanelRows);
-    const int64_t panel_strips = call_.grad_weight.data == nullptr ? 1 : strips_;
+    const bool bias_alone = call_.grad_weight.data == nullptr;
+    const int64_t panel_strips = bias_alone ? 1 : strips_;
     const int parts = part_count(panels * panel_strips, call_.threads);
     const int64_t panel_size = kPanelRows * elements_;
     Element *tokens = nullptr, *panels_of_parts = nullptr;
     with_scratch([&](Arena& arena) {
-      tokens = arena.take<Element>(strips_ * elements_ * kStrip);
+      tokens = arena.take<Element>(bias_alone ? 0 : strips_ * elements_ * kStrip);
       panels_of_parts = arena.take<Element>(parts * panel_size);
     });
     parallel_for(parts, [&](int part) {
-      const Range share = share_of(strips_, parts, part);
+      const Range share = share_of(bias_alone ? 0 : strips_, parts, part);
       for (int64_t s = share.begin; s < share.end; ++s)
         pack_strip<Operand>(call_.rows, 0, call_.tokens, s * kStrip, columns_of(s), DType::kFloat32, elements_,
                             strip_at(tokens, s));
@@ -130,7 +131,7 @@ class Backward {
           const int64_t index = item / panel_strips, s = item % panel_strips;
           if (index != packed || s == 0) pack_panel(index, s == 0, panel);
           packed = index;
-          if (call_.grad_weight.data != nullptr) add_strip(index, s, panel, strip_at(tokens, s));
+          if (!bias_alone) add_strip(index, s, panel, strip_at(tokens, s));
         }
       });
     });
@@ -146,14 +147,6 @@ class Backward {
 
   int64_t columns_of(int64_t strip) const { return at_most(kStrip, call_.token_width - strip * kStrip); }
   Strip strip_at(Element* tokens, int64_t s) const { return reinterpret_cast<Strip>(tokens + s * elements_ * kStrip); }
-
-  template <class LayOut>
-  static void with_scratch(LayOut&& lay_out) {
-    Arena counter;
-    lay_out(counter);
-    Arena arena(thread_scratch(counter.used()));
-    lay_out(arena);
-  }
 
   // ---- dtoken: sums over the outputs, block by block -----------------------------------------------------------------
 

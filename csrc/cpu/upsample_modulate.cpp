@@ -28,10 +28,7 @@ void forward(const UpsampleModulateForward& call) {
     weights = take_modulation_weights<Operand, D>(arena, call.weights, activation);
     scratch = arena.take<ModulationTile<Operand, D, T>>(upsample.parts());
   };
-  Arena counter;
-  lay_out(counter);
-  Arena arena(thread_scratch(counter.used()));
-  lay_out(arena);
+  with_scratch(lay_out);
 
   const int64_t pixels = call.upsample.tokens * call.upsample.pixels_per_token;
   const RowWrites modulated_writes = row_writes<D>(call.modulated, pixels);

@@ -1,16 +1,17 @@
 """The upsample and its gradients: PyTorch's matmuls, and the kernels of the backend "cpu"."""
 
-import threading
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from deco_kernels import testing
+from deco_kernels import native, testing
 from deco_kernels.backends.cpu import upsample as kernels
 from deco_kernels.backends.upsample import UpsampleGradients
 from deco_kernels.signatures import UpsampleWeights
-from tests.conftest import threads
+from tests.conftest import instruction_set, threads
 from tests.operators import OperatorNames
 from tests.ops.cases import IMPLEMENTATIONS, padded
 
@@ -43,8 +44,8 @@ def exact_gradients(tokens, up, grad):
 
 
 def tolerance(dtype):
-    """Sums in float32, rounded to `dtype`."""
-    return 2e-6 if dtype is F32 else 1e-6 + torch.finfo(dtype).eps
+    """Sums in float32, rounded once to `dtype`, by at most half a unit in the last place."""
+    return 2e-6 if dtype is F32 else 2e-6 + torch.finfo(dtype).eps / 2
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -122,28 +123,29 @@ def test_gradients_of_the_kernel_are_the_same_bits_on_any_number_of_threads(impl
         assert all(map(torch.equal, found, results[0]))
 
 
-@pytest.mark.skipif(not THREADS.is_dir(), reason="needs the list of the process's threads")
-@each_isa
-def test_gradients_of_the_kernel_start_no_more_threads_than_are_set(implementation):
-    """With fewer strips of Z than threads, too. OpenMP starts threads of its own for those of another Python thread."""
+def threads_started() -> int:
+    """Threads that this process starts for gradients on two threads, in every instruction set, with one strip of Z."""
     tokens, up, grad = random_upsample(F32, (256, 32, 8))
-    started = []
+    with threads(2):
+        before = len(list(THREADS.iterdir()))
+        for isa in native.cpu().usable_isas():
+            with instruction_set(isa):
+                gradients(kernels.UpsampleGradients, tokens, up, grad)
+        return len(list(THREADS.iterdir())) - before
 
-    def count():
-        with threads(2):
-            before = len(list(THREADS.iterdir()))
-            gradients(kernels.UpsampleGradients, tokens, up, grad)
-            started.append(len(list(THREADS.iterdir())) - before)
 
-    thread = threading.Thread(target=count)
-    thread.start()
-    thread.join()
-    assert started == [1]
+@pytest.mark.skipif(not THREADS.is_dir(), reason="needs the list of the process's threads")
+@pytest.mark.skipif(not IMPLEMENTATIONS[1:], reason="needs the native CPU module")
+def test_gradients_of_the_kernel_start_no_more_threads_than_are_set():
+    """In a process without other threads, which end when they like."""
+    command = [sys.executable, "-c", f"from {__name__} import threads_started; print(threads_started())"]
+    started = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True).stdout
+    assert int(started) <= 1
 
 
 @each_isa
 def test_large_gradients_of_the_kernel(implementation):
-    """Beyond 4 MiB they are written past the caches, in whole cache lines."""
+    """Beyond 4 MiB they are written past the caches, in whole cache lines, with AVX-512."""
     tokens, up, grad = random_upsample(BF16, (8, 8192, 160))
     with threads(2):
         found = gradients(kernels.UpsampleGradients, tokens, up, grad)[1]

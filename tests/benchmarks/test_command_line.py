@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch._inductor.runtime import cache_dir_utils
 
 from benchmarks import __main__ as command_line
 from benchmarks import run
@@ -86,6 +87,8 @@ def test_avx2_is_set_before_the_libraries_read_it(called, monkeypatch):
     monkeypatch.setattr(command_line, "keep_heap", lambda *_, **environment: asked.update(environment))
     monkeypatch.setattr(run, "run", lambda _: 0)
     assert called("--avx2")[0] == 0 and asked["DECO_KERNELS_CPU_ISA"] == asked["ATEN_CPU_CAPABILITY"] == "avx2"
+    default = cache_dir_utils.default_cache_dir()  # it has loops for the vectors of the processor
+    assert pathlib.Path(asked["TORCHINDUCTOR_CACHE_DIR"]) != pathlib.Path(default)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -26,7 +26,7 @@ struct UpsampleArrays {
 
 namespace cpu {
 
-// y = W_up token + b_up, written to `cond`.
+// y = W_up token + b_up, written to `cond`, whose bits do not depend on `width`.
 struct UpsampleForward : Threaded<UpsampleArrays> {};
 
 // Gradients of y = W_up token + b_up from dy:
@@ -38,10 +38,11 @@ struct UpsampleBackward {
   Rows grad_cond;           // dy, [T, P*D]
   Rows rows;                // [T, Z]; its dtype is the activation dtype
   Array weight;             // [P*D, Z], rounded to the activation dtype
-  // Written; gradients with null data are not computed. Those of the weights may be added to what is there, in float32.
+  // Written, dense; gradients with null data are not computed.
   Array grad_tokens;  // [T, Z]
-  Array grad_weight, grad_bias;
-  int adds = 0;
+  Array grad_weight;  // [P*D, Z]
+  Array grad_bias;    // [P*D]
+  int adds = 0;       // 1: adds to what grad_weight and grad_bias, in float32, hold
   int threads = 1;
 
   template <class Visit>
