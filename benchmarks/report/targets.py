@@ -1,7 +1,7 @@
 """Performance targets of the package, each looked up in a result.
 
 Ratios are relative to the published formulation in eager PyTorch in the same run, on a CPU with AVX512-BF16 and two
-threads.
+threads; one of them is higher on a processor with AVX2 only.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ class Target:
 def targets_in(result: dict) -> list[Target]:
     """Every target with the figure reached in the result."""
     found = []
+    avx2_only = result["header"].get("instruction_set") == "avx2"
     for op, dtype, pass_, value in (
         ("pixel_decoder", "float32", FORWARD, 3.6),
         ("pixel_decoder", "bfloat16", FORWARD, 4.1),
@@ -53,7 +54,7 @@ def targets_in(result: dict) -> list[Target]:
         ("adaln_block", "bfloat16", FORWARD, 2.5),
         ("flow_matching_loss", "float32", TRAINING, 18.0),
         ("flow_matching_loss", "float32", BACKWARD_ALONE, 25.0),
-        ("pixel_decoder_loss", "float32", TRAINING, 3.4),
+        ("pixel_decoder_loss", "float32", TRAINING, 3.6 if avx2_only else 3.4),
         ("pixel_decoder_loss", "bfloat16", TRAINING, 3.3),
     ):
         text = f"{op} {dtype}, {_PASS_TEXT[pass_]}"
