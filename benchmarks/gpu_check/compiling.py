@@ -4,12 +4,14 @@ Arguments: the architecture and the number of multiprocessors. Prints one JSON l
 `cache` (hit, compiled or failed) and `seconds`. The launchers in C are built, too. Exit status: 1 if a kernel failed.
 """
 
+import atexit
 import ctypes
 import functools
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,7 +49,7 @@ def pretend_device(architecture: str) -> None:
 
 @functools.cache
 def provide_driver_library() -> None:
-    """On a machine without libcuda.so.1, load an empty one: the launchers are linked to it."""
+    """On a machine without libcuda.so.1, load an empty one: the launchers are linked to it until the process ends."""
     import triton
 
     try:
@@ -59,6 +61,7 @@ def provide_driver_library() -> None:
     text = "".join((sources / name).read_text() for name in ("driver.c", "driver.py"))
     functions = sorted(set(re.findall(r"\bcu[A-Z]\w*", text)))
     folder = tempfile.mkdtemp(prefix="libcuda-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     library = os.path.join(folder, "libcuda.so.1")
     code = "".join(f"int {name}(void) {{ return 1; }}\n" for name in functions)
     command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-xc", "-", "-o", library, "-Wl,-soname,libcuda.so.1"]

@@ -13,13 +13,13 @@ from torch import nn
 
 from deco_kernels.model.arguments import require_sizes, require_tensors
 from deco_kernels.model.patches import from_patches, to_patches
-from deco_kernels.model.position import rotary_angles, rotate_pairs
+from deco_kernels.model.position import pair_rotation, rotary_angles, rotate_pairs
 from deco_kernels.model.pretrained import PretrainedModel
 
 TIME_FEATURES = 256
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
-"""(cos, sin) of the rotary angles, each [L, Z/heads/2]."""
+"""Factors of `rotate_pairs` for L patches, each [L, Z/heads]."""
 
 
 class RMSNorm(nn.Module):
@@ -32,8 +32,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight).to(x.dtype)
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -56,12 +55,19 @@ class Attention(nn.Module):
     def queries_keys_values(
         self, x: torch.Tensor, rotation: Rotation | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of x, each [B, heads, L, Z/heads], normalized and rotated."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
+        """Queries, keys and values of x, each [B, heads, L, Z/heads], normalized and rotated.
+
+        Queries and keys pass through every step as one tensor, in float32, and are rounded once.
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, L, 3, heads, Z/heads]
+        wide = qkv[:, :, :2].to(torch.promote_types(qkv.dtype, torch.float32))
+        weight = torch.stack((self.q_norm.weight, self.k_norm.weight))[:, None]
+        qk = F.rms_norm(wide, wide.shape[-1:], eps=self.q_norm.eps) * weight
         if rotation is not None:
-            q, k = rotate_pairs(q, *rotation), rotate_pairs(k, *rotation)
-        return q, k, v
+            cos, sin = rotation
+            qk = rotate_pairs(qk, cos[:, None, None], sin[:, None, None])
+        q, k = qk.to(qkv.dtype).transpose(1, 3).unbind(2)
+        return q, k, qkv[:, :, 2].transpose(1, 2)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Softmax attention and projection: q [B, heads, L, Z/heads] → [B, L, Z]."""
@@ -117,8 +123,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, c: torch.Tensor, *context: Any) -> torch.Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, *context)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        x = torch.addcmul(x, gate1, self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), *context))
+        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2)))
 
 
 class PatchTransformer(nn.Module):
@@ -208,7 +214,7 @@ class PatchTransformer(nn.Module):
         patches = to_patches(x, self.patch_size).flatten(2)
         tokens = self.patch_embed(patches.to(self.patch_embed.weight.dtype))
         angles = self.rotary_angles(x.shape[2] // self.patch_size, x.shape[3] // self.patch_size, x.device)
-        rotation = (angles.cos(), angles.sin())
+        rotation = pair_rotation(angles)
         features = None
         for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens, c, rotation, *context)

@@ -68,11 +68,18 @@ def rotary_angles(
     return torch.stack((angle_x, angle_y), dim=-1).reshape(rows * columns, head_dim // 2).float()
 
 
-def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair of adjacent channels of x [..., L, head_dim], given cos and sin [L, head_dim/2] of the angles.
+def pair_rotation(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors (cos, sin) of `rotate_pairs`, each [L, 2n], for the angles [L, n] of n pairs; sin is negative at the
+    first channel of a pair."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
 
-    Computes in float32 (float64 for float64 input) and returns the dtype of x.
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each pair (a, b) of adjacent channels of x [..., head_dim]: (a·cos - b·sin, b·cos + a·sin).
+
+    The factors of `pair_rotation` are broadcast to x; three elementwise operations serve all pairs.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    swapped = torch.stack((second, first), dim=-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin)

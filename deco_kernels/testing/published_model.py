@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deco_kernels.model.dit import TIME_FEATURES, Attention, RMSNorm, SwiGLU
-from deco_kernels.model.position import rotary_angles
+from deco_kernels.model.position import pair_rotation, rotary_angles
 from deco_kernels.testing.published import POSITION_FEATURES, fold, position_features
 
 
@@ -223,13 +223,13 @@ class PublishedDeCo(nn.Module):
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         channels, height, width = x.shape[1:]
         p = self.patch_size
-        angles = rotary_angles(height // p, width // p, self.head_dim, x.device)
+        rotation = pair_rotation(rotary_angles(height // p, width // p, self.head_dim, x.device))
         patches = F.unfold(x, kernel_size=p, stride=p).transpose(1, 2)  # [B, L, C·p²]
         time = self.t_embedder(t)[:, None]
         c = F.silu(time + self.y_embedder(y)[:, None])
         tokens = self.s_embedder(patches)
         for block in self.blocks:
-            tokens = block(tokens, c, (angles.cos(), angles.sin()))
+            tokens = block(tokens, c, rotation)
         tokens = F.silu(time + tokens).flatten(0, 1)
         pixels = patches.reshape(-1, channels, p * p).transpose(1, 2)  # [T, P, C]
         velocity = self.dec_net(self.x_embedder(pixels), tokens)

@@ -9,7 +9,7 @@ import torch
 
 from deco_kernels import model
 from deco_kernels.model.dit import Attention
-from deco_kernels.model.position import rotate_pairs
+from deco_kernels.model.position import pair_rotation, rotate_pairs
 from tests.golden_files import relative_error
 from tests.random_models import random_batch, random_model, randomize
 
@@ -114,14 +114,14 @@ def test_rotation_is_the_complex_product():
     angles = model.rotary_angles(3, 5, 12)
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(15, 6).double(), angles.double())
     expected = torch.view_as_real(turned).flatten(-2)
-    torch.testing.assert_close(rotate_pairs(x, angles.double().cos(), angles.double().sin()), expected)
+    torch.testing.assert_close(rotate_pairs(x, *pair_rotation(angles.double())), expected)
 
 
 def test_attention_by_formula():
     """Queries, keys and values head by head, softmax written out, in float64."""
     width, heads, length = 24, 2, 6
     attention = randomize(Attention(width, heads).double())
-    x, angles = torch.randn(1, length, width, dtype=torch.float64), model.rotary_angles(2, 3, 12).double()
+    x, rotation = torch.randn(1, length, width).double(), pair_rotation(model.rotary_angles(2, 3, 12).double())
     q, k, v = (x[0] @ attention.qkv.weight.T).split(width, dim=1)
     results = []
     for head in range(heads):
@@ -129,12 +129,12 @@ def test_attention_by_formula():
 
         def position(u, norm):
             u = u / torch.sqrt(u.square().mean(1, keepdim=True) + 1e-6) * norm.weight
-            return rotate_pairs(u, angles.cos(), angles.sin())
+            return rotate_pairs(u, *rotation)
 
         scores = position(q[:, part], attention.q_norm) @ position(k[:, part], attention.k_norm).T / math.sqrt(12)
         results.append(scores.softmax(1) @ v[:, part])
     expected = torch.cat(results, dim=1) @ attention.proj.weight.T + attention.proj.bias
-    torch.testing.assert_close(attention(x, (angles.cos(), angles.sin()))[0], expected)
+    torch.testing.assert_close(attention(x, rotation)[0], expected)
 
 
 @pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])

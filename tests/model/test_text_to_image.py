@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deco_kernels import model
-from deco_kernels.model.position import rotate_pairs
+from deco_kernels.model.position import pair_rotation, rotate_pairs
 from deco_kernels.model.text_to_image import TextAttention
 from tests.golden_files import relative_error
 from tests.random_models import random_batch, random_model, randomize
@@ -47,8 +47,7 @@ def test_text_attention_by_formula():
     width, heads, text_length = 24, 2, 5
     attention = randomize(TextAttention(width, heads).double())
     x, text = torch.randn(1, 6, width, dtype=torch.float64), torch.randn(1, text_length, width, dtype=torch.float64)
-    angles = model.rotary_angles(2, 3, 12, extent=(3.0, 2.0)).double()
-    rotation = (angles.cos(), angles.sin())
+    rotation = pair_rotation(model.rotary_angles(2, 3, 12, extent=(3.0, 2.0)).double())
     q, k, v = (x[0] @ attention.qkv.weight.T).split(width, dim=1)
     text_k, text_v = (text[0] @ attention.text_kv.weight.T).split(width, dim=1)
 
