@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.arguments import new_file
 from benchmarks.names import DEVICE_BACKENDS, DTYPES, EXTRAS, FORWARD, ON_REQUEST, OPS, TRAINING
 from benchmarks.ops.sizes import PRESETS, STANDARD, size_of
 from deco_kernels.machine import keep_heap
@@ -60,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Times the ops against eager PyTorch and torch.compile; each is first checked against float64.",
-        epilog="`python -m benchmarks report FILE.json` prints an earlier result as Markdown.",
+        epilog=f"Other commands, each with a --help of its own, as the first word: {', '.join(COMMANDS)}. `python -m "
+        "benchmarks report FILE.json` prints an earlier result as Markdown.",
     )
     parts, more = ", ".join(OPS + EXTRAS), ", ".join(ON_REQUEST)
     parser.add_argument(
@@ -127,7 +129,10 @@ def _check(options: argparse.Namespace) -> None:
     """Validates the options before anything expensive is loaded, and fills in the defaults."""
     for part in options.parts:
         if part not in OPS + EXTRAS + ON_REQUEST:
-            raise ValueError(f"unknown part {part!r}; use {', '.join(OPS + EXTRAS + ON_REQUEST)}, or report FILE.json")
+            raise ValueError(
+                f"unknown part {part!r}; use {', '.join(OPS + EXTRAS + ON_REQUEST)}, or as the first word a command: "
+                f"{', '.join(COMMANDS)}"
+            )
     if options.device not in DEVICE_BACKENDS:
         raise ValueError(f"unknown device {options.device!r}; use {' or '.join(DEVICE_BACKENDS)}")
     options.dtype = options.dtype or list(DTYPES[:2])
@@ -160,12 +165,10 @@ def _check(options: argparse.Namespace) -> None:
             if op in options.parts:
                 size_of(size, op)
     for name in ("output", "csv", "trace"):
-        path = getattr(options, name)
-        folder = os.path.dirname(os.path.abspath(path or "."))
-        if path and not os.path.isdir(folder):
-            raise ValueError(f"--{name} {path}: the folder {folder} does not exist; create it first")
-        if path and os.path.isdir(path):
-            raise ValueError(f"--{name} {path}: expected the name of a file, found a folder; name a file in it")
+        try:
+            new_file(getattr(options, name) or "result.json")
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"--{name}: {error}") from None
 
 
 def _refuse(message: str) -> int:

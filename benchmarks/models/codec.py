@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import new_file, positive
 from benchmarks.harness.header import header
 from benchmarks.harness.measure import statistics_of
 from benchmarks.harness.timing import interleaved
@@ -43,10 +44,10 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--size", action="append", choices=SIZES, help="repeatable (default: all)")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable (default: float32, bfloat16)")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="PyTorch threads (default: 2)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")
+    parser.add_argument("--threads", type=positive, default=2, metavar="N", help="PyTorch threads (default: 2)")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="timed rounds (default: 5)")
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
-    parser.add_argument("--output", metavar="FILE.json", help="write the result to this file")
+    parser.add_argument("--output", type=new_file, metavar="FILE.json", help="write the result to this file")
     parser.add_argument("--growth", choices=CONTENDERS, help="print only the memory growth of one call, in bytes")
     parser.add_argument("--times", choices=CONTENDERS, help="print only the milliseconds of each round, as JSON")
     options = parser.parse_args(arguments)

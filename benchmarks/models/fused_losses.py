@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from benchmarks.arguments import new_file, positive
 from benchmarks.harness.header import header
 from benchmarks.models.swap import smooth_images
 from benchmarks.report.markdown import table
@@ -73,12 +74,10 @@ def markdown(result: dict) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks fused_losses", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default {STEPS})")
-    parser.add_argument("--output", metavar="FILE.json", help="write the result to this file")
+    parser.add_argument("--steps", type=positive, default=STEPS, help=f"training steps (default {STEPS})")
+    parser.add_argument("--output", type=new_file, metavar="FILE.json", help="write the result to this file")
     parser.add_argument("--show", metavar="FILE.json", help="print an earlier result; measure nothing")
     options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error(f"--steps: expected at least 1, got {options.steps}")
     try:
         if options.show:
             with open(options.show, encoding="utf-8") as file:

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.arguments import positive
+
 HERE = Path(__file__).resolve().parents[2]
 
 
@@ -116,9 +118,11 @@ def in_process(checkout: Path, samples: int) -> dict[str, float]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks host_time", description=__doc__.partition("\n\n")[0])
     parser.add_argument("other", type=Path, help="checkout to compare with; its CPU module must be built")
-    parser.add_argument("--pairs", type=int, default=7, help="pairs of processes (default: 7)")
-    parser.add_argument("--samples", type=int, default=15, help="samples per process (default: 15)")
+    parser.add_argument("--pairs", type=positive, default=7, help="pairs of processes (default: 7)")
+    parser.add_argument("--samples", type=positive, default=15, help="samples per process (default: 15)")
     options = parser.parse_args(arguments)
+    if not (options.other / "deco_kernels").is_dir():
+        parser.error(f"other: expected a checkout with a folder deco_kernels, found none in {options.other}")
     checkouts = {"other": options.other.resolve(), "this": HERE}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
     for pair in range(options.pairs):

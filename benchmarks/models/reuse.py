@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.arguments import new_file, positive
 from benchmarks.harness.header import header
 from benchmarks.harness.measure import statistics_of
 from benchmarks.harness.timing import interleaved
@@ -41,24 +42,29 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--preset", default="deco-l/16", help="class-to-image model (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=256, metavar="N", help="image side (default: 256)")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
+    parser.add_argument("--size", type=positive, default=256, metavar="N", help="image side (default: 256)")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="images (default: 1)")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="Euler steps (default: 10)")
     parser.add_argument("--trunk-steps", type=int, default=5, metavar="K", help="steps with the trunk (default: 5)")
     parser.add_argument("--compile-trunk", action="store_true", help="time the fused ones with a compiled trunk, too")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="PyTorch threads on the CPU (default: 2)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed rounds (default: 7)")
-    parser.add_argument("--output", metavar="FILE.json", help="write the result to this file")
+    parser.add_argument(
+        "--threads", type=positive, default=2, metavar="N", help="PyTorch threads on the CPU (default: 2)"
+    )
+    parser.add_argument("--rounds", type=positive, default=7, metavar="N", help="timed rounds (default: 7)")
+    parser.add_argument("--output", type=new_file, metavar="FILE.json", help="write the result to this file")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    known = [name for name, (kind, _) in model.PRESETS.items() if kind is model.DeCo]
+    if options.preset not in known:
+        parser.error(f"--preset: expected one of {known}, got {options.preset!r}")
     if options.device == "cpu":
         keep_heap("-m", "benchmarks", "reuse", *arguments)
         torch.set_num_threads(options.threads)
     try:
         rows = measure(options)
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
     result = {"header": header(options.device), "rows": rows}
     print(table(result))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from benchmarks.arguments import new_file, positive
 from benchmarks.harness.header import header
 from benchmarks.harness.measure import statistics_of
 from benchmarks.harness.timing import interleaved
@@ -288,8 +289,6 @@ def main(arguments: list[str]) -> int:
         result = {"recipe": dataclasses.asdict(Recipe())}
         if options.output and os.path.exists(options.output):
             result = _load(options.output)
-        elif options.output and not os.path.isdir(os.path.dirname(os.path.abspath(options.output))):
-            raise ValueError(f"--output {options.output}: its folder does not exist; create it first")
     except (OSError, ValueError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
@@ -326,18 +325,15 @@ def _measure(part: str, options: argparse.Namespace) -> dict:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-        return int(text)
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks swap", description=__doc__.split("\n")[0])
     parts = ", ".join(PARTS)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=f"{parts} (default: all)")
-    parser.add_argument("--threads", type=count, default=2, help="CPU threads (default 2)")
-    parser.add_argument("--steps", type=count, default=200, help="training steps for the losses (default 200)")
-    parser.add_argument("--seconds", type=count, default=30, help="timing budget after warm-up (default 30)")
-    parser.add_argument("--output", metavar="FILE.json", help="write the result to this file; keeps its other parts")
+    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--steps", type=positive, default=200, help="training steps for the losses (default 200)")
+    parser.add_argument("--seconds", type=positive, default=30, help="timing budget after warm-up (default 30)")
+    parser.add_argument(
+        "--output", type=new_file, metavar="FILE.json", help="write the result to this file; keeps its other parts"
+    )
     parser.add_argument("--show", metavar="FILE.json", help="print an earlier result; measure nothing")
     return parser
 

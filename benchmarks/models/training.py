@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import new_file, positive
 from benchmarks.harness.header import header
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +27,8 @@ def main(arguments: list[str]) -> int:
         prog="python -m benchmarks training", description="Times data loading of the small recipe on the CPU."
     )
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="training steps (default: 100)")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="PyTorch threads (default: 2)")
-    parser.add_argument("--output", metavar="FILE.json", help="write the result to this file")
+    parser.add_argument("--threads", type=positive, default=2, metavar="N", help="PyTorch threads (default: 2)")
+    parser.add_argument("--output", type=new_file, metavar="FILE.json", help="write the result to this file")
     options = parser.parse_args(arguments)
     if options.steps < 2 * EVERY:
         parser.error(f"--steps: expected at least {2 * EVERY}, got {options.steps}")

@@ -14,6 +14,7 @@ import time
 import torch
 from torch import nn
 
+from benchmarks.arguments import new_file, positive
 from benchmarks.harness.header import header
 from benchmarks.names import DTYPES, FORWARD, TRAINING
 from deco_kernels import model
@@ -29,8 +30,8 @@ DISABLE_CACHES = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMP
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks trunk", description="Times compile_trunk() on the CPU.")
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed rounds per row (default: 15)")
-    parser.add_argument("--output", metavar="FILE.json", help="write the result to this file")
+    parser.add_argument("--rounds", type=positive, default=15, metavar="N", help="timed rounds per row (default: 15)")
+    parser.add_argument("--output", type=new_file, metavar="FILE.json", help="write the result to this file")
     options = parser.parse_args(arguments)
     keep_heap("-m", "benchmarks", "trunk", *arguments, **DISABLE_CACHES)
     torch.set_num_threads(1)

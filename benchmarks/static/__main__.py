@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import new_file
 from benchmarks.static import cuda_kernels, cuda_traffic, tables, triton_kernels, triton_traffic
 from benchmarks.static.figures import BUDGETS, CUDA_PREFIX, SHARED_LIMIT, Figures, exceeded
 from benchmarks.static.triton_kernels import ARCHITECTURES, DTYPES, WIDTHS
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> int:
         help="other parameters of a kernel of the launch table (Triton); its figures are not compared or recorded",
     )
     parser.add_argument("--tables", action="store_true", help="print the tables of docs/triton.md and docs/cuda.md")
-    parser.add_argument("--output", metavar="FILE.json", help="write all figures to this file")
+    parser.add_argument("--output", type=new_file, metavar="FILE.json", help="write all figures to this file")
     options = parser.parse_args(arguments)
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     backend = "triton" if options.launch or options.kernel else options.backend

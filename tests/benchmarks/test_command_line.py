@@ -47,6 +47,7 @@ def test_help(command, called):
     "arguments, expected",
     (
         (["pixel_encoder"], "unknown part 'pixel_encoder'; use pixel_decoder, "),
+        (["--threads", "2", "codec"], "unknown part 'codec'; use pixel_decoder"),
         (["--device", "tpu"], "unknown device 'tpu'; use cpu or cuda"),
         (["--dtype", "int8"], "unknown dtype 'int8'; use float32"),
         (["--pass", "sideways"], "unknown pass 'sideways'; use forward, backward, both"),
@@ -66,7 +67,7 @@ def test_help(command, called):
         (["--compare", "no_such_file.json"], "No such file"),
         (["pixel_decoder", "--size", "B=100000"], "choose a smaller B, H or W"),
         (["--output", "no/such/folder/result.json"], "does not exist"),
-        (["--csv", "."], "--csv .: expected the name of a file, found a folder"),
+        (["--csv", "."], "--csv: expected the name of a file, found the folder .; name a file in it"),
         (["adaln_block", "--trace", "trace.json"], "--trace takes one group, these options select 4"),
         (["adaln_block", "--profile", "gpu"], "--profile: unknown contender 'gpu' of adaln_block; use published"),
         (["adaln_block", "--profile", "cuda"], "its kernels run on NVIDIA GPUs"),
@@ -80,6 +81,31 @@ def test_bad_input_is_one_line(arguments, expected, called):
     assert status == 2
     assert output == "" and len(errors.splitlines()) == 1
     assert expected in errors
+
+
+COMMANDS_WITH_OUTPUT = [name for name in command_line.COMMANDS if name not in ("host_time", "report")]
+
+
+@pytest.mark.parametrize("command", COMMANDS_WITH_OUTPUT)
+def test_a_command_checks_its_file_before_it_measures(command, called):
+    for path, said in (("no/such/folder/a.json", "does not exist; create it first"), (".", "name a file in it")):
+        status, output, errors = called(command, "--output", path)
+        assert status == 2 and output == "" and said in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    (
+        (["codec", "--threads", "0"], "argument --threads: expected a positive integer, got '0'"),
+        (["trunk", "--rounds", "-1"], "argument --rounds: expected a positive integer, got '-1'"),
+        (["fused_losses", "--steps", "0"], "argument --steps: expected a positive integer, got '0'"),
+        (["host_time", "no/such/checkout"], "expected a checkout with a folder deco_kernels, found none in no/such"),
+        (["reuse", "--preset", "deco-xxl/16"], "--preset: expected one of ['deco-l/16', 'deco-xl/16', 'deco-demo'"),
+    ),
+)
+def test_a_wrong_argument_of_a_command_is_named(arguments, said, called):
+    status, output, errors = called(*arguments)
+    assert status == 2 and output == "" and said in errors
 
 
 def test_avx2_is_set_before_the_libraries_read_it(called, monkeypatch):
