@@ -27,9 +27,12 @@ import sys
 from pathlib import Path
 
 from command_line.arguments import positive
-from command_line.failures import exit_status
-from deco_kernels.machine import keep_heap
-from images.photographs import readable, shipped_photographs
+from command_line.failures import exit_status, importing
+
+PACKAGES = "'deco_kernels[train]' matplotlib scikit-learn"
+with importing(PACKAGES):
+    from deco_kernels.machine import keep_heap
+    from images.photographs import readable, shipped_photographs
 
 ROOT = Path(__file__).resolve().parents[1]
 CROPS, HELD_OUT_CROPS = 300, 48  # of every photograph
@@ -78,7 +81,8 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: not an option of {options.study}; leave it out")
     out = options.out or ROOT / "out" / "ablate" / options.study
     pictures = ["study.png", "samples.jpg"] if options.study == REUSE else ["study.png"]
-    print(run_reuse(options, out) if options.study == REUSE else run_training(options, out))
+    with importing(PACKAGES):  # some only where they are needed
+        print(run_reuse(options, out) if options.study == REUSE else run_training(options, out))
     print(f"wrote {', '.join(str(out / name) for name in ('table.csv', 'table.md', *pictures))}")
 
 

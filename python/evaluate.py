@@ -18,13 +18,15 @@ import sys
 from pathlib import Path
 
 from command_line.arguments import positive, thread_count
-from command_line.failures import exit_status
-from deco_kernels.model.checkpoint_file import complete_or_absent
-from evaluation.extractor import INCEPTION, Extractor
-from evaluation.features import features_of
-from evaluation.images import open_images, open_reference, require_same_size
-from evaluation.metrics import LEAST_IMAGES, evaluate
-from sampling.inputs import device_of
+from command_line.failures import exit_status, importing
+
+with importing("'deco_kernels[evaluation]'"):
+    from deco_kernels.model.checkpoint_file import complete_or_absent
+    from evaluation.extractor import INCEPTION, Extractor
+    from evaluation.features import features_of
+    from evaluation.images import open_images, open_reference, require_same_size
+    from evaluation.metrics import LEAST_IMAGES, evaluate
+    from sampling.inputs import device_of
 
 COMPARABLE = 10_000  # images; FID and recall of fewer are biased
 

@@ -19,30 +19,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from tqdm import tqdm
-
 from command_line.arguments import natural
-from command_line.failures import exit_status, out_of_memory
-from deco_kernels import flow, model
-from deco_kernels.training.images import to_pixels
-from sampling import layouts, trunk_steps
-from sampling.folder import ANIMATIONS, SampleFolder, recorded_settings
-from sampling.inputs import (
-    DTYPES,
-    Condition,
-    Conditioner,
-    Draws,
-    add_options,
-    device_of,
-    dtype_of,
-    load_network,
-    read_conditions,
-    reads_text,
-    sha256,
-    solver_settings,
-)
+from command_line.failures import exit_status, importing, out_of_memory
+
+with importing("torch numpy pillow tqdm"):
+    import torch
+    from torch import nn
+    from tqdm import tqdm
+
+    from deco_kernels import flow, model
+    from deco_kernels.training.images import to_pixels
+    from sampling import layouts, trunk_steps
+    from sampling.folder import ANIMATIONS, SampleFolder, recorded_settings
+    from sampling.inputs import (
+        DTYPES,
+        Condition,
+        Conditioner,
+        Draws,
+        add_options,
+        device_of,
+        dtype_of,
+        load_network,
+        read_conditions,
+        reads_text,
+        sha256,
+        solver_settings,
+    )
 
 FRAMES = 25  # maximum per animation
 BATCH = 16  # images at a time on a GPU

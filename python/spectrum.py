@@ -16,28 +16,30 @@ import csv
 import sys
 from pathlib import Path
 
-import matplotlib  # noqa: E402
+from command_line.failures import exit_status, importing
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+with importing("torch matplotlib numpy pillow tqdm"):
+    import matplotlib
 
-from command_line.failures import exit_status  # noqa: E402
-from deco_kernels.model.checkpoint_file import complete_or_absent  # noqa: E402
-from images.spectra import high_share, shares, zigzag  # noqa: E402
-from sampling.inputs import (  # noqa: E402
-    DTYPES,
-    Conditioner,
-    add_options,
-    device_of,
-    dtype_of,
-    load_network,
-    noise_of,
-    read_conditions,
-    solver_settings,
-)
-from sampling.spectrum_recorder import SIGNALS, SpectrumRecorder  # noqa: E402
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import torch
+    from tqdm import tqdm
+
+    from deco_kernels.model.checkpoint_file import complete_or_absent
+    from images.spectra import high_share, shares, zigzag
+    from sampling.inputs import (
+        DTYPES,
+        Conditioner,
+        add_options,
+        device_of,
+        dtype_of,
+        load_network,
+        noise_of,
+        read_conditions,
+        solver_settings,
+    )
+    from sampling.spectrum_recorder import SIGNALS, SpectrumRecorder
 
 TITLES = {"dit_output": "output of the DiT", "velocity": "pixel velocity"}
 BATCH = 16  # images computed together

@@ -14,9 +14,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from command_line.failures import exit_status
-from deco_kernels.training import config as configuration
-from deco_kernels.training import paths
+from command_line.failures import exit_status, importing
+
+PACKAGES = "'deco_kernels[train]'"
+with importing(PACKAGES):
+    from deco_kernels.training import config as configuration
+    from deco_kernels.training import paths
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     def run() -> None:
         config = configuration.load(options.config, overrides)
         paths.check(config, options.resume)
-        from deco_kernels.training import loop  # takes seconds: imported after what can be checked without
+        with importing(PACKAGES):
+            from deco_kernels.training import loop  # takes seconds: imported after what can be checked without
 
         loop.train(config, options.resume)
 

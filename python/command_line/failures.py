@@ -1,11 +1,25 @@
 """Error handling of the programs."""
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
 _SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@contextlib.contextmanager
+def importing(packages: str) -> Iterator[None]:
+    """Around imports: a package that is not installed ends the program with one line and status 2.
+
+    packages: what `pip install` takes, all that the program needs.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; install the packages of this program: pip install {packages}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def exit_status(run: Callable[[], None], debug: bool = False, interrupted: str = "interrupted") -> int:

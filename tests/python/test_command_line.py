@@ -1,10 +1,15 @@
 """Messages and exit statuses of failing programs."""
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
 from command_line.failures import exit_status
+
+PROGRAMS = Path(__file__).resolve().parents[2] / "python"
 
 
 def raising(error):
@@ -34,6 +39,23 @@ def test_what_a_user_can_mend_takes_one_line(error, line, capsys):
 def test_other_errors_are_not_hidden():
     with pytest.raises(RuntimeError, match="size mismatch"):
         exit_status(raising(RuntimeError("size mismatch")))
+
+
+@pytest.mark.parametrize(
+    ("program", "package", "installed_by"),
+    [
+        ("train", "omegaconf", "'deco_kernels[train]'"),
+        ("spectrum", "matplotlib", "torch matplotlib numpy pillow tqdm"),
+        ("photo_crops", "PIL", "torch numpy pillow scikit-learn"),
+    ],
+)
+def test_a_missing_package_is_named_with_those_of_the_program(program, package, installed_by):
+    hidden = f"import runpy, sys; sys.modules[{package!r}] = None; sys.path.insert(0, {str(PROGRAMS)!r})"
+    command = f"{hidden}; runpy.run_path({str(PROGRAMS / program)!r} + '.py', run_name='__main__')"
+    answer = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    assert answer.returncode == 2 and answer.stdout == ""
+    assert answer.stderr.startswith("error: ") and package in answer.stderr and answer.stderr.count("\n") == 1
+    assert answer.stderr.endswith(f"; install the packages of this program: pip install {installed_by}\n")
 
 
 def test_interrupts_say_how_to_go_on(capsys):
