@@ -156,6 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", choices=tuple(dtypes), help=f"dtype {only}")
     options = parser.parse_args(arguments)
     if not options.selftest:
+        if options.backend or options.dtype:
+            parser.error("--backend, --dtype: expected only with --selftest, got them without; add --selftest")
         print_report()
         return 0
     return 1 if selftest(options.backend or compared, [dtypes[name] for name in options.dtype or dtypes]) else 0

@@ -252,3 +252,10 @@ def test_selftest_finds_a_wrong_backend(planted_backend, capsys, source, passed,
     assert said in output and f"{passed} of 2 checks passed" in output
     header = output.splitlines()[0]
     assert header.index("dtype") - header.index("op") > max(map(len, report.OPS))
+
+
+@pytest.mark.parametrize("options", [["--backend", "cpu"], ["--dtype", "bfloat16"]])
+def test_options_of_the_selftest_need_it(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        report.main(options)
+    assert stopped.value.code == 2 and "got them without; add --selftest" in capsys.readouterr().err

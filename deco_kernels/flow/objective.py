@@ -18,6 +18,7 @@ from deco_kernels.flow.path import interpolate, sample_time
 from deco_kernels.model.arguments import require_tensors
 from deco_kernels.model.deco import PixelDiffusion
 from deco_kernels.model.pixel_decoder import TrainingLoss, awaits_output
+from deco_kernels.ops.registry import check_backend_name
 
 _log = logging.getLogger("deco_kernels")
 
@@ -101,10 +102,12 @@ class Objective(nn.Module):
         if label_dropout and null_label is None:
             raise ValueError(
                 "null_label: expected the label of the null class or the features of the empty prompt when "
-                "label_dropout > 0, got None"
+                "label_dropout > 0, got None; pass model.null_label or encoder.empty_prompt"
             )
         if not isinstance(fused, (bool, type(None))):
             raise TypeError(f"fused: expected None, True or False, got {fused!r}")
+        if backend is not None:
+            check_backend_name(backend)
         sample_time(0, distribution=distribution, shift=shift, device="cpu")  # checks both
         self.register_buffer("frequency_weight", frequency_weight, persistent=False)
         self.frequency_scale, self.repa = frequency_scale, repa

@@ -214,17 +214,23 @@ def _check_settings(
 def _check_tensors(noise: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor | None, guidance: float) -> None:
     for name, tensor in (("noise", noise), ("cond", cond), ("uncond", uncond)):
         if not isinstance(tensor, torch.Tensor) and not (name == "uncond" and tensor is None):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}; pass a tensor")
     if not noise.is_floating_point():
-        raise TypeError(f"noise: expected a floating-point tensor, got {noise.dtype}")
+        raise TypeError(f"noise: expected a floating-point tensor, got {noise.dtype}; convert it with .float()")
     if not noise.dim() or cond.shape[:1] != noise.shape[:1]:
-        raise ValueError(f"cond: expected the batch of noise {tuple(noise.shape)} first, got shape {tuple(cond.shape)}")
+        raise ValueError(
+            f"cond: expected the batch of noise {tuple(noise.shape)} first, got shape {tuple(cond.shape)}; pass one "
+            "condition per image"
+        )
     if uncond is None and guidance != 1:
-        raise ValueError(f"uncond: expected a tensor when guidance is not 1, got None with guidance {guidance}")
+        raise ValueError(
+            f"uncond: expected a tensor when guidance is not 1, got None with guidance {guidance}; pass the null "
+            "condition, such as torch.full_like(labels, model.null_label)"
+        )
     if uncond is not None and (uncond.shape != cond.shape or uncond.dtype != cond.dtype):
         raise ValueError(
             f"uncond: expected the shape and dtype of cond, {tuple(cond.shape)} {cond.dtype}, got "
-            f"{tuple(uncond.shape)} {uncond.dtype}"
+            f"{tuple(uncond.shape)} {uncond.dtype}; expand or convert it"
         )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from deco_kernels import ops
 from deco_kernels.integrations.structure import SAME, block_parts, randomize, require_unwrapped
+from deco_kernels.ops.registry import check_backend_name
 
 
 class FusedBlock:
@@ -61,9 +62,12 @@ def swap_blocks(module: nn.Module, *, backend: str | None = None) -> BlockSwap:
 
     Raises:
         TypeError: not a module, or one that is compiled or wrapped.
-        ValueError: no such block, or a block that computes another function on random weights, which the message names.
+        ValueError: no such block, a block that computes another function on random weights, which the message names, or
+            an unknown backend.
     """
     require_unwrapped(module)
+    if backend is not None:
+        check_backend_name(backend)
     found = {
         path: block
         for path, block in module.named_modules()

@@ -27,6 +27,8 @@ from deco_kernels.integrations.structure import (
     require_same_function,
     require_unwrapped,
 )
+from deco_kernels.ops.checks import check_flag
+from deco_kernels.ops.registry import check_backend_name
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -77,11 +79,16 @@ def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | 
         UserWarning: names the modules whose hooks no longer run or now see pixels.
 
     Raises:
-        TypeError: not a module, or a module that is already compiled or wrapped for data-parallel training.
+        TypeError: not a module, or a module that is already compiled or wrapped for data-parallel training; or a
+            save_memory that is not a bool.
         ValueError: the structure differs from the nearest published one, or a copy of the modules computes another
-            function on random weights (the message names the first difference); or the model is already swapped.
+            function on random weights (the message names the first difference); the model is already swapped; or an
+            unknown backend.
     """
     require_unwrapped(model)
+    check_flag("swap_decoder", "save_memory", save_memory)
+    if backend is not None:
+        check_backend_name(backend)
     if is_swapped(model):
         raise ValueError("model: its decoder is already swapped; call undo_swap(model) before swapping it again")
     holder, structure = holder_of(model)

@@ -175,16 +175,25 @@ class PatchTransformer(nn.Module):
         """Raise TypeError or ValueError unless x [B, C, H, W] and t [B] fit the model and each other."""
         require_tensors(x=x, t=t)
         if x.dim() != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"x: expected an image [B, {self.channels}, H, W], got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"x: expected images [B, {self.channels}, H, W], got shape {tuple(x.shape)}; add the batch to a single "
+                "image with x[None]"
+            )
         if x.shape[2] % self.patch_size or x.shape[3] % self.patch_size or not x.shape[2] or not x.shape[3]:
             raise ValueError(
                 f"x: expected height and width to be positive multiples of the patch size {self.patch_size}, got "
                 f"{x.shape[2]}x{x.shape[3]}; crop or pad the image"
             )
         if t.shape != x.shape[:1]:
-            raise ValueError(f"t: expected shape ({x.shape[0]},) like the batch of x, got {tuple(t.shape)}")
+            raise ValueError(
+                f"t: expected shape ({x.shape[0]},) like the batch of x, got {tuple(t.shape)}; pass one time per "
+                "image, such as t.expand(len(x))"
+            )
         if not x.is_floating_point() or not t.is_floating_point():
-            raise TypeError(f"x and t: expected floating-point tensors, got {x.dtype} and {t.dtype}")
+            raise TypeError(
+                f"x and t: expected floating-point tensors, got {x.dtype} and {t.dtype}; convert 8-bit images: "
+                "x.float() / 127.5 - 1"
+            )
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile every block in place with `torch.compile(**options)`, one block at a time.
@@ -275,9 +284,11 @@ class Trunk(PatchTransformer):
         self.check_image(x, t)
         require_tensors(y=y)
         if y.shape != x.shape[:1]:
-            raise ValueError(f"y: expected shape ({x.shape[0]},) like the batch of x, got {tuple(y.shape)}")
+            raise ValueError(
+                f"y: expected shape ({x.shape[0]},) like the batch of x, got {tuple(y.shape)}; pass one label per image"
+            )
         if y.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"y: expected int64 or int32 labels, got {y.dtype}")
+            raise TypeError(f"y: expected int64 or int32 labels, got {y.dtype}; convert them with .long()")
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, features_after: int | None = None

@@ -21,7 +21,10 @@ class _Loss(nn.Module):
             frequency_weight = ops.jpeg_frequency_weight()
         require_tensors(frequency_weight=frequency_weight)
         if frequency_weight.shape != (3, 8, 8):
-            raise ValueError(f"frequency_weight: expected [3, 8, 8], got {list(frequency_weight.shape)}")
+            raise ValueError(
+                f"frequency_weight: expected [3, 8, 8], got {list(frequency_weight.shape)}; pass the result of "
+                "ops.jpeg_frequency_weight"
+            )
         if backend is not None:
             check_backend_name(backend)
         self.register_buffer("frequency_weight", frequency_weight, persistent=False)

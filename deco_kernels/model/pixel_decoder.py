@@ -369,13 +369,14 @@ class PixelDecoder(nn.Module):
         p = self.patch_size
         if image.dim() != 4 or image.shape[1] != self.channels or image.shape[2] % p or image.shape[3] % p:
             raise ValueError(
-                f"image: expected [B, {self.channels}, H, W] with H and W multiples of {p}, got {tuple(image.shape)}"
+                f"image: expected [B, {self.channels}, H, W] with H and W multiples of {p}, got {tuple(image.shape)}; "
+                "crop or pad the image, or check its channels"
             )
         count = image.shape[0] * (image.shape[2] // p) * (image.shape[3] // p)
         if tokens.shape[-1:] != (self.token_width,) or tokens.shape[:-1].numel() != count:
             raise ValueError(
                 f"tokens: expected [..., {self.token_width}] with {count} tokens, one per patch of the image, got "
-                f"{tuple(tokens.shape)}"
+                f"{tuple(tokens.shape)}; check patch_size {p} and the image's size"
             )
         if (query_tokens is None) != (self.query_width is None):
             expected = "None" if self.query_width is None else f"[..., {self.query_width}]"

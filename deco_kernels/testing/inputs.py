@@ -75,7 +75,12 @@ def random_inputs(
         head_norm: of a decoder.
         device: device of the tensors; values do not depend on it.
         seed: seed of the random generator.
+
+    Raises ValueError for an unknown op.
     """
+    known = list(dict.fromkeys((*OPS, *LOSSES)))
+    if op not in known:
+        raise ValueError(f"op: expected one of {known}, got {op!r}")
     draw = _Draw(dtype, dtype if dtype is torch.float64 else weight_dtype, device, seed)
     pixels = patch_size**2
     batch, rows, columns = image_size

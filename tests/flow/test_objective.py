@@ -121,8 +121,10 @@ def test_objective_with_text_features():
 
 def test_bad_options():
     weight = ops.jpeg_frequency_weight(85)
-    with pytest.raises(ValueError, match="null_label"):
+    with pytest.raises(ValueError, match="null_label: .*, got None; pass model.null_label"):
         flow.Objective(weight, label_dropout=0.1)
+    with pytest.raises(ValueError, match="backend: unknown name 'gpu'; use one of 'auto'"):
+        flow.Objective(weight, backend="gpu")
     with pytest.raises(ValueError, match="label_dropout"):
         flow.Objective(weight, label_dropout=1.1, null_label=10)
     with pytest.raises(ValueError, match=r"null_label: expected the shape of one condition, \[3, 5\], got \[5\]"):

@@ -517,7 +517,16 @@ def test_wrapped_and_compiled_models_are_refused():
     swap_decoder(trunk)
 
 
-def test_unknown_backends_are_refused_when_called():
+def test_options_that_are_wrong_change_nothing():
+    net = published_model()
+    with pytest.raises(ValueError, match="backend: unknown name 'gpu'; use one of 'auto', 'reference', 'cpu'"):
+        swap_decoder(net, backend="gpu")
+    with pytest.raises(TypeError, match="swap_decoder: save_memory: expected True or False, got 'no'; pass one"):
+        swap_decoder(net, save_memory="no")
+    assert not is_swapped(net)
+
+
+def test_backends_that_cannot_serve_are_refused_when_called():
     net, batch = published_model(), random_batch()
     swap_decoder(net, backend="triton")
     with pytest.raises(BackendUnavailable, match="triton"):

@@ -266,6 +266,8 @@ def test_blocks_that_differ_are_refused():
     net.blocks[1].mlp[1] = nn.GELU()
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\[1\] differs .* expected SiLU, got GELU"):
         swap_blocks(net)
+    with pytest.raises(ValueError, match="backend: unknown name 'gpu'"):
+        swap_blocks(Stack(), backend="gpu")
     with pytest.raises(ValueError, match="at least one block"):
         swap_blocks(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="expected a torch.nn.Module"):

@@ -199,10 +199,10 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize(
     ("image_shape", "token_shape", "message"),
     [
-        ((1, 3, 24, 32), (1, 2, 12), "image: expected .* multiples of 16"),
+        ((1, 3, 24, 32), (1, 2, 12), r"image: expected .* multiples of 16, got \(1, 3, 24, 32\); crop or pad"),
         ((1, 4, 32, 32), (1, 4, 12), r"image: expected \[B, 3, H, W\]"),
         ((3, 32, 32), (1, 4, 12), r"image: expected \[B, 3, H, W\]"),
-        ((1, 3, 32, 32), (1, 3, 12), "tokens: expected .* with 4 tokens"),
+        ((1, 3, 32, 32), (1, 3, 12), "tokens: expected .* with 4 tokens.*; check patch_size 16 and the image's size"),
         ((1, 3, 32, 32), (1, 4, 11), r"tokens: expected \[..., 12\]"),
     ],
 )

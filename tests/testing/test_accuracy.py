@@ -93,6 +93,11 @@ def test_bounds():
     assert testing.error_bound(torch.float16, 1e-3, gradient=True) == pytest.approx(1.5e-3)
 
 
+def test_random_inputs_of_an_unknown_op_are_refused():
+    with pytest.raises(ValueError, match="op: expected one of .*'frequency_loss'.*, got 'pixel_encoder'"):
+        testing.random_inputs("pixel_encoder")
+
+
 def test_random_inputs_are_reproducible_and_differ_by_seed():
     first, again, other = (testing.random_inputs("adaln_block", seed=seed) for seed in (0, 0, 1))
     for name, tensor in first.tensors.items():
