@@ -99,9 +99,12 @@ def test_a_wheel_with_a_fault_is_refused(tmp_path, tag, content, said):
 
 def test_what_is_not_a_wheel_or_has_no_python_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(wheels, "find_pythons", lambda: {"3.10": Path(sys.executable)})
+    monkeypatch.chdir(tmp_path)
+    Path("a-0-cp311-cp311-y.whl").touch()
     for name, said in {
         "x.zip": "expected a wheel of a CPython 3, got x.zip",
         "a-0-cp311-cp311-y.whl": "no CPython 3.11",
+        "b-0-cp310-cp310-y.whl": "expected the file of a wheel, found none at b-0-cp310-cp310-y.whl",
     }.items():
         with pytest.raises(SystemExit, match=said):
             wheels.main(["--check", name])

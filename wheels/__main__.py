@@ -156,6 +156,8 @@ def main(arguments: list[str] | None = None) -> None:
 def check_wheels(pythons: dict[str, Path], options: argparse.Namespace) -> None:
     for wheel in options.check:
         version = version_of(wheel)
+        if not wheel.is_file():
+            raise SystemExit(f"make wheels: --check: expected the file of a wheel, found none at {wheel}")
         if version not in pythons:
             raise SystemExit(f"make wheels: {wheel.name}: no CPython {version} here; name one by --python")
         said = check.check_wheel(wheel.resolve(), pythons[version], PLATFORM, not options.cpu, options)

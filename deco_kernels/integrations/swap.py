@@ -27,6 +27,7 @@ from deco_kernels.integrations.structure import (
     require_same_function,
     require_unwrapped,
 )
+from deco_kernels.model.deco import PixelDiffusion
 from deco_kernels.ops.checks import check_flag
 from deco_kernels.ops.registry import check_backend_name
 
@@ -86,6 +87,11 @@ def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | 
             unknown backend.
     """
     require_unwrapped(model)
+    if isinstance(model, PixelDiffusion):
+        raise ValueError(
+            f"model: expected one of a published structure, got this package's {type(model).__name__}, whose decoder "
+            "runs the fused ops already; use it as it is"
+        )
     check_flag("swap_decoder", "save_memory", save_memory)
     if backend is not None:
         check_backend_name(backend)

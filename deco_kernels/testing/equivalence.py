@@ -56,10 +56,12 @@ def assert_equivalent(
         AssertionError: a result breaks the rule; the message has the table. Also for outputs of another number or shape
             than the reference's, for an output that is differentiable in one of the two functions only, and if there
             are no gradients to compare.
-        TypeError: no floating-point input of 32 or 16 bits, outputs that are not tensors, or a reference that does not
-            compute in float64.
+        TypeError: no floating-point input of 32 or 16 bits, another dtype of autocast, outputs that are not tensors, or
+            a reference that does not compute in float64.
         ValueError: results of the reference that are not finite, so that they give no bound.
     """
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise TypeError(f"autocast: expected None, torch.bfloat16 or torch.float16, got {autocast!r}; pass one of them")
     call = _Call.of(inputs, autocast, gradients, seed)
     computed_in = dtype or autocast or call.narrowest_dtype()
     if computed_in not in _NARROWEST_FIRST:
@@ -148,7 +150,10 @@ class _Call(NamedTuple):
         cls, inputs: Mapping[str, Any] | Sequence[Any], autocast: torch.dtype | None, gradients: bool, seed: int
     ) -> _Call:
         if not isinstance(inputs, (Mapping, Sequence)):
-            raise TypeError(f"inputs: expected arguments by name or a list of them, got {type(inputs).__name__}")
+            raise TypeError(
+                f"inputs: expected arguments by name or a list of them, got {type(inputs).__name__}; pass a dictionary "
+                "or a list"
+            )
         positional = not isinstance(inputs, Mapping)
         arguments = {str(i): value for i, value in enumerate(inputs)} if positional else dict(inputs)
         call = cls(arguments, positional, autocast, gradients, seed)

@@ -517,6 +517,11 @@ def test_wrapped_and_compiled_models_are_refused():
     swap_decoder(trunk)
 
 
+def test_models_of_this_package_need_no_swap():
+    with pytest.raises(ValueError, match="model: .*, got this package's DeCo, .* the fused ops already; use it as it"):
+        swap_decoder(model.build("deco-tiny"))
+
+
 def test_options_that_are_wrong_change_nothing():
     net = published_model()
     with pytest.raises(ValueError, match="backend: unknown name 'gpu'; use one of 'auto', 'reference', 'cpu'"):

@@ -73,6 +73,13 @@ def test_psnr():
     assert contenders.psnr(images, reference) == pytest.approx([40.0, -10 * math.log10(0.25)], abs=1e-4)
 
 
+def test_guesses_without_a_model_are_far_from_the_required_psnr():
+    """The mean color of each photograph, and the mean of both, as docs/demo.md says."""
+    _, photographs = load_photographs(shipped_photographs(), contenders.SHORT.image_size)
+    for guess in (photographs.mean((2, 3), keepdim=True), photographs.mean(0, keepdim=True)):
+        assert max(contenders.psnr(guess.expand_as(photographs), photographs)) < 12 < contenders.SHORT.required_psnr
+
+
 def test_energy_spectrum_holds_the_whole_luminance_energy():
     images = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
     luminance = torch.einsum("c,bchw->bhw", torch.tensor([0.299, 0.587, 0.114]), images)

@@ -103,8 +103,10 @@ def test_bad_arguments():
         testing.assert_equivalent(torch.sin, torch.nn.Linear(3, 3), [torch.ones(3)])
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         testing.assert_equivalent(torch.sin, torch.nn.Linear(3, 3), [torch.ones(2, 4)])
-    with pytest.raises(TypeError, match="inputs: expected arguments by name or a list of them, got Tensor"):
+    with pytest.raises(TypeError, match="inputs: expected arguments by name or .*, got Tensor; pass a dictionary or"):
         testing.assert_equivalent(torch.sin, torch.sin, torch.ones(3))
+    with pytest.raises(TypeError, match="autocast: expected None, torch.bfloat16 or torch.float16, got 'bf16'; pass"):
+        testing.assert_equivalent(torch.sin, torch.sin, [torch.ones(3)], autocast="bf16")
     with pytest.raises(TypeError, match="dtype: expected float32, bfloat16 or float16, .* got torch.float64"):
         testing.assert_equivalent(torch.sin, torch.sin, [torch.ones(3, dtype=torch.float64)])
     for outputs, name in (([torch.ones(3)], "list"), ({}, "dict"), (None, "NoneType")):
