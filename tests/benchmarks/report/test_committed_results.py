@@ -26,6 +26,15 @@ def test_results_that_a_page_names_are_committed(page):
         assert (FOLDER / name).is_file(), name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_the_command_of_a_result_is_that_of_its_file(page):
+    """Where a page says `FILE`, measured by `COMMAND`."""
+    said = r"`benchmarks/results/([\w./-]+\.json)`, measured by `(python -m benchmarks [^`]+)`"
+    for name, command in re.findall(said, page.read_text(encoding="utf-8")):
+        recorded = json.loads((FOLDER / name).read_text(encoding="utf-8"))["header"]["command"]
+        assert command == recorded.partition(" --output")[0], name
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_a_committed_result_is_complete(path):
     result = LOADED[path]
