@@ -11,6 +11,9 @@ smaller: the errors of a few numbers, which average out by chance, have no meani
 least 1,000 elements the mean signed error is at most 0.25 x that bound x RMS(exact). Inputs are N(0, 1), weights
 N(0, 1/fan-in). Use the rule with at least 4,096 pixels.
 
+A result must be finite exactly where the float64 result, rounded to its dtype, is. Where eager overflows, so that its
+error is not finite, that error counts as eps. Where the exact result is 0, errors are relative to eager's result.
+
 Eager's error in a small tensor and its bias in any tensor vary from call to call. So a result that exceeds the bounds
 of its call by rounding errors (below 0.1) is compared again, with eight more calls of eager on rescaled inputs: below
 1,000 elements eager's error is the root mean square over all nine, and twice that of its bias is added to the bound of

@@ -122,21 +122,24 @@ def _differentiate(inputs: Inputs, function: Callable[[dict[str, torch.Tensor | 
     return Results(detached, dict(zip(given, gradients, strict=True)))
 
 
-def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    """|actual - exact| / |exact| in L2 over all elements, in float64; infinite if a value is not finite."""
+def relative_error(actual: torch.Tensor, exact: torch.Tensor, unit: torch.Tensor | None = None) -> float:
+    """|actual - exact| / |unit| in L2 over all elements, in float64; infinite if a value is not finite.
+
+    unit: by default `exact`.
+    """
     difference = torch.linalg.vector_norm(actual.double() - exact.double()).item()
-    norm = torch.linalg.vector_norm(exact.double()).item()
+    norm = torch.linalg.vector_norm((exact if unit is None else unit).double()).item()
     if difference == 0:
         return 0.0
     return difference / norm if norm > 0 and math.isfinite(difference) else math.inf
 
 
-def relative_bias(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    """|mean(actual - exact)| / RMS(exact), in float64; 0 for fewer than 1,000 elements."""
+def relative_bias(actual: torch.Tensor, exact: torch.Tensor, unit: torch.Tensor | None = None) -> float:
+    """|mean(actual - exact)| / RMS(unit), in float64; 0 for fewer than 1,000 elements. unit: as in `relative_error`."""
     if exact.numel() < LARGE:
         return 0.0
     mean = (actual.double() - exact.double()).mean().abs().item()
-    rms = exact.double().square().mean().sqrt().item()
+    rms = (exact if unit is None else unit).double().square().mean().sqrt().item()
     if mean == 0:
         return 0.0
     return mean / rms if rms > 0 and math.isfinite(mean) else math.inf
@@ -145,8 +148,10 @@ def relative_bias(actual: torch.Tensor, exact: torch.Tensor) -> float:
 def error_bound(dtype: torch.dtype, eager_error: float, *, gradient: bool, mean: bool = False) -> float:
     """Bound of the rule of error for a result computed in `dtype`, given the relative error of eager PyTorch.
 
-    mean: whether the result is a mean over pixels.
+    An eager error that is not finite counts as eps of `dtype`. mean: whether the result is a mean over pixels.
     """
+    if not math.isfinite(eager_error):
+        eager_error = torch.finfo(dtype).eps
     if dtype in (torch.bfloat16, torch.float16):
         least = torch.finfo(dtype).eps / 16 if mean else 0.0
         return max((1.5 if gradient else 1.2) * eager_error, least)
@@ -219,20 +224,24 @@ def compare_tensors(
     """Compare one output or gradient, computed in `dtype`, by the rule of error.
 
     `call` and `others`: (eager, exact) of this call, and of other calls that are pooled with it. `mean` as in
-    `error_bound`.
+    `error_bound`. Errors are relative to eager's result where the exact one is 0. The error is that of the finite
+    elements; it is NaN unless `actual` is finite exactly where `exact`, rounded to its dtype, is.
     """
-    exact = call[1]
-    eager_error, noise = relative_error(*call), 0.0
+    eager_, exact = call
+    unit = exact if exact.any() else eager_
+    eager_error, noise = relative_error(eager_, exact, unit), 0.0
     if others and exact.numel() < LARGE:
-        eager_error = root_mean_square(relative_error(*pair) for pair in (call, *others))
+        eager_error = root_mean_square([eager_error, *(relative_error(*pair) for pair in others)])
     if others:  # roundings that many elements share, such as those of weights, give eager a bias of either sign
         noise = root_mean_square(relative_bias(*pair) for pair in (call, *others))
     bound = error_bound(dtype, eager_error, gradient=gradient, mean=mean)
-    bias_bound = BIAS_FRACTION * bound + 2 * noise
-    # Also fails if eager, and with it the bound, is infinite.
-    diverged = exact.isfinite().all() and not actual.isfinite().all()
-    error = math.nan if diverged else relative_error(actual, exact)
-    return Comparison(name, error, bound, relative_bias(actual, exact), bias_bound)
+    bias_bound = BIAS_FRACTION * bound + 2 * (noise if math.isfinite(noise) else 0.0)
+    finite = exact.to(actual.dtype).isfinite()
+    diverged = not torch.equal(actual.isfinite(), finite)
+    if not diverged and not finite.all():
+        actual, exact, unit = actual[finite], exact[finite], unit[finite]
+    error = math.nan if diverged else relative_error(actual, exact, unit)
+    return Comparison(name, error, bound, relative_bias(actual, exact, unit), bias_bound)
 
 
 def root_mean_square(values: Iterable[float]) -> float:

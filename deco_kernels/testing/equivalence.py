@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -101,7 +100,7 @@ def assert_equivalent(
     rows = pooled(compared)
     table = _table(rows)
     print(table)
-    unbounded = ", ".join(row.name for row in rows if not math.isfinite(row.bound))
+    unbounded = ", ".join(_names_of_infinite(*sample(0)))
     if unbounded:
         raise ValueError(
             f"reference: expected finite results, which give the bounds, got others for {unbounded}; give inputs "
@@ -225,6 +224,18 @@ def _require_same_form(actual: _Outcome, expected: _Outcome) -> None:
                 f"output {index}: only that of {with_gradient} is differentiable; compare differentiable outputs "
                 "alone, or pass gradients=False"
             )
+
+
+def _names_of_infinite(*samples: Results) -> list[str]:
+    """Outputs and gradients that are not finite in one of the samples."""
+    names = [f"output {index}" for index in range(len(samples[0].outputs))]
+    names += [f"grad {name}" for name in samples[0].gradients]
+    found = zip(*((*each.outputs, *each.gradients.values()) for each in samples), strict=True)
+    return [name for name, values in zip(names, found, strict=True) if not all(map(_is_finite, values))]
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 def _table(rows: Sequence[Comparison]) -> str:

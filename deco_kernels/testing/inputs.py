@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deco_kernels import signatures
+from deco_kernels.model.arguments import require_sizes
 
 OPS = (
     "adaln_block",
@@ -76,11 +77,12 @@ def random_inputs(
         device: device of the tensors; values do not depend on it.
         seed: seed of the random generator.
 
-    Raises ValueError for an unknown op.
+    Raises ValueError for an unknown op, and ValueError or TypeError unless D, N, p, C and Z are integers of at least 1.
     """
     known = list(dict.fromkeys((*OPS, *LOSSES)))
     if op not in known:
         raise ValueError(f"op: expected one of {known}, got {op!r}")
+    require_sizes(width=width, depth=depth, patch_size=patch_size, channels=channels, token_width=token_width)
     draw = _Draw(dtype, dtype if dtype is torch.float64 else weight_dtype, device, seed)
     pixels = patch_size**2
     batch, rows, columns = image_size

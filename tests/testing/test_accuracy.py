@@ -71,6 +71,58 @@ def test_what_is_not_finite_fails_where_the_exact_result_is(eager):
     assert accuracy.compare_tensors("x", exact, pair, dtype=torch.float16, gradient=False).passed
 
 
+@pytest.mark.parametrize("eager", [torch.inf, torch.nan])
+def test_an_eager_result_that_is_not_finite_hides_no_error(eager):
+    """Its error counts as eps, and its bias as none."""
+    exact = torch.randn(4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pair, eps = (torch.full_like(exact, eager), exact), torch.finfo(F16).eps
+
+    def compared(actual):
+        return testing.compare_tensors("x", actual, pair, pair, dtype=F16, gradient=False)
+
+    assert compared(exact.half()).passed and compared(exact).bound == 1.2 * eps
+    assert not compared(1.01 * exact).passed
+    biased = compared(exact + 0.5 * eps)
+    assert biased.error < biased.bound and not biased.passed
+
+
+@pytest.mark.parametrize(
+    ("values", "passes"),
+    [
+        ((1.0, -2.0, torch.inf), True),
+        ((1.0, -2.0, torch.nan), True),
+        ((1.0, -2.0, 65504.0), False),
+        ((1.0, -2.2, torch.inf), False),
+        ((1.0, -torch.inf, torch.inf), False),
+    ],
+)
+def test_a_result_is_infinite_where_the_exact_one_does_not_fit_its_dtype(values, passes):
+    exact = torch.tensor([1.0, -2.0, 1e6], dtype=torch.float64)
+    actual = torch.tensor(values, dtype=F16)
+    assert testing.compare_tensors("x", actual, (exact.half(), exact), dtype=F16, gradient=False).passed == passes
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(0.0, True), (1.1, True), (1.3, False), (torch.nan, False)])
+def test_where_the_exact_result_is_zero_eager_gives_the_unit(factor, passes):
+    exact, eager = torch.zeros(2000, dtype=torch.float64), torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    for others in ((), ((eager, exact),)):
+        actual = factor * eager.flip(0)
+        found = testing.compare_tensors("x", actual, (eager, exact), *others, dtype=BF16, gradient=False)
+        assert found.passed == passes
+    assert not testing.compare_tensors("x", eager, (exact, exact), dtype=BF16, gradient=False).passed
+
+
+def test_overflowing_eager_contenders_hide_no_wrong_result(inputs):
+    exact, eager = testing.exact_results(inputs), testing.eager_results(inputs)
+    eager.outputs[0].fill_(torch.inf)
+    eager.gradients["cond"].fill_(torch.nan)
+    wrong = testing.run(inputs, "reference")
+    for tensor in (wrong.outputs[0], wrong.gradients["cond"]):
+        tensor.mul_(1.2)
+    failed = [row.name for row in testing.compare(inputs, wrong, exact, eager) if not row.passed]
+    assert failed == ["output 0", "grad cond"]
+
+
 def test_a_systematic_error_of_a_loss_is_noticed():
     inputs = testing.random_inputs("pixel_decoder_loss", dtype=BF16, image_size=(2, 32, 64))
     right = testing.run(inputs, "reference")
@@ -103,6 +155,19 @@ def test_random_inputs_are_reproducible_and_differ_by_seed():
     for name, tensor in first.tensors.items():
         assert torch.equal(tensor, again.tensors[name]) and not torch.equal(tensor, other.tensors[name])
         assert tensor.std() > 0
+
+
+@pytest.mark.parametrize("name", ["width", "depth", "patch_size", "channels", "token_width"])
+def test_sizes_of_random_inputs(name):
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+        testing.random_inputs("pixel_decoder_from_tokens", **{name: 0})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, F16])
+def test_new_tensors_are_poisoned(poisoned_memory, dtype):
+    like = torch.zeros(5, 7, dtype=dtype)
+    for tensor in (torch.empty(5, 7, dtype=dtype), torch.empty_like(like), like.new_empty(5, 7)):
+        assert tensor.isnan().all()
 
 
 # --- eager as on CUDA devices ----------------------------------------------------------------------------------------
