@@ -393,15 +393,23 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
     if (warp() < p.chain_warps) {
       for (uint32_t begin = block() * turn_pixels; begin < p.pixels; begin += step, buffer ^= other) {
         run_chain(begin, buffer);
+        // region: chain_has_written
         block_barrier();
+        // end region
+        // region: chain_may_write
         if (other == 0) block_barrier();
+        // end region
       }
     } else {
       gradient.clear();
       for (uint32_t begin = block() * turn_pixels; begin < p.pixels; begin += step, buffer ^= other) {
+        // region: sums_may_read
         block_barrier();
+        // end region
         if (sums) add_tiles(buffer);
+        // region: sums_have_read
         if (other == 0) block_barrier();
+        // end region
       }
       if (sums) write_gradient();
     }

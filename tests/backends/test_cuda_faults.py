@@ -1,5 +1,7 @@
 """Faults injected into the real kernels are detected by the emulator, the order of warps, or the rule of error."""
 
+import contextlib
+import itertools
 import string
 import subprocess
 import sysconfig
@@ -27,9 +29,9 @@ def changed_files(changes: dict[str, str]) -> dict[str, str]:
     return {path.name: "".join(files[path]) for path in {regions[name].path for name in changes}}
 
 
-def build_with_fault(source: str, changes: dict[str, str], folder: Path, *options: str):
+def build_with_fault(source: str, changes: dict[str, str], folder: Path, *options: str, width: int = 16):
     """The emulated module of this tree with csrc/cuda/SOURCE.cu recompiled after `changes` in that folder, with further
-    compiler options."""
+    compiler options, for one width in bfloat16."""
     changed = folder / "cuda"
     changed.mkdir()
     unchanged = {f"{source}.cu": (source_regions.CUDA_SOURCES / f"{source}.cu").read_text()}
@@ -38,8 +40,8 @@ def build_with_fault(source: str, changes: dict[str, str], folder: Path, *option
     compiled = folder / f"{source}.o"
     good = [path for path in emulation.BUILD.rglob("*.o") if path.name != f"{source}.cu.o"]
     library = folder / f"_native_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    # -iquote: this folder precedes the tree in the search for headers. The build supports only D 16 in bfloat16.
-    command = emulation.compile_command("-DDECO_ONLY_WIDTH=16", "-iquote", folder, *options)
+    # -iquote: this folder precedes the tree in the search for headers.
+    command = emulation.compile_command(f"-DDECO_ONLY_WIDTH={width}", "-iquote", folder, *options)
     command += ["-c", changed / f"{source}.cu", "-o", compiled]
     subprocess.run(command, check=True)
     subprocess.run(["g++", "-shared", compiled, *good, "-o", library], check=True)
@@ -71,58 +73,95 @@ def run_forward(inputs):
         return ops.pixel_decoder(**inputs.tensors, **inputs.options, backend=emulation.BACKEND)
 
 
-PLANTED = "DECO_PLANTED_FAULT"  # environment variable: the region that the switchable module leaves out
+PLANTED = "DECO_PLANTED_FAULT"  # environment variable: the fault of the switchable module
+# Fault → barriers that block_backward.cu leaves out. At D 32 a warp of upsample_modulate runs the chain and adds to the
+# weight gradients; a warp of the decoder does one of both, and each of the two kinds has the barriers between them.
+LEFT_OUT = {
+    "both roles": ["barrier_before_weight_gradients"],
+    "reload": ["barrier_before_reload"],
+    "before the sums": ["chain_has_written", "sums_may_read"],
+    "after the sums": ["chain_may_write", "sums_have_read"],
+}
 
 
 @pytest.fixture(scope="module")
 def switchable(emulated_session, tmp_path_factory):
-    """A module in which PLANTED names the barrier that block_backward.cu leaves out, or none."""
-    barriers = ("barrier_before_weight_gradients", "barrier_before_reload")
+    """A module for D 32 with the fault that PLANTED names, or none."""
     left_out = f'std::getenv("{PLANTED}") != nullptr && std::getenv("{PLANTED}") == std::string_view'
-    changes = {name: f'if (!({left_out}("{name}"))) ${name}' for name in barriers}
+    changes = {
+        region: f'if (!({left_out}("{fault}"))) ${region}' for fault, regions in LEFT_OUT.items() for region in regions
+    }
     includes = ("-include", "cstdlib", "-include", "string_view")
-    return build_with_fault("block_backward", changes, tmp_path_factory.mktemp("switchable"), *includes)
+    return build_with_fault("block_backward", changes, tmp_path_factory.mktemp("switchable"), *includes, width=32)
 
 
 @pytest.fixture
 def switched(switchable, emulated):
+    switchable.set_device_limits(emulation.MULTIPROCESSORS, emulation.LARGE_SHARED)
     native.emulate_cuda(switchable)
     yield switchable
     native.emulate_cuda(emulated)
 
 
-def gradients_of_two_seeds(module):
-    for seed in (1, 2):
-        module.set_seed(seed)
-        yield testing.run(decoder_inputs(), emulation.BACKEND).gradients["fc1_weight"]
+def gradient(op, module, seed=1):
+    """Of mod_weight; every warp has several turns."""
+    module.set_seed(seed)
+    sizes = {"width": 32, "depth": 1, "patch_size": 4, "image_size": (1, 24, 32)}
+    inputs = testing.random_inputs(op, dtype=torch.bfloat16, **sizes)
+    return testing.run(inputs, emulation.BACKEND).gradients["mod_weight"]
+
+
+@contextlib.contextmanager
+def a_race_is_found(module, within):
+    race = f"block_backward: race: thread .* byte .* after thread .*of the {within}"
+    with emulation.checked_for_races(module), pytest.raises(module.Fault, match=race):
+        yield
 
 
 @pytest.fixture
 def expected(emulated):
-    return testing.run(decoder_inputs(), emulation.BACKEND).gradients["fc1_weight"]
+    return {op: gradient(op, emulated) for op in ("pixel_decoder", "upsample_modulate")}
 
 
 def test_without_a_fault_the_results_are_right(expected, switched):
-    with emulation.checked_for_races(switched):
-        assert all(torch.equal(gradient, expected) for gradient in gradients_of_two_seeds(switched))
+    for op, seed in itertools.product(expected, (1, 2)):
+        with emulation.checked_for_races(switched):
+            assert torch.equal(gradient(op, switched, seed), expected[op])
 
 
 def test_a_missing_barrier_before_the_weight_gradients(switched, monkeypatch):
-    monkeypatch.setenv(PLANTED, "barrier_before_weight_gradients")
-    first, second = gradients_of_two_seeds(switched)
+    monkeypatch.setenv(PLANTED, "both roles")
+    first, second = (gradient("upsample_modulate", switched, seed) for seed in (1, 2))
     assert not torch.isfinite(first).all() or not torch.equal(first, second)
-    race = "block_backward: race: thread .* byte .* after thread .*of the thread block"
-    with emulation.checked_for_races(switched), pytest.raises(switched.Fault, match=race):
-        testing.run(decoder_inputs(), emulation.BACKEND)
+    with a_race_is_found(switched, "thread block"):
+        gradient("upsample_modulate", switched)
+
+
+@pytest.mark.parametrize(
+    ("fault", "shared_bytes"),
+    [
+        ("before the sums", emulation.LARGE_SHARED),
+        ("before the sums", emulation.SMALL_SHARED),
+        ("after the sums", emulation.SMALL_SHARED),
+    ],
+)
+def test_a_missing_barrier_between_chain_and_sums(switched, monkeypatch, fault, shared_bytes):
+    """A turn has one barrier with two buffers of operands, and two with one, for which less memory suffices."""
+    switched.set_device_limits(emulation.MULTIPROCESSORS, shared_bytes)
+    with emulation.checked_for_races(switched):
+        gradient("pixel_decoder", switched)
+    monkeypatch.setenv(PLANTED, fault)
+    with a_race_is_found(switched, "thread block"):
+        gradient("pixel_decoder", switched)
 
 
 def test_a_missing_barrier_of_a_warp(expected, switched, monkeypatch):
     """Every order of threads gives the right results, because lanes meet in other operations in between."""
-    monkeypatch.setenv(PLANTED, "barrier_before_reload")
-    assert all(torch.equal(gradient, expected) for gradient in gradients_of_two_seeds(switched))
-    race = "block_backward: race: thread .* byte .* after thread .*of the warp"
-    with emulation.checked_for_races(switched), pytest.raises(switched.Fault, match=race):
-        testing.run(decoder_inputs(), emulation.BACKEND)
+    monkeypatch.setenv(PLANTED, "reload")
+    found = [gradient("pixel_decoder", switched, seed) for seed in (1, 2)]
+    assert all(torch.equal(each, expected["pixel_decoder"]) for each in found)
+    with a_race_is_found(switched, "warp"):
+        gradient("pixel_decoder", switched)
 
 
 def test_swapped_fragments(plant):
