@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from deco_kernels import flow, model, ops
+from tests.installed import installed
 from tests.tiny_qwen3 import HIDDEN, save_tiny_qwen3
 
-pytest.importorskip("transformers")
+installed("transformers")
 COLORS = {"red": (0.8, -0.6, -0.6), "green": (-0.6, 0.7, -0.5), "blue": (-0.6, -0.5, 0.9), "grey": (0.1, 0.1, 0.1)}
 
 

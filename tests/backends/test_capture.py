@@ -14,6 +14,7 @@ from benchmarks.ops.sizes import Size
 from deco_kernels import testing
 from deco_kernels.backends.reference.common import constant
 from deco_kernels.testing import emulation
+from tests.installed import installed
 from tests.mock_capture import CaptureRefused, mock_capture
 from tests.ops.cases import BF16, KERNEL_OPS, OPS, small_inputs
 
@@ -130,7 +131,7 @@ def test_the_cuda_backend(emulated, op):
 @pytest.mark.parametrize("op", [op for op in testing.OPS if op in KERNEL_OPS])
 def test_the_triton_backend(op):
     """Host code and arguments of the kernels, which are recorded instead of run."""
-    pytest.importorskip("triton")
+    installed("triton")
     from benchmarks.static import triton_kernels
 
     inputs = small_inputs(op, BF16)

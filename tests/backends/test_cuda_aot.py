@@ -7,6 +7,7 @@ import pytest
 from benchmarks.static import cuda_kernels, sass, triton_kernels
 from benchmarks.static.figures import CUDA_PREFIX, SHARED_LIMIT, Figures, exceeded, recorded_budgets
 from tests.backends.architectures import PARTLY, in_make_test
+from tests.installed import installed
 
 pytestmark = [
     pytest.mark.aot,
@@ -29,7 +30,7 @@ def compiled(
     reason = cuda_kernels.unavailable_reason()
     if reason is not None:
         pytest.skip(reason)
-    pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with Triton")
+    installed("triton", reason="cuobjdump and nvdisasm come with Triton")
     sources = SOME if some else cuda_kernels.sources()
     return {
         k: v for s in sources for k, v in cuda_kernels.source_figures(s, architecture, only_width, variants).items()
@@ -146,7 +147,7 @@ def test_slots_of_warps_without_a_tile():
 
 def test_the_module_imports_without_a_driver():
     """The runtime is linked statically: the module can be imported without libcuda."""
-    native = pytest.importorskip("deco_kernels._native_cuda", reason="the CUDA module is not built in this tree")
+    native = installed("deco_kernels._native_cuda", "the CUDA module is not built in this tree")
     linked = subprocess.run(["ldd", native.__file__], capture_output=True, text=True, check=True).stdout
     assert "libcuda" not in linked
     assert callable(native.pixel_decoder_forward)

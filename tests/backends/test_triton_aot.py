@@ -9,6 +9,7 @@ from benchmarks.static import triton_kernels
 from benchmarks.static.figures import SHARED_LIMIT, Figures, exceeded, recorded_budgets
 from deco_kernels import testing
 from tests.backends.architectures import PARTLY, in_make_test
+from tests.installed import installed
 from tests.ops.cases import KERNEL_OPS
 
 pytestmark = [
@@ -34,7 +35,7 @@ OTHERS = [
 
 def checked_figures(architecture: str, width: int, dtype: str, parts: tuple[str, ...]) -> dict[str, Figures]:
     """Figures of the kernels whose names start with one of `parts`, after checking device limits and the record."""
-    pytest.importorskip("triton")
+    installed("triton")
     found = triton_kernels.case_figures(architecture, width, dtype, parts)
     for name, figures in found.items():
         assert figures.shared_bytes <= SHARED_LIMIT[architecture], name
@@ -82,7 +83,7 @@ ONE_TOKEN = {"depth": 1, "width": 16, "image_size": (1, 16, 16)}
 @pytest.mark.parametrize("sizes", [ONES, ONE_TOKEN], ids=["ones", "one_token"])
 def test_sizes_of_one_compile(op, sizes):
     """Triton turns an argument of 1 into a compile-time constant, which has another type in the kernel."""
-    pytest.importorskip("triton")
+    installed("triton")
     for launch in triton_kernels.launches_of(testing.random_inputs(op, dtype=torch.bfloat16, **sizes), "sm_90"):
         triton_kernels.compile_launch(launch, "sm_90")
 
@@ -97,7 +98,7 @@ QUERY_AND_RMS_HEAD = {
 
 def launches_with_query_and_rms_head(architecture: str, **sizes) -> dict:
     """Launches in bfloat16 of the kernels that differ, by kernel."""
-    pytest.importorskip("triton")
+    installed("triton")
     launches = {}
     for op in ("pixel_decoder", "pixel_decoder_loss"):
         inputs = testing.random_inputs(op, dtype=torch.bfloat16, query="given", head_norm="rms", **sizes)
@@ -128,7 +129,7 @@ def test_query_and_rms_head_fit_the_device(architecture):
 @pytest.mark.aot_all
 @pytest.mark.parametrize("op", OPS)
 def test_channels_last_and_padded_images_compile(op):
-    pytest.importorskip("triton")
+    installed("triton")
     inputs = testing.random_inputs(op, dtype=torch.bfloat16, depth=1, width=16, patch_size=2, image_size=(2, 10, 14))
     for name in ("image", "pred", "target"):
         if name in inputs.tensors:

@@ -8,10 +8,11 @@ import torch
 
 from benchmarks.static import triton_kernels
 from deco_kernels import testing
+from tests.installed import installed
 from tests.ops.cases import KERNEL_OPS
 
 pytestmark = pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="about compiled kernels")
-pytest.importorskip("triton")
+installed("triton")
 
 
 def names(launches) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.static import triton_kernels
 from deco_kernels import testing
+from tests.installed import installed
 from tests.ops.cases import transposed
 
 pytestmark = [
@@ -36,7 +37,7 @@ def products(code: str) -> set[str]:
 @pytest.mark.parametrize("names", [("target",), ("pred", "target")], ids="+".join)
 def test_the_color_transform_of_the_loss_rounds_alike(names):
     """Transposed images change the layout of the tiles, and with it what the compiler makes of plain sums."""
-    pytest.importorskip("triton")
+    installed("triton")
     found = []
     for view in (torch.clone, transposed):
         inputs = testing.random_inputs("flow_matching_loss", dtype=torch.bfloat16, image_size=(1, 16, 32))

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.static import triton_kernels
 from tests.backends.architectures import in_make_test
+from tests.installed import installed
 
 pytestmark = [
     pytest.mark.aot,
@@ -63,7 +64,7 @@ def _lanes(instruction: str) -> int:
 @pytest.mark.parametrize(("width", "warps"), [(32, 4), pytest.param(16, 4, marks=pytest.mark.aot_all), (64, 8)])
 def test_sums_of_equal_channels_are_exact(architecture, width, warps):
     """Every addition has two sides of as many terms; equal channels make them equal, and doubling is exact."""
-    pytest.importorskip("triton")
+    installed("triton")
     from deco_kernels.backends.triton import launching
     from deco_kernels.backends.triton.table import Launch
     from tests.backends import small_kernels

@@ -12,8 +12,9 @@ import pytest
 
 from benchmarks.gpu_check import prepare, prepared
 from benchmarks.gpu_check.running import ROOT
+from tests.installed import installed
 
-pytest.importorskip("triton")
+installed("triton")
 pytestmark = pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="about compiled kernels")
 
 MOST_KERNELS = 304

@@ -21,6 +21,7 @@ from benchmarks.static import profiled_kernels, timed_kernels
 from benchmarks.static.figures import BUDGETS, recorded_budgets
 from benchmarks.static.machines import MACHINES, largest_bound
 from deco_kernels import testing
+from tests.installed import installed
 
 
 @pytest.fixture
@@ -275,7 +276,7 @@ def test_profiled_launches_are_told_apart_by_their_order():
 
 def test_launches_of_the_triton_backend_are_timed_one_by_one(monkeypatch):
     """The recorded launches of the real backend, with a fake for running them."""
-    pytest.importorskip("triton")
+    installed("triton")
     ran = []
     monkeypatch.setattr(timed_kernels, "run_launch", lambda launch: ran.append(launch))
     monkeypatch.setattr(timed_kernels, "kernel_milliseconds", lambda call: (call(), 2.0)[1])

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.gpu_check import probes
 from benchmarks.static import sass
+from tests.installed import installed
 
 PER_ITERATION = 64
 
@@ -21,7 +22,7 @@ def test_modeled_cycles_are_those_of_the_instruction_s_pipe():
 @pytest.mark.parametrize("architecture", ["80", "90a", "100", "120"])
 def test_the_loop_of_a_probe_holds_its_instruction(tmp_path, architecture):
     """As often as it is counted: the compiler has merged, folded or moved none, and there is no other work."""
-    pytest.importorskip("triton", reason="cuobjdump comes with Triton")
+    installed("triton", reason="cuobjdump comes with Triton")
     cubin = probes.compile_source(architecture, tmp_path / "probes.cubin", "-cubin")
     wanted = dict.fromkeys(probes.OPCODES.values(), PER_ITERATION)
     if architecture != "90a":

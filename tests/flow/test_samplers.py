@@ -7,6 +7,7 @@ import torch
 
 from deco_kernels import flow
 from tests.golden_files import OUTPUT_TOLERANCE, golden_cases, load_golden, relative_error
+from tests.installed import installed
 
 SETTING = re.compile(r"(\w+)/steps(\d+)_cfg([\d.]+)_interval([\d.]+)-([\d.]+)_shift([\d.]+)")
 
@@ -158,7 +159,7 @@ def test_state_keeps_float32_for_half_precision_noise():
 
 
 def test_progress_gives_the_same_sample(capsys):
-    pytest.importorskip("tqdm")
+    installed("tqdm")
     noise, cond = torch.randn(2, 3, 4, 4), torch.tensor([0.3, -0.2])
     plain = flow.sample(analytic, noise, cond, steps=3)
     shown = flow.sample(analytic, noise, cond, steps=3, progress=True)

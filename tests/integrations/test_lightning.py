@@ -10,11 +10,12 @@ import torch
 
 from deco_kernels import ops
 from deco_kernels.integrations import is_swapped
+from tests.installed import installed
 from tests.integrations.published import published_model
 from tests.random_models import random_batch
 
-lightning = pytest.importorskip("lightning.pytorch")
-pytest.importorskip("jsonargparse")
+lightning = installed("lightning.pytorch")
+installed("jsonargparse")
 
 CONFIG = """
 seed_everything: false

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from deco_kernels import model
+from tests.installed import installed
 from tests.tiny_qwen3 import HIDDEN, save_tiny_qwen3
 
-transformers = pytest.importorskip("transformers")
+transformers = installed("transformers")
 PROMPTS = ["a red cat", "the sea", "a mat on the blue sea"]
 
 

@@ -15,6 +15,7 @@ from deco_kernels import flow, model
 from deco_kernels.training.images import to_pixels
 from sampling import inputs
 from sampling.page import Painter
+from tests.installed import installed
 from tests.random_models import random_model
 
 PROGRAMS = Path(__file__).resolve().parents[2] / "python"
@@ -31,7 +32,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def painter(checkpoint):
-    pytest.importorskip("gradio")
+    installed("gradio")
     return app.painter_of(app.parse([str(checkpoint), "--size", "32x48", "--device", "cpu"]))
 
 
@@ -99,7 +100,7 @@ class LengthEncoder(torch.nn.Module):
 
 
 def test_prompts_for_a_text_model():
-    pytest.importorskip("gradio")
+    installed("gradio")
     network = random_model("deco-text-tiny").eval().requires_grad_(False)
     conditioner = inputs.Conditioner(network, torch.device("cpu"), LengthEncoder())
     settings = dict(solver="adams2", guidance_interval=(0.0, 1.0), shift=3.0)
@@ -115,7 +116,7 @@ def test_prompts_for_a_text_model():
 
 
 def test_too_little_memory_is_said_on_the_page(painter, monkeypatch):
-    gradio = pytest.importorskip("gradio")
+    gradio = installed("gradio")
 
     def fail(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -149,7 +150,7 @@ def test_addresses_that_cannot_be_served(checkpoint, capsys):
 
 
 def test_missing_checkpoint(tmp_path, capsys):
-    pytest.importorskip("gradio")
+    installed("gradio")
     assert app.main([str(tmp_path / "missing.ckpt")]) == 2
     assert "missing.ckpt" in capsys.readouterr().err
 
@@ -165,7 +166,7 @@ def served(painter):
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 def test_page_in_a_browser(served):
     """Fills in the fields and presses the button: image, trajectory and spectrum appear; a wrong class is reported."""
-    api = pytest.importorskip("playwright.sync_api")
+    api = installed("playwright.sync_api")
     with api.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page()

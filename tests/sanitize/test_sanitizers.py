@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from deco_kernels.testing import emulation
+from tests.installed import installed
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitize"
@@ -35,7 +36,7 @@ PARTS = {"cpu": ADDRESS, "threads": THREAD, "emulated": ADDRESS}
 
 
 def build_cpu(sanitizer: str) -> Path:
-    pybind11 = pytest.importorskip("pybind11")
+    pybind11 = installed("pybind11")
     folder = BUILD / sanitizer
     cmake, ninja = (str(Path(sys.executable).with_name(name)) for name in ("cmake", "ninja"))
     configure = [

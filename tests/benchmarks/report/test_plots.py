@@ -4,7 +4,9 @@ import pathlib
 
 import pytest
 
-pytest.importorskip("matplotlib")
+from tests.installed import installed
+
+installed("matplotlib")
 
 import matplotlib.image  # noqa: E402
 
