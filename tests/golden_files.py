@@ -7,6 +7,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from deco_kernels import testing
+
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 
@@ -40,7 +42,6 @@ def load_golden(path: Path) -> Golden:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """|actual - expected| / |expected| (L2), computed in float64; shapes must agree."""
+    """As `testing.relative_error`; shapes must agree."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    actual, expected = actual.detach().double(), expected.detach().double()
-    return ((actual - expected).norm() / expected.norm()).item()
+    return testing.relative_error(actual.detach(), expected.detach())

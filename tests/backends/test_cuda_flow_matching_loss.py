@@ -6,6 +6,7 @@ import torch
 from deco_kernels import BackendUnavailable, ops, testing
 from deco_kernels.testing import emulation
 from tests.golden_files import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, golden_cases, load_golden
+from tests.ops import test_flow_matching_loss as losses
 from tests.ops.cases import BF16, CASES, F16, F32, Case, small_inputs
 
 pytestmark = pytest.mark.emulate
@@ -247,15 +248,7 @@ def test_loss_weights_in_half_precision(emulated, size, dtype):
 
 @each_path
 def test_float16_gradients_survive_a_loss_scale_of_2_to_the_16(emulated, size):
-    """Without the scale they would be subnormal in float16."""
-    inputs = testing.random_inputs("flow_matching_loss", dtype=F16, image_size=size)
-    unit, scale = 2.0**-20, 2.0**16
-    inputs = inputs._replace(grad_outputs=tuple(torch.full((), unit * scale) for _ in range(3)))
-    results, exact = testing.run(inputs, BACKEND), testing.exact_results(inputs)
-    expected = exact.gradients["pred"]
-    rounding = testing.relative_error(expected.to(F16), expected)
-    assert testing.relative_error(results.gradients["pred"], expected) <= 1.1 * rounding
-    assert testing.relative_error((expected / scale).to(F16), expected / scale) > 4 * rounding
+    losses.check_loss_scale(BACKEND, size, part=2.0**-10)
 
 
 @each_op

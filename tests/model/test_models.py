@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deco_kernels import model
+from deco_kernels import model, testing
 from deco_kernels.model.dit import Attention
 from deco_kernels.model.position import pair_rotation, rotate_pairs
 from tests.golden_files import relative_error
@@ -75,7 +75,7 @@ def test_build_errors():
         *(("dit-tiny", size) for size in ("width", "mlp_width")),
     ],
 )
-def test_sizes_are_integers(name, size, tmp_path):
+def test_sizes_are_integers(name, size):
     for wrong, said in (("a", r"'a' \(str\)"), (1.5, r"1.5 \(float\)"), (True, r"True \(bool\)")):
         with pytest.raises(TypeError, match=f"^{size}: expected an int, got {said}; pass an integer"):
             model.build(name, **{size: wrong})
@@ -157,12 +157,25 @@ def test_views_and_autocast(name):
         expected = net(x, t, y)
         view = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         torch.testing.assert_close(net(view, t, y), expected)
+    options = {"backend": "reference"} if name == "deco-tiny" else {}
+    check_dtypes(net, random_model(name, **options), (x, t, y))
+
+
+@torch.no_grad()
+def check_dtypes(net, eager, inputs):
+    """float32 against float64, and bfloat16, by autocast and by parameters, against the same model in eager PyTorch."""
+    exact = copy.deepcopy(eager).double()(*(each.double() if each.is_floating_point() else each for each in inputs))
+    assert relative_error(net(*inputs), exact) < 1e-5
+
+    def in_bfloat16(model):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            low = net(x, t, y)
-        cast = copy.deepcopy(net).bfloat16()(x, t, y)
-    for output in (low, cast):
-        assert output.dtype == torch.bfloat16 and 1e-4 < relative_error(output, expected) < 6e-2
-    assert relative_error(copy.deepcopy(net).double()(x.double(), t.double(), y), expected) < 1e-5
+            by_autocast = model(*inputs)
+        return by_autocast, copy.deepcopy(model).bfloat16()(*inputs)
+
+    for found, own in zip(in_bfloat16(net), in_bfloat16(eager), strict=True):
+        error = relative_error(own, exact)
+        assert found.dtype == own.dtype == torch.bfloat16 and error > 1e-4
+        assert relative_error(found, exact) <= testing.error_bound(torch.bfloat16, error, gradient=False)
 
 
 def test_compiles_to_one_graph_and_trains_under_autocast():

@@ -1,6 +1,5 @@
 """The text-to-image model: initialization, attention, rotary modes, gradients, dtypes, bad input."""
 
-import copy
 import math
 
 import pytest
@@ -10,6 +9,7 @@ from deco_kernels import model
 from deco_kernels.model.position import pair_rotation, rotate_pairs
 from deco_kernels.model.text_to_image import TextAttention
 from tests.golden_files import relative_error
+from tests.model.test_models import check_dtypes
 from tests.random_models import random_batch, random_model, randomize
 
 LENGTH, WIDTH = 7, 20  # of the text features of the preset "deco-text-tiny"
@@ -96,17 +96,7 @@ def test_batch_entries_do_not_mix():
 
 
 def test_dtypes():
-    net = random_model("deco-text-tiny")
-    x, t, y = text_batch()
-    with torch.no_grad():
-        expected = net(x, t, y)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            low = net(x, t, y)
-        cast = copy.deepcopy(net).bfloat16()(x, t, y)
-        exact = copy.deepcopy(net).double()(x.double(), t.double(), y.double())
-    for output in (low, cast):
-        assert output.dtype == torch.bfloat16 and 1e-4 < relative_error(output, expected) < 6e-2
-    assert relative_error(exact, expected) < 1e-5
+    check_dtypes(*(random_model("deco-text-tiny", backend=name) for name in (None, "reference")), text_batch())
 
 
 def test_features_after_a_block():

@@ -182,14 +182,5 @@ def test_float16_extremes_do_not_overflow_inside(implementation):
     """Large cond values saturate SiLU and the gate, but do not overflow the float32 arithmetic."""
     inputs = small_inputs("pixel_decoder", F16)
     inputs.tensors["cond"].mul_(30)
-    rows = testing.compare(inputs, testing.run(inputs, implementation))
-    assert rows[0].error < 2e-3 and torch.isfinite(testing.run(inputs, implementation).outputs[0]).all()
-
-
-@each_implementation
-@pytest.mark.parametrize("op", ["adaln_block", "upsample_modulate", "pixel_decoder", "pixel_decoder_from_tokens"])
-def test_eps_zero_on_ragged_rows(implementation, op):
-    """Padding rows of a vector or tile must not add NaN to the gradients of the weights."""
-    inputs = small_inputs(op, patch_size=1, image_size=(1, 5, 13), **with_query(op))
-    inputs.options["eps"] = 0.0
-    assert_close(testing.run(inputs, implementation), testing.run(inputs, "reference"))
+    output, *_ = testing.compare(inputs, testing.run(inputs, implementation))
+    assert output.passed, output

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -69,22 +70,20 @@ def test_a_forked_child_that_gets_no_threads_computes_alone():
 def test_concurrent_threads_give_the_same_bits(implementation, op, two_threads):
     inputs = [small_inputs(op, seed=seed, image_size=(2, 16, 16)) for seed in range(4)]
     expected = [testing.run(one, implementation) for one in inputs]
-    wrong = []
+    together = threading.Barrier(len(inputs))
 
-    def work(index):
+    def work(one, wanted):
         torch.set_num_threads(2)
+        together.wait(600)
         for _ in range(5):
-            actual = testing.run(inputs[index], implementation)
+            actual = testing.run(one, implementation)
+            assert all(map(torch.equal, actual.outputs, wanted.outputs))
             for name, gradient in actual.gradients.items():
-                if not torch.equal(gradient, expected[index].gradients[name]):
-                    wrong.append((index, name))
+                assert torch.equal(gradient, wanted.gradients[name]), name
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        for done in [pool.submit(work, *pair) for pair in zip(inputs, expected, strict=True)]:
+            done.result()
 
 
 def _far_apart(tensor):

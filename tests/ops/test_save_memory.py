@@ -209,7 +209,7 @@ def test_the_environment_chooses_the_matmul(value, reason, upsample, monkeypatch
 
 
 @needs_native
-def test_the_processor_chooses_the_matmul(upsample, monkeypatch):
+def test_the_processor_chooses_the_matmul(upsample):
     upsample("auto")
     assert native.upsamples_in_pytorch(BF16) == native.cpu().has_amx_bf16()
     assert "amx_bf16" in open("/proc/cpuinfo").read() or not native.cpu().has_amx_bf16()

