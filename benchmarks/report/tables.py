@@ -124,11 +124,18 @@ def _import_time(found: dict | None) -> str:
 
 
 def targets_table(result: dict) -> str:
-    lines = []
+    """The targets whose figures the result has; empty if it has none."""
+    lines, missing = [], 0
     for target in targets_in(result):
-        sign = "≥" if target.at_least else "≤"
-        reached = "not measured" if target.reached is None else f"{target.reached:.3g} {target.unit}"
-        verdict = "–" if target.reached is None else "yes" if target.met else "no"
+        if target.reached is None:
+            missing += 1
+            continue
+        sign, reached = "≥" if target.at_least else "≤", f"{target.reached:.3g} {target.unit}"
         best = "–" if target.against_best is None else f"{target.against_best:.3g} x"
+        verdict = "yes" if target.met else "no"
         lines.append([target.text, f"{sign} {target.value:g} {target.unit}", reached, verdict, best])
-    return "## Targets\n\n" + table(["what", "target", "reached", "met", "vs. best eager"], lines)
+    if not lines:
+        return ""
+    heads = ["what", "target", "reached", "met", "vs. best eager"]
+    notes = [f"{missing} more targets are not measured in this result"] if missing else []
+    return section("## Targets", table(heads, lines), notes)
