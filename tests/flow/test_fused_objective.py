@@ -61,7 +61,9 @@ class Alignment(nn.Module):
 )
 def test_losses_and_gradients_are_those_of_two_ops(name, repa, dtype):
     net = random_model(name)
-    bound = 1e-5 if dtype is torch.float32 else 4 * torch.finfo(dtype).eps
+    bound = (
+        5e-6 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps
+    )  # two ops round the velocity and its gradient
     with torch.autocast("cpu", dtype) if dtype is not torch.float32 else contextlib.nullcontext():
         losses, gradients = gradients_of(net, repa=repa)
         expected, expected_gradients = gradients_of(net, repa=repa, fused=False)

@@ -58,11 +58,11 @@ def test_autocast_and_copies():
     with torch.autocast("cpu", torch.bfloat16):
         losses, gradients = gradients_of(net, True)
         expected, expected_gradients = gradients_of(net, False)
-    bound = 4 * torch.finfo(torch.bfloat16).eps
+    eps = torch.finfo(torch.bfloat16).eps  # the two ops round the velocity and its gradient; the loss is a mean
     assert losses["total"].dtype is torch.float32
-    assert relative_error(losses["total"], expected["total"]) <= bound
+    assert relative_error(losses["total"], expected["total"]) <= eps / 16
     for name, gradient in expected_gradients.items():
-        assert relative_error(gradients[name], gradient) <= bound, name
+        assert relative_error(gradients[name], gradient) <= 2 * eps, name
 
 
 class Alignment(nn.Module):

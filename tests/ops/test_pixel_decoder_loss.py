@@ -53,28 +53,29 @@ def losses_and_gradients(function, inputs, backend, factor=1.0):
 @each_implementation
 @pytest.mark.parametrize(("dtype", "patch_size"), [(F32, 16), (BF16, 8), (F16, 4)])
 def test_agrees_with_the_two_ops(implementation, dtype, patch_size, **changes):
-    """To rounding: the two ops round the velocity, and its gradient, to the activation dtype."""
+    """The two ops round the velocity, and its gradient, to the activation dtype, by at most half a unit each; in the
+    losses, means over pixels, such errors average out."""
     inputs = block_inputs(dtype, patch_size, **changes)
     factor = 2.0**10 if dtype is F16 else 1.0  # the two ops need a loss scale
     losses, gradients = losses_and_gradients(one_op, inputs, implementation, factor)
     expected, expected_gradients = losses_and_gradients(two_ops, inputs, implementation, factor)
     for loss, other in zip(losses, expected, strict=True):
-        assert testing.relative_error(loss, other) <= max(1e-6, torch.finfo(dtype).eps / 4)
+        assert testing.relative_error(loss, other) <= max(1e-6, torch.finfo(dtype).eps / 16)
     for name, gradient in gradients.items():
-        bound = 2e-5 if dtype is F32 else 4 * torch.finfo(dtype).eps
+        bound = max(5e-6, torch.finfo(dtype).eps)
         assert gradient.any(), name
         assert testing.relative_error(gradient, expected_gradients[name]) <= bound, name
 
 
 @needs_module
 def test_from_tokens_agrees_with_the_formula(backend="cpu", **changes):
-    """To rounding, every loss and gradient."""
+    """Every loss and gradient, within a unit in the last place of each; the losses are means over pixels."""
     inputs = block_inputs(BF16, op=FROM_TOKENS, image_size=(1, 8, 16), width=16, depth=1, **changes)
     found, expected = testing.run(inputs, backend), testing.run(inputs, "reference")
     for loss, other in zip(found.outputs, expected.outputs, strict=True):
-        assert testing.relative_error(loss, other) <= torch.finfo(BF16).eps
+        assert testing.relative_error(loss, other) <= torch.finfo(BF16).eps / 8
     for name, gradient in found.gradients.items():
-        assert testing.relative_error(gradient, expected.gradients[name]) <= 4 * torch.finfo(BF16).eps, name
+        assert testing.relative_error(gradient, expected.gradients[name]) <= 2 * torch.finfo(BF16).eps, name
 
 
 @each_backend
@@ -87,7 +88,7 @@ def test_without_frequency_loss_and_sample_weights(implementation):
     for loss, other in zip(losses, expected, strict=True):
         assert testing.relative_error(loss, other) <= 1e-6
     for name, gradient in gradients.items():
-        assert testing.relative_error(gradient, expected_gradients[name]) <= 2e-5, name
+        assert testing.relative_error(gradient, expected_gradients[name]) <= 5e-6, name
 
 
 @each_backend
@@ -177,7 +178,7 @@ def check_loss_scale(backend, patch_size, op=OP):
     name = "cond" if op == OP else "tokens"
     assert expected[name].abs().mean() < scale * torch.finfo(F16).smallest_normal / 2
     for name, gradient in found.items():
-        assert testing.relative_error(gradient, expected[name]) <= 4e-3, name
+        assert testing.relative_error(gradient, expected[name]) <= 2 * torch.finfo(F16).eps, name
 
 
 @each_backend
