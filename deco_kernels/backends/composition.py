@@ -82,9 +82,7 @@ def loss_weights(inputs: PixelDecoderLoss) -> tuple[torch.Tensor, torch.Tensor, 
 
 def gradient_scale(dtype: torch.dtype, values: int) -> float:
     """Power of two that brings the gradient of a mean over float16 velocities near the size of one difference."""
-    if dtype is not torch.float16 or values == 0:
-        return 1.0
-    return 2.0 ** round(math.log2(values) - 1)
+    return 2.0 ** round(math.log2(max(1, values)) - 1) if dtype is torch.float16 else 1.0
 
 
 def empty_one_pass_gradients(inputs: PixelDecoderLoss, needs: Sequence[bool]) -> Gradients:

@@ -119,14 +119,17 @@ def _differentiable(
     """The autograd function around the three operators."""
     count = len(OPS[name].arguments)
 
-    def gradients_of(total: torch.Tensor, *arguments: Any) -> Any:
-        """`total` only makes the gradients depend on the tensors of the op."""
+    def gradients_of(anchor: torch.Tensor, *arguments: Any) -> Any:
+        """The anchor only makes the gradients depend on the tensors of the op."""
         return backward_op(*arguments)
 
     Backward = once_differentiable(name, gradients_of)
 
     class Forward(torch.autograd.Function):
-        """(*tensors, *options, backend, needs) -> (*outputs, *kept gradients), the latter only if any are needed."""
+        """(*tensors, *options, backend, needs) -> (*outputs, *kept gradients, anchor); no gradients if none is needed.
+
+        The anchor is an empty tensor. It is saved in place of an output, which callers may change in place.
+        """
 
         generate_vmap_rule = True
 
@@ -135,19 +138,20 @@ def _differentiable(
         def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
             needs = arguments[-1]
             results: tuple[torch.Tensor, ...] = gradients_op(*arguments) if any(needs) else forward_op(*arguments[:-1])
-            return results
+            return (*results, results[0].new_empty(0))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+            *results, anchor = output
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*output[1:])
-            ctx.save_for_backward(output[0], *output[output_count:])
+            ctx.mark_non_differentiable(*results[1:])
+            ctx.save_for_backward(anchor, *results[output_count:])
             ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:count]]
 
         @staticmethod
         def backward(ctx: Any, grad_total: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-            total, *kept = ctx.saved_tensors
-            return _gradients(ctx, total, grad_total, kept)
+            anchor, *kept = ctx.saved_tensors
+            return _gradients(ctx, anchor, grad_total, kept)
 
     class EagerForward(Forward):
         """Used outside torch.compile, where functional transforms may hide that a tensor needs a gradient.
@@ -161,23 +165,23 @@ def _differentiable(
             pairs = zip(ctx.needs_input_grad[:count], inputs[-1], strict=True)
             ctx.complete = all(kept or not need for need, kept in pairs)
             if not ctx.complete:
-                ctx.save_for_backward(output[0], *inputs[:count])
+                ctx.save_for_backward(output[-1], *inputs[:count])
                 ctx.scalars = inputs[count:-1]
 
         @staticmethod
         def backward(ctx: Any, grad_total: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-            total, *kept = ctx.saved_tensors
+            anchor, *kept = ctx.saved_tensors
             if not ctx.complete:
                 inputs, needs = kept, list(ctx.needs_input_grad[:count])
                 kept = gradients_op(*inputs, *ctx.scalars, needs)[output_count:]
-            return _gradients(ctx, total, grad_total, kept)
+            return _gradients(ctx, anchor, grad_total, kept)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: torch.Tensor) -> None:
             refuse_forward_mode(name)
 
     def _gradients(
-        ctx: Any, total: torch.Tensor, grad_total: torch.Tensor | None, kept: Sequence[torch.Tensor]
+        ctx: Any, anchor: torch.Tensor, grad_total: torch.Tensor | None, kept: Sequence[torch.Tensor]
     ) -> tuple[Any, ...]:
         """The gradients of Forward's arguments from those that were kept."""
         none = [None] * (len(ctx.needs_input_grad) - count)
@@ -185,7 +189,7 @@ def _differentiable(
             return (*[None] * count, *none)
         function: Any = Backward
         if torch.is_grad_enabled():
-            results = function.apply(total, grad_total, *kept)
+            results = function.apply(anchor, grad_total, *kept)
         else:
             results = backward_op(grad_total, *kept)
         needed = zip(results, ctx.dtypes, ctx.needs_input_grad[:count], strict=True)

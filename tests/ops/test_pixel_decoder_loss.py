@@ -111,6 +111,35 @@ def test_a_repeated_backward_gives_the_same_gradients(implementation, op, dtype)
 
 
 @each_backend
+def test_losses_may_be_changed_in_place(implementation):
+    """As a sum over processes changes them for a log."""
+    inputs = block_inputs()
+    expected = losses_and_gradients(one_op, inputs, implementation)[1]
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
+    losses = one_op(leaves, inputs.options, implementation)
+    for loss in losses:
+        loss.detach().mul_(3)
+    total = losses[0]
+    total += 1
+    total.backward()
+    for name, gradient in expected.items():
+        assert torch.equal(leaves[name].grad, gradient), name
+
+
+@needs_module
+def test_gradients_of_an_empty_batch_are_kept_as_those_of_others():
+    """Their dtypes are those that fake tensors have."""
+    inputs = block_inputs(F16, patch_size=4)
+    tensors = {n: t[:0] if n in ("image", "cond", "target", "sample_weight") else t for n, t in inputs.tensors.items()}
+    in_order = [tensors.get(name) for name in OPS[OP].names]
+    options = (4, 0.7, "layer", 1e-6, "cpu", [tensor is not None for tensor in in_order])
+    operator = torch.ops.deco_kernels.pixel_decoder_loss_with_gradients.default
+    kept = operator(*in_order, *options)
+    on_meta = operator(*[None if tensor is None else tensor.to("meta") for tensor in in_order], *options)
+    assert [gradient.dtype for gradient in kept] == [gradient.dtype for gradient in on_meta]
+
+
+@each_backend
 def test_gradients_accumulate(implementation):
     inputs, other = block_inputs(), block_inputs(seed=1)
     weights = OPS["pixel_decoder"].names[2:-1]

@@ -231,8 +231,8 @@ def forward_with_gradients(
         return _composition.forward_with_gradients(inputs, patch_size, frequency_scale, head_norm, eps, needs)
     with device_guard(inputs.cond):
         grads = empty_one_pass_gradients(inputs, needs)
-        if inputs.image.numel() == 0:
-            return no_losses(inputs.image), zeroed(grads)
         scale = gradient_scale(inputs.cond.dtype, inputs.image.numel())
+        if inputs.image.numel() == 0:
+            return no_losses(inputs.image), unscaled(zeroed(grads), scale)
         losses = _PassWithGradients(inputs, patch_size, frequency_scale, head_norm, eps, scale, grads).run()
         return losses, unscaled(grads, scale)
