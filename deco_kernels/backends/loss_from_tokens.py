@@ -106,7 +106,7 @@ def _part(
     cond = upsample.cond(chunk.tokens).to(tokens.dtype).view(-1, *inputs.weights.pixel_table.shape)
     share, part_weight = _share(image_part, image), None
     if sample_weight is not None:
-        part_weight = sample_weight[chunk.images] * share
+        part_weight = sample_weight[chunk.images].float() * share
     elif share != 1:
         part_weight = image.new_full((len(image_part),), share, dtype=torch.float32)
     weights = (inputs.weights, inputs.frequency_weight, part_weight)

@@ -63,6 +63,19 @@ def test_chunks_of_a_loss_add_up(patch_size, image_size, tokens, weighted, monke
         assert gradient.any() and testing.relative_error(gradient, formula.gradients[name]) <= 1e-5, name
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_shares_of_16_bit_sample_weights_are_not_rounded(dtype, monkeypatch):
+    inputs = small_inputs("pixel_decoder_loss_from_tokens", patch_size=8, image_size=(3, 8, 16), width=16, depth=1)
+    inputs.tensors["sample_weight"] = inputs.tensors["sample_weight"].to(dtype)
+    monkeypatch.setattr(pixel_decoder_loss_from_tokens.chunked, "chunk_pixels", 4 * 8**2)
+    chunked, formula = testing.run(inputs, "cpu"), testing.run(inputs, "reference")
+    for loss, other in zip(chunked.outputs, formula.outputs, strict=True):
+        assert testing.relative_error(loss, other) <= 1e-6
+    for name, gradient in chunked.gradients.items():
+        bound = torch.finfo(dtype).eps if name == "sample_weight" else 1e-5
+        assert testing.relative_error(gradient, formula.gradients[name]) <= bound, name
+
+
 @pytest.mark.parametrize("tokens", [2, 10])
 def test_views_are_cut_in_place(tokens, chunk_size):
     inputs = small_inputs("pixel_decoder_from_tokens", image_size=(3, 8, 12), query="given")
