@@ -104,3 +104,33 @@ def test_grids_of_many_images_can_be_launched(op):
     inputs = testing.random_inputs(op, dtype=torch.bfloat16, width=16, patch_size=4, image_size=(1, size, size))
     for launch in triton_kernels.launches_of(many_images(inputs, 70_000), "sm_90"):
         assert launch.grid[0] < 2**31 and all(0 < size < 2**16 for size in launch.grid[1:]), names([launch])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "precision"),
+    [("allow_tf32", True, "tf32"), ("fp32_precision", "tf32", "tf32"), ("fp32_precision", "ieee", "tf32x3")],
+)
+def test_float32_matmuls_follow_both_settings_of_pytorch(setting, value, precision):
+    from deco_kernels.backends.triton import launching
+
+    matmul = torch.backends.cuda.matmul
+    try:
+        setattr(matmul, setting, value)
+        with launching.record_launches("sm_90"):
+            assert launching.math_options(torch.float32, torch.device("cpu"))["PRECISION"] == precision
+    finally:
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = "none"
+
+
+def test_the_grid_that_folds_a_padded_image_is_one_that_a_gpu_runs():
+    """At most 65,535 programs in the second size, for more than 2^26 pixels."""
+    from deco_kernels.backends.triton import flow_matching_loss, launching
+
+    image, weight = torch.empty(2, 3, 5, 14_000_001, device="meta"), torch.empty(3, 8, 8, device="meta")
+    one = torch.empty((), device="meta")
+    with launching.record_launches("sm_90") as launches:
+        flow_matching_loss.backward(one, None, None, image, image, weight, None, 1.0, [True, True, False, False])
+    (fold,) = (launch for launch in launches if launch.kernel.fn.__name__ == "fold_kernel")
+    assert fold.grid[0] == 6 and fold.grid[1] <= 65_535
+    assert fold.grid[1] * fold.args["BLOCK"] >= 5 * 14_000_001

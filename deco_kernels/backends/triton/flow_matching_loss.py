@@ -40,6 +40,7 @@ from .table import Launch
 
 _FORMS = Launch(block=0, warps=8, stages=1, programs_per_multiprocessor=1)
 _SMALL = Launch(block=1024, warps=4, stages=1, programs_per_multiprocessor=1)
+_MOST_PROGRAMS = 65_535  # in a grid's second size
 
 # ----------------------------------------------------------------------------------------------------------- kernels
 
@@ -323,7 +324,7 @@ class LossCall:
         return self.pred, *self.pred.stride(), self.target, *self.target.stride()
 
     def grid(self, parameters: Launch) -> tuple[int, int]:
-        """Persistent grid (samples, programs per sample). Only the first size of a grid may exceed 65,535."""
+        """Persistent grid (samples, programs per sample)."""
         programs = triton.cdiv(program_limit(self.pred.device, parameters), self.batch)
         return self.batch, min(triton.cdiv(self.blocks, parameters.block), programs)
 
@@ -388,10 +389,12 @@ class LossCall:
             return grads
         grad_padded = self.empty(self.batch, 3, self.padded_height, self.padded_width)
         self.write_gradients(self.forms(), coefficients, None, None, grad_padded)
-        grid = (self.batch * 3, triton.cdiv(self.height * self.width, _SMALL.block))
+        pixels = self.height * self.width
+        block = max(_SMALL.block, triton.next_power_of_2(triton.cdiv(pixels, _MOST_PROGRAMS)))
+        grid = (self.batch * 3, triton.cdiv(pixels, block))
         launch(
             fold_kernel, grid, _SMALL, *self.images(), coefficients, self._weights(), grad_padded,
-            grad_pred, grad_target, self.height, self.width, BLOCK=_SMALL.block,
+            grad_pred, grad_target, self.height, self.width, BLOCK=block,
             WEIGHTED=self.sample_weight is not None, PRED_GRAD=pred_needed, TARGET_GRAD=target_needed,
         )  # fmt: skip
         return grads

@@ -109,11 +109,12 @@ def parameters_for(kernel: str, width: int, dtype: torch.dtype, device: torch.de
 def math_options(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """PRECISION of float32 matmuls and FAST_TANH, the numerical options of the kernels.
 
-    Three TF32 matmuls give float32 accuracy; a single one is used if PyTorch's setting allows TF32.
+    Three TF32 matmuls give float32 accuracy; a single one is used if PyTorch's setting allows TF32. Its older setting,
+    `allow_tf32`, raises if the newer one has been set; the newer one follows both.
     """
     architecture = architecture_of(device)
     nvidia = not architecture.startswith("gfx")
-    precision = ("tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3") if nvidia else "ieee"
+    precision = ("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3") if nvidia else "ieee"
     return {"PRECISION": precision, "FAST_TANH": nvidia and dtype != torch.float32}
 
 
