@@ -77,7 +77,7 @@ def token_distances(tokens: Sequence[torch.Tensor], measure: str = "cosine") -> 
     """
     if measure not in MEASURES:
         raise ValueError(f"measure: expected one of {list(MEASURES)}, got {measure!r}")
-    found = torch.zeros(len(tokens), len(tokens), dtype=torch.float64)
+    found = torch.zeros(len(tokens), len(tokens), dtype=torch.float64, device="cpu")
     for i, a in enumerate(tokens):
         for j, b in enumerate(tokens):
             if i != j:

@@ -91,10 +91,11 @@ def swap_blocks(module: nn.Module, *, backend: str | None = None) -> BlockSwap:
 def _require_same_function(block: nn.Module, path: str) -> None:
     """Raise ValueError unless a copy of the block with random weights computes the published function."""
     copied = copy.deepcopy(block).to(device="cpu", dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     randomize(copied, generator)
     fused = FusedBlock(copied, path, "reference")
-    h, cond = torch.randn(2, 2, 5, fused.parts[0].normalized_shape[0], generator=generator)
+    sizes = (2, 2, 5, fused.parts[0].normalized_shape[0])
+    h, cond = torch.randn(sizes, generator=generator, device="cpu", dtype=torch.float32)
     try:
         own = copied(h, cond)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:

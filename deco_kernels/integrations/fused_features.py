@@ -6,7 +6,6 @@ Source: CoD-Lite (arXiv 2604.12525) and Mage-VAE (arXiv 2607.19064), whose forwa
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import nn
 
 from deco_kernels import ops
 from deco_kernels.integrations.fused_forward import FusedForward
-from deco_kernels.integrations.structure import DecoderParts
 from deco_kernels.model.pixel_decoder import fold_query_features
 
 
@@ -26,16 +24,12 @@ class FusedForwardWithFeatures(FusedForward):
     channels, so that the model concatenates only pixels. `dec_net` returns the velocity, `final_layer` passes it on.
     """
 
-    def __init__(self, parts: DecoderParts, save_memory: bool, backend: str | None):
-        super().__init__(parts, save_memory, backend)
-        self.pending = _Pending()
-
     def forwards(self) -> dict[str, Callable[..., torch.Tensor]]:
         return super().forwards() | {"y_embedder_x": self.features, "final_layer": self.finish}
 
     def features(self, cond: torch.Tensor) -> torch.Tensor:
         """Replaces the forward of `y_embedder_x`: cond [B, Zq, h, w] → no features, [B, 0, h, w]."""
-        self.pending.cond = cond
+        self.call.cond = cond
         return cond[:, :0]
 
     def decode(self, pixels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -44,7 +38,7 @@ class FusedForwardWithFeatures(FusedForward):
         Raises RuntimeError without a preceding call of `y_embedder_x`; otherwise as that of DeCo.
         """
         self.check(pixels)
-        cond, self.pending.cond = self.pending.cond, None
+        cond, self.call.cond = self.call.cond, None
         if cond is None:
             raise RuntimeError(
                 "dec_net: expected a call of y_embedder_x before it in the same thread, got none; after the swap "
@@ -76,7 +70,9 @@ class FusedForwardWithFeatures(FusedForward):
         """The weight of the norm is a factor of its columns."""
         norm = self.parts.head_norm
         assert norm is not None and isinstance(norm.weight, torch.Tensor)
-        return self.parts.head.weight.float() * norm.weight.float()
+        weight = self.parts.head.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return weight.to(dtype) * norm.weight.to(dtype)
 
     def _columns(self) -> tuple[torch.Tensor, ...]:
         """The columns of the embedder's weight for pixel, features and position."""
@@ -98,7 +94,7 @@ class ConditionedForward:
         try:
             return type(self.model).forward(self.model, *inputs, **options)
         finally:
-            self.fused.pending.cond = None
+            self.fused.call.cond = None
 
 
 def attach_forward(model: nn.Module, fused: FusedForwardWithFeatures) -> None:
@@ -111,12 +107,3 @@ def detach_forward(model: nn.Module) -> None:
     """Remove what `attach_forward` has added to the model."""
     if isinstance(getattr(vars(model).get("forward"), "__self__", None), ConditionedForward):
         del model.forward
-
-
-class _Pending(threading.local):
-    """The condition of the current call, one per thread; copies and pickles start without one."""
-
-    cond: torch.Tensor | None = None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return (_Pending, ())

@@ -6,6 +6,7 @@ Source: the module structure of the published DeCo models (arXiv 2511.19365, sec
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,18 @@ Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Pixels [T, P, C] and tokens [T, Z] → what `dec_net` returns, [T, P, C]."""
 
 
+class CurrentCall(threading.local):
+    """What a call of the model leaves for its decoder, one per thread; copies and pickles start without."""
+
+    decoder: Decode | None = None
+    """Takes the place of the decoder."""
+    cond: torch.Tensor | None = None
+    """The condition that `y_embedder_x` received."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return (CurrentCall, ())
+
+
 class FusedForward:
     """The forwards of `x_embedder` and `dec_net` after the swap.
 
@@ -30,16 +43,16 @@ class FusedForward:
     def __init__(self, parts: DecoderParts, save_memory: bool, backend: str | None):
         self.parts, self.save_memory, self.backend = parts, save_memory, backend
         self.places = [place for root, top in parts.tops.items() for place in _places(root, top)]
-        self.other: Decode | None = None
+        self.call = CurrentCall()
 
     @contextlib.contextmanager
     def decoding_by(self, other: Decode) -> Iterator[None]:
-        """`dec_net` returns other(pixels, tokens) in place of the velocity."""
-        self.other = other
+        """`dec_net` returns other(pixels, tokens) in place of the velocity, in this thread."""
+        self.call.decoder = other
         try:
             yield
         finally:
-            self.other = None
+            self.call.decoder = None
 
     @contextlib.contextmanager
     def without_decoder(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -71,8 +84,8 @@ class FusedForward:
         replaced after the swap; the ops check the rest.
         """
         self.check(pixels)
-        if self.other is not None:
-            return self.other(pixels, tokens)
+        if self.call.decoder is not None:
+            return self.call.decoder(pixels, tokens)
         p, up = self.parts.patch_size, self.parts.up
         images = pixels.transpose(1, 2).unflatten(2, (p, p))
         weights = (up.weight, up.bias, *self.weights())

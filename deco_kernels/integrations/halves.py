@@ -6,6 +6,7 @@ SiLU(t_embedder(t) + tokens), the tokens being the result of the last of `blocks
 
 from __future__ import annotations
 
+import threading
 from typing import NoReturn
 
 import torch
@@ -36,9 +37,13 @@ class SwappedHalves:
         x to `dec_net`, or changes what `dec_net` returns.
         """
         results: list[torch.Tensor] = []
-        handle = self.model.get_submodule("blocks")[-1].register_forward_hook(  # type: ignore[index]
-            lambda module, inputs, result: results.append(result)
-        )
+        thread = threading.get_ident()
+
+        def keep(module: nn.Module, inputs: object, result: torch.Tensor) -> None:
+            if threading.get_ident() == thread:
+                results.append(result)
+
+        handle = self.model.get_submodule("blocks")[-1].register_forward_hook(keep)  # type: ignore[index]
         try:
             with self.fused.without_decoder() as calls:
                 image = self.model(x, t, y)
@@ -70,7 +75,7 @@ class SwappedHalves:
             )
         pixels = self.model.get_submodule("x_embedder")(_pixels(self.fused, x))
         velocity = self.model.get_submodule("dec_net")(pixels, self._condition(t, tokens))
-        return from_patches(velocity.transpose(1, 2).unflatten(0, (len(x), -1)), p, *x.shape[2:])
+        return from_patches(velocity.transpose(1, 2).unflatten(0, tokens.shape[:2]), p, *x.shape[2:])
 
     def _condition(self, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """SiLU(time embedding + tokens) [T, Z] of times [B] and tokens [B, L, Z]."""

@@ -106,10 +106,10 @@ def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | 
     fused = kind(parts, save_memory, backend)
     try:
         require_same_function(parts, lambda copied: kind(copied, save_memory, "reference"))
+        _warn_of_hooks(parts)
     except BaseException:
         del parts.x_embedder.fused_positions
         raise
-    _warn_of_hooks(parts)
     for name, forward in fused.forwards().items():
         parts.tops[name].forward = forward
     if structure == DECO:

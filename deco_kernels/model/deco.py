@@ -99,7 +99,7 @@ class PixelDiffusion(PretrainedModel):
         self._check_dtype(x)
         self.trunk.check_image(x, t)
         require_tensors(tokens=tokens)
-        expected = (x.shape[0], x[0, 0].numel() // self.trunk.patch_size**2, self.trunk.width)
+        expected = (x.shape[0], x.shape[2] * x.shape[3] // self.trunk.patch_size**2, self.trunk.width)
         if tokens.shape != expected:
             raise ValueError(
                 f"tokens: expected shape {expected} for an image {tuple(x.shape)}, as `encode` returns it, got "

@@ -292,7 +292,8 @@ class PixelDecoder(nn.Module):
         stored = [getattr(self, name) for name in _STORED_WEIGHTS]
         if self.head_norm == "rms":
             head = _STORED_WEIGHTS.index("head_weight")
-            stored[head] = stored[head].float() * self.head_norm_weight.float()
+            dtype = torch.promote_types(stored[head].dtype, torch.float32)
+            stored[head] = stored[head].to(dtype) * self.head_norm_weight.to(dtype)
         return (*self.fold_input(), *stored)
 
     def unfused_reason(self, backend: str | None = None) -> str | None:

@@ -78,7 +78,7 @@ def frequency_loss(
     sample_weight: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Only the frequency part of `flow_matching_loss`, a float32 scalar; arguments and errors are the same."""
+    """Only the frequency part of `flow_matching_loss`; arguments, dtype of the result and errors are the same."""
     _check("frequency_loss", pred, target, frequency_weight, sample_weight)
     inputs = (pred, target, frequency_weight, sample_weight)
     frequency: torch.Tensor = _frequency_loss(*inputs, chosen_backend(backend))
@@ -97,7 +97,7 @@ def jpeg_frequency_weight(
         quality: 1 to 100. At 100 every weight is 1.
         mode: "inv_gamma" or "inv".
         gamma: exponent of "inv_gamma".
-        device: device of the result.
+        device: device of the result; None for PyTorch's default device.
 
     Returns:
         float32 [3, 8, 8] for Y, Cb, Cr; row = vertical frequency.
@@ -118,7 +118,7 @@ def jpeg_frequency_weight(
     scale = 5000 / quality if quality < 50 else 200 - 2 * quality
     planes = []
     for table in (_LUMINANCE, _CHROMINANCE):
-        quantizer = ((torch.tensor(table, dtype=torch.float64) * scale + 50) / 100).floor().clamp(1, 255)
+        quantizer = ((torch.tensor(table, dtype=torch.float64, device="cpu") * scale + 50) / 100).floor().clamp(1, 255)
         weight = 1 / quantizer if mode == "inv" else (quantizer.mean() / quantizer) ** gamma
         planes.append(weight / weight.mean())
     if not all(plane.isfinite().all() for plane in planes):
@@ -126,6 +126,7 @@ def jpeg_frequency_weight(
             f"{name}: gamma: expected an exponent whose weights are finite, got {gamma}; 1 is the published choice"
         )
     luminance, chrominance = planes
+    device = torch.get_default_device() if device is None else device
     return torch.stack((luminance, chrominance, chrominance)).to(dtype=torch.float32, device=device)
 
 

@@ -47,6 +47,12 @@ def test_forward_is_decode_after_encode_bit_for_bit(name, dtype):
     assert tokens.shape == (2, 4, net.trunk.width)
 
 
+def test_the_halves_take_an_empty_batch():
+    net = random_model()
+    x, t, y = (each[:0] for each in random_batch())
+    assert net.decode(x, t, net.encode(x, t, y)).shape == x.shape
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [

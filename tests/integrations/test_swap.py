@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+import threading
 import warnings
 
 import pytest
@@ -167,6 +168,35 @@ def test_sampling_with_the_trunk_at_some_steps(dtype):
     expected = flow.Sampler(model.from_published(net.state_dict()), trunk_steps=2, **options)(noise, y, null)
     assert relative_error(few, plain) > 1e-2
     assert relative_error(few, expected) < (1e-5 if dtype is None else 2e-2)
+
+
+def test_the_halves_take_an_empty_batch():
+    net, (x, t, y) = published_model(), random_batch()
+    swap_decoder(net)
+    x, t, y = x[:0], t[:0], y[:0]
+    assert net.decode(x, t, net.encode(x, t, y)).shape == x.shape
+
+
+def test_threads_share_a_model():
+    """One thread encodes while another runs the whole model."""
+    net, batch = published_model(), random_batch()
+    swap_decoder(net)
+    tokens, velocity = net.encode(*batch), net(*batch)
+    encoding, done, found = threading.Event(), threading.Event(), []
+    encoder = threading.Thread(target=lambda: found.append(net.encode(*batch)))
+
+    def wait(*_):
+        if threading.current_thread() is encoder:
+            encoding.set()
+            done.wait(60)
+
+    net.blocks[-1].register_forward_pre_hook(wait)
+    encoder.start()
+    encoding.wait(60)
+    meanwhile = net(*batch)
+    done.set()
+    encoder.join()
+    assert torch.equal(meanwhile, velocity) and torch.equal(found[0], tokens)
 
 
 def test_halves_come_and_go_with_the_swap():
@@ -581,6 +611,16 @@ def test_hooks_on_replaced_parts_are_named():
     (warning,) = said
     assert "hooks on x_embedder, dec_net.cond_embed, dec_net.res_blocks.1.mlp:" in str(warning.message)
     assert warning.filename == __file__ and not calls
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was():
+    net = published_model()
+    net.x_embedder.register_forward_pre_hook(lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="hooks on x_embedder"):
+            swap_decoder(net)
+    assert not is_swapped(net) and not dict(net.named_buffers())
 
 
 def test_hooks_that_keep_their_meaning_are_not_warned_of():

@@ -173,6 +173,17 @@ def test_compiled_without_graph_break():
     torch.compiler.reset()
 
 
+def test_float64():
+    model = randomized(CodLiteDecoder(**SIZES)).double()
+    inputs = [tensor.detach().double().requires_grad_() for tensor in random_inputs()]
+    expected = results(model, inputs)
+    swap_decoder(model)
+    output, gradients = results(model, inputs)
+    assert relative_error(output, expected[0]) < 1e-12
+    for gradient, other in zip(gradients, expected[1], strict=True):
+        assert relative_error(gradient, other) < 1e-12
+
+
 def test_subclasses_of_linear():
     """One that computes the same is accepted, another is refused by the comparison."""
     net, inputs = randomized(CodLiteDecoder(**SIZES)), random_inputs()
@@ -226,6 +237,12 @@ class Stack(nn.Module):
         for block in self.blocks:
             h = block(h, cond)
         return h
+
+
+def test_the_default_device_does_not_matter():
+    block = ResBlock(16)
+    with torch.device("meta"):
+        assert swap_blocks(block).names == [""]
 
 
 def test_blocks_of_any_model():

@@ -53,6 +53,12 @@ def test_losses_and_gradients_are_those_of_the_model_before_the_swap(sizes):
     assert "forward" not in vars(net) and losses_of(net, None)["pixel"].requires_grad
 
 
+def test_the_default_device_does_not_matter():
+    net, batch = swapped_model(), random_batch()
+    with torch.device("meta"):
+        assert net.unfused_reason(None, *batch) is None
+
+
 def test_autocast_and_copies():
     net = copy.deepcopy(swapped_model())
     with torch.autocast("cpu", torch.bfloat16):

@@ -77,6 +77,16 @@ def test_sizes_by_formula(options):
     assert relative_error(velocity[0], pixel_by_pixel(decoder, image[0], tokens[0])) < 2e-6
 
 
+@pytest.mark.parametrize("options", [{}, dict(head_norm="rms", query_width=10, query_features=5)])
+def test_float64(options):
+    decoder = random_decoder(**options)
+    image, tokens = random_input()
+    inputs = [image, tokens, None] + ([torch.randn(1, 2, 10)] if options else [])
+    velocity = decoder(*inputs)
+    exact = decoder.double()(*(None if each is None else each.double() for each in inputs))
+    assert exact.dtype is torch.float64 and relative_error(velocity, exact) < 2e-6
+
+
 @pytest.mark.parametrize("interaction", ["adaln", "add"])
 @pytest.mark.parametrize("decoder_patch", [1, 4])
 def test_variants_train_every_parameter(decoder_patch, interaction):

@@ -299,6 +299,14 @@ def test_jpeg_quantisers(quality, first_row):
     assert torch.allclose(weight.mean((1, 2)), torch.ones(3))
 
 
+def test_jpeg_weights_on_any_device():
+    expected = ops.jpeg_frequency_weight()
+    with torch.device("meta"):
+        assert ops.jpeg_frequency_weight().device.type == "meta"
+        found = ops.jpeg_frequency_weight(device="cpu")
+    assert torch.equal(found, expected)
+
+
 def test_jpeg_weight_modes():
     """ "inv_gamma" is a power of "inv" up to normalization; the published choice is the default."""
     inverse = ops.jpeg_frequency_weight(85, "inv").double()

@@ -255,6 +255,15 @@ def test_the_default_dtype_changes_nothing(op, default):
     assert_same(actual, expected)
 
 
+@each_code
+def test_the_default_device_changes_nothing(op):
+    inputs = small_inputs(op)
+    expected = gradients_of(loss_of, inputs)
+    with torch.device("meta"):
+        actual = gradients_of(loss_of, inputs)
+    assert_same(actual, expected)
+
+
 @each_op
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(op, use_reentrant):
