@@ -57,11 +57,12 @@ def backend_names() -> tuple[str, ...]:
     return tuple(packages)
 
 
-def check_backend_name(name: str) -> str:
+def check_backend_name(name: str, source: str = "backend") -> str:
+    """Returns the name. `source` is what holds it, for the error."""
     if not isinstance(name, str):
-        raise TypeError(f"backend: expected a name or None, got {type(name).__name__}; use one of {_choices()}")
+        raise TypeError(f"{source}: expected a name or None, got {type(name).__name__}; use one of {_choices()}")
     if name != AUTO and name not in packages:
-        raise ValueError(f"backend: unknown name {name!r}; use one of {_choices()}")
+        raise ValueError(f"{source}: unknown name {name!r}; use one of {_choices()}")
     return name
 
 
@@ -92,7 +93,8 @@ class use_backend:
         _selected = self.previous.pop()
 
 
-_environment_choice = os.environ.get("DECO_KERNELS_BACKEND") or AUTO
+_VARIABLE = "DECO_KERNELS_BACKEND"
+_environment_choice = os.environ.get(_VARIABLE) or AUTO
 
 
 def chosen_backend(argument: str | None) -> str:
@@ -104,7 +106,7 @@ def chosen_backend(argument: str | None) -> str:
         return check_backend_name(argument)
     if _selected is not None:
         return _selected
-    return check_backend_name(_environment_choice)
+    return check_backend_name(_environment_choice, f"the environment variable {_VARIABLE}")
 
 
 def automatic_candidates(request: Request) -> tuple[str, ...]:

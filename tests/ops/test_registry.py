@@ -82,7 +82,7 @@ def test_environment():
     command = [sys.executable, "-c", ENVIRONMENT, "reference", "", "typo"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     chosen, default, refused = output.splitlines()
-    assert (chosen, default) == ("reference", "auto") and "unknown name 'typo'" in refused
+    assert (chosen, default) == ("reference", "auto") and "DECO_KERNELS_BACKEND: unknown name 'typo'" in refused
 
 
 def test_automatic_candidates():
