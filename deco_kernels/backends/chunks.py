@@ -1,4 +1,4 @@
-"""Parts of a batch of images that are processed one after the other."""
+"""Parts of rows, and of a batch of images, that are processed one after the other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """Consecutive parts of `count` rows, of `size` rows each; the last one may have fewer."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def multiplied(part: slice, factor: int) -> slice:
+    """The rows of a part, of which each holds `factor` rows."""
+    return slice(part.start * factor, part.stop * factor)
 
 
 class ImageChunk(NamedTuple):

@@ -46,11 +46,9 @@ def fold_query(
     Returns:
         (pixel_weight [D, C], pixel_table [P, D]) in float32, or in the dtype of the weights if that is wider.
     """
-    device_type = embed_weight.device.type
     dtype = torch.promote_types(embed_weight.dtype, torch.float32)
     channels = embed_weight.shape[1] - position_features.shape[1]
-    autocast_off = contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
-    with autocast_off:
+    with _autocast_off(embed_weight):
         input_weight, embed_weight = input_weight.to(dtype), embed_weight.to(dtype)
         pixel_part, position_part = embed_weight.split((channels, position_features.shape[1]), dim=1)
         embedded = F.linear(position_features.to(dtype), position_part, embed_bias.to(dtype))
@@ -73,16 +71,20 @@ def fold_query_features(
     Returns:
         (query_weight [P·D, Zq], query_bias [P·D]), row k·D + d, in float32 or in the dtype of the weights if wider.
     """
-    device_type = embed_weight.device.type
     dtype = torch.promote_types(embed_weight.dtype, torch.float32)
-    autocast_off = contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
-    with autocast_off:
+    with _autocast_off(embed_weight):
         features = input_weight.to(dtype) @ embed_weight.to(dtype)
         by_feature = (features.shape[1], -1)
         rows = feature_weight.to(dtype).unflatten(0, by_feature).transpose(0, 1)  # [P, F, Zq]
         weight = torch.bmm(features.expand(len(rows), -1, -1), rows)  # reads the rows where they are
         bias = feature_bias.to(dtype).unflatten(0, by_feature).T @ features.T
         return weight.flatten(0, 1), bias.flatten()
+
+
+def _autocast_off(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Context without autocast on the tensor's device; autocast does not support "meta"."""
+    kind = tensor.device.type
+    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 def upsample(tokens: torch.Tensor, up_weight: torch.Tensor, up_bias: torch.Tensor, width: int) -> torch.Tensor:

@@ -198,6 +198,7 @@ def test_chunks_of_tokens_add_up(op, monkeypatch):
 
 def test_one_chunk_of_conditions_exists_at_a_time():
     """The buffer of a chunk is reused, so that cond is never materialized for all tokens."""
+    from deco_kernels.backends.chunks import slices
     from deco_kernels.backends.triton.upsample import Upsample
     from deco_kernels.signatures import UpsampleWeights
 
@@ -205,9 +206,9 @@ def test_one_chunk_of_conditions_exists_at_a_time():
     upsample = Upsample(tokens, UpsampleWeights(up_weight, up_bias), (4, 16))
     expected = (tokens @ up_weight.T + up_bias).view(11, 4, 16)
     buffers = set()
-    for start, length in ((0, 4), (4, 4), (8, 3)):
-        cond = upsample.cond(start, length)
-        torch.testing.assert_close(cond, expected[start : start + length])
+    for part in slices(11, 4):
+        cond = upsample.cond(part)
+        torch.testing.assert_close(cond, expected[part])
         buffers.add(cond.data_ptr())
     assert len(buffers) == 1
 

@@ -5,12 +5,13 @@ In the backward, the conditions are those of the forward or computed again (csrc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from deco_kernels import native
 from deco_kernels.backends import arguments
+from deco_kernels.backends.chunks import multiplied, slices
 from deco_kernels.backends.cpu.upsample import UpsampleGradients
 from deco_kernels.backends.upsample import chunk_tokens
 from deco_kernels.signatures import ModulationWeights, UpsampleWeights
@@ -59,9 +60,9 @@ def _modulate(
     pixels, width = h.shape[-2:]
     kept_rows = None if kept is None else kept.view(-1, pixels * width)
     h_rows, modulated_rows, gate_rows = _rows(h), modulated.view(-1, width), gate.view(-1, width)
-    for first, last in _chunks(upsample):
-        rows = slice(first * pixels, last * pixels)
-        cond = upsample.cond(slice(first, last), kept_rows).view(-1, width)
+    for part in slices(len(upsample.rows), chunk_tokens(upsample.up)):
+        rows = multiplied(part, pixels)
+        cond = upsample.cond(part, kept_rows).view(-1, width)
         native.cpu().modulate_forward(
             *arguments.row_sizes(cond),
             arguments.rows(h_rows[rows]),
@@ -97,10 +98,10 @@ def backward(
     weight_gradients = arguments.WeightGradients(weights, needs[4:])
     inputs = [_rows(tensor) for tensor in (grad_modulated, grad_gate, h)]
     kept_rows = None if cond is None else _rows(cond)
-    for first, last in _chunks(upsample):
-        rows = slice(first * pixels, last * pixels)
-        cond_rows = upsample.cond(slice(first, last)).view(-1, width) if kept_rows is None else kept_rows[rows]
-        grad_cond = upsample.new_grad_cond(last - first, pixels)
+    for part in slices(len(upsample.rows), chunk_tokens(upsample.up)):
+        rows = multiplied(part, pixels)
+        cond_rows = upsample.cond(part).view(-1, width) if kept_rows is None else kept_rows[rows]
+        grad_cond = upsample.new_grad_cond(part.stop - part.start, pixels)
         grads = weight_gradients.new_part()
         native.cpu().modulate_backward(
             *arguments.row_sizes(cond_rows),
@@ -114,17 +115,10 @@ def backward(
             torch.get_num_threads(),
         )
         weight_gradients.add(grads)
-        upsample.add(first, grad_cond)
+        upsample.add(part.start, grad_cond)
     return (grad_h, *upsample.results(), *weight_gradients.results())
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """Reshape [..., P, D] to [T·P, D] in a layout that the kernels can read."""
     return arguments.readable_rows(tensor.reshape(-1, tensor.shape[-1]))
-
-
-def _chunks(upsample: UpsampleGradients) -> Iterator[tuple[int, int]]:
-    """(first, end) of consecutive chunks of tokens."""
-    tokens, size = len(upsample.rows), chunk_tokens(upsample.up)
-    for first in range(0, tokens, size):
-        yield first, min(first + size, tokens)

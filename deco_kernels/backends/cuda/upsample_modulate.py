@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from deco_kernels.backends import arguments, chunk_sizes
+from deco_kernels.backends.chunks import multiplied, slices
 from deco_kernels.backends.cuda import calls
 from deco_kernels.backends.upsample import UpsampleGradients, forward_chunk_pixels
 from deco_kernels.signatures import ModulationWeights, UpsampleWeights
@@ -28,9 +29,10 @@ def forward(
     pixels, width = h.shape[-2:]
     h_rows, modulated_rows, gate_rows = _rows(h), modulated.view(-1, width), gate.view(-1, width)
     kept = None if cond is None else cond.view(-1, pixels * width)
-    for first, last in _token_chunks(len(upsample.rows), pixels, forward_chunk_pixels(tokens, up, pixels)):
-        rows = slice(first * pixels, last * pixels)
-        conditions = upsample.cond(slice(first, last), kept).view(-1, width)
+    chunk_tokens = max(1, forward_chunk_pixels(tokens, up, pixels) // pixels)
+    for part in slices(len(upsample.rows), chunk_tokens):
+        rows = multiplied(part, pixels)
+        conditions = upsample.cond(part, kept).view(-1, width)
         calls.launch(
             module.modulate_forward,
             module.modulate_forward_workspace(width),
@@ -71,9 +73,9 @@ def backward(
     grad_h_rows = grad_h.view(-1, width)
     inputs = [_rows(tensor) for tensor in (grad_modulated, grad_gate, h)]
     kept = None if cond is None else _rows(cond)
-    for first, last in _token_chunks(len(upsample.rows), pixels, chunk_sizes.MOST_PIXELS):
-        rows = slice(first * pixels, last * pixels)
-        conditions = upsample.cond(slice(first, last)).view(-1, width) if kept is None else kept[rows]
+    for part in slices(len(upsample.rows), max(1, chunk_sizes.MOST_PIXELS // pixels)):
+        rows = multiplied(part, pixels)
+        conditions = upsample.cond(part).view(-1, width) if kept is None else kept[rows]
         grad_cond = torch.empty_like(conditions) if upsample.wanted else None
         grads = weight_gradients.new_part()
         calls.launch(
@@ -91,7 +93,7 @@ def backward(
             eps,
         )
         weight_gradients.add(grads)
-        upsample.add(first, None if grad_cond is None else grad_cond.view(last - first, pixels, width))
+        upsample.add(part.start, None if grad_cond is None else grad_cond.view(-1, pixels, width))
     return (
         grad_h if needs[0] else None,
         *upsample.results(),
@@ -102,10 +104,3 @@ def backward(
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """Reshape [..., P, D] to [T·P, D] in a layout that the kernels can read."""
     return calls.readable_rows(tensor.reshape(-1, tensor.shape[-1]))
-
-
-def _token_chunks(tokens: int, pixels: int, chunk_pixels: int) -> Iterator[tuple[int, int]]:
-    """(first, end) of consecutive chunks of tokens with at most `chunk_pixels` pixels; `pixels` per token."""
-    size = max(1, chunk_pixels // pixels)
-    for first in range(0, tokens, size):
-        yield first, min(first + size, tokens)

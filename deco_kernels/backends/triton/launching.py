@@ -221,9 +221,3 @@ def optional(rows: torch.Tensor | None) -> tuple[torch.Tensor | None, int | None
 def contiguous(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors, copied if they are not contiguous."""
     return tuple(tensor.contiguous() for tensor in tensors)
-
-
-def chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, length) of consecutive chunks of at most `size`."""
-    for start in range(0, count, size):
-        yield start, min(size, count - start)

@@ -30,12 +30,12 @@ import triton.language as tl
 
 from deco_kernels.backends import chunk_sizes
 from deco_kernels.backends.arguments import Gradients
+from deco_kernels.backends.chunks import slices
 from deco_kernels.signatures import DecoderWeights, flat
 
 from .adaln_block import block_forward, run_block_backward
 from .functions import add_to, image_offsets, normalize, normalize_grad, row_offsets, silu_of_double, tile_pixels
 from .launching import (
-    chunks,
     collapsed_rows,
     contiguous,
     device_guard,
@@ -370,10 +370,10 @@ class DecoderBackward:
         """
         tokens, pixels, width = cond.shape
         workspace = cond.new_empty(self.depth + 1, min(tokens, self.chunk_tokens), pixels, width)
-        for start, length in chunks(tokens, self.chunk_tokens):
-            part, states = slice(start, start + length), workspace[:, :length]
-            self._recompute(cond[part], part_of(query, part), first_token + start, states)
-            self.add_from_head(cond[part], first_token + start, grad_cond[part], part_of(grad_query, part), states)
+        for part in slices(tokens, self.chunk_tokens):
+            first, states = first_token + part.start, workspace[:, : part.stop - part.start]
+            self._recompute(cond[part], part_of(query, part), first, states)
+            self.add_from_head(cond[part], first, grad_cond[part], part_of(grad_query, part), states)
 
     def on(self, image: torch.Tensor, grad_velocity: torch.Tensor, grad_image: torch.Tensor) -> DecoderBackward:
         """The same sums, for these images."""
@@ -474,10 +474,9 @@ def forward(
         packed = pack(weights.blocks, cond.dtype)
         decoder_weights = query_and_head(weights)
         tokens, queries = collapsed_rows(cond, 2), pixel_rows(query)
-        for start, length in chunks(tokens.shape[0], LAUNCH_TOKENS):
-            part = slice(start, start + length)
+        for part in slices(tokens.shape[0], LAUNCH_TOKENS):
             run_forward(
-                image, tokens[part], part_of(queries, part), packed, decoder_weights, velocity, start,
+                image, tokens[part], part_of(queries, part), packed, decoder_weights, velocity, part.start,
                 patch_size, head_norm, eps,
             )  # fmt: skip
     return velocity

@@ -12,11 +12,12 @@ import torch
 
 from deco_kernels.backends import chunk_sizes
 from deco_kernels.backends.arguments import Gradients
+from deco_kernels.backends.chunks import slices
 from deco_kernels.backends.query import ChunkedQuery
 from deco_kernels.backends.upsample import forward_chunk_pixels
 from deco_kernels.signatures import DecoderWeights, Query, UpsampleWeights
 
-from .launching import chunks, device_guard, pixel_rows
+from .launching import device_guard, pixel_rows
 from .pixel_decoder import DecoderBackward, query_and_head, run_forward
 from .upsample import Upsample
 from .weights import pack
@@ -43,11 +44,11 @@ def forward(
         kept = None if cond is None else cond.view(-1, weights.pixel_table.numel())
         upsampled = 1 if queries.upsample is None else 2  # tensors of a chunk
         chunk_tokens = max(1, forward_chunk_pixels(tokens, up, patch_size**2) // (upsampled * patch_size**2))
-        for start, length in chunks(upsample.tokens.shape[0], chunk_tokens):
-            conditions = upsample.cond(start, length, kept)
-            part = pixel_rows(queries.of(slice(start, start + length), tokens.dtype))
+        for part in slices(upsample.tokens.shape[0], chunk_tokens):
+            conditions = upsample.cond(part, kept)
+            rows = pixel_rows(queries.of(part, tokens.dtype))
             run_forward(
-                image, conditions, part, packed, decoder_weights, velocity, start, patch_size, head_norm, eps
+                image, conditions, rows, packed, decoder_weights, velocity, part.start, patch_size, head_norm, eps
             )  # fmt: skip
     return velocity
 
@@ -79,13 +80,12 @@ def backward(
         kept = None if cond is None else cond.reshape(-1, *weights.pixel_table.shape)
         values = sums.width * (2 if queries.upsample is None else 4)  # of cond, of a query made here, of gradients
         chunk_tokens = max(1, chunk_sizes.chunk_pixels(values * tokens.element_size()) // patch_size**2)
-        for start, length in chunks(upsample.tokens.shape[0], chunk_tokens):
-            part = slice(start, start + length)
-            conditions = upsample.cond(start, length) if kept is None else kept[part]
+        for part in slices(upsample.tokens.shape[0], chunk_tokens):
+            conditions = upsample.cond(part) if kept is None else kept[part]
             grad_cond = torch.empty_like(conditions)
             grad_query = torch.empty_like(conditions) if queries.wanted else None
-            sums.add(conditions, pixel_rows(queries.of(part, tokens.dtype)), start, grad_cond, grad_query)
-            upsample.add_gradients(start, grad_cond, upsample_needs)
+            sums.add(conditions, pixel_rows(queries.of(part, tokens.dtype)), part.start, grad_cond, grad_query)
+            upsample.add_gradients(part, grad_cond, upsample_needs)
             queries.add(part, grad_query)
         grad_weights = sums.grad_weights() if needed[2] else (None,) * len(weight_needs)
         grads = (sums.grad_image, *upsample.grads(upsample_needs), *grad_weights, *queries.results())

@@ -34,29 +34,30 @@ class Upsample:
         self.weight_sum: torch.Tensor | None = None
         self.bias_sum: torch.Tensor | None = None
 
-    def cond(self, start: int, length: int, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Conditions [length, P, D] of the tokens from `start` onward; valid until the next call.
+    def cond(self, part: slice, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Conditions [tokens, P, D] of a part of the tokens; valid until the next call.
 
         `kept` [T, P*D], of the dtype of tokens: memory for the conditions of all tokens; the result is a part of it.
         """
+        tokens = self.tokens[part]
         if kept is not None:
-            out = kept[start : start + length]
+            out = kept[part]
         else:
             if self.buffer is None:
-                self.buffer = self.tokens.new_empty(length, self.weight.shape[0])
-            out = self.buffer[:length]
-        torch.addmm(self.bias, self.tokens[start : start + length], self.weight.T, out=out)
-        return out.view(length, *self.shape)
+                self.buffer = tokens.new_empty(len(tokens), self.weight.shape[0])
+            out = self.buffer[: len(tokens)]
+        torch.addmm(self.bias, tokens, self.weight.T, out=out)
+        return out.view(-1, *self.shape)
 
-    def add_gradients(self, start: int, grad_cond: torch.Tensor, needs: Sequence[bool]) -> None:
-        """Accumulate from grad_cond [length, P, D] of tokens `start` onward; needs: of (tokens, up_weight, up_bias)."""
+    def add_gradients(self, part: slice, grad_cond: torch.Tensor, needs: Sequence[bool]) -> None:
+        """Accumulate from grad_cond [tokens, P, D] of a part of the tokens; needs: of (tokens, up_weight, up_bias)."""
         rows = grad_cond.view(grad_cond.shape[0], -1)
         if needs[0]:
             if self.grad_tokens is None:
                 self.grad_tokens = torch.empty(self.tokens.shape, dtype=self.tokens.dtype, device=self.tokens.device)
-            torch.mm(rows, self.weight, out=self.grad_tokens[start : start + rows.shape[0]])
+            torch.mm(rows, self.weight, out=self.grad_tokens[part])
         if needs[1]:
-            self.weight_sum = added(self.weight_sum, rows.T @ self.tokens[start : start + rows.shape[0]])
+            self.weight_sum = added(self.weight_sum, rows.T @ self.tokens[part])
         if needs[2]:
             self.bias_sum = added(self.bias_sum, rows.sum(0, dtype=torch.float32))
 

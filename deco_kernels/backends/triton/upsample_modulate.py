@@ -19,6 +19,7 @@ import triton.language as tl
 
 from deco_kernels.backends import chunk_sizes
 from deco_kernels.backends.arguments import Gradients
+from deco_kernels.backends.chunks import slices
 from deco_kernels.backends.upsample import forward_chunk_pixels
 from deco_kernels.signatures import ModulationWeights, UpsampleWeights
 
@@ -36,7 +37,7 @@ from .functions import (
     tile_pixels,
     twice_sigmoid,
 )
-from .launching import chunks, collapsed_rows, device_guard, launch_over_rows, weight_partials
+from .launching import collapsed_rows, device_guard, launch_over_rows, weight_partials
 from .upsample import Upsample
 from .weights import GATE, SCALE, SHIFT, one_block, pack, unpack_grad
 
@@ -143,11 +144,11 @@ def forward(
         upsample = Upsample(tokens, up, (pixels, width))
         kept = None if cond is None else cond.view(-1, pixels * width)
         modulated_rows, gate_rows = modulated.view(h.shape), gate.view(h.shape)
-        for start, length in chunks(h.shape[0], max(1, forward_chunk_pixels(tokens, up, pixels) // pixels)):
-            part = slice(start, start + length)
+        for part in slices(h.shape[0], max(1, forward_chunk_pixels(tokens, up, pixels) // pixels)):
+            length = part.stop - part.start
             launch_over_rows(
                 forward_kernel, "upsample_modulate", length * pixels, h,
-                h[part], h.stride(0), h.stride(1), upsample.cond(start, length, kept), *packed,
+                h[part], h.stride(0), h.stride(1), upsample.cond(part, kept), *packed,
                 modulated_rows[part], gate_rows[part], length, PIXELS=pixels, EPS=eps,
             )  # fmt: skip
     return modulated, gate
@@ -181,9 +182,9 @@ def backward(
         grad_h_rows = grad_h.view(h.shape)
         kept = None if cond is None else cond.reshape(h.shape)
         chunk_tokens = max(1, chunk_sizes.chunk_pixels(2 * width * h.element_size()) // pixels)
-        for start, length in chunks(h.shape[0], chunk_tokens):
-            part = slice(start, start + length)
-            conditions = upsample.cond(start, length) if kept is None else kept[part]
+        for part in slices(h.shape[0], chunk_tokens):
+            length = part.stop - part.start
+            conditions = upsample.cond(part) if kept is None else kept[part]
             grad_cond = torch.empty_like(conditions)
             launch_over_rows(
                 backward_kernel, "upsample_modulate_backward", length * pixels, h,
@@ -192,7 +193,7 @@ def backward(
                 conditions, *packed, grad_h_rows[part], grad_cond, *sums, length,
                 COND_GRAD=cond_needed, WEIGHT_GRAD=weights_needed, PIXELS=pixels, EPS=eps,
             )  # fmt: skip
-            upsample.add_gradients(start, grad_cond, upsample_needs)
+            upsample.add_gradients(part, grad_cond, upsample_needs)
         grad_weights: Gradients = (None,) * 4
         if weights_needed:
             grad_weights = tuple(grad[0] for grad in unpack_grad(sums, stacked))
