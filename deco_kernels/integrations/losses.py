@@ -34,17 +34,21 @@ class SwappedLosses:
         """The model's own forward; with `loss`, the scalars (total, pixel, frequency) take the place of the velocity.
 
         Args:
-            inputs, options: those of the model's own forward; the first is the noised image [B, C, H, W].
+            inputs, options: those of the model's own forward; the first input is the noised image [B, C, H, W].
             loss: asks for the losses. Only total has gradients.
 
         Raises:
-            TypeError: a `loss` of another type.
+            TypeError: a `loss` of another type, or an image that is given by name.
             ValueError: `loss` for a model with an `unfused_reason`.
         """
         if loss is None:
             return self._own(*inputs, **options)
         if not isinstance(loss, TrainingLoss):
             raise TypeError(f"loss: expected a TrainingLoss or None, got {type(loss).__name__}; pass one of them")
+        if not inputs:
+            raise TypeError(
+                "x: expected the noised image as the first argument by position; call model(x, t, y, loss=loss)"
+            )
         if (reason := self.unfused_reason(loss.backend, *inputs, **options)) is not None:
             raise ValueError(f"loss: expected None, got a TrainingLoss: {reason}; compute the loss of the velocity")
         found: list[torch.Tensor] = []

@@ -59,6 +59,13 @@ def test_the_default_device_does_not_matter():
         assert net.unfused_reason(None, *batch) is None
 
 
+def test_an_image_that_is_given_by_name():
+    net, (x, t, y) = swapped_model(), random_batch()
+    loss = model.TrainingLoss(torch.zeros_like(x), WEIGHT)
+    with pytest.raises(TypeError, match="x: expected the noised image as the first argument by position"):
+        net(x=x, t=t, y=y, loss=loss)
+
+
 def test_autocast_and_copies():
     net = copy.deepcopy(swapped_model())
     with torch.autocast("cpu", torch.bfloat16):
