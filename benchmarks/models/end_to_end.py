@@ -266,7 +266,7 @@ def _refusals(workload: Workload, contenders: list[Contender], case: Case) -> di
             refused[contender.name] = refusal(error)
             continue
         errors = {name: relative_error(found[name], values) for name, values in exact.items()}
-        limits = limits or {name: 1.5 * error + _TOLERANCE for name, error in errors.items()}
+        limits = limits or {n: _TOLERANCE + (1.5 * e if math.isfinite(e) else 0.0) for n, e in errors.items()}
         broken = [
             f"{name}: {error:.2e} from float32, allowed {limits[name]:.2e}"
             for name, error in errors.items()

@@ -125,8 +125,10 @@ def _differentiate(inputs: Inputs, function: Callable[[dict[str, torch.Tensor | 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor, unit: torch.Tensor | None = None) -> float:
     """|actual - exact| / |unit| in L2 over all elements, in float64; infinite if a value is not finite.
 
-    unit: by default `exact`.
+    unit: by default `exact`. Raises ValueError if the shapes differ.
     """
+    if actual.shape != exact.shape:
+        raise ValueError(f"actual: expected shape {list(exact.shape)} like exact, got {list(actual.shape)}; reshape it")
     difference = torch.linalg.vector_norm(actual.double() - exact.double()).item()
     norm = torch.linalg.vector_norm((exact if unit is None else unit).double()).item()
     if difference == 0:

@@ -60,6 +60,8 @@ def test_errors_of_degenerate_tensors():
     assert testing.relative_error(zero + 1e-30, zero) == float("inf")
     assert testing.relative_error(torch.tensor([torch.nan]), torch.ones(1)) == float("inf")
     assert testing.relative_error(torch.zeros(0), torch.zeros(0)) == 0
+    with pytest.raises(ValueError, match=r"actual: expected shape \[4\] like exact, got \[\]; reshape it"):
+        testing.relative_error(torch.tensor(0.0), zero)
 
 
 @pytest.mark.parametrize("eager", [1.0, float("inf")])

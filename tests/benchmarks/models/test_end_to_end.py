@@ -1,5 +1,7 @@
 """Whole training steps and sampling, at sizes too small for meaningful times."""
 
+import math
+
 import pytest
 import torch
 
@@ -52,6 +54,12 @@ def test_a_wrong_loss_is_refused(monkeypatch):
     assert rows["reference"]["status"] == "ok"
     row = rows["reference" + TWO_OPS]
     assert row["status"] == "wrong" and row["reason"].startswith("loss:") and "gradients:" in row["reason"]
+
+
+def test_a_published_formulation_that_is_not_finite_allows_nothing(monkeypatch):
+    monkeypatch.setattr(end_to_end, "relative_error", lambda *_: math.inf)
+    rows = measure_end_to_end(SAMPLE, torch.float32, OPTIONS)
+    assert {row["contender"] for row in rows if row["status"] == "wrong"} == {PUBLISHED, "reference"}
 
 
 def test_the_contenders_share_one_set_of_parameters():
