@@ -22,7 +22,8 @@ else:
 class SwapDecoder(Callback):
     """Runs the per-pixel decoders of a LightningModule through the fused ops, from `setup` to `teardown`.
 
-    `setup` runs before the strategy wraps the module in DDP or FSDP. In a configuration file:
+    An exception that ends the run undoes the swaps too. `setup` runs before the strategy wraps the module in DDP or
+    FSDP. In a configuration file:
 
         trainer:
           callbacks:
@@ -52,6 +53,10 @@ class SwapDecoder(Callback):
         for module in list(pl_module.modules()):
             if is_swapped(module):
                 undo_swap(module)
+
+    def on_exception(self, trainer: object, pl_module: nn.Module, exception: BaseException) -> None:
+        """Undo the swaps: no `teardown` follows."""
+        self.teardown(trainer, pl_module, "")
 
     def _models(self, pl_module: nn.Module) -> list[nn.Module]:
         if self.modules is not None:

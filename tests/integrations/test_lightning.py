@@ -94,6 +94,24 @@ def test_callback_from_a_configuration_file(tmp_path, options, expected):
     assert not any(torch.equal(trained, initial) for trained, initial in pairs)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_an_exception_ends_leaves_no_swapped_model():
+    from deco_kernels.integrations.lightning import SwapDecoder
+
+    class Interrupted(Training):
+        def training_step(self, batch, index):
+            assert is_swapped(self.denoiser)
+            raise ZeroDivisionError
+
+    net = Interrupted()
+    for _ in range(2):
+        options = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = lightning.Trainer(accelerator="cpu", devices=1, callbacks=SwapDecoder(), **options)
+        with pytest.raises(ZeroDivisionError):
+            trainer.fit(net)
+        assert not is_swapped(net.denoiser) and not is_swapped(net.ema_denoiser)
+
+
 def test_a_module_without_a_model_is_refused():
     from deco_kernels.integrations.lightning import SwapDecoder
 
