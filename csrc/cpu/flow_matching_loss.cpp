@@ -11,9 +11,9 @@
 //
 // A tile is a strip of 8 image rows by kTileWidth columns. It is read into float planes in the caches (d and its
 // YCbCr), transformed there in place, and written once. A thread owns a contiguous range of tiles. Tiles are wide so
-// that memory is read in long sequential runs; the next tile is prefetched during the transform. Reflected rows repeat rows of the
-// last two strips, so the gradient of both needs the last strip's transform; the strip above the last recomputes it
-// instead of waiting for it.
+// that memory is read in long sequential runs; the next tile is prefetched during the transform. Reflected rows repeat
+// rows of the last two strips, so the gradient of both needs the last strip's transform; the strip above the last
+// recomputes it instead of waiting for it.
 //
 // Per pixel: the forward reads 6 values and takes 40 additions, multiplications and multiply-adds; the backward reads 6
 // values, writes 3 (6 with the target's gradient) and takes 63.

@@ -7,9 +7,9 @@
 // matmul are then read linearly, the panel (147 KB at D = 32, Z = 1152 in float) from the L2 cache.
 //
 // Per tile: D * kTokenTile * Z multiply-adds. Memory traffic: the weights once per chunk, the tokens once; y is stored
-// only if the caller wants it. An element is that of an Operand (matmul.h): one value, or a pair along Z; rows are padded with zeros to a
-// whole number of vectors. Deterministic: every y is one sum over Z in ascending order, independent of the tile and of
-// the number of threads.
+// only if the caller wants it. An element is that of an Operand (matmul.h): one value, or a pair along Z; rows are
+// padded with zeros to a whole number of vectors. Deterministic: every y is one sum over Z in ascending order,
+// independent of the tile and of the number of threads.
 #pragma once
 
 #include <algorithm>
