@@ -166,7 +166,8 @@ def _check(options: argparse.Namespace) -> None:
                 size_of(size, op)
     for name in ("output", "csv", "trace"):
         try:
-            new_file(getattr(options, name) or "result.json")
+            if path := getattr(options, name):
+                new_file(path)
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"--{name}: {error}") from None
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from deco_kernels import ops
 from deco_kernels.integrations.fused_forward import FusedForward
-from deco_kernels.model.pixel_decoder import fold_query_features
+from deco_kernels.model.pixel_decoder import fold_head_norm, fold_query_features
 
 
 class FusedForwardWithFeatures(FusedForward):
@@ -67,12 +67,9 @@ class FusedForwardWithFeatures(FusedForward):
         return torch.cat((pixel, position), dim=1)
 
     def head_weight(self) -> torch.Tensor:
-        """The weight of the norm is a factor of its columns."""
         norm = self.parts.head_norm
         assert norm is not None and isinstance(norm.weight, torch.Tensor)
-        weight = self.parts.head.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return weight.to(dtype) * norm.weight.to(dtype)
+        return fold_head_norm(self.parts.head.weight, norm.weight)
 
     def _columns(self) -> tuple[torch.Tensor, ...]:
         """The columns of the embedder's weight for pixel, features and position."""

@@ -81,6 +81,15 @@ def fold_query_features(
         return weight.flatten(0, 1), bias.flatten()
 
 
+def fold_head_norm(head_weight: torch.Tensor, norm_weight: torch.Tensor) -> torch.Tensor:
+    """The weight of the head's norm as a factor of the head's columns: W_out·(g·norm(h)) = (W_out·diag(g))·norm(h).
+
+    head_weight: [C, D]. norm_weight: [D]. Returns [C, D] in float32, or in the dtype of head_weight if that is wider.
+    """
+    dtype = torch.promote_types(head_weight.dtype, torch.float32)
+    return head_weight.to(dtype) * norm_weight.to(dtype)
+
+
 def _autocast_off(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Context without autocast on the tensor's device; autocast does not support "meta"."""
     kind = tensor.device.type
@@ -294,8 +303,7 @@ class PixelDecoder(nn.Module):
         stored = [getattr(self, name) for name in _STORED_WEIGHTS]
         if self.head_norm == "rms":
             head = _STORED_WEIGHTS.index("head_weight")
-            dtype = torch.promote_types(stored[head].dtype, torch.float32)
-            stored[head] = stored[head].to(dtype) * self.head_norm_weight.to(dtype)
+            stored[head] = fold_head_norm(stored[head], self.head_norm_weight)
         return (*self.fold_input(), *stored)
 
     def unfused_reason(self, backend: str | None = None) -> str | None:

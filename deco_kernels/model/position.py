@@ -78,7 +78,8 @@ def pair_rotation(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate each pair (a, b) of adjacent channels of x [..., head_dim]: (a·cos - b·sin, b·cos + a·sin).
 
-    The factors of `pair_rotation` are broadcast to x; three elementwise operations serve all pairs.
+    cos and sin: the factors of `pair_rotation`, [L, head_dim] or broadcastable to x. The result has the shape of x and
+    the wider of the dtypes: x in 16 bits with float32 factors gives float32.
     """
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     swapped = torch.stack((second, first), dim=-1).flatten(-2)

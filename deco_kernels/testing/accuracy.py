@@ -229,9 +229,9 @@ def compare_tensors(
     `error_bound`. Errors are relative to eager's result where the exact one is 0. The error is that of the finite
     elements; it is NaN unless `actual` is finite exactly where `exact`, rounded to its dtype, is.
     """
-    eager_, exact = call
-    unit = exact if exact.any() else eager_
-    eager_error, noise = relative_error(eager_, exact, unit), 0.0
+    eager_result, exact = call
+    unit = exact if exact.any() else eager_result
+    eager_error, noise = relative_error(eager_result, exact, unit), 0.0
     if others and exact.numel() < LARGE:
         eager_error = root_mean_square([eager_error, *(relative_error(*pair) for pair in others)])
     if others:  # roundings that many elements share, such as those of weights, give eager a bias of either sign

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deco_kernels import model, testing
-from deco_kernels.model.dit import Attention
+from deco_kernels.model.dit import Attention, RMSNorm
 from deco_kernels.model.position import pair_rotation, rotate_pairs
 from tests.golden_files import relative_error
 from tests.random_models import random_batch, random_model, randomize
@@ -87,6 +87,38 @@ def test_sizes_may_be_integers_of_numpy(tmp_path):
     net = model.build("deco-tiny", depth=np.int64(3), decoder_width=np.int32(16))
     model.save_model(net, tmp_path / "model.ckpt")
     assert model.load_model(tmp_path / "model.ckpt").config == net.config
+
+
+def rms_normalized(x, weight):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def assert_rounded_once(actual, exact):
+    """As near to the float64 result as its rounding to the dtype of `actual`; a second rounding adds some 40 %."""
+    assert relative_error(actual, exact) <= 1.02 * relative_error(exact.to(actual.dtype), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rms_norm_in_16_bits_rounds_once(dtype):
+    """With float32 weights, and values whose squares overflow float16."""
+    norm = randomize(RMSNorm(64))
+    x = (300 * torch.randn(50, 64)).to(dtype)
+    actual = norm(x)
+    assert actual.dtype is dtype
+    assert_rounded_once(actual, rms_normalized(x.double(), norm.weight.double()))
+
+
+def test_queries_and_keys_in_16_bits_round_once():
+    attention, rotation = randomize(Attention(24, 2)), pair_rotation(model.rotary_angles(2, 3, 12))
+    x = torch.randn(40, 6, 24).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attention.queries_keys_values(x, rotation)
+        parts = attention.qkv(x).unflatten(-1, (3, 2, 12)).permute(2, 0, 3, 1, 4)
+    assert torch.equal(found[2], parts[2])
+    for actual, part, norm in zip(found, parts, (attention.q_norm, attention.k_norm), strict=False):
+        assert actual.dtype is torch.bfloat16
+        exact = rms_normalized(part.double(), norm.weight.double())
+        assert_rounded_once(actual, rotate_pairs(exact, *(factor.double() for factor in rotation)))
 
 
 @pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])
