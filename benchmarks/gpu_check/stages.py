@@ -10,10 +10,13 @@ from typing import NamedTuple
 from benchmarks.gpu_check import probes
 from benchmarks.gpu_check.running import ROOT, Step
 from benchmarks.harness.toolkit import cuda_tool
+from benchmarks.names import OPS
 
 STAGE_SECONDS = 540
 MOST_PROCESSES = 8
 """Of the tests."""
+_FIRST_OPS = ("pixel_decoder", "flow_matching_loss")
+_ONE_PASS_OPS = ("pixel_decoder_loss", "pixel_decoder_loss_from_tokens")
 _TRAINING = ["--size", "train-xl-256"]
 _SEPARATE_ALLOCATIONS = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 _PROFILED = {  # op -> its kernel that ncu examines
@@ -59,7 +62,7 @@ def setup(machine: Machine) -> Iterator[Step]:
 
 
 def first(machine: Machine) -> Iterator[Step]:
-    """Correctness and the times that matter most, without torch.compile."""
+    """Correctness and the times that matter most: two ops without torch.compile, and sampling."""
     command = _module("benchmarks.gpu_check.probes", machine.architecture)
     missing = None if probes.program(machine.architecture).exists() else _lacking("nvcc")
     yield Step("probes", "cycles of single instructions", command, 25, missing=missing)
@@ -67,32 +70,34 @@ def first(machine: Machine) -> Iterator[Step]:
     yield Step("selftest", "bfloat16 of cuda and triton against float64", selftest, 25)
     yield _benchmark(machine, "pixel_decoder", 50, "pixel_decoder", *_TRAINING, "--dtype", "bfloat16", "--no-compile")
     yield _benchmark(machine, "loss", 20, "flow_matching_loss", *_TRAINING, "--dtype", "bfloat16", "--no-compile")
-    yield _tests("tests", 180, *map(str, gpu_tests()), "-k", "not emulator")
+    yield _sampling("sampling", 50)
+    yield _tests("tests", 130, *map(str, gpu_tests()), "-k", "not emulator")
     yield _benchmark(machine, "kernels", 40, "kernels", "--dtype", "bfloat16")
 
 
 def second(machine: Machine) -> Iterator[Step]:
-    """Sanitizers, whole steps, sizes, and counters of three kernels."""
+    """Sanitizers, the other ops, whole steps, sizes, and counters of three kernels."""
     yield _sanitizer("memcheck", 30)
     yield _sanitizer("racecheck", 80)
+    yield _benchmark(machine, "one_pass", 45, *_ONE_PASS_OPS, *_TRAINING, "--dtype", "bfloat16", "--no-compile")
     yield _benchmark(machine, "end_to_end", 80, "end_to_end", "--dtype", "bfloat16", "--no-compile")
     yield _benchmark(machine, "graphs", 30, "pixel_decoder", "overhead", "--size", "sample-256", "--quick")
     yield _benchmark(machine, "scaling", 55, "scaling", "--dtype", "bfloat16")
     for op, kernel in _PROFILED.items():
         yield _counters(op, kernel, 30)
-    others = ("pixel_decoder_from_tokens", "adaln_block", "upsample_modulate", "memory")
-    yield _benchmark(machine, "other_ops", 40, *others, *_TRAINING, "--dtype", "bfloat16", "--no-compile")
+    others = [op for op in OPS if op not in (*_FIRST_OPS, *_ONE_PASS_OPS)]
+    yield _benchmark(machine, "other_ops", 50, *others, "memory", *_TRAINING, "--dtype", "bfloat16", "--no-compile")
 
 
 def third(machine: Machine) -> Iterator[Step]:
     """Baselines with torch.compile, other dtypes and widths, the emulator, and what failed before."""
-    ops = ("pixel_decoder", "flow_matching_loss")
-    yield _benchmark(machine, "compiled", 130, *ops, *_TRAINING, "--dtype", "bfloat16")
-    yield _benchmark(machine, "float16", 55, *ops, *_TRAINING, "--dtype", "float16", "--no-compile")
+    yield _benchmark(machine, "compiled", 110, *_FIRST_OPS, *_TRAINING, "--dtype", "bfloat16")
+    yield _sampling("compiled_trunk", 90, "--compile-trunk")
+    yield _benchmark(machine, "float16", 50, *_FIRST_OPS, *_TRAINING, "--dtype", "float16", "--no-compile")
     widths = [word for width in (16, 64) for word in ("--size", f"B=32,D={width}")]
-    yield _benchmark(machine, "widths", 75, "pixel_decoder", *widths, "--dtype", "bfloat16", "--no-compile")
-    yield _tests("emulator", 120, *map(str, gpu_tests()), "-k", "emulator")
-    again = _tests("failures", 60, *machine.failed, "--tb=long")
+    yield _benchmark(machine, "widths", 65, "pixel_decoder", *widths, "--dtype", "bfloat16", "--no-compile")
+    yield _tests("emulator", 110, *map(str, gpu_tests()), "-k", "emulator")
+    again = _tests("failures", 40, *machine.failed, "--tb=long")
     yield again if machine.failed else again._replace(missing="no test has failed")
 
 
@@ -113,6 +118,13 @@ def _benchmark(machine: Machine, name: str, seconds: int, *arguments: str) -> St
     output = ["--device", "cuda", "--stream", "--output", str(machine.folder / f"{name}.json")]
     command = _module("benchmarks", *arguments, *output, "--stop-after", str(seconds // 2))
     return Step(name, f"benchmarks {' '.join(arguments)}", command, seconds)
+
+
+def _sampling(name: str, seconds: int, *arguments: str) -> Step:
+    """The step time of the largest class-to-image model at batch 1, which its trunk decides."""
+    steps = ["--preset", "deco-xl/16", "--steps", "100", "--trunk-steps", "50", "--rounds", "3"]
+    command = _module("benchmarks", "reuse", *steps, *arguments, "--device", "cuda", "--stream")
+    return Step(name, f"benchmarks {' '.join(command[3:])}", command, seconds)
 
 
 def _tests(name: str, seconds: int, *arguments: str) -> Step:

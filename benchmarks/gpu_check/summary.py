@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmarks.gpu_check import probes
 from benchmarks.gpu_check.running import Journal, say
 from benchmarks.harness import results
+from benchmarks.models import reuse
 from benchmarks.report import tables
 from benchmarks.report.markdown import section, table
 from benchmarks.static.figures import BUDGETS
@@ -18,7 +19,7 @@ OUTCOMES = ("passed", "failed", "error", "skipped")
 def report(journal: Journal, folder: Path, out: Path) -> str:
     """The whole report; writes merged benchmarks and plots to `out`."""
     found = [_steps(journal), _tests(journal), _kernels(journal), _probes(journal), _recalibrated(journal)]
-    found.append(_benchmarks(folder, out))
+    found += [_sampling(journal), _benchmarks(folder, out)]
     return "\n\n".join(part.strip() for part in found if part) + "\n"
 
 
@@ -97,6 +98,15 @@ def _ratios(measured: dict[str, float], uses_wgmma: bool) -> dict[str, float]:
     ratios = {pipe: measured[probe] for pipe, probe in probes.PIPES.items() if probe in measured}
     wgmma = [measured[probe] for probe in probes.WGMMA if probe in measured]
     return ratios | {"tensor": sum(wgmma) / len(wgmma)} if uses_wgmma and wgmma else ratios
+
+
+def _sampling(journal: Journal) -> str:
+    """One table per step that timed sampling."""
+    steps: dict[str, list[dict]] = {}
+    for row in journal.having("benchmark"):
+        if row["benchmark"] == "reuse":
+            steps.setdefault(row["step"], []).append(row)
+    return section("## Sampling", "\n\n".join(map(reuse.table, steps.values())), []) if steps else ""
 
 
 def _benchmarks(folder: Path, out: Path) -> str:

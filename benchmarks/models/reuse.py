@@ -52,6 +52,7 @@ def main(arguments: list[str]) -> int:
         "--threads", type=positive, default=2, metavar="N", help="PyTorch threads on the CPU (default: 2)"
     )
     parser.add_argument("--rounds", type=positive, default=7, metavar="N", help="timed rounds (default: 7)")
+    parser.add_argument("--stream", action="store_true", help="print every row as a line of JSON")
     parser.add_argument("--output", type=new_file, metavar="FILE.json", help="write the result to this file")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -66,9 +67,11 @@ def main(arguments: list[str]) -> int:
         rows = measure(options)
     except (TypeError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
-    result = {"header": header(options.device), "rows": rows}
-    print(table(result))
+    for row in rows if options.stream else ():
+        print(json.dumps({"benchmark": "reuse"} | row), flush=True)
+    print(table(rows))
     if options.output:
+        result = {"header": header(options.device), "rows": rows}
         Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -117,11 +120,11 @@ def measure(options: argparse.Namespace) -> list[dict]:
     ]
 
 
-def table(result: dict) -> str:
-    """The result as Markdown; the gain is that of the shortest rounds."""
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown; the gain is that of the shortest rounds over the first row's."""
     lines = ["| sampling | decoder | trunk steps | shortest round | median | gain |", "|---|---|---:|---:|---:|---:|"]
-    every = result["rows"][0]["least_ms"]
-    for row in result["rows"]:
+    every = rows[0]["least_ms"]
+    for row in rows:
         what = f"{row['preset']}, {row['size']}x{row['size']}, batch {row['batch']}, {row['steps']} guided Euler steps"
         decoder = row["decoder"] + " in CUDA graphs" * row["graphs"] + ", compiled trunk" * row.get("compiled", False)
         cells = [f"{what}, {row['dtype']}", decoder, str(row["trunk_steps"])]

@@ -16,6 +16,7 @@ from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import running, stages
 from benchmarks.gpu_check.running import Journal
+from benchmarks.names import OPS
 from benchmarks.static.figures import BUDGETS
 from benchmarks.static.machines import MACHINES, largest_bound
 
@@ -134,6 +135,10 @@ def test_all_stages_run_and_the_report_is_written_and_printed(pretended_gpu, out
     pretended_gpu.lines["probes"] = json.dumps({"probe": "FFMA", "cycles": 1.05, "modeled": 1.0})
     timed = {"kernel": "sums_kernel", "architecture": "sm_90", "modelled_ms": None, "measured_ms": 1.0}
     pretended_gpu.lines["kernels"] = json.dumps({"benchmark": "kernels", **timed})
+    sampled = {"preset": "deco-xl/16", "size": 256, "batch": 1, "steps": 100, "dtype": "bfloat16", "decoder": "fused"}
+    sampled |= {"graphs": True, "trunk_steps": 100, "least_ms": 250.0, "ms": 251.0}
+    pretended_gpu.lines["sampling"] = json.dumps({"benchmark": "reuse"} | sampled)
+    pretended_gpu.lines["compiled_trunk"] = json.dumps({"benchmark": "reuse"} | sampled | {"compiled": True})
     assert gpu_check.main([]) == 0
     assert list(ended(out)) == names_of("first", "second", "third")
     assert "said by tests" in ended(out)["tests"]["output"]
@@ -144,6 +149,7 @@ def test_all_stages_run_and_the_report_is_written_and_printed(pretended_gpu, out
     text = (out / "report.md").read_text(encoding="utf-8")
     assert "| kernels | passed |" in text and "measured / modeled" in text and "## pixel_decoder, float32" in text
     assert "| FFMA | 1.05 | 1.00 | 1.05 |" in text
+    assert "fused in CUDA graphs | 100 | 0.25 s |" in text and "fused in CUDA graphs, compiled trunk | 100 |" in text
     output = capsys.readouterr().out
     assert text in output
     assert output.index("  racecheck ") < output.index("gpu-check: memcheck: small calls")  # listed before it starts
@@ -277,12 +283,14 @@ def test_the_cuda_module_is_built_for_the_present_architecture(toolkit):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_options_of_the_benchmarks_are_accepted(toolkit, tmp_path, capsys):
-    """They are refused only for lack of a GPU, after they have been checked."""
+    """They are refused only for lack of a GPU, after they have been checked. All ops are timed."""
     steps = [step for stage in stages.STAGES.values() for step in stage(stages.Machine("9.0", tmp_path))]
-    for step in steps:
-        if step.command[1:3] == ["-m", "benchmarks"]:
-            assert benchmarks_main(step.command[3:]) == 2
-            assert "no GPU: PyTorch sees no CUDA device here" in capsys.readouterr().err, step.name
+    commands = {step.name: step.command[3:] for step in steps if step.command[1:3] == ["-m", "benchmarks"]}
+    for name, arguments in commands.items():
+        with pytest.raises(SystemExit, match="2"):
+            sys.exit(benchmarks_main(arguments))
+        assert "PyTorch sees no CUDA device here" in capsys.readouterr().err, name
+    assert {*OPS} <= {argument for arguments in commands.values() for argument in arguments}
 
 
 # --- one step -----------------------------------------------------------------------------------------------------

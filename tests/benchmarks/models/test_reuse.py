@@ -30,11 +30,14 @@ def heap(monkeypatch, one_thread):
 
 
 def test_a_result_has_both_contenders(tmp_path, capsys):
-    assert reuse.main([*SMALL, "--output", str(tmp_path / "result.json")]) == 0
+    assert reuse.main([*SMALL, "--stream", "--output", str(tmp_path / "result.json")]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert [row["trunk_steps"] for row in result["rows"]] == [4, 2]
     assert all(row["least_ms"] > 0 and row["rounds"] == 2 for row in result["rows"])
-    assert reuse.table(result) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    streamed = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert streamed == [{"benchmark": "reuse"} | row for row in result["rows"]]
+    assert reuse.table(result["rows"]) in printed
 
 
 def test_the_trunk_of_some_contenders_is_compiled(tmp_path, capsys, monkeypatch):

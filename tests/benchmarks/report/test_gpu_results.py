@@ -24,7 +24,7 @@ def page(name: str) -> str:
     [
         ("benchmarks", parts.ops_summary(GPU["rows"])),
         ("benchmarks", parts.end_to_end_summary(GPU["end_to_end"])),
-        ("sampling", reuse.table(json.loads((FOLDER / "trunk" / "reuse_h200.json").read_text()))),
+        ("sampling", reuse.table(json.loads((FOLDER / "trunk" / "reuse_h200.json").read_text())["rows"])),
     ],
 )
 def test_tables_of_a_page_are_those_of_the_results(name, table):
