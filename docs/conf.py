@@ -39,16 +39,17 @@ CHAPTERS = {
     "Backends": ("triton", "cuda"),
     "Programs": ("demo", "ablations", "app", "benchmarks", "wheels"),
     "Results": (
-        *("results/ops", "results/ops_avx2", "results/scaling", "results/end_to_end"),
+        *("results/ops", "results/ops_avx2", "results/scaling", "results/end_to_end", "results/gpu"),
         "../benchmarks/results/host_time_epyc_zen4_2_threads",
     ),
     "API": ("api/deco_kernels", "api/ops", "api/model", "api/flow", "api/integrations", "api/testing"),
 }
 RESULTS = {
-    "ops": "cpu_epyc_zen4_2_threads.json",
-    "ops_avx2": "cpu_epyc_zen4_held_to_avx2_2_threads.json",
-    "scaling": "cpu_epyc_zen4_2_threads_scaling.json",
-    "end_to_end": "cpu_epyc_zen4_2_threads_end_to_end.json",
+    "ops": ("Ops", "cpu_epyc_zen4_2_threads.json"),
+    "ops_avx2": ("Ops held to AVX2", "cpu_epyc_zen4_held_to_avx2_2_threads.json"),
+    "scaling": ("Scaling", "cpu_epyc_zen4_2_threads_scaling.json"),
+    "end_to_end": ("End to end", "cpu_epyc_zen4_2_threads_end_to_end.json"),
+    "gpu": ("Ops and training on a GPU", "gpu_h200.json"),
 }
 SECTIONS = ("Args", "Returns", "Raises", "Attributes", "Shape", "Parameters")
 
@@ -57,10 +58,10 @@ def write_results(app):
     """Pages of the committed results, as `python -m benchmarks report` prints them."""
     folder = ROOT / "docs" / "results"
     folder.mkdir(exist_ok=True)
-    for name, file in RESULTS.items():
+    for name, (title, file) in RESULTS.items():
         text = tables.markdown(results.merge([results.load(str(ROOT / "benchmarks" / "results" / file))]))
-        title = f"# {name.replace('_', ' ').capitalize()}: {text.partition(' on ')[2].partition(chr(10))[0]}"
-        (folder / f"{name}.md").write_text("\n".join((title, *text.splitlines()[1:])), encoding="utf-8")
+        head = f"# {title}: {text.partition(' on ')[2].partition(chr(10))[0]}"
+        (folder / f"{name}.md").write_text("\n".join((head, *text.splitlines()[1:])), encoding="utf-8")
 
 
 def add_contents(app, name, source):
