@@ -183,7 +183,8 @@ def test_chunks_of_tokens_add_up(op, monkeypatch):
     from deco_kernels.backends.triton import pixel_decoder
 
     given = {"query": "given" if op == "pixel_decoder" else "tokens"} if op in DECODERS else {}
-    inputs = small_inputs(op, image_size=(2, 12, 20), **given)
+    depth = 1 if op == "pixel_decoder_from_tokens" else 2
+    inputs = small_inputs(op, image_size=(2, 12, 20), depth=depth, **given)
     whole = testing.run(inputs, "triton")
     pixels = inputs.tensors["pixel_table" if "pixel_table" in inputs.tensors else "h"].shape[-2]
     monkeypatch.setattr(chunk_sizes, "chunk_pixels", lambda *_, **__: 7 * pixels)
@@ -213,17 +214,36 @@ def test_one_chunk_of_conditions_exists_at_a_time():
     assert len(buffers) == 1
 
 
+def far_apart(tensor, dim, stride):
+    """The same values with this stride; only touched pages of the 4 GB of storage are backed by memory."""
+    strides = [stride if d == dim else inner for d, inner in enumerate(tensor.stride())]
+    storage = torch.empty(stride * (tensor.shape[dim] - 1) + tensor.numel(), dtype=tensor.dtype)
+    return storage.as_strided(tensor.shape, strides).copy_(tensor)
+
+
 def test_offsets_beyond_2_31_elements():
-    """Strides that need 64 bits; only touched pages of the 4 GB of storage are backed by memory."""
+    """Strides that need 64 bits."""
     inputs = small_inputs("pixel_decoder", BF16, image_size=(2, 4, 4), other_dtype=BF16)
     expected = testing.run(inputs, "triton")
-    far = 2**31 + 24
     for name in ("image", "cond"):
-        tensor = inputs.tensors[name]
-        storage = torch.empty(far + tensor[0].numel(), dtype=BF16)
-        distant = storage.as_strided(tensor.shape, (far, *tensor.stride()[1:]))
-        inputs.tensors[name] = distant.copy_(tensor)
+        inputs.tensors[name] = far_apart(inputs.tensors[name], 0, 2**31 + 24)
     assert torch.equal(testing.run(inputs, "triton").outputs[0], expected.outputs[0])
+
+
+@pytest.mark.parametrize(
+    "op", ["pixel_decoder", "pixel_decoder_from_tokens", "pixel_decoder_loss", "flow_matching_loss"]
+)
+def test_strides_whose_products_need_64_bits(op):
+    """The third channel of every image is beyond 2^31 elements, as in a batch that is stored channel by channel."""
+    inputs = small_inputs(op, BF16, image_size=(1, 8, 8), other_dtype=BF16)
+    expected = testing.run(inputs, "triton")
+    for name in {"image", "target", "pred"} & set(inputs.tensors):
+        inputs.tensors[name] = far_apart(inputs.tensors[name], 1, 2**30 + 24)
+    grads = tuple(far_apart(g, 1, 2**30 + 24) if g.dim() == 4 else g for g in inputs.grad_outputs)
+    actual = testing.run(inputs._replace(grad_outputs=grads), "triton")
+    assert all(map(torch.equal, actual.outputs, expected.outputs))
+    for name, gradient in actual.gradients.items():
+        assert torch.equal(gradient, expected.gradients[name]), name
 
 
 @pytest.mark.parametrize(

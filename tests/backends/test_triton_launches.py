@@ -106,6 +106,20 @@ def test_grids_of_many_images_can_be_launched(op):
         assert launch.grid[0] < 2**31 and all(0 < size < 2**16 for size in launch.grid[1:]), names([launch])
 
 
+@pytest.mark.parametrize(("height", "width", "channels"), [(32768, 32768, 3), (26755, 26755, 4)])
+def test_images_with_too_many_pixels_are_refused(height, width, channels):
+    """Where the stride between channels fits in 32 bits, and its product with a channel does not in any layout."""
+    from deco_kernels.backends.triton import launching
+
+    def image(height):
+        return torch.empty(1, channels, height, width, device="meta")
+
+    with pytest.raises(ValueError, match=rf"pixels each on backend 'triton', got {height} x {width}; use another"):
+        launching.readable_image(image(height))
+    for served in (image(height - 1), image(2**31 // width + 1)):
+        assert launching.readable_image(served) is served
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "precision"),
     [("allow_tf32", True, "tf32"), ("fp32_precision", "tf32", "tf32"), ("fp32_precision", "ieee", "tf32x3")],

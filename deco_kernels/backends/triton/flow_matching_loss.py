@@ -25,7 +25,7 @@ import triton.language as tl
 
 from deco_kernels.backends.arguments import Gradients, Losses, empty_gradients, zeroed
 
-from .launching import device_guard, launch, math_options, parameters_for, program_limit
+from .launching import device_guard, launch, math_options, parameters_for, program_limit, readable_image
 from .loss_tiles import (
     block_dct,
     block_offsets,
@@ -305,7 +305,7 @@ class LossCall:
         frequency_weight: torch.Tensor,
         sample_weight: torch.Tensor | None,
     ):
-        self.pred, self.target = pred, target
+        self.pred, self.target = readable_image(pred), readable_image(target)
         self.frequency_weight = frequency_weight.contiguous()
         self.sample_weight = None if sample_weight is None else sample_weight.contiguous()
         self.batch, _, self.height, self.width = pred.shape

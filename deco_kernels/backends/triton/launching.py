@@ -218,6 +218,21 @@ def optional(rows: torch.Tensor | None) -> tuple[torch.Tensor | None, int | None
     return (None, None, None) if rows is None else (rows, rows.stride(0), rows.stride(1))
 
 
+def readable_image(image: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W], copied if its channels are too far apart for the kernels.
+
+    They multiply channel and stride in 32 bits if the stride fits. Raises ValueError if copying does not help.
+    """
+    _, channels, height, width = image.shape
+    farthest = (2**31 - 1) // max(1, channels - 1)
+    if farthest < height * width < 2**31:
+        raise ValueError(
+            f"images of {channels} channels: expected at most {farthest} pixels each on backend 'triton', got "
+            f"{height} x {width}; use another backend or smaller images"
+        )
+    return image.contiguous() if farthest < image.stride(1) < 2**31 else image
+
+
 def contiguous(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors, copied if they are not contiguous."""
     return tuple(tensor.contiguous() for tensor in tensors)

@@ -47,6 +47,7 @@ from .launching import (
     part_of,
     pixel_rows,
     program_limit,
+    readable_image,
     weight_partials,
 )
 from .weights import PackedWeights, pack, unpack_grad
@@ -322,7 +323,7 @@ class DecoderBackward:
         grad_image: torch.Tensor | None = None,
         velocity_bytes: int = 0,
     ):
-        self.image, self.grad_velocity, self.weights = image, grad_velocity, weights
+        self.image, self.grad_velocity, self.weights = readable_image(image), readable_image(grad_velocity), weights
         self.dtype, self.patch_size, self.rms, self.eps = dtype, patch_size, head_norm == "rms", eps
         self.needs_image, self.needs_cond, self.needs_weights = needs
         self.pixel_weight, self.pixel_table, self.head_weight, _ = query_and_head(weights)
@@ -470,6 +471,7 @@ def forward(
 ) -> torch.Tensor:
     """velocity [B, C, H, W] in the dtype of cond."""
     velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
+    image = readable_image(image)
     with device_guard(cond):
         packed = pack(weights.blocks, cond.dtype)
         decoder_weights = query_and_head(weights)

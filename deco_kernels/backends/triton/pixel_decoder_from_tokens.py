@@ -17,7 +17,7 @@ from deco_kernels.backends.query import ChunkedQuery
 from deco_kernels.backends.upsample import forward_chunk_pixels
 from deco_kernels.signatures import DecoderWeights, Query, UpsampleWeights
 
-from .launching import device_guard, pixel_rows
+from .launching import device_guard, pixel_rows, readable_image
 from .pixel_decoder import DecoderBackward, query_and_head, run_forward
 from .upsample import Upsample
 from .weights import pack
@@ -36,6 +36,7 @@ def forward(
 ) -> torch.Tensor:
     """velocity [B, C, H, W] in the dtype of tokens; writes the conditions to `cond` [..., P, D] if it is given."""
     velocity = torch.empty(image.shape, dtype=tokens.dtype, device=tokens.device)
+    image = readable_image(image)
     with device_guard(tokens), torch.no_grad():
         packed = pack(weights.blocks, tokens.dtype)
         decoder_weights = query_and_head(weights)

@@ -34,7 +34,7 @@ from deco_kernels.signatures import PixelDecoderLoss
 from . import flow_matching_loss, pixel_decoder
 from .flow_matching_loss import LossCall, grad_frequency_weight, grad_sample_weight, no_losses
 from .functions import image_offsets, load_states, row_offsets, tile_pixels
-from .launching import collapsed_rows, device_guard, launch_over_rows, part_of, pixel_rows
+from .launching import collapsed_rows, device_guard, launch_over_rows, part_of, pixel_rows, readable_image
 from .pixel_decoder import DecoderBackward, add_head_sums, head_backward, query_and_head, run_forward
 from .weights import PackedWeights, pack
 
@@ -81,8 +81,8 @@ class _Pass:
     """The chunks of one call, and what they share."""
 
     def __init__(self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, head_norm: str, eps: float):
-        self.inputs, self.patch_size, self.frequency_scale = inputs, patch_size, frequency_scale
-        self.head_norm, self.eps = head_norm, eps
+        self.inputs = inputs = inputs._replace(image=readable_image(inputs.image))
+        self.patch_size, self.frequency_scale, self.head_norm, self.eps = patch_size, frequency_scale, head_norm, eps
         self.cond, self.query = collapsed_rows(inputs.cond, 2), pixel_rows(inputs.query)
         self.ends = query_and_head(inputs.weights)
         velocity = self.cond.new_empty(()).expand(inputs.image.shape)  # for its sizes and dtype
@@ -135,6 +135,7 @@ class _PassWithGradients(_Pass):
     ):
         """`grads`: the gradients of all tensors, written; None where not needed."""
         super().__init__(inputs, patch_size, frequency_scale, head_norm, eps)
+        inputs = self.inputs
         grad_image, grad_cond, self.grad_target, *others, grad_query = grads
         *self.grad_weights, self.grad_frequency, self.grad_sample = others
         needs_weights = any(gradient is not None for gradient in self.grad_weights)
