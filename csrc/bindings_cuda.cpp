@@ -1,6 +1,6 @@
 // Python module _native_cuda. Tensors are passed as addresses and integers, checked by the caller. A context is
-// (device, stream, workspace address, workspace bytes). Functions enqueue kernels and return; a failure raises
-// RuntimeError with the op, its sizes and CUDA's message, 2^31 or more pixels ValueError.
+// (device, stream, workspace address, workspace bytes). Functions enqueue kernels without the GIL and return; a failure
+// raises RuntimeError with the op, its sizes and CUDA's message, 2^31 or more pixels ValueError.
 #include "bindings_cuda.h"
 
 #include <string>
@@ -82,6 +82,17 @@ struct Device {
   }
 };
 
+// Enqueues an op on the context's device. Releases the GIL, because the driver waits while a stream's queue is full and
+// while it loads kernels.
+template <class Op>
+cuda::Status enqueue(Context& context, const Op& op, cuda::Status (*launch)(const cuda::Call&, const Op&)) {
+  const py::gil_scoped_release release;
+  const DeviceGuard guard(context.device);
+  cuda::Status status = guard.status();
+  if (status.ok()) status = cuda::device_limits(context.device, context.call.limits);
+  return status.ok() ? launch(context.call, op) : status;
+}
+
 // Defines function `name` of the module: enqueues an op on the context's device. `title` names the op in errors.
 template <class Op>
 void bind(py::module_& m, const std::string& name, const std::string& title,
@@ -93,10 +104,7 @@ void bind(py::module_& m, const std::string& name, const std::string& title,
         Context context;
         Op op;
         read_arguments(name, arguments, context, op);
-        const DeviceGuard guard(context.device);
-        cuda::Status status = guard.status();
-        if (status.ok()) status = cuda::device_limits(context.device, context.call.limits);
-        if (status.ok()) status = launch(context.call, op);
+        const cuda::Status status = enqueue(context, op, launch);
         if (status.ok()) return;
         const std::string message = title + " on " + sizes_of(op) + ": " + describe(status);
         if (status.code == cuda::kTooManyPixels) throw py::value_error(message);
@@ -105,10 +113,15 @@ void bind(py::module_& m, const std::string& name, const std::string& title,
       ("Arguments: " + arguments + ". Writes the results; gradients with address 0 are not computed").c_str());
 }
 
+cuda::Status check_kernels(int device) {
+  const py::gil_scoped_release release;
+  const DeviceGuard guard(device);
+  return guard.status().ok() ? cuda::check_kernels() : guard.status();
+}
+
 // The reason why no kernel of this build runs on a device, or None.
 py::object problem(int device) {
-  const DeviceGuard guard(device);
-  const cuda::Status status = guard.status().ok() ? cuda::check_kernels() : guard.status();
+  const cuda::Status status = check_kernels(device);
   return status.ok() ? py::object(py::none()) : py::object(py::str(describe(status)));
 }
 

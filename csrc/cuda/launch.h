@@ -80,9 +80,10 @@ Status check(const char* name, void (*kernel)(Params)) {
 
 #else
 
-// Calls run(), and adds the kernel's name to a fault.
+// Calls run(), one thread at a time, and adds the kernel's name to a fault.
 template <class Run>
 void with_kernel_name(const char* name, Run&& run) {
+  const auto turn = emulation::Machine::instance().turn();
   try {
     run();
   } catch (const emulation::Fault& fault) {

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -93,6 +94,8 @@ struct Exchange {
 class Machine {
  public:
   static Machine& instance();
+  // Held by the thread that uses the machine: several threads may call ops at once.
+  std::unique_lock<std::mutex> turn() { return std::unique_lock(mutex_); }
 
   // Throws Fault unless the device accepts the launch of a kernel with these launch bounds. Without a request, a thread
   // block may use shared_without_request bytes of shared memory.
@@ -217,6 +220,7 @@ class Machine {
   void note_collective(Operation operation);
   void start_notes(const char* name);
 
+  std::mutex mutex_;
   cuda::DeviceLimits limits_{2, 227 << 10};
   std::map<const void*, int> requested_shared_;  // by kernel
   LaunchSize size_;

@@ -1,6 +1,9 @@
-"""Call descriptions: the native modules reject tuples with one integer more or fewer, and an extra argument."""
+"""Calls of the native modules: they reject tuples with one integer more or fewer, and an extra argument, and they
+release the GIL."""
 
 import re
+import sys
+import threading
 
 import pytest
 import torch
@@ -58,3 +61,46 @@ def test_cuda_bindings_refuse_other_numbers_of_integers(emulated, op, monkeypatc
     monkeypatch.setattr(native, "cuda", lambda device: recorder)
     testing.run(small_inputs(op, torch.bfloat16), emulation.BACKEND)
     refuses_other_numbers(recorder)
+
+
+class WithAnotherThread:
+    """Wraps a native module; repeats its calls of `name` until another thread has run during one of them."""
+
+    def __init__(self, module, name):
+        self.module, self.name, self.has_run = module, name, False
+
+    def __getattr__(self, name):
+        return self.repeat if name == self.name else getattr(self.module, name)
+
+    def repeat(self, *arguments):
+        may_run, running = threading.Event(), threading.Event()
+        other = threading.Thread(target=lambda: may_run.wait() and running.set())
+        other.start()
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1000)  # seconds: no thread has to give the GIL away
+        try:
+            may_run.set()
+            for _ in range(200):
+                getattr(self.module, self.name)(*arguments)
+                self.has_run = running.is_set()
+                if self.has_run:
+                    break
+        finally:
+            sys.setswitchinterval(interval)
+            other.join()
+
+
+@pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason="needs the native CPU module")
+def test_cpu_bindings_release_the_gil(monkeypatch):
+    module = WithAnotherThread(native.cpu(), "pixel_decoder_forward")
+    monkeypatch.setattr(native, "cpu", lambda: module)
+    testing.run(small_inputs("pixel_decoder", torch.bfloat16, image_size=(2, 64, 64)), "cpu")
+    assert module.has_run
+
+
+@pytest.mark.emulate
+def test_cuda_bindings_release_the_gil(emulated, monkeypatch):
+    module = WithAnotherThread(emulated, "adaln_block_forward")
+    monkeypatch.setattr(native, "cuda", lambda device: module)
+    testing.run(small_inputs("adaln_block", torch.bfloat16), emulation.BACKEND)
+    assert module.has_run
