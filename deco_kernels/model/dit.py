@@ -18,9 +18,6 @@ from deco_kernels.model.pretrained import PretrainedModel
 
 TIME_FEATURES = 256
 
-Rotation = tuple[torch.Tensor, torch.Tensor]
-"""Factors of `rotate_pairs` for L patches, each [L, Z/heads]."""
-
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension; statistics in float32, result in the dtype of x."""
@@ -38,7 +35,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Softmax self-attention with RMS-normalized queries and keys and an optional 2-D rotary embedding.
 
-    x [B, L, Z] → [B, L, Z]. `qkv` has no bias; its rows are all of q, then k, then v. `proj` has a bias.
+    x [B, L, Z] → [B, L, Z], with the rotation of the patches, float32 [L, Z/heads/2, 2] (`pair_rotation`). `qkv` has no
+    bias; its rows are all of q, then k, then v. `proj` has a bias.
     """
 
     def __init__(self, width: int, heads: int):
@@ -49,11 +47,11 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width // heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor, rotation: Rotation | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor | None = None) -> torch.Tensor:
         return self.attend(*self.queries_keys_values(x, rotation))
 
     def queries_keys_values(
-        self, x: torch.Tensor, rotation: Rotation | None
+        self, x: torch.Tensor, rotation: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of x, each [B, heads, L, Z/heads], normalized and rotated.
 
@@ -61,11 +59,11 @@ class Attention(nn.Module):
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, L, 3, heads, Z/heads]
         wide = qkv[:, :, :2].to(torch.promote_types(qkv.dtype, torch.float32))
-        weight = torch.stack((self.q_norm.weight, self.k_norm.weight))[:, None]
+        # A weight per head, so that its gradient is first summed over adjacent dimensions, which is fast.
+        weight = torch.stack((self.q_norm.weight, self.k_norm.weight))[:, None].expand(-1, self.heads, -1)
         qk = F.rms_norm(wide, wide.shape[-1:], eps=self.q_norm.eps) * weight
         if rotation is not None:
-            cos, sin = rotation
-            qk = rotate_pairs(qk, cos[:, None, None], sin[:, None, None])
+            qk = rotate_pairs(qk, rotation[:, None, None].to(qk.dtype))
         q, k = qk.to(qkv.dtype).transpose(1, 3).unbind(2)
         return q, k, qkv[:, :, 2].transpose(1, 2)
 
@@ -222,8 +220,8 @@ class PatchTransformer(nn.Module):
             raise ValueError(f"features_after: expected a block from 1 to {len(self.blocks)}, got {features_after}")
         patches = to_patches(x, self.patch_size).flatten(2)
         tokens = self.patch_embed(patches.to(self.patch_embed.weight.dtype))
-        angles = self.rotary_angles(x.shape[2] // self.patch_size, x.shape[3] // self.patch_size, x.device)
-        rotation = pair_rotation(angles)
+        grid = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
+        rotation = pair_rotation(self.rotary_angles(*grid, x.device))
         features = None
         for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens, c, rotation, *context)

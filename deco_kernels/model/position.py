@@ -68,19 +68,20 @@ def rotary_angles(
     return torch.stack((angle_x, angle_y), dim=-1).reshape(rows * columns, head_dim // 2).float()
 
 
-def pair_rotation(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors (cos, sin) of `rotate_pairs`, each [L, 2n], for the angles [L, n] of n pairs; sin is negative at the
-    first channel of a pair."""
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
+def pair_rotation(angles: torch.Tensor) -> torch.Tensor:
+    """(cos, sin) [..., 2] of angles [...], for `rotate_pairs`."""
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate_pairs(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotate each pair (a, b) of adjacent channels of x [..., head_dim]: (a·cos - b·sin, b·cos + a·sin).
 
-    cos and sin: the factors of `pair_rotation`, [L, head_dim] or broadcastable to x. The result has the shape of x and
-    the wider of the dtypes: x in 16 bits with float32 factors gives float32.
+    rotation: (cos, sin) of every pair, [L, head_dim/2, 2] or with other leading sizes that broadcast to those of x, in
+    the dtype of x, float32 or float64. The result has the shape and dtype of x.
     """
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    swapped = torch.stack((second, first), dim=-1).flatten(-2)
-    return torch.addcmul(x * cos, swapped, sin)
+    pairs = x.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which generates no code for complex numbers, and fuses real ones
+        (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    # One product of complex numbers reads and writes x once.
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation)).flatten(-2)

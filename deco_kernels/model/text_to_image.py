@@ -13,7 +13,7 @@ from torch import nn
 
 from deco_kernels.model.arguments import require_sizes, require_tensors
 from deco_kernels.model.deco import PixelDiffusion
-from deco_kernels.model.dit import Attention, Block, PatchTransformer, RMSNorm, Rotation, reset_by_default
+from deco_kernels.model.dit import Attention, Block, PatchTransformer, RMSNorm, reset_by_default
 from deco_kernels.model.pixel_decoder import PixelDecoder
 from deco_kernels.model.position import rotary_angles
 
@@ -44,7 +44,7 @@ class TextAttention(Attention):
         self.text_kv = nn.Linear(width, 2 * width, bias=False)
 
     def forward(  # type: ignore[override]
-        self, x: torch.Tensor, rotation: Rotation, text: torch.Tensor
+        self, x: torch.Tensor, rotation: torch.Tensor, text: torch.Tensor
     ) -> torch.Tensor:
         q, k, v = self.queries_keys_values(x, rotation)
         text_k, text_v = self.text_kv(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)

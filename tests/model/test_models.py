@@ -118,7 +118,7 @@ def test_queries_and_keys_in_16_bits_round_once():
     for actual, part, norm in zip(found, parts, (attention.q_norm, attention.k_norm), strict=False):
         assert actual.dtype is torch.bfloat16
         exact = rms_normalized(part.double(), norm.weight.double())
-        assert_rounded_once(actual, rotate_pairs(exact, *(factor.double() for factor in rotation)))
+        assert_rounded_once(actual, rotate_pairs(exact, rotation.double()))
 
 
 @pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])
@@ -141,12 +141,15 @@ def test_rotary_angles_of_a_rectangle():
     assert token[2 * m + 1].item() == pytest.approx(16 * row / (rows - 1) * frequency, rel=1e-6)
 
 
-def test_rotation_is_the_complex_product():
-    x = torch.randn(2, 3, 15, 12, dtype=torch.float64)
-    angles = model.rotary_angles(3, 5, 12)
-    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(15, 6).double(), angles.double())
-    expected = torch.view_as_real(turned).flatten(-2)
-    torch.testing.assert_close(rotate_pairs(x, *pair_rotation(angles.double())), expected)
+@pytest.mark.parametrize("compiling", [False, True])
+def test_pairs_of_channels_are_rotated(monkeypatch, compiling):
+    """By either formula: that of torch.compile has no complex numbers."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    x, angles = torch.randn(2, 3, 15, 12, dtype=torch.float64), model.rotary_angles(3, 5, 12).double()
+    a, b, cos, sin = x[..., ::2], x[..., 1::2], angles.cos(), angles.sin()
+    rotated = rotate_pairs(x, pair_rotation(angles))
+    torch.testing.assert_close(rotated[..., ::2], a * cos - b * sin)
+    torch.testing.assert_close(rotated[..., 1::2], b * cos + a * sin)
 
 
 def test_attention_by_formula():
@@ -161,7 +164,7 @@ def test_attention_by_formula():
 
         def position(u, norm):
             u = u / torch.sqrt(u.square().mean(1, keepdim=True) + 1e-6) * norm.weight
-            return rotate_pairs(u, *rotation)
+            return rotate_pairs(u, rotation)
 
         scores = position(q[:, part], attention.q_norm) @ position(k[:, part], attention.k_norm).T / math.sqrt(12)
         results.append(scores.softmax(1) @ v[:, part])

@@ -57,8 +57,8 @@ def test_text_attention_by_formula():
     results = []
     for head in range(heads):
         part = slice(head * 12, head * 12 + 12)
-        queries = rotate_pairs(normalize(q[:, part], attention.q_norm), *rotation)
-        patch_keys = rotate_pairs(normalize(k[:, part], attention.k_norm), *rotation)
+        queries = rotate_pairs(normalize(q[:, part], attention.q_norm), rotation)
+        patch_keys = rotate_pairs(normalize(k[:, part], attention.k_norm), rotation)
         keys = torch.cat((normalize(text_k[:, part], attention.k_norm), patch_keys))
         scores = queries @ keys.T / math.sqrt(12)
         results.append(scores.softmax(1) @ torch.cat((text_v[:, part], v[:, part])))
