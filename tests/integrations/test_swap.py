@@ -350,7 +350,8 @@ def test_compiled_without_graph_break():
     """Compiled after the swap as a single graph; the compiled model follows the undo."""
     net, batch = published_model(depth=1), random_batch()
     grad_output = torch.randn(batch[0].shape, generator=torch.Generator().manual_seed(2))
-    own = net(*batch).detach()
+    own = torch.compile(net, fullgraph=True, backend="aot_eager")(*batch).detach()
+    torch.compiler.reset()
     swap = swap_decoder(net)
     output, expected = gradients_of(net, batch, grad_output)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
