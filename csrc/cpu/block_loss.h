@@ -36,7 +36,7 @@ class BlockLoss {
     float pixel, frequency;
   };
 
-  // The sums over a block; keeps d and F' W F M d for add_gradient, and the squared coefficients for add_squares.
+  // The sums over a block; keeps d and F' W F M d for write_gradient, and the squared coefficients for add_squares.
   Sums add(const float (*velocity)[kBlockPixels], const float (*target)[kBlockPixels]) {
     return {subtract(velocity, target), transform()};
   }

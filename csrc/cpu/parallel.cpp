@@ -4,7 +4,9 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <system_error>
@@ -14,7 +16,22 @@
 namespace deco::cpu {
 namespace {
 
-std::atomic<bool> in_forked_child{false};
+// Whether this process was forked and has not called exec since, by the flag PF_FORKNOEXEC of Linux.
+bool was_forked() {
+  constexpr unsigned kForkedWithoutExec = 0x40;
+  std::FILE* file = std::fopen("/proc/self/stat", "r");
+  if (file == nullptr) return false;
+  char text[512];
+  text[std::fread(text, 1, sizeof(text) - 1, file)] = '\0';
+  std::fclose(file);
+  const char* name_end = std::strrchr(text, ')');  // the flags are the ninth field, the name is the second
+  unsigned flags = 0;
+  if (name_end == nullptr || std::sscanf(name_end + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) != 1) return false;
+  return (flags & kForkedWithoutExec) != 0;
+}
+
+// A child may be the first to load this module, after its parent has used the runtime.
+std::atomic<bool> in_forked_child{was_forked()};
 
 // Entry points of the OpenMP runtime; those of GNU, LLVM and Intel all export them.
 struct OpenMP {

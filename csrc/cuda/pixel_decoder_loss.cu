@@ -1,6 +1,6 @@
 // pixel_decoder_loss in one pass, with the gradients of total. A chunk is whole images or whole rows of patches of one
 // image, so it holds whole 8x8 blocks of the loss. For one chunk at a time, with values between the kernels in a
-// workspace that stays in the second-level cache:
+// workspace:
 //   1. pixel_decoder.cu: the forward, which keeps the inputs of the decoder blocks and of the head
 //   2. flow_matching_loss_backward.cu: the sums of the losses, and the gradient of the velocity in its place
 //   3. decoder_head.cu, decoder_chunks.cu: the backward of the head, of the decoder blocks in reverse order, and of the

@@ -15,9 +15,20 @@ each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS,
 each_op = pytest.mark.parametrize("op", OPS)
 
 FORK = """
-import os, sys, torch
-from deco_kernels import testing
+import os, signal, sys, torch
+from deco_kernels import ops, testing
 torch.set_num_threads(2)
+
+inputs = testing.random_inputs("adaln_block", image_size=(1, 32, 32))
+torch.ones(2**20).mul_(2)  # starts PyTorch's threads
+child = os.fork()
+if child == 0:  # the first to load the native module
+    signal.alarm(60)
+    ops.adaln_block(**inputs.tensors, **inputs.options, backend="cpu")
+    os._exit(0)
+if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+    sys.exit(f"the child that loads the native module ended with {status}")
+
 for op in ("adaln_block", "pixel_decoder", "flow_matching_loss"):
     inputs = testing.random_inputs(op, image_size=(2, 32, 64))
     before = testing.run(inputs, "cpu")
