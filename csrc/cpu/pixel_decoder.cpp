@@ -39,7 +39,7 @@ void forward(const PixelDecoderForward& call) {
         prefetch_rows<D, T>(call.shape, call.cond, first + T);
         if (call.query.data != nullptr) prefetch_rows<D, T>(call.shape, call.query, first + T);
         const auto addresses = [&](const PixelRows& rows, const char*(&pointers)[T]) {
-          row_addresses<T, const char*>(call.shape, rows, first, count, kZeroRow, pointers);
+          row_addresses<T, const char*>(call.shape, rows, first, count, pointers);
         };
         const char* rows_of_cond[T];
         addresses(call.cond, rows_of_cond);

@@ -45,11 +45,12 @@ class Backward {
     const int count = static_cast<int>(rows_ - first < T ? rows_ - first : T), pixels = whole_strips(count);
     const int panel = static_cast<int>(t % training_.weights().panels);
     const auto addresses = [&](const PixelRows& rows, const char*(&pointers)[T]) {
-      row_addresses<T, const char*>(call_.shape, rows, first, count, kZeroRow, pointers);
+      row_addresses<T, const char*>(call_.shape, rows, first, count, pointers);
     };
     gather_pixels<T>(call_.shape, call_.image, first, count, tile.rgb);
     training_.forward(part, panel, call_.cond, call_.query, addresses, pixels);
     gather_pixels<T>(call_.shape, call_.grad_velocity, first, count, tile.grad_velocity);
+    clear_missing<T>(call_.shape.channels, count, tile.grad_velocity);
     training_.backward(part, panel, pixels);
     if (call_.grad_image.data != nullptr) scatter_pixels<T>(call_.shape, call_.grad_image, first, count, tile.grad_rgb);
     write_rows(call_.grad_cond, first, count, tile.block.grad_silu_cond);
@@ -60,7 +61,7 @@ class Backward {
   void write_rows(const PixelRows& to, int64_t first, int count, const float (*gradient)[T]) const {
     if (to.data == nullptr) return;
     char* rows[T];
-    row_addresses<T, char*>(call_.shape, to, first, count, nullptr, rows);
+    row_addresses<T, char*>(call_.shape, to, first, count, rows);
     store_rows<FloatOperand, D, T>(to.dtype, gradient, count, rows, row_writes<D>(to, rows_));
   }
 

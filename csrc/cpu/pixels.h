@@ -59,7 +59,8 @@ class PixelWalk {
   int64_t token_y_, token_x_, image_;
 };
 
-// planes[c][i] = channel c of the pixel of row first_row + i for i < count, 0 for i >= count.
+// planes[c][i] = channel c of the pixel of row first_row + i for i < count. The other places of a tile of whole tokens
+// repeat its last token: a row of zeros has variance 0, and rstd would be infinite at eps = 0.
 template <int T>
 inline void gather_pixels(const DecoderShape& shape, const ImageArray& image, int64_t first_row, int count,
                           float (*planes)[T]) {
@@ -76,6 +77,13 @@ inline void gather_pixels(const DecoderShape& shape, const ImageArray& image, in
     }
   });
   for (int c = 0; c < shape.channels; ++c)
+    for (int i = count; i < T; ++i) planes[c][i] = planes[c][i - shape.pixels_per_token()];
+}
+
+// The places of gather_pixels behind the tile's pixels become zero, so that they add nothing to sums over the tile.
+template <int T>
+inline void clear_missing(int channels, int count, float (*planes)[T]) {
+  for (int c = 0; c < channels; ++c)
     for (int i = count; i < T; ++i) planes[c][i] = 0.0f;
 }
 
@@ -126,15 +134,16 @@ inline void scatter_token_pixels(const DecoderShape& shape, const ImageArray& im
 constexpr int kMaxRowBytes = 64 * sizeof(float);         // a row of cond or h at D = 64
 alignas(64) constexpr char kZeroRow[kMaxRowBytes] = {};  // source of the padding rows of the last tile
 
-// addresses[i] = address of row first_row + i for i < count, `padding` for i >= count.
+// addresses[i] = address of row first_row + i for i < count; the other places repeat rows as in gather_pixels.
 template <int T, class Pointer>
 inline void row_addresses(const DecoderShape& shape, const PixelRows& rows, int64_t first_row, int count,
-                          Pointer padding, Pointer (&addresses)[T]) {
+                          Pointer (&addresses)[T]) {
   const int64_t bytes = size_of(rows.dtype), pixels = shape.pixels_per_token();
   char* data = static_cast<char*>(rows.data);
   int64_t token = first_row / pixels, pixel = first_row % pixels;
   for (int i = 0; i < T; ++i) {
-    addresses[i] = i < count ? data + (token * rows.token_stride + pixel * rows.pixel_stride) * bytes : padding;
+    addresses[i] =
+        i < count ? data + (token * rows.token_stride + pixel * rows.pixel_stride) * bytes : addresses[i - pixels];
     if (++pixel == pixels) {
       pixel = 0;
       ++token;
@@ -142,6 +151,7 @@ inline void row_addresses(const DecoderShape& shape, const PixelRows& rows, int6
   }
 }
 
+// addresses[i] = address of row first_row + i for i < count, `padding` for i >= count.
 template <int T, class Pointer>
 inline void row_addresses(const Rows& rows, int64_t first_row, int count, Pointer padding, Pointer (&addresses)[T]) {
   const int64_t bytes = rows.stride * size_of(rows.dtype);
@@ -154,7 +164,7 @@ template <int D, int T>
 DECO_INLINE void prefetch_rows(const DecoderShape& shape, const PixelRows& rows, int64_t first_row) {
   const int64_t left = shape.pixels() - first_row;
   const char* addresses[T];
-  row_addresses<T, const char*>(shape, rows, first_row, static_cast<int>(left < T ? left : T), kZeroRow, addresses);
+  row_addresses<T, const char*>(shape, rows, first_row, static_cast<int>(left < T ? left : T), addresses);
   prefetch_rows<D>(rows.dtype, addresses, 0, 1);
 }
 

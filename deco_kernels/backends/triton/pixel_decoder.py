@@ -58,19 +58,28 @@ LAUNCH_TOKENS = 2**22  # tokens per forward launch, so that pixel indices fit in
 
 
 @triton.jit
+def repeated_pixels(tile, n_tokens, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
+    """`tile_pixels` whose missing pixels repeat those of the last token: a row of zeros has no norm at eps 0."""
+    token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
+    if PIXELS < BLOCK:
+        token = tl.minimum(token, n_tokens - 1)
+    return token, pixel, valid
+
+
+@triton.jit
 def embed_pixels(
-    image_ptr, offsets, stride_c, pixel, valid, pixel_weight_ptr, pixel_table_ptr,
+    image_ptr, offsets, stride_c, pixel, pixel_weight_ptr, pixel_table_ptr,
     query_ptr, query_token_stride, query_pixel_stride, token, QUERY: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """h⁰ [BLOCK, D] = W_x·rgb + table[pixel] (+ query), float32."""
     d = tl.arange(0, D)
     h = tl.load(pixel_table_ptr + pixel[:, None] * D + d[None, :]).to(tl.float32)
     for c in tl.static_range(C):
-        value = tl.load(image_ptr + offsets + c * stride_c, mask=valid, other=0.0).to(tl.float32)
+        value = tl.load(image_ptr + offsets + c * stride_c).to(tl.float32)
         h += value[:, None] * tl.load(pixel_weight_ptr + d * C + c).to(tl.float32)[None, :]
     if QUERY:
         rows = row_offsets(token, pixel, query_token_stride, query_pixel_stride, D)
-        h += tl.load(query_ptr + rows, mask=valid[:, None], other=0.0).to(tl.float32)
+        h += tl.load(query_ptr + rows).to(tl.float32)
     return h
 
 
@@ -94,16 +103,16 @@ def forward_kernel(
     d = tl.arange(0, D)
     n_tiles = tl.cdiv(n_tokens * PIXELS, BLOCK)
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-        token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
+        token, pixel, valid = repeated_pixels(tile, n_tokens, PIXELS, BLOCK)
         offsets = image_offsets(
             first_token + token, pixel, tokens_y, tokens_x, image_stride_b, image_stride_h, image_stride_w, PATCH
         )
         h = embed_pixels(
-            image_ptr, offsets, image_stride_c, pixel, valid, pixel_weight_ptr, pixel_table_ptr,
+            image_ptr, offsets, image_stride_c, pixel, pixel_weight_ptr, pixel_table_ptr,
             query_ptr, query_token_stride, query_pixel_stride, token, QUERY, D, C,
         )  # fmt: skip
         rows = row_offsets(token, pixel, cond_token_stride, cond_pixel_stride, D)
-        cond = tl.load(cond_ptr + rows, mask=valid[:, None], other=0.0).to(tl.float32)
+        cond = tl.load(cond_ptr + rows).to(tl.float32)
         s = silu_of_double(0.5 * cond, FAST_TANH).to(matrices_ptr.dtype.element_ty)
         states = states_ptr + row_offsets(token, pixel, PIXELS * D, D, D)
         for block in tl.static_range(N):
@@ -206,16 +215,16 @@ def recompute_kernel(
     grad_head_bias = tl.zeros([16], tl.float32)
     n_tiles = tl.cdiv(n_tokens * PIXELS, BLOCK)
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-        token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
+        token, pixel, valid = repeated_pixels(tile, n_tokens, PIXELS, BLOCK)
         offsets = image_offsets(
             first_token + token, pixel, tokens_y, tokens_x, image_stride_b, image_stride_h, image_stride_w, PATCH
         )
         h = embed_pixels(
-            image_ptr, offsets, image_stride_c, pixel, valid, pixel_weight_ptr, pixel_table_ptr,
+            image_ptr, offsets, image_stride_c, pixel, pixel_weight_ptr, pixel_table_ptr,
             query_ptr, query_token_stride, query_pixel_stride, token, QUERY, D, C,
         )  # fmt: skip
         cond_rows = row_offsets(token, pixel, cond_token_stride, cond_pixel_stride, D)
-        cond = tl.load(cond_ptr + cond_rows, mask=valid[:, None], other=0.0).to(tl.float32)
+        cond = tl.load(cond_ptr + cond_rows).to(tl.float32)
         s = silu_of_double(0.5 * cond, FAST_TANH).to(matrices_ptr.dtype.element_ty)
         rows = row_offsets(token, pixel, PIXELS * D, D, D)
         for block in tl.static_range(N):
