@@ -1,6 +1,7 @@
 """Launches by the host code of the Triton backend: parameters, grids and workspace; nothing is compiled or run."""
 
 import itertools
+import math
 import os
 
 import pytest
@@ -97,13 +98,17 @@ def test_the_workspace_does_not_grow_with_the_batch(op, images):
     assert sum(args["n_tokens"] for args in recomputes) == images * 256
 
 
+def assert_a_gpu_runs(launches):
+    """Only the first size of a grid may exceed 65,535."""
+    for launch in launches:
+        assert launch.grid[0] < 2**31 and all(0 < size < 2**16 for size in launch.grid[1:]), names([launch])
+
+
 @pytest.mark.parametrize("op", ["pixel_decoder", "flow_matching_loss"])
 def test_grids_of_many_images_can_be_launched(op):
-    """Only the first size of a grid may exceed 65,535."""
     size = 12 if "loss" in op else 4
     inputs = testing.random_inputs(op, dtype=torch.bfloat16, width=16, patch_size=4, image_size=(1, size, size))
-    for launch in triton_kernels.launches_of(many_images(inputs, 70_000), "sm_90"):
-        assert launch.grid[0] < 2**31 and all(0 < size < 2**16 for size in launch.grid[1:]), names([launch])
+    assert_a_gpu_runs(triton_kernels.launches_of(many_images(inputs, 70_000), "sm_90"))
 
 
 @pytest.mark.parametrize(("height", "width", "channels"), [(32768, 32768, 3), (26755, 26755, 4)])
@@ -137,14 +142,21 @@ def test_float32_matmuls_follow_both_settings_of_pytorch(setting, value, precisi
         matmul.fp32_precision = "none"
 
 
-def test_the_grid_that_folds_a_padded_image_is_one_that_a_gpu_runs():
-    """At most 65,535 programs in the second size, for more than 2^26 pixels."""
+@pytest.mark.parametrize("height", [24, 21])  # without and with padding
+def test_grids_of_large_images_can_be_launched(height):
+    """336 megapixels are more than 65,535 tiles of every kernel."""
     from deco_kernels.backends.triton import flow_matching_loss, launching
 
-    image, weight = torch.empty(2, 3, 5, 14_000_001, device="meta"), torch.empty(3, 8, 8, device="meta")
-    one = torch.empty((), device="meta")
-    with launching.record_launches("sm_90") as launches:
-        flow_matching_loss.backward(one, None, None, image, image, weight, None, 1.0, [True, True, False, False])
-    (fold,) = (launch for launch in launches if launch.kernel.fn.__name__ == "fold_kernel")
-    assert fold.grid[0] == 6 and fold.grid[1] <= 65_535
-    assert fold.grid[1] * fold.args["BLOCK"] >= 5 * 14_000_001
+    image, weight = torch.empty(2, 3, height, 14_000_000, device="meta"), torch.empty(3, 8, 8, device="meta")
+    loss, sample_weight = torch.empty((), device="meta"), torch.empty(2, device="meta")
+    needs = [True] * 4
+    for architecture in ("sm_80", "sm_90"):
+        with launching.record_launches(architecture) as launches:
+            flow_matching_loss.forward(image, image, weight, sample_weight, 1.0)
+            flow_matching_loss.backward(loss, None, None, image, image, weight, sample_weight, 1.0, needs)
+        counts = [math.prod(launch.grid) * launch.args.get("BLOCK", 0) for launch in launches]
+        served = dict(zip(names(launches), counts, strict=True))
+        assert served["spectrum_kernel"] >= 2 * 3 * 1_750_000  # blocks of 8x8 pixels
+        assert ("fold_kernel" in served) == (height == 21)
+        assert served.get("fold_kernel", math.inf) >= 2 * 3 * 21 * 14_000_000  # pixels of all planes
+        assert_a_gpu_runs(launches)

@@ -40,7 +40,6 @@ from .table import Launch
 
 _FORMS = Launch(block=0, warps=8, stages=1, programs_per_multiprocessor=1)
 _SMALL = Launch(block=1024, warps=4, stages=1, programs_per_multiprocessor=1)
-_MOST_PROGRAMS = 65_535  # in a grid's second size
 
 # ----------------------------------------------------------------------------------------------------------- kernels
 
@@ -231,11 +230,14 @@ def fold_kernel(
     height, width,
     WEIGHTED: tl.constexpr, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (b·3 + c, tile): the pixel part plus every padded position that reflects onto a pixel, one plane."""
-    sample = (tl.program_id(0) // 3).to(tl.int64)
-    channel = (tl.program_id(0) % 3).to(tl.int64)
+    """Program (b·3 + c)·tiles + tile: the pixel part plus every padded position that reflects onto a pixel, one plane.
+
+    The grid has one size, like that of spectrum_kernel: only the first may exceed 65,535.
+    """
+    tiles = tl.cdiv(height.to(tl.int64) * width, BLOCK)
+    sample, channel = tl.program_id(0) // (3 * tiles), tl.program_id(0) // tiles % 3
     padded_height, padded_width = tl.cdiv(height, 8) * 8, tl.cdiv(width, 8) * 8
-    pixel = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     valid = pixel < height.to(tl.int64) * width
     row, column = pixel // width, pixel % width
 
@@ -273,15 +275,16 @@ def spectrum_kernel(
     height, width,
     PADDED: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, tile): sums of squared coefficients, for the gradient of the frequency weight."""
-    sample = tl.program_id(0).to(tl.int64)
+    """Program b·tiles + tile: sums of squared coefficients, for the gradient of the frequency weight."""
+    tiles = tl.cdiv(tl.cdiv(width, 8) * tl.cdiv(height, 8), BLOCK)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
     r, g, b, _, _, _ = load_tile(
         pred_ptr + sample * pred_stride_b, pred_stride_c, pred_stride_h, pred_stride_w,
         target_ptr + sample * target_stride_b, target_stride_c, target_stride_h, target_stride_w,
-        tl.program_id(1), height, width, PADDED, BLOCK,
+        tl.program_id(0) % tiles, height, width, PADDED, BLOCK,
     )  # fmt: skip
     dct = tl.trans(block_dct())
-    place = spectrum_ptr + (sample * tl.num_programs(1) + tl.program_id(1)) * 192 + tl.arange(0, 64)
+    place = spectrum_ptr + tl.program_id(0).to(tl.int64) * 192 + tl.arange(0, 64)
     for channel in range(3):
         of_r, of_g, of_b = ycbcr_row(channel)
         coefficients = tl.dot(sum_of_products(of_r, r, of_g, g, of_b, b), dct, input_precision=PRECISION)
@@ -389,12 +392,10 @@ class LossCall:
             return grads
         grad_padded = self.empty(self.batch, 3, self.padded_height, self.padded_width)
         self.write_gradients(self.forms(), coefficients, None, None, grad_padded)
-        pixels = self.height * self.width
-        block = max(_SMALL.block, triton.next_power_of_2(triton.cdiv(pixels, _MOST_PROGRAMS)))
-        grid = (self.batch * 3, triton.cdiv(pixels, block))
+        tiles = triton.cdiv(self.height * self.width, _SMALL.block)
         launch(
-            fold_kernel, grid, _SMALL, *self.images(), coefficients, self._weights(), grad_padded,
-            grad_pred, grad_target, self.height, self.width, BLOCK=block,
+            fold_kernel, (self.batch * 3 * tiles,), _SMALL, *self.images(), coefficients, self._weights(), grad_padded,
+            grad_pred, grad_target, self.height, self.width, BLOCK=_SMALL.block,
             WEIGHTED=self.sample_weight is not None, PRED_GRAD=pred_needed, TARGET_GRAD=target_needed,
         )  # fmt: skip
         return grads
@@ -427,7 +428,7 @@ class LossCall:
         tiles = self.tiles(self.backward)
         spectrum = self.empty(self.batch, tiles, 3, 64)
         launch(
-            spectrum_kernel, (self.batch, tiles), self.backward, *self.images(), spectrum,
+            spectrum_kernel, (self.batch * tiles,), self.backward, *self.images(), spectrum,
             self.height, self.width, PADDED=self.is_padded, BLOCK=self.backward.block, PRECISION=self.precision,
         )  # fmt: skip
         per_sample = spectrum.sum(1)
