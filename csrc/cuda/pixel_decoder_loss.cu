@@ -179,12 +179,12 @@ class OnePass {
   }
 
   const PixelDecoderLoss& op_;
+  uint16_t* velocity_ = nullptr;  // of a chunk, [images, 3, rows, W]; then its gradient
   FlowMatchingLossInputs batch_;
   LossPlan batch_plan_;  // sizes and weights of the whole batch
   std::optional<DecoderChunks> backward_;
-  PackedWeights packed_;          // without backward_
-  uint16_t* velocity_ = nullptr;  // of a chunk, [images, 3, rows, W]; then its gradient
-  Float2* sums_ = nullptr;        // [B][groups_per_image_]
+  PackedWeights packed_;    // without backward_
+  Float2* sums_ = nullptr;  // [B][groups_per_image_]
   uint32_t groups_per_image_ = 0;
   float *difference_ = nullptr, *frequencies_ = nullptr, *frequency_sum_ = nullptr;
   int frequency_parts_ = 0;

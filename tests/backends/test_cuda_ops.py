@@ -181,6 +181,16 @@ def test_expanded_inputs_and_stride_0_gradients(emulated, op):
     assert_equal(testing.run(inputs, BACKEND), testing.run(contiguous, BACKEND))
 
 
+@pytest.mark.parametrize("op", ["upsample_modulate", "pixel_decoder_from_tokens"])
+def test_hooks_may_move_the_kept_condition(emulated, op):
+    """Saved tensors come back at an address that the kernels cannot read rows from."""
+    inputs = small_inputs(op, BF16, width=16, depth=1)
+    inputs = inputs._replace(options=inputs.options | {"save_memory": False})
+    expected = testing.run(inputs, BACKEND)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, _offset):
+        assert_equal(testing.run(inputs, BACKEND), expected)
+
+
 @pytest.mark.parametrize("over", [False, True])
 def test_offsets_around_32_bits(emulated, over):
     """Two images in float32 of which the second ends or starts at byte 2^32; hardly any of the memory is touched."""

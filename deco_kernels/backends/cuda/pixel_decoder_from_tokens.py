@@ -64,7 +64,7 @@ def backward(
     queries = ChunkedQuery(query, weights.pixel_table.shape, needs[-4:])
     weight_gradients = arguments.WeightGradients(weights, needs[4:-4])
     grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device) if needs[0] else None
-    kept = None if cond is None else cond.reshape(-1, weights.pixel_table.numel())
+    kept = None if cond is None else calls.readable_rows(cond.reshape(-1, weights.pixel_table.numel()))
     for chunk in upsample_chunks(image.shape, patch_size, max(1, chunk_sizes.MOST_PIXELS // patch_size**2)):
         part_of_cond = upsample.cond(chunk.tokens) if kept is None else kept[chunk.tokens]
         conditions = part_of_cond.view(-1, *weights.pixel_table.shape)
