@@ -21,6 +21,21 @@ Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Pixels [T, P, C] and tokens [T, Z] → what `dec_net` returns, [T, P, C]."""
 
 
+@contextlib.contextmanager
+def without_gradients() -> Iterator[None]:
+    """Context without gradients for calls of a model inside the caller's own.
+
+    Autocast keeps no casts of weights meanwhile: PyTorch 2.9 would use them, which have no gradients, in the caller's.
+    """
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+
+
 class CurrentCall(threading.local):
     """What a call of the model leaves for its decoder, one per thread; copies and pickles start without."""
 

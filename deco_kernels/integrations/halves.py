@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deco_kernels.integrations.fused_forward import FusedForward
+from deco_kernels.integrations.fused_forward import FusedForward, without_gradients
 from deco_kernels.model.patches import from_patches, to_patches
 
 
@@ -82,7 +82,7 @@ class SwappedHalves:
         time = self.model.get_submodule("t_embedder")(t)
         return F.silu(time[:, None] + tokens).flatten(0, 1)
 
-    @torch.no_grad()
+    @without_gradients()
     def _check(
         self,
         x: torch.Tensor,

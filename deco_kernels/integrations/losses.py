@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deco_kernels.integrations.fused_forward import FusedForward
+from deco_kernels.integrations.fused_forward import FusedForward, without_gradients
 from deco_kernels.integrations.halves import difference_around_decoder
 from deco_kernels.model.pixel_decoder import Losses, TrainingLoss, awaits_output, other_backend
 
@@ -89,7 +89,7 @@ class SwappedLosses:
     def _own(self, *inputs: Any, **options: Any) -> Any:
         return type(self.model).forward(self.model, *inputs, **options)
 
-    @torch.no_grad()
+    @without_gradients()
     def _difference(self, x: torch.Tensor, *inputs: Any, **options: Any) -> tuple[str, str] | None:
         """(expected, found) if the forward does not call its decoder as `forward` needs it."""
         generator = torch.Generator("cpu").manual_seed(0)

@@ -44,7 +44,7 @@ def check_tensors(op: str, tensors: Tensors) -> None:
             break
     else:
         return
-    for argument, tensor in zip(OPS[op].arguments, tensors, strict=False):
+    for argument, tensor in zip(OPS[op].arguments[: len(tensors)], tensors, strict=True):
         if tensor is not None or not argument.optional:
             _refuse_tensor(op, argument.name, tensor, names[0], first)
 
@@ -102,7 +102,7 @@ def check_shapes(op: str, tensors: Tensors, sizes: Sizes | None = None) -> Sizes
         for symbol in symbols:
             size = size * sizes[symbol]
         sizes[text] = size
-    for argument, tensor in zip(described.arguments, tensors, strict=False):
+    for argument, tensor in zip(described.arguments[: len(tensors)], tensors, strict=True):
         if tensor is None:
             continue
         expected = [sizes[symbol] for symbol in argument.sizes]
@@ -242,8 +242,8 @@ def check_query(op: str, activation: torch.Tensor, given: Tensors) -> tuple[torc
     Returns:
         (activation, query tensors), both after `autocast_activation`; None for each tensor that is not given.
     """
-    names = OPS[op].names
-    names_of_query = names[names.index("query") :]
+    described = OPS[op].arguments
+    names_of_query = [argument.name for argument in described if argument.name.startswith("query")]
     (activation,) = autocast_activation(activation)
     if not given:
         return activation, [None] * len(names_of_query)
@@ -259,9 +259,9 @@ def check_query(op: str, activation: torch.Tensor, given: Tensors) -> tuple[torc
             "add an upsampled query yourself"
         )
     activations = [None if tensor is None else autocast_activation(tensor)[0] for tensor in given[:2]]
-    for name, tensor in zip(names_of_query, activations, strict=False):
+    for name, tensor in zip(names_of_query[: len(activations)], activations, strict=True):
         if tensor is not None:
-            check_same_dtype(op, name, tensor, names[1], activation)
+            check_same_dtype(op, name, tensor, described[1].name, activation)
     return activation, (*activations, *given[2:])
 
 

@@ -78,6 +78,25 @@ def test_autocast_and_copies():
         assert relative_error(gradients[name], gradient) <= 2 * eps, name
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_checks_leave_no_casts_of_weights_for_training(half):
+    """PyTorch 2.9 keeps autocast's casts from calls without gradients, and weights that use them get none."""
+    net, (x, t, y) = swapped_model(), random_batch()
+    calls = []
+
+    def note(*_):
+        calls.append((torch.is_grad_enabled(), torch.is_autocast_cache_enabled()))
+
+    net.t_embedder.register_forward_hook(note)
+    with torch.autocast("cpu", torch.bfloat16):
+        if half:
+            net.encode(x, t, y)
+        else:
+            losses_of(net, True)
+    assert calls == ([(True, True), (False, False)] if half else [(False, False), (True, True)])
+    assert torch.is_grad_enabled() and torch.is_autocast_cache_enabled()
+
+
 class Alignment(nn.Module):
     block, weight = 1, 0.5
 
