@@ -163,6 +163,7 @@ inline void row_addresses(const Rows& rows, int64_t first_row, int count, Pointe
 template <int D, int T>
 DECO_INLINE void prefetch_rows(const DecoderShape& shape, const PixelRows& rows, int64_t first_row) {
   const int64_t left = shape.pixels() - first_row;
+  if (left <= 0) return;  // no row to repeat
   const char* addresses[T];
   row_addresses<T, const char*>(shape, rows, first_row, static_cast<int>(left < T ? left : T), addresses);
   prefetch_rows<D>(rows.dtype, addresses, 0, 1);
