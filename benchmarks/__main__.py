@@ -7,9 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.arguments import new_file
 from benchmarks.names import DEVICE_BACKENDS, DTYPES, EXTRAS, FORWARD, ON_REQUEST, OPS, TRAINING
 from benchmarks.ops.sizes import PRESETS, STANDARD, size_of
+from deco_kernels.command_line import new_file, print_any_text, thread_count
 from deco_kernels.machine import keep_heap
 from deco_kernels.native import ISA_VARIABLE
 
@@ -39,22 +39,28 @@ _BY_HAND = "B=4,H=256,W=256,D=32,N=3,p=16,Z=1152"
 
 
 def main(arguments: list[str]) -> int:
-    if arguments and arguments[0] in COMMANDS:
-        return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
-    options = _parser().parse_args(arguments)
+    print_any_text()
     try:
-        _check(options)
-    except ValueError as error:
-        return _refuse(str(error))
+        if arguments and arguments[0] in COMMANDS:
+            return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
+        return _run(arguments)
+    except (ValueError, MemoryError, OSError) as error:
+        said = str(error)
+    except ModuleNotFoundError as error:
+        said = f"{error}; install the package"
+    print(f"benchmarks: {said}", file=sys.stderr)
+    return 2
+
+
+def _run(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    _check(options)
     if options.device == "cpu" and not options.default_heap:
         keep_heap("-m", "benchmarks", *arguments, **(AVX2 if options.avx2 else {}))
 
     from benchmarks import run
 
-    try:
-        return run.run(options)
-    except (ValueError, MemoryError, OSError) as error:
-        return _refuse(str(error))
+    return run.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backend", action="append", metavar="NAME", help="repeatable (default: every backend of the device)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--threads", metavar="N", help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument(
         "--default-heap",
@@ -135,16 +141,14 @@ def _check(options: argparse.Namespace) -> None:
             )
     if options.device not in DEVICE_BACKENDS:
         raise ValueError(f"unknown device {options.device!r}; use {' or '.join(DEVICE_BACKENDS)}")
-    options.dtype = options.dtype or list(DTYPES[:2])
+    options.dtype = list(dict.fromkeys(options.dtype or DTYPES[:2]))
     for dtype in options.dtype:
         if dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
     if options.pass_ not in PASSES:
         raise ValueError(f"unknown pass {options.pass_!r}; use {', '.join(PASSES)}")
     options.pass_ = PASSES[options.pass_]
-    if options.threads is not None and options.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {options.threads}")
-    if options.stop_after is not None and options.stop_after <= 0:
+    if options.stop_after is not None and not options.stop_after > 0:
         raise ValueError(f"--stop-after must be positive, got {options.stop_after}")
     if options.quick and options.full:
         raise ValueError("--quick and --full exclude each other; leave one out")
@@ -157,6 +161,8 @@ def _check(options: argparse.Namespace) -> None:
         if part in options.parts:
             device = "cuda" if options.device == "cpu" else "cpu"
             raise ValueError(f"part {part} belongs to the device {device}; leave it out or use --device {device}")
+    if options.profile is not None or options.trace is not None:
+        _check_profile(options)
     default = OPS + EXTRAS + (ON_REQUEST if options.full else ())
     options.parts = options.parts or [part for part in default if part not in elsewhere]
     options.size = options.size or [STANDARD]
@@ -164,17 +170,21 @@ def _check(options: argparse.Namespace) -> None:
         for op in OPS:
             if op in options.parts:
                 size_of(size, op)
-    for name in ("output", "csv", "trace"):
+    for name, kind in {"threads": thread_count, "output": new_file, "csv": new_file, "trace": new_file}.items():
         try:
-            if path := getattr(options, name):
-                new_file(path)
+            if (given := getattr(options, name)) is not None:
+                setattr(options, name, kind(given))
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"--{name}: {error}") from None
 
 
-def _refuse(message: str) -> int:
-    print(f"benchmarks: {message}", file=sys.stderr)
-    return 2
+def _check_profile(options: argparse.Namespace) -> None:
+    """Only ops run between the marks of profilers, and nothing is measured beside them."""
+    if other := [part for part in options.parts if part not in OPS]:
+        raise ValueError(f"--profile and --trace run one op, not the part {other[0]}; leave it out")
+    for name in ("backend", "output", "csv", "compare", "stream", "stop_after", "quick", "full", "no_compile"):
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} does not go with --profile or --trace; leave it out")
 
 
 if __name__ == "__main__":

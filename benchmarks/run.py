@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     """
     began = time.perf_counter()
     default = [name for name in DEVICE_BACKENDS[options.device] if name != "reference" or not options.quick]
-    backends = tuple(options.backend or default)
+    backends = tuple(dict.fromkeys(options.backend or default))
     for backend in backends:
         if backend not in backend_names():
             raise ValueError(f"unknown backend {backend!r}; use {', '.join(backend_names())}")
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(str(error)) from error
     for op, size, _, pass_ in _groups(options):
         check_memory(problem_of(op), size, options.device, pass_)
-    old = results.load(options.compare) if options.compare else None
+    old = tables.load(options.compare) if options.compare else None
     if options.threads:
         torch.set_num_threads(options.threads)
 
@@ -90,13 +90,13 @@ def run(options: argparse.Namespace) -> int:
 
     if old:
         comparison.mark_unstable(old, result)
-    print(tables.markdown(result))
-    if old:
-        print(comparison.markdown(old, result))
     if options.output:
         results.save(result, options.output)
     if options.csv:
         results.save_csv(result, options.csv)
+    print(tables.markdown(result))
+    if old:
+        print(comparison.markdown(old, result))
     return status_of(result)
 
 
@@ -159,10 +159,10 @@ def _groups(options: argparse.Namespace) -> Iterator[tuple]:
     """(op, size, dtype, pass) of every group timed op by op."""
     for op in OPS:
         if op in options.parts:
-            for size in options.size:
+            for size in dict.fromkeys(size_of(text, op) for text in options.size):  # presets can be the same for an op
                 for dtype in options.dtype:
                     for pass_ in options.pass_:
-                        yield op, size_of(size, op), getattr(torch, dtype), pass_
+                        yield op, size, getattr(torch, dtype), pass_
 
 
 def _rows_with_instruction_set(name: str, options: argparse.Namespace) -> list[dict]:

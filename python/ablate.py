@@ -26,11 +26,11 @@ import re
 import sys
 from pathlib import Path
 
-from command_line.arguments import positive
 from command_line.failures import exit_status, importing
 
 PACKAGES = "'deco_kernels[train]' matplotlib scikit-learn"
 with importing(PACKAGES):
+    from deco_kernels.command_line import positive
     from deco_kernels.machine import keep_heap
     from images.photographs import readable, shipped_photographs
 

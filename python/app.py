@@ -12,8 +12,10 @@ import socket
 import sys
 from pathlib import Path
 
-from command_line.arguments import image_size, positive, thread_count
-from command_line.failures import exit_status, out_of_memory
+from command_line.failures import exit_status, importing, out_of_memory
+
+with importing("'deco_kernels[app]'"):
+    from deco_kernels.command_line import image_size, positive, thread_count
 
 SAMPLER_OPTIONS = ("solver", "steps", "guidance", "guidance_interval", "shift")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from command_line.arguments import positive
 from deco_kernels import machine
+from deco_kernels.command_line import positive
 from deco_kernels.ops import registry
 from demonstration.contenders import (
     FULL,

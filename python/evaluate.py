@@ -17,10 +17,10 @@ import json
 import sys
 from pathlib import Path
 
-from command_line.arguments import positive, thread_count
 from command_line.failures import exit_status, importing
 
 with importing("'deco_kernels[evaluation]'"):
+    from deco_kernels.command_line import positive, thread_count
     from deco_kernels.model.checkpoint_file import complete_or_absent
     from evaluation.extractor import INCEPTION, Extractor
     from evaluation.features import features_of

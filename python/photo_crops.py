@@ -13,12 +13,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from command_line.arguments import positive
 from command_line.failures import exit_status, importing
 
 with importing("torch numpy pillow scikit-learn"):
     from PIL import Image
 
+    from deco_kernels.command_line import positive
     from images.photographs import readable, shipped_photographs
 
 SIDES = (96, 256)  # smallest and largest side of a crop

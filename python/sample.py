@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from command_line.arguments import natural
 from command_line.failures import exit_status, importing, out_of_memory
 
 with importing("torch numpy pillow tqdm"):
@@ -28,6 +27,7 @@ with importing("torch numpy pillow tqdm"):
     from tqdm import tqdm
 
     from deco_kernels import flow, model
+    from deco_kernels.command_line import natural
     from deco_kernels.training.images import to_pixels
     from sampling import layouts, trunk_steps
     from sampling.folder import ANIMATIONS, SampleFolder, recorded_settings

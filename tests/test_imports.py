@@ -15,7 +15,7 @@ ORDER = (
     ("deco_kernels.flow",),
     ("deco_kernels.testing", "deco_kernels.integrations"),
     ("deco_kernels.training", "deco_kernels.__main__"),
-    ("benchmarks.names", "benchmarks.arguments"),
+    ("benchmarks.names",),
     ("benchmarks.ops",),
     ("benchmarks.harness",),
     ("benchmarks.report",),

@@ -18,11 +18,14 @@ def header(device: str) -> dict:
 
 def command(arguments: list[str]) -> str:
     """Command line that repeats the measurement, without the files that it read and wrote."""
-    kept = list(arguments)
-    for option in ("--output", "--compare"):
-        while option in kept:
-            index = kept.index(option)
-            del kept[index : index + 2]
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        option, given, _ = word.partition("=")
+        if option not in ("--output", "--csv", "--compare"):
+            kept.append(word)
+        elif not given:
+            next(words)
     return " ".join(["python -m benchmarks", *kept])
 
 

@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import signal
 import subprocess
 import sys
 
@@ -39,8 +40,9 @@ def measure_memory(op: str, batch: int, device: str, dtype: str, backends: tuple
         answer = subprocess.run(command, env=default_heap(), capture_output=True, text=True, check=False)
         row = {"op": op, "pixels": Size(batch=batch).pixels, "dtype": dtype, "contender": contender}
         if answer.returncode:
-            lines = answer.stderr.strip().splitlines()
-            rows.append(row | {"status": "unavailable", "reason": lines[-1] if lines else "the process was killed"})
+            lines = answer.stderr.strip().splitlines() or [f"the process ended with status {answer.returncode}"]
+            killed = answer.returncode == -signal.SIGKILL  # as the system does where memory runs out
+            rows.append(row | {"status": "unavailable" if killed else "failed", "reason": lines[-1]})
         else:
             rows.append(row | json.loads(answer.stdout))
     return rows

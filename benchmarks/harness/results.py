@@ -1,8 +1,10 @@
 """Result files: one JSON object, described in docs/benchmarks.md."""
 
+import contextlib
 import csv
 import json
 import os
+from collections.abc import Iterator
 
 FORMAT = 1
 LISTS = ("rows", "memory", "overhead", "scaling", "end_to_end", "kernels", "left_out")
@@ -22,24 +24,51 @@ def load(path: str) -> dict:
     Raises:
         OSError: the file cannot be read. ValueError: it is not a result of this format.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
-            result = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
+    result = read(path)
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise ValueError(f"{path}: not a result of `python -m benchmarks --output` (format {FORMAT})")
     return _empty_parts() | result
 
 
+def read(path: str) -> object:
+    """The content of a JSON file. Raises OSError, or ValueError that names the file."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as error:  # also of the encoding
+            raise ValueError(f"{path}: not a JSON file ({error})") from error
+
+
+@contextlib.contextmanager
+def fields_of(path: str, command: str) -> Iterator[None]:
+    """Around what uses the fields of a file: ValueError that names it and the command that writes such files, if one
+    is missing or of another kind."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: not a result of `{command}`, or of another version ({what})") from error
+
+
 def save(result: dict, path: str) -> None:
-    """Writes the file atomically, so that an interrupted run leaves the last complete state. Omits empty parts."""
-    kept = {name: part for name, part in result.items() if part or name not in _empty_parts()}
+    """Writes the result of a run without its empty parts."""
+    write({name: part for name, part in result.items() if part or name not in _empty_parts()}, path)
+
+
+def write(result: dict, path: str) -> None:
+    """Writes the file atomically, so that an interrupted run leaves the last complete state."""
     partial = f"{path}.partial"
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump(kept, file, indent=1)
+        json.dump(result, file, indent=1)
         file.write("\n")
     os.replace(partial, path)
+
+
+def publish(result: dict, text: str, path: str | None) -> None:
+    """Writes the result of a command, if a file is named, and prints its report."""
+    if path:
+        write(result, path)
+    print(text)
 
 
 def save_csv(result: dict, path: str) -> None:

@@ -55,8 +55,9 @@ def interleaved(
     """Milliseconds per call of every contender, interleaved.
 
     Each round times every contender once and starts with a different one. The argument of a call is the number of calls
-    so far, which selects the buffer. Rounds continue until `budget_s` is spent. Two unmeasured rounds warm up first;
-    only one on a CPU if it takes longer than `budget_s`. With `asleep`, a GPU sleeps while the host enqueues a call.
+    so far, which selects the buffer. Rounds continue until `budget_s` is spent: at least `min_rounds`, and from then on
+    up to `max_rounds` in all. Two unmeasured rounds warm up first; only one on a CPU if it takes longer than
+    `budget_s`. With `asleep`, a GPU sleeps while the host enqueues a call.
     """
     counter = 0
 
@@ -80,7 +81,7 @@ def interleaved(
     repeats = [max(1, math.ceil(_SHORTEST_MS / max(each, 1e-3))) for each in warm]
     times: list[list[float]] = [[] for _ in calls]
     deadline = time.perf_counter() + budget_s
-    for round_ in range(max_rounds):
+    for round_ in range(max(min_rounds, max_rounds)):
         if round_ >= min_rounds and time.perf_counter() > deadline:
             break
         for turn in range(len(calls)):

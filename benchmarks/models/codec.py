@@ -11,11 +11,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import new_file, positive
+from benchmarks.harness import results
 from benchmarks.harness.header import header
 from benchmarks.harness.measure import statistics_of
 from benchmarks.harness.timing import interleaved
@@ -23,6 +22,7 @@ from benchmarks.harness.verification import SEED
 from benchmarks.names import BEST_EAGER, DTYPES, PUBLISHED
 from benchmarks.report.markdown import table
 from deco_kernels import model, testing
+from deco_kernels.command_line import new_file, positive, thread_count
 from deco_kernels.machine import default_heap, keep_heap, peak_bytes, reset_peak
 from deco_kernels.signatures import OPS
 from deco_kernels.testing.published_model import CodLiteDecoder
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--size", action="append", choices=SIZES, help="repeatable (default: all)")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable (default: float32, bfloat16)")
-    parser.add_argument("--threads", type=positive, default=2, metavar="N", help="PyTorch threads (default: 2)")
+    parser.add_argument("--threads", type=thread_count, default=2, metavar="N", help="PyTorch threads (default: 2)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="timed rounds (default: 5)")
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument("--output", type=new_file, metavar="FILE.json", help="write the result to this file")
@@ -64,9 +64,7 @@ def main(arguments: list[str]) -> int:
     in_order = sorted(sizes, key=ALONE.__contains__, reverse=True)  # before the heap of this process has grown
     rows = [row for size in in_order for dtype in dtypes for row in measure(size, dtype, names, options)]
     result = {"header": header("cpu"), "rows": rows}
-    print(report(result))
-    if options.output:
-        Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    results.publish(result, report(result), options.output)
     return 0
 
 
@@ -193,13 +191,13 @@ def growth(name: str, height: int, width: int, dtype: torch.dtype) -> int:
 def elsewhere(measured: str, name: str, size: str, dtype: str, options: argparse.Namespace) -> str:
     """What a new process, on the C library's default heap, prints with `--growth NAME` or `--times NAME`.
 
-    Raises RuntimeError with its error if it fails.
+    Raises OSError with its error if it fails.
     """
     command = [sys.executable, "-m", "benchmarks", "codec", f"--{measured}", name, "--size", size, "--dtype", dtype]
     command += ["--threads", str(options.threads), "--rounds", str(options.rounds)]
     answer = subprocess.run(command, env=default_heap(), capture_output=True, text=True, check=False)
     if answer.returncode:
-        raise RuntimeError(f"codec: {measured} of {name}: not measured: {answer.stderr.strip() or 'it was killed'}")
+        raise OSError(f"codec: {measured} of {name}: not measured: {answer.stderr.strip() or 'it was killed'}")
     return answer.stdout
 
 
@@ -209,7 +207,6 @@ def report(result: dict) -> str:
     rows = []
     for row in result["rows"]:
         base = published[row["size"], row["dtype"]]
-        memory = "" if "growth_bytes" not in row else f"{row['growth_bytes'] / MIB:.0f} MiB"
         cells = [row["size"], row["dtype"], row["contender"], f"{row['ms']:.0f} ms", f"{base['ms'] / row['ms']:.2f} x"]
-        rows.append([*cells, memory])
+        rows.append([*cells, f"{row['growth_bytes'] / MIB:.0f} MiB"])
     return table(["frame", "activations", "contender", "time", "gain", "memory growth"], rows)

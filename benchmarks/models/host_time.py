@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.arguments import positive
+from deco_kernels.command_line import positive
 
 HERE = Path(__file__).resolve().parents[2]
 
@@ -111,7 +111,7 @@ def in_process(checkout: Path, samples: int) -> dict[str, float]:
     lines = subprocess.run(command, cwd=checkout, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     answer = json.loads(lines[-1])
     if Path(answer["package"]).parents[1] != checkout:
-        raise RuntimeError(f"expected the package of {checkout}, got {answer['package']}; the checkout must hold it")
+        raise ValueError(f"expected the package of {checkout}, got {answer['package']}; the checkout must hold it")
     return answer["ms"]
 
 

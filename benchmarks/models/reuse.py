@@ -8,12 +8,11 @@ contenders with a compiled trunk.
 import argparse
 import copy
 import json
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.arguments import new_file, positive
+from benchmarks.harness import results
 from benchmarks.harness.header import header
 from benchmarks.harness.measure import statistics_of
 from benchmarks.harness.timing import interleaved
@@ -21,6 +20,7 @@ from benchmarks.harness.verification import SEED
 from benchmarks.models.end_to_end import GUIDANCE, fill_zeros, with_parts
 from benchmarks.names import DTYPES, PUBLISHED
 from deco_kernels import flow, model
+from deco_kernels.command_line import new_file, positive, thread_count
 from deco_kernels.machine import keep_heap
 from deco_kernels.testing import published
 
@@ -44,12 +44,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--preset", default="deco-l/16", help="class-to-image model (default: %(default)s)")
     parser.add_argument("--size", type=positive, default=256, metavar="N", help="image side (default: 256)")
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="images (default: 1)")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="Euler steps (default: 10)")
+    parser.add_argument("--steps", type=positive, default=10, metavar="N", help="Euler steps (default: 10)")
     parser.add_argument("--trunk-steps", type=int, default=5, metavar="K", help="steps with the trunk (default: 5)")
     parser.add_argument("--compile-trunk", action="store_true", help="time the fused ones with a compiled trunk, too")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     parser.add_argument(
-        "--threads", type=positive, default=2, metavar="N", help="PyTorch threads on the CPU (default: 2)"
+        "--threads", type=thread_count, default=2, metavar="N", help="PyTorch threads on the CPU (default: 2)"
     )
     parser.add_argument("--rounds", type=positive, default=7, metavar="N", help="timed rounds (default: 7)")
     parser.add_argument("--stream", action="store_true", help="print every row as a line of JSON")
@@ -69,10 +69,7 @@ def main(arguments: list[str]) -> int:
         parser.error(" ".join(str(error).split()))
     for row in rows if options.stream else ():
         print(json.dumps({"benchmark": "reuse"} | row), flush=True)
-    print(table(rows))
-    if options.output:
-        result = {"header": header(options.device), "rows": rows}
-        Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    results.publish({"header": header(options.device), "rows": rows}, table(rows), options.output)
     return 0
 
 

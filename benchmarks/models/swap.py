@@ -6,7 +6,6 @@
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import subprocess
@@ -16,12 +15,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from benchmarks.arguments import new_file, positive
+from benchmarks.harness import results
 from benchmarks.harness.header import header
 from benchmarks.harness.measure import statistics_of
 from benchmarks.harness.timing import interleaved
 from benchmarks.report.markdown import table
 from deco_kernels import flow, ops
+from deco_kernels.command_line import new_file, positive, thread_count
 from deco_kernels.integrations import swap_decoder
 from deco_kernels.machine import default_heap, keep_heap, peak_bytes, reset_peak
 from deco_kernels.testing.published import losses as published_losses
@@ -31,6 +31,7 @@ PARTS = ("times", "memory", "losses")
 EAGER, FUSED = "published", "swapped"
 GUIDANCE = 3.2
 SEED = 0
+ULP = 2.0**-23  # relative rounding of float32; smaller differences of losses count as this one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,12 +194,13 @@ def measure_losses(recipe: Recipe, steps: int, threads: int) -> dict[str, list[f
 def differences(losses: dict[str, list[float]]) -> dict[str, float]:
     """Largest relative differences from the published model over the steps: of the swapped model, and of the published
     model on one thread."""
-    (_, published), (_, swapped), (_, single) = losses.items()
+    published, swapped, single = losses.values()
+    return {"swapped": largest_difference(swapped, published), "threads": largest_difference(single, published)}
 
-    def largest(other):
-        return max(abs(one - two) / abs(two) for one, two in zip(other, published, strict=True))
 
-    return {"swapped": largest(swapped), "threads": largest(single)}
+def largest_difference(losses: list[float], others: list[float]) -> float:
+    """Largest relative difference over the steps."""
+    return max(abs(one - other) / abs(other) for one, other in zip(losses, others, strict=True))
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -207,12 +209,13 @@ def differences(losses: dict[str, list[float]]) -> dict[str, float]:
 def markdown(result: dict) -> str:
     """Tables of all measured parts, and of the targets."""
     parts = [_times_table(result), _memory_table(result), _losses_table(result), targets_table(result)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part for part in parts if part)
 
 
 def _ms(result: dict, pass_: str, part: str, contender: str) -> float:
     keys = {"pass": pass_, "part": part, "contender": contender}
-    return next(row["ms"] for row in result["times"]["rows"] if keys.items() <= row.items())
+    (row,) = (row for row in result["times"]["rows"] if keys.items() <= row.items())
+    return row["ms"]
 
 
 def _times_table(result: dict) -> str:
@@ -259,60 +262,54 @@ def _losses_table(result: dict) -> str:
 def targets_table(result: dict) -> str:
     """Targets, measured values, and whether each target is met."""
     lines = []
-
-    def line(what, target, reached, text, kept):
-        lines.append([what, target, text.format(reached), "yes" if kept else "no"])
-
     if "times" in result:
         ratio = _ms(result, "training step", "whole", EAGER) / _ms(result, "training step", "whole", FUSED)
-        line("time of a training step, published over swapped", "≥ 1.5 x", ratio, "{:.2f} x", ratio >= 1.5)
+        lines.append(("time of a training step, published over swapped", "≥ 1.5 x", ratio, ratio >= 1.5))
     if "memory" in result:
         eager, fused = (row["growth_bytes"] for row in result["memory"]["rows"])
-        line("peak memory of a training step, swapped over published", "≤ 0.5 x", fused / eager, "{:.2f} x",
-             fused / eager <= 0.5)  # fmt: skip
+        lines.append(
+            ("peak memory of a training step, swapped over published", "≤ 0.5 x", fused / eager, fused / eager <= 0.5)
+        )
     if "losses" in result:
         found = differences(result["losses"]["losses"])
-        ratio = found["swapped"] / found["threads"]
-        line("difference of losses, swapped over one thread", "≤ 3 x", ratio, "{:.2f} x", ratio <= 3)
-    return table(["what", "target", "reached", "met"], lines)
+        ratio = found["swapped"] / max(found["threads"], ULP)
+        lines.append(("difference of losses, swapped over one thread", "≤ 3 x", ratio, ratio <= 3))
+    cells = [[what, target, f"{reached:.2f} x", "yes" if met else "no"] for what, target, reached, met in lines]
+    return table(["what", "target", "reached", "met"], cells)
 
 
 # --- program ---------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str]) -> int:
-    options = _parser().parse_args(arguments)
-    try:
-        if options.show:
-            print(markdown(_load(options.show)), end="")
-            return 0
-        result = {"recipe": dataclasses.asdict(Recipe())}
-        if options.output and os.path.exists(options.output):
-            result = _load(options.output)
-    except (OSError, ValueError) as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.show:
+        print(markdown(_load(options.show)))
+        return 0
+    parts, recipe = options.parts or PARTS, dataclasses.asdict(Recipe())
+    if "losses" in parts and options.threads == 1:
+        parser.error("--threads: losses are compared with those on one thread; expected at least 2, got 1")
+    result = {"recipe": recipe}
+    if options.output and os.path.exists(options.output):
+        result = _load(options.output)
+        if result["recipe"] != recipe:
+            parser.error(f"--output: {options.output} has parts of the recipe {result['recipe']}; name another file")
     keep_heap("-m", "benchmarks", "swap", *arguments)
     torch.set_num_threads(options.threads)
-    for part in options.parts or PARTS:
+    for part in parts:
         result[part] = {"header": header("cpu")} | _measure(part, options)
-    print(markdown(result), end="")
-    if options.output:
-        with open(options.output, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
+    results.publish(result, markdown(result), options.output)
     return 0
 
 
 def _load(path: str) -> dict:
     """Loads an earlier result. Raises OSError or ValueError."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            result = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(result, dict) or "recipe" not in result:
-        raise ValueError(f"{path}: not a result of `python -m benchmarks swap --output`")
+    result = results.read(path)
+    with results.fields_of(path, "python -m benchmarks swap --output"):
+        if "recipe" not in result:
+            raise KeyError("recipe")
+        markdown(result)
     return result
 
 
@@ -328,7 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks swap", description=__doc__.split("\n")[0])
     parts = ", ".join(PARTS)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=f"{parts} (default: all)")
-    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--threads", type=thread_count, default=2, help="CPU threads (default 2)")
     parser.add_argument("--steps", type=positive, default=200, help="training steps for the losses (default 200)")
     parser.add_argument("--seconds", type=positive, default=30, help="timing budget after warm-up (default 30)")
     parser.add_argument(

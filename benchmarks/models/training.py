@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import new_file, positive
+from benchmarks.harness import results
 from benchmarks.harness.header import header
+from deco_kernels.command_line import new_file, positive, thread_count
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = 10  # steps between two records; the first record includes the loader's startup and is dropped
@@ -26,17 +27,15 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks training", description="Times data loading of the small recipe on the CPU."
     )
-    parser.add_argument("--steps", type=int, default=100, metavar="N", help="training steps (default: 100)")
-    parser.add_argument("--threads", type=positive, default=2, metavar="N", help="PyTorch threads (default: 2)")
+    parser.add_argument("--steps", type=positive, default=100, metavar="N", help="training steps (default: 100)")
+    parser.add_argument("--threads", type=thread_count, default=2, metavar="N", help="PyTorch threads (default: 2)")
     parser.add_argument("--output", type=new_file, metavar="FILE.json", help="write the result to this file")
     options = parser.parse_args(arguments)
     if options.steps < 2 * EVERY:
         parser.error(f"--steps: expected at least {2 * EVERY}, got {options.steps}")
     torch.set_num_threads(options.threads)
     result = {"header": header("cpu"), "rows": [_measure(options.steps)]}
-    print(table(result))
-    if options.output:
-        Path(options.output).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    results.publish(result, table(result), options.output)
     return 0
 
 

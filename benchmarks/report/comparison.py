@@ -10,8 +10,8 @@ _MACHINE = ("processor", "gpu", "threads", "instruction_set", "kept_heap", "torc
 def moved(old: dict, new: dict) -> tuple[list[tuple[dict, dict]], int]:
     """Pairs (old row, new row) whose ranges from the 20th to the 80th percentile do not overlap, and the number of rows
     compared."""
-    before = {_key(row): row for row in _timed(old)}
-    pairs = [(before[_key(row)], row) for row in _timed(new) if _key(row) in before]
+    before = {key_of(row): row for row in _timed(old)}
+    pairs = [(before[key_of(row)], row) for row in _timed(new) if key_of(row) in before]
     return [pair for pair in pairs if _apart(*pair)], len(pairs)
 
 
@@ -20,9 +20,9 @@ def mark_unstable(old: dict, new: dict) -> None:
     commit = new["header"].get("commit")
     if commit is None or commit.endswith("-dirty") or commit != old["header"].get("commit"):
         return
-    before = {_key(row): row for row in _timed(old)}
+    before = {key_of(row): row for row in _timed(old)}
     for row in _timed(new):
-        was = before.get(_key(row))
+        was = before.get(key_of(row))
         if was and abs(row["ms"] / was["ms"] - 1) > AGREEMENT:
             row["unstable"] = True
 
@@ -55,7 +55,8 @@ def _timed(result: dict) -> list[dict]:
     return [row for row in result["rows"] if row["status"] == "ok"]
 
 
-def _key(row: dict) -> tuple:
+def key_of(row: dict) -> tuple:
+    """What a row measures."""
     return (*(row[key] for key in _KEYS), tuple(row["size"].items()))
 
 

@@ -1,10 +1,19 @@
 """A result as Markdown."""
 
+from benchmarks.harness import results
 from benchmarks.names import BACKWARD_ALONE, PUBLISHED, TRAINING
 from benchmarks.report import parts
 from benchmarks.report.markdown import ratio, refusal_of, section, size_text, table, title_of
 from benchmarks.report.rows import eager_medians, groups, memory_cases, share_of_ceiling
 from benchmarks.report.targets import targets_in
+
+
+def load(path: str) -> dict:
+    """A result that a report can be made of. Raises OSError, or ValueError that names the file."""
+    result = results.load(path)
+    with results.fields_of(path, "python -m benchmarks --output"):
+        markdown(result)
+    return result
 
 
 def markdown(result: dict) -> str:

@@ -1,1 +1,1 @@
-"""Argument types and error handling shared by the programs."""
+"""Error handling shared by the programs."""

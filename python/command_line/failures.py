@@ -25,6 +25,9 @@ def importing(packages: str) -> Iterator[None]:
 def exit_status(run: Callable[[], None], debug: bool = False, interrupted: str = "interrupted") -> int:
     """Runs `run` and returns the exit status: 0; 2 if it raises an expected error, printed as one line to stderr
     (re-raised with `debug`); 130 after Ctrl-C, with the line `interrupted`. Warnings are printed as one line too."""
+    from deco_kernels.command_line import print_any_text  # inside, as this module reports that the package is missing
+
+    print_any_text()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from command_line.arguments import image_size, natural, positive, thread_count
 from deco_kernels import flow, model
+from deco_kernels.command_line import image_size, natural, positive, thread_count
 from deco_kernels.files import kind_at
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

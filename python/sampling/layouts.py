@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from command_line.arguments import positive
+from deco_kernels.command_line import positive
 from deco_kernels.files import kind_at
 from deco_kernels.training.images import as_grid
 from sampling.folder import SampleFolder, write_once

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from command_line.arguments import positive
 from deco_kernels import flow
+from deco_kernels.command_line import positive
 from deco_kernels.files import kind_at
 from sampling.inputs import Condition, Conditioner, noise_of
 

@@ -57,18 +57,23 @@ def test_help(command, called):
         (["--size", "Q=3"], "expected SYMBOL=positive integer"),
         (["--size", "H=60,W=60"], "H and W must be divisible by p=16"),
         (["flow_matching_loss", "--size", "C=4"], "the losses are for C=3 channels"),
-        (["--threads", "0"], "--threads must be at least 1"),
+        (["--threads", "0"], "--threads: expected a positive integer, got '0'"),
+        (["--threads", "100000"], "--threads: expected at most 1024 threads, got '100000'"),
         (["avx2", "--device", "cuda"], "part avx2 belongs to the device cpu"),
         (["kernels"], "part kernels belongs to the device cuda"),
         (["--avx2", "--device", "cuda"], "--avx2 is for the device cpu"),
         (["--avx2", "--default-heap"], "--avx2 and --default-heap exclude each other"),
         (["--quick", "--full"], "--quick and --full exclude each other"),
         (["--stop-after", "-1"], "--stop-after must be positive"),
+        (["--stop-after", "nan"], "--stop-after must be positive, got nan"),
         (["--compare", "no_such_file.json"], "No such file"),
         (["pixel_decoder", "--size", "B=100000"], "choose a smaller B, H or W"),
         (["--output", "no/such/folder/result.json"], "does not exist"),
-        (["--csv", "."], "--csv: expected the name of a file, found the folder .; name a file in it"),
+        (["--csv", "."], "--csv: expected the name of a file, got the name of a folder: .; name a file"),
         (["adaln_block", "--trace", "trace.json"], "--trace takes one group, these options select 4"),
+        (["adaln_block", "--size", "standard", "--size", "sample-256", "--trace", "trace.json"], "options select 4"),
+        (["memory", "--profile"], "--profile and --trace run one op, not the part memory; leave it out"),
+        (["adaln_block", "--trace", "trace.json", "--csv", "rows.csv"], "--csv does not go with --profile or --trace"),
         (["adaln_block", "--profile", "gpu"], "--profile: unknown contender 'gpu' of adaln_block; use published"),
         (["adaln_block", "--profile", "cuda"], "its kernels run on NVIDIA GPUs"),
         (["report", "no_such_file.json"], "No such file"),
@@ -83,12 +88,27 @@ def test_bad_input_is_one_line(arguments, expected, called):
     assert expected in errors
 
 
+@pytest.mark.parametrize("options", ("report", "import --quick --compare", "swap --show", "fused_losses --show"))
+@pytest.mark.parametrize("content", (b'{"format": 1, "header": {}, "recipe": {}, "times": {}, "losses": {}}', b"\xff"))
+def test_a_file_of_another_form_is_named(options, content, tmp_path, called):
+    path = tmp_path / "result.json"
+    path.write_bytes(content)
+    status, output, errors = called(*options.split(), str(path))
+    assert status == 2 and output == "" and errors.startswith(f"benchmarks: {path}: not a ")
+
+
+def test_a_locale_that_lacks_characters_gets_others():
+    command = [sys.executable, "-m", "benchmarks", "report", "tests/benchmarks/result.json"]
+    answer = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True)
+    assert answer.returncode == 0 and b"| ? 3.6 x |" in answer.stdout
+
+
 COMMANDS_WITH_OUTPUT = [name for name in command_line.COMMANDS if name not in ("host_time", "report")]
 
 
 @pytest.mark.parametrize("command", COMMANDS_WITH_OUTPUT)
 def test_a_command_checks_its_file_before_it_measures(command, called):
-    for path, said in (("no/such/folder/a.json", "does not exist; create it first"), (".", "name a file in it")):
+    for path, said in (("no/such/folder/a.json", "does not exist; create it first"), (".", "; name a file")):
         status, output, errors = called(command, "--output", path)
         assert status == 2 and output == "" and said in errors
 

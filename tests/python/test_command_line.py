@@ -1,5 +1,6 @@
 """Messages and exit statuses of failing programs."""
 
+import io
 import subprocess
 import sys
 import warnings
@@ -67,3 +68,10 @@ def test_warnings_take_one_line(capsys):
     shown = warnings.showwarning
     assert exit_status(lambda: warnings.warn("lake.jpg is left out", stacklevel=1)) == 0
     assert capsys.readouterr().err == "warning: lake.jpg is left out\n" and warnings.showwarning is shown
+
+
+def test_a_locale_that_lacks_characters_gets_others(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert exit_status(lambda: print("32 samples of 64²", flush=True)) == 0
+    assert stdout.buffer.getvalue() == b"32 samples of 64?\n"

@@ -18,6 +18,15 @@ def test_contenders():
     assert memory.contenders_in("pixel_decoder_loss_from_tokens", BACKENDS) == [*two_ops, "cpu"]
 
 
+@pytest.mark.parametrize("code, said, status", [(1, "a\nb", "failed"), (-11, "", "failed"), (-9, "", "unavailable")])
+def test_a_contender_that_fails_is_not_called_unavailable(monkeypatch, code, said, status):
+    """Unless the system killed it, as where memory runs out."""
+    answer = subprocess.CompletedProcess([], code, "", said)
+    monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: answer)
+    for row in memory.measure_memory("pixel_decoder", 8, "cpu", "float32", ("cpu",), 1):
+        assert row["status"] == status and row["reason"] == ("b" if said else f"the process ended with status {code}")
+
+
 GROWTH = """
 import sys, torch
 from benchmarks.harness import memory

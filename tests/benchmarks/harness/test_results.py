@@ -55,8 +55,8 @@ def test_runs_are_put_together(stored):
 
 
 def test_the_header_tells_how_to_repeat_the_run():
-    arguments = ["adaln_block", "--threads", "2", "--output", "folder/result.json", "--compare", "old.json", "--quick"]
-    assert command(arguments) == "python -m benchmarks adaln_block --threads 2 --quick"
+    files = ["--output", "folder/result.json", "--compare=old.json", "--csv", "rows.csv"]
+    assert command(["adaln_block", *files, "--threads=2"]) == "python -m benchmarks adaln_block --threads=2"
 
 
 def test_nothing_moved(stored):
@@ -105,7 +105,21 @@ def test_another_machine_is_named(stored):
 
 def test_report_compares_and_merges(stored, tmp_path, capsys):
     old, both = tmp_path / "old.json", tmp_path / "both.json"
-    results.save(slowed(stored, 2.0), str(old))
+    in_float16 = [row | {"dtype": "float16"} for row in stored["rows"]]
+    results.save(slowed(stored, 2.0) | {"rows": in_float16}, str(old))
     assert report_program.main([str(STORED), str(old), "--compare", str(old), "--merged", str(both)]) == 0
     assert "rows moved beyond the spread" in capsys.readouterr().out
     assert len(results.load(both)["rows"]) == 2 * len(stored["rows"])
+
+
+def test_ratios_are_those_of_one_run(stored, tmp_path):
+    """A report merges neither machines nor the same row of two runs."""
+    again, elsewhere = tmp_path / "again.json", tmp_path / "elsewhere.json"
+    results.save(slowed(stored, 2.0), str(again))
+    results.save(stored | {"rows": [], "header": stored["header"] | {"threads": 64}}, str(elsewhere))
+    for other, said in (
+        (again, "rows that an earlier file holds, such as pixel_decoder"),
+        (elsewhere, "the threads of"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            report_program.main([str(STORED), str(other)])

@@ -38,6 +38,11 @@ def test_long_calls_warm_up_once(monkeypatch):
     assert len(counts) == 1 + 2
 
 
+def test_as_many_rounds_as_asked_for(monkeypatch):
+    monkeypatch.setattr("benchmarks.harness.timing.milliseconds", lambda call, device, asleep_s=0.0: 5.0)
+    assert len(interleaved([print], "cpu", budget_s=0.0, min_rounds=120)[0]) == 120
+
+
 def test_rotating_buffers_exceed_the_cache():
     cache = last_level_cache("cpu")
     for bytes_each in (1000, cache // 5, cache, 10 * cache):

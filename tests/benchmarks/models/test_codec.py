@@ -101,7 +101,7 @@ def test_large_frames_are_timed_in_processes_of_their_own(monkeypatch):
 def test_large_frames_come_first(monkeypatch, capsys):
     """The heap of this process does not shrink, and those of its children need the memory."""
     sizes = []
-    row = {"contender": "published", "ms": 1.0}
+    row = {"contender": "published", "ms": 1.0, "growth_bytes": 1}
     monkeypatch.setattr(codec, "SIZES", {"1920x1024": (40, 48), "3840x2160": (48, 64)})
     monkeypatch.setattr(
         codec, "measure", lambda size, dtype, *_: sizes.append(size) or [row | {"size": size, "dtype": dtype}]
@@ -112,7 +112,7 @@ def test_large_frames_come_first(monkeypatch, capsys):
 
 def test_a_failed_process_is_named(monkeypatch):
     monkeypatch.setattr(codec.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, -9, "", ""))
-    with pytest.raises(RuntimeError, match="codec: times of published: not measured: it was killed"):
+    with pytest.raises(OSError, match="codec: times of published: not measured: it was killed"):
         codec.elsewhere("times", "published", "1920x1024", "float32", argparse.Namespace(rounds=1, threads=1))
 
 

@@ -62,6 +62,18 @@ def test_a_published_formulation_that_is_not_finite_allows_nothing(monkeypatch):
     assert {row["contender"] for row in rows if row["status"] == "wrong"} == {PUBLISHED, "reference"}
 
 
+def test_a_published_formulation_that_fails_allows_nothing(monkeypatch):
+    def sample(workload, contender):
+        if contender.name == PUBLISHED and workload.autocast_dtype:
+            raise RuntimeError("not in bfloat16")
+        return whole(workload, contender)
+
+    whole = Workload.sample
+    monkeypatch.setattr(Workload, "sample", sample)
+    rows = measure_end_to_end(SAMPLE, torch.bfloat16, OPTIONS)
+    assert {row["contender"]: row["status"] for row in rows} == {PUBLISHED: "failed", "reference": "wrong", LIMIT: "ok"}
+
+
 def test_the_contenders_share_one_set_of_parameters():
     workload = Workload(TRAIN, torch.float32, "cpu")
     contenders = workload.contenders(("reference",), compiled=False)

@@ -49,21 +49,27 @@ def test_times_of_every_part():
     assert "| training step |" in text and "decoder's share, sampling" in text
 
 
+def test_equal_losses_have_no_difference():
+    losses = dict.fromkeys("abc", [2.0, 1.0])
+    assert "| 0.00 x | yes |" in swap.targets_table({"losses": {"losses": losses}})
+
+
 def test_bad_arguments(capsys, tmp_path):
-    for arguments in (["speed"], ["--threads", "0"], ["--steps", "many"]):
+    other, recipe = tmp_path / "other.json", tmp_path / "recipe.json"
+    other.write_text("[]")
+    recipe.write_text('{"recipe": {"batch": 1}}')
+    for arguments, said in (
+        (["speed"], "invalid choice: 'speed'"),
+        (["--threads", "0"], "expected a positive integer"),
+        (["losses", "--threads", "1"], "expected at least 2, got 1"),
+        (["--output", str(recipe)], "has parts of the recipe {'batch': 1}"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             swap.main(arguments)
-        assert stopped.value.code == 2
-    assert "invalid choice: 'speed'" in capsys.readouterr().err
-    other = tmp_path / "other.json"
-    other.write_text("[]")
-    for arguments, said in (
-        (["--show", str(tmp_path / "absent.json")], "No such file"),
-        (["--show", str(other)], "not a result of"),
-        (["--output", str(other)], "not a result of"),
-    ):
-        assert swap.main(arguments) == 2
-        assert said in capsys.readouterr().err
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+    for option in ("--show", "--output"):
+        with pytest.raises(ValueError, match=r"other\.json: not a result of"):
+            swap.main([option, str(other)])
 
 
 def test_the_page_shows_the_committed_result(capsys):

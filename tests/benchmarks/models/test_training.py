@@ -1,4 +1,4 @@
-"""The documented figures of data loading match the committed result, and the program runs."""
+"""The documented figures of data loading match the committed result."""
 
 import json
 from pathlib import Path
