@@ -67,14 +67,35 @@ def place_of(module: str) -> tuple[int, str]:
     return max(holding, key=lambda place: len(place[1]), default=(-1, ""))
 
 
-def test_nothing_imports_upward():
+def upward_imports() -> list[str]:
     upward = []
     for importer in MODULES:
         for module, _ in imports_of(importer):
             (from_level, from_package), (level, package) = place_of(importer), place_of(module)
             if from_package != package and from_level <= level:
                 upward.append(f"{importer} imports {module}")
-    assert not upward
+    return upward
+
+
+def test_nothing_imports_upward():
+    assert not upward_imports()
+
+
+def test_an_upward_import_is_found(tmp_path, monkeypatch):
+    """Also between packages on one line, inside functions and from programs; downward imports are none."""
+    planted = {
+        "deco_kernels.ops.planted": "from deco_kernels import native\ndef f(): from deco_kernels.model import deco\n",
+        "deco_kernels.testing.planted": "import deco_kernels.integrations.swap\n",
+        "benchmarks.planted": "import demo\nfrom python import demo\n",
+    }
+    for name, text in planted.items():
+        (tmp_path / name).write_text(text)
+        monkeypatch.setitem(MODULES, name, tmp_path / name)
+    assert upward_imports() == [
+        "deco_kernels.ops.planted imports deco_kernels.model.deco",
+        "deco_kernels.testing.planted imports deco_kernels.integrations.swap",
+        "benchmarks.planted imports python.demo",
+    ]
 
 
 def test_no_circle():
