@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from deco_kernels import ops
-from deco_kernels.integrations.fused_forward import FusedForward
+from deco_kernels.integrations.fused_forward import FusedForward, refuse_odd_size, remove_methods
 from deco_kernels.model.pixel_decoder import fold_head_norm, fold_query_features
 
 
@@ -90,6 +90,9 @@ class ConditionedForward:
     def forward(self, *inputs: Any, **options: Any) -> Any:
         try:
             return type(self.model).forward(self.model, *inputs, **options)
+        except RuntimeError as error:
+            refuse_odd_size(error, self.fused, (*inputs, *options.values()))
+            raise
         finally:
             self.fused.call.cond = None
 
@@ -102,5 +105,4 @@ def attach_forward(model: nn.Module, fused: FusedForwardWithFeatures) -> None:
 
 def detach_forward(model: nn.Module) -> None:
     """Remove what `attach_forward` has added to the model."""
-    if isinstance(getattr(vars(model).get("forward"), "__self__", None), ConditionedForward):
-        del model.forward
+    remove_methods(model, ConditionedForward, "forward")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -156,6 +156,27 @@ class FusedForward:
 
     def head_weight(self) -> torch.Tensor:
         return self.parts.head.weight
+
+
+def refuse_odd_size(error: RuntimeError, fused: FusedForward, inputs: Iterable[object]) -> None:
+    """Raise ValueError in place of an error of the model's forward if its image is not whole patches.
+
+    The image is the first of `inputs` of four dimensions. A forward that pads the image itself raises none.
+    """
+    p = fused.parts.patch_size
+    shape = next((x.shape for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 4), None)
+    if type(error) is RuntimeError and shape is not None and (shape[2] % p or shape[3] % p):
+        raise ValueError(
+            f"x: expected an image [B, C, H, W] with H and W multiples of {p}, the patch size, got {list(shape)}; crop "
+            "or pad the image"
+        ) from error
+
+
+def remove_methods(model: nn.Module, owner: type, *names: str) -> None:
+    """Remove those of the model's own attributes `names` that are methods of an `owner`."""
+    for name in names:
+        if isinstance(getattr(vars(model).get(name), "__self__", None), owner):
+            delattr(model, name)
 
 
 def _places(root: str, top: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deco_kernels.integrations.fused_forward import FusedForward, without_gradients
+from deco_kernels.integrations.fused_forward import FusedForward, remove_methods, without_gradients
 from deco_kernels.model.patches import from_patches, to_patches
 
 
@@ -66,7 +66,9 @@ class SwappedHalves:
         """
         p = self.fused.parts.patch_size
         if x.dim() != 4 or x.shape[2] % p or x.shape[3] % p:
-            raise ValueError(f"x: expected an image [B, C, H, W], H and W multiples of {p}, got {list(x.shape)}")
+            raise ValueError(
+                f"x: expected an image [B, C, H, W], H and W multiples of {p}, got {list(x.shape)}; crop or pad it"
+            )
         expected = [x.shape[0], x.shape[2] * x.shape[3] // p**2, self.fused.parts.up.in_features]
         if list(tokens.shape) != expected:
             raise ValueError(
@@ -150,6 +152,4 @@ def attach_halves(model: nn.Module, fused: FusedForward) -> None:
 
 def detach_halves(model: nn.Module) -> None:
     """Remove what `attach_halves` has added to the model."""
-    for name in ("encode", "decode"):
-        if isinstance(getattr(vars(model).get(name), "__self__", None), SwappedHalves):
-            delattr(model, name)
+    remove_methods(model, SwappedHalves, "encode", "decode")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deco_kernels.integrations.fused_forward import FusedForward, without_gradients
+from deco_kernels.integrations.fused_forward import FusedForward, refuse_odd_size, remove_methods, without_gradients
 from deco_kernels.integrations.halves import difference_around_decoder
 from deco_kernels.model.pixel_decoder import Losses, TrainingLoss, awaits_output, other_backend
 
@@ -39,7 +39,8 @@ class SwappedLosses:
 
         Raises:
             TypeError: a `loss` of another type, or an image that is given by name.
-            ValueError: `loss` for a model with an `unfused_reason`.
+            ValueError: `loss` for a model with an `unfused_reason`, or the model's own forward fails for an image that
+                is not whole patches.
         """
         if loss is None:
             return self._own(*inputs, **options)
@@ -87,7 +88,11 @@ class SwappedLosses:
         return None
 
     def _own(self, *inputs: Any, **options: Any) -> Any:
-        return type(self.model).forward(self.model, *inputs, **options)
+        try:
+            return type(self.model).forward(self.model, *inputs, **options)
+        except RuntimeError as error:
+            refuse_odd_size(error, self.fused, (*inputs, *options.values()))
+            raise
 
     @without_gradients()
     def _difference(self, x: torch.Tensor, *inputs: Any, **options: Any) -> tuple[str, str] | None:
@@ -123,6 +128,4 @@ def attach_losses(model: nn.Module, fused: FusedForward) -> None:
 
 def detach_losses(model: nn.Module) -> None:
     """Remove what `attach_losses` has added to the model."""
-    for name in ("forward", "unfused_reason"):
-        if isinstance(getattr(vars(model).get(name), "__self__", None), SwappedLosses):
-            delattr(model, name)
+    remove_methods(model, SwappedLosses, "forward", "unfused_reason")

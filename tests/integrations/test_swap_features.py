@@ -118,6 +118,13 @@ def test_the_features_are_not_computed():
     assert seen == [(12, 16, 3)]
 
 
+def test_an_image_that_is_not_whole_patches_is_named():
+    net, (image, tokens, cond) = randomized(CodLiteDecoder(**SIZES)), random_inputs()
+    swap_decoder(net)
+    with pytest.raises(ValueError, match=r"x: expected .* multiples of 4, the patch size, got \[2, 3, 8, 14\]; crop"):
+        net(torch.cat((image, image[..., :2]), dim=-1), tokens, cond)
+
+
 def test_the_decoder_net_needs_a_condition():
     net, (image, tokens, cond) = randomized(CodLiteDecoder(**SIZES)), random_inputs()
     swap_decoder(net)
