@@ -19,6 +19,9 @@ ACTIVATION = "has the activation dtype"
 MATMUL = "rounded to the activation dtype"  # before use, as eager autocast does
 KEPT = "keeps its value"
 
+BLOCK = 8
+"""Side of the losses' blocks. Backends compute decoder and loss in one pass for patches that hold whole ones."""
+
 
 class UpsampleWeights(NamedTuple):
     """Upsample linear from a token to its pixels; row k·D + d belongs to channel d of pixel k."""

@@ -7,9 +7,9 @@ import torch
 from benchmarks.ops.problem import Operands, Outputs, Problem, Shapes, Tensors
 from benchmarks.ops.sizes import Size
 from deco_kernels import ops
+from deco_kernels.signatures import BLOCK
 from deco_kernels.testing import published
 
-BLOCK = 8
 FREQUENCY_SCALE = 1.0
 
 

@@ -11,12 +11,9 @@ from types import ModuleType
 import torch
 
 from deco_kernels.backends.arguments import Gradients, Losses, empty_kept_gradients, kept_like
-from deco_kernels.signatures import PixelDecoderLoss
+from deco_kernels.signatures import BLOCK, PixelDecoderLoss
 
 _log = logging.getLogger("deco_kernels")
-
-BLOCK = 8
-"""Side of the 8x8 blocks of the loss: backends compute both in one pass for patches that hold whole ones."""
 
 
 class Composition:

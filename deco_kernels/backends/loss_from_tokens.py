@@ -12,10 +12,9 @@ import torch
 from deco_kernels.backends import arguments
 from deco_kernels.backends.arguments import Gradients, Losses
 from deco_kernels.backends.chunks import ImageChunk
-from deco_kernels.backends.composition import BLOCK
 from deco_kernels.backends.query import ChunkedQuery
 from deco_kernels.backends.upsample import UpsampleGradients, upsample_chunks
-from deco_kernels.signatures import PixelDecoderLoss, PixelDecoderLossFromTokens, mapped
+from deco_kernels.signatures import BLOCK, PixelDecoderLoss, PixelDecoderLossFromTokens, mapped
 
 OP = "pixel_decoder_loss_from_tokens"
 

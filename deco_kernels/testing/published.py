@@ -19,7 +19,7 @@ from deco_kernels.backends.reference.common import constant
 from deco_kernels.flow.objective import Objective
 from deco_kernels.model.deco import DeCo
 from deco_kernels.model.pixel_decoder import PixelDecoder, TrainingLoss, upsample
-from deco_kernels.signatures import OPS
+from deco_kernels.signatures import BLOCK, OPS
 
 EPS = 1e-6  # of LayerNorm, the default of the ops
 POSITION_FEATURES = 64
@@ -105,7 +105,7 @@ def _dct(image: torch.Tensor) -> torch.Tensor:
         [weights[0] * red + weights[1] * green + weights[2] * blue for weights in reference.RGB_TO_YCBCR], dim=1
     )
     height, width = image.shape[-2:]
-    side = reference.BLOCK
+    side = BLOCK
     ycbcr = F.pad(ycbcr, (0, -width % side, 0, -height % side), mode="reflect")
     blocks = ycbcr.unflatten(-1, (-1, side)).unflatten(-3, (-1, side)).transpose(-2, -3)
     dct = constant(reference.DCT, image)

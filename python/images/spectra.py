@@ -2,7 +2,8 @@
 
 import torch
 
-from deco_kernels.backends.reference.flow_matching_loss import BLOCK, block_dct, block_dct_ycbcr
+from deco_kernels.backends.reference.flow_matching_loss import block_dct, block_dct_ycbcr
+from deco_kernels.signatures import BLOCK
 
 
 def zigzag() -> list[tuple[int, int]]:

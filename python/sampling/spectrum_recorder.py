@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from deco_kernels import flow, model
-from deco_kernels.backends.reference.flow_matching_loss import BLOCK
 from deco_kernels.model.patches import from_patches
 from deco_kernels.model.pixel_decoder import upsample
+from deco_kernels.signatures import BLOCK
 from images.spectra import energies
 
 SIGNALS = ("dit_output", "velocity")

@@ -7,7 +7,7 @@ from deco_kernels import BackendUnavailable, ops, testing
 from deco_kernels.testing import emulation
 from tests.golden_files import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, golden_cases, load_golden
 from tests.ops import test_flow_matching_loss as losses
-from tests.ops.cases import BF16, CASES, F16, F32, Case, small_inputs
+from tests.ops.cases import BF16, CASES, F16, F32, Case, aligned, offset, small_inputs, transposed
 
 pytestmark = pytest.mark.emulate
 
@@ -127,33 +127,18 @@ def test_losses_and_image_gradients_do_not_depend_on_the_device(emulated, size):
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 
-def _wider(tensor):
-    """A slice of a wider tensor; rows still start at multiples of 16 bytes."""
-    wider = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 8), torch.nan, dtype=tensor.dtype)
-    return wider[..., : tensor.shape[-1]].copy_(tensor)
-
-
-def _unaligned(tensor):
-    storage = torch.full((tensor.numel() + 3,), torch.nan, dtype=tensor.dtype)
-    return storage[3:].view(tensor.shape).copy_(tensor)
-
-
-def _transposed(tensor):
-    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
 def _channels_last(tensor):
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
 @each_path
-@pytest.mark.parametrize("view", [_wider, _unaligned, _transposed, _channels_last])
+@pytest.mark.parametrize("view", [aligned, offset, transposed, _channels_last])
 @pytest.mark.parametrize("name", ["pred", "target"])
 def test_loss_of_views(emulated, size, view, name):
     inputs = testing.random_inputs("flow_matching_loss", dtype=BF16, image_size=size)
     viewed = inputs._replace(tensors=inputs.tensors | {name: view(inputs.tensors[name])})
     results, expected = testing.run(viewed, BACKEND), testing.run(inputs, BACKEND)
-    if view is _wider or size[1] % 8:
+    if view is aligned or size[1] % 8:
         assert_same_bits(results, expected)
     else:
         assert_close(results, expected)  # pixel and frequency gradient are added in another order
@@ -164,7 +149,7 @@ def test_loss_of_expanded_images_and_strided_weights(emulated, size):
     inputs = testing.random_inputs("flow_matching_loss", dtype=BF16, image_size=size)
     tensors = dict(inputs.tensors)
     tensors["pred"] = tensors["pred"][:1].expand_as(tensors["pred"])
-    tensors["frequency_weight"] = _transposed(tensors["frequency_weight"])
+    tensors["frequency_weight"] = transposed(tensors["frequency_weight"])
     tensors["sample_weight"] = torch.stack([tensors["sample_weight"]] * 2, 1)[:, 0]
     expanded = inputs._replace(tensors=tensors)
     contiguous = inputs._replace(tensors={name: tensor.contiguous() for name, tensor in tensors.items()})

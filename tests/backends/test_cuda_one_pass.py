@@ -4,17 +4,18 @@ import pytest
 import torch
 
 from deco_kernels import ops, testing
-from deco_kernels.backends import chunk_sizes, composition
+from deco_kernels.backends import chunk_sizes
+from deco_kernels.signatures import BLOCK
 from deco_kernels.testing import emulation
 from tests.backends import test_cuda_ops as cuda_ops
 from tests.ops import test_pixel_decoder_loss as one_pass
-from tests.ops.cases import BF16, DECODER_LOSS_CASES, F16, F32, small_inputs
+from tests.ops.cases import BF16, DECODER_LOSS_CASES, F16, F32, gradients_one_by_one, small_inputs
 
 pytestmark = pytest.mark.emulate
 
 OP, BACKEND = one_pass.OP, emulation.BACKEND
 SHARED = [c._replace(query=None, head_norm="layer") for c in DECODER_LOSS_CASES if c.dtype is not F32]
-FAST = [case for case in SHARED if case.patch_size >= composition.BLOCK and case.width <= 32]
+FAST = [case for case in SHARED if case.patch_size >= BLOCK and case.width <= 32]
 EXTENDED = ((BF16, 32, 16), (BF16, 32, 4))  # dtype, D, p of cases that get a query and an RMS head: one pass, two ops
 OF_A_CHUNK = ["pixel_decoder_keeping_forward", "flow_matching_loss_gradient_and_sums", "pixel_decoder_head"]
 
@@ -114,12 +115,9 @@ def test_other_dtypes_of_the_images(emulated):
 def test_only_the_gradients_asked_for(emulated):
     inputs = cuda_ops.extended_inputs(OP, BF16, depth=1)
     expected = testing.run(inputs, BACKEND).gradients
-    for wanted in ("image", "cond", "query", "target", "fc1_weight", "head_bias", "frequency_weight", "sample_weight"):
-        leaves = {name: t.detach().requires_grad_(name == wanted) for name, t in inputs.tensors.items()}
-        total, *_ = ops.pixel_decoder_loss(**leaves, **inputs.options, backend=BACKEND)
-        total.backward(inputs.grad_outputs[0])
-        assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [wanted]
-        assert torch.equal(leaves[wanted].grad, expected[wanted]), wanted
+    names = ("image", "cond", "query", "target", "fc1_weight", "head_bias", "frequency_weight", "sample_weight")
+    for name, gradient in gradients_one_by_one(inputs, BACKEND, names):
+        assert torch.equal(gradient, expected[name]), name
 
 
 def test_launches_with_and_without_gradients(emulated):

@@ -13,7 +13,18 @@ from deco_kernels.testing import emulation
 from tests.golden_files import golden_cases
 from tests.ops import test_equal_rows as equal_rows
 from tests.ops import test_query
-from tests.ops.cases import BF16, CASES, DECODER_CASES, F16, F32, small_inputs, uncovered_pairs
+from tests.ops.cases import (
+    BF16,
+    CASES,
+    DECODER_CASES,
+    F16,
+    F32,
+    aligned,
+    gradients_one_by_one,
+    offset,
+    small_inputs,
+    uncovered_pairs,
+)
 
 pytestmark = pytest.mark.emulate
 
@@ -135,24 +146,12 @@ def test_the_order_of_warps_does_not_matter(emulated, op, dtype):
     assert_equal(*results)
 
 
-def _padded(tensor):
-    """Unit last stride, larger strides elsewhere: a slice of a wider tensor."""
-    wider = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 8), torch.nan, dtype=tensor.dtype)
-    return wider[..., : tensor.shape[-1]].copy_(tensor)
-
-
-def _offset(tensor):
-    """Rows that start in the middle of a 16-byte word."""
-    storage = torch.full((tensor.numel() + 3,), torch.nan, dtype=tensor.dtype)
-    return storage[3:].view(tensor.shape).copy_(tensor)
-
-
 def _reversed_dimensions(tensor):
     order = tuple(range(tensor.dim()))[::-1]
     return tensor.permute(order).contiguous().permute(order)
 
 
-VIEWS = (_padded, _offset, _reversed_dimensions)
+VIEWS = (aligned, offset, _reversed_dimensions)
 
 
 @each_op
@@ -187,7 +186,7 @@ def test_hooks_may_move_the_kept_condition(emulated, op):
     inputs = small_inputs(op, BF16, width=16, depth=1)
     inputs = inputs._replace(options=inputs.options | {"save_memory": False})
     expected = testing.run(inputs, BACKEND)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, _offset):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, offset):
         assert_equal(testing.run(inputs, BACKEND), expected)
 
 
@@ -232,14 +231,8 @@ def test_empty_batch(emulated, op, poisoned_memory):
 def test_only_the_gradients_asked_for(emulated, op):
     inputs = extended_inputs(op, BF16, depth=1)
     expected = testing.run(inputs, BACKEND).gradients
-    for wanted in inputs.tensors:
-        leaves = {name: t.detach().requires_grad_(name == wanted) for name, t in inputs.tensors.items()}
-        outputs = getattr(ops, op)(**leaves, **inputs.options, backend=BACKEND)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [pair for pair in zip(outputs, inputs.grad_outputs, strict=True) if pair[0].requires_grad]
-        torch.autograd.backward(*zip(*pairs, strict=True))
-        assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [wanted]
-        assert torch.equal(leaves[wanted].grad, expected[wanted]), wanted
+    for name, gradient in gradients_one_by_one(inputs, BACKEND, inputs.tensors):
+        assert torch.equal(gradient, expected[name]), name
 
 
 @each_op

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from deco_kernels import ops, testing
+from deco_kernels import testing
 from deco_kernels.backends import chunk_sizes
 from tests.interpreted import INTERPRETED
 from tests.ops import test_backends as shared
 from tests.ops import test_pixel_decoder_loss as one_pass
-from tests.ops.cases import BF16, F16, F32, Case, small_inputs, transposed
+from tests.ops.cases import BF16, F16, F32, Case, gradients_one_by_one, small_inputs, transposed
 
 pytestmark = INTERPRETED
 
@@ -87,12 +87,9 @@ def test_nan_propagates():
 def test_only_the_gradients_asked_for():
     inputs = small_inputs(OP, BF16, width=16, depth=1, query="given", head_norm="rms")
     expected = testing.run(inputs, "triton").gradients
-    for wanted in ("image", "cond", "query", "target", "fc1_weight", "frequency_weight", "sample_weight"):
-        leaves = {name: t.detach().requires_grad_(name == wanted) for name, t in inputs.tensors.items()}
-        total, *_ = ops.pixel_decoder_loss(**leaves, **inputs.options, backend="triton")
-        total.backward(inputs.grad_outputs[0])
-        assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [wanted]
-        assert torch.equal(leaves[wanted].grad, expected[wanted]), wanted
+    names = ("image", "cond", "query", "target", "fc1_weight", "frequency_weight", "sample_weight")
+    for name, gradient in gradients_one_by_one(inputs, "triton", names):
+        assert torch.equal(gradient, expected[name]), name
 
 
 def test_losses_without_gradients(monkeypatch):

@@ -1,13 +1,13 @@
 """Shared list of cases for every op, backend and instruction set of this machine."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations, product
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from deco_kernels import native, testing
+from deco_kernels import native, ops, testing
 from deco_kernels.testing.inputs import KEEPS_COND, ONE_PASS
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -34,10 +34,15 @@ def offset(tensor: torch.Tensor) -> torch.Tensor:
     return storage[3:].view(tensor.shape).copy_(tensor)
 
 
-def padded(tensor: torch.Tensor) -> torch.Tensor:
+def padded(tensor: torch.Tensor, columns: int = 5) -> torch.Tensor:
     """Unit last stride, larger strides elsewhere: a slice of a wider tensor."""
-    wider = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), torch.nan, dtype=tensor.dtype)
+    wider = torch.full((*tensor.shape[:-1], tensor.shape[-1] + columns), torch.nan, dtype=tensor.dtype)
     return wider[..., : tensor.shape[-1]].copy_(tensor)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`padded`, with rows that still start at multiples of 16 bytes."""
+    return padded(tensor, 8)
 
 
 def channels_last(tensor: torch.Tensor) -> torch.Tensor:
@@ -221,6 +226,18 @@ def differentiable(outputs: tuple, grad_outputs: tuple) -> tuple[tuple, tuple]:
     """The outputs that have gradients, and those of `grad_outputs`."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return tuple(zip(*[p for p in zip(outputs, grad_outputs, strict=True) if p[0].requires_grad], strict=True))
+
+
+def gradients_one_by_one(
+    inputs: testing.Inputs, backend: str, names: Iterable[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, gradient) for each of the tensors `names`, which alone asks for one; no other tensor may get one."""
+    for wanted in names:
+        leaves = {name: t.detach().requires_grad_(name == wanted) for name, t in inputs.tensors.items()}
+        outputs = getattr(ops, inputs.op)(**leaves, **inputs.options, backend=backend)
+        torch.autograd.backward(*differentiable(outputs, inputs.grad_outputs))
+        assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [wanted]
+        yield wanted, leaves[wanted].grad
 
 
 def small_inputs(op: str, dtype: torch.dtype = F32, **changes) -> testing.Inputs:

@@ -18,6 +18,7 @@ from tests.ops.cases import (
     OPS_ON_IMPLEMENTATIONS,
     Case,
     channels_last,
+    gradients_one_by_one,
     in_layout,
     offset,
     padded,
@@ -148,14 +149,8 @@ def test_nan_and_inf_propagate(implementation, op, value):
 def test_only_the_gradients_asked_for(implementation, op, **sizes):
     inputs = small_inputs(op, **sizes)
     expected = testing.run(inputs, implementation).gradients
-    for wanted in inputs.tensors:
-        leaves = {n: t.detach().requires_grad_(n == wanted) for n, t in inputs.tensors.items()}
-        outputs = getattr(ops, op)(**leaves, **inputs.options, backend=implementation)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [pair for pair in zip(outputs, inputs.grad_outputs, strict=True) if pair[0].requires_grad]
-        torch.autograd.backward(*zip(*pairs, strict=True))
-        assert [n for n, leaf in leaves.items() if leaf.grad is not None] == [wanted]
-        assert testing.relative_error(leaves[wanted].grad, expected[wanted]) <= 1e-6
+    for name, gradient in gradients_one_by_one(inputs, implementation, inputs.tensors):
+        assert testing.relative_error(gradient, expected[name]) <= 1e-6
 
 
 @each_backend

@@ -10,9 +10,9 @@ import torch
 from deco_kernels import native
 from deco_kernels.backends import arguments
 from deco_kernels.backends.arguments import Gradients, Losses
-from deco_kernels.backends.composition import BLOCK, Composition
+from deco_kernels.backends.composition import Composition
 from deco_kernels.backends.cpu import flow_matching_loss, pixel_decoder
-from deco_kernels.signatures import PixelDecoderLoss, flat
+from deco_kernels.signatures import BLOCK, PixelDecoderLoss, flat
 
 _composition = Composition("cpu", pixel_decoder, flow_matching_loss)
 

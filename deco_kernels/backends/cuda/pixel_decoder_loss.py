@@ -10,14 +10,13 @@ import torch
 from deco_kernels.backends import arguments, chunk_sizes
 from deco_kernels.backends.arguments import Gradients, Losses
 from deco_kernels.backends.composition import (
-    BLOCK,
     Composition,
     empty_one_pass_gradients,
     gradient_scale,
     unscaled,
 )
 from deco_kernels.backends.cuda import calls, flow_matching_loss, pixel_decoder
-from deco_kernels.signatures import PixelDecoderLoss, flat
+from deco_kernels.signatures import BLOCK, PixelDecoderLoss, flat
 
 _composition = Composition("cuda", pixel_decoder, flow_matching_loss)
 

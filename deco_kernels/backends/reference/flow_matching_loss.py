@@ -10,9 +10,8 @@ from torch import Tensor
 
 from deco_kernels.backends.arguments import Gradients
 from deco_kernels.backends.reference.common import compute_dtype, constant, differentiate
-from deco_kernels.signatures import Loss, grouped
+from deco_kernels.signatures import BLOCK, Loss, grouped
 
-BLOCK = 8
 RGB_TO_YCBCR = (
     (0.299, 0.587, 0.114),
     (-0.168736, -0.331264, 0.5),

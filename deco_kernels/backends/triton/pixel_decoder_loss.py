@@ -23,13 +23,12 @@ from deco_kernels.backends import chunk_sizes
 from deco_kernels.backends.arguments import Gradients, Losses, zeroed
 from deco_kernels.backends.chunks import ImageChunk, image_chunks
 from deco_kernels.backends.composition import (
-    BLOCK,
     Composition,
     empty_one_pass_gradients,
     gradient_scale,
     unscaled,
 )
-from deco_kernels.signatures import PixelDecoderLoss
+from deco_kernels.signatures import BLOCK, PixelDecoderLoss
 
 from . import flow_matching_loss, pixel_decoder
 from .flow_matching_loss import LossCall, grad_frequency_weight, grad_sample_weight, no_losses
