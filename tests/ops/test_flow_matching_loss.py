@@ -1,8 +1,11 @@
 """Tests specific to the losses: golden tensors, Parseval, padding, separate losses, loss scaling, JPEG tables."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deco_kernels import ops, testing
 from deco_kernels.backends.reference import flow_matching_loss as formulas
@@ -25,6 +28,37 @@ def gradients(inputs, implementation, combine):
     losses = ops.flow_matching_loss(**leaves, **inputs.options, backend=implementation)
     found = torch.autograd.grad(combine(*losses), list(leaves.values()), allow_unused=True)
     return dict(zip(leaves, found, strict=True))
+
+
+class OperatorNames(TorchDispatchMode):
+    """Collects the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.found.add(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+# Of PyTorch's list of operators that raise on a GPU under torch.use_deterministic_algorithms(True).
+RAISING = re.compile(
+    "reflection_pad.*_backward|upsample_.*_backward|cumsum|scatter_reduce|put_|index_put.*|grid_sampl.*"
+)
+
+
+def test_the_reference_runs_with_deterministic_algorithms():
+    """Also for images that are padded. What F.pad runs is found."""
+    inputs = random_loss_inputs()
+    with OperatorNames() as names:
+        formulas.forward(**inputs.tensors, **inputs.options)
+        formulas.backward(*inputs.grad_outputs, *inputs.tensors.values(), *inputs.options.values(), [True] * 4)
+    assert "mm" in names.found or "bmm" in names.found
+    assert not list(filter(RAISING.fullmatch, names.found))
+    with OperatorNames() as names:
+        F.pad(inputs.tensors["pred"].requires_grad_(), (0, 2, 0, 3), mode="reflect").sum().backward()
+    assert list(filter(RAISING.fullmatch, names.found)) == ["reflection_pad2d_backward"]
 
 
 # --- golden tensors --------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deco_kernels.backends.arguments import Gradients
@@ -29,11 +28,18 @@ DCT = tuple(
 """Orthonormal 8-point DCT-II, [frequency, sample]."""
 
 
+def padded_by_reflection(planes: Tensor) -> Tensor:
+    """[B, C, H, W] reflected at bottom and right to multiples of 8; F.pad has no deterministic gradient on GPUs."""
+    for axis in (-2, -1):
+        size = planes.shape[axis]
+        if missing := -size % BLOCK:
+            planes = torch.cat((planes, planes.narrow(axis, size - 1 - missing, missing).flip(axis)), axis)
+    return planes
+
+
 def block_dct(planes: Tensor) -> Tensor:
     """[B, C, H, W] -> DCT coefficients [B, C, ceil(H/8), ceil(W/8), 8, 8] of every plane, row = vertical frequency."""
-    height, width = planes.shape[-2:]
-    padded = F.pad(planes, (0, -width % BLOCK, 0, -height % BLOCK), mode="reflect")
-    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK)).transpose(-2, -3)
+    blocks = padded_by_reflection(planes).unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK)).transpose(-2, -3)
     dct = constant(DCT, planes)
     return dct @ blocks @ dct.T
 
