@@ -61,7 +61,9 @@ def run(options: argparse.Namespace) -> None:
     sets = {"samples": samples, **({} if reference.images is None else {"reference": reference.images})}
     for name, images in sets.items():
         if len(images) < LEAST_IMAGES:
-            raise ValueError(f"{name}: expected at least {LEAST_IMAGES} images, got {len(images)} in {images.path}")
+            raise ValueError(
+                f"{name}: expected at least {LEAST_IMAGES} images, got {len(images)} in {images.path}; give more images"
+            )
         if len(images) < COMPARABLE:
             print(
                 f"warning: {len(images)} {name}: FID and recall of fewer than {COMPARABLE:,} are biased",

@@ -58,10 +58,13 @@ def choose_trunk_steps(
         TypeError, ValueError: as `Sampler` does.
     """
     if measure not in MEASURES:
-        raise ValueError(f"measure: expected one of {list(MEASURES)}, got {measure!r}")
+        raise ValueError(f"measure: expected one of {list(MEASURES)}, got {measure!r}; choose one of them")
     times = timesteps(steps, settings.get("shift", 1.0))
     if isinstance(trunk_steps, bool) or not isinstance(trunk_steps, int):
-        raise TypeError(f"trunk_steps: expected an int, got {type(trunk_steps).__name__}")
+        raise TypeError(
+            f"trunk_steps: expected an int, got {type(trunk_steps).__name__}; "
+            "pass the number of steps that run the trunk"
+        )
     count = len(resolve_trunk_steps(trunk_steps, times))
     sampler = Sampler(model, steps=steps, trunk_steps=range(steps), **settings | {"cuda_graph": False})
     recorder = _Recorder(sampler.model)

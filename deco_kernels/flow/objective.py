@@ -33,10 +33,11 @@ def drop_labels(
     probability outside [0, 1] and for a null_label of another shape.
     """
     if not 0 <= probability <= 1:
-        raise ValueError(f"probability: expected a number from 0 to 1, got {probability}")
+        raise ValueError(f"probability: expected a number from 0 to 1, got {probability}; choose one in this range")
     if isinstance(null_label, torch.Tensor) and null_label.shape != y.shape[1:]:
         raise ValueError(
-            f"null_label: expected the shape of one condition, {list(y.shape[1:])}, got {list(null_label.shape)}"
+            f"null_label: expected the shape of one condition, {list(y.shape[1:])}, got {list(null_label.shape)}; "
+            "pass one condition without the batch"
         )
     device = y.device if generator is None else generator.device
     dropped = torch.rand(len(y), generator=generator, device=device).to(y.device) < probability
@@ -98,14 +99,16 @@ class Objective(nn.Module):
         super().__init__()
         require_tensors(frequency_weight=frequency_weight)
         if not 0 <= label_dropout <= 1:
-            raise ValueError(f"label_dropout: expected a number from 0 to 1, got {label_dropout}")
+            raise ValueError(
+                f"label_dropout: expected a number from 0 to 1, got {label_dropout}; choose one in this range"
+            )
         if label_dropout and null_label is None:
             raise ValueError(
                 "null_label: expected the label of the null class or the features of the empty prompt when "
                 "label_dropout > 0, got None; pass model.null_label or encoder.empty_prompt"
             )
         if not isinstance(fused, (bool, type(None))):
-            raise TypeError(f"fused: expected None, True or False, got {fused!r}")
+            raise TypeError(f"fused: expected None, True or False, got {fused!r}; pass one of them")
         if backend is not None:
             check_backend_name(backend)
         sample_time(0, distribution=distribution, shift=shift, device="cpu")  # checks both

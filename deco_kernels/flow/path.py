@@ -25,9 +25,14 @@ def interpolate(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[
         ValueError: shapes that do not match.
     """
     if noise.shape != x.shape:
-        raise ValueError(f"noise: expected the shape of x {tuple(x.shape)}, got {tuple(noise.shape)}")
+        raise ValueError(
+            f"noise: expected the shape of x {tuple(x.shape)}, got {tuple(noise.shape)}; "
+            "draw it with torch.randn_like(x)"
+        )
     if t.shape != x.shape[:1]:
-        raise ValueError(f"t: expected shape ({x.shape[0]},) like the batch of x, got {tuple(t.shape)}")
+        raise ValueError(
+            f"t: expected shape ({x.shape[0]},) like the batch of x, got {tuple(t.shape)}; pass one time per image"
+        )
     t = t.reshape(-1, *[1] * (x.dim() - 1))
     return t * x + (1 - t) * noise, x - noise
 
@@ -38,7 +43,7 @@ def shift_time(t: torch.Tensor, shift: float) -> torch.Tensor:
     Raises ValueError unless shift is positive and finite.
     """
     if not 0 < shift < float("inf"):
-        raise ValueError(f"shift: expected a positive finite number, got {shift}")
+        raise ValueError(f"shift: expected a positive finite number, got {shift}; choose one, such as 1")
     return t / (t + (1 - t) * shift)
 
 
@@ -62,7 +67,9 @@ def sample_time(
         ValueError: an unknown distribution, or a shift that is not positive and finite.
     """
     if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution: expected one of {list(DISTRIBUTIONS)}, got {distribution!r}")
+        raise ValueError(
+            f"distribution: expected one of {list(DISTRIBUTIONS)}, got {distribution!r}; choose one of them"
+        )
     draw_device = device if generator is None else generator.device
     if distribution == "lognormal":
         t = torch.randn(batch, generator=generator, device=draw_device, dtype=torch.float32).sigmoid()

@@ -92,7 +92,10 @@ class DinoV2Teacher:
                 "download it elsewhere and pass its folder; to train without alignment, set its weight to 0"
             ) from error
         if self.model.config.patch_size != TEACHER_PATCH_SIZE:
-            raise ValueError(f"teacher: expected patch size 14, got {self.model.config.patch_size} in {name!r}")
+            raise ValueError(
+                f"teacher: expected patch size 14, got {self.model.config.patch_size} in {name!r}; "
+                "give a DINOv2 with this patch size"
+            )
         self.width, self.patch_size = self.model.config.hidden_size, patch_size
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

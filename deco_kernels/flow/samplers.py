@@ -31,9 +31,9 @@ def timesteps(steps: int, shift: float = 1.0) -> torch.Tensor:
     Raises TypeError or ValueError unless steps is an integer of at least 1.
     """
     if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps: expected an int, got {type(steps).__name__}")
+        raise TypeError(f"steps: expected an int, got {type(steps).__name__}; pass an integer")
     if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
+        raise ValueError(f"steps: expected at least 1, got {steps}; pass 1 or more")
     times = torch.linspace(0, 1 - 1 / steps, steps, dtype=torch.float32, device="cpu")
     return shift_time(torch.cat((times, times.new_ones(1))), shift)
 
@@ -69,9 +69,14 @@ class _GuidedVelocity:
     def _call(self, x: torch.Tensor, at: int, cond: torch.Tensor) -> torch.Tensor:
         v = self.velocity(x, self.times[at].expand(len(x)), cond)
         if not isinstance(v, torch.Tensor):
-            raise TypeError(f"velocity: expected it to return a tensor, got {type(v).__name__}")
+            raise TypeError(
+                f"velocity: expected it to return a tensor, got {type(v).__name__}; return the velocity alone"
+            )
         if v.shape != x.shape:
-            raise ValueError(f"velocity: expected it to return the shape of x {tuple(x.shape)}, got {tuple(v.shape)}")
+            raise ValueError(
+                f"velocity: expected it to return the shape of x {tuple(x.shape)}, got {tuple(v.shape)}; "
+                "return one value per value of x"
+            )
         return v
 
 
@@ -199,15 +204,19 @@ def _check_settings(
 ) -> torch.Tensor:
     """Check the settings of `sample` and return its times; raises TypeError or ValueError."""
     if solver not in SOLVERS:
-        raise ValueError(f"solver: expected one of {sorted(SOLVERS)}, got {solver!r}")
+        raise ValueError(f"solver: expected one of {sorted(SOLVERS)}, got {solver!r}; choose one of them")
     if isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
-        raise TypeError(f"guidance: expected a number, got {type(guidance).__name__}")
+        raise TypeError(f"guidance: expected a number, got {type(guidance).__name__}; pass one")
     if not -float("inf") < guidance < float("inf"):
-        raise ValueError(f"guidance: expected a finite number, got {guidance}")
+        raise ValueError(f"guidance: expected a finite number, got {guidance}; pass one")
     if not isinstance(interval, (tuple, list)) or not all(isinstance(end, (int, float)) for end in interval):
-        raise TypeError(f"guidance_interval: expected a pair of numbers (lo, hi), got {interval!r}")
+        raise TypeError(
+            f"guidance_interval: expected a pair of numbers (lo, hi), got {interval!r}; pass a pair, such as (0.1, 1)"
+        )
     if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"guidance_interval: expected (lo, hi) with 0 <= lo < hi <= 1, got {tuple(interval)}")
+        raise ValueError(
+            f"guidance_interval: expected (lo, hi) with 0 <= lo < hi <= 1, got {tuple(interval)}; choose such a pair"
+        )
     return timesteps(steps, shift)
 
 
@@ -286,12 +295,16 @@ class Sampler:
         if compile_trunk:
             compile_blocks = getattr(self.model, "compile_trunk", None)
             if compile_blocks is None:
-                raise TypeError(f"model: expected one that has compile_trunk, such as DeCo, got {type(model).__name__}")
+                raise TypeError(
+                    f"model: expected one that has compile_trunk, such as DeCo, got {type(model).__name__}; "
+                    "leave compile_trunk out"
+                )
             compile_blocks()
         self.trunk_steps = None if trunk_steps is None else resolve_trunk_steps(trunk_steps, times)
         if self.trunk_steps is not None and not has_halves(self.model):
             raise TypeError(
-                f"model: expected one with encode and decode, such as DeCo, for trunk_steps; got {type(model).__name__}"
+                "model: expected one with encode and decode, such as DeCo, for trunk_steps, got "
+                f"{type(model).__name__}; leave trunk_steps out"
             )
         self.graphed = GraphedVelocity(self._call_model, CudaGraph)
         self.graphed_halves = Halves(
@@ -369,9 +382,12 @@ def _is_cuda(noise: torch.Tensor) -> bool:
 def _cast_copy(model: Velocity, dtype: torch.dtype) -> nn.Module:
     """A frozen copy for inference whose weights that autocast would cast in every call already have `dtype`."""
     if dtype not in SAMPLING_DTYPES:
-        raise TypeError(f"dtype: expected None or one of {list(SAMPLING_DTYPES)}, got {dtype}")
+        raise TypeError(f"dtype: expected None or one of {list(SAMPLING_DTYPES)}, got {dtype}; choose one of them")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a module when dtype is given, got {type(model).__name__}")
+        raise TypeError(
+            f"model: expected a module when dtype is given, got {type(model).__name__}; "
+            "pass the model, or leave dtype out"
+        )
     matrices = [p for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters(False)]
     matrices += [module.up_weight for module in model.modules() if isinstance(module, PixelDecoder)]
     # deepcopy uses these instead of copies, so that no weight is held in both dtypes.

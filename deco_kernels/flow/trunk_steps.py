@@ -36,19 +36,25 @@ def resolve_trunk_steps(trunk_steps: TrunkSteps, times: torch.Tensor) -> list[in
     steps = len(times) - 1
     if isinstance(trunk_steps, int) and _is_int(trunk_steps):
         if not 1 <= trunk_steps <= steps:
-            raise ValueError(f"trunk_steps: expected from 1 to {steps}, the number of steps, got {trunk_steps}")
+            raise ValueError(
+                f"trunk_steps: expected from 1 to {steps}, the number of steps, got {trunk_steps}; "
+                "choose one in this range"
+            )
         return _spread(trunk_steps, times[:-1].tolist())
     if not isinstance(trunk_steps, Sequence) or isinstance(trunk_steps, str) or not all(map(_is_int, trunk_steps)):
-        raise TypeError(f"trunk_steps: expected an int or a sequence of ints, got {trunk_steps!r}")
+        raise TypeError(f"trunk_steps: expected an int or a sequence of ints, got {trunk_steps!r}; pass one of them")
     chosen = list(trunk_steps)
     if chosen[:1] != [0]:
         raise ValueError(
-            f"trunk_steps: expected 0 as the first index, since the first step has no earlier tokens, got {chosen}"
+            f"trunk_steps: expected 0 as the first index, since the first step has no earlier tokens, got {chosen}; "
+            "start with 0"
         )
     if any(later <= earlier for earlier, later in zip(chosen, chosen[1:], strict=False)):
-        raise ValueError(f"trunk_steps: expected increasing indices, got {chosen}")
+        raise ValueError(f"trunk_steps: expected increasing indices, got {chosen}; sort them, each once")
     if chosen[-1] >= steps:
-        raise ValueError(f"trunk_steps: expected indices below {steps}, the number of steps, got {chosen}")
+        raise ValueError(
+            f"trunk_steps: expected indices below {steps}, the number of steps, got {chosen}; leave the others out"
+        )
     return chosen
 
 
@@ -76,7 +82,7 @@ def token_distances(tokens: Sequence[torch.Tensor], measure: str = "cosine") -> 
     Raises ValueError for another measure.
     """
     if measure not in MEASURES:
-        raise ValueError(f"measure: expected one of {list(MEASURES)}, got {measure!r}")
+        raise ValueError(f"measure: expected one of {list(MEASURES)}, got {measure!r}; choose one of them")
     found = torch.zeros(len(tokens), len(tokens), dtype=torch.float64, device="cpu")
     for i, a in enumerate(tokens):
         for j, b in enumerate(tokens):

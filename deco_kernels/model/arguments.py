@@ -23,4 +23,4 @@ def require_sizes(**arguments: Any) -> None:
         if size is None:
             raise TypeError(f"{name}: expected an int, got {value!r} ({type(value).__name__}); pass an integer")
         if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
+            raise ValueError(f"{name}: expected at least 1, got {size}; pass 1 or more")

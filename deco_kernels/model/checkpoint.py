@@ -137,7 +137,10 @@ class _Evidence:
                     votes[shape[dim] - sum(less)] += 1
         if not votes:
             names = ", ".join(source[0] for source in sources)
-            raise ValueError(f"state_dict: cannot infer the {what}: none of {names} is present with a usable shape")
+            raise ValueError(
+                f"state_dict: cannot infer the {what}: none of {names} is present with a usable shape; "
+                "pass all tensors of a published model"
+            )
         return votes.most_common(1)[0][0]
 
     def count(self, prefix: str) -> int:
@@ -145,7 +148,10 @@ class _Evidence:
         matcher = re.compile(re.escape(prefix) + r"(\d+)\.")
         numbers = [int(match.group(1)) for match in map(matcher.match, self.shapes) if match]
         if not numbers:
-            raise ValueError(f"state_dict: cannot infer the number of blocks: no key starts with {prefix}")
+            raise ValueError(
+                f"state_dict: cannot infer the number of blocks: no key starts with {prefix}; "
+                "pass all tensors of a published model"
+            )
         # A number beyond the count of keys is an invalid key, not a model with that many blocks.
         return max((n for n in numbers if n < len(numbers)), default=0) + 1
 
@@ -311,7 +317,8 @@ def from_published(state_dict: Mapping[str, Any], *, ema: bool = True) -> Model:
             blocks = [tensors[name.format(i=i)].detach() for i in range(len(parameters[target]))]
             if len({(block.dtype, block.device) for block in blocks}) > 1:
                 raise TypeError(
-                    f"state_dict: expected one dtype and device for all of {name.format(i='*')}, got a mixture"
+                    f"state_dict: expected one dtype and device for all of {name.format(i='*')}, got a mixture; "
+                    "convert all to one"
                 )
             ours[target] = torch.stack(blocks)
     return fill(model, ours)
@@ -339,7 +346,7 @@ def config_model_on_meta(name: str, config: Mapping[str, Any], tensors: Mapping[
     cls = {layout.model.__name__: layout.model for layout in _LAYOUTS}.get(name)
     if cls is None:
         known = ", ".join(layout.model.__name__ for layout in _LAYOUTS)
-        raise ValueError(f"model: expected one of {known}, got {name!r}; was it written by a newer version?")
+        raise ValueError(f"model: expected one of {known}, got {name!r}; read it with the version that wrote it")
     _require_tensors(tensors)
     _require_blocks(config, tensors)
     with torch.device("meta"):
@@ -363,7 +370,7 @@ def _require_blocks(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
         if isinstance(depth, int) and depth > blocks:
             raise ValueError(
                 f"config: {name}: expected {blocks}, the number of blocks with tensors, got {depth}; the config was "
-                "changed, or tensors are missing"
+                "changed, or tensors are missing; write the file again from its model"
             )
 
 
@@ -397,7 +404,9 @@ def select(state_dict: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]:
     if isinstance(state_dict, Mapping) and isinstance(state_dict.get("state_dict"), Mapping):
         state_dict = state_dict["state_dict"]
     if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict: expected a mapping of names to tensors, got {type(state_dict).__name__}")
+        raise TypeError(
+            f"state_dict: expected a mapping of names to tensors, got {type(state_dict).__name__}; pass one"
+        )
     _require_tensors(state_dict)
     present = [prefix for prefix in (RAW, EMA) if any(name.startswith(prefix) for name in state_dict)]
     if not present:
@@ -439,7 +448,7 @@ def _recognize(tensors: Mapping[str, torch.Tensor]) -> _Layout:
     some = ", ".join(sorted(tensors)[:5]) or "no keys"
     raise ValueError(
         "state_dict: expected a published DeCo (keys dec_net.*) or DiT (keys x_embedder.proj.*, final_layer.*), "
-        f"got {some}"
+        f"got {some}; pass the weights of one of them"
     )
 
 
@@ -455,5 +464,6 @@ def compare_shapes(model: str, expected: Mapping[str, tuple[int, ...]], found: M
     problems = missing + extra + misshapen
     if problems:
         raise ValueError(
-            f"state_dict: does not fit a {model} of the sizes that its shapes show:\n  " + "\n  ".join(problems)
+            f"state_dict: does not fit a {model} of the sizes that its shapes show; pass all of its tensors alone:\n  "
+            + "\n  ".join(problems)
         )

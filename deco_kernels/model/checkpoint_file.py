@@ -85,12 +85,14 @@ class Checkpoint:
         Raises ValueError if the file has no such weights.
         """
         if weights not in (None, *WEIGHTS):
-            raise ValueError(f"weights: expected one of {sorted(WEIGHTS)} or None, got {weights!r}")
+            raise ValueError(f"weights: expected one of {sorted(WEIGHTS)} or None, got {weights!r}; choose one of them")
         sets = self.sets
         if weights is None:
             return next(kind for kind in ("ema", "raw", "") if kind in sets)
         if weights not in sets and "" not in sets:
-            raise ValueError(f"{self.path}: expected {weights} weights, found {', '.join(sets)} weights only")
+            raise ValueError(
+                f"{self.path}: expected {weights} weights, found {', '.join(sets)} weights only; ask for those"
+            )
         return weights if weights in sets else ""
 
     def model(self, weights: str | None = None) -> Model:
@@ -178,7 +180,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, allow_globals: Sequence[str
         return _read_safetensors(path)
     raise ValueError(
         f"{path}: expected a torch archive (as written by torch.save) or a safetensors file, got neither; the file is "
-        "empty, damaged at its start, or of another format"
+        "empty, damaged at its start, or of another format; check the path, or copy the file again"
     )
 
 
@@ -197,7 +199,10 @@ def load_model(path: str | os.PathLike[str], *, weights: str | None = None, allo
 def _read_torch(path: Path, allow_globals: Sequence[str]) -> Checkpoint:
     content = _unpickle(path, allow_globals)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dictionary with a state_dict, got {type(content).__name__}")
+        raise ValueError(
+            f"{path}: expected a dictionary with a state_dict, got {type(content).__name__}; "
+            "save the state_dict of a model"
+        )
     if not isinstance(content.get("state_dict"), Mapping):
         content = {"state_dict": content}
     state = dict(content["state_dict"])
@@ -224,7 +229,10 @@ def _unpickle(path: Path, allow_globals: Sequence[str]) -> Any:
         except pickle.UnpicklingError as error:
             blocked = _blocked_globals(path)
             if not blocked:
-                raise ValueError(f"{path}: its pickle is damaged or not plain data ({_first_line(error)})") from None
+                raise ValueError(
+                    f"{path}: its pickle is damaged or not plain data ({_first_line(error)}); "
+                    "copy it again, or save a state_dict alone"
+                ) from None
             raise ValueError(
                 f"{path}: its pickle refers to {', '.join(blocked)}, which may run code when the file is read; nothing "
                 f"was loaded. If you trust them, allow them by name (--allow-global {blocked[0]}, "
@@ -275,16 +283,23 @@ def _read_safetensors(path: Path) -> Checkpoint:
 def _read_description(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The description in a file that this package wrote, as attributes of `Checkpoint`."""
     if not isinstance(metadata, Mapping):
-        raise ValueError(f"{path}: its description of the model is damaged ({metadata!r})")
+        raise ValueError(
+            f"{path}: its description of the model is damaged ({metadata!r}); write the file again from its model"
+        )
     names, weights = metadata.get("names"), metadata.get("weights")
     description: dict[str, Any] = {"names": names, "weights": weights}
     if names == OURS:
         try:
             description |= {"model_class": metadata["model"], "config": json.loads(metadata["config"])}
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: its description of the model is damaged ({error!r})") from None
+            raise ValueError(
+                f"{path}: its description of the model is damaged ({error!r}); write the file again from its model"
+            ) from None
     if names not in NAMES or weights not in (None, *WEIGHTS) or not isinstance(description.get("config", {}), dict):
-        raise ValueError(f"{path}: its description is not in the form that this version writes: {dict(metadata)}")
+        raise ValueError(
+            f"{path}: its description is not in the form that this version writes: {dict(metadata)}; "
+            "read it with the version that wrote it, or write it again"
+        )
     return description
 
 
@@ -330,9 +345,9 @@ def save_model(
         ValueError: an invalid suffix, `names` or `weights`.
     """
     if names not in NAMES:
-        raise ValueError(f"names: expected one of {list(NAMES)}, got {names!r}")
+        raise ValueError(f"names: expected one of {list(NAMES)}, got {names!r}; choose one of them")
     if weights not in WEIGHTS:
-        raise ValueError(f"weights: expected one of {sorted(WEIGHTS)}, got {weights!r}")
+        raise ValueError(f"weights: expected one of {sorted(WEIGHTS)}, got {weights!r}; choose one of them")
     description = {"names": names, "weights": weights}
     published = to_published(model, WEIGHTS[weights] if container_of(path) == "torch" else "")
     if names == OURS:
@@ -344,7 +359,10 @@ def container_of(path: str | os.PathLike[str]) -> str:
     """The container that the suffix of a name selects. Raises ValueError for other suffixes."""
     container = _CONTAINERS.get(Path(path).suffix)
     if container is None:
-        raise ValueError(f"{path}: expected a name with suffix {', '.join(_CONTAINERS)}, which selects the container")
+        raise ValueError(
+            f"{path}: expected a name with suffix {', '.join(_CONTAINERS)}, which selects the container; "
+            "choose such a name"
+        )
     return container
 
 
@@ -382,7 +400,7 @@ def complete_or_absent(path: Path, overwrite: bool) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     if target.is_symlink():
-        raise OSError(f"{path}: cannot be written (its symbolic links form a loop)")
+        raise OSError(f"{path}: cannot be written (its symbolic links form a loop); choose another path")
     _refuse_existing(path, overwrite)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -399,7 +417,10 @@ def complete_or_absent(path: Path, overwrite: bool) -> Iterator[Path]:
         raise
     except Exception as error:
         if isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError":
-            raise OSError(f"{path}: cannot be written ({_first_line(error)}); no partial file remains") from error
+            raise OSError(
+                f"{path}: cannot be written ({_first_line(error)}); no partial file remains; "
+                "choose another place, or free disk space"
+            ) from error
         raise
     finally:
         with contextlib.suppress(OSError):  # a read-only file system has already raised above

@@ -103,7 +103,7 @@ class PixelDiffusion(PretrainedModel):
         if tokens.shape != expected:
             raise ValueError(
                 f"tokens: expected shape {expected} for an image {tuple(x.shape)}, as `encode` returns it, got "
-                f"{tuple(tokens.shape)}"
+                f"{tuple(tokens.shape)}; pass those of an image of this size"
             )
         return self.decoder(x, F.silu(self.trunk.time_embed(t)[:, None] + tokens))
 

@@ -143,7 +143,8 @@ class PatchTransformer(nn.Module):
             require_sizes(mlp_width=mlp_width)
         if width % heads or (width // heads) % 4:
             raise ValueError(
-                f"heads: expected width / heads to be a multiple of 4, got width {width} and heads {heads}"
+                f"heads: expected width / heads to be a multiple of 4, got width {width} and heads {heads}; "
+                "change one of the two"
             )
         self.width, self.heads = width, heads
         self.patch_size, self.channels = patch_size, channels
@@ -217,7 +218,10 @@ class PatchTransformer(nn.Module):
             None). Raises ValueError if there is no such block.
         """
         if features_after is not None and not 1 <= features_after <= len(self.blocks):
-            raise ValueError(f"features_after: expected a block from 1 to {len(self.blocks)}, got {features_after}")
+            raise ValueError(
+                f"features_after: expected a block from 1 to {len(self.blocks)}, got {features_after}; "
+                "choose one of them"
+            )
         patches = to_patches(x, self.patch_size).flatten(2)
         tokens = self.patch_embed(patches.to(self.patch_embed.weight.dtype))
         grid = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size

@@ -66,13 +66,19 @@ def load_pretrained(cls: type[Pretrained], path_or_id: str | os.PathLike[str], *
     folder = folder_of(path_or_id, [CONFIG, TENSORS], **options)
     for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: expected a file of a saved {cls.__name__}, found none")
+            raise FileNotFoundError(
+                f"{folder / name}: expected a file of a saved {cls.__name__}, found none; "
+                "check the path, or save the model there"
+            )
     try:
         fits = isinstance(json.loads((folder / CONFIG).read_text(encoding="utf-8")), dict)
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{folder / CONFIG}: expected a JSON object, the constructor arguments of a {cls.__name__}")
+        raise ValueError(
+            f"{folder / CONFIG}: expected a JSON object, the constructor arguments of a {cls.__name__}; "
+            "save the model there again"
+        )
     model: Any = HubModel.from_pretrained(folder, model_class=cls.__name__).model
     return model
 

@@ -203,21 +203,26 @@ class PixelDecoder(nn.Module):
         sizes = dict(token_width=token_width, width=width, depth=depth, patch_size=patch_size, channels=channels)
         require_sizes(**sizes, decoder_patch=decoder_patch)
         if patch_size % decoder_patch:
-            raise ValueError(f"decoder_patch: expected a divisor of patch_size {patch_size}, got {decoder_patch}")
+            raise ValueError(
+                f"decoder_patch: expected a divisor of patch_size {patch_size}, got {decoder_patch}; "
+                "choose one, such as 1"
+            )
         if interaction not in INTERACTIONS:
-            raise ValueError(f"interaction: expected one of {list(INTERACTIONS)}, got {interaction!r}")
+            raise ValueError(
+                f"interaction: expected one of {list(INTERACTIONS)}, got {interaction!r}; choose one of them"
+            )
         if head_norm not in HEAD_NORMS:
-            raise ValueError(f"head_norm: expected one of {list(HEAD_NORMS)}, got {head_norm!r}")
+            raise ValueError(f"head_norm: expected one of {list(HEAD_NORMS)}, got {head_norm!r}; choose one of them")
         if query_width is not None:
             require_sizes(query_width=query_width, query_features=query_features)
         published = interaction == "adaln" and decoder_patch == 1
         if not published and (query_width is not None or head_norm != "layer"):
             raise ValueError(
                 "query_width, head_norm: expected None and 'layer' for a decoder with decoder_patch > 1 or interaction "
-                f"'add', got {query_width} and {head_norm!r}"
+                f"'add', got {query_width} and {head_norm!r}; leave both out"
             )
         if not isinstance(save_memory, bool):
-            raise TypeError(f"save_memory: expected True or False, got {save_memory!r}")
+            raise TypeError(f"save_memory: expected True or False, got {save_memory!r}; pass one of them")
         if backend is not None:
             check_backend_name(backend)
         self.token_width, self.width, self.depth = token_width, width, depth
@@ -393,14 +398,15 @@ class PixelDecoder(nn.Module):
             expected = "None" if self.query_width is None else f"[..., {self.query_width}]"
             found = "None" if query_tokens is None else "a tensor"
             raise ValueError(
-                f"query_tokens: expected {expected} for a decoder with query_width={self.query_width}, got {found}"
+                f"query_tokens: expected {expected} for a decoder with query_width={self.query_width}, got {found}; "
+                f"pass {expected}"
             )
         if query_tokens is not None:
             require_tensors(query_tokens=query_tokens)
             if query_tokens.shape != (*tokens.shape[:-1], self.query_width):
                 raise ValueError(
                     f"query_tokens: expected {(*tokens.shape[:-1], self.query_width)}, leading sizes as tokens, got "
-                    f"{tuple(query_tokens.shape)}"
+                    f"{tuple(query_tokens.shape)}; pass one row per token"
                 )
 
     def _decode_by_addition(

@@ -29,7 +29,9 @@ def pixel_position_features(
     Returns a float32 tensor [P, 64] on `device`. Raises ValueError for any other `kind`.
     """
     if kind not in POSITION_FEATURES:
-        raise ValueError(f"position_features: expected one of {list(POSITION_FEATURES)}, got {kind!r}")
+        raise ValueError(
+            f"position_features: expected one of {list(POSITION_FEATURES)}, got {kind!r}; choose one of them"
+        )
     extent = 1.0 if kind == "class" else float(patch_size)
     line = torch.linspace(0.0, extent, patch_size, dtype=torch.float64, device=device)
     y, x = (axis.reshape(-1, 1) for axis in torch.meshgrid(line, line, indexing="ij"))

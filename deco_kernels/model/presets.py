@@ -46,7 +46,7 @@ def build(name: str, **overrides: Any) -> Model:
             not an integer.
     """
     if name not in PRESETS:
-        raise ValueError(f"name: expected one of {list(PRESETS)}, got {name!r}")
+        raise ValueError(f"name: expected one of {list(PRESETS)}, got {name!r}; choose one of them")
     cls, arguments = PRESETS[name]
     known = list(inspect.signature(cls).parameters)
     unknown = sorted(set(overrides) - set(known))

@@ -59,7 +59,10 @@ class Qwen3TextEncoder(nn.Module):
         self.tokenizer, self.model = _load(os.fspath(path_or_id), dtype)
         longest = self.model.config.max_position_embeddings
         if max_length > longest:
-            raise ValueError(f"max_length: expected at most {longest}, the maximum of the model, got {max_length}")
+            raise ValueError(
+                f"max_length: expected at most {longest}, the maximum of the model, got {max_length}; "
+                "choose a smaller one"
+            )
         self.register_buffer("_empty_prompt", None, persistent=False)
 
     @property
@@ -95,13 +98,13 @@ class Qwen3TextEncoder(nn.Module):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for number, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
-                raise TypeError(f"prompts[{number}]: expected a string, got {type(prompt).__name__}")
+                raise TypeError(f"prompts[{number}]: expected a string, got {type(prompt).__name__}; pass one")
             if not prompt.strip():
                 raise ValueError(
                     f"prompts[{number}]: expected text, got {prompt!r}; the null condition is empty_prompt"
                 )
         if not prompts:
-            raise ValueError("prompts: expected at least one prompt, got none")
+            raise ValueError("prompts: expected at least one prompt, got none; pass one, or use empty_prompt")
         tokens = self.tokenizer(prompts)["input_ids"]
         for number, ids in enumerate(tokens):
             if len(ids) > self.max_length and not self.truncate:
@@ -149,10 +152,17 @@ def _load(path_or_id: str, dtype: torch.dtype | None) -> tuple[PreTrainedTokeniz
             f"to the Hugging Face hub, an id such as 'Qwen/Qwen3-1.7B'; got {path_or_id!r}: {error}"
         ) from error
     if kind != "qwen3":
-        raise ValueError(f"path_or_id: expected a model of type 'qwen3', got {path_or_id!r} of type {kind!r}")
+        raise ValueError(
+            f"path_or_id: expected a model of type 'qwen3', got {path_or_id!r} of type {kind!r}; give a Qwen3 model"
+        )
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
-        raise ValueError(f"path_or_id: {path_or_id!r} has no matching weights for {', '.join(lacking[:5])}")
+        raise ValueError(
+            f"path_or_id: {path_or_id!r} has no matching weights for {', '.join(lacking[:5])}; "
+            "give all files of the model"
+        )
     if tokenizer.pad_token_id is None:
-        raise ValueError(f"path_or_id: the tokenizer of {path_or_id!r} has no padding token")
+        raise ValueError(
+            f"path_or_id: the tokenizer of {path_or_id!r} has no padding token; give the tokenizer of a Qwen3 model"
+        )
     return tokenizer, model.eval().requires_grad_(False)

@@ -87,7 +87,7 @@ class TextTrunk(PatchTransformer):
         rotary: str = "published",
     ):
         if rotary not in ROTARY_MODES:
-            raise ValueError(f"rotary: expected one of {list(ROTARY_MODES)}, got {rotary!r}")
+            raise ValueError(f"rotary: expected one of {list(ROTARY_MODES)}, got {rotary!r}; choose one of them")
         image = dict(patch_size=patch_size, channels=channels)
         text = dict(text_depth=text_depth, text_width=text_width, text_length=text_length)
         super().__init__(width=width, depth=depth, heads=heads, mlp_width=mlp_width, **image, **text)
@@ -126,7 +126,7 @@ class TextTrunk(PatchTransformer):
                 "padded or truncated to the model's text_length and text_width"
             )
         if not y.is_floating_point():
-            raise TypeError(f"y: expected floating-point text features, got {y.dtype}")
+            raise TypeError(f"y: expected floating-point text features, got {y.dtype}; convert them with .float()")
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, features_after: int | None = None

@@ -115,12 +115,17 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch.load raises many unrelated types for damaged files
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: {error}; give another checkpoint, or copy it again"
+        ) from error
     missing = {"state_dict", "optimizer", "step", "config", "skipped"} - set(
         content if isinstance(content, dict) else ()
     )
     if missing:
-        raise CheckpointError(f"{path} is not a checkpoint of a training run: it has no {sorted(missing)}")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of a training run: it has no {sorted(missing)}; "
+            "give one that python/train.py wrote"
+        )
     return content
 
 
@@ -136,7 +141,10 @@ def read_latest(folder: Path) -> dict[str, Any] | None:
         except CheckpointError as error:
             warnings.warn(f"{error}; trying the previous one", stacklevel=2)
     if paths:
-        raise CheckpointError(f"none of the {len(paths)} checkpoints in {folder} can be read")
+        raise CheckpointError(
+            f"none of the {len(paths)} checkpoints in {folder} can be read; "
+            "copy them again, or start a new run with out=FOLDER"
+        )
     return None
 
 
@@ -165,7 +173,10 @@ def restore(content: Mapping[str, Any], progress: Progress) -> None:
         set_model_state_dict(module, weights, options=options)
         set_optimizer_state_dict(module, progress.optimizer, content["optimizer"], options=options)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint of step {content['step']} does not fit the run: {error}") from error
+        raise CheckpointError(
+            f"the checkpoint of step {content['step']} does not fit the run: {error}; "
+            "resume with the configuration of its run"
+        ) from error
     for name, value in _ours(module.model, state, AVERAGED).items():
         average = progress.average.averages[name]
         if isinstance(average, DTensor):

@@ -37,7 +37,7 @@ def check(config: TrainConfig, pretrained: bool = True) -> None:
 def _check_alignment(config: RepaConfig, network: Model) -> None:
     blocks = len(network.trunk.blocks)
     if config.weight and not 1 <= config.block <= blocks:
-        raise ValueError(f"repa.block: expected a block from 1 to {blocks}, got {config.block}")
+        raise ValueError(f"repa.block: expected a block from 1 to {blocks}, got {config.block}; choose one of them")
 
 
 def _check_samples(config: SampleConfig, num_classes: int | None) -> None:

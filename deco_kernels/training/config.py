@@ -183,15 +183,15 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
             or a required key without a value.
     """
     if (found := kind_at(path)) != "a file":
-        raise FileNotFoundError(f"configuration: expected a YAML file, found {found} at {path}")
+        raise FileNotFoundError(f"configuration: expected a YAML file, found {found} at {path}; check the path")
     try:
         parts = [(str(path), "a key", OmegaConf.load(path))]
     except Exception as error:  # YAML errors have several unrelated types
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+        raise ValueError(f"{path}: not valid YAML: {error}; correct the file") from error
     for override in overrides:
         key, separator, _ = override.partition("=")
         if not separator:
-            raise ValueError(f"override: expected key=value, got {override!r}")
+            raise ValueError(f"override: expected key=value, got {override!r}; write it as KEY=VALUE")
         try:
             parts.append(("command line", key, OmegaConf.from_dotlist([override])))
         except Exception as error:
@@ -201,7 +201,9 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     config = OmegaConf.structured(TrainConfig)
     for source, key, part in parts:
         if not isinstance(part, DictConfig):
-            raise ValueError(f"{source}: expected a mapping of keys to values")
+            raise ValueError(
+                f"{source}: expected a mapping of keys to values, got a list or a single value; write lines KEY: VALUE"
+            )
         _refuse_unknown(OmegaConf.to_container(part), TrainConfig, source)
         try:
             config = OmegaConf.merge(config, part)
@@ -236,7 +238,9 @@ def _refuse_unknown(given: dict[Any, Any], schema: type, source: str, prefix: st
         below = known[key]
         if isinstance(below, type) and is_dataclass(below):
             if not isinstance(value, dict):
-                raise ValueError(f"{source}: {prefix}{key}: expected keys below it, got {value!r}")
+                raise ValueError(
+                    f"{source}: {prefix}{key}: expected keys below it, got {value!r}; write {prefix}{key}.NAME=VALUE"
+                )
             _refuse_unknown(value, below, source, f"{prefix}{key}.")
 
 
@@ -246,24 +250,29 @@ def _check(config: TrainConfig) -> None:
         value: Any = functools.reduce(getattr, name.split("."), config)
         if value is not None and not least <= value < math.inf:
             kind = "a finite number of at least" if isinstance(value, float) else "at least"
-            raise ValueError(f"{name}: expected {kind} {least}, got {value}")
+            raise ValueError(f"{name}: expected {kind} {least}, got {value}; choose such a number")
     for name, path in (("out", config.out), ("data.path", config.data.path)):
         if not path:
-            raise ValueError(f"{name}: expected a path, got {path!r}")
+            raise ValueError(f"{name}: expected a path, got {path!r}; give one")
     if config.seed >= 2**63:
-        raise ValueError(f"seed: expected less than 2**63, got {config.seed}")
+        raise ValueError(f"seed: expected less than 2**63, got {config.seed}; choose a smaller one")
     for name, value, choices in (
         ("strategy", config.strategy, STRATEGIES),
         ("data.kind", config.data.kind, DATA_KINDS),
     ):
         if value not in choices:
-            raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
+            raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}; choose one of them")
     if not 0 <= config.ema_decay < 1:
-        raise ValueError(f"ema_decay: expected a number from 0 to below 1, got {config.ema_decay}")
+        raise ValueError(
+            f"ema_decay: expected a number from 0 to below 1, got {config.ema_decay}; choose one in this range"
+        )
     if not 0 <= config.objective.label_dropout <= 1:
         raise ValueError(
-            f"objective.label_dropout: expected a number from 0 to 1, got {config.objective.label_dropout}"
+            f"objective.label_dropout: expected a number from 0 to 1, got {config.objective.label_dropout}; "
+            "choose one in this range"
         )
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"optimizer.betas: expected two numbers from 0 to below 1, got {betas}")
+        raise ValueError(
+            f"optimizer.betas: expected two numbers from 0 to below 1, got {betas}; give two in this range"
+        )

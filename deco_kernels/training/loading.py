@@ -72,7 +72,10 @@ class Images(Dataset[Item]):
                 skipped[self.source.name(number)] = str(error) or type(error).__name__
             number = self.plan.substitute(group, sample, attempt)
         examples = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
-        raise ValueError(f"data.path: {ATTEMPTS} consecutive images cannot be used, such as {examples}")
+        raise ValueError(
+            f"data.path: {ATTEMPTS} consecutive images cannot be used, such as {examples}; "
+            "check these files and data.min_side"
+        )
 
     def _decode(self, stored: str | bytes | None, height: int, width: int) -> torch.Tensor:
         with warnings.catch_warnings():
@@ -108,10 +111,13 @@ def check_batches(config: TrainConfig, patch_size: int, world_size: int) -> None
     if config.batch_size % (world_size * config.accumulate):
         raise ValueError(
             f"batch_size: expected a multiple of processes x accumulate = {world_size} x {config.accumulate}, got "
-            f"{config.batch_size}"
+            f"{config.batch_size}; change one of the three"
         )
     if config.image_size % patch_size:
-        raise ValueError(f"image_size: expected a multiple of the patch size {patch_size}, got {config.image_size}")
+        raise ValueError(
+            f"image_size: expected a multiple of the patch size {patch_size}, got {config.image_size}; "
+            "choose such a size"
+        )
 
 
 def plan_batches(
@@ -132,7 +138,7 @@ def plan_batches(
         shapes = crop_shapes(size, patch_size, config.data.max_aspect)
         groups = group_by_shape(sizes, shapes, config.batch_size)
         if not groups:
-            raise ValueError(f"data.path: no image in {config.data.path} can be read")
+            raise ValueError(f"data.path: no image in {config.data.path} can be read; check the files")
     return BatchPlan(groups, config.batch_size, config.seed)
 
 

@@ -65,7 +65,9 @@ def class_folders(config: DataConfig) -> list[Path]:
     """
     root = Path(config.path)
     if (found := kind_at(root)) != "a folder":
-        raise FileNotFoundError(f"data.path: expected a folder with one folder per class, found {found} at {root}")
+        raise FileNotFoundError(
+            f"data.path: expected a folder with one folder per class, found {found} at {root}; check the path"
+        )
     classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     empty = [folder.name for folder in classes if next(images_below(folder, root, {}), None) is None]
     if not classes or empty:
@@ -98,7 +100,7 @@ def data_files(config: DataConfig) -> list[str]:
     """
     files = sorted(glob.glob(config.path, recursive=True))
     if not files:
-        raise FileNotFoundError(f"data.path: expected a file, found none at {config.path}")
+        raise FileNotFoundError(f"data.path: expected a file, found none at {config.path}; check the path")
     for file in files:
         if (found := kind_at(file)) != "a file":
             raise ValueError(
@@ -106,9 +108,12 @@ def data_files(config: DataConfig) -> list[str]:
             )
     suffixes = {Path(file).suffix.lower() for file in files}
     if config.kind == "table" and (len(suffixes) > 1 or not suffixes <= set(TABLE_FORMATS)):
-        raise ValueError(f"data.path: expected tables of one format of {list(TABLE_FORMATS)}, got {sorted(suffixes)}")
+        raise ValueError(
+            f"data.path: expected tables of one format of {list(TABLE_FORMATS)}, got {sorted(suffixes)}; "
+            "give tables of one of them"
+        )
     if config.kind == "webdataset" and not tarfile.is_tarfile(files[0]):
-        raise ValueError(f"data.path: expected tar files, {files[0]} is none")
+        raise ValueError(f"data.path: expected tar files, {files[0]} is none; leave out what is none")
     return files
 
 
@@ -132,7 +137,10 @@ def image_column(config: DataConfig, columns: dict[str, list[str]], images: list
     candidates = [*images, *IMAGE_COLUMNS] if config.image_column is None else [config.image_column]
     found = next((name for name in candidates if name in columns), None)
     if found is None:
-        raise ValueError(f"data.image_column: none of {candidates} in {config.path}; it has {list(columns)}")
+        raise ValueError(
+            f"data.image_column: none of {candidates} in {config.path}; it has {list(columns)}; "
+            "name one of them as data.image_column"
+        )
     return found
 
 
@@ -154,7 +162,7 @@ def _csv_columns(file: str) -> tuple[dict[str, list[str]], list[str]]:
         with open(file, newline="", encoding="utf-8-sig") as lines:
             return {name: [] for name in next((row for row in csv.reader(lines) if row), [])}, []
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"data.path: {file} is not readable: {error}") from error
+        raise ValueError(f"data.path: {file} is not readable: {error}; write it again as CSV in UTF-8") from error
 
 
 def _parquet_columns(file: str) -> tuple[dict[str, list[str]], list[str]]:
@@ -165,7 +173,7 @@ def _parquet_columns(file: str) -> tuple[dict[str, list[str]], list[str]]:
     try:
         schema = pyarrow.parquet.read_schema(file)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"data.path: {file} is not readable: {error}") from error
+        raise ValueError(f"data.path: {file} is not readable: {error}; copy it again") from error
     columns = {
         field.name: [each.name for each in field.type] if pa.types.is_struct(field.type) else [] for field in schema
     }
@@ -192,9 +200,9 @@ def check_pretrained(key: str, name: str) -> None:
     found = kind_at(name)
     expected = f"{key}: expected a folder with a model of transformers, or an id of the Hugging Face hub"
     if found == "a folder" and kind_at(Path(name) / "config.json") == "nothing":
-        raise FileNotFoundError(f"{expected}; found no config.json in {name}")
+        raise FileNotFoundError(f"{expected}; found no config.json in {name}; give the folder that holds it")
     if found not in ("a folder", "nothing") or (found == "nothing" and not _HUB_ID.fullmatch(name)):
-        raise FileNotFoundError(f"{expected}; found {found} at {name}")
+        raise FileNotFoundError(f"{expected}; found {found} at {name}; check the path")
 
 
 def _check_checkpoint(key: str, path: str) -> None:
@@ -208,4 +216,6 @@ def _check_folder_to_write(key: str, path: str | Path) -> None:
     if (found := kind_at(place)) != "a folder":
         raise ValueError(f"{key}: expected a folder, found {found} at {place}; choose another name")
     if not os.access(place, os.W_OK):
-        raise ValueError(f"{key}: expected a folder to write to, found {place} without that permission")
+        raise ValueError(
+            f"{key}: expected a folder to write to, found {place} without that permission; allow it, or choose another"
+        )

@@ -178,7 +178,10 @@ def shown_conditions(config: SampleConfig, num_classes: int | None) -> list[int]
         return [i * num_classes // config.count for i in range(config.count)]
     wrong = [label for label in config.labels if not 0 <= label < num_classes]
     if wrong:
-        raise ValueError(f"sample.labels: expected classes of the model, from 0 to {num_classes - 1}, got {wrong}")
+        raise ValueError(
+            f"sample.labels: expected classes of the model, from 0 to {num_classes - 1}, got {wrong}; "
+            "choose among these"
+        )
     return _cycled("labels", config.labels, config.count)
 
 
@@ -239,11 +242,17 @@ def initialize(network: nn.Module, path: Path) -> None:
     """
     found = model.load_model(path)
     if type(found) is not type(network):
-        raise ValueError(f"init_from: {path} holds a {type(found).__name__}, expected a {type(network).__name__}")
+        raise ValueError(
+            f"init_from: {path} holds a {type(found).__name__}, expected a {type(network).__name__}; "
+            "give a checkpoint of this class, or leave init_from out"
+        )
     try:
         network.load_state_dict(found.state_dict())
     except RuntimeError as error:
-        raise ValueError(f"init_from: {path} holds a {type(network).__name__} of other sizes: {error}") from error
+        raise ValueError(
+            f"init_from: {path} holds a {type(network).__name__} of other sizes: {error}; "
+            "give a checkpoint of the same sizes, or change those in the configuration"
+        ) from error
 
 
 def warn_of_changes(content: dict[str, Any], config: TrainConfig) -> None:

@@ -102,7 +102,7 @@ def open_source(config: DataConfig, target: str, num_classes: int | None = None)
     with _quiet():
         source = _open_folder(config, target) if config.kind == "folder" else _open_files(config, target)
     if not len(source):
-        raise ValueError(f"data.path: no image with a {target} in {config.path}")
+        raise ValueError(f"data.path: no image with a {target} in {config.path}; fill in the column, or choose another")
     if source.labels is not None:
         _check_labels(config, int(source.labels.min()), int(source.labels.max()), num_classes)
     return source
@@ -147,7 +147,7 @@ def _open_files(config: DataConfig, target: str) -> Source:
         rows = datasets.load_dataset(builder, data_files=files, split="train", cache_dir=config.cache_dir)
     except (datasets.exceptions.DatasetGenerationError, ValueError, tarfile.TarError) as error:
         raise ValueError(
-            f"data.path: {config.path} is not readable or holds no image: {error.__cause__ or error}"
+            f"data.path: {config.path} is not readable or holds no image: {error.__cause__ or error}; check the files"
         ) from error
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
@@ -176,7 +176,8 @@ def _check_images(feature: Any, column: str, config: DataConfig) -> None:
     kind = getattr(feature, "dtype", None)
     if not isinstance(feature, datasets.Image | dict) and kind not in _PATHS_AND_BYTES:
         raise ValueError(
-            f"data.image_column: expected paths or bytes of images in column {column!r} of {config.path}, got {feature}"
+            f"data.image_column: expected paths or bytes of images in column {column!r} of {config.path}, got "
+            f"{feature}; choose another column"
         )
 
 
@@ -190,7 +191,7 @@ def _labels(values: Any, config: DataConfig) -> np.ndarray:
     if len(wrong):
         raise ValueError(
             f"data.label_column: expected whole numbers or names in column {config.label_column!r} of {config.path}, "
-            f"got {wrong[0]}"
+            f"got {wrong[0]}; choose another column"
         )
     if labels.dtype.kind not in "iuf":
         labels = np.unique(labels.astype(str), return_inverse=True)[1]
@@ -202,7 +203,7 @@ def _check_captions(values: Any, config: DataConfig) -> None:
     if len(values) and not isinstance(values.iloc[0], str):
         raise ValueError(
             f"data.caption_column: expected texts in column {config.caption_column!r} of {config.path}, "
-            f"got {values.iloc[0]!r}"
+            f"got {values.iloc[0]!r}; choose another column"
         )
 
 

@@ -44,7 +44,7 @@ class Extractor:
         from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY as registered
 
         if name not in registered:
-            raise ValueError(f"--extractor: expected one of {sorted(registered)}, got {name!r}")
+            raise ValueError(f"--extractor: expected one of {sorted(registered)}, got {name!r}; choose one of them")
         kind = registered[name]
         self.layers = {
             "pool": kind.get_default_feature_layer_for_metric("fid"),
@@ -93,15 +93,20 @@ def _build(name: str, layers: list[str], weights: Path | None) -> torch.nn.Modul
             "the path of the file"
         ) from error
     except RuntimeError as error:  # names or shapes of another network
-        raise ValueError(f"--weights: {weights} does not fit {name}: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(
+            f"--weights: {weights} does not fit {name}: {' '.join(str(error).split())[:200]}; "
+            "give the weights of this extractor"
+        ) from error
 
 
 def _require_plain(path: Path) -> None:
     """Raise unless the file holds plain tensors: the library reads it in a way that can run code from it."""
     if not path.is_file():
-        raise FileNotFoundError(f"--weights: expected a file, found none at {path}")
+        raise FileNotFoundError(f"--weights: expected a file, found none at {path}; check the path")
     try:
         torch.load(path, weights_only=True, map_location="meta", mmap=False)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"--weights: {path} is damaged, or not a file of plain tensors ({reason})") from None
+        raise ValueError(
+            f"--weights: {path} is damaged, or not a file of plain tensors ({reason}); download it again"
+        ) from None

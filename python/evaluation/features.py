@@ -51,7 +51,10 @@ def _compute(images, extractor: Extractor, indices: range, batch: int, bar: tqdm
     features = {name: torch.cat([each[name] for each in found]) for name in found[0]}
     for name, value in features.items():
         if not value.isfinite().all():
-            raise FloatingPointError(f"features {name!r} of {images.path}: expected finite values, got infinity or NaN")
+            raise FloatingPointError(
+                f"features {name!r} of {images.path}: expected finite values, got infinity or NaN; "
+                "check the weights of the extractor"
+            )
     return features
 
 

@@ -30,7 +30,7 @@ class FolderImages:
         self.path = folder
         self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         if not self.files:
-            raise ValueError(f"{folder}: expected images ({', '.join(SUFFIXES)}), found none")
+            raise ValueError(f"{folder}: expected images ({', '.join(SUFFIXES)}), found none; check the folder")
         with _opened(self.files[0]) as image:
             self.size = upright_size(image)
 
@@ -51,7 +51,7 @@ class FolderImages:
             with _opened(path) as image:
                 pixels = to_uint8(upright_rgb(image))
         except OSError as error:
-            raise ValueError(f"{path}: the image is damaged ({error})") from error
+            raise ValueError(f"{path}: the image is damaged ({error}); remove or replace it") from error
         if pixels.shape[1:] != self.size:
             raise ValueError(
                 f"{path}: expected {_written(self.size)} like {self.files[0].name}, got {_written(pixels.shape[1:])}; "
@@ -64,7 +64,7 @@ def _opened(path: Path):
     try:
         return open_image(path)
     except Exception as error:  # Pillow raises many unrelated types
-        raise ValueError(f"{path}: expected an image, got {error}") from error
+        raise ValueError(f"{path}: expected an image, got {error}; remove or replace it") from error
 
 
 class NpzImages:
@@ -77,9 +77,14 @@ class NpzImages:
         try:
             self.shape, fortran, dtype = read_header[np.lib.format.read_magic(self.file)](self.file)
         except ValueError as error:
-            raise ValueError(f"{path}: expected an array of NumPy under arr_0, got another content ({error})") from None
+            raise ValueError(
+                f"{path}: expected an array of NumPy under arr_0, got another content ({error}); write it again"
+            ) from None
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or fortran or not self.shape[0]:
-            raise ValueError(f"{path}: expected images uint8 [n, H, W, 3] under arr_0, got {dtype} {list(self.shape)}")
+            raise ValueError(
+                f"{path}: expected images uint8 [n, H, W, 3] under arr_0, got {dtype} {list(self.shape)}; "
+                "convert the array"
+            )
         self.start = self.file.tell()
         self.size = self.shape[1:3]
 
@@ -101,7 +106,9 @@ class NpzImages:
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{self.path}: the file is damaged ({error}); copy it again") from error
         if len(content) != shape[0] * size:
-            raise ValueError(f"{self.path}: expected {len(self)} images under arr_0, the file ends before")
+            raise ValueError(
+                f"{self.path}: expected {len(self)} images under arr_0, the file ends before; copy the file again"
+            )
         return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy()).permute(0, 3, 1, 2).contiguous()
 
 
@@ -128,9 +135,9 @@ def open_reference(path: Path) -> Reference:
     if kind == "a folder":
         return Reference(path, FolderImages(path))
     if kind != "a file":
-        raise FileNotFoundError(f"{path}: expected a folder of images or an .npz file, found {kind}")
+        raise FileNotFoundError(f"{path}: expected a folder of images or an .npz file, found {kind}; check the path")
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: expected an .npz file, got one that is damaged or of another form")
+        raise ValueError(f"{path}: expected an .npz file, got one that is damaged or of another form; write it again")
     try:
         with np.load(path) as archive:
             names = archive.files
@@ -141,10 +148,11 @@ def open_reference(path: Path) -> Reference:
             }
         images = NpzImages(path) if "arr_0" in names else None
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise ValueError(f"{path}: expected an .npz file, got one that is damaged ({error})") from error
+        raise ValueError(f"{path}: expected an .npz file, got one that is damaged ({error}); copy it again") from error
     if images is None and not statistics:
         raise ValueError(
-            f"{path}: expected images under arr_0, or statistics under mu and sigma, found {names or 'nothing'}"
+            f"{path}: expected images under arr_0, or statistics under mu and sigma, found {names or 'nothing'}; "
+            "store one of both"
         )
     return Reference(path, images, statistics)
 
@@ -153,7 +161,9 @@ def _read(path: Path, archive: Mapping[str, np.ndarray], name: str, dimensions: 
     try:
         array = np.asarray(archive[name])
     except ValueError as error:  # objects, which NumPy would unpickle
-        raise ValueError(f"{path}: {name}: expected an array of numbers, got another content ({error})") from None
+        raise ValueError(
+            f"{path}: {name}: expected an array of numbers, got another content ({error}); write it again"
+        ) from None
     if array.ndim != dimensions or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(
             f"{path}: {name}: expected floating-point numbers of rank {dimensions}, got {array.dtype} "
