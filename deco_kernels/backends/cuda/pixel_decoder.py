@@ -58,7 +58,7 @@ def run_forward(
     head_norm: str,
     eps: float,
 ) -> None:
-    """Write velocity, any strides with unit stride in W; cond and query must come from `readable_pixel_rows`."""
+    """Write velocity, any strides; cond and query must come from `readable_pixel_rows`."""
     module = calls.module_for(cond)
     shape = arguments.decoder_sizes(image, weights, patch_size)
     image = calls.readable_image(image, cond.dtype)

@@ -7,8 +7,8 @@
 namespace deco::cuda {
 
 // The dtype of cond, bfloat16 or float16, is the compute dtype; rows of cond, query and their gradients are aligned to 16
-// bytes. Images have that dtype or float32, the gradient of the velocity that dtype. The velocity has unit stride along a
-// row; grad_cond and grad_query are contiguous.
+// bytes. Images have any strides and that dtype or float32, the velocity and its gradient that dtype; grad_cond and
+// grad_query are contiguous.
 struct PixelDecoderBackward : deco::PixelDecoderBackward {
   int64_t chunk_pixels = 0;  // pixels per chunk (size of the workspace), rounded down to whole tokens
 
