@@ -264,23 +264,24 @@ class PaddingForward(PublishedDeCo):
 
     def forward(self, x, t, y):
         height, width = x.shape[2:]
-        padded = torch.nn.functional.pad(x, (0, -width % 16, 0, -height % 16))
+        padded = torch.nn.functional.pad(x, (0, -width % self.patch_size, 0, -height % self.patch_size))
         return super().forward(padded, t, y)[:, :, :height, :width]
 
 
 def test_an_image_that_is_not_whole_patches_is_named():
-    net, (x, t, y) = published_model(), random_batch()
+    sizes = dict(width=24, depth=1, heads=2, num_classes=10, patch_size=8, decoder_width=16, decoder_depth=1)
+    net, (x, t, y) = published_model(**sizes), random_batch()
     swap_decoder(net)
-    expected = r"x: expected an image \[B, C, H, W\] with H and W multiples of 16, .* got \[2, 3, 32, 40\]; crop or pad"
+    expected = r"x: expected an image \[B, C, H, W\] with H and W multiples of 8, .* got \[2, 3, 32, 20\]; crop or pad"
     for call in (lambda x: net(x, t, y), lambda x: net(y=y, x=x, t=t), lambda x: net.encode(x, t, y)):
         with pytest.raises(ValueError, match=expected) as found:
-            call(x[..., :40])
+            call(x[..., :20])
         assert isinstance(found.value.__cause__, RuntimeError)
     with pytest.raises(RuntimeError, match="(?!x: )"):  # of other arguments
         net(x, t[:1].expand(3), y)
-    padding = PaddingForward(width=24, depth=1, heads=2, num_classes=10)
+    padding = PaddingForward(**sizes)
     swap_decoder(padding)
-    assert padding(x[..., :40], t, y).shape == (2, 3, 32, 40)
+    assert padding(x[..., :20], t, y).shape == (2, 3, 32, 20)
 
 
 # --- the same names, and back again ----------------------------------------------------------------------------------
