@@ -4,6 +4,8 @@ import builtins
 import logging
 import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -112,10 +114,10 @@ def test_an_old_triton_is_refused(monkeypatch):
 
 
 class PretendedDriver:
-    """A driver for Triton: an sm_90 device on which launches are only counted."""
+    """A driver for Triton: an sm_90 device on which launches are only counted. The next one calls `meanwhile`."""
 
     def __init__(self):
-        self.utils, self.launches = self, 0
+        self.utils, self.launches, self.meanwhile = self, 0, None
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
@@ -137,6 +139,9 @@ class PretendedDriver:
     def launcher_cls(self, source, metadata):
         def launch(*arguments):
             self.launches += 1
+            meanwhile, self.meanwhile = self.meanwhile, None
+            if meanwhile is not None:
+                meanwhile()
 
         return launch
 
@@ -154,16 +159,18 @@ def pretended_driver(monkeypatch):
     small_kernels.to_bfloat16.device_caches.clear()
 
 
-@uninterpreted
-def test_a_compile_during_capture_is_refused(pretended_driver, monkeypatch):
-    """With Triton's own launch: refused before the kernel has been called with these arguments, accepted afterwards."""
+def call(dtype=torch.float32):
+    """Launch a small kernel."""
     from deco_kernels.backends.triton import launching
     from deco_kernels.backends.triton.table import Launch
     from tests.backends.small_kernels import to_bfloat16
 
-    def call(dtype=torch.float32):
-        launching.launch(to_bfloat16, (1,), Launch(64, 4, 1, 1), torch.zeros(64, dtype=dtype), torch.zeros(64), SIZE=64)
+    launching.launch(to_bfloat16, (1,), Launch(64, 4, 1, 1), torch.zeros(64, dtype=dtype), torch.zeros(64), SIZE=64)
 
+
+@uninterpreted
+def test_a_compile_during_capture_is_refused(pretended_driver, monkeypatch):
+    """With Triton's own launch: refused before the kernel has been called with these arguments, accepted afterwards."""
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
@@ -181,4 +188,17 @@ def test_a_compile_during_capture_is_refused(pretended_driver, monkeypatch):
         call(torch.float16)
     capturing = False
     call(torch.float16)
+    assert pretended_driver.launches == 3
+
+
+@uninterpreted
+def test_a_compile_beside_a_capture_is_not_refused(pretended_driver, monkeypatch):
+    """By another thread, while this one launches a kernel in a capture."""
+    call()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    this = threading.current_thread()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: threading.current_thread() is this)
+    with ThreadPoolExecutor(1) as other:
+        pretended_driver.meanwhile = lambda: other.submit(call, torch.float16).result()
+        call()
     assert pretended_driver.launches == 3

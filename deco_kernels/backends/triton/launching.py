@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -124,23 +125,32 @@ def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None
 
 
 def _refuse_compilation(*, repr: str, **_: Any) -> bool:
+    if not torch.cuda.is_current_stream_capturing():
+        return False  # a thread beside that of the capture
     raise RuntimeError(
         f"deco_kernels: the Triton kernel {repr} has to be compiled for these arguments, which is not possible while a "
         "CUDA graph is being captured; call the op once with the same shapes, strides and dtypes before the capture"
     )
 
 
+_one_hook = threading.Lock()
+
+
 @contextlib.contextmanager
 def _compilation_refused() -> Iterator[None]:
-    """Context in which a kernel that has to be compiled raises RuntimeError, by Triton's hook before compilation."""
+    """Context in which a kernel that has to be compiled raises RuntimeError, by Triton's hook before compilation.
+
+    Threads take turns, so that each puts back the hook that was there.
+    """
     knobs = getattr(triton, "knobs", None)  # Triton 3.3 keeps the hook in JITFunction
     holder, name = (JITFunction, "cache_hook") if knobs is None else (knobs.runtime, "jit_cache_hook")
-    previous = getattr(holder, name)
-    setattr(holder, name, _refuse_compilation)
-    try:
-        yield
-    finally:
-        setattr(holder, name, previous)
+    with _one_hook:
+        previous = getattr(holder, name)
+        setattr(holder, name, _refuse_compilation)
+        try:
+            yield
+        finally:
+            setattr(holder, name, previous)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], parameters: Launch, *args: Any, **constexprs: Any) -> None:
