@@ -5,12 +5,14 @@
     python python/convert.py model.safetensors again.ckpt --names published
 
 The extension of OUT selects the container. Files are memory-mapped and read without executing code from them. Every
-tensor must fit the model; values are copied bit for bit. Exit status: 0; 2 with one message, and OUT is not written.
+tensor must fit the model; values are copied bit for bit. Exit status: 0; 2 with a line that begins with "error:", and
+OUT is not written.
 """
 
 import argparse
 import sys
 
+from command_line.failures import exit_status
 from deco_kernels.model.checkpoint_file import (
     NAMES,
     OURS,
@@ -25,18 +27,17 @@ from deco_kernels.model.checkpoint_file import (
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        if options.out:
-            container_of(options.out)
-        checkpoint = read_checkpoint(options.source, allow_globals=options.allow_global)
-        print(checkpoint.summary())
-        if options.out:
-            convert(checkpoint, options)
-            print(read_checkpoint(options.out).summary())
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.out:
+        container_of(options.out)
+    checkpoint = read_checkpoint(options.source, allow_globals=options.allow_global)
+    print(checkpoint.summary())
+    if options.out:
+        convert(checkpoint, options)
+        print(read_checkpoint(options.out).summary())
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

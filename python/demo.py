@@ -6,17 +6,18 @@
 2. The fused contender continues training until it reproduces the photographs, sampled from its averaged weights.
 3. out/demo/report.png shows photographs, samples, loss curves, PSNR and DCT energy spectra; report.json the figures.
 
-Exit status: 0; 1 if a target is missed (PSNR, agreement of losses or gradients); 2 if there is no image to train on.
+Exit status: 0; 1 if a target is missed (PSNR, agreement of losses or gradients); 2 with a line that begins with
+"error:", such as without an image to train on; 130 when interrupted.
 """
 
 import argparse
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
 
+from command_line.failures import exit_status
 from deco_kernels import machine
 from deco_kernels.command_line import positive
 from deco_kernels.ops import registry
@@ -44,15 +45,19 @@ GRADIENT_ERROR = 1e-5
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    options, promises = parse(arguments), {}
+    status = exit_status(lambda: promises.update(demonstrate(options)))
+    return status or int(not all(promise["kept"] for promise in promises.values()))
+
+
+def demonstrate(options: argparse.Namespace) -> dict[str, dict]:
+    """Trains, prints and writes the report; returns its promises. Raises ValueError if there is no image."""
     recipe = SHORT if options.short else FULL
     if options.steps is not None:
         recipe = recipe.shortened(options.steps)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     names, photographs = load_photographs(options.image or shipped_photographs(), recipe.image_size)
     if not names:
-        print("error: no readable image; name one with --image FILE, or install scikit-learn", file=sys.stderr)
-        return 2
+        raise ValueError("no readable image; name one with --image FILE, or install scikit-learn")
     started = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     picture = options.out / "report.png"
@@ -66,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     write_json(results, options.out / "report.json")
     print_summary(results)
     print(f"wrote {picture} and report.json after {results['seconds']:.0f} s")
-    return 0 if all(promise["kept"] for promise in results["promises"].values()) else 1
+    return results["promises"]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

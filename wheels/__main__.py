@@ -16,6 +16,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+from benchmarks.harness.toolkit import cuda_tool
 from wheels import check, old_glibc
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,11 +74,6 @@ def find_pythons() -> dict[str, Path]:
         if usable and usable[0] in {f"3.{minor}" for minor in MINORS}:
             found.setdefault(*usable)
     return dict(sorted(found.items(), key=lambda item: old_glibc.version_number(item[0])))
-
-
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
 
 
 def cuda_version(nvcc: str) -> str:
@@ -166,7 +162,7 @@ def check_wheels(pythons: dict[str, Path], options: argparse.Namespace) -> None:
 
 def build_wheels(pythons: dict[str, Path], options: argparse.Namespace) -> None:
     """Build, repair and check all distributions; prints a line per wheel and writes wheels.json."""
-    nvcc = None if options.cpu else find_nvcc()
+    nvcc = None if options.cpu else cuda_tool("nvcc")
     modules, cuda = ("cuda", cuda_version(nvcc)) if nvcc else ("cpu", None)
     with_cuda = f"CUDA {cuda}" if cuda else "no CUDA module" + ("" if options.cpu else ": no nvcc")
     print(f"CPython {', '.join(pythons)}; {with_cuda}; this machine's compiler, for glibc {GLIBC} or later", flush=True)

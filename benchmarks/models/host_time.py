@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.report.markdown import table
 from deco_kernels.command_line import positive
 
 HERE = Path(__file__).resolve().parents[2]
@@ -128,12 +129,11 @@ def main(arguments: list[str]) -> int:
     for pair in range(options.pairs):
         for name in sorted(checkouts, reverse=pair % 2 == 0):
             found[name].append(in_process(checkouts[name], options.samples))
-    print("| step | other, ms | this, ms | this / other, median of pairs | lowest to highest |\n|---|---|---|---|---|")
+    lines = []
     for step in found["this"][0]:
         other, this = ([row[step] for row in found[name]] for name in checkouts)
         ratios = sorted(b / a for a, b in zip(other, this, strict=True))
-        print(
-            f"| {step} | {statistics.median(other):.4g} | {statistics.median(this):.4g} "
-            f"| {statistics.median(ratios):.3f} | {ratios[0]:.3f} to {ratios[-1]:.3f} |"
-        )
+        medians = [f"{statistics.median(values):.4g}" for values in (other, this)]
+        lines.append([step, *medians, f"{statistics.median(ratios):.3f}", f"{ratios[0]:.3f} to {ratios[-1]:.3f}"])
+    print(table(["step", "other, ms", "this, ms", "this / other, median of pairs", "lowest to highest"], lines))
     return 0

@@ -428,5 +428,7 @@ def complete_or_absent(path: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if (found := kind_at(path)) not in ("a file", "nothing"):  # a FIFO or device would be replaced
+        raise OSError(f"{path}: cannot be written (it is {found}); choose another name")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: exists; choose another name or pass overwrite")

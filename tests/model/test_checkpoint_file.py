@@ -467,6 +467,10 @@ def test_bad_targets(tmp_path):
     with pytest.raises(ValueError, match="weights: expected one of"):
         model.save_model(net, tmp_path / "model.ckpt", weights="all")
     assert not os.listdir(tmp_path)
+    os.mkfifo(tmp_path / "fifo.ckpt")
+    with pytest.raises(OSError, match=r"fifo.ckpt: cannot be written \(it is a FIFO\)"):
+        model.save_model(net, tmp_path / "fifo.ckpt", overwrite=True)
+    assert (tmp_path / "fifo.ckpt").is_fifo()
 
 
 def test_without_safetensors_the_error_says_what_to_do(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
     for arguments, message in cases:
         assert convert.main(arguments) == 2, arguments
         said = capsys.readouterr().err
-        assert said.startswith("convert: ") and message in said, said
+        assert said.startswith("error: ") and message in said, said
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before, arguments
 
 

@@ -158,6 +158,12 @@ def test_no_readable_image(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_is_no_folder_takes_one_line(tmp_path, capsys):
+    file = write_image(tmp_path / "image.png", 64, 64)
+    assert demo.main(["--image", str(file), "--out", str(file)]) == 2
+    assert capsys.readouterr().err == f"error: [Errno 17] File exists: '{file}'\n"
+
+
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--steps", "many"], ["--seed", "x"], ["--unknown"]])
 def test_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
