@@ -57,7 +57,7 @@ def save(result: dict, path: str) -> None:
 
 def write(result: dict, path: str) -> None:
     """Writes the file atomically, so that an interrupted run leaves the last complete state."""
-    partial = f"{path}.partial"
+    partial = f"{path}.{os.getpid()}.partial"
     with open(partial, "w", encoding="utf-8") as file:
         json.dump(result, file, indent=1)
         file.write("\n")

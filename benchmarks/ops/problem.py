@@ -107,8 +107,9 @@ class Problem:
         raise NotImplementedError
 
     def check_size(self, size: Size) -> Size:
-        """A size of at least 4,096 pixels with the same widths, small enough for float64."""
-        return dataclasses.replace(size, batch=1, height=64, width=64)
+        """A size of at least 4,096 pixels with the same widths, small enough for float64: whole patches."""
+        side = -(-64 // size.patch_size) * size.patch_size
+        return dataclasses.replace(size, batch=1, height=side, width=side)
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,10 @@ def load(path: str) -> dict:
 def markdown(result: dict) -> str:
     """The whole report."""
     found = [_header(result), *(_timings(rows, result["ceilings"]) for rows in groups(result["rows"]))]
+    if result["header"]["device"] == "cuda":
+        for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
+            if summary := parts.ops_summary([row for row in result["rows"] if row["dtype"] == dtype]):
+                found.append(section(f"## Milliseconds of the ops, {dtype}", summary, []))
     found += [_memory(rows) for rows in memory_cases(result["memory"])]
     found += [_overhead(result["overhead"]), _import_time(result["import_time"])]
     found += [

@@ -15,6 +15,12 @@ SIZES = (
 )
 
 
+@pytest.mark.parametrize("patch_size", (3, 16, 128))
+def test_contenders_are_checked_on_whole_patches(patch_size):
+    size = problem_of("pixel_decoder").check_size(Size(height=384, width=384, patch_size=patch_size))
+    assert size.pixels >= 4096 and size.height % patch_size == size.width % patch_size == 0
+
+
 @pytest.mark.parametrize("training", (False, True), ids=("forward", "training"))
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("op", OPS)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.harness import results
 from benchmarks.models import reuse
-from benchmarks.report import parts
+from benchmarks.report import parts, tables
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "benchmarks" / "results"
@@ -30,6 +30,11 @@ def page(name: str) -> str:
 def test_tables_of_a_page_are_those_of_the_results(name, table):
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len(lines) > 3 and all(line in page(name) for line in lines)
+
+
+def test_the_report_has_the_summary():
+    """So that a result of another GPU can be read beside the page."""
+    assert "## Milliseconds of the ops, bfloat16\n\n" + parts.ops_summary(GPU["rows"]) in tables.markdown(GPU)
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
