@@ -145,8 +145,8 @@ def row_of(problem: Problem, size: Size, dtype: torch.dtype, pass_: str) -> dict
 
 def statistics_of(times: list[float]) -> dict:
     """Median and spread of times in milliseconds, given in the order of measurement."""
-    values = torch.tensor(times).double()
-    low, median, high = values.quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    values = torch.tensor(times, dtype=torch.float64)
+    low, median, high = values.quantile(values.new_tensor([0.2, 0.5, 0.8])).tolist()
     half = max(1, len(times) // 2)
     drift = (values[:half].median() - values[-half:].median()).abs().item()
     return {

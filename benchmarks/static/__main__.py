@@ -12,9 +12,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import results
 from benchmarks.static import cuda_kernels, cuda_traffic, tables, triton_kernels, triton_traffic
 from benchmarks.static.figures import BUDGETS, CUDA_PREFIX, SHARED_LIMIT, Figures, exceeded
 from benchmarks.static.triton_kernels import ARCHITECTURES, DTYPES, WIDTHS
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
         elif not options.launch and architecture in budgets.get(name, {}):
             failures += [f"{name} on {architecture}: {what}" for what in exceeded(found, budgets[name][architecture])]
     if options.output:
-        results.write(everything, options.output)
+        Path(options.output).write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for failure in failures:
         print(f"over budget: {failure}", file=sys.stderr)
     return 1 if failures else 0

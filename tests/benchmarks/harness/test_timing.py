@@ -3,10 +3,12 @@
 import dataclasses
 import platform
 import shutil
+import statistics
 
 import pytest
 
 from benchmarks.harness.ceilings import fma_peak
+from benchmarks.harness.measure import statistics_of
 from benchmarks.harness.results import best_of
 from benchmarks.harness.timing import COLD_FACTOR, buffer_count, interleaved
 from benchmarks.names import OPS
@@ -41,6 +43,17 @@ def test_long_calls_warm_up_once(monkeypatch):
 def test_as_many_rounds_as_asked_for(monkeypatch):
     monkeypatch.setattr("benchmarks.harness.timing.milliseconds", lambda call, device, asleep_s=0.0: 5.0)
     assert len(interleaved([print], "cpu", budget_s=0.0, min_rounds=120)[0]) == 120
+
+
+@pytest.mark.parametrize(
+    ("times", "unstable"),
+    [([0.3, 0.1, 0.2], True), ([10.0, 10.2] * 5, False), ([10.0, 11.2] * 5, True), ([10.0] * 9 + [10.6] * 9, True)],
+)
+def test_median_spread_and_drift(times, unstable):
+    found = statistics_of(times)
+    assert found["ms"] == pytest.approx(statistics.median(times), rel=1e-15) and found["rounds"] == len(times)
+    assert min(times) <= found["ms_p20"] <= found["ms"] <= found["ms_p80"] <= max(times)
+    assert found["unstable"] == unstable
 
 
 def test_rotating_buffers_exceed_the_cache():
