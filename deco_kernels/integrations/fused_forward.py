@@ -168,7 +168,7 @@ def refuse_odd_size(error: RuntimeError, fused: FusedForward, inputs: Iterable[o
     if type(error) is RuntimeError and shape is not None and (shape[2] % p or shape[3] % p):
         raise ValueError(
             f"x: expected an image [B, C, H, W] with H and W multiples of {p}, the patch size, got {list(shape)}; crop "
-            "or pad the image"
+            f"or pad the image. The error of the model's forward: {error}"
         ) from error
 
 

@@ -73,7 +73,7 @@ class SwappedHalves:
         if list(tokens.shape) != expected:
             raise ValueError(
                 f"tokens: expected shape {expected} for an image {list(x.shape)}, as `encode` returns it, got "
-                f"{list(tokens.shape)}"
+                f"{list(tokens.shape)}; pass those of an image of this size"
             )
         pixels = self.model.get_submodule("x_embedder")(_pixels(self.fused, x))
         velocity = self.model.get_submodule("dec_net")(pixels, self._condition(t, tokens))

@@ -464,6 +464,6 @@ def compare_shapes(model: str, expected: Mapping[str, tuple[int, ...]], found: M
     problems = missing + extra + misshapen
     if problems:
         raise ValueError(
-            f"state_dict: does not fit a {model} of the sizes that its shapes show; pass all of its tensors alone:\n  "
-            + "\n  ".join(problems)
+            f"state_dict: does not fit a {model} of the sizes that its shapes show; pass its tensors, all and no "
+            "others:\n  " + "\n  ".join(problems)
         )

@@ -86,4 +86,4 @@ def rotate_pairs(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
         return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     # One product of complex numbers reads and writes x once.
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation)).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(rotation)).flatten(-2)

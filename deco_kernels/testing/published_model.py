@@ -174,7 +174,7 @@ class TrunkBlock(nn.Module):
         self.mlp = SwiGLU(width, int(2 * 4 * width / 3))
         self.adaLN_modulation = nn.Sequential(nn.Linear(width, 6 * width))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, c: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rotation)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)

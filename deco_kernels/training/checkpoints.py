@@ -139,7 +139,7 @@ def read_latest(folder: Path) -> dict[str, Any] | None:
         try:
             return read(path)
         except CheckpointError as error:
-            warnings.warn(f"{error}; trying the previous one", stacklevel=2)
+            warnings.warn(f"{error}. Trying the previous one", stacklevel=2)
     if paths:
         raise CheckpointError(
             f"none of the {len(paths)} checkpoints in {folder} can be read; "

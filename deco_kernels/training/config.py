@@ -239,7 +239,8 @@ def _refuse_unknown(given: dict[Any, Any], schema: type, source: str, prefix: st
         if isinstance(below, type) and is_dataclass(below):
             if not isinstance(value, dict):
                 raise ValueError(
-                    f"{source}: {prefix}{key}: expected keys below it, got {value!r}; write {prefix}{key}.NAME=VALUE"
+                    f"{source}: {prefix}{key}: expected keys below it, got {value!r}; set those, such as "
+                    f"{prefix}{key}.{fields(below)[0].name}"
                 )
             _refuse_unknown(value, below, source, f"{prefix}{key}.")
 

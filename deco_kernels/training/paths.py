@@ -113,7 +113,7 @@ def data_files(config: DataConfig) -> list[str]:
             "give tables of one of them"
         )
     if config.kind == "webdataset" and not tarfile.is_tarfile(files[0]):
-        raise ValueError(f"data.path: expected tar files, {files[0]} is none; leave out what is none")
+        raise ValueError(f"data.path: expected tar files, got {files[0]}, which is not one; leave out other files")
     return files
 
 

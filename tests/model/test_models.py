@@ -143,13 +143,15 @@ def test_rotary_angles_of_a_rectangle():
 
 @pytest.mark.parametrize("compiling", [False, True])
 def test_pairs_of_channels_are_rotated(monkeypatch, compiling):
-    """By either formula: that of torch.compile has no complex numbers."""
+    """By either formula, that of torch.compile without complex numbers, and of any strides."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     x, angles = torch.randn(2, 3, 15, 12, dtype=torch.float64), model.rotary_angles(3, 5, 12).double()
     a, b, cos, sin = x[..., ::2], x[..., 1::2], angles.cos(), angles.sin()
     rotated = rotate_pairs(x, pair_rotation(angles))
     torch.testing.assert_close(rotated[..., ::2], a * cos - b * sin)
     torch.testing.assert_close(rotated[..., 1::2], b * cos + a * sin)
+    strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert torch.equal(rotate_pairs(strided, pair_rotation(angles)), rotated)
 
 
 def test_attention_by_formula():

@@ -35,6 +35,7 @@ def test_file_then_overrides_over_defaults(file):
         ("optimizer.learning_rate=1", "unknown key optimizer.learning_rate; known are optimizer.lr"),
         ("optimzer.lr=1", "unknown key optimzer; did you mean optimizer"),
         ("batchsize=8", "unknown key batchsize; did you mean batch_size"),
+        ("optimizer=1", "optimizer: expected keys below it, got 1; set those, such as optimizer.lr"),
         ("optimizer.lr=fast", "optimizer.lr"),
         ("steps=0", "steps: expected at least 1, got 0"),
         ("strategy=dp", "strategy: expected one of"),

@@ -64,7 +64,10 @@ def place(tmp_path, monkeypatch):
         ),
         (["data.kind=table", "data.path=damaged.parquet"], "data.path: damaged.parquet is not readable: "),
         (["data.kind=table", "data.path=bytes.csv"], "data.path: bytes.csv is not readable: "),
-        (["data.kind=webdataset", "data.path=shards.tar"], "data.path: expected tar files, shards.tar is none"),
+        (
+            ["data.kind=webdataset", "data.path=shards.tar"],
+            "data.path: expected tar files, got shards.tar, which is not one",
+        ),
         (["data.cache_dir=file"], "data.cache_dir: expected a folder, found a file at "),
         (["out=file"], "out: expected a folder, found a file at file; choose another name"),
         (["out=file/run"], "out: expected a folder, found a file at "),
