@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("deco_kernels/flow", "deco_kernels/model", "deco_kernels/training", "python/evaluation")
+FOLDERS = (
+    "deco_kernels/flow",
+    "deco_kernels/integrations",
+    "deco_kernels/model",
+    "deco_kernels/training",
+    "python/evaluation",
+)
 FILES = [*(path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))), ROOT / "python/evaluate.py"]
 REMEDIES = ("; ", ": pip install", ". Without a network", ". Earlier checkpoints", ". Lower optimizer.lr")
 QUOTED = ("the steps ", "no image is stored", "expected an image file", "{image.width}x")  # reasons inside other errors

@@ -42,7 +42,7 @@ class BlockSwap:
     def undo(self) -> None:
         """Restore the blocks' own forward. Raises ValueError on a second call."""
         if not self._blocks:
-            raise ValueError("blocks: expected swapped ones, got blocks that were restored before")
+            raise ValueError("blocks: expected swapped ones, got blocks that were restored before; call undo once")
         for block in self._blocks.values():
             del block.forward
         self._blocks = {}
@@ -76,7 +76,8 @@ def swap_blocks(module: nn.Module, *, backend: str | None = None) -> BlockSwap:
     }
     if not found:
         raise ValueError(
-            "module: expected at least one block with in_ln, mlp and adaLN_modulation that is not swapped, got none"
+            "module: expected at least one block with in_ln, mlp and adaLN_modulation that is not swapped, got none; "
+            "pass a module that has one"
         )
     fused = {path: FusedBlock(block, path or "module", backend) for path, block in found.items()}
     for path, block in found.items():
@@ -100,7 +101,10 @@ def _require_same_function(block: nn.Module, path: str) -> None:
         own = copied(h, cond)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         found = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: expected a block with forward(h, cond), got {found}") from error
+        raise ValueError(
+            f"{path}: expected a block with forward(h, cond), got {found}; leave this block out by calling swap_blocks "
+            "on other modules"
+        ) from error
     expected = fused.forward(h, cond)
     shape = list(getattr(own, "shape", [type(own).__name__]))
     if shape != list(expected.shape) or not (own - expected).norm() <= SAME * expected.norm():

@@ -152,7 +152,9 @@ class DeCoPipeline(DiffusionPipeline):
             TypeError: an unknown option, or a torch_dtype that is not a torch.dtype.
         """
         if not isinstance(torch_dtype, (torch.dtype, type(None))):
-            raise TypeError(f"torch_dtype: expected a torch.dtype such as torch.bfloat16, got {torch_dtype!r}")
+            raise TypeError(
+                f"torch_dtype: expected a torch.dtype such as torch.bfloat16, got {torch_dtype!r}; pass one"
+            )
         folder = folder_of(pretrained_model_name_or_path, _FILES, **options)
         index = _read_index(folder)
         model = _CLASSES[_class_in(index, MODEL)].from_pretrained(_part(folder, MODEL))
@@ -203,9 +205,11 @@ class DeCoPipeline(DiffusionPipeline):
         given = {"steps": num_inference_steps, "guidance": guidance_scale, "guidance_interval": guidance_interval}
         settings |= {name: value for name, value in given.items() if value is not None}
         if output_type not in _OUTPUTS:
-            raise ValueError(f"output_type: expected one of {list(_OUTPUTS)}, got {output_type!r}")
+            raise ValueError(f"output_type: expected one of {list(_OUTPUTS)}, got {output_type!r}; choose one of them")
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt: expected an int of at least 1, got {num_images_per_prompt!r}")
+            raise ValueError(
+                f"num_images_per_prompt: expected an int of at least 1, got {num_images_per_prompt!r}; pass 1 or more"
+            )
         cond, uncond = self._conditions(prompt, class_labels, negative_prompt)
         cond, uncond = (each.repeat_interleave(num_images_per_prompt, dim=0) for each in (cond, uncond))
         noise = self._noise(len(cond), height, width, generator)
@@ -230,18 +234,25 @@ class DeCoPipeline(DiffusionPipeline):
         device = self._execution_device
         if not isinstance(self.model, DeCoTextToImage):
             if prompt is not None or negative is not None or labels is None:
-                raise ValueError("class_labels: the model is conditioned on classes, expected class_labels, no prompt")
+                raise ValueError(
+                    "class_labels: the model is conditioned on classes, expected class_labels, no prompt; "
+                    "pass class_labels alone"
+                )
             null = self.model.null_label
             try:
                 y = torch.as_tensor(labels).reshape(-1)
             except (TypeError, ValueError, RuntimeError):  # no numbers
                 y = torch.empty(0)
             if y.dtype not in _LABEL_DTYPES or not len(y) or y.min() < 0 or y.max() >= null:
-                raise ValueError(f"class_labels: expected classes from 0 to {null - 1}, got {labels!r}")
+                raise ValueError(
+                    f"class_labels: expected classes from 0 to {null - 1}, got {labels!r}; choose among these"
+                )
             y = y.to(device, torch.int64)
             return y, torch.full_like(y, null)
         if labels is not None or prompt is None:
-            raise ValueError("prompt: the model is conditioned on text, expected prompt, no class_labels")
+            raise ValueError(
+                "prompt: the model is conditioned on text, expected prompt, no class_labels; pass prompt alone"
+            )
         encoder = self.text_encoder
         if encoder is None:
             raise ValueError(
@@ -253,18 +264,25 @@ class DeCoPipeline(DiffusionPipeline):
             return cond, encoder.empty_prompt.to(device).expand_as(cond)
         uncond = encoder(negative).to(device)
         if len(uncond) not in (1, len(cond)):
-            raise ValueError(f"negative_prompt: expected 1 or {len(cond)} like prompt, got {len(uncond)}")
+            raise ValueError(f"negative_prompt: expected 1 or {len(cond)} like prompt, got {len(uncond)}; pass as many")
         return cond, uncond.expand_as(cond)
 
     def _noise(self, count: int, height: int, width: int, generator: Any) -> torch.Tensor:
         p = self.model.trunk.patch_size
         if any(not isinstance(side, int) or side < 1 or side % p for side in (height, width)):
-            raise ValueError(f"height and width: expected multiples of {p}, the patch size, got {height} and {width}")
+            raise ValueError(
+                f"height and width: expected multiples of {p}, the patch size, got {height} and {width}; "
+                "choose such sizes"
+            )
         generators = generator if isinstance(generator, list) else [generator]
         if any(not isinstance(each, (torch.Generator, type(None))) for each in generators):
-            raise TypeError(f"generator: expected a torch.Generator or a list of them, got {generator!r}")
+            raise TypeError(
+                f"generator: expected a torch.Generator or a list of them, got {generator!r}; pass one of them"
+            )
         if isinstance(generator, list) and len(generator) not in (1, count):
-            raise ValueError(f"generator: expected one, or one for each of {count} images, got {len(generator)}")
+            raise ValueError(
+                f"generator: expected one, or one for each of {count} images, got {len(generator)}; pass as many"
+            )
         shape = (count, self.model.trunk.channels, height, width)
         noise: torch.Tensor = randn_tensor(shape, generator, self._execution_device, self.model.dtype)
         return noise
@@ -272,19 +290,21 @@ class DeCoPipeline(DiffusionPipeline):
 
 def _check_components(model: Any, encoder: Any) -> None:
     if not isinstance(model, tuple(_CLASSES.values())):
-        raise TypeError(f"model: expected one of {', '.join(_CLASSES)}, got {type(model).__name__}")
+        raise TypeError(
+            f"model: expected one of {', '.join(_CLASSES)}, got {type(model).__name__}; pass a model of one of them"
+        )
     if encoder is None:
         return
     if not isinstance(encoder, Qwen3TextEncoder) or not isinstance(model, DeCoTextToImage):
         raise TypeError(
             f"text_encoder: expected a Qwen3TextEncoder for a DeCoTextToImage, got a {type(encoder).__name__} for a "
-            f"{type(model).__name__}"
+            f"{type(model).__name__}; leave the encoder out, or pass a DeCoTextToImage and its encoder"
         )
     sizes, expected = (encoder.max_length, encoder.width), (model.trunk.text_length, model.trunk.text_width)
     if sizes != expected:
         raise ValueError(
             f"text_encoder: expected max_length and width {expected}, the text_length and text_width of the model, got "
-            f"{sizes}"
+            f"{sizes}; pass both to Qwen3TextEncoder"
         )
 
 
@@ -296,19 +316,24 @@ def _callback(
         tensors = callback.tensor_inputs
     unknown = sorted(set(tensors) - set(pipeline._callback_tensor_inputs))
     if unknown:
-        raise ValueError(f"callback_on_step_end_tensor_inputs: expected 'latents' or nothing, got {unknown}")
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs: expected 'latents' or nothing, got {unknown}; leave the others out"
+        )
 
     def call(step: int, time: torch.Tensor, x: torch.Tensor) -> None:
         if callback is not None:
             returned = callback(pipeline, step, time, {"latents": x} if tensors else {})
             if not isinstance(returned, (dict, type(None))):
-                raise TypeError(f"callback_on_step_end: expected it to return a dictionary or None, got {returned!r}")
+                raise TypeError(
+                    f"callback_on_step_end: expected it to return a dictionary or None, got {returned!r}; "
+                    "return one of them"
+                )
             replaced = (returned or {}).get("latents", x)
             if replaced is not x:
                 if replaced.shape != x.shape:
                     raise ValueError(
                         f"callback_on_step_end: expected it to return latents of shape {list(x.shape)}, got "
-                        f"{list(replaced.shape)}"
+                        f"{list(replaced.shape)}; keep the shape"
                     )
                 x.copy_(replaced)
 
@@ -318,18 +343,24 @@ def _callback(
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected the file that DeCoPipeline.save_pretrained writes, found none")
+        raise FileNotFoundError(
+            f"{path}: expected the file that DeCoPipeline.save_pretrained writes, found none; check the path"
+        )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         names = {name: _class_in(index, name) for name in (MODEL, TEXT_ENCODER)}
     except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: expected the index of a DeCoPipeline, got {type(error).__name__}: {error}") from None
     if names[MODEL] not in list(_CLASSES):
-        raise ValueError(f"{path}: expected a model of class {', '.join(_CLASSES)}, got {names[MODEL]!r}")
+        raise ValueError(
+            f"{path}: expected a model of class {', '.join(_CLASSES)}, got {names[MODEL]!r}; "
+            "give the folder of a DeCoPipeline"
+        )
     for name, kinds in (("solver", (str, type(None))), ("shift", (int, float, type(None)))):
         if not isinstance(index.get(name), kinds):
             raise ValueError(
-                f"{path}: {name}: expected {'a name' if name == 'solver' else 'a number'}, got {index[name]!r}"
+                f"{path}: {name}: expected {'a name' if name == 'solver' else 'a number'}, got {index[name]!r}; "
+                "correct the file"
             )
     found: dict[str, Any] = index
     return found
@@ -351,6 +382,8 @@ def _part(folder: Path, name: str) -> Path:
 
 def _read_text_encoder(path_or_id: str | os.PathLike[str], model: Any) -> Qwen3TextEncoder:
     if not isinstance(model, DeCoTextToImage):
-        raise TypeError(f"text_encoder: expected none for a {type(model).__name__}, which reads classes")
+        raise TypeError(
+            f"text_encoder: expected none for a {type(model).__name__}, which reads classes; leave text_encoder out"
+        )
     trunk = model.trunk
     return Qwen3TextEncoder(path_or_id, max_length=trunk.text_length, width=trunk.text_width, dtype=None)

@@ -86,7 +86,8 @@ class FusedForward:
         return {"x_embedder": self.embed, "dec_net": self.decode}
 
     def features(self, cond: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("the decoder of DeCo has no map of features")
+        """The map of features of a decoder that has one; that of DeCo has none."""
+        raise NotImplementedError
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """Replaces the forward of `x_embedder`: returns the pixels [T, P, C] unchanged."""

@@ -97,7 +97,7 @@ class DecoderParts:
 def require_unwrapped(model: nn.Module) -> None:
     """Raise TypeError unless the model and its decoder are modules that are not compiled, wrapped or sharded."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
     _require_bare("model", model)
     for root in (*TOPS, *TOPS_WITH_FEATURES):
         part = getattr(model, root, None)

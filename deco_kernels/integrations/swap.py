@@ -129,7 +129,10 @@ def is_swapped(model: nn.Module) -> bool:
 def undo_swap(model: nn.Module) -> None:
     """Restore a swapped model, or a deep copy of one. Raises ValueError if it is not swapped."""
     if not is_swapped(model):
-        raise ValueError("model: expected one that swap_decoder has swapped, got one that runs its own decoder")
+        raise ValueError(
+            "model: expected one that swap_decoder has swapped, got one that runs its own decoder; "
+            "pass the swapped model, once"
+        )
     holder, structure = holder_of(model)
     for name in TOPS if structure == DECO else (*TOPS, *TOPS_WITH_FEATURES):
         del holder.get_submodule(name).forward
