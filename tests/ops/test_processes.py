@@ -23,7 +23,7 @@ inputs = testing.random_inputs("adaln_block", image_size=(1, 32, 32))
 torch.ones(2**20).mul_(2)  # starts PyTorch's threads
 child = os.fork()
 if child == 0:  # the first to load the native module
-    signal.alarm(60)
+    signal.alarm(300)  # ends a child that waits for ever, before the test ends its parent
     ops.adaln_block(**inputs.tensors, **inputs.options, backend="cpu")
     os._exit(0)
 if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
