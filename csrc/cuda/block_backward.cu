@@ -13,10 +13,12 @@
 // After a barrier each of M gradient warps adds the gradient of one matrix over the pixels of all chain warps, in
 // registers, for all tiles of the thread block. At D = 16, and without the MLP at D = 32, every warp has both roles.
 // Else chain and gradient warps are separate: together the roles take too many registers. If shared memory holds the
-// operands of two turns, the chain computes those of the next turn meanwhile; with less, fewer warps run the chain.
+// operands of two turns, the chain computes those of the next turn meanwhile; with less, fewer warps run the chain. If
+// it also holds the inputs of a tile, asynchronous copies bring them ahead of their use.
 // Per pixel: at most 10·D bytes (h, cond, δh', δs in and out, δh) and 2·15·D² FLOPs. Deterministic: sums over pixels
 // have the fixed order of the grid (gradient_sums.h).
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/block.h"
 #include "cuda/block_backward.h"
@@ -28,6 +30,42 @@ namespace deco::cuda {
 namespace {
 
 constexpr int matrices_of(bool mlp) { return mlp ? kBlockMatrices : kModulationMatrices; }
+
+enum Input { kInputS, kInputH, kInputGrad, kInputGradS, kInputCond, kInputs };
+
+// Inputs of a chain warp's tile in shared memory, brought by asynchronous copies. A lane copies what it reads itself, so
+// it needs no barrier.
+template <int D>
+struct CopiedInputs {
+  using Piece = std::conditional_t<D == 16, Words2, Words4>;          // of a lane's quarter of a row
+  static constexpr int kPieces = D / 2 / static_cast<int>(sizeof(Piece));  // in that quarter
+  static constexpr int kWords = kInputs * kTileWords<D>, kBytes = 16 * kWords;
+
+  Words4* memory;
+
+  DECO_DEVICE Words4* of(int input) const { return memory + input * kTileWords<D>; }
+  // Piece 0 of the lane's row r; the other pieces are 32 pieces apart.
+  DECO_DEVICE Piece* row_place(int input, int r) const {
+    return reinterpret_cast<Piece*>(of(input)) + 32 * kPieces * r + lane();
+  }
+
+  DECO_DEVICE void copy_tile(int input, const void* tiles, uint32_t tile) const {
+    const Words4* from = static_cast<const Words4*>(tiles) + (int64_t{tile} * kTileWords<D> + lane());
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) copy_async(of(input) + 32 * k + lane(), from + 32 * k);
+  }
+  template <class T, class AnyRows>
+  DECO_DEVICE void copy_rows(int input, const AnyRows& rows, const uint32_t (&pixel)[2]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const auto* from = reinterpret_cast<const Piece*>(rows.template at<T>(pixel[r], lane_channel<D>()));
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) copy_async(row_place(input, r) + 32 * i, from + i);
+    }
+  }
+  DECO_DEVICE Operand<D> tile(int input) const { return load_tile<D>(of(input), 0); }
+  DECO_DEVICE RowWords<D> row(int input, int r) const { return load_row<D>(row_place(input, r), 32); }
+};
 
 template <int D, bool Mlp>
 struct Plan {
@@ -42,12 +80,13 @@ struct Plan {
 
   // Operand tiles in shared memory: s, the gradients of the M outputs, then m and SiLU(z).
   static constexpr int kS = 0, kOutputs = 1, kM = 6, kA = 7, kTiles = Mlp ? 8 : 4;
-  static constexpr int kTileElements = kTilePixels * kRowStride<D>;  // one operand of one warp
+  static constexpr int kTileElements = kTilePixels * D;  // one operand of one warp
   static constexpr int kWarpElements = kTiles * kTileElements;
 
   static DECO_HOST_DEVICE int input_of(int matrix) { return matrix == kFc1 ? kM : matrix == kFc2 ? kA : kS; }
-  static constexpr int shared_bytes(int chain_warps, int buffers) {
-    return BlockSlots<BFloat16, D, kMatrices>::kBytes + buffers * chain_warps * kWarpElements * 2;
+  static constexpr int shared_bytes(int chain_warps, int buffers, bool ahead) {
+    const int of_inputs = ahead ? CopiedInputs<D>::kBytes : 0;
+    return BlockSlots<BFloat16, D, kMatrices>::kBytes + chain_warps * (buffers * kWarpElements * 2 + of_inputs);
   }
 };
 
@@ -69,20 +108,49 @@ struct BackwardParams : BlockBackward {
 };
 
 // Recompute and chain of one warp on its 16 pixels.
-template <class T, int D, bool Mlp, bool Tiled>
+template <class T, int D, bool Mlp, bool Tiled, bool Ahead>
 struct Chain {
   using P = Plan<D, Mlp>;
   const BackwardParams& p;
   const BlockWeights<T, D> w;
-  T* operands;    // the warp's operand tiles in shared memory
-  uint32_t tile;  // index of the warp's operand tile in global memory, at most that of the last tile
+  T* operands;             // the warp's operand tiles in shared memory
+  CopiedInputs<D> inputs;  // the warp's
+  uint32_t tile;           // index of the warp's operand tile in global memory, at most that of the last tile
   bool tile_exists;
   uint32_t pixel[2];  // the lane's two rows, at most the last pixel
   bool valid[2];      // whether the rows exist
+  uint32_t next_tile;
+  bool has_next;  // a turn, in which the tile may be missing
+
+  // Starts to copy what a tile needs first.
+  static DECO_DEVICE void copy_ahead(const BackwardParams& p, const CopiedInputs<D>& inputs, uint32_t tile) {
+    inputs.copy_tile(kInputS, p.s_tiles, tile);
+    inputs.copy_tile(kInputH, p.h_tiles, tile);
+    inputs.copy_tile(kInputGrad, p.grad_tiles, tile);
+  }
+  // Called after the last use of these inputs in this turn.
+  DECO_DEVICE void copy_next() const {
+    if constexpr (!Ahead) return;
+    if (has_next) copy_ahead(p, inputs, next_tile);
+    commit_copies();
+  }
+  // Starts to copy what run_cond needs at the end of this turn, and waits for what copy_next() of the last turn copies.
+  DECO_DEVICE void copy_rows_of_cond() const {
+    if constexpr (!Ahead) return;
+    if (p.grad_cond.data != nullptr) {
+      if (!p.first) inputs.template copy_rows<T>(kInputGradS, p.grad_cond, pixel);
+      if (p.last) inputs.template copy_rows<T>(kInputCond, p.cond, pixel);
+    }
+    commit_copies();
+    // region: wait_for_inputs
+    wait_for_copies<1>();
+    // end region
+  }
 
   DECO_DEVICE void run() const {
+    copy_rows_of_cond();
     const Operand<D> s = load_s();
-    const Operand<D> h = load_operand(p.h_tiles, p.h);
+    const Operand<D> h = load_h();
     put(P::kS, s);
     const RowStatistics stats = statistics(tile_of<T>(h), p.eps);
     Tile<D> normalized = normalized_by(stats, tile_of<T>(h));
@@ -112,16 +180,18 @@ struct Chain {
       spill(P::kOutputs + kScale, scale);
     }
     put(P::kOutputs + kGate, grad_gate);
+    if constexpr (!P::kFewRegisters) copy_next();
 
     const Operand<D> grad_shift = rounded<T>(grad_m);  // δshift = δm
     if constexpr (P::kFewRegisters)  // again, to shorten the lifetime of its registers, like δh' below
-      normalized = normalized_by(stats, tile_of<T>(load_operand(p.h_tiles, p.h)));
+      normalized = normalized_by(stats, tile_of<T>(load_h()));
     Tile<D> grad_normalized;
     const Operand<D> grad_scale =
         run_modulation(grad_normalized, grad_m, normalized, reload_spilled(P::kOutputs + kScale, scale));
     put(P::kOutputs + kShift, grad_shift);
     put(P::kOutputs + kScale, grad_scale);
     if constexpr (P::kFewRegisters && Mlp) grad_h = tile_of<T>(load_gradient(p.grad));
+    if constexpr (P::kFewRegisters) copy_next();
     add_normalize_gradient(grad_h, grad_normalized, normalized, stats.rstd);  // δh = δh' + LayerNorm'(δn)
     store_gradient_of_h(grad_h);
     if (p.grad_cond.data != nullptr) run_cond(grad_shift, grad_scale, reload(P::kOutputs + kGate));
@@ -242,9 +312,12 @@ struct Chain {
       add_transposed(grad_s.v[j], kScale, grad_scale, j);
       add_transposed(grad_s.v[j], kGate, grad_gate, j);
     }
+    // region: wait_for_rows_of_cond
+    if constexpr (Ahead) wait_for_copies<1>();
+    // end region
     if (!p.first) {
       // region: gradient_of_later_blocks
-      const Tile<D> before = load_rows(p.grad_cond);
+      const Tile<D> before = load_rows(kInputGradS, p.grad_cond);
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)
 #pragma unroll
@@ -253,7 +326,7 @@ struct Chain {
     }
     if (p.last) {
       // region: gradient_of_cond
-      const Tile<D> cond = load_rows(p.cond);
+      const Tile<D> cond = load_rows(kInputCond, p.cond);
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)
 #pragma unroll
@@ -304,7 +377,8 @@ struct Chain {
   // ---- global memory ------------------------------------------------------------------------------------------------
 
   template <class AnyRows>
-  DECO_DEVICE Tile<D> load_rows(const AnyRows& rows) const {
+  DECO_DEVICE Tile<D> load_rows(Input input, const AnyRows& rows) const {
+    if constexpr (Ahead) return tile_of<T>(inputs.row(input, 0), inputs.row(input, 1));
     return tile_of<T>(load_row<T, D>(rows, pixel[0]), load_row<T, D>(rows, pixel[1]));
   }
   DECO_DEVICE void store_rows(const RowsView& rows, const Tile<D>& values) const {
@@ -314,18 +388,21 @@ struct Chain {
   }
 
   DECO_DEVICE Operand<D> load_s() const {
+    if constexpr (Ahead) return inputs.tile(kInputS);
     if constexpr (Tiled) return load_tile<D>(p.s_tiles, tile);
     return silu_operand<T>(load_row<T, D>(p.cond, pixel[0]), load_row<T, D>(p.cond, pixel[1]));
   }
-  // From operand tiles or rows.
-  DECO_DEVICE Operand<D> load_operand(const void* tiles, const RowsView& rows) const {
+  DECO_DEVICE Operand<D> load_h() const { return load_operand(kInputH, p.h_tiles, p.h); }
+  // From a copy, operand tiles or rows.
+  DECO_DEVICE Operand<D> load_operand(Input input, const void* tiles, const RowsView& rows) const {
+    if constexpr (Ahead) return inputs.tile(input);
     if constexpr (Tiled) return load_tile<D>(tiles, tile);
     return operand_of(load_row<T, D>(rows, pixel[0]), load_row<T, D>(rows, pixel[1]));
   }
 
   // Rows of a gradient; zero for missing pixels, so that they add nothing to the sums.
   DECO_DEVICE Operand<D> load_gradient(const RowsView& rows) const {
-    Operand<D> grad = load_operand(p.grad_tiles, rows);
+    Operand<D> grad = load_operand(kInputGrad, p.grad_tiles, rows);
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
@@ -343,7 +420,7 @@ struct Chain {
   }
 };
 
-template <class T, int D, bool Mlp, bool Tiled>
+template <class T, int D, bool Mlp, bool Tiled, bool Ahead>
 DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), backward_kernel,
             const BackwardParams p) {
   using P = Plan<D, Mlp>;
@@ -355,18 +432,30 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
   block_barrier();
   const BlockWeights<T, D> weights = slots.first();
   const bool sums = p.partials != nullptr;
+  const CopiedInputs<D> inputs{reinterpret_cast<Words4*>(operands + p.buffers * p.chain_warps * P::kWarpElements) +
+                               warp() * CopiedInputs<D>::kWords};
+  const uint32_t last_tile = (p.pixels - 1) / kTilePixels;
 
   // A chain warp.
+  const auto start_chain = [&](uint32_t begin) {
+    if constexpr (!Ahead) return;
+    if (begin < p.pixels)
+      Chain<T, D, Mlp, Tiled, Ahead>::copy_ahead(p, inputs, min(begin / kTilePixels + warp(), last_tile));
+    commit_copies();
+  };
   const auto run_chain = [&](uint32_t begin, int buffer) {
-    const uint32_t tile = begin / kTilePixels + warp(), end = p.pixels - 1, last_tile = end / kTilePixels;
+    const uint32_t tile = begin / kTilePixels + warp(), end = p.pixels - 1;
     const uint32_t first = tile * kTilePixels + (lane() >> 2);
-    const Chain<T, D, Mlp, Tiled> chain{p,
-                                        weights,
-                                        operands + (buffer * p.chain_warps + warp()) * P::kWarpElements,
-                                        min(tile, last_tile),
-                                        tile <= last_tile,
-                                        {min(first, end), min(first + 8, end)},
-                                        {first <= end, first + 8 <= end}};
+    const Chain<T, D, Mlp, Tiled, Ahead> chain{p,
+                                               weights,
+                                               operands + (buffer * p.chain_warps + warp()) * P::kWarpElements,
+                                               inputs,
+                                               min(tile, last_tile),
+                                               tile <= last_tile,
+                                               {min(first, end), min(first + 8, end)},
+                                               {first <= end, first + 8 <= end},
+                                               min(tile + step / kTilePixels, last_tile),
+                                               begin + step < p.pixels};
     chain.run();
   };
 
@@ -391,6 +480,7 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
     const int other = P::kOverlaps ? p.buffers - 1 : 0;  // the second buffer, or the only one
     int buffer = 0;
     if (warp() < p.chain_warps) {
+      start_chain(block() * turn_pixels);
       for (uint32_t begin = block() * turn_pixels; begin < p.pixels; begin += step, buffer ^= other) {
         run_chain(begin, buffer);
         // region: chain_has_written
@@ -416,6 +506,7 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
   } else {
     const UniformWarp uniform_warp;
     gradient.clear();
+    if (uniform_warp < p.chain_warps) start_chain(block() * turn_pixels);
     for (uint32_t begin = block() * turn_pixels; begin < p.pixels; begin += step) {
       if (uniform_warp < p.chain_warps) run_chain(begin, 0);
       if (sums) {
@@ -432,21 +523,23 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
 
 struct Schedule {
   int chain_warps, buffers;  // buffers: turns whose operands are in shared memory at once
+  bool ahead;                // inputs are copied ahead
 };
 
-// As many chain warps as fit in the shared memory of a multiprocessor, which its thread blocks share, and two buffers
-// if they fit. The device takes kReservedBytes more for each thread block; limits.shared_bytes excludes those of one.
+// As many chain warps as fit in the shared memory of a multiprocessor, which its thread blocks share, then two buffers
+// if they fit, then copies of the inputs if they fit. The device takes kReservedBytes more for each thread block; limits.shared_bytes excludes those of one.
 template <int D, bool Mlp>
 Schedule schedule_of(const DeviceLimits& limits) {
   using P = Plan<D, Mlp>;
   constexpr int kReservedBytes = 1024;
-  const auto fit = [&](int warps, int buffers) {
-    const int bytes = P::kBlocksPerMultiprocessor * (P::shared_bytes(warps, buffers) + kReservedBytes);
+  const auto fit = [&](int warps, int buffers, bool ahead) {
+    const int bytes = P::kBlocksPerMultiprocessor * (P::shared_bytes(warps, buffers, ahead) + kReservedBytes);
     return bytes <= limits.shared_bytes + kReservedBytes;
   };
   int warps = P::kMostChainWarps;
-  while (warps > 1 && !fit(warps, 1)) --warps;
-  return {warps, P::kOverlaps && fit(warps, 2) ? 2 : 1};
+  while (warps > 1 && !fit(warps, 1, false)) --warps;
+  const int buffers = P::kOverlaps && fit(warps, 2, false) ? 2 : 1;
+  return {warps, buffers, fit(warps, buffers, true)};
 }
 
 template <int D, bool Mlp>
@@ -455,16 +548,15 @@ int parts_of(const DeviceLimits& limits, int64_t pixels) {
   return grid_blocks(pixels, turn_pixels, limits, Plan<D, Mlp>::kBlocksPerMultiprocessor);
 }
 
-template <class T, int D, bool Mlp, bool Tiled>
-Status run(const Call& call, BackwardParams p) {
+template <class T, int D, bool Mlp, bool Tiled, bool Ahead>
+Status run(const Call& call, BackwardParams p, const Schedule& schedule) {
   using P = Plan<D, Mlp>;
-  const Schedule schedule = schedule_of<D, Mlp>(call.limits);
   p.chain_warps = schedule.chain_warps;
   p.buffers = schedule.buffers;
   p.parts = parts_of<D, Mlp>(call.limits, p.pixels);
   const int warps = P::kSpecialized ? p.chain_warps + P::kGradientWarps : P::kGradientWarps;
-  return launch("block_backward", backward_kernel<T, D, Mlp, Tiled>,
-                {p.parts, 32 * warps, P::shared_bytes(p.chain_warps, p.buffers), true}, call.stream, p);
+  return launch("block_backward", backward_kernel<T, D, Mlp, Tiled, Ahead>,
+                {p.parts, 32 * warps, P::shared_bytes(p.chain_warps, p.buffers, Ahead), true}, call.stream, p);
 }
 
 }  // namespace
@@ -482,8 +574,12 @@ Status block_backward(const Call& call, const BlockBackward& op) {
   const BackwardParams p{op};
   return with_kernel(op.operand, op.width, [&](auto type, auto width) {
     using T = decltype(type);
-    if (!op.mlp) return run<T, width.value, false, false>(call, p);
-    return op.h_tiles != nullptr ? run<T, width.value, true, true>(call, p) : run<T, width.value, true, false>(call, p);
+    constexpr int D = width.value;
+    if (!op.mlp) return run<T, D, false, false, false>(call, p, schedule_of<D, false>(call.limits));
+    const Schedule schedule = schedule_of<D, true>(call.limits);
+    if (op.h_tiles == nullptr) return run<T, D, true, false, false>(call, p, schedule);
+    return schedule.ahead ? run<T, D, true, true, true>(call, p, schedule)
+                          : run<T, D, true, true, false>(call, p, schedule);
   });
 }
 

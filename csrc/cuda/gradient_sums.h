@@ -12,21 +12,30 @@ namespace deco::cuda {
 
 // ---- operand tile in shared memory ----------------------------------------------------------------------------------
 
-// Rows = pixels, kRowStride elements apart.
+// [16 pixels][D], from a multiple of 128 bytes on. The parts of 16 bytes of a row are permuted, so that the same part of
+// eight consecutive rows lies in different banks. The first element of part `part` of row `row`:
+template <int D>
+DECO_DEVICE int operand_element(int row, int part) {
+  constexpr int kRowsOf128Bytes = 64 / D, kParts = D / 8;
+  return row * D + 8 * (part ^ (row / kRowsOf128Bytes & (kParts - 1)));
+}
+// From the first element of part p to that of part p + 2k, for p < 2.
+DECO_DEVICE int parts_later(int element, int k) { return element ^ 16 * k; }
+
 template <class T, int D>
 DECO_DEVICE void store_operand_tile(T* tile, const Operand<D>& operand) {
-  T* row = tile + (lane() & 15) * kRowStride<D> + (lane() >> 4) * 8;
+  const int element = operand_element<D>(lane() & 15, lane() >> 4);
 #pragma unroll
-  for (int k = 0; k < D / 16; ++k) store_matrices(row + 16 * k, operand.k_step[k]);
+  for (int k = 0; k < D / 16; ++k) store_matrices(tile + parts_later(element, k), operand.k_step[k]);
 }
 
 // Inverse of store_operand_tile.
 template <class T, int D>
 DECO_DEVICE Operand<D> load_operand_tile(const T* tile) {
   Operand<D> operand;
-  const T* row = tile + (lane() & 15) * kRowStride<D> + (lane() >> 4) * 8;
+  const int element = operand_element<D>(lane() & 15, lane() >> 4);
 #pragma unroll
-  for (int k = 0; k < D / 16; ++k) load_matrices(operand.k_step[k], row + 16 * k);
+  for (int k = 0; k < D / 16; ++k) load_matrices(operand.k_step[k], tile + parts_later(element, k));
   return operand;
 }
 
@@ -48,17 +57,17 @@ struct MatrixGradient {
     }
   }
 
-  // Adds outputᵀ·input over 16 pixels; both are [16][kRowStride] in shared memory.
+  // Adds outputᵀ·input over 16 pixels; both are operand tiles in shared memory.
   DECO_DEVICE void add(const T* output, const T* input) {
     uint32_t right[D / 16][4];
+    const int of_input = operand_element<D>(lane() & 15, lane() >> 4);
+    const int of_output = operand_element<D>((lane() & 7) + (lane() >> 4) * 8, (lane() >> 3) & 1);
 #pragma unroll
-    for (int k = 0; k < D / 16; ++k)
-      load_matrices_transposed(right[k], input + (lane() & 15) * kRowStride<D> + (lane() >> 4) * 8 + 16 * k);
+    for (int k = 0; k < D / 16; ++k) load_matrices_transposed(right[k], input + parts_later(of_input, k));
 #pragma unroll
     for (int u = 0; u < D / 16; ++u) {
       uint32_t left[4];
-      load_matrices_transposed(
-          left, output + ((lane() & 7) + (lane() >> 4) * 8) * kRowStride<D> + ((lane() >> 3) & 1) * 8 + 16 * u);
+      load_matrices_transposed(left, output + parts_later(of_output, u));
 #pragma unroll
       for (int k = 0; k < D / 16; ++k) {
         const uint32_t first[2] = {right[k][0], right[k][1]}, second[2] = {right[k][2], right[k][3]};

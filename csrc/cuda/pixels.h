@@ -90,9 +90,9 @@ DECO_DEVICE int lane_channel() {
   return (D / 4) * (lane() & 3);
 }
 
-// The lane's quarter of a row, which starts at `address`.
+// The lane's quarter of a row, in pieces of up to 16 bytes, `step` pieces apart from `address` on.
 template <int D>
-DECO_DEVICE RowWords<D> load_row(const void* address) {
+DECO_DEVICE RowWords<D> load_row(const void* address, [[maybe_unused]] int step = 1) {
   RowWords<D> row;
   if constexpr (D == 16) {
     const Words2 words = load(static_cast<const Words2*>(address));
@@ -101,7 +101,7 @@ DECO_DEVICE RowWords<D> load_row(const void* address) {
   } else {
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
-      const Words4 words = load(static_cast<const Words4*>(address) + i);
+      const Words4 words = load(static_cast<const Words4*>(address) + i * step);
       row.word[4 * i] = words.x;
       row.word[4 * i + 1] = words.y;
       row.word[4 * i + 2] = words.z;

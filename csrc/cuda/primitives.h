@@ -10,6 +10,9 @@
 //                store_global(p, words): global memory only, in one access
 //                held(value), held(p): the same value or shared address, which the compiler keeps in a register and does
 //                not compute anew; called by all lanes
+// Copies:        copy_async(shared, global): starts to copy 8 or 16 bytes to shared memory; commit_copies(): the thread's
+//                copies since the last call are one group; wait_for_copies<n>(): until at most the thread's n last groups
+//                are under way. Other threads see a copy only behind a barrier after that
 // Barriers:      block_barrier(), warp_barrier()
 // In a warp:     shuffle_xor(value, mask): the value of lane ^ mask
 // Arithmetic:    tanh_approximate(x) (largest relative error 2^-11), rsqrt_approximate(x)

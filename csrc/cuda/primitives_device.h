@@ -173,6 +173,19 @@ DECO_DEVICE const V* held(const V* shared) {
   return static_cast<const V*>(__cvta_shared_to_generic(held(shared_address(shared))));
 }
 
+// Copies of 16 bytes go past the L1 cache.
+DECO_DEVICE void copy_async(Words2* shared, const Words2* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+DECO_DEVICE void copy_async(Words4* shared, const Words4* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+DECO_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Groups>
+DECO_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
+}
+
 DECO_DEVICE void load_matrices(uint32_t (&words)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])

@@ -118,6 +118,8 @@ void Machine::run_block() {
     Fiber& fiber = fibers_[i];
     fiber.done = false;
     fiber.waited = false;
+    fiber.copies.clear();
+    fiber.copy_group = 0;
     fiber.waiting = Waiting::kNothing;
     // A new stack has the layout that deco_switch_fiber saves, with `enter` as the return address.
     auto** top = static_cast<void**>(const_cast<void*>(fiber.stack.memory)) + kStackBytes / sizeof(void*);
@@ -180,6 +182,8 @@ void Machine::enter() {
     machine.body_();
     if (machine.warps_[machine.current_ / kLanes].arrived != 0)
       machine.fault("divergence: a thread ends while its warp is in a collective operation");
+    if (!machine.fibers_[machine.current_].copies.empty())
+      machine.fault("a thread ends while an asynchronous copy is under way");
   } catch (const std::exception& error) {
     machine.failed_ = true;
     machine.failure_ = error.what();
@@ -225,6 +229,24 @@ void Machine::block_barrier() {
   fiber.generation = barrier_generation_;
   suspend();
   fiber.waiting = Waiting::kNothing;
+}
+
+void Machine::start_copy(void* shared, const void* global, size_t bytes) {
+  if (!is_shared(reinterpret_cast<uintptr_t>(shared), bytes)) fault("asynchronous copy to memory that is not shared");
+  Fiber& fiber = fibers_[current_];
+  const bool at_once = draw(2) == 0;
+  if (at_once) std::memcpy(shared, global, bytes);
+  fiber.copies.push_back({shared, global, at_once ? 0 : bytes, fiber.copy_group});
+}
+
+void Machine::wait_for_copies(int groups_under_way) {
+  Fiber& fiber = fibers_[current_];
+  const auto under_way = [&](const Copy& copy) { return copy.group >= fiber.copy_group - groups_under_way; };
+  for (const Copy& copy : fiber.copies)
+    if (!under_way(copy)) std::memcpy(copy.to, copy.from, copy.bytes);
+  fiber.copies.erase(
+      std::remove_if(fiber.copies.begin(), fiber.copies.end(), [&](const Copy& copy) { return !under_way(copy); }),
+      fiber.copies.end());
 }
 
 uint32_t* Machine::arrive(Operation operation) {

@@ -9,8 +9,10 @@
 //   - a misaligned access, or one outside the thread block's shared memory and the buffers that the launch declares
 //   - a write to a buffer that the launch declares as read
 //   - an access to global memory before wait_for_previous_kernel() in a launch that may overlap the previous one
+//   - an asynchronous copy whose destination is not shared memory, or that its thread does not wait for
 //   - while races are checked: accesses of shared memory that no barrier orders, whether or not an order reveals them
-// Not covered: timing, asynchronous copies, races in global memory.
+// An asynchronous copy takes place when it starts or when its thread waits for it, drawn per copy.
+// Not covered: timing, races in global memory.
 #pragma once
 
 #include <cstddef>
@@ -159,6 +161,10 @@ class Machine {
   }
 
   void wait_for_previous_kernel() { fibers_[current_].waited = true; }
+  // Asynchronous copies of the current thread, in groups.
+  void start_copy(void* shared, const void* global, size_t bytes);
+  void commit_copies() { ++fibers_[current_].copy_group; }
+  void wait_for_copies(int groups_under_way);
   void block_barrier();
 
   // Operands of the current lane in a collective operation; throws Fault if its warp is in another one.
@@ -194,8 +200,16 @@ class Machine {
     size_t bytes = 0;
     void* fake_stack = nullptr;  // AddressSanitizer's, while the fiber does not run
   };
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;  // that are still to be copied
+    int group;
+  };
   struct Fiber {
     Stack stack;
+    std::vector<Copy> copies;  // under way
+    int copy_group = 0;        // of the next copy
     bool done = false;
     bool waited = false;  // for the previous kernel
     Waiting waiting = Waiting::kNothing;

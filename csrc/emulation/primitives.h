@@ -197,6 +197,19 @@ DECO_DEVICE void store_global(V* address, V value) {
   store(address, value);
 }
 
+template <class V>
+DECO_DEVICE void copy_async(V* shared, const V* global) {
+  emulated::Machine& machine = emulated::Machine::instance();
+  machine.access(global, sizeof(V), alignof(V), false);
+  machine.access(shared, sizeof(V), alignof(V), true);
+  machine.start_copy(shared, global, sizeof(V));
+}
+inline void commit_copies() { emulated::Machine::instance().commit_copies(); }
+template <int Groups>
+void wait_for_copies() {
+  emulated::Machine::instance().wait_for_copies(Groups);
+}
+
 DECO_DEVICE void block_barrier() { emulated::Machine::instance().block_barrier(); }
 inline void warp_barrier() {
   emulated::Machine& machine = emulated::Machine::instance();
