@@ -76,16 +76,20 @@ DECO_KERNEL(kThreads, 1, forward_kernel, const ForwardParams p) {
   const int step = held(p.resident ? slots.kElements : 0);  // to the weights of the next decoder block
   const uint32_t turn = block_count() * kBlockPixels<D>;
   RowWords<D> cond[2 * M];
-  if constexpr (kAhead<D>)
-    load_rows<D, M>(cond, Pixels(p.range, block() * kBlockPixels<D> + warp() * kWarpPixels<D>), op.cond, of_cond);
+  ChannelBits<M> image;
+  const auto load_inputs = [&](const Pixels& pixels) {
+    image.load(pixels.addresses(op.image, of_image), op.image.dtype);
+    load_rows<D, M>(cond, pixels, op.cond, of_cond);
+  };
+  if constexpr (kAhead<D>) load_inputs(Pixels(p.range, block() * kBlockPixels<D> + warp() * kWarpPixels<D>));
   for (uint32_t begin = block() * kBlockPixels<D>; begin < p.range.count; begin += turn) {
     const uint32_t first = begin + warp() * kWarpPixels<D>;
     const Pixels pixels(p.range, first);
     Tile<D> h[M];
     Operand<D> s[M];
     uint32_t x[M][2];
-    load_channels<T>(x, pixels.addresses(op.image, of_image), op.image.dtype);
-    if constexpr (!kAhead<D>) load_rows<D, M>(cond, pixels, op.cond, of_cond);
+    if constexpr (!kAhead<D>) load_inputs(pixels);
+    channel_operands<T>(x, image, op.image.dtype);
     [[maybe_unused]] RowWords<D> query[2 * M];
     if constexpr (Extended) load_query<D, M>(query, pixels, p.extension.query, of_query);
 #pragma unroll
@@ -95,7 +99,7 @@ DECO_KERNEL(kThreads, 1, forward_kernel, const ForwardParams p) {
       if constexpr (Extended) add_query<T>(h[m], query[2 * m], query[2 * m + 1]);
       if constexpr (Keeps) store_tile<D>(lane_words<D>(op.s_tiles, first / kTilePixels) + m * kTileWords<D>, s[m]);
     }
-    if constexpr (kAhead<D>) load_rows<D, M>(cond, Pixels(p.range, first + turn), op.cond, of_cond);
+    if constexpr (kAhead<D>) load_inputs(Pixels(p.range, first + turn));
     BlockWeights<T, D> of_block = weights;
     Words4* h_words = Keeps ? lane_words<D>(op.h_tiles, first / kTilePixels) : nullptr;
     const auto keep_h = [&] {

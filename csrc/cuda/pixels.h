@@ -242,29 +242,58 @@ struct ChannelAddresses {
   char* row[2 * M][2];
 };
 
-// Left operands (16 pixels x 8) of M tiles with up to four channels: columns 0 to 3 are the values rounded to T, columns
-// 4 to 7 the remainders of the rounding. The addresses are those of the channels image_channel(0, C) and
-// image_channel(1, C).
-template <class T, int M>
-DECO_DEVICE void load_channels(uint32_t (&words)[M][2], const ChannelAddresses<M>& address) {
+// The bits of a lane's two channels in each row of M tiles, float32 or of the compute dtype. The addresses are those of
+// the channels image_channel(0, C) and image_channel(1, C).
+template <int M>
+struct ChannelBits {
+  uint32_t row[2 * M][2];
+
+  DECO_DEVICE void load(const ChannelAddresses<M>& address) {
 #pragma unroll
-  for (int i = 0; i < 2 * M; ++i) {
-    const uint32_t v0 = load(reinterpret_cast<const uint16_t*>(address.row[i][0]));
-    const uint32_t v1 = load(reinterpret_cast<const uint16_t*>(address.row[i][1]));
-    words[i / 2][i % 2] = lane() & 2 ? 0u : v0 | v1 << 16;
+    for (int i = 0; i < 2 * M; ++i)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) row[i][c] = cuda::load(reinterpret_cast<const uint16_t*>(address.row[i][c]));
   }
+  DECO_DEVICE void load(const ChannelAddresses<M>& address, DType dtype) {
+    if (dtype != DType::kFloat32) return load(address);
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) row[i][c] = cuda::load(reinterpret_cast<const uint32_t*>(address.row[i][c]));
+  }
+};
+
+// Left operands (16 pixels x 8) of M tiles with up to four channels: columns 0 to 3 are the values rounded to T, columns
+// 4 to 7 the remainders of the rounding.
+template <class T, int M>
+DECO_DEVICE void channel_operands(uint32_t (&words)[M][2], const ChannelBits<M>& bits) {
+#pragma unroll
+  for (int i = 0; i < 2 * M; ++i) words[i / 2][i % 2] = lane() & 2 ? 0u : bits.row[i][0] | bits.row[i][1] << 16;
 }
 // The same for an image of dtype float32 or T.
 template <class T, int M>
-DECO_DEVICE void load_channels(uint32_t (&words)[M][2], const ChannelAddresses<M>& address, DType dtype) {
-  if (dtype != DType::kFloat32) return load_channels<T>(words, address);
+DECO_DEVICE void channel_operands(uint32_t (&words)[M][2], const ChannelBits<M>& bits, DType dtype) {
+  if (dtype != DType::kFloat32) return channel_operands<T>(words, bits);
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i) {
-    const float v0 = load(reinterpret_cast<const float*>(address.row[i][0]));
-    const float v1 = load(reinterpret_cast<const float*>(address.row[i][1]));
+    const float v0 = float_of_bits(bits.row[i][0]), v1 = float_of_bits(bits.row[i][1]);
     const uint32_t values = pack<T>(v0, v1), rest = pack<T>(v0 - low<T>(values), v1 - high<T>(values));
     words[i / 2][i % 2] = lane() & 2 ? rest : values;
   }
+}
+
+// The operands from memory.
+template <class T, int M>
+DECO_DEVICE void load_channels(uint32_t (&words)[M][2], const ChannelAddresses<M>& address) {
+  ChannelBits<M> bits;
+  bits.load(address);
+  channel_operands<T>(words, bits);
+}
+template <class T, int M>
+DECO_DEVICE void load_channels(uint32_t (&words)[M][2], const ChannelAddresses<M>& address, DType dtype) {
+  ChannelBits<M> bits;
+  bits.load(address, dtype);
+  channel_operands<T>(words, bits, dtype);
 }
 
 }  // namespace deco::cuda

@@ -16,6 +16,7 @@
 // Barriers:      block_barrier(), warp_barrier()
 // In a warp:     shuffle_xor(value, mask): the value of lane ^ mask
 // Arithmetic:    tanh_approximate(x) (largest relative error 2^-11), rsqrt_approximate(x)
+// Numbers:       float_of_bits(word): a float32
 // Compute dtype: pack<T>(low, high): two floats rounded to nearest even in one word; low<T>(word), high<T>(word);
 //                half_of_low<T>(word), half_of_high<T>(word): the same, halved
 //
