@@ -43,6 +43,22 @@ DECO_KERNEL(32, 1, overlapping_kernel, const Params p) {
   store(p.out + thread(), 0u);
 }
 
+// Every lane copies two pairs of words in two groups, and reads the first before the second has to be there.
+DECO_KERNEL(32, 1, copy_kernel, const Params p) {
+  auto* shared = reinterpret_cast<Words2*>(shared_memory()) + lane();
+  const auto* in = reinterpret_cast<const Words2*>(p.in) + lane();
+  auto* out = reinterpret_cast<Words2*>(p.out) + lane();
+  copy_async(p.fault == "to global memory" ? out : shared, in);
+  commit_copies();
+  copy_async(shared + 32, in + 32);
+  commit_copies();
+  if (p.fault != "no wait") wait_for_copies<1>();
+  store(out, load(shared));
+  if (p.fault == "under way at the end") return;
+  wait_for_copies<0>();
+  store(out + 32, load(shared + 32));
+}
+
 DECO_KERNEL(128, 1, fault_kernel, const Params p) {
   auto* shared = reinterpret_cast<uint32_t*>(shared_memory());
   const int words = block_threads();
@@ -204,6 +220,9 @@ PYBIND11_MODULE(emulator_kernels, m) {
   m.def("neighbor", [](const std::string& f, uint32_t seed) { return run(neighbor_kernel, 32 * kWarps, f, seed, {}); });
   m.def("next_lane", [](const std::string& f, uint32_t seed) { return run(next_lane_kernel, 128, f, seed, {}); });
   m.def("fault", [](const std::string& f) { return run(fault_kernel, 32 * kWarps, f, 1, py::array_t<float>(32)); });
+  m.def("copy", [](const std::string& f, uint32_t seed, const py::array_t<float>& in) {
+    return run(copy_kernel, 32, f, seed, in);
+  });
   m.def("collective", [](const std::string& op) { return run(collective_kernel, 32, op, 1, {}); });
   m.def("multiply", [](const std::string& type, int k, const py::array_t<float>& in) {
     const bool bf16 = type == "bfloat16";

@@ -46,6 +46,22 @@ def test_a_kernel_that_may_start_early_waits_before_it_accesses_global_memory(ke
         kernels.overlap(False)
 
 
+def test_asynchronous_copies_are_there_after_the_wait(kernels):
+    given = np.random.default_rng(0).standard_normal(128).astype(np.float32)
+    for seed in range(8):
+        assert (kernels.copy("", seed, given) == given.view(np.uint32)).all()
+    without = [kernels.copy("no wait", seed, given) for seed in range(8)]
+    assert all((copied[:64] != given.view(np.uint32)[:64]).any() for copied in without)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("under way at the end", "copy is under way"), ("to global memory", "not shared")]
+)
+def test_faults_of_asynchronous_copies_are_noticed(kernels, fault, said):
+    with pytest.raises(kernels.Fault, match=said):
+        kernels.copy(fault, 1, np.zeros(128, np.float32))
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
