@@ -242,16 +242,24 @@ struct ChannelAddresses {
   char* row[2 * M][2];
 };
 
-// Left operands (16 pixels x 8) of M tiles with up to four channels: columns 0 to 3 are the values rounded to T, columns
-// 4 to 7 the remainders of the rounding. The addresses are those of the channels image_channel(0, C) and
-// image_channel(1, C).
+// A lane's word of the left operand (16 pixels x 8) of a tile with up to four channels: columns 0 to 3 are the values
+// rounded to T, columns 4 to 7 the remainders of the rounding. v0, v1: channels image_channel(0, C) and
+// image_channel(1, C), as float32 or as the bits of T.
+template <class T>
+DECO_DEVICE uint32_t channel_word(float v0, float v1) {
+  const uint32_t values = pack<T>(v0, v1), rest = pack<T>(v0 - low<T>(values), v1 - high<T>(values));
+  return lane() & 2 ? rest : values;
+}
+DECO_DEVICE uint32_t channel_word(uint32_t v0, uint32_t v1) { return lane() & 2 ? 0u : v0 | v1 << 16; }
+
+// These words of M tiles. The addresses are those of the two channels.
 template <class T, int M>
 DECO_DEVICE void load_channels(uint32_t (&words)[M][2], const ChannelAddresses<M>& address) {
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i) {
     const uint32_t v0 = load(reinterpret_cast<const uint16_t*>(address.row[i][0]));
     const uint32_t v1 = load(reinterpret_cast<const uint16_t*>(address.row[i][1]));
-    words[i / 2][i % 2] = lane() & 2 ? 0u : v0 | v1 << 16;
+    words[i / 2][i % 2] = channel_word(v0, v1);
   }
 }
 // The same for an image of dtype float32 or T.
@@ -262,8 +270,34 @@ DECO_DEVICE void load_channels(uint32_t (&words)[M][2], const ChannelAddresses<M
   for (int i = 0; i < 2 * M; ++i) {
     const float v0 = load(reinterpret_cast<const float*>(address.row[i][0]));
     const float v1 = load(reinterpret_cast<const float*>(address.row[i][1]));
-    const uint32_t values = pack<T>(v0, v1), rest = pack<T>(v0 - low<T>(values), v1 - high<T>(values));
-    words[i / 2][i % 2] = lane() & 2 ? rest : values;
+    words[i / 2][i % 2] = channel_word<T>(v0, v1);
+  }
+}
+
+// load_channels in two steps, for loads ahead of their use: the values as stored, then the words. Nothing waits for the
+// loads until the second step.
+template <int M>
+struct StoredChannels {
+  uint32_t row[2 * M][2];  // float32, or 16 bits in the low half
+};
+template <int M>
+DECO_DEVICE StoredChannels<M> load_stored(const ChannelAddresses<M>& address, DType dtype) {
+  StoredChannels<M> stored;
+#pragma unroll
+  for (int i = 0; i < 2 * M; ++i)
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+      stored.row[i][c] = dtype == DType::kFloat32 ? load(reinterpret_cast<const uint32_t*>(address.row[i][c]))
+                                                  : load(reinterpret_cast<const uint16_t*>(address.row[i][c]));
+  return stored;
+}
+template <class T, int M>
+DECO_DEVICE void channel_words(uint32_t (&words)[M][2], const StoredChannels<M>& stored, DType dtype) {
+#pragma unroll
+  for (int i = 0; i < 2 * M; ++i) {
+    const auto& v = stored.row[i];
+    words[i / 2][i % 2] = dtype == DType::kFloat32 ? channel_word<T>(float_of_bits(v[0]), float_of_bits(v[1]))
+                                                   : channel_word(v[0], v[1]);
   }
 }
 
