@@ -14,7 +14,7 @@
 
 namespace deco::cuda {
 
-// The thread blocks of the decoder's forward and recompute.
+// The thread blocks of the decoder's kernels that own pixels.
 template <int D>
 constexpr bool kAhead = D <= 32;  // whether registers allow to load cond a turn ahead
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
