@@ -93,8 +93,8 @@ KERNELS = {
         "upsample_modulate", "block_backward", skipped=("gradient_of_later_blocks",)
     ),
     **{
-        f"decoder_embedding.embedding_kernel{extended}": Kernel("pixel_decoder", "pixel_decoder_embedding")
-        for extended in ("", EXTENDED)
+        f"decoder_embedding.embedding_kernel{general}{extended}": Kernel("pixel_decoder", "pixel_decoder_embedding")
+        for general, extended in _VARIANTS
     },
     "decoder_embedding.table_kernel": Kernel("pixel_decoder", "pixel_table_gradient", counted=False),
     "pack_weights.pack_kernel": Kernel("pixel_decoder", "pack_weights", counted=False),
@@ -129,7 +129,7 @@ _FLAGS = {  # boolean template parameters by kernel
     "block_backward.backward_kernel": ("mlp", "tiled"),
     "pixel_decoder.forward_kernel": ("general", "keeps", "extended"),
     "decoder_head.head_kernel": ("general", "extended"),
-    "decoder_embedding.embedding_kernel": ("extended",),
+    "decoder_embedding.embedding_kernel": ("general", "extended"),
     "flow_matching_loss_backward.gradient_kernel": ("sums",),
     "decoder_recompute.recompute_kernel": ("general", "extended"),
 }

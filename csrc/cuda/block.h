@@ -116,7 +116,7 @@ DECO_DEVICE void block_forward(Tile<D> (&h)[M], const Operand<D> (&s)[M], const 
   }
 }
 
-// h = W_x·x + table[k] for 16 pixels. x: left operand of load_channels; table: tile of the packed pixel table.
+// h = W_x·x + table[k] for 16 pixels. x: left operand of channel_words; table: tile of the packed pixel table.
 template <class T, int D>
 DECO_DEVICE void embed(Tile<D>& h, const uint32_t (&x)[2], const T* pixel_weight, const float* table) {
 #pragma unroll

@@ -180,15 +180,15 @@ struct Chain {
       spill(P::kOutputs + kScale, scale);
     }
     put(P::kOutputs + kGate, grad_gate);
-    if constexpr (!P::kFewRegisters) copy_next();
 
     const Operand<D> grad_shift = rounded<T>(grad_m);  // δshift = δm
-    if constexpr (P::kFewRegisters)  // again, to shorten the lifetime of its registers, like δh' below
+    if constexpr (P::kFewRegisters || Ahead)  // again, to shorten the lifetime of its registers, like δh' below
       normalized = normalized_by(stats, tile_of<T>(load_h()));
     Tile<D> grad_normalized;
     const Operand<D> grad_scale =
         run_modulation(grad_normalized, grad_m, normalized, reload_spilled(P::kOutputs + kScale, scale));
     put(P::kOutputs + kShift, grad_shift);
+    if constexpr (!P::kFewRegisters) copy_next();
     put(P::kOutputs + kScale, grad_scale);
     if constexpr (P::kFewRegisters && Mlp) grad_h = tile_of<T>(load_gradient(p.grad));
     if constexpr (P::kFewRegisters) copy_next();

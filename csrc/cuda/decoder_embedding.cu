@@ -1,23 +1,23 @@
-// Backward of the decoder's embedding (formula in decoder_kernels.h). Persistent grid; a warp owns tiles of 16
-// pixels. All tiles of a thread block are at the same positions of the patch, so that it sums the gradients of its rows
-// of the pixel table in registers, then over its warps. The packed weights are in shared memory. Per pixel: reads 2·D
-// bytes and C image values, writes C values and, if wanted, 2·D bytes of the query's gradient; 6·C·D FLOPs.
-// Deterministic: sums are written per thread block and added in a fixed order.
+// Backward of the decoder's embedding (formula in decoder_kernels.h). Persistent grid; a warp owns tiles of 16 pixels and
+// loads the next one before it computes the present one. All tiles of a thread block are at the same positions of the
+// patch, so that it sums the gradients of its rows of the pixel table in registers, then over its warps. The packed
+// weights are in shared memory. Per pixel: reads 2·D bytes and C image values, writes C values and, if wanted, 2·D bytes
+// of the query's gradient; 6·C·D FLOPs. Deterministic: sums are written per thread block and added in a fixed order.
 #include "cuda/block.h"
 #include "cuda/decoder_kernels.h"
 #include "cuda/gradient_sums.h"
+#include "cuda/warp_pixels.h"
 
 namespace deco::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kBlocksPerMultiprocessor = 2;
+// As many as registers allow: the next tiles of all warps are the loads in flight that hide the latency of memory.
+constexpr int blocks_per_multiprocessor(int width) { return width == 16 ? 4 : width == 32 ? 3 : 2; }
 
 struct EmbeddingParams {
   DecoderEmbedding op;
-  PatchGrid grid;
-  uint32_t first_pixel = 0, pixels = 0;
+  PixelRange range;
   int parts = 0;
   int table_rows = 0;  // per thread block: min(P, 16)
   RowsView grad_query;
@@ -29,19 +29,40 @@ struct EmbeddingParams {
     op.packed.visit(buffers, false, shape.depth, width, kBlockMatrices, shape.pixels_per_token());
     op.image.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
     op.grad_image.visit(buffers, true, shape.batch, shape.channels, shape.height, shape.width);
-    grad_query.visit(buffers, true, pixels, width);
-    buffers.read(op.grad_h_tiles, 2 * padded_rows(pixels) * width);
+    grad_query.visit(buffers, true, range.count, width);
+    buffers.read(op.grad_h_tiles, 2 * padded_rows(range.count) * width);
     buffers.write(op.partials, int64_t{4} * parts * (width + 1) * kChannelSlots);
     buffers.write(op.table_partials, int64_t{4} * parts * table_rows * width);
   }
 };
 
-// Writes v0, v1 to channels 2t, 2t + 1 of the lane's pixel; only lanes with t < 2 hold channels.
-DECO_DEVICE void store_image(const Image& image, int channels, const PixelPlace& place, float v0, float v1) {
+// What a warp reads of a tile.
+template <int D>
+struct TileInputs {
+  Operand<D> grad_h;
+  StoredChannels<1> x;
+};
+
+// Writes channels 2t, 2t + 1 of the lane's two rows of a tile; only lanes with t < 2 hold channels.
+template <class Pixels>
+DECO_DEVICE void store_channels(const Pixels& pixels, const ChannelAddresses<1>& address, DType dtype, int channels,
+                                const float (&v)[4]) {
   const int channel = 2 * (lane() & 3);
-  char* address = image.at(place, channel);
-  if (channel < channels) store_float(Array{address, image.dtype}, 0, v0);
-  if (channel + 1 < channels) store_float(Array{address + image.stride_c, image.dtype}, 0, v1);
+  const auto store_each = [&](auto&& store_one) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (channel + i % 2 < channels && pixels.exists(i / 2)) store_one(address.row[i / 2][i % 2], i);
+  };
+  if (dtype == DType::kFloat32) return store_each([&](char* to, int i) { store(reinterpret_cast<float*>(to), v[i]); });
+  uint32_t words[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float v0 = v[2 * r], v1 = v[2 * r + 1];
+    words[r] = dtype == DType::kBFloat16 ? pack<BFloat16>(v0, v1) : pack<Float16>(v0, v1);
+  }
+  store_each([&](char* to, int i) {
+    store(reinterpret_cast<uint16_t*>(to), static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2))));
+  });
 }
 
 // Adds the sums of the rows of all warps and writes them; rows at the same position of the patch are added. Called by
@@ -71,40 +92,50 @@ DECO_HOST_DEVICE int positions_of(int pixels_per_token) {
   return pixels_per_token > kTilePixels ? pixels_per_token / kTilePixels : 1;
 }
 
-template <class T, int D, bool Extended>
-DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, embedding_kernel, const EmbeddingParams p) {
+template <class T, int D, bool General, bool Extended>
+DECO_KERNEL(kThreads, blocks_per_multiprocessor(D), embedding_kernel, const EmbeddingParams p) {
+  using Pixels = WarpPixels<1, General>;
   const DecoderEmbedding& op = p.op;
   const DecoderEnds<T, D> ends{shared_memory()};
+  char* lanes = shared_memory() + DecoderEnds<T, D>::kBytes;
+  const int channels = op.shape.channels, channel = 2 * (lane() & 3);  // of grad_image
   wait_for_previous_kernel();
   ends.fill(op.packed);
+  const auto of_image =
+      Pixels::lane_of(p.range, op.image, image_channel(0, channels), image_channel(1, channels), lanes);
+  const auto of_gradient = Pixels::lane_of(p.range, op.grad_image, channel, channel + 1, lanes + kLaneBytes);
   block_barrier();
-  const int channels = op.shape.channels;
   ChannelGradient<T, D> pixel_gradient;
   pixel_gradient.clear();
   Tile<D> table_sum = zeros<D>();
+  const bool sums = op.partials != nullptr, is_float32 = op.image.dtype == DType::kFloat32;
 
-  const int positions = positions_of(1 << (2 * p.grid.log2_patch));
-  const uint32_t own = (block() / positions * kWarps + warp()) * positions + block() % positions, end = p.pixels - 1;
-  for (uint32_t begin = own * kTilePixels; begin < p.pixels; begin += block_count() * kWarps * kTilePixels) {
-    const uint32_t first = begin + (lane() >> 2);
-    Operand<D> grad_h = load_tile<D>(op.grad_h_tiles, begin / kTilePixels);
-    ChannelAddresses<1> own;
-    PixelPlace place[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint32_t pixel = min(first + 8 * r, end);
-      if (first + 8 * r > end) grad_h.clear_row(r);
-      place[r] = locate(p.grid, p.first_pixel + pixel);
-      for (int c = 0; c < 2; ++c) own.row[r][c] = op.image.at(place[r], image_channel(c, channels));
-    }
+  const int positions = positions_of(1 << (2 * p.range.grid.log2_patch));
+  const uint32_t own = (block() / positions * kWarps + warp()) * positions + block() % positions;
+  const uint32_t turn = block_count() * kWarps * kTilePixels;
+  uint32_t first = own * kTilePixels;
+  Pixels next_pixels(p.range, first);
+  TileInputs<D> next{};
+  const auto load_next = [&](uint32_t pixel) {
+    next_pixels = Pixels(p.range, pixel);
+    next.grad_h = load_tile<D>(op.grad_h_tiles, pixel / kTilePixels);
+    if (sums) next.x = load_stored(next_pixels.addresses(op.image, of_image), is_float32);
+  };
+  if (first < p.range.count) load_next(first);
+  for (; first < p.range.count; first += turn) {
+    const Pixels pixels = next_pixels;
+    auto [grad_h, stored_x] = next;
+    // After the last tile the same again, from a cache: a branch around the loads would cost registers in every turn.
+    load_next(first + turn < p.range.count ? first + turn : first);
+    pixels.clear_missing(grad_h);
     if constexpr (Extended) {
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        if (first + 8 * r <= end) store_row<T>(p.grad_query, first + 8 * r, row_of(grad_h, r));
+        if (pixels.exists(r)) store_row<T>(p.grad_query, first + (lane() >> 2) + 8 * r, row_of(grad_h, r));
     }
-    if (op.partials != nullptr) {
+    if (sums) {
       uint32_t x[1][2];
-      load_channels<T>(x, own, op.image.dtype);
+      channel_words<T>(x, stored_x, is_float32);
       pixel_gradient.add(grad_h, x[0]);
       const Tile<D> tile = tile_of<T>(grad_h);
 #pragma unroll
@@ -115,12 +146,10 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, embedding_kernel, const Embeddin
     if (op.grad_image.data != nullptr) {
       float grad[4] = {0, 0, 0, 0};
       multiply_add<T, D>(grad, grad_h, weight_columns<T, D>(ends.pixel(), kChannelSlots));
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-        if (first + 8 * r <= end) store_image(op.grad_image, channels, place[r], grad[2 * r], grad[2 * r + 1]);
+      store_channels(pixels, pixels.addresses(op.grad_image, of_gradient), op.grad_image.dtype, channels, grad);
     }
   }
-  if (op.partials == nullptr) return;
+  if (!sums) return;
   auto* shared = reinterpret_cast<float*>(shared_memory());
   write_table<D>(table_sum, op.table_partials + int64_t{block()} * p.table_rows * D, shared, p.table_rows,
                  op.accumulate);
@@ -129,10 +158,15 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, embedding_kernel, const Embeddin
 
 template <class T, int D, bool Extended>
 Status run(const Call& call, const EmbeddingParams& p) {
+  const DecoderShape& s = p.op.shape;
   const int sums = std::max(ChannelGradient<T, D>::kNumbers, p.table_rows * D);
-  const int shared = std::max(DecoderEnds<T, D>::kBytes, kWarps * sums * 4);
-  return launch("pixel_decoder_embedding", embedding_kernel<T, D, Extended>, {p.parts, kThreads, shared, true},
-                call.stream, p);
+  const int shared = std::max(DecoderEnds<T, D>::kBytes + 2 * kLaneBytes, kWarps * sums * 4);
+  const int64_t of_image = p.op.image.bytes(s.batch, s.channels, s.height, s.width);
+  const int64_t of_gradient = p.op.grad_image.bytes(s.batch, s.channels, s.height, s.width);
+  return with_pixels<1>(s, {of_image, of_gradient}, [&](auto general) {
+    return launch("pixel_decoder_embedding", embedding_kernel<T, D, general.value, Extended>,
+                  {p.parts, kThreads, shared, true}, call.stream, p);
+  });
 }
 
 // ---- the pixel table ------------------------------------------------------------------------------------------------
@@ -171,7 +205,7 @@ DECO_KERNEL(kThreads, 1, table_kernel, const TableParams p) {
 int decoder_embedding_parts(const DeviceLimits& limits, const DecoderShape& shape, int64_t pixels) {
   // As many thread blocks for every position.
   const int positions = positions_of(shape.pixels_per_token());
-  const int parts = grid_blocks(pixels, kWarps * kTilePixels, limits, kBlocksPerMultiprocessor);
+  const int parts = grid_blocks(pixels, kWarps * kTilePixels, limits, blocks_per_multiprocessor(shape.decoder_width));
   return std::max(1, parts / positions) * positions;
 }
 
@@ -183,9 +217,7 @@ int64_t decoder_embedding_table_numbers(const DeviceLimits& limits, const Decode
 Status decoder_embedding(const Call& call, DType operand, const DecoderEmbedding& op, const RowsView& grad_query) {
   EmbeddingParams p;
   p.op = op;
-  p.grid = patch_grid(op.shape);
-  p.first_pixel = static_cast<uint32_t>(op.first_pixel);
-  p.pixels = static_cast<uint32_t>(op.pixels);
+  p.range = {patch_grid(op.shape), static_cast<uint32_t>(op.first_pixel), static_cast<uint32_t>(op.pixels)};
   p.parts = decoder_embedding_parts(call.limits, op.shape, op.pixels);
   p.table_rows = std::min(op.shape.pixels_per_token(), kTilePixels);
   p.grad_query = grad_query;

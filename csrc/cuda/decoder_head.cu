@@ -49,7 +49,7 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, head_kernel, const HeadParams p)
     const uint32_t first = begin + warp() * kWarpPixels<D>, tile = first / kTilePixels;
     const Pixels pixels(p.range, first);
     uint32_t grad_velocity[M][2];
-    load_channels<T>(grad_velocity, pixels.addresses(op.grad_velocity, of_gradient));
+    channel_words<T>(grad_velocity, load_stored(pixels.addresses(op.grad_velocity, of_gradient), false), false);
     pixels.clear_missing(grad_velocity);
 #pragma unroll
     for (int m = 0; m < M; ++m) {

@@ -75,10 +75,11 @@ DECO_KERNEL(kThreads, 1, recompute_kernel, const RecomputeParams p) {
   const int step = held(p.resident ? slots.kElements : 0);  // to the weights of the next decoder block
   const uint32_t turn = block_count() * kBlockPixels<D>;
   RowWords<D> cond[2 * M];
-  ChannelBits<M> image, gradient;
+  StoredChannels<M> image, gradient;
+  const bool is_float32 = op.image.dtype == DType::kFloat32;
   const auto load_inputs = [&](const Pixels& pixels) {
-    image.load(pixels.addresses(op.image, of_image), op.image.dtype);
-    gradient.load(pixels.addresses(op.grad_velocity, of_gradient));
+    image = load_stored(pixels.addresses(op.image, of_image), is_float32);
+    gradient = load_stored(pixels.addresses(op.grad_velocity, of_gradient), false);
     load_rows<D, M>(cond, pixels, op.cond, of_cond);
   };
   if constexpr (kAhead<D>) load_inputs(Pixels(p.range, block() * kBlockPixels<D> + warp() * kWarpPixels<D>));
@@ -90,8 +91,8 @@ DECO_KERNEL(kThreads, 1, recompute_kernel, const RecomputeParams p) {
     Operand<D> s[M];
     uint32_t x[M][2], grad_velocity[M][2];
     if constexpr (!kAhead<D>) load_inputs(pixels);
-    channel_operands<T>(x, image, op.image.dtype);
-    channel_operands<T>(grad_velocity, gradient);
+    channel_words<T>(x, image, is_float32);
+    channel_words<T>(grad_velocity, gradient, false);
     pixels.clear_missing(grad_velocity);
     [[maybe_unused]] RowWords<D> query[2 * M];
     if constexpr (Extended) load_query<D, M>(query, pixels, p.extension.query, of_query);

@@ -130,7 +130,7 @@ struct ChannelGradient {
     sum = 0.0f;
   }
 
-  // h and x are left operands of 16 pixels, x in the layout of load_channels.
+  // h and x are left operands of 16 pixels, x in the layout of channel_words.
   DECO_DEVICE void add(const Operand<D>& h, const uint32_t (&x)[2]) {
     const uint32_t right[2] = {transpose(x[0]), transpose(x[1])};
 #pragma unroll

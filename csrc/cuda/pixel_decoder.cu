@@ -76,9 +76,10 @@ DECO_KERNEL(kThreads, 1, forward_kernel, const ForwardParams p) {
   const int step = held(p.resident ? slots.kElements : 0);  // to the weights of the next decoder block
   const uint32_t turn = block_count() * kBlockPixels<D>;
   RowWords<D> cond[2 * M];
-  ChannelBits<M> image;
+  StoredChannels<M> image;
+  const bool is_float32 = op.image.dtype == DType::kFloat32;
   const auto load_inputs = [&](const Pixels& pixels) {
-    image.load(pixels.addresses(op.image, of_image), op.image.dtype);
+    image = load_stored(pixels.addresses(op.image, of_image), is_float32);
     load_rows<D, M>(cond, pixels, op.cond, of_cond);
   };
   if constexpr (kAhead<D>) load_inputs(Pixels(p.range, block() * kBlockPixels<D> + warp() * kWarpPixels<D>));
@@ -89,7 +90,7 @@ DECO_KERNEL(kThreads, 1, forward_kernel, const ForwardParams p) {
     Operand<D> s[M];
     uint32_t x[M][2];
     if constexpr (!kAhead<D>) load_inputs(pixels);
-    channel_operands<T>(x, image, op.image.dtype);
+    channel_words<T>(x, image, is_float32);
     [[maybe_unused]] RowWords<D> query[2 * M];
     if constexpr (Extended) load_query<D, M>(query, pixels, p.extension.query, of_query);
 #pragma unroll

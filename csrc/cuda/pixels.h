@@ -242,58 +242,42 @@ struct ChannelAddresses {
   char* row[2 * M][2];
 };
 
-// The bits of a lane's two channels in each row of M tiles, float32 or of the compute dtype. The addresses are those of
-// the channels image_channel(0, C) and image_channel(1, C).
-template <int M>
-struct ChannelBits {
-  uint32_t row[2 * M][2];
-
-  DECO_DEVICE void load(const ChannelAddresses<M>& address) {
-#pragma unroll
-    for (int i = 0; i < 2 * M; ++i)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) row[i][c] = cuda::load(reinterpret_cast<const uint16_t*>(address.row[i][c]));
-  }
-  DECO_DEVICE void load(const ChannelAddresses<M>& address, DType dtype) {
-    if (dtype != DType::kFloat32) return load(address);
-#pragma unroll
-    for (int i = 0; i < 2 * M; ++i)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) row[i][c] = cuda::load(reinterpret_cast<const uint32_t*>(address.row[i][c]));
-  }
-};
-
-// Left operands (16 pixels x 8) of M tiles with up to four channels: columns 0 to 3 are the values rounded to T, columns
-// 4 to 7 the remainders of the rounding.
-template <class T, int M>
-DECO_DEVICE void channel_operands(uint32_t (&words)[M][2], const ChannelBits<M>& bits) {
-#pragma unroll
-  for (int i = 0; i < 2 * M; ++i) words[i / 2][i % 2] = lane() & 2 ? 0u : bits.row[i][0] | bits.row[i][1] << 16;
+// A lane's word of the left operand (16 pixels x 8) of a tile with up to four channels: columns 0 to 3 are the values
+// rounded to T, columns 4 to 7 the remainders of the rounding. v0, v1: channels image_channel(0, C) and
+// image_channel(1, C), as float32 or as the bits of T.
+template <class T>
+DECO_DEVICE uint32_t channel_word(float v0, float v1) {
+  const uint32_t values = pack<T>(v0, v1), rest = pack<T>(v0 - low<T>(values), v1 - high<T>(values));
+  return lane() & 2 ? rest : values;
 }
-// The same for an image of dtype float32 or T.
+DECO_DEVICE uint32_t channel_word(uint32_t v0, uint32_t v1) { return lane() & 2 ? 0u : v0 | v1 << 16; }
+
+// The two channels of a lane's rows in M tiles, as they are stored. They become words in a second step, before which
+// nothing waits for the loads.
+template <int M>
+struct StoredChannels {
+  uint32_t row[2 * M][2];  // float32, or 16 bits in the low half
+};
+template <int M>
+DECO_DEVICE StoredChannels<M> load_stored(const ChannelAddresses<M>& address, bool is_float32) {
+  StoredChannels<M> stored;
+#pragma unroll
+  for (int i = 0; i < 2 * M; ++i)
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+      stored.row[i][c] = is_float32 ? load(reinterpret_cast<const uint32_t*>(address.row[i][c]))
+                                    : load(reinterpret_cast<const uint16_t*>(address.row[i][c]));
+  return stored;
+}
+// `is_float32` as for the loads; otherwise the values are of dtype T.
 template <class T, int M>
-DECO_DEVICE void channel_operands(uint32_t (&words)[M][2], const ChannelBits<M>& bits, DType dtype) {
-  if (dtype != DType::kFloat32) return channel_operands<T>(words, bits);
+DECO_DEVICE void channel_words(uint32_t (&words)[M][2], const StoredChannels<M>& stored, bool is_float32) {
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i) {
-    const float v0 = float_of_bits(bits.row[i][0]), v1 = float_of_bits(bits.row[i][1]);
-    const uint32_t values = pack<T>(v0, v1), rest = pack<T>(v0 - low<T>(values), v1 - high<T>(values));
-    words[i / 2][i % 2] = lane() & 2 ? rest : values;
+    const auto& v = stored.row[i];
+    words[i / 2][i % 2] = is_float32 ? channel_word<T>(float_of_bits(v[0]), float_of_bits(v[1]))
+                                     : channel_word(v[0], v[1]);
   }
-}
-
-// The operands from memory.
-template <class T, int M>
-DECO_DEVICE void load_channels(uint32_t (&words)[M][2], const ChannelAddresses<M>& address) {
-  ChannelBits<M> bits;
-  bits.load(address);
-  channel_operands<T>(words, bits);
-}
-template <class T, int M>
-DECO_DEVICE void load_channels(uint32_t (&words)[M][2], const ChannelAddresses<M>& address, DType dtype) {
-  ChannelBits<M> bits;
-  bits.load(address, dtype);
-  channel_operands<T>(words, bits, dtype);
 }
 
 }  // namespace deco::cuda

@@ -16,9 +16,9 @@
 // Barriers:      block_barrier(), warp_barrier()
 // In a warp:     shuffle_xor(value, mask): the value of lane ^ mask
 // Arithmetic:    tanh_approximate(x) (largest relative error 2^-11), rsqrt_approximate(x)
-// Numbers:       float_of_bits(word): a float32
 // Compute dtype: pack<T>(low, high): two floats rounded to nearest even in one word; low<T>(word), high<T>(word);
 //                half_of_low<T>(word), half_of_high<T>(word): the same, halved
+//                float_of_bits(word): the float32 that is stored as `word`
 //
 // Matrix instructions of a warp, on 8x8 matrices of 16-bit elements. With g = lane / 4 and t = lane % 4, a lane holds
 // one word of each matrix: the elements (g, 2t) and (g, 2t + 1).

@@ -105,7 +105,7 @@ DECO_DEVICE float rsqrt_approximate(float x) {
   return y;
 }
 
-DECO_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+DECO_DEVICE float float_of_bits(uint32_t word) { return __uint_as_float(word); }
 template <class T>
 DECO_DEVICE uint32_t pack(float low, float high);
 template <>

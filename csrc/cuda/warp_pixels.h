@@ -14,7 +14,7 @@
 
 namespace deco::cuda {
 
-// The thread blocks of the decoder's forward and recompute.
+// The thread blocks of the decoder's kernels that own pixels.
 template <int D>
 constexpr bool kAhead = D <= 32;  // whether registers allow to load cond a turn ahead
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
@@ -52,16 +52,23 @@ class GeneralPixels {
   static DECO_DEVICE Lane lane_of(const PixelRange&, const PatchRows&, int channel, char*) { return {channel, 0}; }
 
   // The pixels from `first` of the range on, a multiple of 16·M.
-  DECO_DEVICE GeneralPixels(const PixelRange& range, uint32_t first) : range_(range), first_(first) {
+  DECO_DEVICE GeneralPixels(const PixelRange& range, uint32_t first) : range_(&range), first_(first) {
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) place_[i] = locate(range.grid, range.first + pixel(i));
   }
-  DECO_DEVICE bool exists(int i) const { return row(i) < range_.count; }
+  DECO_DEVICE bool exists(int i) const { return row(i) < range_->count; }
   // Whether sums over the tiles are to be formed, with the words of missing rows zeroed by `clear_missing`.
   DECO_DEVICE bool any_exists() const { return true; }
   DECO_DEVICE void clear_missing(uint32_t (&words)[M][2]) const {
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) words[i / 2][i % 2] = exists(i) ? words[i / 2][i % 2] : 0u;
+  }
+  template <int D>
+  DECO_DEVICE void clear_missing(Operand<D>& tile) const {
+    static_assert(M == 1);
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (!exists(r)) tile.clear_row(r);
   }
 
   DECO_DEVICE ChannelAddresses<M> addresses(const Image& image, const Lane& of) const {
@@ -81,7 +88,7 @@ class GeneralPixels {
   }
   // Number of tile m among the tiles of 16 pixels of a patch.
   DECO_DEVICE int64_t patch_tile(int m) const {
-    return ((first_ + kTilePixels * m) & range_.grid.pixel_mask()) / kTilePixels;
+    return ((first_ + kTilePixels * m) & range_->grid.pixel_mask()) / kTilePixels;
   }
 
  private:
@@ -89,12 +96,12 @@ class GeneralPixels {
   DECO_DEVICE uint32_t pixel(int i) const {
     uint32_t pixel = row(i);
     // region: last_pixel_for_missing_ones
-    pixel = min(pixel, range_.count - 1);
+    pixel = min(pixel, range_->count - 1);
     // end region
     return pixel;
   }
 
-  const PixelRange& range_;
+  const PixelRange* range_;
   uint32_t first_;
   PixelPlace place_[2 * M];
 };
@@ -124,7 +131,7 @@ class CompactPixels {
     return store_offsets(memory, [&](uint32_t k) { return offset(rows, 0, k) + 2 * channel; }, 0);
   }
 
-  DECO_DEVICE CompactPixels(const PixelRange& range, uint32_t first) : range_(range) {
+  DECO_DEVICE CompactPixels(const PixelRange& range, uint32_t first) : range_(&range) {
     exists_ = first < range.count;
     first_ = min(first, range.count - kTilePixels * M);
     place_ = locate(range.grid, range.first + first_);
@@ -132,6 +139,8 @@ class CompactPixels {
   DECO_DEVICE bool exists(int) const { return exists_; }
   DECO_DEVICE bool any_exists() const { return exists_; }
   DECO_DEVICE void clear_missing(uint32_t (&)[M][2]) const {}
+  template <int D>
+  DECO_DEVICE void clear_missing(Operand<D>&) const {}
 
   DECO_DEVICE ChannelAddresses<M> addresses(const Image& image, const Lane& of) const {
     char* first = image.data + offset(image, place_);
@@ -146,7 +155,7 @@ class CompactPixels {
     return addresses;
   }
   DECO_DEVICE RowAddresses<M> addresses(const PatchRows& rows, const Lane& of) const {
-    const uint32_t token = first_ >> rows.log2_pixels, k = first_ & range_.grid.pixel_mask();
+    const uint32_t token = first_ >> rows.log2_pixels, k = first_ & range_->grid.pixel_mask();
     const char* first = static_cast<const char*>(rows.data) + offset(rows, token, k);
     const Words4 words = load(of.rows);
     const uint32_t row[4] = {words.x, words.y, words.z, words.w};
@@ -155,7 +164,7 @@ class CompactPixels {
     for (int i = 0; i < 2 * M; ++i) addresses.row[i] = first + row[i];
     return addresses;
   }
-  DECO_DEVICE int64_t patch_tile(int m) const { return int64_t{(first_ & range_.grid.pixel_mask()) / kTilePixels} + m; }
+  DECO_DEVICE int64_t patch_tile(int m) const { return int64_t{(first_ & range_->grid.pixel_mask()) / kTilePixels} + m; }
 
  private:
   template <class Row>
@@ -178,7 +187,7 @@ class CompactPixels {
     return 2 * (token * static_cast<uint32_t>(rows.token_stride) + k * static_cast<uint32_t>(rows.pixel_stride));
   }
 
-  const PixelRange& range_;
+  const PixelRange* range_;
   uint32_t first_;
   bool exists_;
   PixelPlace place_;  // of the warp's first pixel

@@ -240,10 +240,14 @@ inline float tanh_approximate(float x) {
 }
 inline float rsqrt_approximate(float x) { return 1.0f / std::sqrt(x); }
 
-inline float float_of_bits(uint32_t bits) { return emulated::float_of(bits); }
 template <class T>
 DECO_DEVICE uint32_t pack(float low, float high) {
   return emulated::round_to<T>(low) | static_cast<uint32_t>(emulated::round_to<T>(high)) << 16;
+}
+DECO_DEVICE float float_of_bits(uint32_t word) {
+  float value;
+  std::memcpy(&value, &word, sizeof(value));
+  return value;
 }
 template <class T>
 DECO_DEVICE float low(uint32_t word) {
