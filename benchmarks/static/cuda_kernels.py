@@ -78,14 +78,17 @@ KERNELS = {
         )
         for general, extended in _VARIANTS
     },
-    # Template flags, then the step of the chain; the last block of a decoder is launched first.
-    "block_backward.backward_kernel+mlp+tiled+first": Kernel(
-        "pixel_decoder", "block_backward", skipped=("gradient_of_later_blocks", "gradient_of_cond")
-    ),
-    "block_backward.backward_kernel+mlp+tiled": Kernel(
-        "pixel_decoder", "block_backward", skipped=("gradient_of_cond",)
-    ),
-    "block_backward.backward_kernel+mlp+tiled+last": Kernel("pixel_decoder", "block_backward"),
+    # Template flags, then the step of the chain; the last block of a decoder is launched first. An architecture has the
+    # kernel that copies inputs ahead, or the one that does not.
+    **{
+        f"block_backward.backward_kernel+mlp+tiled{ahead}{step}": Kernel("pixel_decoder", launch, skipped=skipped)
+        for ahead, launch in (("", "block_backward"), ("+ahead", "block_backward_ahead"))
+        for step, skipped in (
+            ("+first", ("gradient_of_later_blocks", "gradient_of_cond")),
+            ("", ("gradient_of_cond",)),
+            ("+last", ()),
+        )
+    },
     "block_backward.backward_kernel+mlp+first+last": Kernel(
         "adaln_block", "block_backward", skipped=("gradient_of_later_blocks",)
     ),
@@ -126,7 +129,7 @@ KERNELS = {
     "loss_padding.fold_kernel": Kernel(_LOSS, "flow_matching_loss_fold", counted=False),
 }
 _FLAGS = {  # boolean template parameters by kernel
-    "block_backward.backward_kernel": ("mlp", "tiled"),
+    "block_backward.backward_kernel": ("mlp", "tiled", "ahead"),
     "pixel_decoder.forward_kernel": ("general", "keeps", "extended"),
     "decoder_head.head_kernel": ("general", "extended"),
     "decoder_embedding.embedding_kernel": ("general", "extended"),

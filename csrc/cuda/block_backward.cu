@@ -555,7 +555,7 @@ Status run(const Call& call, BackwardParams p, const Schedule& schedule) {
   p.buffers = schedule.buffers;
   p.parts = parts_of<D, Mlp>(call.limits, p.pixels);
   const int warps = P::kSpecialized ? p.chain_warps + P::kGradientWarps : P::kGradientWarps;
-  return launch("block_backward", backward_kernel<T, D, Mlp, Tiled, Ahead>,
+  return launch(Ahead ? "block_backward_ahead" : "block_backward", backward_kernel<T, D, Mlp, Tiled, Ahead>,
                 {p.parts, 32 * warps, P::shared_bytes(p.chain_warps, p.buffers, Ahead), true}, call.stream, p);
 }
 
