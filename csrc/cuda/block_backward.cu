@@ -37,7 +37,7 @@ enum Input { kInputS, kInputH, kInputGrad, kInputGradS, kInputCond, kInputs };
 // it needs no barrier.
 template <int D>
 struct CopiedInputs {
-  using Piece = std::conditional_t<D == 16, Words2, Words4>;          // of a lane's quarter of a row
+  using Piece = std::conditional_t<D == 16, Words2, Words4>;               // of a lane's quarter of a row
   static constexpr int kPieces = D / 2 / static_cast<int>(sizeof(Piece));  // in that quarter
   static constexpr int kWords = kInputs * kTileWords<D>, kBytes = 16 * kWords;
 
@@ -80,6 +80,7 @@ struct Plan {
 
   // Operand tiles in shared memory: s, the gradients of the M outputs, then m and SiLU(z).
   static constexpr int kS = 0, kOutputs = 1, kM = 6, kA = 7, kTiles = Mlp ? 8 : 4;
+  static_assert(BlockSlots<BFloat16, D, kMatrices>::kBytes % 128 == 0, "operand tiles follow the weights");
   static constexpr int kTileElements = kTilePixels * D;  // one operand of one warp
   static constexpr int kWarpElements = kTiles * kTileElements;
 
@@ -527,7 +528,8 @@ struct Schedule {
 };
 
 // As many chain warps as fit in the shared memory of a multiprocessor, which its thread blocks share, then two buffers
-// if they fit, then copies of the inputs if they fit. The device takes kReservedBytes more for each thread block; limits.shared_bytes excludes those of one.
+// if they fit, then copies of the inputs if they fit. The device takes kReservedBytes more for each thread block;
+// limits.shared_bytes excludes those of one.
 template <int D, bool Mlp>
 Schedule schedule_of(const DeviceLimits& limits) {
   using P = Plan<D, Mlp>;

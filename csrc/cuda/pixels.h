@@ -275,8 +275,8 @@ DECO_DEVICE void channel_words(uint32_t (&words)[M][2], const StoredChannels<M>&
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i) {
     const auto& v = stored.row[i];
-    words[i / 2][i % 2] = is_float32 ? channel_word<T>(float_of_bits(v[0]), float_of_bits(v[1]))
-                                     : channel_word(v[0], v[1]);
+    words[i / 2][i % 2] =
+        is_float32 ? channel_word<T>(float_of_bits(v[0]), float_of_bits(v[1])) : channel_word(v[0], v[1]);
   }
 }
 

@@ -16,7 +16,7 @@ namespace deco::cuda {
 
 // The thread blocks of the decoder's kernels that own pixels.
 template <int D>
-constexpr bool kAhead = D <= 32;  // whether registers allow to load cond a turn ahead
+constexpr bool kAhead = D <= 32;  // whether registers allow to load a tile's inputs a turn ahead
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 template <int D>
 constexpr int kTiles = D <= 32 ? 2 : 1;  // per warp: two tiles share the loads of weights if they fit in registers
@@ -164,7 +164,9 @@ class CompactPixels {
     for (int i = 0; i < 2 * M; ++i) addresses.row[i] = first + row[i];
     return addresses;
   }
-  DECO_DEVICE int64_t patch_tile(int m) const { return int64_t{(first_ & range_->grid.pixel_mask()) / kTilePixels} + m; }
+  DECO_DEVICE int64_t patch_tile(int m) const {
+    return int64_t{(first_ & range_->grid.pixel_mask()) / kTilePixels} + m;
+  }
 
  private:
   template <class Row>
