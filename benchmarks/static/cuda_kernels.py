@@ -32,6 +32,9 @@ _LOSS, _PADDED_IMAGE = "flow_matching_loss", (1, 252, 252)
 _MANY_MULTIPROCESSORS = 1 << 16  # every grid then has one block per tile
 _DTYPES = {"BFloat16": "bfloat16", "Float16": "float16"}
 GENERAL, EXTENDED = "+general", "+extended"
+TILED, AHEAD = "+tiled", "+ahead"
+"""Flags of the block backward in the decoder: an architecture runs the kernel that copies its inputs ahead, or, with
+less shared memory, the one that does not."""
 EXTENSION = {"query": "given", "head_norm": "rms"}
 """Arguments of `testing.random_inputs` with which the EXTENDED variants run."""
 _VARIANTS = tuple(itertools.product(("", GENERAL), ("", EXTENDED)))
@@ -78,11 +81,10 @@ KERNELS = {
         )
         for general, extended in _VARIANTS
     },
-    # Template flags, then the step of the chain; the last block of a decoder is launched first. An architecture has the
-    # kernel that copies inputs ahead, or the one that does not.
+    # Template flags, then the step of the chain; the last block of a decoder is launched first.
     **{
-        f"block_backward.backward_kernel+mlp+tiled{ahead}{step}": Kernel("pixel_decoder", launch, skipped=skipped)
-        for ahead, launch in (("", "block_backward"), ("+ahead", "block_backward_ahead"))
+        f"block_backward.backward_kernel+mlp{TILED}{ahead}{step}": Kernel("pixel_decoder", launch, skipped=skipped)
+        for ahead, launch in (("", "block_backward"), (AHEAD, "block_backward_ahead"))
         for step, skipped in (
             ("+first", ("gradient_of_later_blocks", "gradient_of_cond")),
             ("", ("gradient_of_cond",)),
@@ -177,8 +179,9 @@ def compile_source(source: str, architecture: str, cubin: Path, only_width: int 
 def source_figures(
     source: str, architecture: str, only_width: int | None = None, variants: bool = True
 ) -> dict[str, Figures]:
-    """Figures of every kernel of a source, by "cuda.source.kernel+flags/D32/bfloat16". With `only_width`, decoder
-    kernels are compiled only for that width in bfloat16; with or without the variants GENERAL and EXTENDED."""
+    """Figures of the kernels of a source that run on the architecture, by "cuda.source.kernel+flags/D32/bfloat16". With
+    `only_width`, decoder kernels are compiled only for that width in bfloat16; with or without the variants GENERAL and
+    EXTENDED."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{source}.cubin"
         compile_source(source, architecture, cubin, only_width, variants)
@@ -191,8 +194,10 @@ def source_figures(
         if not found:
             raise LookupError(f"{name} of {source}.cu is missing in benchmarks.static.cuda_kernels.KERNELS")
         for variant in found:
-            label = "/".join([CUDA_PREFIX + variant] + [f"D{width}"] * bool(width) + [dtype] * bool(dtype))
-            figures[label] = _figures(code, lines[mangled], variant, source, width, architecture)
+            launch = _launch_of(variant, width, architecture)
+            if launch is not None:
+                label = "/".join([CUDA_PREFIX + variant] + [f"D{width}"] * bool(width) + [dtype] * bool(dtype))
+                figures[label] = _figures(code, lines[mangled], KERNELS[variant], launch, architecture)
     return figures
 
 
@@ -235,9 +240,14 @@ def _is_variant(variant: str, name: str) -> bool:
     return variant in (name, f"{name}+first", f"{name}+last", f"{name}+first+last")
 
 
-def _figures(code: sass.Code, lines, variant: str, source: str, width: int, architecture: str) -> Figures:
-    kernel, is_extended = KERNELS[variant], EXTENDED in variant
-    launch = launches(width or 32, SHARED_LIMIT[architecture.removesuffix("a")], is_extended)[kernel.op, kernel.launch]
+def _launch_of(variant: str, width: int, architecture: str) -> "Launch | None":
+    """None for the one of the kernels with and without AHEAD that the architecture does not run."""
+    kernel = KERNELS[variant]
+    found = launches(width or 32, SHARED_LIMIT[architecture.removesuffix("a")], EXTENDED in variant)
+    return found.get((kernel.op, kernel.launch)) if TILED in variant else found[kernel.op, kernel.launch]
+
+
+def _figures(code: sass.Code, lines, kernel: Kernel, launch: "Launch", architecture: str) -> Figures:
     counted: dict[str, Any] = {}
     if kernel.counted:
         skipped = _lines_of(kernel.skipped)

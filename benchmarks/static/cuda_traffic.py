@@ -44,7 +44,7 @@ def _launch(
 ) -> emulation.RecordedLaunch:
     """The launch of a variant; the block backward of the decoder runs once per decoder block: first, between, last."""
     kind = ("float32_target" in flags, "padded" in flags, "extended" in flags)
-    launches = _launches(op, width, dtype, columns, *kind)
+    launches = _launches(op, width, dtype, columns, *kind, small="tiled" in flags and "ahead" not in flags)
     found = [launch for launch in launches if launch.name == name]
     if "tiled" not in flags or "first" in flags:
         return found[0]
@@ -53,9 +53,10 @@ def _launch(
 
 @functools.cache
 def _launches(
-    op: str, width: int, dtype: str, columns: int, float32_target: bool, padded: bool, extended: bool
+    op: str, width: int, dtype: str, columns: int, float32_target: bool, padded: bool, extended: bool, small: bool
 ) -> list[emulation.RecordedLaunch]:
-    emulation.emulated_module()
+    """`small`: on a device with little shared memory."""
+    module = emulation.emulated_module()
     inputs = testing.random_inputs(
         op,
         dtype=_DTYPES[dtype],
@@ -65,4 +66,8 @@ def _launches(
         token_width=16,
         **(EXTENSION if extended else {}),
     )
-    return emulation.record_accesses(lambda: forward_and_backward(inputs, emulation.BACKEND))
+    module.set_device_limits(emulation.MULTIPROCESSORS, emulation.SMALL_SHARED if small else emulation.LARGE_SHARED)
+    try:
+        return emulation.record_accesses(lambda: forward_and_backward(inputs, emulation.BACKEND))
+    finally:
+        module.set_device_limits(emulation.MULTIPROCESSORS, emulation.LARGE_SHARED)

@@ -44,7 +44,8 @@ def profile(inputs: testing.Inputs) -> list[Event]:
 
 
 def by_variant(op: str, events: Iterable[Event]) -> dict[str, list[float]]:
-    """Milliseconds of every launch by the variant's name in `KERNELS`."""
+    """Milliseconds of every launch by the variant's name in `KERNELS`; of the variants with and without AHEAD, of which
+    a device runs one, by both names."""
     launches: dict[str, list[float]] = defaultdict(list)
     for name, milliseconds in events:
         function = re.search(r"\bdeco::cuda::.*?(\w+_kernel)\b", name)

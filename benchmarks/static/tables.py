@@ -78,9 +78,11 @@ def tables(budgets: dict[str, Any], backend: str) -> tuple[str, ...]:
     )
 
 
-def _in_bfloat16(budgets: dict[str, Any], kernel: str) -> dict[str, Any]:
-    """Architecture -> record at D 32 in bfloat16. CUDA kernels of the loss have no width."""
-    return budgets.get(f"{kernel}/D32/bfloat16") or budgets[f"{kernel}/bfloat16"]
+def records_of(budgets: dict[str, Any], kernel: str, width: int = 32, dtype: str = "bfloat16") -> dict[str, Any]:
+    """Architecture -> record of the kernel, or of the one that runs there in its place and copies its inputs ahead."""
+    names = (kernel, kernel.replace("+tiled", "+tiled+ahead"))
+    cases = (f"D{width}/{dtype}", dtype)  # CUDA kernels of the loss have no width
+    return {key: value for name in names for case in cases for key, value in budgets.get(f"{name}/{case}", {}).items()}
 
 
 def _main_table(budgets: dict[str, Any], page: _Page) -> str:
@@ -90,7 +92,7 @@ def _main_table(budgets: dict[str, Any], page: _Page) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for kernel, title in page.kernels.items():
-        record = _in_bfloat16(budgets, kernel)[page.architecture]
+        record = records_of(budgets, kernel)[page.architecture]
         cycles = [f"{record['cycles_per_16_px'][pipe]:,.0f}" for pipe in ("issue", "tensor", "shared", "special")]
         lines.append(
             f"| {title} | {record['registers']} | {record['spill_bytes']} | {record['shared_bytes'] / 1000:.0f} kB "
@@ -108,7 +110,7 @@ def _largest_bounds_table(budgets: dict[str, Any], page: _Page) -> str:
     heads = [f"{name} ({MACHINES[name].device})" for name in page.architectures]
     lines = [f"| kernel | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for kernel, title in page.kernels.items():
-        records = _in_bfloat16(budgets, kernel)
+        records = records_of(budgets, kernel)
         bounds = [bound_of(records[name], name) for name in page.architectures]
         cells = [f"{_milliseconds(bound.milliseconds)} {bound.name}" for bound in bounds if bound is not None]
         lines.append(f"| {title} | {' | '.join(cells)} |")
@@ -124,7 +126,7 @@ def _all_bounds_table(budgets: dict[str, Any], page: _Page, architecture: str) -
     bounds = ("issue", "tensor", "shared", "special", "fp32", "alu", BYTES)
     lines = [f"| {architecture} | {' | '.join(bounds)} |", "|---" * (1 + len(bounds)) + "|"]
     for kernel, title in page.kernels.items():
-        record = _in_bfloat16(budgets, kernel)[architecture]
+        record = records_of(budgets, kernel)[architecture]
         times = MACHINES[architecture].milliseconds(record["cycles_per_16_px"], record["bytes_per_px"])
         cells = [_milliseconds(times[bound]) for bound in bounds]
         largest = bounds.index(max(times, key=lambda bound: times[bound]))
@@ -139,7 +141,7 @@ def _other_cases_table(budgets: dict[str, Any], page: _Page) -> str:
     lines = [f"| kernel | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for kernel, title in page.kernels.items():
         if "flow_matching_loss" not in kernel:
-            records = [budgets[f"{kernel}/D{width}/{dtype}"][page.architecture] for width, dtype in page.other_cases]
+            records = [records_of(budgets, kernel, *case)[page.architecture] for case in page.other_cases]
             cells = [f"{r['registers']}, {r['spill_bytes']}, {r['issue_slots_per_16_px']:,.0f}" for r in records]
             lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)

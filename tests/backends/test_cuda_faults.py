@@ -74,13 +74,16 @@ def run_forward(inputs):
 
 
 PLANTED = "DECO_PLANTED_FAULT"  # environment variable: the fault of the switchable module
-# Fault → barriers that block_backward.cu leaves out. At D 32 a warp of upsample_modulate runs the chain and adds to the
-# weight gradients; a warp of the decoder does one of both, and each of the two kinds has the barriers between them.
+# Fault → barriers and waits that block_backward.cu leaves out. At D 32 a warp of upsample_modulate runs the chain and
+# adds to the weight gradients; a warp of the decoder does one of both, and each of the two kinds has the barriers
+# between them. A chain warp of the decoder waits for its copies of the inputs.
 LEFT_OUT = {
     "both roles": ["barrier_before_weight_gradients"],
     "reload": ["barrier_before_reload"],
     "before the sums": ["chain_has_written", "sums_may_read"],
     "after the sums": ["chain_may_write", "sums_have_read"],
+    "inputs": ["wait_for_inputs"],
+    "rows of cond": ["wait_for_rows_of_cond"],
 }
 
 
@@ -113,7 +116,7 @@ def gradient(op, module, seed=1):
 
 @contextlib.contextmanager
 def a_race_is_found(module, within):
-    race = f"block_backward: race: thread .* byte .* after thread .*of the {within}"
+    race = f"block_backward.*: race: thread .* byte .* after thread .*of the {within}"
     with emulation.checked_for_races(module), pytest.raises(module.Fault, match=race):
         yield
 
@@ -161,6 +164,20 @@ def test_a_missing_barrier_of_a_warp(expected, switched, monkeypatch):
     found = [gradient("pixel_decoder", switched, seed) for seed in (1, 2)]
     assert all(torch.equal(each, expected["pixel_decoder"]) for each in found)
     with a_race_is_found(switched, "warp"):
+        gradient("pixel_decoder", switched)
+
+
+def test_a_missing_wait_for_the_inputs(expected, switched, monkeypatch):
+    """Of the first turn's copies, those that take place late are read as NaN."""
+    monkeypatch.setenv(PLANTED, "inputs")
+    assert not torch.equal(gradient("pixel_decoder", switched), expected["pixel_decoder"])
+    switched.set_device_limits(emulation.MULTIPROCESSORS, emulation.SMALL_SHARED)  # no copies
+    assert torch.equal(gradient("pixel_decoder", switched), expected["pixel_decoder"])
+
+
+def test_a_missing_wait_for_the_rows_of_cond(switched, monkeypatch):
+    monkeypatch.setenv(PLANTED, "rows of cond")
+    with pytest.raises(switched.Fault, match="block_backward_ahead: .*a thread ends while an asynchronous copy"):
         gradient("pixel_decoder", switched)
 
 

@@ -135,6 +135,22 @@ def test_small_shared_memory_and_chunks(emulated, op, width, monkeypatch):
         assert all(torch.equal(small.gradients[name], large.gradients[name]) for name in names)
 
 
+@pytest.mark.parametrize("width", [16, 32])
+def test_inputs_copied_ahead_give_the_same_result(emulated, width):
+    """With less shared memory the block backward has the same warps with pixels, but no copies. A warp has several
+    turns, in the last of which some warps have no pixels."""
+    inputs = testing.random_inputs("pixel_decoder", dtype=BF16, width=width, patch_size=8, image_size=(1, 24, 40))
+    results = {}
+    for shared_bytes, name in (
+        (emulation.LARGE_SHARED, "block_backward_ahead"),
+        (emulation.SMALL_SHARED, "block_backward"),
+    ):
+        emulated.set_device_limits(emulation.MULTIPROCESSORS, shared_bytes)
+        assert name in [launch[0] for launch in emulated.launches_of(lambda: testing.run(inputs, BACKEND))]
+        results[name] = testing.run(inputs, BACKEND)
+    assert_equal(*results.values())
+
+
 @each_op_but_one_long
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_the_order_of_warps_does_not_matter(emulated, op, dtype):
@@ -291,7 +307,10 @@ def test_weights_changed_in_place_are_seen(emulated, op):
 
 
 @each_op
-@pytest.mark.parametrize(("width", "shared_bytes"), [(32, emulation.LARGE_SHARED), (64, emulation.SMALL_SHARED)])
+@pytest.mark.parametrize(
+    ("width", "shared_bytes"),
+    [(32, emulation.LARGE_SHARED), (64, emulation.SMALL_SHARED), (64, emulation.LARGE_SHARED)],
+)
 def test_barriers_order_all_accesses_of_shared_memory(emulated, op, width, shared_bytes):
     emulated.set_device_limits(emulation.MULTIPROCESSORS, shared_bytes)
     extension = EXTENDED.get(op, {}) if width == 32 else {}
@@ -358,6 +377,13 @@ def test_bytes_per_pixel_of_the_static_model(emulated):
     """adaln_block's backward reads h, cond and the gradient of the result, and writes the gradients of h and cond."""
     found = cuda_traffic.bytes_per_pixel("cuda.block_backward.backward_kernel+mlp+first+last/D16/bfloat16")
     assert found == 5 * 16 * torch.bfloat16.itemsize
+
+
+@pytest.mark.parametrize("ahead", ["", "+ahead"])
+def test_bytes_per_pixel_do_not_depend_on_copies(emulated, ahead):
+    """The decoder's last block also reads the gradient of s."""
+    found = cuda_traffic.bytes_per_pixel(f"cuda.block_backward.backward_kernel+mlp+tiled{ahead}+last/D16/bfloat16")
+    assert found == 7 * 16 * torch.bfloat16.itemsize
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

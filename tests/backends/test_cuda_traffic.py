@@ -20,7 +20,7 @@ def backward_launches(width: int) -> list[emulation.RecordedLaunch]:
     inputs = testing.random_inputs(
         "pixel_decoder", dtype=torch.bfloat16, other_dtype=torch.float32, depth=N, image_size=(1, 16, width)
     )
-    names = ("pixel_decoder_recompute", "block_backward", "pixel_decoder_embedding")
+    names = ("pixel_decoder_recompute", "block_backward_ahead", "pixel_decoder_embedding")
     launches = emulation.record_accesses(lambda: testing.run(inputs, emulation.BACKEND))
     return [launch for launch in launches if launch.name in names]
 

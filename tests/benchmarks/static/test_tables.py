@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[3] / "docs"
 each_backend = pytest.mark.parametrize("backend", static_program.BACKENDS)
 LAST_BLOCK = {
     "triton": ("adaln_block.backward_kernel+last", "sm_90"),
-    "cuda": ("cuda.block_backward.backward_kernel+mlp+tiled+last", "sm_90a"),
+    "cuda": ("cuda.block_backward.backward_kernel+mlp+tiled+ahead+last", "sm_90a"),
 }
 
 
@@ -54,9 +54,18 @@ def test_the_command_prints_the_tables(capsys):
     assert all(table in output for backend in static_program.BACKENDS for table in tables.tables(budgets, backend))
 
 
+def test_an_architecture_has_the_record_of_the_kernel_that_it_runs():
+    records = {"kernel+tiled/D32/bfloat16": {"sm_80": 1}, "kernel+tiled+ahead/D32/bfloat16": {"sm_90a": 2}}
+    assert tables.records_of(records, "kernel+tiled") == {"sm_80": 1, "sm_90a": 2}
+    assert not tables.records_of(records, "kernel+tiled", 64)
+    for name, entry in recorded_budgets("cuda").items():
+        if "+ahead" in name:
+            assert not entry.keys() & recorded_budgets("cuda").get(name.replace("+ahead", ""), {}).keys(), name
+
+
 def test_the_slots_of_the_cuda_backward_are_those_of_its_kernels():
     budgets = recorded_budgets("cuda")
-    kernels = [f"block_backward.backward_kernel+mlp+tiled{step}" for step in ("+first", "", "+last")]
+    kernels = [f"block_backward.backward_kernel+mlp+tiled+ahead{step}" for step in ("+first", "", "+last")]
     kernels += ["decoder_recompute.recompute_kernel", "decoder_embedding.embedding_kernel"]
     slots = sum(budgets[f"cuda.{kernel}/D32/bfloat16"]["sm_90a"]["issue_slots_per_16_px"] for kernel in kernels)
     assert f"The decoder's backward at N 3 takes {slots:,.0f} slots in all" in page("cuda")
