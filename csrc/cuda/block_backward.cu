@@ -462,14 +462,13 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
 
   // A gradient warp: δW += δoutput ⊗ input and δb += δoutput of one matrix, over the pixels of all chain warps.
   const int matrix = P::kSpecialized ? warp() - p.chain_warps : warp();
-  const T* output = operands + (P::kOutputs + matrix) * P::kTileElements;
-  const T* input = operands + P::input_of(matrix) * P::kTileElements;
   MatrixGradient<T, D> gradient;
+  const typename MatrixGradient<T, D>::Places places(operands + (P::kOutputs + matrix) * P::kTileElements,
+                                                     operands + P::input_of(matrix) * P::kTileElements);
   const auto add_tiles = [&](int buffer) {
     const int first = buffer * p.chain_warps;
 #pragma unroll 1
-    for (int w = first; w < first + p.chain_warps; ++w)
-      gradient.add(output + w * P::kWarpElements, input + w * P::kWarpElements);
+    for (int w = first; w < first + p.chain_warps; ++w) gradient.add(places, w * P::kWarpElements);
   };
   const auto write_gradient = [&] {
     constexpr int kNumbers = D * (D + 1);

@@ -57,17 +57,30 @@ struct MatrixGradient {
     }
   }
 
-  // Adds outputᵀ·input over 16 pixels; both are operand tiles in shared memory.
-  DECO_DEVICE void add(const T* output, const T* input) {
-    uint32_t right[D / 16][4];
-    const int of_input = operand_element<D>(lane() & 15, lane() >> 4);
-    const int of_output = operand_element<D>((lane() & 7) + (lane() >> 4) * 8, (lane() >> 3) & 1);
+  // The lane's rows of two operand tiles in shared memory, as load_matrices_transposed takes them.
+  struct Places {
+    const T *output[D / 16], *input[D / 16];
+
+    DECO_DEVICE Places(const T* output_tile, const T* input_tile) {
+      const int of_output = operand_element<D>((lane() & 7) + (lane() >> 4) * 8, (lane() >> 3) & 1);
+      const int of_input = operand_element<D>(lane() & 15, lane() >> 4);
 #pragma unroll
-    for (int k = 0; k < D / 16; ++k) load_matrices_transposed(right[k], input + parts_later(of_input, k));
+      for (int k = 0; k < D / 16; ++k) {
+        output[k] = held(output_tile + parts_later(of_output, k));
+        input[k] = held(input_tile + parts_later(of_input, k));
+      }
+    }
+  };
+
+  // Adds outputᵀ·input over the 16 pixels of the tiles that are `elements` behind those of `places`.
+  DECO_DEVICE void add(const Places& places, int elements) {
+    uint32_t right[D / 16][4];
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) load_matrices_transposed(right[k], places.input[k] + elements);
 #pragma unroll
     for (int u = 0; u < D / 16; ++u) {
       uint32_t left[4];
-      load_matrices_transposed(left, output + parts_later(of_output, u));
+      load_matrices_transposed(left, places.output[u] + elements);
 #pragma unroll
       for (int k = 0; k < D / 16; ++k) {
         const uint32_t first[2] = {right[k][0], right[k][1]}, second[2] = {right[k][2], right[k][3]};
