@@ -85,9 +85,13 @@ struct Plan {
   static constexpr int kWarpElements = kTiles * kTileElements;
 
   static DECO_HOST_DEVICE int input_of(int matrix) { return matrix == kFc1 ? kM : matrix == kFc2 ? kA : kS; }
+  // Shared memory: the weights, the inputs of all chain warps if they are copied, operand tiles.
+  static constexpr DECO_HOST_DEVICE int input_bytes(bool ahead) {
+    return ahead ? kMostChainWarps * CopiedInputs<D>::kBytes : 0;
+  }
   static constexpr int shared_bytes(int chain_warps, int buffers, bool ahead) {
-    const int of_inputs = ahead ? CopiedInputs<D>::kBytes : 0;
-    return BlockSlots<BFloat16, D, kMatrices>::kBytes + chain_warps * (buffers * kWarpElements * 2 + of_inputs);
+    const int of_operands = buffers * chain_warps * kWarpElements * 2;
+    return BlockSlots<BFloat16, D, kMatrices>::kBytes + input_bytes(ahead) + of_operands;
   }
 };
 
@@ -426,15 +430,16 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
             const BackwardParams p) {
   using P = Plan<D, Mlp>;
   const BlockSlots<T, D, P::kMatrices> slots{shared_memory()};
-  auto* operands = reinterpret_cast<T*>(shared_memory() + slots.kBytes);
+  char* behind_weights = shared_memory() + slots.kBytes;
+  const CopiedInputs<D> inputs{reinterpret_cast<Words4*>(behind_weights) + warp() * CopiedInputs<D>::kWords};
+  auto* operands = reinterpret_cast<T*>(behind_weights + P::input_bytes(Ahead));
   const uint32_t turn_pixels = p.chain_warps * kTilePixels, step = block_count() * turn_pixels;
   wait_for_previous_kernel();
   slots.fill(0, p.packed, p.block);
   block_barrier();
-  const BlockWeights<T, D> weights = slots.first();
+  BlockWeights<T, D> weights = slots.first();
+  if constexpr (!P::kFewRegisters) weights.selector = bias_selector_in_two_registers<T>();
   const bool sums = p.partials != nullptr;
-  const CopiedInputs<D> inputs{reinterpret_cast<Words4*>(operands + p.buffers * p.chain_warps * P::kWarpElements) +
-                               warp() * CopiedInputs<D>::kWords};
   const uint32_t last_tile = (p.pixels - 1) / kTilePixels;
 
   // A chain warp.
@@ -463,12 +468,12 @@ DECO_KERNEL((Plan<D, Mlp>::kThreads), (Plan<D, Mlp>::kBlocksPerMultiprocessor), 
   // A gradient warp: δW += δoutput ⊗ input and δb += δoutput of one matrix, over the pixels of all chain warps.
   const int matrix = P::kSpecialized ? warp() - p.chain_warps : warp();
   MatrixGradient<T, D> gradient;
-  const typename MatrixGradient<T, D>::Places places(operands + (P::kOutputs + matrix) * P::kTileElements,
-                                                     operands + P::input_of(matrix) * P::kTileElements);
+  const typename MatrixGradient<T, D>::Lane own(operands + (P::kOutputs + matrix) * P::kTileElements,
+                                                operands + P::input_of(matrix) * P::kTileElements);
   const auto add_tiles = [&](int buffer) {
     const int first = buffer * p.chain_warps;
 #pragma unroll 1
-    for (int w = first; w < first + p.chain_warps; ++w) gradient.add(places, w * P::kWarpElements);
+    for (int w = first; w < first + p.chain_warps; ++w) gradient.add(own, w * P::kWarpElements);
   };
   const auto write_gradient = [&] {
     constexpr int kNumbers = D * (D + 1);

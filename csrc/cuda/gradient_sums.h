@@ -57,39 +57,41 @@ struct MatrixGradient {
     }
   }
 
-  // The lane's rows of two operand tiles in shared memory, as load_matrices_transposed takes them.
-  struct Places {
-    const T *output[D / 16], *input[D / 16];
+  // What does not change from sum to sum, in registers.
+  struct Lane {
+    const T *output[D / 16], *input[D / 16];  // its rows of two operand tiles in shared memory
+    uint32_t ones[D / 16][2];                 // right operands with ones in column u
 
-    DECO_DEVICE Places(const T* output_tile, const T* input_tile) {
+    DECO_DEVICE Lane(const T* output_tile, const T* input_tile) {
       const int of_output = operand_element<D>((lane() & 7) + (lane() >> 4) * 8, (lane() >> 3) & 1);
       const int of_input = operand_element<D>(lane() & 15, lane() >> 4);
 #pragma unroll
       for (int k = 0; k < D / 16; ++k) {
         output[k] = held(output_tile + parts_later(of_output, k));
         input[k] = held(input_tile + parts_later(of_input, k));
+        const uint32_t one = lane() >> 2 == k ? T::kOne * 0x10001u : 0u;
+        ones[k][0] = shuffle_xor(one, 1);  // in two registers, like bias_selector_in_two_registers
+        ones[k][1] = shuffle_xor(one, 2);
       }
     }
   };
 
-  // Adds outputᵀ·input over the 16 pixels of the tiles that are `elements` behind those of `places`.
-  DECO_DEVICE void add(const Places& places, int elements) {
+  // Adds outputᵀ·input over the 16 pixels of the tiles that are `elements` behind those of `own`.
+  DECO_DEVICE void add(const Lane& own, int elements) {
     uint32_t right[D / 16][4];
 #pragma unroll
-    for (int k = 0; k < D / 16; ++k) load_matrices_transposed(right[k], places.input[k] + elements);
+    for (int k = 0; k < D / 16; ++k) load_matrices_transposed(right[k], own.input[k] + elements);
 #pragma unroll
     for (int u = 0; u < D / 16; ++u) {
       uint32_t left[4];
-      load_matrices_transposed(left, places.output[u] + elements);
+      load_matrices_transposed(left, own.output[u] + elements);
 #pragma unroll
       for (int k = 0; k < D / 16; ++k) {
         const uint32_t first[2] = {right[k][0], right[k][1]}, second[2] = {right[k][2], right[k][3]};
         multiply<T>(weight[u][2 * k], left, first, weight[u][2 * k]);
         multiply<T>(weight[u][2 * k + 1], left, second, weight[u][2 * k + 1]);
       }
-      const uint32_t one = lane() >> 2 == u ? T::kOne * 0x10001u : 0u;
-      const uint32_t ones[2] = {one, one};  // in column u
-      multiply<T>(bias, left, ones, bias);
+      multiply<T>(bias, left, own.ones[u], bias);
     }
   }
 
