@@ -65,29 +65,6 @@ struct CopiedInputs {
   }
   DECO_DEVICE Operand<D> tile(int input) const { return load_tile<D>(of(input), 0); }
   DECO_DEVICE RowWords<D> row(int input, int r) const { return load_row<D>(row_place(input, r), 32); }
-
-  // A tile of float32 that the warp keeps in the place of s and h, once it has read them.
-  DECO_DEVICE Float4* kept_place(int j) const {
-    static_assert(kInputS == 0 && kInputH == 1);
-    return reinterpret_cast<Float4*>(memory) + 32 * j + lane();
-  }
-  DECO_DEVICE void keep(const Tile<D>& tile) const {
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j)
-      store(kept_place(j), Float4{tile.v[j][0], tile.v[j][1], tile.v[j][2], tile.v[j][3]});
-  }
-  DECO_DEVICE Tile<D> kept() const {
-    Tile<D> tile;
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-      const Float4 v = load(kept_place(j));
-      tile.v[j][0] = v.x;
-      tile.v[j][1] = v.y;
-      tile.v[j][2] = v.z;
-      tile.v[j][3] = v.w;
-    }
-    return tile;
-  }
 };
 
 template <int D, bool Mlp>
@@ -182,7 +159,6 @@ struct Chain {
     put(P::kS, s);
     const RowStatistics stats = statistics(tile_of<T>(h), p.eps);
     Tile<D> normalized = normalized_by(stats, tile_of<T>(h));
-    if constexpr (Ahead) inputs.keep(normalized);
 
     Tile<D> grad_h, grad_m;  // grad_h: first of h', finally of h
     Operand<D> grad_gate, scale;
@@ -211,10 +187,7 @@ struct Chain {
     put(P::kOutputs + kGate, grad_gate);
 
     const Operand<D> grad_shift = rounded<T>(grad_m);  // δshift = δm
-    // Loaded or computed again, to shorten the lifetime of its registers, like δh' below.
-    if constexpr (Ahead)
-      normalized = inputs.kept();
-    else if constexpr (P::kFewRegisters)
+    if constexpr (P::kFewRegisters || Ahead)  // again, to shorten the lifetime of its registers, like δh' below
       normalized = normalized_by(stats, tile_of<T>(load_h()));
     Tile<D> grad_normalized;
     const Operand<D> grad_scale =
