@@ -9,6 +9,7 @@
 #include "deco/cuda/flow_matching_loss.h"
 #include "deco/cuda/pixel_decoder.h"
 #include "deco/cuda/pixel_decoder_loss.h"
+#include "deco/cuda/scaled_product.h"
 #include "deco/cuda/upsample_modulate.h"
 #include "descriptions.h"
 
@@ -47,6 +48,8 @@ std::string sizes_of(const cuda::FlowMatchingLossInputs& inputs) {
   return "pred [" + std::to_string(inputs.batch) + ", 3, " + std::to_string(inputs.height) + ", " +
          std::to_string(inputs.width) + "]";
 }
+
+std::string sizes_of(const cuda::ScaledProduct& op) { return "[" + std::to_string(op.count) + "]"; }
 
 // The sizes of a call, for errors.
 template <class Op>
@@ -208,6 +211,7 @@ void bind_cuda(py::module_& m) {
   bind(m, "flow_matching_loss_forward", "flow_matching_loss", &cuda::flow_matching_loss_forward);
   bind(m, "flow_matching_loss_backward", "flow_matching_loss_backward", &cuda::flow_matching_loss_backward);
   bind(m, "pixel_decoder_loss", "pixel_decoder_loss", &cuda::pixel_decoder_loss);
+  bind(m, "scaled_product", "scaled_product", &cuda::scaled_product);
 }
 
 }  // namespace deco::python

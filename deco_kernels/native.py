@@ -37,6 +37,21 @@ CPU_FUNCTIONS = (
 )
 """Functions of the native CPU module that the package calls; a module built from older sources may lack some."""
 
+CUDA_FUNCTIONS = (
+    "problem",
+    "adaln_block_forward",
+    "adaln_block_backward",
+    "modulate_forward",
+    "modulate_backward",
+    "pixel_decoder_forward",
+    "pixel_decoder_backward",
+    "pixel_decoder_loss",
+    "flow_matching_loss_forward",
+    "flow_matching_loss_backward",
+    "scaled_product",
+)
+"""The same of the native CUDA module."""
+
 
 @lru_cache(maxsize=1)
 def load_cpu() -> tuple[ModuleType | None, str | None]:
@@ -50,12 +65,9 @@ def load_cpu() -> tuple[ModuleType | None, str | None]:
             f"the native CPU module deco_kernels._native_cpu cannot be imported ({error}). Build it with a C++17 "
             "compiler: `DECO_KERNELS_BUILD=cpu pip install .`, or `python setup.py build_ext --inplace` in a checkout"
         )
-    missing = [name for name in CPU_FUNCTIONS if not hasattr(module, name)]
-    if missing:
-        return None, (
-            f"the native CPU module {module.__file__} is older than the package: it lacks {', '.join(missing)}. "
-            "Rebuild it: `DECO_KERNELS_BUILD=cpu pip install .`, or `python setup.py build_ext --inplace` in a checkout"
-        )
+    reason = _older_reason(module, "cpu", CPU_FUNCTIONS)
+    if reason is not None:
+        return None, reason
     isa = os.environ.get(ISA_VARIABLE, "").strip()
     if isa:
         try:
@@ -69,6 +81,16 @@ def load_cpu() -> tuple[ModuleType | None, str | None]:
         except ValueError as error:
             return None, f"{UPSAMPLE_VARIABLE}={upsample}: {error}"
     return module, None
+
+
+def _older_reason(module: ModuleType, kind: str, functions: tuple[str, ...]) -> str | None:
+    missing = [name for name in functions if not hasattr(module, name)]
+    if not missing:
+        return None
+    return (
+        f"the native {kind.upper()} module {module.__file__} is older than the package: it lacks {', '.join(missing)}. "
+        f"Rebuild it: `DECO_KERNELS_BUILD={kind} pip install .`, or `python setup.py build_ext --inplace` in a checkout"
+    )
 
 
 def cpu() -> ModuleType:
@@ -123,12 +145,14 @@ _emulated_cuda: ModuleType | None = None
 def load_cuda() -> tuple[ModuleType | None, str | None]:
     """(module, None) or (None, reason why it cannot be used). The import needs neither a driver nor a GPU."""
     try:
-        return importlib.import_module("deco_kernels._native_cuda"), None
+        module = importlib.import_module("deco_kernels._native_cuda")
     except ImportError as error:
         return None, (
             f"the native CUDA module deco_kernels._native_cuda cannot be imported ({error}). Build it with nvcc on "
             "PATH: `DECO_KERNELS_BUILD=cuda pip install .`, or `python setup.py build_ext --inplace` in a checkout"
         )
+    reason = _older_reason(module, "cuda", CUDA_FUNCTIONS)
+    return (module, None) if reason is None else (None, reason)
 
 
 def cuda(device: torch.device) -> ModuleType:

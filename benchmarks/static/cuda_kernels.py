@@ -21,6 +21,7 @@ from benchmarks.static import divergence, sass
 from benchmarks.static.figures import COLOR_CHANNELS, CONSUMER, CUDA_PREFIX, SHARED_LIMIT, Figures, counted_figures
 from benchmarks.static.machines import MACHINES
 from deco_kernels import testing
+from deco_kernels.backends.cuda import scaled_product
 from deco_kernels.testing import emulation, source_regions
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", *CONSUMER)
@@ -105,6 +106,7 @@ KERNELS = {
     "pack_weights.pack_kernel": Kernel("pixel_decoder", "pack_weights", counted=False),
     "gradient_sums.sum_kernel": Kernel("pixel_decoder", "sum_partials", counted=False),
     "gradient_sums.unpack_kernel": Kernel("pixel_decoder", "unpack_gradients", counted=False),
+    "scaled_product.product_kernel": Kernel("pixel_decoder_loss", "scaled_product", counted=False),
     **{
         f"flow_matching_loss{source}_kernel{images}": Kernel(_LOSS, launch, inner_trips=COLOR_CHANNELS)
         for source, launch in (
@@ -333,10 +335,15 @@ def launches(width: int, shared_limit: int, extended: bool = False) -> dict[tupl
             inputs = testing.random_inputs(
                 op, dtype=torch.bfloat16, width=width, depth=DEPTH, image_size=image_size, token_width=8, **options
             )
-            for name, blocks, threads, shared_bytes in module.launches_of(
-                lambda inputs=inputs: testing.run(inputs, emulation.BACKEND)
-            ):
+            for name, blocks, threads, shared_bytes in module.launches_of(lambda inputs=inputs: _run(inputs)):
                 found[op, name] = Launch(threads // 32, shared_bytes, 16 * round(_PIXELS / blocks / 16))
     finally:
         module.set_device_limits(emulation.MULTIPROCESSORS, emulation.LARGE_SHARED)
     return found
+
+
+def _run(inputs: testing.Inputs) -> None:
+    """Forward and backward, with the product of a kept gradient that PyTorch computes on the CPU."""
+    testing.run(inputs, emulation.BACKEND)
+    if inputs.op == "pixel_decoder_loss":
+        scaled_product.product(inputs.tensors["cond"], torch.ones(()))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from deco_kernels.backends.arguments import empty_kept_gradients
+from deco_kernels.backends.cuda import scaled_product
 from deco_kernels.backends.support import Request
 from deco_kernels.ops.registry import (
     Operation,
@@ -106,7 +107,9 @@ def scaled(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> tuple[tor
 
 
 def _rounded_product(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """gradient * factor for 16-bit gradients."""
+    """gradient * factor for bfloat16 gradients."""
+    if scaled_product.supported(gradient, factor):
+        return scaled_product.product(gradient, factor)
     if gradient.device.type == "cpu":
         return gradient * factor
     # PyTorch rounds a scalar on a GPU to the gradient's dtype first, but not a vector.

@@ -5,8 +5,11 @@ import torch
 
 from deco_kernels import ops, testing
 from deco_kernels.backends import chunk_sizes, cuda
+from deco_kernels.backends.cuda import scaled_product
 from deco_kernels.flow import cuda_graphs
+from deco_kernels.ops import one_pass
 from deco_kernels.testing import emulation
+from tests.backends import test_cuda_scaled_product as products
 from tests.ops.cases import BF16, CASES, F16, F32
 
 pytestmark = pytest.mark.gpu
@@ -111,3 +114,25 @@ def test_graph_replay_sees_changed_weights(device, op):
             fresh = call()
             pairs = zip(captured, fresh, strict=True) if isinstance(captured, tuple) else [(captured, fresh)]
             assert all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("count", [*products.COUNTS, (1 << 24) + 5])
+def test_products_have_the_bits_of_pytorchs(device, count):
+    values = products.numbers(count).to(device)
+    for factor in (torch.tensor(number, device=device) for number in products.FACTORS):
+        assert scaled_product.supported(values, factor)
+        (found,) = one_pass.scaled([values], factor)
+        products.assert_product(found, values, factor)
+        products.assert_product(torch.mul(values, factor.view(1), out=torch.empty_like(values)), values, factor)
+        products.assert_product(one_pass.scaled([values[1:]], factor)[0], values[1:], factor)
+
+
+def test_graph_replay_sees_another_factor(device):
+    """And the product does not wait for the factor on the host."""
+    values, factor = products.numbers(4097).to(device), torch.tensor(1.3519, device=device)
+    call = lambda: one_pass.scaled([values], factor)[0]  # noqa: E731
+    graph, captured = cuda_graphs.capture(call, warm_up=call)
+    for number in (0.7, -3.1):
+        factor.fill_(number)
+        graph.replay()
+        products.assert_product(captured, values, factor)

@@ -5,6 +5,7 @@ import logging
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -189,11 +190,36 @@ def test_a_native_module_of_older_sources_says_rebuild(monkeypatch):
         native.load_cpu.cache_clear()
 
 
-def test_every_function_that_the_backend_calls_is_asked_for():
+@pytest.mark.parametrize(
+    ("backend", "call", "functions"),
+    [
+        ("cpu", r"native\.cpu\(\)\.(\w+)", native.CPU_FUNCTIONS),
+        ("cuda", r"\bmodule\.((?!\w*_workspace)\w+)", native.CUDA_FUNCTIONS),
+    ],
+)
+def test_every_function_that_the_backend_calls_is_asked_for(backend, call, functions):
     called = set()
-    for path in (Path(deco_kernels.__file__).parent / "backends" / "cpu").glob("*.py"):
-        called |= set(re.findall(r"native\.cpu\(\)\.(\w+)", path.read_text()))
-    assert called and called <= set(native.CPU_FUNCTIONS)
+    for path in (Path(deco_kernels.__file__).parent / "backends" / backend).glob("*.py"):
+        called |= set(re.findall(call, path.read_text()))
+    assert called and called <= set(functions)
+
+
+def test_a_cuda_module_of_older_sources_is_refused(monkeypatch):
+    old = types.ModuleType("deco_kernels._native_cuda")
+    old.__file__ = "_native_cuda.so"
+    for name in native.CUDA_FUNCTIONS[:-1]:
+        setattr(old, name, None)
+    monkeypatch.setitem(sys.modules, old.__name__, old)
+    native.load_cuda.cache_clear()
+    try:
+        reason = native.cuda_unavailable_reason()
+        assert "Rebuild" in reason and "DECO_KERNELS_BUILD=cuda" in reason and "lacks scaled_product." in reason
+        old.scaled_product = None
+        native.load_cuda.cache_clear()
+        assert native.cuda_unavailable_reason() is None
+    finally:
+        monkeypatch.undo()
+        native.load_cuda.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["flow_matching_loss", "frequency_loss"])
