@@ -17,6 +17,7 @@ from deco_kernels.flow.cuda_graphs import CudaGraph, GraphedVelocity, Velocity
 from deco_kernels.flow.path import shift_time
 from deco_kernels.flow.solvers import SOLVERS, Evaluate
 from deco_kernels.flow.trunk_steps import TrunkSteps, resolve_trunk_steps
+from deco_kernels.model.dit import PatchTransformer
 from deco_kernels.model.pixel_decoder import PixelDecoder
 
 OnStep = Callable[[int, torch.Tensor], None]
@@ -392,4 +393,8 @@ def _cast_copy(model: Velocity, dtype: torch.dtype) -> nn.Module:
     matrices += [module.up_weight for module in model.modules() if isinstance(module, PixelDecoder)]
     # deepcopy uses these instead of copies, so that no weight is held in both dtypes.
     cast = {id(p): nn.Parameter(p.detach().to(dtype, copy=True)) for p in matrices}
-    return copy.deepcopy(model, cast).eval().requires_grad_(False)
+    copied = copy.deepcopy(model, cast).eval().requires_grad_(False)
+    for module in copied.modules():
+        if isinstance(module, PatchTransformer):
+            module.join_linears()
+    return copied
