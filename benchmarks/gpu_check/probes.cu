@@ -1,7 +1,8 @@
 // Cycles per scheduler of single instructions: each kernel issues one kind of instruction from one thread block, with
-// enough independent ones in flight that its pipe never waits. Prints one JSON line per probe.
+// enough independent ones in flight that its pipe never waits. Two kernels issue a mix of two kinds, which shows whether
+// their pipes work at the same time. Prints one JSON line per probe.
 //
-//     cycles = 4 * elapsed / (warp instructions),  4 schedulers per multiprocessor
+//     cycles = 4 * elapsed / (warp instructions, or mixes),  4 schedulers per multiprocessor
 //
 // A wgmma counts once for each of its four warps. The loop adds three issue slots to 64 instructions.
 
@@ -85,6 +86,42 @@ struct Ffma {
     asm volatile("fma.rn.f32 %0, %0, %1, %1;" : "+f"(value) : "f"(__uint_as_float(a)));
   }
   __device__ float result() const { return value; }
+};
+
+struct LdmatrixAndMma {
+  static constexpr const char* kName = "ldmatrix.x4 and two mma.sync";
+  Ldmatrix load;
+  Mma products[2];
+
+  __device__ void start(uint32_t seed) {
+    load.start(seed);
+    for (int i = 0; i < 2; ++i) products[i].start(seed + i);
+  }
+  __device__ void run(uint32_t a, const void* shared) {
+    load.run(a, shared);
+    for (Mma& product : products) product.run(a, shared);
+  }
+  __device__ float result() const { return load.result() + products[0].result() + products[1].result(); }
+};
+
+struct MmaAndFfma {
+  static constexpr const char* kName = "mma.sync and four FFMA";
+  Mma product;
+  Ffma sums[4];
+
+  __device__ void start(uint32_t seed) {
+    product.start(seed);
+    for (int i = 0; i < 4; ++i) sums[i].start(seed + i);
+  }
+  __device__ void run(uint32_t a, const void* shared) {
+    product.run(a, shared);
+    for (Ffma& sum : sums) sum.run(a, shared);
+  }
+  __device__ float result() const {
+    float total = product.result();
+    for (const Ffma& sum : sums) total += sum.result();
+    return total;
+  }
 };
 
 struct Interval {
@@ -212,7 +249,8 @@ int main() {
     std::fprintf(stderr, "probes: %s\n", cudaGetErrorString(error));
     return 1;
   }
-  int failed = measure<Mma>() + measure<Tanh>() + measure<Ldmatrix>() + measure<Shuffle>() + measure<Ffma>();
+  int failed = measure<Mma>() + measure<Tanh>() + measure<Ldmatrix>() + measure<Shuffle>() + measure<Ffma>() +
+               measure<LdmatrixAndMma>() + measure<MmaAndFfma>();
   if (device.major == 9) {
     failed += measure(Wgmma<32>::kName, wgmma_probe<32>, kWgmmaThreads) +
               measure(Wgmma<96>::kName, wgmma_probe<96>, kWgmmaThreads);
