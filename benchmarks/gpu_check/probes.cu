@@ -129,7 +129,7 @@ struct Interval {
 };
 
 template <class Instruction>
-__global__ void __launch_bounds__(kThreads) probe(uint32_t a, Interval* intervals, float* results) {
+__global__ void __launch_bounds__(kThreads, 1) probe(uint32_t a, Interval* intervals, float* results) {
   __shared__ __align__(128) unsigned char shared[kSharedBytes];
   for (int i = threadIdx.x; i < kSharedBytes; i += kThreads) shared[i] = 0;
   // Chains that start alike would be merged, and a value that all lanes share would not be shuffled.
