@@ -56,11 +56,11 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of x, each [B, heads, L, Z/heads], normalized and rotated.
 
-        Queries and keys pass through every step in float32, as one tensor unless compiled, and are rounded once.
+        Queries and keys pass through every step in float32, as one tensor (compiled on a GPU as two), and are rounded once.
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, L, 3, heads, Z/heads]
         weight = torch.stack((self.q_norm.weight, self.k_norm.weight))
-        if torch.compiler.is_compiling():  # one kernel for each; as one tensor they would pass through four
+        if torch.compiler.is_compiling() and qkv.is_cuda:  # one kernel; as one tensor they would pass through four
             q, k = (self._normalized(qkv[:, :, i], weight[i], rotation) for i in range(2))
         else:
             q, k = self._normalized(qkv[:, :, :2], weight[:, None], rotation).unbind(2)

@@ -82,11 +82,8 @@ def rotate_pairs(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     the dtype of x, float32 or float64. The result has the shape and dtype of x.
     """
     pairs = x.unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        # No code is generated for complex numbers. In this form every result is a sum of two products, so that it is
-        # computed in the same kernel as a norm over the channels before it.
-        cos, sin = rotation.unbind(-1)
-        signed_sin = torch.stack((-sin, sin), dim=-1)
-        return (pairs * cos[..., None] + pairs.flip(-1) * signed_sin).flatten(-2)
+    if torch.compiler.is_compiling():  # which generates no code for complex numbers, and fuses real ones
+        (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     # One product of complex numbers reads and writes x once.
     return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(rotation)).flatten(-2)

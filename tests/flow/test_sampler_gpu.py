@@ -50,9 +50,10 @@ def test_reused_tokens_with_two_graphs_per_batch():
     assert [len(half.graphs) for half in sampler.graphed_halves] == [1, 1]
 
 
-def test_a_sampler_joins_the_linears_of_its_copy():
+@pytest.mark.parametrize("compile_trunk", [False, True])
+def test_a_sampler_joins_the_linears_of_its_copy(compile_trunk):
     net, noise, cond, uncond = sampling_case("deco-tiny", "cuda")
-    sampler = flow.Sampler(net, dtype=torch.bfloat16, **GUIDED)
+    sampler = flow.Sampler(net, dtype=torch.bfloat16, compile_trunk=compile_trunk, **GUIDED)
     assert sampler.model.trunk.modulation_rows.rows[0].dtype is torch.bfloat16
     assert net.trunk.modulation_rows.rows is None
     with torch.autocast("cuda", dtype=torch.bfloat16):
