@@ -1,7 +1,8 @@
 // Cycles per scheduler of single instructions: each kernel issues one kind of instruction from one thread block, with
-// enough independent ones in flight that its pipe never waits. Prints one JSON line per probe.
+// enough independent ones in flight that its pipe never waits. Two kernels issue a mix of two kinds, which shows whether
+// their pipes work at the same time. Prints one JSON line per probe.
 //
-//     cycles = 4 * elapsed / (warp instructions),  4 schedulers per multiprocessor
+//     cycles = 4 * elapsed / (warp instructions, or mixes),  4 schedulers per multiprocessor
 //
 // A wgmma counts once for each of its four warps. The loop adds three issue slots to 64 instructions.
 
@@ -87,12 +88,48 @@ struct Ffma {
   __device__ float result() const { return value; }
 };
 
+struct LdmatrixAndMma {
+  static constexpr const char* kName = "ldmatrix.x4 and two mma.sync";
+  Ldmatrix load;
+  Mma products[2];
+
+  __device__ void start(uint32_t seed) {
+    load.start(seed);
+    for (int i = 0; i < 2; ++i) products[i].start(seed + i);
+  }
+  __device__ void run(uint32_t a, const void* shared) {
+    load.run(a, shared);
+    for (Mma& product : products) product.run(a, shared);
+  }
+  __device__ float result() const { return load.result() + products[0].result() + products[1].result(); }
+};
+
+struct MmaAndFfma {
+  static constexpr const char* kName = "mma.sync and four FFMA";
+  Mma product;
+  Ffma sums[4];
+
+  __device__ void start(uint32_t seed) {
+    product.start(seed);
+    for (int i = 0; i < 4; ++i) sums[i].start(seed + i);
+  }
+  __device__ void run(uint32_t a, const void* shared) {
+    product.run(a, shared);
+    for (Ffma& sum : sums) sum.run(a, shared);
+  }
+  __device__ float result() const {
+    float total = product.result();
+    for (const Ffma& sum : sums) total += sum.result();
+    return total;
+  }
+};
+
 struct Interval {
   long long begin, end;
 };
 
 template <class Instruction>
-__global__ void __launch_bounds__(kThreads) probe(uint32_t a, Interval* intervals, float* results) {
+__global__ void __launch_bounds__(kThreads, 1) probe(uint32_t a, Interval* intervals, float* results) {
   __shared__ __align__(128) unsigned char shared[kSharedBytes];
   for (int i = threadIdx.x; i < kSharedBytes; i += kThreads) shared[i] = 0;
   // Chains that start alike would be merged, and a value that all lanes share would not be shuffled.
@@ -212,7 +249,8 @@ int main() {
     std::fprintf(stderr, "probes: %s\n", cudaGetErrorString(error));
     return 1;
   }
-  int failed = measure<Mma>() + measure<Tanh>() + measure<Ldmatrix>() + measure<Shuffle>() + measure<Ffma>();
+  int failed = measure<Mma>() + measure<Tanh>() + measure<Ldmatrix>() + measure<Shuffle>() + measure<Ffma>() +
+               measure<LdmatrixAndMma>() + measure<MmaAndFfma>();
   if (device.major == 9) {
     failed += measure(Wgmma<32>::kName, wgmma_probe<32>, kWgmmaThreads) +
               measure(Wgmma<96>::kName, wgmma_probe<96>, kWgmmaThreads);

@@ -15,16 +15,19 @@ from benchmarks.static.machines import MACHINES
 
 SOURCE = Path(__file__).with_name("probes.cu")
 FOLDER = ROOT / "build" / "gpu_check"
+_MMA, _LDMATRIX, _FFMA = "HMMA.16816.F32.BF16", "LDSM.16.M88.4", "FFMA"
 OPCODES = {
-    "mma.sync m16n8k16": "HMMA.16816.F32.BF16",
-    "wgmma m64n32k16": "HGMMA.64x32x16.F32.BF16",
-    "wgmma m64n96k16": "HGMMA.64x96x16.F32.BF16",
-    "tanh": "MUFU.TANH",
-    "ldmatrix.x4": "LDSM.16.M88.4",
-    "shuffle": "SHFL.BFLY",
-    "FFMA": "FFMA",
+    "mma.sync m16n8k16": {_MMA: 1},
+    "wgmma m64n32k16": {"HGMMA.64x32x16.F32.BF16": 1},
+    "wgmma m64n96k16": {"HGMMA.64x96x16.F32.BF16": 1},
+    "tanh": {"MUFU.TANH": 1},
+    "ldmatrix.x4": {_LDMATRIX: 1},
+    "shuffle": {"SHFL.BFLY": 1},
+    "FFMA": {_FFMA: 1},
+    "ldmatrix.x4 and two mma.sync": {_LDMATRIX: 1, _MMA: 2},
+    "mma.sync and four FFMA": {_MMA: 1, _FFMA: 4},
 }
-"""Probe -> the instruction that fills its loop; wgmma exists on sm_90a alone."""
+"""Probe -> the instructions that fill its loop, each so often; wgmma exists on sm_90a alone."""
 
 PIPES = {"tensor": "mma.sync m16n8k16", "shared": "ldmatrix.x4", "special": "tanh", "fp32": "FFMA"}
 """Pipe of the static model -> the probe that measures it."""
@@ -54,9 +57,9 @@ def compile_source(architecture: str, output: Path, *arguments: str) -> Path:
     return output
 
 
-def modeled_cycles(opcode: str, architecture: str) -> float:
-    """Cycles per scheduler of one warp instruction in the static model."""
-    return max(MACHINES[f"sm_{architecture}"].cycles({opcode: 1}).values())
+def modeled_cycles(probe: str, architecture: str) -> float:
+    """Cycles per scheduler of the instructions of a probe in the static model, where pipes work at the same time."""
+    return max(MACHINES[f"sm_{architecture}"].cycles(OPCODES[probe]).values())
 
 
 def main(architecture: str) -> int:
@@ -66,7 +69,7 @@ def main(architecture: str) -> int:
     result = subprocess.run([binary], stdout=subprocess.PIPE, text=True)
     for line in result.stdout.splitlines():
         measured = json.loads(line)
-        print(json.dumps(measured | {"modeled": modeled_cycles(OPCODES[measured["probe"]], architecture)}), flush=True)
+        print(json.dumps(measured | {"modeled": modeled_cycles(measured["probe"], architecture)}), flush=True)
     return result.returncode
 
 

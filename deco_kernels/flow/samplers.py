@@ -17,6 +17,7 @@ from deco_kernels.flow.cuda_graphs import CudaGraph, GraphedVelocity, Velocity
 from deco_kernels.flow.path import shift_time
 from deco_kernels.flow.solvers import SOLVERS, Evaluate
 from deco_kernels.flow.trunk_steps import TrunkSteps, resolve_trunk_steps
+from deco_kernels.model.dit import PatchTransformer
 from deco_kernels.model.pixel_decoder import PixelDecoder
 
 OnStep = Callable[[int, torch.Tensor], None]
@@ -247,7 +248,8 @@ class Sampler:
     """Samples from one model with fixed settings.
 
     With `dtype`, the model is copied, the weights of its linears are cast once and the copy runs under autocast. The
-    samples are those of the model under autocast, without the casts in every step. Without `dtype`, the given model
+    samples are those of the model under autocast, without the casts in every step; on a GPU up to rounding, since the
+    copy joins linears of the same input (`PatchTransformer.join_linears`). Without `dtype`, the given model
     runs. On a GPU, the model's call is captured in a CUDA graph for each shape of arguments (with guidance: the doubled
     batch, and the single batch outside the guidance interval) at the first step that needs it. If capture fails, the
     reason is logged once and the model runs without graphs. On the CPU the model runs directly.
@@ -392,4 +394,8 @@ def _cast_copy(model: Velocity, dtype: torch.dtype) -> nn.Module:
     matrices += [module.up_weight for module in model.modules() if isinstance(module, PixelDecoder)]
     # deepcopy uses these instead of copies, so that no weight is held in both dtypes.
     cast = {id(p): nn.Parameter(p.detach().to(dtype, copy=True)) for p in matrices}
-    return copy.deepcopy(model, cast).eval().requires_grad_(False)
+    copied = copy.deepcopy(model, cast).eval().requires_grad_(False)
+    for module in copied.modules():
+        if isinstance(module, PatchTransformer) and module.patch_embed.weight.is_cuda:
+            module.join_linears()
+    return copied

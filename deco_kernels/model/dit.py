@@ -5,6 +5,7 @@ Source: DeCo (arXiv 2511.19365), section 3.1; Peebles and Xie, "Scalable Diffusi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,21 +56,75 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of x, each [B, heads, L, Z/heads], normalized and rotated.
 
-        Queries and keys pass through every step as one tensor, in float32, and are rounded once.
+        Queries and keys pass through every step in float32, as one tensor (compiled on a GPU, two), and are rounded once.
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, L, 3, heads, Z/heads]
-        wide = qkv[:, :, :2].to(torch.promote_types(qkv.dtype, torch.float32))
+        weight = torch.stack((self.q_norm.weight, self.k_norm.weight))
+        if torch.compiler.is_compiling() and qkv.is_cuda:  # one kernel; as one tensor they would pass through four
+            q, k = (self._normalized(qkv[:, :, i], weight[i], rotation) for i in range(2))
+        else:
+            q, k = self._normalized(qkv[:, :, :2], weight[:, None], rotation).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
+
+    def _normalized(self, x: torch.Tensor, weight: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
+        """x [B, L, ..., heads, Z/heads] normalized, times weight [..., Z/heads], and rotated."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # A weight per head, so that its gradient is first summed over adjacent dimensions, which is fast.
-        weight = torch.stack((self.q_norm.weight, self.k_norm.weight))[:, None].expand(-1, self.heads, -1)
-        qk = F.rms_norm(wide, wide.shape[-1:], eps=self.q_norm.eps) * weight
+        weight = weight.expand(*weight.shape[:-2], self.heads, -1)
+        wide = F.rms_norm(wide, wide.shape[-1:], eps=self.q_norm.eps) * weight
         if rotation is not None:
-            qk = rotate_pairs(qk, rotation[:, None, None].to(qk.dtype))
-        q, k = qk.to(qkv.dtype).transpose(1, 3).unbind(2)
-        return q, k, qkv[:, :, 2].transpose(1, 2)
+            per_patch = rotation.view(-1, *[1] * (x.dim() - 3), *rotation.shape[-2:])
+            wide = rotate_pairs(wide, per_patch.to(wide.dtype))
+        return wide.to(x.dtype)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Softmax attention and projection: q [B, heads, L, Z/heads] → [B, L, Z]."""
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class JoinedRows(nn.Module):
+    """Several linears of one input as one matmul, for inference; empty until `join`.
+
+    x [..., in] → one [..., out] per linear, or () if empty. The parameters of the linears become views of one tensor:
+    memory does not grow, and changes in place are seen. Copied or moved, it is empty again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = 0
+        self.rows: tuple[torch.Tensor, torch.Tensor | None] | None = None  # weight and bias of all linears
+
+    def join(self, linears: Sequence[nn.Module]) -> None:
+        """Join linears of the same sizes that are plain: no subclass, no hooks. Otherwise nothing changes."""
+        plain = [linear for linear in linears if type(linear) is nn.Linear and not _has_hooks(linear)]
+        if len(plain) < len(linears) or len({(linear.weight.shape, linear.bias is None) for linear in plain}) != 1:
+            return
+        self.parts = len(plain)
+        self.rows = _joined(plain, "weight"), None if plain[0].bias is None else _joined(plain, "bias")
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.rows is None:
+            return ()
+        return F.linear(x, *self.rows).unflatten(-1, (self.parts, -1)).unbind(-2)
+
+    def _apply(self, *arguments: Any) -> JoinedRows:
+        self.rows = None
+        return super()._apply(*arguments)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> JoinedRows:
+        return JoinedRows()
+
+
+def _joined(linears: Sequence[nn.Linear], name: str) -> torch.Tensor:
+    """The parameters of this name in one tensor, whose views replace them."""
+    joined = torch.cat([getattr(linear, name).detach() for linear in linears])
+    for linear, part in zip(linears, joined.chunk(len(linears)), strict=True):
+        setattr(linear, name, nn.Parameter(part, requires_grad=False))
+    return joined
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class SwiGLU(nn.Module):
@@ -80,9 +135,11 @@ class SwiGLU(nn.Module):
         self.w1 = nn.Linear(width, hidden, bias=False)
         self.w3 = nn.Linear(width, hidden, bias=False)
         self.w2 = nn.Linear(hidden, width, bias=False)
+        self.input_rows = JoinedRows()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = self.input_rows(x) or (self.w1(x), self.w3(x))
+        return self.w2(F.silu(gate) * up)
 
 
 class TimeEmbedding(nn.Module):
@@ -119,8 +176,12 @@ class Block(nn.Module):
         self.mlp = mlp
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, *context: Any) -> torch.Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
+    def forward(
+        self, x: torch.Tensor, c: torch.Tensor, *context: Any, modulation: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """modulation: the result [B, 6Z] of `modulation`(c), if it has been computed before."""
+        modulation = self.modulation(c) if modulation is None else modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, dim=-1)
         x = torch.addcmul(x, gate1, self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), *context))
         return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2)))
 
@@ -150,6 +211,7 @@ class PatchTransformer(nn.Module):
         self.patch_size, self.channels = patch_size, channels
         self.patch_embed = nn.Linear(channels * patch_size**2, width)
         self.time_embed = TimeEmbedding(width)
+        self.modulation_rows = JoinedRows()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -204,6 +266,19 @@ class PatchTransformer(nn.Module):
             if isinstance(module, Block):
                 module.compile(**options)
 
+    def join_linears(self) -> None:
+        """Compute linears of the same input in one matmul, in place, for inference.
+
+        These are the modulations of all image blocks, which at batch 1 are a quarter of the weights that a call reads,
+        and the two inputs of each SwiGLU. Results change only by rounding. The parameters of these linears have no
+        gradients any more and must not be replaced, only changed in place; state_dict does not change.
+        """
+        blocks: list[Any] = list(self.blocks)
+        self.modulation_rows.join([block.modulation for block in blocks])
+        for module in self.modules():
+            if isinstance(module, SwiGLU):
+                module.input_rows.join([module.w1, module.w3])
+
     def rotary_angles(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
         """Rotary angles for a grid of patches, float32 [rows·columns, Z/heads/2]."""
         return rotary_angles(rows, columns, self.width // self.heads, device)
@@ -227,8 +302,9 @@ class PatchTransformer(nn.Module):
         grid = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         rotation = pair_rotation(self.rotary_angles(*grid, x.device))
         features = None
-        for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, c, rotation, *context)
+        modulations = self.modulation_rows(c) or [None] * len(self.blocks)
+        for number, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True), start=1):
+            tokens = block(tokens, c, rotation, *context, modulation=modulation)
             if number == features_after:
                 features = tokens
         return tokens, features

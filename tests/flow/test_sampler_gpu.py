@@ -50,6 +50,19 @@ def test_reused_tokens_with_two_graphs_per_batch():
     assert [len(half.graphs) for half in sampler.graphed_halves] == [1, 1]
 
 
+@pytest.mark.parametrize("compile_trunk", [False, True])
+def test_a_sampler_joins_the_linears_of_its_copy(compile_trunk):
+    net, noise, cond, uncond = sampling_case("deco-tiny", "cuda")
+    sampler = flow.Sampler(net, dtype=torch.bfloat16, compile_trunk=compile_trunk, **GUIDED)
+    assert sampler.model.trunk.modulation_rows.rows[0].dtype is torch.bfloat16
+    assert net.trunk.modulation_rows.rows is None
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        expected = flow.sample(net, noise, cond, uncond, **GUIDED)
+    exact = flow.sample(copy.deepcopy(net).double(), noise.double(), cond, uncond, **GUIDED)
+    bound = testing.error_bound(torch.bfloat16, relative_error(expected, exact), gradient=False)
+    assert relative_error(sampler(noise, cond, uncond), exact) <= bound
+
+
 def test_steps_do_not_wait_for_the_gpu():
     """After the captures, a second sample runs with synchronizing calls forbidden from the first step on."""
     net, noise, cond, uncond = sampling_case("deco-tiny", "cuda")

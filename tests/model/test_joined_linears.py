@@ -1,0 +1,111 @@
+"""join_linears: one matmul for linears of one input, with the same results, parameters and memory."""
+
+import copy
+
+import pytest
+import torch
+
+from deco_kernels import flow
+from deco_kernels.model.dit import JoinedRows, SwiGLU
+from tests.golden_files import relative_error
+from tests.random_models import random_batch, random_model
+
+
+def joined_and_separate(name: str):
+    separate = random_model(name).eval().requires_grad_(False)
+    joined = copy.deepcopy(separate)
+    joined.trunk.join_linears()
+    return joined, separate
+
+
+def conditions(name: str):
+    x, t, y = random_batch()
+    return x, t, torch.randn(2, 7, 20, generator=torch.Generator().manual_seed(5)) if "text" in name else y
+
+
+@pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny", "deco-text-tiny"])
+def test_results_and_parameters_are_the_same(name):
+    joined, separate = joined_and_separate(name)
+    expected = separate(*conditions(name))
+    assert relative_error(joined(*conditions(name)), expected) < 1e-5
+    assert joined.state_dict().keys() == separate.state_dict().keys()
+    assert all(torch.equal(joined.state_dict()[key], value) for key, value in separate.state_dict().items())
+
+
+def test_the_matmuls_are_joined(monkeypatch):
+    """No linear of a SwiGLU's input and no modulation runs by itself."""
+    joined, _ = joined_and_separate("deco-tiny")
+    called = []
+    forward = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda linear, x: called.append(linear) or forward(linear, x))
+    joined(*conditions("deco-tiny"))
+    separate = [block.modulation for block in joined.trunk.blocks]
+    separate += [
+        linear for module in joined.modules() if isinstance(module, SwiGLU) for linear in (module.w1, module.w3)
+    ]
+    assert called and not {id(linear) for linear in called} & {id(linear) for linear in separate}
+
+
+@pytest.mark.parametrize(
+    ("again", "is_joined"),
+    [(lambda net: net, True), (copy.deepcopy, False), (lambda net: net.double().float(), False)],
+    ids=["joined", "copied", "converted"],
+)
+def test_results_follow_changes_of_parameters(again, is_joined):
+    joined, separate = joined_and_separate("deco-tiny")
+    joined = again(joined)
+    assert (joined.trunk.modulation_rows.rows is not None) == is_joined
+    before = joined(*conditions("deco-tiny"))
+    for net in (joined, separate):
+        net.trunk.blocks[-1].modulation.weight.mul_(2)
+        net.trunk.blocks[0].mlp.w3.weight.mul_(2)
+    after = joined(*conditions("deco-tiny"))
+    assert relative_error(after, separate(*conditions("deco-tiny"))) < 1e-5
+    assert relative_error(after, before) > 1e-3
+
+
+def test_weights_are_held_once():
+    joined, _ = joined_and_separate("deco-tiny")
+    (weight, _), parts = joined.trunk.modulation_rows.rows, [block.modulation.weight for block in joined.trunk.blocks]
+    assert {part.untyped_storage().data_ptr() for part in parts} == {weight.untyped_storage().data_ptr()}
+    assert sum(part.numel() for part in parts) == weight.numel()
+
+
+def test_linears_that_are_not_plain_stay_separate():
+    net = random_model("deco-tiny").requires_grad_(False)
+    seen = []
+    net.trunk.blocks[0].mlp.w1.register_forward_hook(lambda *_: seen.append(1))
+
+    class Other(torch.nn.Linear):
+        pass
+
+    modulation = net.trunk.blocks[1].modulation
+    other = Other(modulation.in_features, modulation.out_features)
+    other.load_state_dict(modulation.state_dict())
+    net.trunk.blocks[1].modulation = other
+    expected = net(*conditions("deco-tiny"))
+    net.trunk.join_linears()
+    assert net.trunk.modulation_rows.rows is None and net.trunk.blocks[0].mlp.input_rows.rows is None
+    assert net.trunk.blocks[1].mlp.input_rows.rows is not None
+    assert relative_error(net(*conditions("deco-tiny")), expected) < 1e-5
+    assert len(seen) == 2
+
+
+def test_joined_rows_with_and_without_biases():
+    for bias in (True, False):
+        linears = [torch.nn.Linear(5, 3, bias=bias) for _ in range(3)]
+        rows, x = JoinedRows(), torch.randn(2, 5)
+        expected = [linear(x) for linear in linears]
+        assert rows(x) == ()
+        rows.join(linears)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(rows(x), expected, strict=True))
+    rows = JoinedRows()
+    rows.join([torch.nn.Linear(5, 3), torch.nn.Linear(5, 4)])
+    assert rows(x) == ()
+
+
+def test_a_sampler_on_the_cpu_joins_nothing():
+    """Its samples are bit for bit those of the model."""
+    assert (
+        flow.Sampler(random_model("deco-tiny"), steps=1, dtype=torch.bfloat16).model.trunk.modulation_rows.rows is None
+    )
