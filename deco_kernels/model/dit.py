@@ -56,7 +56,8 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of x, each [B, heads, L, Z/heads], normalized and rotated.
 
-        Queries and keys pass through every step in float32, as one tensor (compiled on a GPU, two), and are rounded once.
+        Queries and keys pass through every step in float32, as one tensor (compiled on a GPU, two), and are rounded
+        once.
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, L, 3, heads, Z/heads]
         weight = torch.stack((self.q_norm.weight, self.k_norm.weight))
