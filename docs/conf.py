@@ -39,7 +39,7 @@ CHAPTERS = {
     "Backends": ("triton", "cuda"),
     "Programs": ("demo", "ablations", "app", "benchmarks", "wheels"),
     "Results": (
-        *("results/ops", "results/ops_avx2", "results/scaling", "results/end_to_end", "results/gpu"),
+        *("results/ops", "results/ops_avx2", "results/scaling", "results/end_to_end", "results/gpu", "results/gpu_losses"),
         "../benchmarks/results/host_time_epyc_zen4_2_threads",
     ),
     "API": ("api/deco_kernels", "api/ops", "api/model", "api/flow", "api/integrations", "api/testing"),
@@ -50,6 +50,7 @@ RESULTS = {
     "scaling": ("Scaling", "cpu_epyc_zen4_2_threads_scaling.json"),
     "end_to_end": ("End to end", "cpu_epyc_zen4_2_threads_end_to_end.json"),
     "gpu": ("Ops and training on a GPU", "gpu_h200.json"),
+    "gpu_losses": ("Losses on a GPU", "gpu_h200_losses.json"),
 }
 SECTIONS = ("Args", "Returns", "Raises", "Attributes", "Shape", "Parameters")
 

@@ -3,7 +3,8 @@
 Rates are cycles per scheduler (a quarter of a multiprocessor) in which one warp instruction occupies its pipe. Those of
 the tensor cores and special functions of H100, its clock under load and its bandwidth, and the tensor cores of B200 and
 RTX 5090 follow arXiv 2501.12084 and public micro-benchmarks; all others follow from documented throughput, with boost
-clocks. Shared memory is counted without bank conflicts. None has been confirmed by this package's own probes.
+clocks. Shared memory is counted without bank conflicts. The probes of this package (benchmarks/gpu_check/probes.cu)
+agree on an H100 and an H200, except for wgmma of 32 columns; no other device has been probed.
 """
 
 import re
@@ -34,6 +35,7 @@ class Machine(NamedTuple):
     fp32_cycles: float
     special_cycles: float  # tanh, rsqrt, exp
     wgmma_cycles: tuple[tuple[int, float], ...] = ()  # N -> m64nNk16
+    mma_excludes_fp32: bool = False  # mma.sync and float32 instructions do not issue at the same time
     alu_cycles: float = 2  # 64 lanes per multiprocessor: integer, logic, compare, convert
     shared_cycles: float = 4  # 128 bytes per clock and multiprocessor
 
@@ -80,7 +82,10 @@ class Machine(NamedTuple):
     def milliseconds(self, cycles_per_16_px: Mapping[str, float], bytes_per_px: float | None) -> dict[str, float]:
         """Bound -> time in which the workload occupies it."""
         schedulers = self.multiprocessors * SCHEDULERS_PER_MULTIPROCESSOR
-        times = {pipe: 1e3 * c * PIXELS / 16 / schedulers / self.clock for pipe, c in cycles_per_16_px.items()}
+        cycles = dict(cycles_per_16_px)
+        if self.mma_excludes_fp32 and cycles.get("tensor"):
+            cycles["tensor"] += cycles.get("fp32", 0.0)
+        times = {pipe: 1e3 * c * PIXELS / 16 / schedulers / self.clock for pipe, c in cycles.items()}
         if bytes_per_px is not None:
             times[BYTES] = 1e3 * bytes_per_px * PIXELS / self.bytes_per_second
         return times
@@ -93,7 +98,7 @@ _H100 = Machine(
 MACHINES = {
     "sm_80": Machine("A100 SXM 80 GB", 108, 1.41e9, 2.04e12, mma_cycles=8, fp32_cycles=2, special_cycles=8),
     "sm_90": _H100,
-    "sm_90a": _H100,
+    "sm_90a": _H100._replace(mma_excludes_fp32=True),  # of the CUDA kernels; Triton's on sm_90 use wgmma
     "sm_100": Machine("B200", 148, 1.85e9, 7.7e12, mma_cycles=8.5, fp32_cycles=1, special_cycles=8.75),
     "sm_86": Machine("RTX 3090", 82, 1.7e9, 0.94e12, mma_cycles=32, fp32_cycles=1, special_cycles=8),
     "sm_89": Machine("RTX 4090", 128, 2.52e9, 1.01e12, mma_cycles=32, fp32_cycles=1, special_cycles=8),

@@ -13,6 +13,7 @@ from benchmarks.report import parts, tables
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "benchmarks" / "results"
 GPU = results.load(str(FOLDER / "gpu_h200.json"))
+LOSSES = results.load(str(FOLDER / "gpu_h200_losses.json"))
 
 
 def page(name: str) -> str:
@@ -23,6 +24,7 @@ def page(name: str) -> str:
     ("name", "table"),
     [
         ("benchmarks", parts.ops_summary(GPU["rows"])),
+        ("benchmarks", parts.ops_summary(LOSSES["rows"])),
         ("benchmarks", parts.end_to_end_summary(GPU["end_to_end"])),
         ("sampling", reuse.table(json.loads((FOLDER / "trunk" / "reuse_h200.json").read_text())["rows"])),
     ],
@@ -69,7 +71,7 @@ def test_times_by_chunk():
 
 def test_figures_in_sentences():
     """Of the README and of the pages, in the words in which they stand there."""
-    times = {(row["op"], row["contender"], row["pass"]): row["ms"] for row in GPU["rows"]}
+    times = {(row["op"], row["contender"], row["pass"]): row["ms"] for row in [*LOSSES["rows"], *GPU["rows"]]}
     both = times["pixel_decoder", "cuda", "forward_backward"]
     forward = times["pixel_decoder", "cuda", "forward"]
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())

@@ -67,6 +67,15 @@ def test_the_largest_bound_is_named():
     assert largest_bound(H100, None, None) is None
 
 
+def test_float32_instructions_add_to_mma_sync_on_hopper():
+    """As the probe of one mma.sync and four FFMA measures on an H200."""
+    cycles = {"issue": 5.0, "tensor": 6.0, "fp32": 4.0}
+    both, alone = (machine.milliseconds(cycles, None) for machine in (H100, MACHINES["sm_90"]))
+    assert both["tensor"] == pytest.approx(10 / 6 * alone["tensor"])
+    assert both["fp32"] == alone["fp32"] and both["issue"] == alone["issue"]
+    assert H100.milliseconds({"tensor": 0.0, "fp32": 4.0}, None)["tensor"] == 0
+
+
 @interpreted
 def test_global_bytes_of_the_decoder_with_a_float32_image():
     """The table of docs/triton.md: D 32, N 3, C 3."""
