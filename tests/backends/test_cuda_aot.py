@@ -101,7 +101,8 @@ def test_the_record_reaches_its_goals():
     assert record("decoder_recompute.recompute_kernel")["issue_slots_per_16_px"] <= 1140
     steps = [record(f"block_backward.backward_kernel+mlp+tiled+ahead{step}") for step in ("+first", "", "+last")]
     steps += [record("decoder_recompute.recompute_kernel"), record("decoder_embedding.embedding_kernel")]
-    assert sum(step["issue_slots_per_16_px"] for step in steps) <= 4760
+    # The block backward that copies ahead has more slots than the one that does not, and takes less time (docs/cuda.md).
+    assert sum(step["issue_slots_per_16_px"] for step in steps) <= 4800
     assert all(step["spill_bytes"] <= 8 for step in steps[:3])  # with 128 registers, for 15 warps
     assert all(step["spill_bytes"] == 0 for step in steps[3:])
     for kernel in ("flow_matching_loss.sums_kernel", "flow_matching_loss_backward.gradient_kernel"):
@@ -109,7 +110,7 @@ def test_the_record_reaches_its_goals():
         assert loss["issue_slots_per_16_px"] <= 105 / 2 and loss["spill_bytes"] == 0
     one_pass = [record("pixel_decoder.forward_kernel+keeps"), record("decoder_head.head_kernel"), steps[-1], *steps[:3]]
     one_pass.append(record("flow_matching_loss_backward.gradient_kernel+sums", "bfloat16"))
-    assert sum(kernel["issue_slots_per_16_px"] for kernel in one_pass) <= 4950
+    assert sum(kernel["issue_slots_per_16_px"] for kernel in one_pass) <= 5050
 
 
 def code_of(*opcodes: str) -> sass.Code:
