@@ -113,7 +113,9 @@ def select_upsample(name: str) -> None:
     """Select the matmul of all later bfloat16 upsamples on the CPU.
 
     "kernel": the package's. "pytorch": PyTorch's. "auto": PyTorch's if the processor has AMX for bfloat16, which
-    PyTorch uses and the kernels do not. Raises ValueError for other names.
+    PyTorch uses and the kernels do not, and the sizes fit it (`upsamples_in_pytorch`).
+
+    Raises ValueError for other names.
     """
     global _upsample
     if name not in UPSAMPLES:
@@ -126,14 +128,18 @@ def current_upsample() -> str:
     return _upsample
 
 
-def upsamples_in_pytorch(dtype: torch.dtype) -> bool:
-    """Whether upsamples of tokens in this dtype run in PyTorch's matmul."""
+def upsamples_in_pytorch(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether upsamples of tokens in this dtype run in PyTorch's matmul. sizes: Z and P·D.
+
+    On AMX, PyTorch's matmul multiplies what lies behind rows of other sizes than multiples of 32 by zero: a NaN or an
+    infinity there, such as in the next row, becomes NaN in the result (seen with PyTorch 2.13).
+    """
     import torch
 
     module = cpu()
     if dtype is not torch.bfloat16 or _upsample == "kernel":
         return False
-    return _upsample == "pytorch" or bool(module.has_amx_bf16())
+    return _upsample == "pytorch" or (bool(module.has_amx_bf16()) and all(size % 32 == 0 for size in sizes))
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------------------

@@ -18,9 +18,24 @@ from tests.ops.cases import IMPLEMENTATIONS, padded
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 THREADS = Path("/proc/self/task")
 each_dtype = pytest.mark.parametrize("dtype", [F32, BF16, F16])
-each_isa = pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:], indirect=True)
+_PARAMETERS = pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:], indirect=True)
+
+
+def each_isa(test):
+    return pytest.mark.usefixtures("in_the_kernel")(_PARAMETERS(test))
+
+
 # (T, P*D, Z) with whole and partly empty tiles, strips, panels, groups and blocks of the kernels
 SIZES = [(1, 16, 1), (5, 80, 48), (37, 272, 33), (70, 512, 100), (130, 48, 64)]
+
+
+@pytest.fixture
+def in_the_kernel():
+    """Also where the processor would select PyTorch's matmul."""
+    previous = native.current_upsample()
+    native.select_upsample("kernel")
+    yield
+    native.select_upsample(previous)
 
 
 def random_upsample(dtype, sizes, weight_dtype=F32):
@@ -73,6 +88,17 @@ def test_conditions_of_the_kernel(implementation, dtype, sizes, poisoned_memory)
     found = kernels.UpsampleGradients(padded(tokens), up, needs=(False,) * 3).cond(part)
     expected = tokens[part].double() @ up.up_weight.to(dtype).double().T + up.up_bias.double()
     assert found.dtype is dtype and testing.relative_error(found, expected) <= tolerance(dtype)
+
+
+@pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason=str(native.cpu_unavailable_reason()))
+@pytest.mark.parametrize("sizes", [*SIZES, (37, 272, 64), (37, 512, 33), (37, 512, 96)])
+def test_what_lies_between_rows_does_not_matter(sizes):
+    """With the matmul that the processor selects: PyTorch's on AMX multiplies what lies behind odd rows by zero."""
+    tokens, up, grad = random_upsample(BF16, sizes)
+    upsample = kernels.UpsampleGradients(padded(tokens), up, needs=(True,) * 3)
+    assert upsample.cond(slice(0, len(tokens))).isfinite().all()
+    upsample.add(0, padded(grad).unflatten(1, (-1, 16)))
+    assert all(gradient.isfinite().all() for gradient in upsample.results())
 
 
 @each_isa

@@ -211,5 +211,6 @@ def test_the_environment_chooses_the_matmul(value, reason, upsample, monkeypatch
 @needs_native
 def test_the_processor_chooses_the_matmul(upsample):
     upsample("auto")
-    assert native.upsamples_in_pytorch(BF16) == native.cpu().has_amx_bf16()
+    assert native.upsamples_in_pytorch(BF16, 1152, 8192) == native.cpu().has_amx_bf16()
+    assert not native.upsamples_in_pytorch(BF16, 1152, 48) and not native.upsamples_in_pytorch(BF16, 33, 8192)
     assert "amx_bf16" in open("/proc/cpuinfo").read() or not native.cpu().has_amx_bf16()

@@ -31,7 +31,7 @@ def forward(
     up, weights = arguments.contiguous(up), arguments.contiguous(weights)
     pixels, width = weights.pixel_table.shape
     velocity = torch.empty(image.shape, dtype=tokens.dtype)
-    if native.upsamples_in_pytorch(tokens.dtype):
+    if native.upsamples_in_pytorch(tokens.dtype, *up.up_weight.shape):
         upsample = UpsampleGradients(tokens, up, needs=(False,) * 3)
         chunked = ChunkedQuery(query, weights.pixel_table.shape, needs=(False,) * 4)
         _decode(image, upsample, weights, chunked, cond, velocity, patch_size, head_norm, eps)

@@ -21,7 +21,8 @@ class UpsampleGradients(upsample.UpsampleGradients):
 
     @functools.cached_property
     def in_pytorch(self) -> bool:
-        return native.upsamples_in_pytorch(self.inputs[0].dtype)
+        tokens, weight, _ = self.inputs
+        return native.upsamples_in_pytorch(tokens.dtype, *weight.shape)
 
     @functools.cached_property
     def contiguous_up(self) -> tuple[torch.Tensor, torch.Tensor]:

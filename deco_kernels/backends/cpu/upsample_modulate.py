@@ -28,7 +28,7 @@ def forward(
     """(modulated, gate), both like h; writes the conditions to `cond` [..., P, D] if it is given."""
     up, weights = arguments.contiguous(up), arguments.contiguous(weights)
     modulated, gate = torch.empty(h.shape, dtype=h.dtype), torch.empty(h.shape, dtype=h.dtype)
-    if native.upsamples_in_pytorch(h.dtype):
+    if native.upsamples_in_pytorch(h.dtype, *up.up_weight.shape):
         _modulate(h, UpsampleGradients(tokens, up, needs=(False,) * 3), weights, cond, modulated, gate, eps)
         return modulated, gate
     h, tokens = arguments.readable_pixel_rows(h), arguments.readable_rows(tokens)
