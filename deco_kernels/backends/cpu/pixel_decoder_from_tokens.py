@@ -33,7 +33,7 @@ def forward(
     velocity = torch.empty(image.shape, dtype=tokens.dtype)
     if native.upsamples_in_pytorch(tokens.dtype, *up.up_weight.shape):
         upsample = UpsampleGradients(tokens, up, needs=(False,) * 3)
-        chunked = ChunkedQuery(query, weights.pixel_table.shape, needs=(False,) * 4)
+        chunked = ChunkedQuery(query, weights.pixel_table.shape, (False,) * 4, UpsampleGradients)
         _decode(image, upsample, weights, chunked, cond, velocity, patch_size, head_norm, eps)
         return velocity
     tokens = arguments.readable_rows(tokens)
