@@ -58,7 +58,7 @@ def compile_source(architecture: str, output: Path, *arguments: str) -> Path:
 
 
 def modeled_cycles(probe: str, architecture: str) -> float:
-    """Cycles per scheduler of the instructions of a probe in the static model, where pipes work at the same time."""
+    """Cycles per scheduler of the instructions of a probe in the static model, if all pipes work at the same time."""
     return max(MACHINES[f"sm_{architecture}"].cycles(OPCODES[probe]).values())
 
 

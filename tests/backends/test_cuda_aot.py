@@ -101,7 +101,7 @@ def test_the_record_reaches_its_goals():
     assert record("decoder_recompute.recompute_kernel")["issue_slots_per_16_px"] <= 1140
     steps = [record(f"block_backward.backward_kernel+mlp+tiled+ahead{step}") for step in ("+first", "", "+last")]
     steps += [record("decoder_recompute.recompute_kernel"), record("decoder_embedding.embedding_kernel")]
-    # The block backward that copies ahead has more slots than the one that does not, and takes less time (docs/cuda.md).
+    # The block backward that copies ahead has more slots than the other one, and takes less time (docs/cuda.md).
     assert sum(step["issue_slots_per_16_px"] for step in steps) <= 4800
     assert all(step["spill_bytes"] <= 8 for step in steps[:3])  # with 128 registers, for 15 warps
     assert all(step["spill_bytes"] == 0 for step in steps[3:])
