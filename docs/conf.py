@@ -39,7 +39,14 @@ CHAPTERS = {
     "Backends": ("triton", "cuda"),
     "Programs": ("demo", "ablations", "app", "benchmarks", "wheels"),
     "Results": (
-        *("results/ops", "results/ops_avx2", "results/scaling", "results/end_to_end", "results/gpu", "results/gpu_losses"),
+        *(
+            "results/ops",
+            "results/ops_avx2",
+            "results/scaling",
+            "results/end_to_end",
+            "results/gpu",
+            "results/gpu_losses",
+        ),
         "../benchmarks/results/host_time_epyc_zen4_2_threads",
     ),
     "API": ("api/deco_kernels", "api/ops", "api/model", "api/flow", "api/integrations", "api/testing"),

@@ -58,8 +58,9 @@ def compile_source(architecture: str, output: Path, *arguments: str) -> Path:
 
 
 def modeled_cycles(probe: str, architecture: str) -> float:
-    """Cycles per scheduler of the instructions of a probe in the static model, where pipes work at the same time."""
-    return max(MACHINES[f"sm_{architecture}"].cycles(OPCODES[probe]).values())
+    """Cycles per scheduler of the instructions of a probe in the static model."""
+    machine = MACHINES[f"sm_{architecture}"]
+    return max(machine.occupied(machine.cycles(OPCODES[probe])).values())
 
 
 def main(architecture: str) -> int:

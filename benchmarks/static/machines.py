@@ -79,12 +79,15 @@ class Machine(NamedTuple):
         (n1, c1) = larger[0]
         return c0 if n1 == n0 else c0 + (c1 - c0) * (columns - n0) / (n1 - n0)
 
+    def occupied(self, cycles: Mapping[str, float]) -> dict[str, float]:
+        """Pipe -> cycles for which it is not free, from the result of `cycles`."""
+        excluded = cycles.get("fp32", 0.0) if self.mma_excludes_fp32 and cycles.get("tensor") else 0.0
+        return {**cycles, "tensor": cycles["tensor"] + excluded} if excluded else dict(cycles)
+
     def milliseconds(self, cycles_per_16_px: Mapping[str, float], bytes_per_px: float | None) -> dict[str, float]:
         """Bound -> time in which the workload occupies it."""
         schedulers = self.multiprocessors * SCHEDULERS_PER_MULTIPROCESSOR
-        cycles = dict(cycles_per_16_px)
-        if self.mma_excludes_fp32 and cycles.get("tensor"):
-            cycles["tensor"] += cycles.get("fp32", 0.0)
+        cycles = self.occupied(cycles_per_16_px)
         times = {pipe: 1e3 * c * PIXELS / 16 / schedulers / self.clock for pipe, c in cycles.items()}
         if bytes_per_px is not None:
             times[BYTES] = 1e3 * bytes_per_px * PIXELS / self.bytes_per_second

@@ -87,7 +87,7 @@ class JoinedRows(nn.Module):
     """Several linears of one input as one matmul, for inference; empty until `join`.
 
     x [..., in] → one [..., out] per linear, or () if empty. The parameters of the linears become views of one tensor:
-    memory does not grow, and changes in place are seen. Copied or moved, it is empty again.
+    memory does not grow, and changes in place are seen. Copied, pickled or moved, it is empty again.
     """
 
     def __init__(self) -> None:
@@ -96,9 +96,15 @@ class JoinedRows(nn.Module):
         self.rows: tuple[torch.Tensor, torch.Tensor | None] | None = None  # weight and bias of all linears
 
     def join(self, linears: Sequence[nn.Module]) -> None:
-        """Join linears of the same sizes that are plain: no subclass, no hooks. Otherwise nothing changes."""
-        plain = [linear for linear in linears if type(linear) is nn.Linear and not _has_hooks(linear)]
-        if len(plain) < len(linears) or len({(linear.weight.shape, linear.bias is None) for linear in plain}) != 1:
+        """Join linears that are plain and have parameters of their own, of the same sizes, dtypes and devices.
+
+        For other linears nothing changes.
+        """
+        plain = [linear for linear in linears if isinstance(linear, nn.Linear) and _is_plain(linear)]
+        parameters = [list(linear.parameters()) for linear in plain]
+        kinds = {tuple((p.shape, p.dtype, p.device) for p in own) for own in parameters}
+        distinct = {p for own in parameters for p in own}
+        if len(plain) < len(linears) or len(kinds) != 1 or len(distinct) < sum(map(len, parameters)):
             return
         self.parts = len(plain)
         self.rows = _joined(plain, "weight"), None if plain[0].bias is None else _joined(plain, "bias")
@@ -112,8 +118,8 @@ class JoinedRows(nn.Module):
         self.rows = None
         return super()._apply(*arguments)  # type: ignore[no-untyped-call]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> JoinedRows:
-        return JoinedRows()
+    def __reduce__(self) -> tuple[type[JoinedRows], tuple[()]]:
+        return JoinedRows, ()
 
 
 def _joined(linears: Sequence[nn.Linear], name: str) -> torch.Tensor:
@@ -124,8 +130,10 @@ def _joined(linears: Sequence[nn.Linear], name: str) -> torch.Tensor:
     return joined
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_plain(linear: nn.Linear) -> bool:
+    """No subclass, of the linear or of its parameters, no hooks, and no other forward."""
+    altered = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    return type(linear) is nn.Linear and not altered and all(type(p) is nn.Parameter for p in linear.parameters())
 
 
 class SwiGLU(nn.Module):
@@ -272,10 +280,13 @@ class PatchTransformer(nn.Module):
 
         These are the modulations of all image blocks, which at batch 1 are a quarter of the weights that a call reads,
         and the two inputs of each SwiGLU. Results change only by rounding. The parameters of these linears have no
-        gradients any more and must not be replaced, only changed in place; state_dict does not change.
+        gradients any more and must not be replaced, only changed in place; state_dict does not change. Linears with
+        hooks stay separate; hooks that are registered later are not called, and modules put in place of joined linears
+        or of blocks are not used.
         """
         blocks: list[Any] = list(self.blocks)
-        self.modulation_rows.join([block.modulation for block in blocks])
+        if all(isinstance(block, Block) for block in blocks):
+            self.modulation_rows.join([block.modulation for block in blocks])
         for module in self.modules():
             if isinstance(module, SwiGLU):
                 module.input_rows.join([module.w1, module.w3])
@@ -303,9 +314,9 @@ class PatchTransformer(nn.Module):
         grid = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         rotation = pair_rotation(self.rotary_angles(*grid, x.device))
         features = None
-        modulations = self.modulation_rows(c) or [None] * len(self.blocks)
-        for number, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True), start=1):
-            tokens = block(tokens, c, rotation, *context, modulation=modulation)
+        modulations = [{"modulation": modulation} for modulation in self.modulation_rows(c)] or [{}] * len(self.blocks)
+        for number, (block, given) in enumerate(zip(self.blocks, modulations, strict=True), start=1):
+            tokens = block(tokens, c, rotation, *context, **given)
             if number == features_after:
                 features = tokens
         return tokens, features

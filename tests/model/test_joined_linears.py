@@ -1,6 +1,7 @@
 """join_linears: one matmul for linears of one input, with the same results, parameters and memory."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -48,8 +49,13 @@ def test_the_matmuls_are_joined(monkeypatch):
 
 @pytest.mark.parametrize(
     ("again", "is_joined"),
-    [(lambda net: net, True), (copy.deepcopy, False), (lambda net: net.double().float(), False)],
-    ids=["joined", "copied", "converted"],
+    [
+        (lambda net: net, True),
+        (copy.deepcopy, False),
+        (lambda net: pickle.loads(pickle.dumps(net)), False),
+        (lambda net: net.double().float(), False),
+    ],
+    ids=["joined", "copied", "pickled", "converted"],
 )
 def test_results_follow_changes_of_parameters(again, is_joined):
     joined, separate = joined_and_separate("deco-tiny")
@@ -62,6 +68,27 @@ def test_results_follow_changes_of_parameters(again, is_joined):
     after = joined(*conditions("deco-tiny"))
     assert relative_error(after, separate(*conditions("deco-tiny"))) < 1e-5
     assert relative_error(after, before) > 1e-3
+
+
+class OtherBlock(torch.nn.Module):
+    """A user's block, without a modulation and its argument."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, c, rotation):
+        return self.block(x, c, rotation)
+
+
+def test_other_blocks_run_and_stay_separate():
+    joined, separate = joined_and_separate("deco-tiny")
+    for net in (joined, separate):
+        net.trunk.blocks[0] = OtherBlock(net.trunk.blocks[0])
+    joined.trunk.modulation_rows.rows = None
+    joined.trunk.join_linears()
+    assert joined.trunk.modulation_rows.rows is None
+    assert relative_error(joined(*conditions("deco-tiny")), separate(*conditions("deco-tiny"))) < 1e-5
 
 
 def test_weights_are_held_once():
@@ -89,6 +116,43 @@ def test_linears_that_are_not_plain_stay_separate():
     assert net.trunk.blocks[1].mlp.input_rows.rows is not None
     assert relative_error(net(*conditions("deco-tiny")), expected) < 1e-5
     assert len(seen) == 2
+
+
+class OfASubclass(torch.Tensor):
+    pass
+
+
+def with_another_forward(linears):
+    forward = linears[1].forward
+    linears[1].forward = lambda x: 2 * forward(x)
+
+
+def with_one_weight(linears):
+    linears[1].weight = linears[0].weight
+
+
+def with_one_bias(linears):
+    linears[1].bias = linears[0].bias
+
+
+def with_another_dtype(linears):
+    linears[1].bfloat16()
+
+
+def with_a_tensor_subclass(linears):
+    linears[1].weight = torch.nn.Parameter(linears[1].weight.detach().as_subclass(OfASubclass))
+
+
+@pytest.mark.parametrize(
+    "change", [with_another_forward, with_one_weight, with_one_bias, with_another_dtype, with_a_tensor_subclass]
+)
+def test_linears_that_cannot_be_rows_of_one_matrix_stay_as_they_are(change):
+    linears, rows = [torch.nn.Linear(5, 3) for _ in range(3)], JoinedRows()
+    change(linears)
+    before = [parameter for linear in linears for parameter in linear.parameters()]
+    rows.join(linears)
+    assert rows(torch.randn(2, 5)) == ()
+    assert all(a is b for a, b in zip(before, (p for linear in linears for p in linear.parameters()), strict=True))
 
 
 def test_joined_rows_with_and_without_biases():
