@@ -42,6 +42,7 @@ CHAPTERS = {
         *(
             "results/ops",
             "results/ops_avx2",
+            "results/ops_amx",
             "results/scaling",
             "results/end_to_end",
             "results/gpu",
@@ -54,6 +55,7 @@ CHAPTERS = {
 RESULTS = {
     "ops": ("Ops", "cpu_epyc_zen4_2_threads.json"),
     "ops_avx2": ("Ops held to AVX2", "cpu_epyc_zen4_held_to_avx2_2_threads.json"),
+    "ops_amx": ("Ops with AMX", "cpu_xeon_amx_2_threads.json"),
     "scaling": ("Scaling", "cpu_epyc_zen4_2_threads_scaling.json"),
     "end_to_end": ("End to end", "cpu_epyc_zen4_2_threads_end_to_end.json"),
     "gpu": ("Ops and training on a GPU", "gpu_h200.json"),
