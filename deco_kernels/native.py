@@ -84,6 +84,7 @@ def load_cpu() -> tuple[ModuleType | None, str | None]:
 
 
 def _older_reason(module: ModuleType, kind: str, functions: tuple[str, ...]) -> str | None:
+    """Reason why a module that lacks one of these functions cannot be used, with remedy, or None."""
     missing = [name for name in functions if not hasattr(module, name)]
     if not missing:
         return None

@@ -88,40 +88,34 @@ struct Ffma {
   __device__ float result() const { return value; }
 };
 
-struct LdmatrixAndMma {
-  static constexpr const char* kName = "ldmatrix.x4 and two mma.sync";
-  Ldmatrix load;
-  Mma products[2];
+// Some of one instruction, then some of another.
+template <class First, int Firsts, class Second, int Seconds>
+struct Mix {
+  First first[Firsts];
+  Second second[Seconds];
 
   __device__ void start(uint32_t seed) {
-    load.start(seed);
-    for (int i = 0; i < 2; ++i) products[i].start(seed + i);
+    for (int i = 0; i < Firsts; ++i) first[i].start(seed + i);
+    for (int i = 0; i < Seconds; ++i) second[i].start(seed + i);
   }
   __device__ void run(uint32_t a, const void* shared) {
-    load.run(a, shared);
-    for (Mma& product : products) product.run(a, shared);
-  }
-  __device__ float result() const { return load.result() + products[0].result() + products[1].result(); }
-};
-
-struct MmaAndFfma {
-  static constexpr const char* kName = "mma.sync and four FFMA";
-  Mma product;
-  Ffma sums[4];
-
-  __device__ void start(uint32_t seed) {
-    product.start(seed);
-    for (int i = 0; i < 4; ++i) sums[i].start(seed + i);
-  }
-  __device__ void run(uint32_t a, const void* shared) {
-    product.run(a, shared);
-    for (Ffma& sum : sums) sum.run(a, shared);
+    for (First& instruction : first) instruction.run(a, shared);
+    for (Second& instruction : second) instruction.run(a, shared);
   }
   __device__ float result() const {
-    float total = product.result();
-    for (const Ffma& sum : sums) total += sum.result();
+    float total = 0.0f;
+    for (const First& instruction : first) total += instruction.result();
+    for (const Second& instruction : second) total += instruction.result();
     return total;
   }
+};
+
+struct LdmatrixAndMma : Mix<Ldmatrix, 1, Mma, 2> {
+  static constexpr const char* kName = "ldmatrix.x4 and two mma.sync";
+};
+
+struct MmaAndFfma : Mix<Mma, 1, Ffma, 4> {
+  static constexpr const char* kName = "mma.sync and four FFMA";
 };
 
 struct Interval {

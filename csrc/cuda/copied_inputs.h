@@ -10,7 +10,9 @@ namespace deco::cuda {
 // The inputs of a step of block_backward.cu: s, h, the gradients of h' and of s, and the condition.
 enum Input { kInputS, kInputH, kInputGrad, kInputGradS, kInputCond, kInputs };
 
-// Of a tile of 16 pixels, in shared memory of the warp. A lane copies what it reads itself, so that it needs no barrier.
+// Of a tile of 16 pixels, in shared memory of the warp: [input][D / 16][lanes][16 bytes], each a left operand in its
+// register layout (pixels.h) or the lane's quarters of two rows. A lane copies what it reads itself, so that it needs no
+// barrier.
 template <int D>
 struct CopiedInputs {
   using Piece = std::conditional_t<D == 16, Words2, Words4>;               // of a lane's quarter of a row

@@ -1,4 +1,10 @@
-// Product of a bfloat16 tensor and one number.
+// Product of a bfloat16 tensor and one number on the device:
+//
+//   product[i] = factor·values[i],  multiplied in float32, rounded to nearest even
+//
+// values and product: [count], contiguous, aligned to 16 bytes. One pass, a thread for every 32 numbers: 4 bytes per
+// number. Deterministic: a number of the product depends only on its own and on the factor. An empty tensor launches
+// nothing.
 #include "cuda/launch.h"
 #include "cuda/primitives.h"
 #include "deco/cuda/scaled_product.h"

@@ -244,11 +244,7 @@ template <class T>
 DECO_DEVICE uint32_t pack(float low, float high) {
   return emulated::round_to<T>(low) | static_cast<uint32_t>(emulated::round_to<T>(high)) << 16;
 }
-DECO_DEVICE float float_of_bits(uint32_t word) {
-  float value;
-  std::memcpy(&value, &word, sizeof(value));
-  return value;
-}
+DECO_DEVICE float float_of_bits(uint32_t word) { return emulated::float_of(word); }
 template <class T>
 DECO_DEVICE float low(uint32_t word) {
   return emulated::widen(T{static_cast<uint16_t>(word)});

@@ -1,5 +1,7 @@
 """The choice between a kept and a recomputed condition: what is kept, the same results, and PyTorch around both."""
 
+import types
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -212,5 +214,16 @@ def test_the_environment_chooses_the_matmul(value, reason, upsample, monkeypatch
 def test_the_processor_chooses_the_matmul(upsample):
     upsample("auto")
     assert native.upsamples_in_pytorch(BF16, 1152, 8192) == native.cpu().has_amx_bf16()
-    assert not native.upsamples_in_pytorch(BF16, 1152, 48) and not native.upsamples_in_pytorch(BF16, 33, 8192)
     assert "amx_bf16" in open("/proc/cpuinfo").read() or not native.cpu().has_amx_bf16()
+
+
+def test_sizes_choose_the_matmul_on_amx(upsample, monkeypatch):
+    """PyTorch's matmul only for multiples of 32, unless it is chosen by name."""
+    monkeypatch.setattr(native, "cpu", lambda: types.SimpleNamespace(has_amx_bf16=lambda: True))
+    upsample("auto")
+    assert native.upsamples_in_pytorch(BF16, 1152, 8192) and not native.upsamples_in_pytorch(torch.float32, 1152, 8192)
+    assert not native.upsamples_in_pytorch(BF16, 1152, 48) and not native.upsamples_in_pytorch(BF16, 33, 8192)
+    upsample("pytorch")
+    assert native.upsamples_in_pytorch(BF16, 33, 48)
+    upsample("kernel")
+    assert not native.upsamples_in_pytorch(BF16, 1152, 8192)
