@@ -176,6 +176,11 @@ void bind_workspaces(py::module_& m) {
     read_arguments("flow_matching_loss_forward_workspace", arguments, device, op);
     return cuda::flow_matching_loss_forward_workspace(op);
   });
+  m.def("loss_keeps_gradient", [](const py::args& arguments) {
+    cuda::FlowMatchingLossInputs inputs;
+    read_arguments("loss_keeps_gradient", arguments, inputs);
+    return cuda::loss_keeps_gradient(inputs);
+  });
   m.def("flow_matching_loss_backward_workspace", [](const py::args& arguments) {
     Device device;
     cuda::FlowMatchingLossBackward op;

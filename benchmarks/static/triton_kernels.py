@@ -140,7 +140,7 @@ def _pixels_per_tile(launch) -> int | None:
     block = launch.args.get("BLOCK")
     if block is None or launch.kernel.fn.__name__ == "losses_kernel":
         return None
-    walks_over_blocks = launch.kernel.fn.__module__.endswith("flow_matching_loss") and "fold" not in kernel_name(launch)
+    walks_over_blocks = launch.kernel.fn.__module__.endswith("flow_matching_loss")
     return block * 64 if walks_over_blocks else block
 
 

@@ -94,25 +94,26 @@ class Tiling {
 
 // ---- reading ------------------------------------------------------------------------------------------------------
 
-enum class Direction { kForward, kBackward };
+// What becomes of rgb = pred - target besides its YCbCr: the sum of its squares, its values, or both.
+enum class Difference { kSquares, kValues, kBoth };
 
 // One row of the six image planes; each row holds a whole number of vectors.
 struct RowSource {
   const void *pred[3], *target[3];
 };
 
-// Row r of the planes: rgb = pred - target, and ycbcr = rgb in YCbCr without kColorScale. The forward adds rgb^2 to
-// `squares` instead of storing rgb.
-template <Direction kDirection, DType kPred, DType kTarget>
+// Row r of the planes: rgb, and ycbcr = rgb in YCbCr without kColorScale. kSquares adds rgb^2 to `squares` instead of
+// storing rgb, kBoth does both.
+template <Difference kDifference, DType kPred, DType kTarget>
 void read_row(const RowSource& source, int columns, int r, Planes& rgb, Planes& ycbcr, VecF& squares) {
   const auto difference = [&](int c, int x) DECO_INLINE_LAMBDA {
     return load_as<kPred>(source.pred[c], x) - load_as<kTarget>(source.target[c], x);
   };
   for (int x = 0; x < columns; x += kLanes) {
     const VecF red = difference(0, x), green = difference(1, x), blue = difference(2, x);
-    if constexpr (kDirection == Direction::kForward) {
+    if constexpr (kDifference != Difference::kValues)
       squares = squares + fma(blue, blue, fma(green, green, red * red));
-    } else {
+    if constexpr (kDifference != Difference::kSquares) {
       store(&rgb.channel[0][r][x], red);
       store(&rgb.channel[1][r][x], green);
       store(&rgb.channel[2][r][x], blue);
@@ -131,18 +132,18 @@ void copy_row(const void* from, int64_t stride, int count, int padded_count, voi
   for (int i = count; i < padded_count; ++i) row[i] = 0;
 }
 
-template <Direction kDirection>
+template <Difference kDifference>
 class ImagePair {
  public:
   ImagePair(const FlowMatchingLossInputs& inputs, const Tiling& tiling)
       : pred_(inputs.pred), target_(inputs.target), tiling_(tiling) {
     with_dtype(pred_.dtype, [&](auto pred) {
-      with_dtype(target_.dtype, [&](auto target) { read_row_ = read_row<kDirection, pred, target>; });
+      with_dtype(target_.dtype, [&](auto target) { read_row_ = read_row<kDifference, pred, target>; });
     });
   }
 
   // Fills all eight rows; rows below the image are read from the row that they repeat. Columns to the right of the
-  // image are zero. The forward returns the sum of rgb^2 over the tile's pixels inside the image.
+  // image are zero. Returns the sum of rgb^2 over the tile's pixels inside the image, 0 for kValues.
   float read(const Tile& tile, Planes& rgb, Planes& ycbcr) const {
     alignas(64) float packed[6][kPitch];
     VecF squares = broadcast(0.0f), below_image = squares;

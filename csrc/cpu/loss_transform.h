@@ -98,6 +98,24 @@ void apply_weights(const CoefficientTable& weights, const Tile& tile, Planes& yc
   for_each_block(tile, prefetch, apply);
 }
 
+// The two above in one pass: ycbcr <- F' gradient_weights F ycbcr; returns the sum of weights * (F ycbcr)^2.
+template <class Prefetch>
+float weighted_energy_and_apply(const CoefficientTable& weights, const CoefficientTable& gradient_weights,
+                                const Tile& tile, Planes& ycbcr, Prefetch&& prefetch) {
+  BlockRow energy = broadcast_row(0.0f);
+  const auto apply = [&](int c, int x) DECO_INLINE_LAMBDA {
+    BlockRow block[kBlock];
+    load_coefficients(ycbcr.channel[c], x, block);
+    unroll<kBlock>([&](auto i) DECO_INLINE_LAMBDA {
+      energy = fma(block[i] * load_row(weights.value[c][i]), block[i], energy);
+      block[i] = block[i] * load_row(gradient_weights.value[c][i]);
+    });
+    store_transposed(block, ycbcr.channel[c], x);
+  };
+  for_each_block(tile, prefetch, apply);
+  return sum(energy);
+}
+
 // sums [3, 8, 8] <- (F M d)^2, summed over the 8x8 blocks of the tile
 inline void sum_squares(const Tile& tile, const Planes& ycbcr, double* sums) {
   CoefficientTable squares = {};

@@ -10,7 +10,8 @@
 // Persistent grid of one thread block per multiprocessor. A warp owns a group of eight 8x8 blocks at a time
 // (loss_blocks.h), in registers; the forms are in shared memory. Per pixel: reads 6 values; 1,536 FLOPs on the tensor
 // cores. Deterministic: the two sums of each group are written to memory, and one thread block adds them in a fixed
-// order, so that the bits depend only on the inputs.
+// order, so that the bits depend only on the inputs. With the gradient of pred, flow_matching_loss_backward.cu writes
+// gradient and sums in one pass.
 #include "cuda/loss_plan.h"
 
 namespace deco::cuda {
@@ -163,6 +164,13 @@ struct ForwardParts {
   }
 };
 
+Status write_sums_and_gradient(const Call& call, const LossPlan& plan, const FlowMatchingLossForward& op,
+                               Float2* sums) {
+  const LossGradients gradients(plan, op.frequency_scale, op.grad_total, op.grad_frequency);
+  const Image grad_pred(LossPlan::contiguous_image(op.grad_pred, op.inputs.height, op.inputs.width));
+  return write_gradients(call, plan, gradients, grad_pred, Image(), sums);
+}
+
 }  // namespace
 
 Status sum_groups(const Call& call, const LossPlan& plan, float* difference, Float2* sums) {
@@ -189,6 +197,8 @@ Status write_losses(const Call& call, const LossPlan& batch_plan, const LossScal
                 {1, kTotalThreads, kTotalThreads / 32 * static_cast<int>(sizeof(Float2))}, call.stream, p);
 }
 
+bool loss_keeps_gradient(const FlowMatchingLossInputs& inputs) { return LossPlan(inputs).reads_in_place(); }
+
 int64_t flow_matching_loss_forward_workspace(const FlowMatchingLossForward& op) {
   return ForwardParts(LossPlan(op.inputs), nullptr).bytes;
 }
@@ -202,7 +212,8 @@ Status flow_matching_loss_forward(const Call& call, const FlowMatchingLossForwar
     const Status written = write_difference(call, plan, parts.difference);
     if (!written.ok()) return written;
   }
-  const Status summed = sum_groups(call, plan, parts.difference, parts.sums);
+  const Status summed = op.grad_pred.data == nullptr ? sum_groups(call, plan, parts.difference, parts.sums)
+                                                      : write_sums_and_gradient(call, plan, op, parts.sums);
   if (!summed.ok()) return summed;
   const LossScalars losses = {op.frequency_scale, op.total, op.pixel, op.frequency};
   return write_losses(call, plan, losses, parts.sums, plan.grid.groups_per_image.divisor);

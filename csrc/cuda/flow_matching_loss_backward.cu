@@ -58,6 +58,7 @@ struct GradientParams {
   BlockGrid grid;
   Array frequency_weight, sample_weight;
   LossGradients gradients;
+  bool kept = false;       // whether `written` holds the gradient for an incoming gradient of 1
   Float2* sums = nullptr;  // written: [groups], the sums of flow_matching_loss.cu, or null
   int64_t batch = 0, height = 0, width = 0;
 
@@ -121,6 +122,7 @@ DECO_DEVICE LanePixels gradient(const LanePixels& d, const FrequencyForms& forms
 
 template <class Images, bool Sums>
 DECO_KERNEL(kLossThreads, 1, gradient_kernel, const GradientParams<Images> p) {
+  if (p.kept && p.gradients.only_one()) return;
   const FrequencyForms forms(shared_memory());
   const uint32_t stride = block_count() * kLossWarps;
   uint32_t group = block() * kLossWarps + warp();
@@ -144,7 +146,7 @@ DECO_KERNEL(kLossThreads, 1, gradient_kernel, const GradientParams<Images> p) {
 
 template <bool Sums, class Images>
 Status run_gradient(const Call& call, const LossPlan& plan, const LossGradients& gradients, const Images& images,
-                    const typename Images::Gradients& written, bool with_pixel_loss, Float2* sums) {
+                    const typename Images::Gradients& written, bool with_pixel_loss, Float2* sums, bool kept = false) {
   GradientParams<Images> p;
   p.images = images;
   p.written = written;
@@ -153,6 +155,7 @@ Status run_gradient(const Call& call, const LossPlan& plan, const LossGradients&
   p.frequency_weight = plan.inputs.frequency_weight;
   p.sample_weight = plan.inputs.sample_weight;
   p.gradients = gradients;
+  p.kept = kept;
   p.sums = sums;
   p.batch = plan.inputs.batch;
   p.height = plan.padded_height;
@@ -291,7 +294,8 @@ Status image_gradients(const Call& call, const LossPlan& plan, const FlowMatchin
     return Image(LossPlan::contiguous_image(gradient, plan.inputs.height, plan.inputs.width));
   };
   if (plan.reads_in_place())
-    return write_gradients(call, plan, gradients, written(op.grad_pred), written(op.grad_target), nullptr);
+    return write_gradients(call, plan, gradients, written(op.grad_pred), written(op.grad_target), nullptr,
+                           op.grad_pred_is_kept != 0);
   const PaddedDifference images = plan.padded_difference(difference);
   const Status status = run_gradient<false>(call, plan, gradients, images, {images.image}, false, nullptr);
   return status.ok() ? fold_gradients(call, plan, op, difference) : status;
@@ -300,10 +304,11 @@ Status image_gradients(const Call& call, const LossPlan& plan, const FlowMatchin
 }  // namespace
 
 Status write_gradients(const Call& call, const LossPlan& plan, const LossGradients& gradients, const Image& grad_pred,
-                       const Image& grad_target, Float2* sums) {
+                       const Image& grad_target, Float2* sums, bool kept) {
   return plan.with_image_pair([&](const auto& images) {
-    return sums == nullptr ? run_gradient<false>(call, plan, gradients, images, {grad_pred, grad_target}, true, sums)
-                           : run_gradient<true>(call, plan, gradients, images, {grad_pred, grad_target}, true, sums);
+    const auto run = sums == nullptr ? run_gradient<false, std::decay_t<decltype(images)>>
+                                     : run_gradient<true, std::decay_t<decltype(images)>>;
+    return run(call, plan, gradients, images, {grad_pred, grad_target}, true, sums, kept);
   });
 }
 

@@ -79,7 +79,7 @@ void visit_array(V& buffers, bool write, const Array& array, int64_t count) {
 // Incoming gradients of the three losses, and the factors of the gradients of an image of weight 1.
 struct LossGradients {
   const float *total = nullptr, *pixel = nullptr, *frequency = nullptr;  // null: zero
-  float known_total = 0;                                                 // added to that of total
+  float known_total = 0, known_frequency = 0;                            // added to these two
   float frequency_scale = 0, pixel_norm = 0, frequency_norm = 0;
 
   // Gradients with respect to the image's sums of d² and of W·(F R M d)².
@@ -95,9 +95,10 @@ struct LossGradients {
         frequency_scale(op.frequency_scale),
         pixel_norm(plan.pixel_norm()),
         frequency_norm(plan.frequency_norm()) {}
-  // Only total has a gradient, known on the host.
-  LossGradients(const LossPlan& plan, float loss_frequency_scale, float grad_total)
+  // Known on the host.
+  LossGradients(const LossPlan& plan, float loss_frequency_scale, float grad_total, float grad_frequency)
       : known_total(grad_total),
+        known_frequency(grad_frequency),
         frequency_scale(loss_frequency_scale),
         pixel_norm(plan.pixel_norm()),
         frequency_norm(plan.frequency_norm()) {}
@@ -105,7 +106,7 @@ struct LossGradients {
   DECO_DEVICE Factors sum_factors() const {
     const float of_total = known_total + (total == nullptr ? 0.0f : load(total)),
                 of_pixel = pixel == nullptr ? 0.0f : load(pixel),
-                of_frequency = frequency == nullptr ? 0.0f : load(frequency);
+                of_frequency = known_frequency + (frequency == nullptr ? 0.0f : load(frequency));
     return {pixel_norm * (of_total + of_pixel), frequency_norm * fmaf(frequency_scale, of_total, of_frequency)};
   }
   // Factors of d and of Rᵀ Mᵀ Fᵀ(W·F R M d) in the gradient of d: twice sum_factors, the sums being of squares.
@@ -113,6 +114,9 @@ struct LossGradients {
     const Factors of_sums = sum_factors();
     return {2.0f * of_sums.pixel, 2.0f * of_sums.frequency};
   }
+
+  // Whether the only gradient that is not null is 1.
+  DECO_DEVICE bool only_one() const { return load(total != nullptr ? total : frequency) == 1.0f; }
 
   template <class V>
   void visit(V& buffers) const {
@@ -136,9 +140,9 @@ Status write_losses(const Call& call, const LossPlan& batch_plan, const LossScal
                     uint32_t groups_per_image);
 
 // Images that ImagePair can read: writes the gradients that are not null, in the images' dtypes, and the sums of
-// sum_groups unless null. grad_pred may be pred.
+// sum_groups unless null. grad_pred may be pred. `kept`: writes nothing if gradients.only_one().
 Status write_gradients(const Call& call, const LossPlan& plan, const LossGradients& gradients, const Image& grad_pred,
-                       const Image& grad_target, Float2* sums);
+                       const Image& grad_target, Float2* sums, bool kept = false);
 // Writes the gradients of the images from the gradient of the padded difference and that of the pixel loss.
 Status fold_gradients(const Call& call, const LossPlan& plan, const FlowMatchingLossBackward& op, float* difference);
 

@@ -73,7 +73,7 @@ class OnePass {
 
   Status run(const Call& call) {
     const DType operand = op_.cond.dtype;
-    const LossGradients gradients(batch_plan_, op_.frequency_scale, op_.grad_total);
+    const LossGradients gradients(batch_plan_, op_.frequency_scale, op_.grad_total, 0.0f);
     Status status = pack_decoder(call, operand, packed(), op_.weights, op_.shape);
     Float2* sums = sums_;
     if (status.ok())

@@ -6,7 +6,8 @@ import torch
 
 from deco_kernels.backends.support import Request
 from deco_kernels.ops import checks
-from deco_kernels.ops.registry import chosen_backend, define_op
+from deco_kernels.ops.kept_gradient import define_loss_op
+from deco_kernels.ops.registry import chosen_backend
 
 # ITU-T T.81 (JPEG), Annex K, tables K.1 and K.2
 _LUMINANCE = (
@@ -166,20 +167,18 @@ def _loss_dtype(pred: torch.Tensor) -> torch.dtype:
     return torch.float64 if pred.dtype is torch.float64 else torch.float32
 
 
-_flow_matching_loss = define_op(
+_flow_matching_loss = define_loss_op(
     "flow_matching_loss",
     "float frequency_scale",
     ("total", "pixel", "frequency"),
     _request,
     _fake_losses,
-    scalars=True,
 )
-_frequency_loss = define_op(
+_frequency_loss = define_loss_op(
     "frequency_loss",
     "",
     ("frequency",),
     _frequency_request,
     _fake_frequency_loss,
-    functions=("frequency_loss_forward", "frequency_loss_backward"),
-    scalars=True,
+    prefix="frequency_loss_",
 )

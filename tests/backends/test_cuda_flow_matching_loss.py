@@ -7,6 +7,7 @@ from deco_kernels import BackendUnavailable, ops, testing
 from deco_kernels.testing import emulation
 from tests.golden_files import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, golden_cases, load_golden
 from tests.ops import test_flow_matching_loss as losses
+from tests.ops import test_kept_gradient as kept
 from tests.ops.cases import BF16, CASES, F16, F32, Case, aligned, offset, small_inputs, transposed
 
 pytestmark = pytest.mark.emulate
@@ -250,6 +251,50 @@ def test_nan_and_inf_reach_the_losses(emulated, op, size, value):
         assert torch.equal(results.gradients[name].isfinite(), expected.gradients[name].isfinite()), name
 
 
+# --- losses and gradient in one pass ---------------------------------------------------------------------------------
+
+
+@each_op
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.label) for case in (*IN_PLACE, PADDED[1])])
+def test_kept_gradient_has_the_bits_of_two_passes(emulated, op, case, poisoned_memory):
+    tensors = dict(case.inputs("flow_matching_loss").tensors)
+    for factor in (1.0, 0.3):
+        losses, expected = kept.in_two_passes(op, tensors, factor, BACKEND)
+        pred = tensors["pred"].detach().requires_grad_()
+        first, kept_losses = kept.first_loss(op, tensors | {"pred": pred}, BACKEND)
+        (gradient,) = torch.autograd.grad(first * factor, pred)
+        assert torch.equal(gradient, expected)
+        for loss, other in zip(kept_losses, losses, strict=True):
+            assert testing.relative_error(loss, other) <= 2e-7
+
+
+@each_op
+@each_path
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_a_second_backward_has_its_own_gradient_on_cuda(emulated, op, size, factor):
+    """And the first one leaves a kept gradient as it is only for an incoming gradient of 1."""
+    tensors = dict(testing.random_inputs("flow_matching_loss", dtype=BF16, image_size=size).tensors)
+    _, expected = kept.in_two_passes(op, tensors, factor, BACKEND)
+    pred = tensors["pred"].detach().requires_grad_()
+    first, _ = kept.first_loss(op, tensors | {"pred": pred}, BACKEND)
+    keeps = size[1] % 8 == 0
+    assert (first.grad_fn.gradient is not None) == keeps
+    if keeps:
+        first.grad_fn.gradient[0, 0, 0, 0] = 7
+    gradients = [torch.autograd.grad(first * factor, pred, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(gradients[1], expected)
+    assert torch.equal(gradients[0], expected) == (not keeps or factor != 1)
+
+
+@each_op
+def test_barriers_order_all_accesses_of_one_pass(emulated, op):
+    tensors = dict(testing.random_inputs("flow_matching_loss", dtype=BF16, image_size=(2, 16, 40)).tensors)
+    tensors["pred"].requires_grad_()
+    with emulation.checked_for_races(emulated):
+        for factor in (1.0, 0.3):
+            (kept.first_loss(op, tensors, BACKEND)[0] * factor).backward()
+
+
 # --- PyTorch's checks, and bad input ---------------------------------------------------------------------------------
 
 
@@ -271,14 +316,15 @@ def test_float32_predictions_are_refused_by_name(emulated, op):
 
 def test_loss_failures_name_the_op_and_its_sizes(emulated):
     image, nothing = (0, 1, 0, 0, 0, 1), (0,) * 3
-    description = ((2, 16, 24), image, image, (0, 0, 0, 0), 1.0)
-    needed = emulated.flow_matching_loss_forward_workspace(0, *description, nothing)
+    description, losses = ((2, 16, 24), image, image, (0, 0, 0, 0), 1.0), (nothing, (0.0, 0.0), (0, 0))
+    needed = emulated.flow_matching_loss_forward_workspace(0, *description, *losses)
     workspace = torch.empty(needed, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match=r"flow_matching_loss on pred \[2, 3, 16, 24\].*workspace"):
-        emulated.flow_matching_loss_forward((0, 0, workspace.data_ptr(), needed - 1), *description, nothing)
-    needed = emulated.flow_matching_loss_backward_workspace(0, *description, nothing, (1, 0) * 4)
+        emulated.flow_matching_loss_forward((0, 0, workspace.data_ptr(), needed - 1), *description, *losses)
+    gradients = (nothing, (1, 0) * 4, 0)
+    needed = emulated.flow_matching_loss_backward_workspace(0, *description, *gradients)
     with pytest.raises(RuntimeError, match=r"flow_matching_loss_backward on pred \[2, 3, 16, 24\].*workspace"):
-        emulated.flow_matching_loss_backward((0, 0, 0, needed - 1), *description, nothing, (1, 0) * 4)
+        emulated.flow_matching_loss_backward((0, 0, 0, needed - 1), *description, *gradients)
     too_many = ((1, 1 << 16, 1 << 15), *description[1:])
     with pytest.raises(ValueError, match="2\\^31 or more pixels"):
-        emulated.flow_matching_loss_forward((0, 0, 0, 1 << 40), *too_many, nothing)
+        emulated.flow_matching_loss_forward((0, 0, 0, 1 << 40), *too_many, *losses)

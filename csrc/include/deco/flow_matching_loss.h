@@ -31,6 +31,10 @@ struct FlowMatchingLossForward {
   float* total = nullptr;
   float* pixel = nullptr;
   float* frequency = nullptr;
+  // With grad_pred, also the gradient of grad_pixel * pixel + grad_frequency * frequency, in the same pass.
+  double grad_pixel = 0;
+  double grad_frequency = 0;
+  Array grad_pred;  // written, [B, 3, H, W] contiguous; null: not computed
 
   template <class Visit>
   void fields(Visit&& visit) {
@@ -39,6 +43,9 @@ struct FlowMatchingLossForward {
     visit("total", total);
     visit("pixel", pixel);
     visit("frequency", frequency);
+    visit("grad_pixel", grad_pixel);
+    visit("grad_frequency", grad_frequency);
+    visit("grad_pred", grad_pred);
     visit("threads", inputs.threads);
   }
 };

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from deco_kernels import native
 from deco_kernels.backends import arguments
+from deco_kernels.backends.arguments import Losses
 from deco_kernels.signatures import Loss
 
 
@@ -17,20 +20,71 @@ def forward(
     frequency_weight: torch.Tensor,
     sample_weight: torch.Tensor | None,
     frequency_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Losses:
     """(total, pixel, frequency), float32 scalars."""
-    total, pixel, frequency = (torch.empty((), dtype=torch.float32) for _ in range(3))
-    _losses(Loss(pred, target, frequency_weight, sample_weight), frequency_scale, total, pixel, frequency)
-    return total, pixel, frequency
+    losses = _empty_losses()
+    _losses(Loss(pred, target, frequency_weight, sample_weight), frequency_scale, losses)
+    return losses
+
+
+def forward_with_gradient(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+    frequency_scale: float,
+) -> tuple[Losses, torch.Tensor]:
+    """The losses, and the gradient of total with respect to pred."""
+    losses, gradient = _empty_losses(), _empty_image_like(pred)
+    inputs = Loss(pred, target, frequency_weight, sample_weight)
+    _losses(inputs, frequency_scale, losses, (1.0, frequency_scale), gradient)
+    return losses, gradient
+
+
+def kept_backward(
+    gradient: torch.Tensor,
+    grad_total: torch.Tensor,
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+    frequency_scale: float,
+) -> None:
+    """Changes a gradient from `forward_with_gradient` into that for `grad_total`."""
+    inputs, factor = Loss(pred, target, frequency_weight, sample_weight), grad_total.item()
+    _complete(gradient, factor, (factor, frequency_scale * factor), inputs)
 
 
 def frequency_loss_forward(
     pred: torch.Tensor, target: torch.Tensor, frequency_weight: torch.Tensor, sample_weight: torch.Tensor | None
 ) -> torch.Tensor:
     """The frequency loss, a float32 scalar."""
-    frequency = torch.empty((), dtype=torch.float32)
-    _losses(Loss(pred, target, frequency_weight, sample_weight), 0.0, None, None, frequency)
+    _, _, frequency = _empty_losses()
+    _losses(Loss(pred, target, frequency_weight, sample_weight), 0.0, (None, None, frequency))
     return frequency
+
+
+def frequency_loss_forward_with_gradient(
+    pred: torch.Tensor, target: torch.Tensor, frequency_weight: torch.Tensor, sample_weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward_with_gradient` of the frequency loss."""
+    (_, _, frequency), gradient = _empty_losses(), _empty_image_like(pred)
+    inputs = Loss(pred, target, frequency_weight, sample_weight)
+    _losses(inputs, 0.0, (None, None, frequency), (0.0, 1.0), gradient)
+    return frequency, gradient
+
+
+def frequency_loss_kept_backward(
+    gradient: torch.Tensor,
+    grad: torch.Tensor,
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+) -> None:
+    """`kept_backward` of the frequency loss."""
+    inputs, factor = Loss(pred, target, frequency_weight, sample_weight), grad.item()
+    _complete(gradient, factor, (0.0, factor), inputs)
 
 
 def backward(
@@ -71,44 +125,52 @@ def frequency_loss_backward(
     return _gradients(0.0, grad.item(), Loss(pred, target, frequency_weight, sample_weight), needs)
 
 
-def _losses(inputs: Loss, frequency_scale: float, *losses: torch.Tensor | None) -> None:
-    """Write total, pixel and frequency to `losses`; None skips a loss."""
-    pred, target, *weights = inputs
-    weights_in_float32 = [_in_float32(weight) for weight in weights]
+def _losses(
+    inputs: Loss,
+    frequency_scale: float,
+    losses: Sequence[torch.Tensor | None],
+    grad_losses: tuple[float, float] = (0.0, 0.0),
+    gradient: torch.Tensor | None = None,
+) -> None:
+    """Write total, pixel and frequency to `losses`; None skips a loss.
+
+    gradient: that of pred, written too unless None, for the gradients `grad_losses` of the pixel and frequency loss.
+    """
+    inputs = _with_weights_in_float32(inputs)
     native.cpu().flow_matching_loss_forward(
-        _shape(pred),
-        arguments.image(pred),
-        arguments.image(target),
-        *arguments.addresses(weights_in_float32),
+        *_description(inputs),
         frequency_scale,
         *arguments.addresses(losses),
+        *grad_losses,
+        arguments.array(gradient),
         torch.get_num_threads(),
     )
+
+
+def _complete(gradient: torch.Tensor, factor: float, grad_losses: tuple[float, float], inputs: Loss) -> None:
+    """From the gradient of pred for an incoming gradient of 1 to that for `factor`, rounded once.
+
+    `grad_losses`: `factor` as gradients of the pixel and frequency loss.
+    """
+    if factor == 1:
+        return
+    if math.frexp(factor)[0] == 0.5 and gradient.dtype is not torch.float16:  # a power of two: nothing is rounded
+        gradient.mul_(factor)
+    else:
+        _write_gradients(*grad_losses, inputs, (gradient, None), (None, None))
 
 
 def _gradients(grad_pixel: float, grad_frequency: float, inputs: Loss, needs: Sequence[bool]) -> arguments.Gradients:
     """`grad_pixel` and `grad_frequency` are the gradients of the two parts, including through the total."""
     pred, target, *weights = inputs
     grad_images = [
-        torch.empty(tensor.shape, dtype=tensor.dtype) if need else None
-        for tensor, need in zip((pred, target), needs[:2], strict=True)
+        _empty_image_like(tensor) if need else None for tensor, need in zip((pred, target), needs[:2], strict=True)
     ]
     grad_weights = [
         torch.empty(weight.shape, dtype=torch.float32) if need and weight is not None else None
         for weight, need in zip(weights, needs[2:], strict=True)
     ]
-    weights_in_float32 = [_in_float32(weight) for weight in weights]
-    native.cpu().flow_matching_loss_backward(
-        _shape(pred),
-        arguments.image(pred),
-        arguments.image(target),
-        *arguments.addresses(weights_in_float32),
-        grad_pixel,
-        grad_frequency,
-        arguments.arrays(grad_images),
-        *arguments.addresses(grad_weights),
-        torch.get_num_threads(),
-    )
+    _write_gradients(grad_pixel, grad_frequency, inputs, grad_images, grad_weights)
     in_their_dtype = [
         None if gradient is None or weight is None else gradient.to(weight.dtype)
         for gradient, weight in zip(grad_weights, weights, strict=True)
@@ -116,11 +178,41 @@ def _gradients(grad_pixel: float, grad_frequency: float, inputs: Loss, needs: Se
     return (*grad_images, *in_their_dtype)
 
 
-def _shape(pred: torch.Tensor) -> tuple[int, int, int]:
-    """(B, H, W)"""
+def _write_gradients(
+    grad_pixel: float,
+    grad_frequency: float,
+    inputs: Loss,
+    grad_images: Sequence[torch.Tensor | None],
+    grad_weights: Sequence[torch.Tensor | None],
+) -> None:
+    """Write the gradients that are not None; those of the weights are float32."""
+    inputs = _with_weights_in_float32(inputs)
+    native.cpu().flow_matching_loss_backward(
+        *_description(inputs),
+        grad_pixel,
+        grad_frequency,
+        arguments.arrays(grad_images),
+        *arguments.addresses(grad_weights),
+        torch.get_num_threads(),
+    )
+
+
+def _description(inputs: Loss) -> tuple[Any, ...]:
+    """The arguments of the kernels; the weights are those of `_with_weights_in_float32`."""
+    pred, target, *weights = inputs
     batch, _, height, width = pred.shape
-    return batch, height, width
+    return (batch, height, width), arguments.image(pred), arguments.image(target), *arguments.addresses(weights)
 
 
-def _in_float32(weight: torch.Tensor | None) -> torch.Tensor | None:
-    return None if weight is None else weight.to(torch.float32).contiguous()
+def _with_weights_in_float32(inputs: Loss) -> Loss:
+    pred, target, *weights = inputs
+    return Loss(pred, target, *[None if w is None else w.to(torch.float32).contiguous() for w in weights])
+
+
+def _empty_losses() -> Losses:
+    total, pixel, frequency = (torch.empty((), dtype=torch.float32) for _ in range(3))
+    return total, pixel, frequency
+
+
+def _empty_image_like(image: torch.Tensor) -> torch.Tensor:
+    return torch.empty(image.shape, dtype=image.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from deco_kernels.backends import arguments
+from deco_kernels.backends.arguments import Losses
 from deco_kernels.backends.cuda import calls
 from deco_kernels.signatures import Loss
 
@@ -19,11 +20,40 @@ def forward(
     frequency_weight: torch.Tensor,
     sample_weight: torch.Tensor | None,
     frequency_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Losses:
     """(total, pixel, frequency), float32 scalars."""
-    total, pixel, frequency = (_empty_loss(pred) for _ in range(3))
-    _losses(Loss(pred, target, frequency_weight, sample_weight), frequency_scale, (total, pixel, frequency))
-    return total, pixel, frequency
+    inputs = Loss(pred, target, frequency_weight, sample_weight)
+    losses = _empty_losses(pred)
+    _losses(inputs, frequency_scale, losses)
+    return losses
+
+
+def forward_with_gradient(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+    frequency_scale: float,
+) -> tuple[Losses, torch.Tensor | None]:
+    """The losses, and the gradient of total with respect to pred; None where that takes a second pass."""
+    inputs = Loss(pred, target, frequency_weight, sample_weight)
+    losses, gradient = _empty_losses(pred), _empty_gradient(inputs)
+    _losses(inputs, frequency_scale, losses, (1.0, 0.0), gradient)
+    return losses, gradient
+
+
+def kept_backward(
+    gradient: torch.Tensor,
+    grad_total: torch.Tensor,
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+    frequency_scale: float,
+) -> None:
+    """Changes a gradient from `forward_with_gradient` into that for `grad_total`."""
+    inputs = Loss(pred, target, frequency_weight, sample_weight)
+    _complete((grad_total, None, None), frequency_scale, inputs, gradient)
 
 
 def frequency_loss_forward(
@@ -33,6 +63,28 @@ def frequency_loss_forward(
     frequency = _empty_loss(pred)
     _losses(Loss(pred, target, frequency_weight, sample_weight), 0.0, (None, None, frequency))
     return frequency
+
+
+def frequency_loss_forward_with_gradient(
+    pred: torch.Tensor, target: torch.Tensor, frequency_weight: torch.Tensor, sample_weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`forward_with_gradient` of the frequency loss."""
+    inputs = Loss(pred, target, frequency_weight, sample_weight)
+    frequency, gradient = _empty_loss(pred), _empty_gradient(inputs)
+    _losses(inputs, 0.0, (None, None, frequency), (0.0, 1.0), gradient)
+    return frequency, gradient
+
+
+def frequency_loss_kept_backward(
+    gradient: torch.Tensor,
+    grad: torch.Tensor,
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+) -> None:
+    """`kept_backward` of the frequency loss."""
+    _complete((None, None, grad), 0.0, Loss(pred, target, frequency_weight, sample_weight), gradient)
 
 
 def backward(
@@ -66,14 +118,30 @@ def frequency_loss_backward(
     return _gradients((None, None, grad), 0.0, Loss(pred, target, frequency_weight, sample_weight), needs)
 
 
-def _losses(inputs: Loss, frequency_scale: float, losses: Sequence[torch.Tensor | None]) -> None:
-    """Write total, pixel and frequency to `losses`; None skips a loss."""
+def _losses(
+    inputs: Loss,
+    frequency_scale: float,
+    losses: Sequence[torch.Tensor | None],
+    grad_losses: tuple[float, float] = (0.0, 0.0),
+    gradient: torch.Tensor | None = None,
+) -> None:
+    """Write total, pixel and frequency to `losses`; None skips a loss.
+
+    gradient: that of pred, written too unless None, for the incoming gradients `grad_losses` of total and frequency.
+    """
     if inputs.pred.numel() == 0:
         for loss in losses:
             if loss is not None:
                 loss.zero_()
         return
-    _launch("forward", inputs, frequency_scale, arguments.addresses(losses))
+    _launch("forward", inputs, frequency_scale, arguments.addresses(losses), grad_losses, arguments.array(gradient))
+
+
+def _empty_gradient(inputs: Loss) -> torch.Tensor | None:
+    """Uninitialized memory for the gradient of pred if one pass computes it, otherwise None."""
+    if not calls.module_for(inputs.pred).loss_keeps_gradient(*_description(inputs)):
+        return None
+    return arguments.empty_gradients(inputs[:1], [True])[0]
 
 
 def _gradients(
@@ -84,26 +152,38 @@ def _gradients(
     grads = arguments.empty_gradients(inputs, wanted)
     if inputs.pred.numel() == 0:
         return arguments.zeroed(grads)
-    _launch("backward", inputs, frequency_scale, arguments.addresses(grad_losses), arguments.arrays(grads))
+    _launch("backward", inputs, frequency_scale, arguments.addresses(grad_losses), arguments.arrays(grads), 0)
     return grads
 
 
-def _launch(direction: str, inputs: Loss, frequency_scale: float, *description: tuple[int, ...]) -> None:
+def _complete(
+    grad_losses: Sequence[torch.Tensor | None], frequency_scale: float, inputs: Loss, gradient: torch.Tensor
+) -> None:
+    """Write the gradient of pred, unless the incoming gradient that is not None is 1; the kernel reads it."""
+    if gradient.numel() > 0:
+        grads = arguments.arrays((gradient, None, None, None))
+        _launch("backward", inputs, frequency_scale, arguments.addresses(grad_losses), grads, 1)
+
+
+def _description(inputs: Loss) -> tuple[tuple[int, ...], ...]:
     pred, target, *weights = inputs
-    weights = [None if weight is None else weight.contiguous() for weight in weights]
     batch, _, height, width = pred.shape
-    whole: tuple[Any, ...] = (
-        (batch, height, width),
-        arguments.image(pred),
-        arguments.image(target),
-        arguments.arrays(weights),
-        frequency_scale,
-        *description,
-    )
+    images = arguments.image(pred), arguments.image(target)
+    return ((batch, height, width), *images, arguments.arrays(weights))
+
+
+def _launch(direction: str, inputs: Loss, frequency_scale: float, *description: Any) -> None:
+    pred, target, *weights = inputs
+    inputs = Loss(pred, target, *[None if weight is None else weight.contiguous() for weight in weights])
+    whole = (*_description(inputs), frequency_scale, *description)
     module = calls.module_for(pred)
     function = getattr(module, f"flow_matching_loss_{direction}")
     workspace_bytes = getattr(module, f"flow_matching_loss_{direction}_workspace")(pred.device.index or 0, *whole)
     calls.launch(function, workspace_bytes, pred, *whole)
+
+
+def _empty_losses(pred: torch.Tensor) -> Losses:
+    return _empty_loss(pred), _empty_loss(pred), _empty_loss(pred)
 
 
 def _empty_loss(pred: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from deco_kernels.backends.arguments import Gradients, Losses, kept_like
+from deco_kernels.backends.execution import is_executed
 from deco_kernels.signatures import MATMUL, OPS, Argument, Group, Query, UpsampleWeights, flat, grouped
 
 
@@ -49,22 +50,16 @@ def constant(values: Matrix, like: torch.Tensor) -> torch.Tensor:
 
     Where operations are traced or transformed instead of executed, it is a new tensor in every call.
     """
-    if not _executed(like):
+    if not is_executed(like):
         return like.new_tensor(values)
     key = values, like.dtype, like.device
     if key not in _constants:
         with torch.inference_mode(False):
             made = torch.tensor(values, dtype=like.dtype, device=like.device)
-        if not _executed(made):
+        if not is_executed(made):
             return made
         _constants[key] = made
     return _constants[key]
-
-
-def _executed(tensor: torch.Tensor) -> bool:
-    """Whether operations on the tensor run at once: nothing is compiled or traced, and it is no subclass or wrapper."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return not tracing and type(tensor) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 @contextlib.contextmanager

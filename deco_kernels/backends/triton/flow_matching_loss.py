@@ -24,14 +24,17 @@ import triton
 import triton.language as tl
 
 from deco_kernels.backends.arguments import Gradients, Losses, empty_gradients, zeroed
+from deco_kernels.signatures import BLOCK, Loss
 
 from .launching import device_guard, launch, math_options, parameters_for, program_limit, readable_image
+from .loss_padding import fold_kernel
 from .loss_tiles import (
     block_dct,
     block_offsets,
     form_product,
     load_tile,
     split_bfloat16,
+    store_gradients,
     store_sums,
     sum_of_products,
     ycbcr_row,
@@ -68,17 +71,22 @@ def quadratic_form_kernel(
 @triton.jit
 def coefficients_kernel(
     grad_total_ptr, grad_pixel_ptr, grad_frequency_ptr,  # float32 scalars
-    coefficients_ptr,  # out [2] float32
+    coefficients_ptr,  # out [3] float32
     pixel_count, padded_count,  # values per sample, without and with padding
     batch,
-    SCALE: tl.constexpr,
+    SCALE: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Factors of d and of A·(M d) in the gradient of one sample, without its weight."""
+    """Factors of d and of A·(M d) in the gradient of one sample, without its weight, and whether it is to be written.
+
+    With KEPT, the gradient for incoming gradients that add up to 1 is already in its place.
+    """
     grad_total = tl.load(grad_total_ptr)
     grad_pixel = grad_total + tl.load(grad_pixel_ptr)
     grad_frequency = SCALE * grad_total + tl.load(grad_frequency_ptr)
     tl.store(coefficients_ptr, 2.0 * grad_pixel / pixel_count.to(tl.float32) / batch)
     tl.store(coefficients_ptr + 1, 2.0 * grad_frequency / padded_count.to(tl.float32) / batch)
+    incoming = grad_pixel + tl.load(grad_frequency_ptr)
+    tl.store(coefficients_ptr + 2, tl.where((incoming == 1.0) & KEPT, 0.0, 1.0))
 
 
 @triton.jit
@@ -145,22 +153,11 @@ def losses_kernel(
 
 
 @triton.jit
-def store_gradients(
-    grad_pred_ptr, grad_target_ptr, offsets, grad, mask, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr
-):
-    """Store grad as the gradient of pred and its negative as that of target, if needed."""
-    if PRED_GRAD:
-        tl.store(grad_pred_ptr + offsets, grad, mask=mask)
-    if TARGET_GRAD:
-        tl.store(grad_target_ptr + offsets, -grad, mask=mask)
-
-
-@triton.jit
 def gradient_kernel(
     pred_ptr, pred_stride_b, pred_stride_c, pred_stride_h, pred_stride_w,  # [B, 3, H, W]
     target_ptr, target_stride_b, target_stride_c, target_stride_h, target_stride_w,  # [B, 3, H, W]
     forms_ptr,  # A of Y, Cb, Cr, see form_product
-    coefficients_ptr,  # [2] float32, from coefficients_kernel
+    coefficients_ptr,  # [3] float32, from coefficients_kernel
     sample_weight_ptr,  # [B]; unused without WEIGHTED
     grad_pred_ptr, grad_target_ptr,  # out [B, 3, H, W] contiguous; unused with PADDED
     grad_padded_ptr,  # with PADDED: out [B, 3, H', W'] float32, frequency part on the padded image
@@ -182,7 +179,8 @@ def gradient_kernel(
         weight = tl.load(sample_weight_ptr + sample).to(tl.float32)
         of_pixel *= weight
         of_frequency *= weight
-    for tile in range(tl.program_id(1), tl.cdiv(n_blocks, BLOCK), tl.num_programs(1)):
+    end = tl.where(tl.load(coefficients_ptr + 2) == 1.0, tl.cdiv(n_blocks, BLOCK), 0)
+    for tile in range(tl.program_id(1), end, tl.num_programs(1)):
         r, g, b, block_y, block_x, valid = load_tile(
             pred_ptr, pred_stride_c, pred_stride_h, pred_stride_w,
             target_ptr, target_stride_c, target_stride_h, target_stride_w, tile, height, width, PADDED, BLOCK,
@@ -218,53 +216,6 @@ def gradient_kernel(
             store_gradients(grad_pred_ptr, grad_target_ptr, offsets, grad_r, valid, PRED_GRAD, TARGET_GRAD)
             store_gradients(grad_pred_ptr, grad_target_ptr, offsets + plane, grad_g, valid, PRED_GRAD, TARGET_GRAD)
             store_gradients(grad_pred_ptr, grad_target_ptr, offsets + 2 * plane, grad_b, valid, PRED_GRAD, TARGET_GRAD)
-
-
-@triton.jit
-def fold_kernel(
-    pred_ptr, pred_stride_b, pred_stride_c, pred_stride_h, pred_stride_w,  # [B, 3, H, W]
-    target_ptr, target_stride_b, target_stride_c, target_stride_h, target_stride_w,  # [B, 3, H, W]
-    coefficients_ptr, sample_weight_ptr,  # as in gradient_kernel
-    grad_padded_ptr,  # [B, 3, H', W'] float32
-    grad_pred_ptr, grad_target_ptr,  # out [B, 3, H, W] contiguous
-    height, width,
-    WEIGHTED: tl.constexpr, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program (b·3 + c)·tiles + tile: the pixel part plus every padded position that reflects onto a pixel, one plane.
-
-    The grid has one size, like that of spectrum_kernel: only the first may exceed 65,535.
-    """
-    tiles = tl.cdiv(height.to(tl.int64) * width, BLOCK)
-    sample, channel = tl.program_id(0) // (3 * tiles), tl.program_id(0) // tiles % 3
-    padded_height, padded_width = tl.cdiv(height, 8) * 8, tl.cdiv(width, 8) * 8
-    pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
-    valid = pixel < height.to(tl.int64) * width
-    row, column = pixel // width, pixel % width
-
-    pred = tl.load(
-        pred_ptr + sample * pred_stride_b + channel * pred_stride_c + row * pred_stride_h + column * pred_stride_w,
-        mask=valid, other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    target = tl.load(
-        target_ptr + sample * target_stride_b + channel * target_stride_c
-        + row * target_stride_h + column * target_stride_w,
-        mask=valid, other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    of_pixel = tl.load(coefficients_ptr)
-    if WEIGHTED:
-        of_pixel *= tl.load(sample_weight_ptr + sample).to(tl.float32)
-    grad = of_pixel * (pred - target)
-
-    plane = grad_padded_ptr + (sample * 3 + channel) * padded_height * padded_width
-    mirror_row, mirror_column = 2 * (height - 1) - row, 2 * (width - 1) - column
-    row_doubled = valid & (mirror_row >= height) & (mirror_row < padded_height)
-    column_doubled = valid & (mirror_column >= width) & (mirror_column < padded_width)
-    grad += tl.load(plane + row * padded_width + column, mask=valid, other=0.0)
-    grad += tl.load(plane + mirror_row * padded_width + column, mask=row_doubled, other=0.0)
-    grad += tl.load(plane + row * padded_width + mirror_column, mask=column_doubled, other=0.0)
-    grad += tl.load(plane + mirror_row * padded_width + mirror_column, mask=row_doubled & column_doubled, other=0.0)
-    offsets = (sample * 3 + channel) * height * width + pixel
-    store_gradients(grad_pred_ptr, grad_target_ptr, offsets, grad, valid, PRED_GRAD, TARGET_GRAD)
 
 
 @triton.jit
@@ -373,13 +324,15 @@ class LossCall:
     def _weights(self) -> torch.Tensor:
         return self.frequency_weight if self.sample_weight is None else self.sample_weight
 
-    def coefficients(self, grads: Sequence[torch.Tensor | None], frequency_scale: float) -> torch.Tensor:
-        """Of the gradients of total, pixel and frequency; None for zero."""
-        coefficients = self.empty(2)
+    def coefficients(
+        self, grads: Sequence[torch.Tensor | None], frequency_scale: float, kept: bool = False
+    ) -> torch.Tensor:
+        """Of the gradients of total, pixel and frequency; None for zero. `kept` as in coefficients_kernel."""
+        coefficients = self.empty(3)
         zero = coefficients.new_zeros(()) if any(grad is None for grad in grads) else None
         launch(
             coefficients_kernel, (1,), _SMALL, *(zero if grad is None else grad for grad in grads), coefficients,
-            self.pixel_count, self.padded_count, self.batch, SCALE=frequency_scale,
+            self.pixel_count, self.padded_count, self.batch, SCALE=frequency_scale, KEPT=kept,
         )  # fmt: skip
         return coefficients
 
@@ -444,7 +397,7 @@ def grad_frequency_weight(spectrum: torch.Tensor, coefficients: torch.Tensor) ->
 
 def grad_sample_weight(sums: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     """[B] from the sums [B, tiles, 2]."""
-    return (sums.sum(1) * (0.5 * coefficients)).sum(1)
+    return (sums.sum(1) * (0.5 * coefficients[:2])).sum(1)
 
 
 def no_losses(like: torch.Tensor) -> Losses:
@@ -466,6 +419,56 @@ def forward(
             return no_losses(pred)
         loss = LossCall(pred, target, frequency_weight, sample_weight)
         return loss.losses(loss.sums(), frequency_scale)
+
+
+def forward_with_gradient(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+    frequency_scale: float,
+) -> tuple[Losses, torch.Tensor | None]:
+    """The losses, and the gradient of total with respect to pred; None where that takes a second pass."""
+    inputs = Loss(pred, target, frequency_weight, sample_weight)
+    one = torch.ones((), dtype=torch.float32, device=pred.device)
+    return _losses_and_gradient(inputs, (one, None, None), frequency_scale)
+
+
+def kept_backward(
+    gradient: torch.Tensor,
+    grad_total: torch.Tensor,
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+    frequency_scale: float,
+) -> None:
+    """Changes a gradient from `forward_with_gradient` into that for `grad_total`."""
+    inputs = Loss(pred, target, frequency_weight, sample_weight)
+    _complete(gradient, (grad_total, None, None), inputs, frequency_scale)
+
+
+def _losses_and_gradient(
+    inputs: Loss, grads: Sequence[torch.Tensor | None], frequency_scale: float
+) -> tuple[Losses, torch.Tensor | None]:
+    """The losses, and the gradient of pred for the gradients of total, pixel and frequency; None for padded images."""
+    if inputs.pred.shape[0] == 0 or any(side % BLOCK for side in inputs.pred.shape[2:]):
+        return forward(*inputs, frequency_scale), None
+    with device_guard(inputs.pred):
+        loss = LossCall(*inputs)
+        sums = loss.new_sums(loss.backward)
+        gradient = torch.empty(inputs.pred.shape, dtype=inputs.pred.dtype, device=inputs.pred.device)
+        loss.write_gradients(loss.forms(), loss.coefficients(grads, frequency_scale), gradient, None, sums=sums)
+        return loss.losses(sums, frequency_scale), gradient
+
+
+def _complete(
+    gradient: torch.Tensor, grads: Sequence[torch.Tensor | None], inputs: Loss, frequency_scale: float
+) -> None:
+    """Write the gradient of pred, unless the incoming gradients add up to 1; the kernels read them."""
+    with device_guard(gradient):
+        loss = LossCall(*inputs)
+        loss.write_gradients(loss.forms(), loss.coefficients(grads, frequency_scale, kept=True), gradient, None)
 
 
 def backward(
@@ -506,6 +509,28 @@ def frequency_loss_forward(
 ) -> torch.Tensor:
     """The frequency loss, a float32 scalar."""
     return forward(pred, target, frequency_weight, sample_weight, 1.0)[2]
+
+
+def frequency_loss_forward_with_gradient(
+    pred: torch.Tensor, target: torch.Tensor, frequency_weight: torch.Tensor, sample_weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`forward_with_gradient` of the frequency loss."""
+    inputs = Loss(pred, target, frequency_weight, sample_weight)
+    one = torch.ones((), dtype=torch.float32, device=pred.device)
+    losses, gradient = _losses_and_gradient(inputs, (None, None, one), 1.0)
+    return losses[2], gradient
+
+
+def frequency_loss_kept_backward(
+    gradient: torch.Tensor,
+    grad: torch.Tensor,
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    frequency_weight: torch.Tensor,
+    sample_weight: torch.Tensor | None,
+) -> None:
+    """`kept_backward` of the frequency loss."""
+    _complete(gradient, (None, None, grad), Loss(pred, target, frequency_weight, sample_weight), 1.0)
 
 
 def frequency_loss_backward(

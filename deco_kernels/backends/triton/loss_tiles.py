@@ -143,3 +143,14 @@ def store_sums(sums_ptr, place, squares, energy):
     infinite = float("inf")
     tl.store(sums_ptr + place * 2, pixel_sum)
     tl.store(sums_ptr + place * 2 + 1, tl.where(pixel_sum == infinite, infinite, frequency_sum))
+
+
+@triton.jit
+def store_gradients(
+    grad_pred_ptr, grad_target_ptr, offsets, grad, mask, PRED_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr
+):
+    """Store grad as the gradient of pred and its negative as that of target, if needed."""
+    if PRED_GRAD:
+        tl.store(grad_pred_ptr + offsets, grad, mask=mask)
+    if TARGET_GRAD:
+        tl.store(grad_target_ptr + offsets, -grad, mask=mask)

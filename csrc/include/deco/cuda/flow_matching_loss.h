@@ -29,12 +29,18 @@ struct FlowMatchingLossForward {
   float* total = nullptr;
   float* pixel = nullptr;
   float* frequency = nullptr;
+  // With grad_pred, also the gradient of grad_total·total + grad_frequency·frequency, in the same pass. Only for inputs
+  // of which loss_keeps_gradient is true.
+  float grad_total = 0, grad_frequency = 0;
+  Array grad_pred;  // written, [B, 3, H, W] contiguous, aligned to 16 bytes, with the dtype of pred; null: not computed
 
   template <class Visit>
   void fields(Visit&& visit) {
     inputs.fields(visit);
     visit("frequency_scale", frequency_scale);
     visit("losses", total, pixel, frequency);
+    visit("grad_losses", grad_total, grad_frequency);
+    visit("grad_pred", grad_pred);
   }
 };
 
@@ -49,6 +55,9 @@ struct FlowMatchingLossBackward {
   Array grad_pred, grad_target;  // [B, 3, H, W] contiguous, aligned to 16 bytes, with the dtype of their image
   Array grad_frequency_weight;   // [3, 8, 8]
   Array grad_sample_weight;      // [B]
+  // Whether grad_pred holds the gradient for a single incoming gradient, the one that is not null, of 1; then it is
+  // left as it is if that gradient is 1. Only for inputs of which loss_keeps_gradient is true.
+  int grad_pred_is_kept = 0;
 
   template <class Visit>
   void fields(Visit&& visit) {
@@ -56,8 +65,12 @@ struct FlowMatchingLossBackward {
     visit("frequency_scale", frequency_scale);
     visit("grad_losses", grad_total, grad_pixel, grad_frequency);
     visit("gradients", grad_pred, grad_target, grad_frequency_weight, grad_sample_weight);
+    visit("grad_pred_is_kept", grad_pred_is_kept);
   }
 };
+
+// Whether one pass over the images, read in place, gives losses and gradient.
+bool loss_keeps_gradient(const FlowMatchingLossInputs& inputs);
 
 int64_t flow_matching_loss_forward_workspace(const FlowMatchingLossForward& op);
 Status flow_matching_loss_forward(const Call& call, const FlowMatchingLossForward& op);

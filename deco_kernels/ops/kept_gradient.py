@@ -1,0 +1,160 @@
+"""Registration of losses whose forward also computes the gradient that a training step asks for.
+
+A training step differentiates the first output of a loss, a scalar, with respect to its first tensor, nearly always
+with an incoming gradient of 1. If only that tensor needs a gradient, the forward computes it in the same pass over the
+images, and the backward leaves it as it is if the incoming gradient is 1, and computes it otherwise. Its bits are those
+of a backward that reads the images again. Two more operators serve this:
+
+    name_with_gradient   the outputs, and the gradient for an incoming gradient of 1; empty if the backend keeps none
+    name_kept_backward   changes that gradient, in place, into the gradient for the incoming one
+
+The first backward hands the gradient on, so that a second one (retain_graph=True) computes its own. torch.compile and
+functional transforms use the operators of `registry.define_op`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from deco_kernels.backends.arguments import empty_gradients
+from deco_kernels.backends.execution import is_executed
+from deco_kernels.backends.support import Request
+from deco_kernels.ops.registry import (
+    NAMESPACE,
+    Operation,
+    define_op,
+    once_differentiable,
+    outputs_of,
+    refuse_forward_mode,
+    register,
+    schema_of_arguments,
+    schema_of_results,
+    serve,
+    serving_module,
+    without_none,
+)
+from deco_kernels.signatures import OPS
+
+
+def define_loss_op(
+    name: str,
+    options: str,
+    outputs: Sequence[str],
+    request: Callable[..., Request],
+    fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
+    prefix: str = "",
+) -> Operation:
+    """Register the operators of a loss; returns one function of (tensors, options, backend).
+
+    The arguments are those of `registry.define_op`, and so are the functions `forward` and `backward` of the backend
+    module, whose names begin with `prefix`. The module may also have
+
+        forward_with_gradient(tensors, options) -> (outputs, the gradient of the first tensor, or None)
+        kept_backward(gradient, incoming gradient, tensors, options) -> None
+
+    Without them, and where the first returns None, the backward computes the gradient.
+    """
+    count = len(OPS[name].arguments)
+    schema = schema_of_arguments(name, options)
+    forward_name, backward_name = f"{prefix}forward", f"{prefix}backward"
+    in_two_passes = define_op(name, options, outputs, request, fake, (forward_name, backward_name), scalars=True)
+    backward_op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
+
+    def with_gradient(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        *inputs, backend = arguments
+        served = request(*inputs), inputs[0].device, backend
+        in_one_pass = f"{forward_name}_with_gradient"
+        if hasattr(serving_module(backend, *served[:2]), in_one_pass):
+            results, gradient = serve(in_one_pass, *served, *inputs)
+        else:
+            results, gradient = serve(forward_name, *served, *inputs), None
+        return (*outputs_of(results), *without_none(inputs[0], [gradient]))
+
+    def fake_with_gradient(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        return (*outputs_of(fake(*arguments[:-1])), *without_none(arguments[0], empty_gradients(arguments[:1], [True])))
+
+    def kept_backward(gradient: torch.Tensor, incoming: torch.Tensor, *arguments: Any) -> None:
+        *inputs, backend = arguments
+        device = inputs[0].device
+        serve(f"{prefix}kept_backward", request(*inputs), device, backend, gradient, incoming, *inputs)
+
+    def fake_kept_backward(*arguments: Any) -> None:
+        pass
+
+    return _differentiable(
+        name,
+        in_two_passes,
+        backward_op,
+        register(
+            f"{name}_with_gradient",
+            f"({schema}) -> {schema_of_results(len(outputs) + 1)}",
+            with_gradient,
+            fake_with_gradient,
+        ),
+        register(
+            f"{name}_kept_backward",
+            f"(Tensor(a!) gradient, Tensor grad_{outputs[0]}, {schema}) -> ()",
+            kept_backward,
+            fake_kept_backward,
+        ),
+        count,
+    )
+
+
+def _differentiable(
+    name: str,
+    in_two_passes: Operation,
+    backward_op: Operation,
+    with_gradient_op: Operation,
+    kept_backward_op: Operation,
+    count: int,
+) -> Operation:
+    """The autograd function around the operators of one pass, and the choice between it and `in_two_passes`."""
+
+    Backward = once_differentiable(name, backward_op)
+
+    class Forward(torch.autograd.Function):
+        """(*tensors, *options, backend) -> outputs. The gradient is no saved tensor, since the backward changes it."""
+
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            *results, gradient = with_gradient_op(*arguments)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*arguments[:count])
+            ctx.scalars = arguments[count:]
+            ctx.gradient = gradient if gradient.shape == arguments[0].shape else None
+            return tuple(results) if len(results) > 1 else results[0]
+
+        @staticmethod
+        def backward(ctx: Any, *incoming: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+            others = [None] * (len(ctx.needs_input_grad) - 1)
+            if all(grad is None for grad in incoming):
+                return (None, *others)
+            inputs = (*ctx.saved_tensors, *ctx.scalars)
+            gradient, ctx.gradient = ctx.gradient, None
+            first, *rest = incoming
+            alone = first is not None and all(grad is None for grad in rest)
+            if alone and gradient is not None and not torch.is_grad_enabled() and is_executed(first):
+                kept_backward_op(gradient, first, *inputs)
+                return (gradient, *others)
+            function: Any = Backward
+            differentiate = function.apply if torch.is_grad_enabled() else backward_op
+            return (differentiate(*incoming, *inputs, [True, *[False] * (count - 1)])[0], *others)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: torch.Tensor) -> None:
+            refuse_forward_mode(name)
+
+    def keeps_gradient(tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
+        """Whether the first tensor alone needs a gradient, and no transform hides which ones do."""
+        if not torch.is_grad_enabled() or not tensor.requires_grad:
+            return False
+        given = [other for other in others if other is not None]
+        return all(map(is_executed, (tensor, *given))) and not any(other.requires_grad for other in given)
+
+    def apply(*arguments: Any) -> Any:
+        function: Any = Forward
+        return function.apply(*arguments) if keeps_gradient(*arguments[:count]) else in_two_passes(*arguments)
+
+    return apply
