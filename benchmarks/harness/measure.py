@@ -125,10 +125,10 @@ def _backward_alone(problem: Problem, size: Size, backend: str):
 
 
 def row_of(problem: Problem, size: Size, dtype: torch.dtype, pass_: str) -> dict:
-    """The unmeasured fields of a row. BACKWARD_ALONE counts a training step minus the forward pass."""
+    """The unmeasured fields of a row. BACKWARD_ALONE counts the FLOPs of a training step minus the forward pass."""
     forward = (problem.bytes_moved(size, dtype, training=False), problem.flops(size, training=False))
     training = (problem.bytes_moved(size, dtype, training=True), problem.flops(size, training=True))
-    alone = (training[0] - forward[0], training[1] - forward[1])
+    alone = (problem.backward_bytes(size, dtype), training[1] - forward[1])
     moved, flops = {TRAINING: training, BACKWARD_ALONE: alone}.get(pass_, forward)
     arithmetic = dtype if problem.autocast else torch.float32
     return {

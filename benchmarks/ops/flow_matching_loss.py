@@ -21,6 +21,7 @@ class FlowMatchingLoss(Problem):
     constants = ("frequency_weight",)
     autocast = False  # losses are computed in float32
     has_backward_alone = True
+    keeps_gradient = True
 
     def arguments(self, size: Size) -> Shapes:
         images = (size.batch, 3, size.height, size.width)

@@ -48,6 +48,7 @@ class Problem:
     autocast = True  # whether eager PyTorch runs this part under autocast
     has_backward_alone = False  # whether the backward operator gets a separate row
     one_pass = False  # whether the forward also computes the gradients, which it keeps
+    keeps_gradient = False  # whether it computes the only gradient, which the backward returns
     other_choice: tuple[str, dict[str, bool]] | None = None  # another contender: (end of its name, arguments of the op)
 
     def arguments(self, size: Size) -> Shapes:
@@ -153,21 +154,33 @@ class Problem:
 
     def bytes_moved(self, size: Size, dtype: torch.dtype, training: bool) -> int:
         """Bytes that a fully fused implementation must move: the forward pass reads every argument and writes every
-        output; the backward pass reads arguments and incoming gradients and writes the gradients. An op with `one_pass`
-        writes the gradients in the forward, then reads and writes them in the backward."""
-        arguments = {
-            name: math.prod(shape) * self.dtype_of(name, dtype).itemsize for name, shape in self.arguments(size).items()
-        }
-        outputs = sum(math.prod(shape) for shape in self.outputs(size).values()) * self.output_dtype(dtype).itemsize
-        forward = sum(arguments.values()) + outputs
+        output. The backward pass is that of `backward_bytes`. An op with `one_pass` writes the gradients in the
+        forward, then reads and writes them in the backward; one with `keeps_gradient` only writes them."""
+        forward = sum(self._argument_bytes(size, dtype).values()) + self._output_bytes(size, dtype)
         if not training:
             return forward
-        gradients = sum(
+        if self.one_pass or self.keeps_gradient:
+            return forward + (3 if self.one_pass else 1) * self._gradient_bytes(size, dtype)
+        return forward + self.backward_bytes(size, dtype)
+
+    def backward_bytes(self, size: Size, dtype: torch.dtype) -> int:
+        """Bytes of a backward that reads arguments and incoming gradients, and writes the gradients."""
+        read = sum(self._argument_bytes(size, dtype).values()) + self._output_bytes(size, dtype)
+        return read + self._gradient_bytes(size, dtype)
+
+    def _argument_bytes(self, size: Size, dtype: torch.dtype) -> dict[str, int]:
+        shapes = self.arguments(size).items()
+        return {name: math.prod(shape) * self.dtype_of(name, dtype).itemsize for name, shape in shapes}
+
+    def _output_bytes(self, size: Size, dtype: torch.dtype) -> int:
+        return sum(math.prod(shape) for shape in self.outputs(size).values()) * self.output_dtype(dtype).itemsize
+
+    def _gradient_bytes(self, size: Size, dtype: torch.dtype) -> int:
+        return sum(
             count
-            for name, count in arguments.items()
+            for name, count in self._argument_bytes(size, dtype).items()
             if name in self.trained or (name not in self.activations and name not in self.constants)
         )
-        return forward + 3 * gradients if self.one_pass else 2 * forward + gradients
 
 
 def _as_tuple(outputs: torch.Tensor | Outputs) -> Outputs:

@@ -31,7 +31,9 @@ class Composition:
     ) -> Losses:
         """(total, pixel, frequency)."""
         log_composition(self.backend)
-        return self._velocity_and_losses(inputs, patch_size, frequency_scale, head_norm, eps)[1]
+        velocity = self._velocity(inputs, patch_size, head_norm, eps)
+        losses: Losses = self.loss.forward(velocity, *loss_weights(inputs), frequency_scale)
+        return losses
 
     def forward_with_gradients(
         self,
@@ -46,15 +48,13 @@ class Composition:
         log_composition(self.backend)
         cond, query = inputs.cond, inputs.query
         wide = kept_like("pixel_decoder_loss", inputs)._replace(cond=cond, query=query)
-        velocity, losses = self._velocity_and_losses(wide, patch_size, frequency_scale, head_norm, eps)
         needs_image, needs_cond, needs_target, *needs_weights, needs_frequency, needs_sample, needs_query = needs
         needs_decoder = [needs_image, needs_cond, *needs_weights, needs_query]
 
+        velocity = self._velocity(wide, patch_size, head_norm, eps)
         scale = gradient_scale(velocity.dtype, velocity.numel())
-        one = losses[0].new_full((), scale)
         needs_loss = [any(needs_decoder), needs_target, needs_frequency, needs_sample]
-        grad_losses = (one, torch.zeros_like(one), torch.zeros_like(one))
-        found: Gradients = self.loss.backward(*grad_losses, velocity, *loss_weights(wide), frequency_scale, needs_loss)
+        losses, found = self._losses_and_gradients(velocity, wide, frequency_scale, scale, needs_loss)
         grad_velocity, grad_target, *grad_loss_weights = found
         grads: Gradients = (None,) * len(needs_decoder)
         if grad_velocity is not None:
@@ -63,13 +63,30 @@ class Composition:
         gradients = (*grads[:2], grad_target, *grads[2:-1], *grad_loss_weights, grads[-1])
         return losses, unscaled(gradients, scale)
 
-    def _velocity_and_losses(
-        self, inputs: PixelDecoderLoss, patch_size: int, frequency_scale: float, head_norm: str, eps: float
-    ) -> tuple[torch.Tensor, Losses]:
+    def _velocity(self, inputs: PixelDecoderLoss, patch_size: int, head_norm: str, eps: float) -> torch.Tensor:
         decoder = (inputs.image, inputs.cond, inputs.weights, inputs.query)
-        velocity = self.decoder.forward(*decoder, patch_size, head_norm, eps)
-        losses = self.loss.forward(velocity, *loss_weights(inputs), frequency_scale)
-        return velocity, losses
+        velocity: torch.Tensor = self.decoder.forward(*decoder, patch_size, head_norm, eps)
+        return velocity
+
+    def _losses_and_gradients(
+        self,
+        velocity: torch.Tensor,
+        inputs: PixelDecoderLoss,
+        frequency_scale: float,
+        scale: float,
+        needs: Sequence[bool],
+    ) -> tuple[Losses, Gradients]:
+        """The losses, and the gradients of scale·total by velocity and the loss's other tensors, in one pass if only
+        that of the velocity is needed."""
+        arguments = (velocity, *loss_weights(inputs), frequency_scale)
+        alone = scale == 1 and list(needs) == [True, False, False, False]
+        losses, gradient = (
+            self.loss.forward_with_gradient(*arguments) if alone else (self.loss.forward(*arguments), None)
+        )
+        if gradient is not None:
+            return losses, (gradient, None, None, None)
+        one = losses[0].new_full((), scale)
+        return losses, self.loss.backward(one, None, None, *arguments, needs)
 
 
 def loss_weights(inputs: PixelDecoderLoss) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -129,14 +129,14 @@ def _differentiable(
         @staticmethod
         def backward(ctx: Any, *incoming: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
             others = [None] * (len(ctx.needs_input_grad) - 1)
-            if all(grad is None for grad in incoming):
+            given = [grad for grad in incoming if grad is not None]
+            if not given:
                 return (None, *others)
             inputs = (*ctx.saved_tensors, *ctx.scalars)
             gradient, ctx.gradient = ctx.gradient, None
-            first, *rest = incoming
-            alone = first is not None and all(grad is None for grad in rest)
-            if alone and gradient is not None and not torch.is_grad_enabled() and is_executed(first):
-                kept_backward_op(gradient, first, *inputs)
+            of_first_alone = len(given) == 1 and given[0] is incoming[0]
+            if gradient is not None and of_first_alone and not torch.is_grad_enabled() and is_executed(given[0]):
+                kept_backward_op(gradient, given[0], *inputs)
                 return (gradient, *others)
             function: Any = Backward
             differentiate = function.apply if torch.is_grad_enabled() else backward_op

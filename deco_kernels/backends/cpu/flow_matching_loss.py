@@ -205,8 +205,11 @@ def _description(inputs: Loss) -> tuple[Any, ...]:
 
 
 def _with_weights_in_float32(inputs: Loss) -> Loss:
-    pred, target, *weights = inputs
-    return Loss(pred, target, *[None if w is None else w.to(torch.float32).contiguous() for w in weights])
+    frequency_weight, sample_weight = inputs.frequency_weight, inputs.sample_weight
+    return inputs._replace(
+        frequency_weight=frequency_weight.to(torch.float32).contiguous(),
+        sample_weight=None if sample_weight is None else sample_weight.to(torch.float32).contiguous(),
+    )
 
 
 def _empty_losses() -> Losses:

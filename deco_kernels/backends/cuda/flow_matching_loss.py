@@ -173,8 +173,11 @@ def _description(inputs: Loss) -> tuple[tuple[int, ...], ...]:
 
 
 def _launch(direction: str, inputs: Loss, frequency_scale: float, *description: Any) -> None:
-    pred, target, *weights = inputs
-    inputs = Loss(pred, target, *[None if weight is None else weight.contiguous() for weight in weights])
+    pred, _, frequency_weight, sample_weight = inputs
+    inputs = inputs._replace(
+        frequency_weight=frequency_weight.contiguous(),
+        sample_weight=None if sample_weight is None else sample_weight.contiguous(),
+    )
     whole = (*_description(inputs), frequency_scale, *description)
     module = calls.module_for(pred)
     function = getattr(module, f"flow_matching_loss_{direction}")

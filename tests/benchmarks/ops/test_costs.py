@@ -48,8 +48,9 @@ def test_bytes_are_those_of_the_tensors(op, size, dtype):
     forward = sum(tensor.nbytes for tensor in (*arguments, *outputs))
     gradients = sum(tensor.grad.nbytes for tensor in arguments if tensor.grad is not None)
     assert problem.bytes_moved(size, dtype, training=False) == forward
-    expected = forward + 3 * gradients if problem.one_pass else 2 * forward + gradients
-    assert problem.bytes_moved(size, dtype, training=True) == expected
+    backward = 3 * gradients if problem.one_pass else gradients if problem.keeps_gradient else forward + gradients
+    assert problem.bytes_moved(size, dtype, training=True) == forward + backward
+    assert problem.backward_bytes(size, dtype) == forward + gradients
 
 
 def test_the_published_decoder_is_counted_after_the_fold():
