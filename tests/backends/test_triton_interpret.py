@@ -13,6 +13,7 @@ from tests.interpreted import INTERPRETED
 from tests.ops import test_backends as shared
 from tests.ops import test_equal_rows as equal_rows
 from tests.ops import test_flow_matching_loss as losses
+from tests.ops import test_kept_gradient as kept
 from tests.ops import test_query as queries
 from tests.ops.cases import (
     BF16,
@@ -304,3 +305,27 @@ def test_the_stand_in_for_the_approximate_tanh_has_its_error():
 
 def test_loss_gradients_survive_a_float16_loss_scale():
     losses.check_loss_scale("triton", (2, 13, 24), part=2.0**-10)
+
+
+@pytest.mark.parametrize("op", ["flow_matching_loss", "frequency_loss"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("size", [(2, 16, 40), (1, 13, 24)], ids=["kept", "padded"])
+def test_losses_and_gradient_in_one_pass(op, dtype, size):
+    """What is kept is left as it is for an incoming gradient of 1, and computed again otherwise."""
+    tensors = dict(testing.random_inputs("flow_matching_loss", dtype=dtype, image_size=size).tensors)
+    for factor in (1.0, 0.3):
+        expected_losses, expected = kept.in_two_passes(op, tensors, factor, "triton")
+        pred = tensors["pred"].detach().requires_grad_()
+        first, found_losses = kept.first_loss(op, tensors | {"pred": pred}, "triton")
+        keeps = size[1] % 8 == 0
+        assert (first.grad_fn.gradient is not None) == keeps
+        if keeps:
+            first.grad_fn.gradient[0, 0, 0, 0] = marked = 7.0
+        gradients = [torch.autograd.grad(first * factor, pred, retain_graph=True)[0] for _ in range(2)]
+        assert torch.equal(gradients[1], expected)
+        if keeps and factor == 1:
+            assert gradients[0][0, 0, 0, 0] == marked
+            gradients[0][0, 0, 0, 0] = expected[0, 0, 0, 0]
+        assert torch.equal(gradients[0], expected)
+        for loss, other in zip(found_losses, expected_losses, strict=True):
+            assert testing.relative_error(loss, other) <= 2e-6
