@@ -6,7 +6,7 @@ import torch
 
 from deco_kernels import testing
 from deco_kernels.backends import chunk_sizes
-from deco_kernels.backends.cuda import pixel_decoder_loss
+from deco_kernels.backends.cuda import flow_matching_loss, pixel_decoder_loss
 from deco_kernels.signatures import OPS, flat
 from deco_kernels.testing import emulation
 
@@ -89,3 +89,24 @@ def test_bytes_per_pixel_that_leave_a_chunk_of_the_one_pass(emulated):
         "grad cond": (ROW, ROW),  # the gradients of s of the decoder blocks, then that of cond
     }
     assert sum(sum(counts) for counts in per_pixel.values()) == 228
+
+
+@pytest.mark.parametrize(("incoming", "again"), [(1.0, False), (0.3, True)])
+def test_bytes_of_the_losses_in_one_pass(emulated, incoming, again):
+    """Both images are read once and the gradient is written once, unless the incoming gradient is not 1."""
+    pred, target = torch.randn(2, 1, 3, 32, 40).to(torch.bfloat16)
+    inputs = (pred, target, torch.rand(3, 8, 8), None, 1.0)
+    kept = []
+    launches = emulation.record_accesses(lambda: kept.append(flow_matching_loss.forward_with_gradient(*inputs)[1]))
+    backward = emulation.record_accesses(
+        lambda: flow_matching_loss.kept_backward(kept[0], torch.tensor(incoming), *inputs)
+    )
+
+    def moved(launches, tensor, way):
+        found = [b for launch in launches for b in launch.buffers if b.address == tensor.data_ptr()]
+        return sum(getattr(buffer, way).distinct for buffer in found)
+
+    assert len(launches) == 2 and len(backward) == 1
+    assert moved(launches, pred, "read") == moved(launches, target, "read") == pred.nbytes
+    assert moved(launches, kept[0], "written") == pred.nbytes
+    assert moved(backward, pred, "read") == moved(backward, kept[0], "written") == again * pred.nbytes
