@@ -47,6 +47,8 @@ class Machine(NamedTuple):
             total["issue"] += count
             if pipe in total:
                 total[pipe] += count * self._instruction_cycles(opcode, pipe)
+            if sass.copies_to_shared(opcode):
+                total["shared"] += count * self._instruction_cycles(opcode, "shared")
         return total
 
     def _instruction_cycles(self, opcode: str, pipe: str) -> float:

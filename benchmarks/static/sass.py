@@ -52,6 +52,11 @@ def access_bytes(opcode: str) -> int:
     return 4
 
 
+def copies_to_shared(opcode: str) -> bool:
+    """Whether an access of global memory (cp.async) also writes shared memory."""
+    return opcode.split(".")[0] == "LDGSTS"
+
+
 def shared_passes(opcode: str) -> int:
     """Accesses of 128 bytes that a warp instruction makes to shared memory, without bank conflicts."""
     if opcode.startswith(("LDSM", "STSM")):

@@ -24,10 +24,15 @@ def test_instructions_occupy_their_pipes():
     }
 
 
+def test_asynchronous_copies_occupy_shared_memory():
+    cycles = H100.cycles({"LDGSTS.E.BYPASS.128": 3, "LDG.E.128": 5, "LDGDEPBAR": 1})
+    assert (cycles["issue"], cycles["shared"]) == (9, 3 * 4 * H100.shared_cycles)
+
+
 @pytest.mark.parametrize(
     ("opcode", "passes"),
     [("LDSM.16.M88", 1), ("LDSM.16.MT88.2", 2), ("STSM.16.M88.4", 4), ("LDS", 1), ("LDS.64", 2), ("STS.128", 4),
-     ("LDS.U16", 1), ("LDS.U8", 1)],
+     ("LDS.U16", 1), ("LDS.U8", 1), ("LDGSTS.E.BYPASS.LTC128B.128", 4), ("LDGSTS.E.64", 2), ("LDGSTS.E", 1)],
 )  # fmt: skip
 def test_passes_of_shared_memory(opcode, passes):
     assert sass.shared_passes(opcode) == passes
