@@ -11,7 +11,11 @@
 namespace deco::cpu::DECO_CPU_ISA {
 namespace {
 
+#if DECO_HAVE_AMX
+constexpr int kTile = 32;  // at D = 32 in bfloat16 a tile, its products and the weights of a block fit in the L1 cache
+#else
 constexpr int kTile = 64;
+#endif
 
 template <class Operand, int D>
 void forward(const PixelDecoderForward& call) {
@@ -29,7 +33,7 @@ void forward(const PixelDecoderForward& call) {
   with_scratch(lay_out);
 
   SharedWork work(tiles, parts);
-  parallel_for(parts, [&](int part) {
+  parallel_matmuls<Operand, D>(parts, [&](int part) {
     DecoderTile<Operand, D, T>& tile = scratch[part];
     work.for_each_share([&](Range share) {
       for (int64_t t = share.begin; t < share.end; ++t) {

@@ -107,7 +107,7 @@ DECO_INLINE float round_to(DType dtype, float value) {
 
 }  // namespace deco::cpu::DECO_CPU_ISA
 
-#if DECO_CPU_ISA_avx512 || DECO_CPU_ISA_avx512bf16
+#if DECO_CPU_ISA_avx512 || DECO_CPU_ISA_avx512bf16 || DECO_CPU_ISA_amx
 #include "cpu/vec_avx512.h"
 #elif DECO_CPU_ISA_avx2
 #include "cpu/vec_avx2.h"
