@@ -32,6 +32,7 @@ template <int K>
 class TileRegisters {
  public:
   TileRegisters() {
+    // Constant: GCC takes only the first bytes of the operand for read, and drops stores to the others.
     static constexpr TileConfiguration<K> kConfiguration;
     _tile_loadconfig(&kConfiguration);
   }

@@ -2,7 +2,8 @@
 //
 // A tile holds T pixels as [channels][T], one pixel per vector lane: every per-channel weight is a broadcast, and
 // LayerNorm, modulation and gates run over the channels without shuffles. One step of a matmul computes kGroup outputs
-// x one strip of two vectors with all sums in registers; weights are read in place, row-major [out][in].
+// x one strip of two vectors with all sums in registers; weights are read in place, row-major [out][in]. With AMX,
+// products of a PairOperand are computed for all outputs of a strip at once, in tile registers (amx.h).
 //
 // An Operand defines the compute dtype of a matmul and the storage of its factors:
 //   FloatOperand     one float per channel and pixel
@@ -87,6 +88,15 @@ struct PairOperand {
 };
 #endif
 
+// Whether matmuls with this Operand run in the tile registers of AMX.
+#if DECO_HAVE_AMX
+template <class Operand>
+constexpr bool kUsesTiles = Operand::kPack == 2;
+#else
+template <class Operand>
+constexpr bool kUsesTiles = false;
+#endif
+
 // sums[o][v] += sum over k < kElements of w(o, k) * x[k][v], with
 //   w(o, k) = (o < kGroup/2 ? low : high)[(o mod kGroup/2) * kOutStride + k * kInStride].
 // The two halves of the outputs may use non-adjacent rows of the matrix.
@@ -120,7 +130,7 @@ DECO_INLINE void clear_sums(GroupSums& sums) {
 
 enum class Layout { kRows, kTransposed };
 
-// W x on the strip that starts at x, with W [kOut][kIn] in rows, or its transpose in the layout of take_transposed.
+// W x on the strip that starts at x, with W [kOut][kIn] in rows, or transposed in the layout of take_transposed.
 template <class Operand, int kOut, int kIn, int T, Layout kLayout>
 class Product {
  public:
@@ -144,7 +154,7 @@ class Product {
 };
 
 #if DECO_HAVE_AMX
-// The whole product is computed at once.
+// Computed at once and kept.
 template <int kOut, int kIn, int T, Layout kLayout>
 class Product<PairOperand, kOut, kIn, T, kLayout> {
  public:
@@ -284,6 +294,7 @@ void make_pixel_major(PairOperand, const uint32_t (*tile)[T], int pixels, uint32
 #endif
 
 #if DECO_HAVE_AMX
+// The sum over the pixels starts at zero: added to grad_weight one by one, products would lose more bits.
 template <int R, int D, int T>
 void add_pair_gradient(const uint32_t (*d)[T / 2], const uint32_t (*x)[D], int pixels, float (*grad_weight)[D]) {
   constexpr int kVectors = D / kLanes < 2 ? 1 : 2, kColumns = kVectors * kLanes;
@@ -302,7 +313,7 @@ template <class Operand, int R, int D, int T>
 void add_weight_gradient(const typename Operand::Element (*d)[T / Operand::kPack],
                          const typename Operand::Element (*x)[D], int pixels, float (*grad_weight)[D]) {
 #if DECO_HAVE_AMX
-  if constexpr (Operand::kPack == 2) return add_pair_gradient<R, D, T>(d, x, pixels, grad_weight);
+  if constexpr (kUsesTiles<Operand>) return add_pair_gradient<R, D, T>(d, x, pixels, grad_weight);
 #endif
   constexpr int kVectors = D / kLanes < 2 ? 1 : 2;
   for (int o = 0; o < R; o += kGroup)

@@ -11,11 +11,7 @@
 namespace deco::cpu::DECO_CPU_ISA {
 namespace {
 
-#if DECO_HAVE_AMX
-constexpr int kTile = 32;  // at D = 32 in bfloat16 a tile, its products and the weights of a block fit in the L1 cache
-#else
 constexpr int kTile = 64;
-#endif
 
 template <class Operand, int D>
 void forward(const PixelDecoderForward& call) {

@@ -3,8 +3,8 @@
 // A tile holds pixel k of kTokenTile consecutive tokens, channel-major, [D][kTokenTile], one token per vector lane.
 // Tokens are processed in chunks of kTokenChunk. All threads together transpose a chunk once, [strips][elements]
 // [kStrip], and then share it. Each part (thread) processes contiguous shares of the chunk's tiles, pixel by pixel, and
-// transposes the weights of one pixel at a time into its own panel, [groups][elements][kGroup]. Both factors of the
-// matmul are then read linearly, the panel (147 KB at D = 32, Z = 1152 in float) from the L2 cache.
+// packs the weights of one pixel at a time into its own panel (panel.h). Both factors of the matmul are then read
+// linearly, the panel (147 KB at D = 32, Z = 1152 in float) from the L2 cache.
 //
 // Per tile: D * kTokenTile * Z multiply-adds. Memory traffic: the weights once per chunk, the tokens once; y is stored
 // only if the caller wants it. An element is that of an Operand (matmul.h): one value, or a pair along Z; rows are

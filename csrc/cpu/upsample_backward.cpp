@@ -4,9 +4,9 @@
 //   dW_up[r] = sum over t of dy[t][r] token[t]        a sum over the tokens
 //   db_up[r] = sum over t of dy[t][r]
 //
-// Both matmuls have Z in the vector lanes and broadcast dy; their second factor is packed in strips of kStrip columns,
-// [elements][kStrip], where an element (matmul.h) is a value, or a pair along the sum. Sums beyond their end are padded
-// with zeros to whole groups of kLanes elements.
+// Both matmuls have Z in the vector lanes (with AMX, the columns of tiles) and broadcast dy; their second factor is
+// packed in strips of kStrip columns, [elements][kStrip], where an element (matmul.h) is a value, or a pair along the
+// sum. Sums beyond their end are padded with zeros to whole groups of kLanes elements.
 //
 // Each takes T R Z multiply-adds. Memory traffic: dW_up is written once (with `adds`, read too), W_up is read once per
 // part of the tokens, on few threads one, in the dtype in which it is stored. Deterministic: every result is one sum in
@@ -141,11 +141,7 @@ class Backward {
   }
 
  private:
-#if DECO_HAVE_AMX
-  static constexpr int kTokens = Operand::kPack == 2 ? 2 * kTileRows : kGroup;  // in a group of tokens
-#else
-  static constexpr int kTokens = kGroup;
-#endif
+  static constexpr int kTokens = kUsesTiles<Operand> ? kStrip : kGroup;  // in a group of tokens
 
   struct TokenWork {
     Range groups, strips;
@@ -202,7 +198,7 @@ class Backward {
   // sums [kTokens][kStrip] = [sums +] rows [kTokens][kBlock] x strip, over `elements`.
   static void add_group(const Element* rows, Strip strip, int64_t elements, bool adds, float* sums) {
 #if DECO_HAVE_AMX
-    if constexpr (Operand::kPack == 2)
+    if constexpr (kUsesTiles<Operand>)
       return tile_block<kTilePairs<kWidth>, 2, 2>(elements, {rows, kBlock}, {strip[0], kStrip}, {sums, kStrip}, adds,
                                                   [] {});
 #endif
