@@ -7,7 +7,7 @@ if(DECO_SANITIZE STREQUAL "address")
   set(DECO_SANITIZE_FLAGS -fsanitize=address,undefined -fno-sanitize=null,object-size,pointer-overflow,vptr
                           -fno-sanitize-recover=all --param=asan-instrumentation-with-call-threshold=0)
   # The undefined behavior of the common sources is checked in the sets that compile fast.
-  foreach(isa avx512 avx512bf16)
+  foreach(isa avx512 avx512bf16 amx)
     set(DECO_SANITIZE_FLAGS_${isa} -fno-sanitize=undefined)
   endforeach()
 elseif(DECO_SANITIZE STREQUAL "thread")

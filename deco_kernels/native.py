@@ -114,7 +114,7 @@ def select_upsample(name: str) -> None:
     """Select the matmul of all later bfloat16 upsamples on the CPU.
 
     "kernel": the package's. "pytorch": PyTorch's. "auto": PyTorch's if the processor has AMX for bfloat16, which
-    PyTorch uses and the kernels do not, and the sizes fit it (`upsamples_in_pytorch`).
+    PyTorch uses, the kernels do not use it, and the sizes fit it (`upsamples_in_pytorch`).
 
     Raises ValueError for other names.
     """
@@ -140,7 +140,10 @@ def upsamples_in_pytorch(dtype: torch.dtype, *sizes: int) -> bool:
     module = cpu()
     if dtype is not torch.bfloat16 or _upsample == "kernel":
         return False
-    return _upsample == "pytorch" or (bool(module.has_amx_bf16()) and all(size % 32 == 0 for size in sizes))
+    if _upsample == "pytorch":
+        return True
+    only_pytorch_has_amx = module.has_amx_bf16() and module.current_isa() != "amx"
+    return only_pytorch_has_amx and all(size % 32 == 0 for size in sizes)
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------------------

@@ -76,7 +76,9 @@ def fma_peak(threads: int) -> dict[str, float]:
         function = getattr(module, f"fma_{name}", None)
         if function is not None:
             function.restype, function.argtypes = ctypes.c_double, [ctypes.c_long, ctypes.POINTER(ctypes.c_float)]
-            found[name] = max(_rate_of_threads(function, threads) for _ in range(_REPEATS))
+            rate = max(_rate_of_threads(function, threads) for _ in range(_REPEATS))
+            if rate > 0:
+                found[name] = rate
     return found
 
 

@@ -43,7 +43,7 @@ void forward(const AdalnBlockForward& call) {
 
   SharedWork work(tiles, parts);
   const RowWrites writes = row_writes<D>(call.out, call.rows);
-  parallel_for(parts, [&](int part) {
+  parallel_matmuls<Operand, D>(parts, [&](int part) {
     ForwardScratch<Operand, D, T>& tile = scratch[part];
     work.for_each_share([&](Range share) {
       for (int64_t t = share.begin; t < share.end; ++t) {
@@ -94,7 +94,7 @@ void backward(const AdalnBlockBackward& call) {
   };
   with_scratch(lay_out);
 
-  parallel_for(parts, [&](int part) {
+  parallel_matmuls<Operand, D>(parts, [&](int part) {
     BackwardScratch<Operand, D, T>& tile = scratch[part];
     std::memset(&tile.gradients, 0, sizeof(tile.gradients));
     const Range share = share_of(tiles, parts, part);

@@ -192,13 +192,12 @@ void head_statistics(bool rms_norm, const float (*h)[T], float eps, int pixels, 
 template <bool kKeep, class Operand, int D, int T, class Tile>
 DECO_INLINE void modulate_strip(const BlockWeights<Operand>& w, const typename Operand::Element (*silu_cond)[T],
                                 const float (*h)[T], int pixel, Tile& tile) {
-  constexpr int kElements = D / Operand::kPack, kHalf = kGroup / 2;
+  constexpr int kHalf = kGroup / 2;
+  const auto shift_and_scale = product<Operand, 2 * D, D, T>(w.mod, strip_of(silu_cond, pixel));
   for (int first = 0; first < D; first += kHalf) {
     GroupSums sums;
     set_sums(sums, w.mod_bias + first, w.mod_bias + D + first);
-    const auto* shift_rows = w.mod + first * kElements;
-    multiply_add<Operand, kElements, kElements, 1, T>(sums, shift_rows, shift_rows + D * kElements,
-                                                      strip_of(silu_cond, pixel));
+    shift_and_scale.add_to(sums, first, D + first);
     unroll<2>([&](auto v) DECO_INLINE_LAMBDA {
       const int p = pixel + v * kLanes;
       const VecF mean = load(tile.mean + p), rstd = load(tile.rstd + p);
@@ -223,9 +222,10 @@ DECO_INLINE void modulate_strip(const BlockWeights<Operand>& w, const typename O
 // hidden = SiLU(W_1 modulated + b_1), for the strip at `pixel`.
 template <bool kKeep, class Operand, int D, int T, class Tile>
 DECO_INLINE void hidden_strip(const BlockWeights<Operand>& w, int pixel, Tile& tile) {
+  const auto z = product<Operand, D, D, T>(w.fc1, strip_of(tile.modulated, pixel));
   for (int first = 0; first < D; first += kGroup) {
     GroupSums sums;
-    linear<Operand, D, T>(sums, w.fc1, w.fc1_bias, first, strip_of(tile.modulated, pixel));
+    linear(sums, z, w.fc1_bias, first);
     unroll<kGroup / 2>([&](auto i) DECO_INLINE_LAMBDA {
       unroll<2>([&](auto v) DECO_INLINE_LAMBDA {
         const int d = first + 2 * i, p = pixel + v * kLanes;
@@ -247,12 +247,14 @@ template <bool kKeep, class Operand, int D, int T, class Tile>
 DECO_INLINE void residual_strip(const BlockWeights<Operand>& w, const typename Operand::Element (*silu_cond)[T],
                                 float (*h)[T], int pixel, Tile& tile) {
   constexpr int kElements = D / Operand::kPack;
+  const auto gate = product<Operand, D, D, T>(w.mod + 2 * D * kElements, strip_of(silu_cond, pixel));
+  const auto update = product<Operand, D, D, T>(w.fc2, strip_of(tile.hidden, pixel));
   for (int first = 0; first < D; first += kGroup) {
     GroupSums sums;
-    linear<Operand, D, T>(sums, w.mod + 2 * D * kElements, w.mod_bias + 2 * D, first, strip_of(silu_cond, pixel));
+    linear(sums, gate, w.mod_bias + 2 * D, first);
     unroll<2 * kGroup>([&](auto i)
                            DECO_INLINE_LAMBDA { store(&tile.gate[first + i / 2][pixel + i % 2 * kLanes], sums[i]); });
-    linear<Operand, D, T>(sums, w.fc2, w.fc2_bias, first, strip_of(tile.hidden, pixel));
+    linear(sums, update, w.fc2_bias, first);
     unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
       const int d = first + i / 2, p = pixel + i % 2 * kLanes;
       if constexpr (kKeep) store(&tile.update[d][p], sums[i]);

@@ -59,25 +59,15 @@ void residual_backward(const SavedBlockTile<Operand, D, T>& saved, int pixels, B
   }
 }
 
-// sums += W^T d for outputs `first` .. first + kGroup - 1, with W [R][D] in the layout of take_transposed.
-template <class Operand, int R, int D, int T>
-DECO_INLINE void transposed_matmul(GroupSums& sums, const typename Operand::Element* weight, int first,
-                                   const typename Operand::Element (*d)[T]) {
-  multiply_add<Operand, R / Operand::kPack, 1, D, T>(sums, weight + first, weight + first + kGroup / 2, d);
-}
-
-DECO_INLINE void clear_sums(GroupSums& sums) {
-  unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA { sums[i] = broadcast(0.0f); });
-}
-
 template <class Operand, int D, int T>
 void hidden_backward(const TransposedBlockWeights<Operand>& w, const SavedBlockTile<Operand, D, T>& saved, int pixels,
                      BlockBackwardTile<Operand, D, T>& tile, BlockGradients<D>& gradients) {
-  for (int first = 0; first < D; first += kGroup)
-    for (int pixel = 0; pixel < pixels; pixel += kStrip) {
+  for (int pixel = 0; pixel < pixels; pixel += kStrip) {
+    const auto grad_hidden = transposed_product<Operand, D, D, T>(w.fc2, strip_of(tile.grad_update.by_channel, pixel));
+    for (int first = 0; first < D; first += kGroup) {
       GroupSums sums;
       clear_sums(sums);
-      transposed_matmul<Operand, D, D, T>(sums, w.fc2, first, strip_of(tile.grad_update.by_channel, pixel));
+      grad_hidden.add_to(sums, first, first + kGroup / 2);
       unroll<kGroup / 2>([&](auto pair) DECO_INLINE_LAMBDA {
         const int d = first + 2 * pair;
         VecF grad_z[2][2];
@@ -90,6 +80,7 @@ void hidden_backward(const TransposedBlockWeights<Operand>& w, const SavedBlockT
                       DECO_INLINE_LAMBDA { accumulate(gradients.fc1_bias[d + i], grad_z[i][0] + grad_z[i][1]); });
       });
     }
+  }
 }
 
 // Gradients of shift, scale, normalized and their biases from dm of channels `first` and first + 1, on the strip at
@@ -125,16 +116,19 @@ template <class Operand, int D, int T>
 void modulate_backward(const BlockWeights<Operand>& w, const TransposedBlockWeights<Operand>& transposed,
                        const SavedBlockTile<Operand, D, T>& saved, int pixels, BlockBackwardTile<Operand, D, T>& tile,
                        BlockGradients<D>& gradients) {
-  for (int first = 0; first < D; first += kGroup)
-    for (int pixel = 0; pixel < pixels; pixel += kStrip) {
+  for (int pixel = 0; pixel < pixels; pixel += kStrip) {
+    const auto grad_modulated =
+        transposed_product<Operand, D, D, T>(transposed.fc1, strip_of(tile.grad_z.by_channel, pixel));
+    for (int first = 0; first < D; first += kGroup) {
       GroupSums sums;
       clear_sums(sums);
-      transposed_matmul<Operand, D, D, T>(sums, transposed.fc1, first, strip_of(tile.grad_z.by_channel, pixel));
+      grad_modulated.add_to(sums, first, first + kGroup / 2);
       unroll<kGroup / 2>([&](auto pair) DECO_INLINE_LAMBDA {
         const VecF grad_m[2][2] = {{sums[4 * pair], sums[4 * pair + 1]}, {sums[4 * pair + 2], sums[4 * pair + 3]}};
         modulate_backward_strip(w, saved, first + 2 * pair, pixel, grad_m, tile, gradients);
       });
     }
+  }
 }
 
 // grad_h = [grad_h +] rstd (dx - mean(dx) - x mean(x dx)), the means over the channels; RMSNorm (kCenter false) has no
@@ -163,17 +157,20 @@ void norm_backward(const float (*grad_normalized)[T], const float (*normalized)[
 
 template <class Operand, int D, int T>
 void modulation_backward(const TransposedBlockWeights<Operand>& w, int pixels, BlockBackwardTile<Operand, D, T>& tile) {
-  for (int first = 0; first < D; first += kGroup)
-    for (int pixel = 0; pixel < pixels; pixel += kStrip) {
+  for (int pixel = 0; pixel < pixels; pixel += kStrip) {
+    const auto from_modulation =
+        transposed_product<Operand, D, 3 * D, T>(w.mod, strip_of(tile.grad_modulation.by_channel, pixel));
+    for (int first = 0; first < D; first += kGroup) {
       GroupSums sums;
       unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
         sums[i] = load(&tile.grad_silu_cond[first + i / 2][pixel + i % 2 * kLanes]);
       });
-      transposed_matmul<Operand, 3 * D, D, T>(sums, w.mod, first, strip_of(tile.grad_modulation.by_channel, pixel));
+      from_modulation.add_to(sums, first, first + kGroup / 2);
       unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
         store(&tile.grad_silu_cond[first + i / 2][pixel + i % 2 * kLanes], sums[i]);
       });
     }
+  }
 }
 
 // Gradients of a decoder block to compute besides grad_h.

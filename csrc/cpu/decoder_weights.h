@@ -21,7 +21,8 @@ struct BlockWeights {
   const float *norm_weight, *norm_bias;         // [D]
 };
 
-// Matrices for matmuls with the transpose: a pair holds two adjacent rows, [out / kPack][in].
+// Matrices for matmuls with the transpose: a pair holds two adjacent rows, [out / kPack][in], or [in][out / kPack] for
+// the tiles of AMX.
 template <class Operand>
 struct TransposedBlockWeights {
   using Element = typename Operand::Element;
@@ -86,8 +87,8 @@ const typename Operand::Element* take_matrices(Arena& arena, const Array& from, 
   }
 }
 
-// The same for matmuls with the transpose: `rows` rows of D values in total.
-template <class Operand, int D>
+// The same for matmuls with the transpose, of matrices of R rows, `rows` in total.
+template <class Operand, int D, int R>
 const typename Operand::Element* take_transposed(Arena& arena, const Array& from, int64_t rows, DType activation) {
   if constexpr (Operand::kPack == 1) {
     return take_matrices<Operand>(arena, from, rows * D, activation);
@@ -96,9 +97,12 @@ const typename Operand::Element* take_transposed(Arena& arena, const Array& from
     if (!arena.counts_only())
       with_dtype(from.dtype, [&](auto dtype) {
         for (int64_t row = 0; row < rows; row += 2)
-          for (int64_t i = row * D; i < (row + 1) * D; i += kLanes)
-            store_pairs(to + row / 2 * D + (i - row * D),
-                        make_pairs(load_as<dtype.value>(from.data, i), load_as<dtype.value>(from.data, i + D)));
+          for (int d = 0; d < D; d += kLanes) {
+            const int64_t i = row * D + d;
+            Operand::template put_transposed<D, R>(
+                to + row / R * R / 2 * D, static_cast<int>(row % R / 2), d,
+                make_pairs(load_as<dtype.value>(from.data, i), load_as<dtype.value>(from.data, i + D)));
+          }
       });
     return to;
   }
@@ -175,9 +179,9 @@ template <class Operand, int D>
 void take_transposed_block_weights(Arena& arena, const BlockWeightArrays& from, int depth, DType activation,
                                    TransposedBlockWeights<Operand>* blocks) {
   constexpr int kPack = Operand::kPack;
-  const auto* mod = take_transposed<Operand, D>(arena, from.mod_weight, int64_t{depth} * 3 * D, activation);
-  const auto* fc1 = take_transposed<Operand, D>(arena, from.fc1_weight, int64_t{depth} * D, activation);
-  const auto* fc2 = take_transposed<Operand, D>(arena, from.fc2_weight, int64_t{depth} * D, activation);
+  const auto* mod = take_transposed<Operand, D, 3 * D>(arena, from.mod_weight, int64_t{depth} * 3 * D, activation);
+  const auto* fc1 = take_transposed<Operand, D, D>(arena, from.fc1_weight, int64_t{depth} * D, activation);
+  const auto* fc2 = take_transposed<Operand, D, D>(arena, from.fc2_weight, int64_t{depth} * D, activation);
   for (int n = 0; n < depth; ++n)
     blocks[n] = {mod + n * 3 * D * D / kPack, fc1 + n * D * D / kPack, fc2 + n * D * D / kPack};
 }

@@ -7,6 +7,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -27,6 +31,9 @@ DECO_DECLARE_TABLE(avx512)
 #ifdef DECO_HAVE_ISA_avx512bf16
 DECO_DECLARE_TABLE(avx512bf16)
 #endif
+#ifdef DECO_HAVE_ISA_amx
+DECO_DECLARE_TABLE(amx)
+#endif
 #ifdef DECO_HAVE_ISA_neon
 DECO_DECLARE_TABLE(neon)
 #endif
@@ -38,7 +45,8 @@ DECO_DECLARE_TABLE(neonbf16)
 namespace {
 
 struct CpuFeatures {
-  bool avx2 = false, avx512 = false, avx512bf16 = false, amx_bf16 = false;
+  bool avx2 = false, avx512 = false, avx512bf16 = false, amx = false;
+  bool amx_bf16 = false;  // the processor's, whether or not this process may use it
   bool neon = false, neonbf16 = false;
 };
 
@@ -60,6 +68,16 @@ unsigned enabled_state() {
   return low;
 }
 
+// Asks Linux for the tile registers of AMX, as every process must before it uses them.
+bool request_tiles() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 CpuFeatures detect_features() {
   const auto has = [](unsigned reg, int bit) { return (reg >> bit & 1u) != 0; };
   CpuFeatures features;
@@ -73,6 +91,7 @@ CpuFeatures detect_features() {
   features.avx512 = features.avx2 && (state & kZmmState) == kZmmState && f && dq && bw && vl;
   features.avx512bf16 = features.avx512 && has(leaf7_1.eax, 5);
   features.amx_bf16 = (state & kTileState) == kTileState && has(leaf7.edx, 24) && has(leaf7.edx, 22);
+  features.amx = features.avx512bf16 && features.amx_bf16 && request_tiles();
   return features;
 }
 #elif defined(__aarch64__)
@@ -87,6 +106,11 @@ CpuFeatures detect_features() {
 CpuFeatures detect_features() { return {}; }
 #endif
 
+const CpuFeatures& cpu_features() {
+  static const CpuFeatures features = detect_features();
+  return features;
+}
+
 struct IsaEntry {
   const char* name;
   const KernelTable* table;  // null: not in this build
@@ -96,9 +120,9 @@ struct IsaEntry {
 // Fastest first.
 const std::vector<IsaEntry>& isa_entries() {
   static const std::vector<IsaEntry> entries = [] {
-    const CpuFeatures features = detect_features();
+    const CpuFeatures& features = cpu_features();
     const KernelTable *avx2_table = nullptr, *avx512_table = nullptr, *avx512bf16_table = nullptr;
-    const KernelTable *neon_table = nullptr, *neonbf16_table = nullptr;
+    const KernelTable *amx_table = nullptr, *neon_table = nullptr, *neonbf16_table = nullptr;
 #ifdef DECO_HAVE_ISA_avx2
     avx2_table = &avx2::kTable;
 #endif
@@ -108,13 +132,17 @@ const std::vector<IsaEntry>& isa_entries() {
 #ifdef DECO_HAVE_ISA_avx512bf16
     avx512bf16_table = &avx512bf16::kTable;
 #endif
+#ifdef DECO_HAVE_ISA_amx
+    amx_table = &amx::kTable;
+#endif
 #ifdef DECO_HAVE_ISA_neon
     neon_table = &neon::kTable;
 #endif
 #ifdef DECO_HAVE_ISA_neonbf16
     neonbf16_table = &neonbf16::kTable;
 #endif
-    return std::vector<IsaEntry>{{"avx512bf16", avx512bf16_table, features.avx512bf16},
+    return std::vector<IsaEntry>{{"amx", amx_table, features.amx},
+                                 {"avx512bf16", avx512bf16_table, features.avx512bf16},
                                  {"avx512", avx512_table, features.avx512},
                                  {"avx2", avx2_table, features.avx2},
                                  {"neonbf16", neonbf16_table, features.neonbf16},
@@ -159,8 +187,8 @@ void select_isa(const std::string& name) {
       current_entry() = &entry;
       return;
     }
-    const char* reason =
-        entry.table == nullptr ? "was not built (the compiler lacks it)" : "is not supported by this processor";
+    const char* reason = entry.table == nullptr ? "was not built (the compiler lacks it)"
+                                                : "is not supported by this processor or system";
     throw std::invalid_argument("instruction set '" + name + "' " + reason + "; usable here: " + join(usable_isas()));
   }
   throw std::invalid_argument("unknown instruction set '" + name + "'; usable here: " + join(usable_isas()));
@@ -168,10 +196,7 @@ void select_isa(const std::string& name) {
 
 int vector_lanes() { return kernel_table().lanes; }
 
-bool has_amx_bf16() {
-  static const bool found = detect_features().amx_bf16;
-  return found;
-}
+bool has_amx_bf16() { return cpu_features().amx_bf16; }
 
 const KernelTable& kernel_table() { return *current_entry().load(std::memory_order_relaxed)->table; }
 

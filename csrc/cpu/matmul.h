@@ -2,14 +2,19 @@
 //
 // A tile holds T pixels as [channels][T], one pixel per vector lane: every per-channel weight is a broadcast, and
 // LayerNorm, modulation and gates run over the channels without shuffles. One step of a matmul computes kGroup outputs
-// x one strip of two vectors with all sums in registers; weights are read in place, row-major [out][in].
+// x one strip of two vectors with all sums in registers; weights are read in place, row-major [out][in]. With AMX,
+// products of a PairOperand are computed for all outputs of a strip at once, in tile registers (amx.h).
 //
 // An Operand defines the compute dtype of a matmul and the storage of its factors:
 //   FloatOperand     one float per channel and pixel
 //   PairOperand      two adjacent channels of a pixel as a pair of bfloat16 in 32 bits; products accumulate in float
 #pragma once
 
+#include "cpu/parallel.h"
 #include "cpu/vec.h"
+#if DECO_HAVE_AMX
+#include "cpu/amx.h"
+#endif
 
 namespace deco::cpu::DECO_CPU_ISA {
 
@@ -67,7 +72,29 @@ struct PairOperand {
     first = first_of_pairs(pairs);
     second = second_of_pairs(pairs);
   }
+
+  // Puts the pairs of rows 2 pair and 2 pair + 1, at columns d .., into a matrix [R][D] for matmuls with the transpose:
+  // [R / 2][D], or the rows [D][R / 2] of a tile of AMX.
+  template <int D, int R>
+  static DECO_INLINE void put_transposed(Element* matrix, int pair, int d, Vector pairs) {
+#if DECO_HAVE_AMX
+    Element column[kLanes];
+    store_pairs(column, pairs);
+    for (int i = 0; i < kLanes; ++i) matrix[(d + i) * (R / 2) + pair] = column[i];
+#else
+    store_pairs(matrix + pair * D + d, pairs);
+#endif
+  }
 };
+#endif
+
+// Whether matmuls with this Operand run in the tile registers of AMX.
+#if DECO_HAVE_AMX
+template <class Operand>
+constexpr bool kUsesTiles = Operand::kPack == 2;
+#else
+template <class Operand>
+constexpr bool kUsesTiles = false;
 #endif
 
 // sums[o][v] += sum over k < kElements of w(o, k) * x[k][v], with
@@ -97,14 +124,93 @@ DECO_INLINE void set_sums(GroupSums& sums, const float* low, const float* high) 
   });
 }
 
-// sums = bias + W x for outputs `first` .. first + kGroup - 1 of W [out][kIn], on the strip that starts at x.
-template <class Operand, int kIn, int T>
-DECO_INLINE void linear(GroupSums& sums, const typename Operand::Element* weight, const float* bias, int first,
-                        const typename Operand::Element (*x)[T]) {
-  constexpr int kElements = kIn / Operand::kPack;
-  const auto* rows = weight + first * kElements;
+DECO_INLINE void clear_sums(GroupSums& sums) {
+  unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA { sums[i] = broadcast(0.0f); });
+}
+
+enum class Layout { kRows, kTransposed };
+
+// W x on the strip that starts at x, with W [kOut][kIn] in rows, or transposed in the layout of take_transposed.
+template <class Operand, int kOut, int kIn, int T, Layout kLayout>
+class Product {
+ public:
+  using Element = typename Operand::Element;
+
+  DECO_INLINE Product(const Element* weight, const Element (*x)[T]) : weight_(weight), x_(x) {}
+
+  // sums += W x for kGroup / 2 outputs from `low` on, then kGroup / 2 from `high` on.
+  DECO_INLINE void add_to(GroupSums& sums, int low, int high) const {
+    multiply_add<Operand, kElements, kOutStride, kInStride, T>(sums, weight_ + low * kOutStride,
+                                                               weight_ + high * kOutStride, x_);
+  }
+
+ private:
+  static constexpr int kElements = kIn / Operand::kPack;
+  static constexpr int kOutStride = kLayout == Layout::kRows ? kElements : 1;
+  static constexpr int kInStride = kLayout == Layout::kRows ? 1 : kOut;
+
+  const Element* weight_;
+  const Element (*x_)[T];
+};
+
+#if DECO_HAVE_AMX
+// Computed at once and kept.
+template <int kOut, int kIn, int T, Layout kLayout>
+class Product<PairOperand, kOut, kIn, T, kLayout> {
+ public:
+  DECO_INLINE Product(const uint32_t* weight, const uint32_t (*x)[T]) {
+    constexpr int kPairs = kIn / 2, K = kPairs % 16 == 0 ? 16 : 8;
+    tile_matmul<K, kOut, kStrip>(kPairs, {weight, kPairs}, {x[0], T}, {y_[0], kStrip});
+  }
+
+  DECO_INLINE void add_to(GroupSums& sums, int low, int high) const {
+    unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+      constexpr int kHalf = kGroup / 2, kRow = i / 2 % kHalf;
+      sums[i] = sums[i] + load(&y_[(i / 2 < kHalf ? low : high) + kRow][i % 2 * kLanes]);
+    });
+  }
+
+ private:
+  alignas(64) float y_[kOut][kStrip];
+};
+#endif
+
+// W x on a strip with W [kOut][kIn] in rows.
+template <class Operand, int kOut, int kIn, int T>
+DECO_INLINE auto product(const typename Operand::Element* weight, const typename Operand::Element (*x)[T]) {
+  return Product<Operand, kOut, kIn, T, Layout::kRows>(weight, x);
+}
+
+// The same with the transposed weights of take_transposed.
+template <class Operand, int kOut, int kIn, int T>
+DECO_INLINE auto transposed_product(const typename Operand::Element* weight, const typename Operand::Element (*x)[T]) {
+  return Product<Operand, kOut, kIn, T, Layout::kTransposed>(weight, x);
+}
+
+// sums = bias + product for outputs `first` .. first + kGroup - 1.
+template <class AnyProduct>
+DECO_INLINE void linear(GroupSums& sums, const AnyProduct& product, const float* bias, int first) {
   set_sums(sums, bias + first, bias + first + kGroup / 2);
-  multiply_add<Operand, kElements, kElements, 1, T>(sums, rows, rows + kGroup / 2 * kElements, x);
+  product.add_to(sums, first, first + kGroup / 2);
+}
+
+// State of a thread that computes matmuls: configured tile registers, or nothing.
+template <class Operand, int D>
+struct MatmulUnit {};
+#if DECO_HAVE_AMX
+template <int D>
+struct MatmulUnit<PairOperand, D> {
+  TileRegisters<kTilePairs<D>> registers;
+};
+#endif
+
+// parallel_for of parts that compute matmuls of a decoder of width D.
+template <class Operand, int D, class Function>
+void parallel_matmuls(int parts, Function&& function) {
+  parallel_for(parts, [&](int part) {
+    [[maybe_unused]] const MatmulUnit<Operand, D> unit;
+    function(part);
+  });
 }
 
 // The strip of a tile that starts at pixel `pixel`, indexed by channel.
@@ -187,10 +293,28 @@ void make_pixel_major(PairOperand, const uint32_t (*tile)[T], int pixels, uint32
 }
 #endif
 
+#if DECO_HAVE_AMX
+// The sum over the pixels starts at zero: added to grad_weight one by one, products would lose more bits.
+template <int R, int D, int T>
+void add_pair_gradient(const uint32_t (*d)[T / 2], const uint32_t (*x)[D], int pixels, float (*grad_weight)[D]) {
+  constexpr int kVectors = D / kLanes < 2 ? 1 : 2, kColumns = kVectors * kLanes;
+  for (int k = 0; k < D; k += kColumns) {
+    alignas(64) float sums[R][kColumns];
+    tile_matmul<kTilePairs<D>, R, kColumns>(pixels / 2, {d[0], T / 2}, {&x[0][k], D}, {sums[0], kColumns});
+    for (int o = 0; o < R; ++o)
+      unroll<kVectors>(
+          [&](auto v) DECO_INLINE_LAMBDA { accumulate(&grad_weight[o][k + v * kLanes], load(&sums[o][v * kLanes])); });
+  }
+}
+#endif
+
 // grad_weight [R][D] += d x over the first `pixels` pixels.
 template <class Operand, int R, int D, int T>
 void add_weight_gradient(const typename Operand::Element (*d)[T / Operand::kPack],
                          const typename Operand::Element (*x)[D], int pixels, float (*grad_weight)[D]) {
+#if DECO_HAVE_AMX
+  if constexpr (kUsesTiles<Operand>) return add_pair_gradient<R, D, T>(d, x, pixels, grad_weight);
+#endif
   constexpr int kVectors = D / kLanes < 2 ? 1 : 2;
   for (int o = 0; o < R; o += kGroup)
     for (int k = 0; k < D; k += kVectors * kLanes) {

@@ -79,7 +79,7 @@ void forward(const ModulateForward& call) {
   const RowWrites modulated_writes = row_writes<D>(call.modulated, call.rows);
   const RowWrites gate_writes = row_writes<D>(call.gate, call.rows);
   SharedWork work(tiles, parts);
-  parallel_for(parts, [&](int part) {
+  parallel_matmuls<Operand, D>(parts, [&](int part) {
     ModulationTile<Operand, D, T>& tile = scratch[part];
     work.for_each_share([&](Range share) {
       for (int64_t t = share.begin; t < share.end; ++t) {
@@ -112,14 +112,15 @@ struct alignas(64) Scratch {
 // tile.saved.scale = 1 + W_scale SiLU(y) + b_scale
 template <class Operand, int D>
 void scale_forward(const BlockWeights<Operand>& w, int pixels, Scratch<Operand, D>& tile) {
-  for (int pixel = 0; pixel < pixels; pixel += kStrip)
+  for (int pixel = 0; pixel < pixels; pixel += kStrip) {
+    const auto scale = product<Operand, D, D, T>(w.mod + D * D / Operand::kPack, strip_of(tile.block.silu_cond, pixel));
     for (int first = 0; first < D; first += kGroup) {
       GroupSums sums;
-      linear<Operand, D, T>(sums, w.mod + D * D / Operand::kPack, w.mod_bias + D, first,
-                            strip_of(tile.block.silu_cond, pixel));
+      linear(sums, scale, w.mod_bias + D, first);
       unroll<2 * kGroup>(
           [&](auto i) DECO_INLINE_LAMBDA { store(&tile.saved.scale[first + i / 2][pixel + i % 2 * kLanes], sums[i]); });
     }
+  }
 }
 
 // Gradients of the modulation, of normalized, and of the biases and norm weights from dm and dgate.
@@ -153,7 +154,7 @@ class Backward {
 
   void run() {
     with_scratch([&](Arena& arena) { lay_out(arena); });
-    parallel_for(parts_, [&](int part) {
+    parallel_matmuls<Operand, D>(parts_, [&](int part) {
       Scratch<Operand, D>& tile = scratch_[part];
       std::memset(&tile.gradients, 0, sizeof(tile.gradients));
       const Range share = share_of(tiles_, parts_, part);
@@ -172,7 +173,7 @@ class Backward {
   void lay_out(Arena& arena) {
     const DType activation = call_.h.dtype;
     weights_ = take_modulation_weights<Operand, D>(arena, call_.weights, activation);
-    transposed_.mod = take_transposed<Operand, D>(arena, call_.weights.mod_weight, 3 * D, activation);
+    transposed_.mod = take_transposed<Operand, D, 3 * D>(arena, call_.weights.mod_weight, 3 * D, activation);
     scratch_ = arena.take<Scratch<Operand, D>>(parts_);
   }
 

@@ -23,10 +23,10 @@ struct alignas(64) ModulationTile {
 template <class Operand, int D, int T>
 DECO_INLINE void gate_strip(const BlockWeights<Operand>& w, int pixel, ModulationTile<Operand, D, T>& tile) {
   constexpr int kGateRow = 2 * D;
+  const auto gate = product<Operand, D, D, T>(w.mod + kGateRow * D / Operand::kPack, strip_of(tile.silu_cond, pixel));
   for (int first = 0; first < D; first += kGroup) {
     GroupSums sums;
-    linear<Operand, D, T>(sums, w.mod + kGateRow * D / Operand::kPack, w.mod_bias + kGateRow, first,
-                          strip_of(tile.silu_cond, pixel));
+    linear(sums, gate, w.mod_bias + kGateRow, first);
     unroll<kGroup>([&](auto i) DECO_INLINE_LAMBDA {
       constexpr int kOutput = i / 2 * 2, kVector = i % 2;
       Operand::put(tile.gate, first + kOutput, pixel + kVector * kLanes, sums[2 * kOutput + kVector],

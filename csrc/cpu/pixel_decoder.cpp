@@ -29,7 +29,7 @@ void forward(const PixelDecoderForward& call) {
   with_scratch(lay_out);
 
   SharedWork work(tiles, parts);
-  parallel_for(parts, [&](int part) {
+  parallel_matmuls<Operand, D>(parts, [&](int part) {
     DecoderTile<Operand, D, T>& tile = scratch[part];
     work.for_each_share([&](Range share) {
       for (int64_t t = share.begin; t < share.end; ++t) {

@@ -28,7 +28,7 @@ class Backward {
                         call_.grad_cond.data != nullptr, call_.grad_weights);
     };
     with_scratch(lay_out);
-    parallel_for(parts_, [&](int part) { run_part(part); });
+    parallel_matmuls<Operand, D>(parts_, [&](int part) { run_part(part); });
     training_.write_weight_gradients(call_.grad_weights);
   }
 

@@ -33,7 +33,7 @@ class OnePass {
 
   void run() {
     with_scratch([&](Arena& arena) { lay_out(arena); });
-    parallel_for(parts_, [&](int part) { run_part(part); });
+    parallel_matmuls<Operand, D>(parts_, [&](int part) { run_part(part); });
 
     const double frequency_factor = call_.frequency_scale * normalization_.frequency;
     write_losses(sums_, call_.shape.batch, parts_, call_.sample_weight, normalization_, call_.frequency_scale,

@@ -3,8 +3,8 @@
 // A tile holds pixel k of kTokenTile consecutive tokens, channel-major, [D][kTokenTile], one token per vector lane.
 // Tokens are processed in chunks of kTokenChunk. All threads together transpose a chunk once, [strips][elements]
 // [kStrip], and then share it. Each part (thread) processes contiguous shares of the chunk's tiles, pixel by pixel, and
-// transposes the weights of one pixel at a time into its own panel, [groups][elements][kGroup]. Both factors of the
-// matmul are then read linearly, the panel (147 KB at D = 32, Z = 1152 in float) from the L2 cache.
+// packs the weights of one pixel at a time into its own panel (panel.h). Both factors of the matmul are then read
+// linearly, the panel (147 KB at D = 32, Z = 1152 in float) from the L2 cache.
 //
 // Per tile: D * kTokenTile * Z multiply-adds. Memory traffic: the weights once per chunk, the tokens once; y is stored
 // only if the caller wants it. An element is that of an Operand (matmul.h): one value, or a pair along Z; rows are
@@ -16,17 +16,13 @@
 
 #include "cpu/arena.h"
 #include "cpu/decoder_tile.h"
+#include "cpu/panel.h"
 #include "deco/upsample.h"
 
 namespace deco::cpu::DECO_CPU_ISA {
 
 constexpr int kTokenTile = 64;
 constexpr int64_t kTokenChunk = 1024;
-
-DECO_INLINE void transpose_square(VecF (&square)[kLanes]) { transpose(square); }
-#if DECO_HAVE_BF16_DOT
-DECO_INLINE void transpose_square(VecPair (&square)[kLanes]) { transpose_pairs(square); }
-#endif
 
 // kLanes elements starting at value `first`, rounded to `rounding`.
 template <class Operand, DType kStorage>
@@ -38,10 +34,10 @@ DECO_INLINE typename Operand::Vector load_elements(const void* row, int64_t firs
   }
 }
 
-// square[e] = element first / kPack + e of each of kLanes rows of `width` values, 0 beyond the end of the row.
+// square[i] = kLanes elements from value `first` on of row i, of `width` values; 0 beyond the end of the row.
 template <class Operand, DType kStorage>
-DECO_INLINE void load_transposed(const char* const (&rows)[kLanes], int64_t first, int64_t width, DType rounding,
-                                 typename Operand::Vector (&square)[kLanes]) {
+DECO_INLINE void load_square(const char* const (&rows)[kLanes], int64_t first, int64_t width, DType rounding,
+                             typename Operand::Vector (&square)[kLanes]) {
   constexpr int kValues = kLanes * Operand::kPack;
   constexpr int64_t kBytes = size_of(kStorage);
   if (first + kValues <= width) {
@@ -53,7 +49,6 @@ DECO_INLINE void load_transposed(const char* const (&rows)[kLanes], int64_t firs
     unroll<kLanes>([&](auto i)
                        DECO_INLINE_LAMBDA { square[i] = load_elements<Operand, kStorage>(ends[i], 0, rounding); });
   }
-  transpose_square(square);
 }
 
 // One tile of a chunk: pixel `pixel` of tokens first_token .. first_token + count - 1.
@@ -62,9 +57,9 @@ struct UpsampleTile {
   using Element = typename Operand::Element;
   int pixel, count;
   int64_t first_token;
-  const Element* weights;  // the panel of the pixel, [groups][elements][kGroup]
-  const float* bias;       // [D]
-  const Element* tokens;   // [strips][elements][kStrip]
+  Element* weights;       // the panel of the pixel (panel.h)
+  const float* bias;      // [D]
+  const Element* tokens;  // [strips][elements][kStrip]
   // Weights of the next panel, to prefetch during this tile; empty if there is no next panel.
   const char *ahead, *ahead_end;
 
@@ -110,7 +105,7 @@ class Upsample {
   void for_each_tile(Body&& body, const Upsample* second = nullptr) const {
     for_each_chunk(second, [&](int64_t begin, int64_t count) {
       SharedWork work(arrays_.pixels_per_token * tiles(count), parts_);
-      parallel_for(parts_, [&](int part) {
+      parallel_matmuls<Operand, D>(parts_, [&](int part) {
         work.for_each_share([&](Range share) { run_share(begin, count, part, share, body); });
       });
     });
@@ -183,26 +178,28 @@ class Upsample {
   // Calls put(sums, first, pixel) with y of channels first .. first + kGroup - 1 and the strip at `pixel`.
   template <class Prefetch, class Put>
   DECO_INLINE void multiply(const UpsampleTile<Operand>& tile, Prefetch&& prefetch, Put&& put) const {
-    const int steps = tile.pixels() / kStrip * (D / kGroup);
-    const int64_t lines = (tile.ahead_end - tile.ahead) / (steps * (elements_ / kLanes)) / kCacheLine + 1;
+    const Panel<Operand, D> panel = panel_at(tile.weights);
+    const int strips = tile.pixels() / kStrip, steps = strips * (D / kGroup);
+    const int64_t lines = (tile.ahead_end - tile.ahead) / (strips * panel.steps(D)) / kCacheLine + 1;
     const char* ahead = tile.ahead;
     int step = 0;
-    for (int pixel = 0; pixel < tile.pixels(); pixel += kStrip)
-      for (int first = 0; first < D; first += kGroup) {
-        prefetch(step++, steps);
-        GroupSums sums;
-        set_sums(sums, tile.bias + first, tile.bias + first + kGroup / 2);
-        const Element* weights = tile.weights + first * elements_;
-        const auto* tokens = reinterpret_cast<const Element(*)[kStrip]>(tile.tokens + pixel / kStrip * strip_size());
-        for (int64_t element = 0; element < elements_; element += kLanes) {
-          for (int64_t line = 0; line < lines && ahead < tile.ahead_end; ++line, ahead += kCacheLine)
-            __builtin_prefetch(ahead);
-          multiply_add<Operand, kLanes, 1, kGroup, kStrip>(sums, weights + element * kGroup,
-                                                           weights + element * kGroup + kGroup / 2, tokens + element);
-        }
-        put(sums, first, pixel);
-      }
+    const auto prefetch_weights = [&]() DECO_INLINE_LAMBDA {
+      for (int64_t line = 0; line < lines && ahead < tile.ahead_end; ++line, ahead += kCacheLine)
+        __builtin_prefetch(ahead);
+    };
+    const auto start = [&](GroupSums& sums, int64_t first) DECO_INLINE_LAMBDA {
+      prefetch(step++, steps);
+      set_sums(sums, tile.bias + first, tile.bias + first + kGroup / 2);
+    };
+    for (int pixel = 0; pixel < tile.pixels(); pixel += kStrip) {
+      const auto* tokens = reinterpret_cast<const Element(*)[kStrip]>(tile.tokens + pixel / kStrip * strip_size());
+      panel.multiply(D, tokens, start, prefetch_weights, [&](const GroupSums& sums, int64_t first) DECO_INLINE_LAMBDA {
+        put(sums, static_cast<int>(first), pixel);
+      });
+    }
   }
+
+  Panel<Operand, D> panel_at(Element* panel) const { return {panel, elements_}; }
 
   static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
   static int64_t tiles(int64_t tokens) { return round_up(tokens, kTokenTile) / kTokenTile; }
@@ -264,8 +261,9 @@ class Upsample {
         }
         for (int64_t element = 0; element < elements_; element += kLanes) {
           Vector square[kLanes];
-          load_transposed<Operand, storage.value>(rows, element * Operand::kPack, arrays_.token_width, DType::kFloat32,
-                                                  square);
+          load_square<Operand, storage.value>(rows, element * Operand::kPack, arrays_.token_width, DType::kFloat32,
+                                              square);
+          transpose_square(square);
           unroll<kLanes>([&](auto e) DECO_INLINE_LAMBDA {
             Operand::store_vector(to + (element + e) * kStrip + half * kLanes, square[e]);
           });
@@ -274,7 +272,7 @@ class Upsample {
     });
   }
 
-  // Transposes the weights of one pixel, rounded to the activation dtype.
+  // Packs the weights of one pixel, rounded to the activation dtype.
   void pack_panel(int64_t pixel, Element* panel) const {
     with_dtype(arrays_.weight.dtype, [&](auto storage) {
       for (int d = 0; d < D; d += kLanes) {
@@ -282,15 +280,9 @@ class Upsample {
         for (int i = 0; i < kLanes; ++i) rows[i] = weight_row(pixel * D + d + i);
         for (int64_t element = 0; element < elements_; element += kLanes) {
           Vector square[kLanes];
-          load_transposed<Operand, storage.value>(rows, element * Operand::kPack, arrays_.token_width,
-                                                  arrays_.rows.dtype, square);
-          Element column[kLanes];
-          unroll<kLanes>([&](auto e) DECO_INLINE_LAMBDA {
-            Operand::store_vector(column, square[e]);
-            for (int group = 0; group < kLanes / kGroup; ++group)
-              std::memcpy(panel + ((d / kGroup + group) * elements_ + element + e) * kGroup, column + group * kGroup,
-                          kGroup * sizeof(Element));
-          });
+          load_square<Operand, storage.value>(rows, element * Operand::kPack, arrays_.token_width, arrays_.rows.dtype,
+                                              square);
+          panel_at(panel).put_rows(d, element, square);
         }
       }
     });
@@ -301,7 +293,7 @@ class Upsample {
   int parts_;
   RowWrites cond_writes_;
   Element* tokens_ = nullptr;    // [strips][elements][kStrip]
-  Element* panels_ = nullptr;    // [parts][groups][elements][kGroup]
+  Element* panels_ = nullptr;    // [parts], each a panel of D rows
   int64_t* packed_ = nullptr;    // [parts]: pixel of the part's panel in matching_tile, or -1
   const float* bias_ = nullptr;  // [P][D]
 };

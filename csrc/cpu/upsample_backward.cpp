@@ -4,19 +4,21 @@
 //   dW_up[r] = sum over t of dy[t][r] token[t]        a sum over the tokens
 //   db_up[r] = sum over t of dy[t][r]
 //
-// Both matmuls have Z in the vector lanes and broadcast dy; their second factor is packed in strips of kStrip columns,
-// [elements][kStrip], where an element (matmul.h) is a value, or a pair along the sum. Sums beyond their end are padded
-// with zeros to whole groups of kLanes elements.
+// Both matmuls have Z in the vector lanes (with AMX, the columns of tiles) and broadcast dy; their second factor is
+// packed in strips of kStrip columns, [elements][kStrip], where an element (matmul.h) is a value, or a pair along the
+// sum. Sums beyond their end are padded with zeros to whole groups of kLanes elements.
 //
 // Each takes T R Z multiply-adds. Memory traffic: dW_up is written once (with `adds`, read too), W_up is read once per
 // part of the tokens, on few threads one, in the dtype in which it is stored. Deterministic: every result is one sum in
 // ascending order, independent of the number of threads.
 #include "cpu/kernel_table.h"
+#include "cpu/panel.h"
 #include "cpu/upsample.h"
 
 namespace deco::cpu::DECO_CPU_ISA {
 namespace {
 
+constexpr int kWidth = 32;              // sums are long enough for tiles of any width
 constexpr int kBlock = 128;             // elements of the sum over the outputs that are packed at a time
 constexpr int kPanelRows = 8 * kGroup;  // rows of dW_up whose dy is packed at a time
 constexpr int kPackingGroups = 4;       // groups of tokens whose sums take about as long as packing a strip of weights
@@ -71,6 +73,7 @@ class Backward {
  public:
   using Element = typename Operand::Element;
   using Strip = Element (*)[kStrip];
+  using RowPanel = Panel<Operand, kWidth>;
 
   explicit Backward(const UpsampleBackward& call)
       : call_(call),
@@ -82,7 +85,7 @@ class Backward {
 
   // dtoken, in parts of the strips and of the tokens.
   void token_gradient() {
-    const int64_t groups = divided(call_.tokens, kGroup);
+    const int64_t groups = divided(call_.tokens, kTokens);
     const Division cut = division(groups);
     const int parts = cut.tokens * cut.strips;
     const auto work_of = [&](int part) {
@@ -92,13 +95,13 @@ class Backward {
     Element *rows = nullptr, *strip = nullptr;
     float* sums = nullptr;
     const int64_t most_groups = divided(groups, cut.tokens), most_strips = divided(strips_, cut.strips);
-    const int64_t rows_size = most_groups * kGroup * kBlock, sums_size = most_groups * most_strips * kGroup * kStrip;
+    const int64_t rows_size = most_groups * kTokens * kBlock, sums_size = most_groups * most_strips * kTokens * kStrip;
     with_scratch([&](Arena& arena) {
       rows = arena.take<Element>(parts * rows_size);
       strip = arena.take<Element>(int64_t{parts} * kBlock * kStrip);
       sums = arena.take<float>(parts * sums_size);
     });
-    parallel_for(parts, [&](int part) {
+    parallel_matmuls<Operand, kWidth>(parts, [&](int part) {
       add_tokens(work_of(part), rows + part * rows_size,
                  reinterpret_cast<Strip>(strip + int64_t{part} * kBlock * kStrip), sums + part * sums_size);
     });
@@ -123,8 +126,8 @@ class Backward {
                             strip_at(tokens, s));
     });
     SharedWork work(panels * panel_strips, parts);
-    parallel_for(parts, [&](int part) {
-      Element* panel = panels_of_parts + part * panel_size;
+    parallel_matmuls<Operand, kWidth>(parts, [&](int part) {
+      const RowPanel panel = {panels_of_parts + part * panel_size, elements_};
       int64_t packed = -1;
       work.for_each_share([&](Range share) {
         for (int64_t item = share.begin; item < share.end; ++item) {
@@ -138,6 +141,8 @@ class Backward {
   }
 
  private:
+  static constexpr int kTokens = kUsesTiles<Operand> ? kStrip : kGroup;  // in a group of tokens
+
   struct TokenWork {
     Range groups, strips;
   };
@@ -169,7 +174,7 @@ class Backward {
     return best;
   }
 
-  // rows: [group][kGroup][kBlock]. sums: [strip][group], kept between the blocks.
+  // rows: [group][kTokens][kBlock]. sums: [strip][group], kept between the blocks.
   void add_tokens(const TokenWork& work, Element* rows, Strip strip, float* sums) const {
     constexpr int64_t kValues = kBlock * Operand::kPack;
     for (int64_t first = 0; first < call_.outputs; first += kValues) {
@@ -180,20 +185,28 @@ class Backward {
         pack_strip<Operand>(weight_rows(), first, count, s * kStrip, columns_of(s), call_.rows.dtype,
                             whole_elements(count), strip);
         const Ahead ahead = ahead_of(work, first, count, s);
-        for (int64_t g = work.groups.begin; g < work.groups.end; ++g, of_group += kGroup * kStrip) {
+        for (int64_t g = work.groups.begin; g < work.groups.end; ++g, of_group += kTokens * kStrip) {
           prefetch(ahead, g - work.groups.begin, work.groups.end - work.groups.begin);
-          GroupSums found;
-          unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
-            found[i] = first == 0 ? broadcast(0.0f) : load(of_group + i * kLanes);
-          });
-          const Element* row = rows + (g - work.groups.begin) * kGroup * kBlock;
-          for (int64_t e = 0; e < whole_elements(count); e += kLanes)
-            multiply_add<Operand, kLanes, kBlock, 1, kStrip>(found, row + e, row + kGroup / 2 * kBlock + e, strip + e);
-          unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA { store(of_group + i * kLanes, found[i]); });
+          const Element* row = rows + (g - work.groups.begin) * kTokens * kBlock;
+          add_group(row, strip, whole_elements(count), first > 0, of_group);
         }
       }
     }
     put_tokens(work, sums);
+  }
+
+  // sums [kTokens][kStrip] = [sums +] rows [kTokens][kBlock] x strip, over `elements`.
+  static void add_group(const Element* rows, Strip strip, int64_t elements, bool adds, float* sums) {
+#if DECO_HAVE_AMX
+    if constexpr (kUsesTiles<Operand>)
+      return tile_block<kTilePairs<kWidth>, 2, 2>(elements, {rows, kBlock}, {strip[0], kStrip}, {sums, kStrip}, adds,
+                                                  [] {});
+#endif
+    GroupSums found;
+    unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA { found[i] = adds ? load(sums + i * kLanes) : broadcast(0.0f); });
+    for (int64_t e = 0; e < elements; e += kLanes)
+      multiply_add<Operand, kLanes, kBlock, 1, kStrip>(found, rows + e, rows + kGroup / 2 * kBlock + e, strip + e);
+    unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA { store(sums + i * kLanes, found[i]); });
   }
 
   // Rows of weights that are packed next, at one column.
@@ -223,7 +236,7 @@ class Backward {
   void pack_rows(Range groups, int64_t first, int64_t count, Element* to) const {
     constexpr int64_t kValues = kLanes * Operand::kPack;
     with_dtype(call_.grad_cond.dtype, [&](auto storage) {
-      for (int64_t token = groups.begin * kGroup; token < groups.end * kGroup; ++token, to += kBlock) {
+      for (int64_t token = groups.begin * kTokens; token < groups.end * kTokens; ++token, to += kBlock) {
         const char* row = address(call_.grad_cond, at_most(token, call_.tokens - 1), first);
         for (int64_t value = 0; value < count; value += kValues) {
           alignas(64) char end[kValues * size_of(storage.value)] = {};
@@ -240,7 +253,7 @@ class Backward {
   void put_tokens(const TokenWork& work, const float* sums) const {
     const Array& to = call_.grad_tokens;
     for (int64_t s = work.strips.begin; s < work.strips.end; ++s)
-      for (int64_t row = work.groups.begin * kGroup; row < work.groups.end * kGroup; ++row, sums += kStrip) {
+      for (int64_t row = work.groups.begin * kTokens; row < work.groups.end * kTokens; ++row, sums += kStrip) {
         if (row >= call_.tokens) continue;
         const int64_t first = row * call_.token_width + s * kStrip, columns = columns_of(s);
         if (columns == kStrip) {
@@ -260,39 +273,35 @@ class Backward {
   int64_t panel_rows(int64_t index) const { return at_most(kPanelRows, call_.outputs - index * kPanelRows); }
 
   // dW_up on a strip of panel `index`.
-  void add_strip(int64_t index, int64_t s, const Element* panel, Strip strip) const {
-    for (int64_t row = 0; row < panel_rows(index); row += kGroup) {
-      GroupSums sums;
-      unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA { sums[i] = broadcast(0.0f); });
-      const Element* factor = panel + row * elements_;
-      for (int64_t e = 0; e < elements_; e += kLanes)
-        multiply_add<Operand, kLanes, 1, kGroup, kStrip>(sums, factor + e * kGroup, factor + e * kGroup + kGroup / 2,
-                                                         strip + e);
-      put_weight(index * kPanelRows + row, s, sums);
-    }
+  void add_strip(int64_t index, int64_t s, const RowPanel& panel, Strip strip) const {
+    const auto start = [](GroupSums& sums, int64_t) DECO_INLINE_LAMBDA { clear_sums(sums); };
+    const auto before_step = []() DECO_INLINE_LAMBDA {};
+    panel.multiply(panel_rows(index), strip, start, before_step,
+                   [&](const GroupSums& sums, int64_t row)
+                       DECO_INLINE_LAMBDA { put_weight(index * kPanelRows + row, s, sums); });
   }
 
-  // panel: dy of the rows, [groups][elements][kGroup]. Writes db_up if `sums_bias`.
-  void pack_panel(int64_t index, bool sums_bias, Element* panel) const {
+  // panel: dy of the rows. Writes db_up if `sums_bias`.
+  void pack_panel(int64_t index, bool sums_bias, const RowPanel& panel) const {
     constexpr int kPack = Operand::kPack;
     alignas(64) float totals[kPanelRows] = {};
     alignas(64) const char zeros[kPanelRows * sizeof(float)] = {};
     const int64_t first = index * kPanelRows, rows = panel_rows(index);
     with_dtype(call_.grad_cond.dtype, [&](auto storage) {
-      for (int64_t e = 0; e < elements_; ++e) {
-        const char* row[kPack];
-        unroll<kPack>([&](auto i) DECO_INLINE_LAMBDA {
+      for (int64_t e = 0; e < elements_; e += kLanes) {
+        const char* tokens[kLanes * kPack];
+        unroll<kLanes * kPack>([&](auto i) DECO_INLINE_LAMBDA {
           const int64_t token = e * kPack + i;
-          row[i] = token < call_.tokens ? address(call_.grad_cond, token, first) : zeros;
+          tokens[i] = token < call_.tokens ? address(call_.grad_cond, token, first) : zeros;
         });
         for (int64_t r = 0; r < rows; r += kLanes) {
-          unroll<kPack>([&](auto i) DECO_INLINE_LAMBDA { accumulate(totals + r, load_as<storage.value>(row[i], r)); });
-          Element column[kLanes];
-          Operand::store_vector(column,
-                                interleaved<Operand, storage.value>(row[0], row[kPack - 1], r, DType::kFloat32));
-          for (int group = 0; group < kLanes / kGroup; ++group)
-            std::memcpy(panel + ((r / kGroup + group) * elements_ + e) * kGroup, column + group * kGroup,
-                        kGroup * sizeof(Element));
+          for (const char* token : tokens) accumulate(totals + r, load_as<storage.value>(token, r));
+          typename Operand::Vector square[kLanes];
+          unroll<kLanes>([&](auto i) DECO_INLINE_LAMBDA {
+            const char *low = tokens[i * kPack], *high = tokens[i * kPack + kPack - 1];
+            square[i] = interleaved<Operand, storage.value>(low, high, r, DType::kFloat32);
+          });
+          panel.put_columns(r, e, square);
         }
       }
     });

@@ -13,7 +13,8 @@
 //   sum                             over the lanes, in a fixed order
 //   dot_pairs and VecPair           dot products of bfloat16 pairs, only if DECO_HAVE_BF16_DOT
 //
-// Macros: DECO_LANES = kLanes; DECO_HAVE_BF16_DOT is 1 if the instruction set has dot_pairs, otherwise 0.
+// Macros: DECO_LANES = kLanes; DECO_HAVE_BF16_DOT is 1 if the instruction set has dot_pairs, DECO_HAVE_AMX is 1 if it has
+// tile registers (amx.h), otherwise both are 0 in #if.
 #pragma once
 
 #include <cstdint>
@@ -107,7 +108,7 @@ DECO_INLINE float round_to(DType dtype, float value) {
 
 }  // namespace deco::cpu::DECO_CPU_ISA
 
-#if DECO_CPU_ISA_avx512 || DECO_CPU_ISA_avx512bf16
+#if DECO_CPU_ISA_avx512 || DECO_CPU_ISA_avx512bf16 || DECO_CPU_ISA_amx
 #include "cpu/vec_avx512.h"
 #elif DECO_CPU_ISA_avx2
 #include "cpu/vec_avx2.h"

@@ -4,7 +4,8 @@
 #include <immintrin.h>
 
 #define DECO_LANES 16
-#define DECO_HAVE_BF16_DOT DECO_CPU_ISA_avx512bf16
+#define DECO_HAVE_BF16_DOT (DECO_CPU_ISA_avx512bf16 || DECO_CPU_ISA_amx)
+#define DECO_HAVE_AMX DECO_CPU_ISA_amx
 
 namespace deco::cpu::DECO_CPU_ISA {
 

@@ -93,7 +93,7 @@ def test_conditions_of_the_kernel(implementation, dtype, sizes, poisoned_memory)
 @pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason=str(native.cpu_unavailable_reason()))
 @pytest.mark.parametrize("sizes", [*SIZES, (37, 272, 64), (37, 512, 33), (37, 512, 96)])
 def test_what_lies_between_rows_does_not_matter(sizes):
-    """With the matmul that the processor selects: PyTorch's on AMX multiplies what lies behind odd rows by zero."""
+    """With the matmul that is selected here: PyTorch's on AMX multiplies what lies behind odd rows by zero."""
     tokens, up, grad = random_upsample(BF16, sizes)
     upsample = kernels.UpsampleGradients(padded(tokens), up, needs=(True,) * 3)
     assert upsample.cond(slice(0, len(tokens))).isfinite().all()

@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from deco_kernels import native, ops, testing
+from tests.conftest import instruction_set
 from tests.ops.cases import BACKENDS, BF16, F32, IMPLEMENTATIONS, KEEPS_COND, small_inputs, with_choice
 
 each_op = pytest.mark.parametrize("op", KEEPS_COND)
@@ -157,7 +158,7 @@ def upsample():
 @needs_native
 @each_op
 def test_pytorch_and_the_kernel_upsample_alike(op, upsample, poisoned_memory):
-    """Processors with AMX take PyTorch's matmul; here it is forced."""
+    """Each is chosen by name."""
     inputs = testing.random_inputs(op, dtype=BF16, patch_size=8, depth=1, query="tokens", head_norm="rms")
     exact, eager = testing.exact_results(inputs), testing.eager_results(inputs)
     found = {}
@@ -213,13 +214,17 @@ def test_the_environment_chooses_the_matmul(value, reason, upsample, monkeypatch
 @needs_native
 def test_the_processor_chooses_the_matmul(upsample):
     upsample("auto")
-    assert native.upsamples_in_pytorch(BF16, 1152, 8192) == native.cpu().has_amx_bf16()
+    for isa in native.cpu().usable_isas():
+        with instruction_set(isa):
+            only_pytorch_has_amx = native.cpu().has_amx_bf16() and isa != "amx"
+            assert native.upsamples_in_pytorch(BF16, 1152, 8192) == only_pytorch_has_amx
     assert "amx_bf16" in open("/proc/cpuinfo").read() or not native.cpu().has_amx_bf16()
 
 
 def test_sizes_choose_the_matmul_on_amx(upsample, monkeypatch):
     """PyTorch's matmul only for multiples of 32, unless it is chosen by name."""
-    monkeypatch.setattr(native, "cpu", lambda: types.SimpleNamespace(has_amx_bf16=lambda: True))
+    module = types.SimpleNamespace(has_amx_bf16=lambda: True, current_isa=lambda: "avx512bf16")
+    monkeypatch.setattr(native, "cpu", lambda: module)
     upsample("auto")
     assert native.upsamples_in_pytorch(BF16, 1152, 8192) and not native.upsamples_in_pytorch(torch.float32, 1152, 8192)
     assert not native.upsamples_in_pytorch(BF16, 1152, 48) and not native.upsamples_in_pytorch(BF16, 33, 8192)

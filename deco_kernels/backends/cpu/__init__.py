@@ -1,7 +1,7 @@
 """Backend "cpu": C++ kernels (csrc/cpu) through the native module, for CPU tensors.
 
-The kernels read float32, bfloat16 and float16 and compute in float32. With AVX512-BF16 and bfloat16 activations,
-matmuls take bfloat16 inputs and accumulate in float32.
+The kernels read float32, bfloat16 and float16 and compute in float32. With AMX or AVX512-BF16 and bfloat16
+activations, matmuls take bfloat16 inputs and accumulate in float32.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import torch
 from deco_kernels import native
 from deco_kernels.backends.support import Support
 
-SUPPORT = Support("CPU tensors; portable C++, AVX2, AVX-512, AVX-512-BF16, NEON, NEON with bfloat16 chosen at run time")
+SUPPORT = Support(
+    "CPU tensors; portable C++, AVX2, AVX-512, AVX-512-BF16, AMX, NEON, NEON with bfloat16 chosen at run time"
+)
 unsupported_reason = SUPPORT.refusal
 
 
