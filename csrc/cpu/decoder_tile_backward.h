@@ -62,25 +62,26 @@ void residual_backward(const SavedBlockTile<Operand, D, T>& saved, int pixels, B
 template <class Operand, int D, int T>
 void hidden_backward(const TransposedBlockWeights<Operand>& w, const SavedBlockTile<Operand, D, T>& saved, int pixels,
                      BlockBackwardTile<Operand, D, T>& tile, BlockGradients<D>& gradients) {
-  for (int pixel = 0; pixel < pixels; pixel += kStrip) {
-    const auto grad_hidden = transposed_product<Operand, D, D, T>(w.fc2, strip_of(tile.grad_update.by_channel, pixel));
-    for (int first = 0; first < D; first += kGroup) {
-      GroupSums sums;
-      clear_sums(sums);
-      grad_hidden.add_to(sums, first, first + kGroup / 2);
-      unroll<kGroup / 2>([&](auto pair) DECO_INLINE_LAMBDA {
-        const int d = first + 2 * pair;
-        VecF grad_z[2][2];
-        unroll<4>([&](auto j) DECO_INLINE_LAMBDA {
-          constexpr int i = j / 2, v = j % 2;
-          grad_z[i][v] = sums[4 * pair + j] * load(&saved.hidden_derivative[d + i][pixel + v * kLanes]);
+  const auto grad_hidden_at = [&](int pixel) DECO_INLINE_LAMBDA {
+    return transposed_product<Operand, D, D, T>(w.fc2, strip_of(tile.grad_update.by_channel, pixel));
+  };
+  for_each_group<Operand, D>(
+      pixels, grad_hidden_at, [&](const auto& grad_hidden, int first, int pixel) DECO_INLINE_LAMBDA {
+        GroupSums sums;
+        clear_sums(sums);
+        grad_hidden.add_to(sums, first, first + kGroup / 2);
+        unroll<kGroup / 2>([&](auto pair) DECO_INLINE_LAMBDA {
+          const int d = first + 2 * pair;
+          VecF grad_z[2][2];
+          unroll<4>([&](auto j) DECO_INLINE_LAMBDA {
+            constexpr int i = j / 2, v = j % 2;
+            grad_z[i][v] = sums[4 * pair + j] * load(&saved.hidden_derivative[d + i][pixel + v * kLanes]);
+          });
+          tile.grad_z.put_strip(d, pixel, grad_z[0], grad_z[1]);
+          unroll<2>([&](auto i)
+                        DECO_INLINE_LAMBDA { accumulate(gradients.fc1_bias[d + i], grad_z[i][0] + grad_z[i][1]); });
         });
-        tile.grad_z.put_strip(d, pixel, grad_z[0], grad_z[1]);
-        unroll<2>([&](auto i)
-                      DECO_INLINE_LAMBDA { accumulate(gradients.fc1_bias[d + i], grad_z[i][0] + grad_z[i][1]); });
       });
-    }
-  }
 }
 
 // Gradients of shift, scale, normalized and their biases from dm of channels `first` and first + 1, on the strip at
@@ -116,19 +117,19 @@ template <class Operand, int D, int T>
 void modulate_backward(const BlockWeights<Operand>& w, const TransposedBlockWeights<Operand>& transposed,
                        const SavedBlockTile<Operand, D, T>& saved, int pixels, BlockBackwardTile<Operand, D, T>& tile,
                        BlockGradients<D>& gradients) {
-  for (int pixel = 0; pixel < pixels; pixel += kStrip) {
-    const auto grad_modulated =
-        transposed_product<Operand, D, D, T>(transposed.fc1, strip_of(tile.grad_z.by_channel, pixel));
-    for (int first = 0; first < D; first += kGroup) {
-      GroupSums sums;
-      clear_sums(sums);
-      grad_modulated.add_to(sums, first, first + kGroup / 2);
-      unroll<kGroup / 2>([&](auto pair) DECO_INLINE_LAMBDA {
-        const VecF grad_m[2][2] = {{sums[4 * pair], sums[4 * pair + 1]}, {sums[4 * pair + 2], sums[4 * pair + 3]}};
-        modulate_backward_strip(w, saved, first + 2 * pair, pixel, grad_m, tile, gradients);
+  const auto grad_modulated_at = [&](int pixel) DECO_INLINE_LAMBDA {
+    return transposed_product<Operand, D, D, T>(transposed.fc1, strip_of(tile.grad_z.by_channel, pixel));
+  };
+  for_each_group<Operand, D>(
+      pixels, grad_modulated_at, [&](const auto& grad_modulated, int first, int pixel) DECO_INLINE_LAMBDA {
+        GroupSums sums;
+        clear_sums(sums);
+        grad_modulated.add_to(sums, first, first + kGroup / 2);
+        unroll<kGroup / 2>([&](auto pair) DECO_INLINE_LAMBDA {
+          const VecF grad_m[2][2] = {{sums[4 * pair], sums[4 * pair + 1]}, {sums[4 * pair + 2], sums[4 * pair + 3]}};
+          modulate_backward_strip(w, saved, first + 2 * pair, pixel, grad_m, tile, gradients);
+        });
       });
-    }
-  }
 }
 
 // grad_h = [grad_h +] rstd (dx - mean(dx) - x mean(x dx)), the means over the channels; RMSNorm (kCenter false) has no
@@ -157,20 +158,20 @@ void norm_backward(const float (*grad_normalized)[T], const float (*normalized)[
 
 template <class Operand, int D, int T>
 void modulation_backward(const TransposedBlockWeights<Operand>& w, int pixels, BlockBackwardTile<Operand, D, T>& tile) {
-  for (int pixel = 0; pixel < pixels; pixel += kStrip) {
-    const auto from_modulation =
-        transposed_product<Operand, D, 3 * D, T>(w.mod, strip_of(tile.grad_modulation.by_channel, pixel));
-    for (int first = 0; first < D; first += kGroup) {
-      GroupSums sums;
-      unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
-        sums[i] = load(&tile.grad_silu_cond[first + i / 2][pixel + i % 2 * kLanes]);
-      });
-      from_modulation.add_to(sums, first, first + kGroup / 2);
-      unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
-        store(&tile.grad_silu_cond[first + i / 2][pixel + i % 2 * kLanes], sums[i]);
-      });
-    }
-  }
+  const auto from_modulation_at = [&](int pixel) DECO_INLINE_LAMBDA {
+    return transposed_product<Operand, D, 3 * D, T>(w.mod, strip_of(tile.grad_modulation.by_channel, pixel));
+  };
+  for_each_group<Operand, D>(pixels, from_modulation_at,
+                             [&](const auto& from_modulation, int first, int pixel) DECO_INLINE_LAMBDA {
+                               GroupSums sums;
+                               unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+                                 sums[i] = load(&tile.grad_silu_cond[first + i / 2][pixel + i % 2 * kLanes]);
+                               });
+                               from_modulation.add_to(sums, first, first + kGroup / 2);
+                               unroll<2 * kGroup>([&](auto i) DECO_INLINE_LAMBDA {
+                                 store(&tile.grad_silu_cond[first + i / 2][pixel + i % 2 * kLanes], sums[i]);
+                               });
+                             });
 }
 
 // Gradients of a decoder block to compute besides grad_h.

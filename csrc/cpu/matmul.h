@@ -194,6 +194,22 @@ DECO_INLINE void linear(GroupSums& sums, const AnyProduct& product, const float*
   product.add_to(sums, first, first + kGroup / 2);
 }
 
+// Calls body(product, first, pixel) for every kGroup of D outputs, from `first` on, on every strip of the pixels;
+// product_at(pixel) is the product on a strip. Each product is made once if that computes it; otherwise a group's
+// weights serve one strip after the other.
+template <class Operand, int D, class ProductAt, class Body>
+DECO_INLINE void for_each_group(int pixels, ProductAt&& product_at, Body&& body) {
+  if constexpr (kUsesTiles<Operand>) {
+    for (int pixel = 0; pixel < pixels; pixel += kStrip) {
+      const auto product = product_at(pixel);
+      for (int first = 0; first < D; first += kGroup) body(product, first, pixel);
+    }
+  } else {
+    for (int first = 0; first < D; first += kGroup)
+      for (int pixel = 0; pixel < pixels; pixel += kStrip) body(product_at(pixel), first, pixel);
+  }
+}
+
 // State of a thread that computes matmuls: configured tile registers, or nothing.
 template <class Operand, int D>
 struct MatmulUnit {};

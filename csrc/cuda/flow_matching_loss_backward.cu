@@ -122,7 +122,7 @@ DECO_DEVICE LanePixels gradient(const LanePixels& d, const FrequencyForms& forms
 
 template <class Images, bool Sums>
 DECO_KERNEL(kLossThreads, 1, gradient_kernel, const GradientParams<Images> p) {
-  if (p.kept && p.gradients.only_one()) return;
+  if (p.kept && p.gradients.incoming_is_one()) return;
   const FrequencyForms forms(shared_memory());
   const uint32_t stride = block_count() * kLossWarps;
   uint32_t group = block() * kLossWarps + warp();

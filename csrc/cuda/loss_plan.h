@@ -115,8 +115,8 @@ struct LossGradients {
     return {2.0f * of_sums.pixel, 2.0f * of_sums.frequency};
   }
 
-  // Whether the only gradient that is not null is 1.
-  DECO_DEVICE bool only_one() const { return load(total != nullptr ? total : frequency) == 1.0f; }
+  // Whether the only gradient that is not null, of total or frequency, is 1.
+  DECO_DEVICE bool incoming_is_one() const { return load(total != nullptr ? total : frequency) == 1.0f; }
 
   template <class V>
   void visit(V& buffers) const {
@@ -140,7 +140,7 @@ Status write_losses(const Call& call, const LossPlan& batch_plan, const LossScal
                     uint32_t groups_per_image);
 
 // Images that ImagePair can read: writes the gradients that are not null, in the images' dtypes, and the sums of
-// sum_groups unless null. grad_pred may be pred. `kept`: writes nothing if gradients.only_one().
+// sum_groups unless null. grad_pred may be pred. `kept`: writes nothing if gradients.incoming_is_one().
 Status write_gradients(const Call& call, const LossPlan& plan, const LossGradients& gradients, const Image& grad_pred,
                        const Image& grad_target, Float2* sums, bool kept = false);
 // Writes the gradients of the images from the gradient of the padded difference and that of the pixel loss.

@@ -78,15 +78,13 @@ class Composition:
     ) -> tuple[Losses, Gradients]:
         """The losses, and the gradients of scale·total by velocity and the loss's other tensors, in one pass if only
         that of the velocity is needed."""
-        arguments = (velocity, *loss_weights(inputs), frequency_scale)
-        alone = scale == 1 and list(needs) == [True, False, False, False]
-        losses, gradient = (
-            self.loss.forward_with_gradient(*arguments) if alone else (self.loss.forward(*arguments), None)
-        )
-        if gradient is not None:
+        tensors = (velocity, *loss_weights(inputs))
+        if scale == 1 and list(needs) == [True, False, False, False] and self.loss.keeps_gradient(*tensors):
+            losses, gradient = self.loss.forward_with_gradient(*tensors, frequency_scale)
             return losses, (gradient, None, None, None)
+        losses = self.loss.forward(*tensors, frequency_scale)
         one = losses[0].new_full((), scale)
-        return losses, self.loss.backward(one, None, None, *arguments, needs)
+        return losses, self.loss.backward(one, None, None, *tensors, frequency_scale, needs)
 
 
 def loss_weights(inputs: PixelDecoderLoss) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

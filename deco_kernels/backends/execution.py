@@ -7,16 +7,21 @@ from typing import Any
 import torch
 
 # PyTorch has no public function for this.
-_is_wrapped: Any = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
+_transforms_are_active: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_executed(tensor: torch.Tensor) -> bool:
-    """Whether operations on the tensor run at once: nothing is compiled or traced, and it is no subclass or wrapper.
+    """Whether operations on the tensor run at once, on its own data: nothing is compiled, traced by torch.jit or inside
+    a functional transform, and it is no subclass but a parameter, and no wrapper.
 
-    Always False if this PyTorch does not tell wrappers of functional transforms from tensors.
+    Always False if this PyTorch does not tell whether a functional transform is active.
     """
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if type(tensor) is not torch.Tensor or tracing or _is_wrapped is None or _is_wrapped(tensor):
+    if type(tensor) not in _PLAIN or torch.compiler.is_compiling():
+        return False
+    if torch.jit.is_tracing() or _transforms_are_active is None:  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    if _transforms_are_active():
         return False
     try:
         tensor.data_ptr()

@@ -2,10 +2,10 @@
 
 A training step differentiates the first output of a loss, a scalar, with respect to its first tensor, nearly always
 with an incoming gradient of 1. If only that tensor needs a gradient, the forward computes it in the same pass over the
-images, and the backward leaves it as it is if the incoming gradient is 1, and computes it otherwise. Its bits are those
-of a backward that reads the images again. Two more operators serve this:
+images, and the backward leaves it as it is if the incoming gradient is 1, and computes it otherwise. float16 needs a
+loss scale, so its gradient is not kept. Two more operators serve this:
 
-    name_with_gradient   the outputs, and the gradient for an incoming gradient of 1; empty if the backend keeps none
+    name_with_gradient   the outputs, and the gradient for an incoming gradient of 1
     name_kept_backward   changes that gradient, in place, into the gradient for the incoming one
 
 The first backward hands the gradient on, so that a second one (retain_graph=True) computes its own. torch.compile and
@@ -48,36 +48,55 @@ def define_loss_op(
     """Register the operators of a loss; returns one function of (tensors, options, backend).
 
     The arguments are those of `registry.define_op`, and so are the functions `forward` and `backward` of the backend
-    module, whose names begin with `prefix`. The module may also have
+    module. The module may also have
 
-        forward_with_gradient(tensors, options) -> (outputs, the gradient of the first tensor, or None)
+        keeps_gradient(tensors) -> whether one pass serves them
+        forward_with_gradient(tensors, options) -> (outputs, gradient of the first tensor)
         kept_backward(gradient, incoming gradient, tensors, options) -> None
 
-    Without them, and where the first returns None, the backward computes the gradient.
+    The names of all but `keeps_gradient` begin with `prefix`.
     """
     count = len(OPS[name].arguments)
     schema = schema_of_arguments(name, options)
-    forward_name, backward_name = f"{prefix}forward", f"{prefix}backward"
-    in_two_passes = define_op(name, options, outputs, request, fake, (forward_name, backward_name), scalars=True)
+    functions = (f"{prefix}forward", f"{prefix}backward")
+    in_one_pass, of_kept = f"{prefix}forward_with_gradient", f"{prefix}kept_backward"
+    in_two_passes = define_op(name, options, outputs, request, fake, functions, scalars=True)
     backward_op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
 
-    def with_gradient(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    def keeps(*arguments: Any) -> bool:
+        """Whether the backend that serves the call keeps the gradient."""
         *inputs, backend = arguments
-        served = request(*inputs), inputs[0].device, backend
-        in_one_pass = f"{forward_name}_with_gradient"
-        if hasattr(serving_module(backend, *served[:2]), in_one_pass):
-            results, gradient = serve(in_one_pass, *served, *inputs)
-        else:
-            results, gradient = serve(forward_name, *served, *inputs), None
-        return (*outputs_of(results), *without_none(inputs[0], [gradient]))
+        module = serving_module(backend, request(*inputs), inputs[0].device)
+        complete = all(hasattr(module, function) for function in ("keeps_gradient", in_one_pass, of_kept))
+        return complete and bool(module.keeps_gradient(*inputs[:count]))
+
+    def check_keeps(operator: str, arguments: Sequence[Any]) -> None:
+        if not keeps(*arguments):
+            raise RuntimeError(
+                f"{name}_{operator}: the backend computes this gradient in a second pass; "
+                f"call {name} and {name}_backward"
+            )
+
+    def with_gradient(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        check_keeps("with_gradient", arguments)
+        *inputs, backend = arguments
+        results, gradient = serve(in_one_pass, request(*inputs), inputs[0].device, backend, *inputs)
+        return (*outputs_of(results), gradient)
 
     def fake_with_gradient(*arguments: Any) -> tuple[torch.Tensor, ...]:
         return (*outputs_of(fake(*arguments[:-1])), *without_none(arguments[0], empty_gradients(arguments[:1], [True])))
 
     def kept_backward(gradient: torch.Tensor, incoming: torch.Tensor, *arguments: Any) -> None:
+        check_keeps("kept_backward", arguments)
         *inputs, backend = arguments
-        device = inputs[0].device
-        serve(f"{prefix}kept_backward", request(*inputs), device, backend, gradient, incoming, *inputs)
+        first = inputs[0]
+        if gradient.shape != first.shape or gradient.dtype != first.dtype or not gradient.is_contiguous():
+            raise ValueError(
+                f"{name}_kept_backward: gradient: expected the result of {name}_with_gradient, contiguous "
+                f"{list(first.shape)} in {first.dtype}, got {list(gradient.shape)} in {gradient.dtype} with strides "
+                f"{list(gradient.stride())}; pass that result"
+            )
+        serve(of_kept, request(*inputs), first.device, backend, gradient, incoming, *inputs)
 
     def fake_kept_backward(*arguments: Any) -> None:
         pass
@@ -86,6 +105,7 @@ def define_loss_op(
         name,
         in_two_passes,
         backward_op,
+        keeps,
         register(
             f"{name}_with_gradient",
             f"({schema}) -> {schema_of_results(len(outputs) + 1)}",
@@ -106,6 +126,7 @@ def _differentiable(
     name: str,
     in_two_passes: Operation,
     backward_op: Operation,
+    keeps: Callable[..., bool],
     with_gradient_op: Operation,
     kept_backward_op: Operation,
     count: int,
@@ -123,7 +144,7 @@ def _differentiable(
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*arguments[:count])
             ctx.scalars = arguments[count:]
-            ctx.gradient = gradient if gradient.shape == arguments[0].shape else None
+            ctx.gradient = gradient
             return tuple(results) if len(results) > 1 else results[0]
 
         @staticmethod
@@ -146,15 +167,16 @@ def _differentiable(
         def jvp(ctx: Any, *tangents: torch.Tensor) -> None:
             refuse_forward_mode(name)
 
-    def keeps_gradient(tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    def is_step(tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
         """Whether the first tensor alone needs a gradient, and no transform hides which ones do."""
-        if not torch.is_grad_enabled() or not tensor.requires_grad:
+        if not torch.is_grad_enabled() or not tensor.requires_grad or tensor.dtype is torch.float16:
             return False
         given = [other for other in others if other is not None]
         return all(map(is_executed, (tensor, *given))) and not any(other.requires_grad for other in given)
 
     def apply(*arguments: Any) -> Any:
         function: Any = Forward
-        return function.apply(*arguments) if keeps_gradient(*arguments[:count]) else in_two_passes(*arguments)
+        one_pass = is_step(*arguments[:count]) and keeps(*arguments)
+        return function.apply(*arguments) if one_pass else in_two_passes(*arguments)
 
     return apply

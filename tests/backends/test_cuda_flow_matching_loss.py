@@ -278,7 +278,7 @@ def test_a_second_backward_has_its_own_gradient_on_cuda(emulated, op, size, fact
     pred = tensors["pred"].detach().requires_grad_()
     first, _ = kept.first_loss(op, tensors | {"pred": pred}, BACKEND)
     keeps = size[1] % 8 == 0
-    assert (first.grad_fn.gradient is not None) == keeps
+    assert hasattr(first.grad_fn, "gradient") == keeps
     if keeps:
         first.grad_fn.gradient[0, 0, 0, 0] = 7
     gradients = [torch.autograd.grad(first * factor, pred, retain_graph=True)[0] for _ in range(2)]

@@ -318,7 +318,7 @@ def test_losses_and_gradient_in_one_pass(op, dtype, size):
         pred = tensors["pred"].detach().requires_grad_()
         first, found_losses = kept.first_loss(op, tensors | {"pred": pred}, "triton")
         keeps = size[1] % 8 == 0
-        assert (first.grad_fn.gradient is not None) == keeps
+        assert hasattr(first.grad_fn, "gradient") == keeps
         if keeps:
             first.grad_fn.gradient[0, 0, 0, 0] = marked = 7.0
         gradients = [torch.autograd.grad(first * factor, pred, retain_graph=True)[0] for _ in range(2)]

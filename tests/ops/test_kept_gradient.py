@@ -10,11 +10,14 @@ from torch.utils.checkpoint import checkpoint
 
 from deco_kernels import ops, testing
 from deco_kernels.backends import execution
+from deco_kernels.backends.cpu import flow_matching_loss
 from deco_kernels.ops import registry
 from tests.ops.cases import BF16, F16, F32, IMPLEMENTATIONS
 
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 each_loss = pytest.mark.parametrize("loss", ["flow_matching_loss", "frequency_loss"])
+ONE_PASS = ["forward_with_gradient", "kept_backward"]
+TWO_PASSES = ["forward", "backward"]
 FACTORS = (1.0, 0.25, 2.0**16, 0.3, -1.0, 0.0)
 WHOLE, PADDED = (2, 24, 32), (2, 21, 30)
 
@@ -73,11 +76,15 @@ def test_the_gradient_is_that_of_two_passes(implementation, loss, dtype, size, w
 
 
 @each_loss
-def test_one_pass_serves_a_training_step(loss, served):
+@pytest.mark.parametrize("make", [torch.Tensor.requires_grad_, torch.nn.Parameter])
+def test_one_pass_serves_a_training_step(loss, make, served):
     prefix = "" if loss == "flow_matching_loss" else "frequency_loss_"
-    tensors = loss_tensors()
-    first_loss(loss, {**tensors, "pred": tensors["pred"].requires_grad_()}, "cpu")[0].backward()
-    assert served == [f"{prefix}forward_with_gradient", f"{prefix}kept_backward"]
+    for dtype, names in ((F32, ONE_PASS), (BF16, ONE_PASS), (F16, TWO_PASSES)):
+        tensors = loss_tensors(dtype=dtype)
+        tensors["frequency_weight"] = torch.nn.Parameter(tensors["frequency_weight"], requires_grad=False)
+        first_loss(loss, {**tensors, "pred": make(tensors["pred"])}, "cpu")[0].backward()
+        assert served == [prefix + name for name in names]
+        served.clear()
 
 
 @each_loss
@@ -87,12 +94,12 @@ def test_other_gradients_take_two_passes(loss, needed, served):
     for name in ("pred", needed):
         tensors[name].requires_grad_()
     first_loss(loss, tensors, "cpu")[0].backward()
-    assert [name.removeprefix("frequency_loss_") for name in served] == ["forward", "backward"]
+    assert [name.removeprefix("frequency_loss_") for name in served] == TWO_PASSES
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
 @each_implementation
-def test_every_combination_of_losses(implementation, used):
+def test_every_combination_of_losses(implementation, used, served):
     """Only the first one alone uses the kept gradient."""
     tensors = loss_tensors()
     leaves = [tensors["pred"].detach().requires_grad_() for _ in range(2)]
@@ -103,6 +110,7 @@ def test_every_combination_of_losses(implementation, used):
         sum(losses[index] for index in used).backward()
         found.append(pred.grad)
     assert found[0].any() and torch.equal(*found)
+    assert ("kept_backward" in served) == (used == (0,) and "forward_with_gradient" in served)
 
 
 @each_implementation
@@ -203,11 +211,34 @@ def test_functional_transforms_take_two_passes(served):
         assert torch.equal(found, in_two_passes("flow_matching_loss", tensors, 1.0, "cpu")[1])
 
 
-def test_a_pytorch_that_does_not_tell_wrappers_takes_two_passes(served, monkeypatch):
-    monkeypatch.setattr(execution, "_is_wrapped", None)
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jacrev", "vjp", "jvp"])
+def test_a_pred_that_a_transform_does_not_wrap(transform, served):
+    """Though it needs a gradient of its own."""
+    tensors = loss_tensors()
+    pred = tensors["pred"].requires_grad_()
+    expected = first_loss("flow_matching_loss", tensors, "cpu")[0].detach()
+    served.clear()
+
+    def scaled(factor):
+        return factor * first_loss("flow_matching_loss", tensors, "cpu")[0]
+
+    two = torch.tensor(2.0)
+    apply = {
+        "grad": lambda: torch.func.grad(scaled)(two),
+        "jacrev": lambda: torch.func.jacrev(scaled)(two),
+        "vmap": lambda: torch.func.vmap(scaled)(torch.ones(3))[1],
+        "vjp": lambda: torch.func.vjp(scaled, two)[1](torch.ones(()))[0],
+        "jvp": lambda: torch.func.jvp(scaled, (two,), (torch.ones(()),))[1],
+    }
+    assert torch.equal(apply[transform]().detach(), expected)
+    assert set(served) == {"forward"} and pred.grad is None
+
+
+def test_a_pytorch_that_does_not_tell_transforms_takes_two_passes(served, monkeypatch):
+    monkeypatch.setattr(execution, "_transforms_are_active", None)
     tensors = loss_tensors()
     first_loss("flow_matching_loss", {**tensors, "pred": tensors["pred"].requires_grad_()}, "cpu")[0].backward()
-    assert served == ["forward", "backward"]
+    assert served == TWO_PASSES
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -230,7 +261,7 @@ def test_the_kept_gradient_goes_with_the_graph():
     try:
         for run in (True, False):
             loss = first_loss("flow_matching_loss", {**tensors, "pred": pred}, "cpu")[0]
-            gradient = weakref.ref(loss.grad_fn.gradient)
+            gradient = weakref.ref(loss.grad_fn.gradient)  # which is saved nowhere else
             assert gradient() is not None
             if run:
                 torch.autograd.grad(loss, pred)
@@ -271,29 +302,46 @@ def test_an_empty_batch_has_an_empty_gradient(implementation):
 @each_loss
 def test_opcheck_of_the_operators_of_one_pass(loss):
     """Schemas, fake tensors and what is changed in place."""
-    tensors = loss_tensors()
-    options = (1.0,) if loss == "flow_matching_loss" else ()
-    arguments = (*tensors.values(), *options, "cpu")
+    arguments = operator_arguments(loss, "cpu")
     library = torch.ops.deco_kernels
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(library, f"{loss}_with_gradient").default, arguments, test_utils=tests)
     for factor in (1.0, 0.3):
-        gradient = torch.randn_like(tensors["pred"])
-        kept = (gradient, torch.tensor(factor), *arguments)
+        kept = (torch.randn_like(arguments[0]), torch.tensor(factor), *arguments)
         torch.library.opcheck(getattr(library, f"{loss}_kept_backward").default, kept, test_utils=tests)
 
 
-def test_a_backend_with_forward_and_backward_only(served, monkeypatch):
-    """Such as one that a user registers."""
-    from deco_kernels.backends.cpu import flow_matching_loss
+def operator_arguments(loss, backend):
+    options = (1.0,) if loss == "flow_matching_loss" else ()
+    return (*loss_tensors().values(), *options, backend)
 
+
+@each_loss
+def test_the_operators_of_one_pass_refuse_what_they_cannot_do(loss):
+    library, one = torch.ops.deco_kernels, torch.ones(())
+    with_gradient, kept_backward = (getattr(library, f"{loss}_{end}") for end in ("with_gradient", "kept_backward"))
+    arguments = operator_arguments(loss, "reference")
+    with pytest.raises(RuntimeError, match=f"{loss}_with_gradient: the backend computes .* in a second pass; call"):
+        with_gradient(*arguments)
+    with pytest.raises(RuntimeError, match=f"{loss}_kept_backward: the backend"):
+        kept_backward(torch.empty_like(arguments[0]), one, *arguments)
+    arguments = operator_arguments(loss, "cpu")
+    pred = arguments[0]
+    for wrong in (pred[..., 1:].clone(), pred.double(), pred.mT.contiguous().mT):
+        with pytest.raises(ValueError, match=f"{loss}_kept_backward: gradient: expected the result of"):
+            kept_backward(wrong, one, *arguments)
+
+
+@pytest.mark.parametrize("missing", ["forward_with_gradient", "kept_backward", "keeps_gradient"])
+def test_a_backend_without_functions_of_one_pass(missing, served, monkeypatch):
+    """Such as one that a user registers."""
     tensors = loss_tensors()
     expected = in_two_passes("flow_matching_loss", tensors, 1.0, "cpu")[1]
-    monkeypatch.delattr(flow_matching_loss, "forward_with_gradient")
+    monkeypatch.delattr(flow_matching_loss, missing)
     served.clear()
     pred = tensors["pred"].requires_grad_()
     first_loss("flow_matching_loss", tensors, "cpu")[0].backward()
-    assert served == ["forward", "backward"] and torch.equal(pred.grad, expected)
+    assert served == TWO_PASSES and torch.equal(pred.grad, expected)
 
 
 @each_implementation

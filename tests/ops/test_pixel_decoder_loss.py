@@ -1,5 +1,6 @@
 """Tests specific to the ops of decoder and loss: agreement with two ops, repeated backwards, loss scales, log line."""
 
+import functools
 import logging
 import re
 
@@ -8,6 +9,7 @@ import torch
 
 from deco_kernels import native, ops, testing
 from deco_kernels.backends import composition
+from deco_kernels.backends.cpu import flow_matching_loss
 from deco_kernels.ops.one_pass import scaled
 from deco_kernels.signatures import OPS
 from tests.operators import OperatorNames
@@ -17,6 +19,7 @@ each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS,
 each_backend = pytest.mark.parametrize("implementation", BACKENDS, indirect=True)
 needs_module = pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason="needs the native CPU module")
 OP, FROM_TOKENS = "pixel_decoder_loss", "pixel_decoder_loss_from_tokens"
+WEIGHTS = ("pixel_weight", "mod_weight", "fc2_bias", "head_bias")
 
 
 def block_inputs(dtype=F32, patch_size=8, op=OP, **changes):
@@ -270,6 +273,30 @@ def test_a_gradient_that_a_transform_hides():
     (mapped,) = torch.autograd.grad(torch.vmap(total)(factors).sum(), cond)
     expected = sum(torch.autograd.grad(total(factor), cond)[0] for factor in factors)
     assert testing.relative_error(mapped, expected) <= 1e-6
+
+
+@needs_module
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_composition_of_a_training_step_takes_the_loss_in_one_pass(dtype, monkeypatch):
+    """Only weights of the decoder need gradients. With one of target too, the loss takes two passes."""
+    inputs, calls = block_inputs(dtype, patch_size=4), []
+    for name in ("forward", "forward_with_gradient", "backward"):
+        function = getattr(flow_matching_loss, name)
+        recorded = functools.partial(
+            lambda name, function, *given: calls.append(name) or function(*given), name, function
+        )
+        monkeypatch.setattr(flow_matching_loss, name, recorded)
+    found = []
+    for trained, expected in ((WEIGHTS, ["forward_with_gradient"]), ((*WEIGHTS, "target"), ["forward", "backward"])):
+        calls.clear()
+        leaves = {n: None if t is None else t.detach().requires_grad_(n in trained) for n, t in inputs.tensors.items()}
+        losses = one_op(leaves, inputs.options, "cpu")
+        (0.3 * losses[0]).backward()
+        found.append(([loss.detach() for loss in losses], [leaves[name].grad for name in WEIGHTS]))
+        assert calls == expected
+    (losses, gradients), (other_losses, other_gradients) = found
+    assert all(map(torch.equal, losses, other_losses)) and all(map(torch.equal, gradients, other_gradients))
+    assert all(gradient.any() for gradient in gradients)
 
 
 @needs_module

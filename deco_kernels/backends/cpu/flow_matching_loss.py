@@ -13,6 +13,9 @@ from deco_kernels.backends import arguments
 from deco_kernels.backends.arguments import Losses
 from deco_kernels.signatures import Loss
 
+_LEAST_PART = 2.0**-24
+"""Powers of two from here to 1 multiply a kept gradient."""
+
 
 def forward(
     pred: torch.Tensor,
@@ -25,6 +28,11 @@ def forward(
     losses = _empty_losses()
     _losses(Loss(pred, target, frequency_weight, sample_weight), frequency_scale, losses)
     return losses
+
+
+def keeps_gradient(*_: Any) -> bool:
+    """Whether one pass gives the losses and the gradient of pred: for all tensors."""
+    return True
 
 
 def forward_with_gradient(
@@ -154,7 +162,8 @@ def _complete(gradient: torch.Tensor, factor: float, grad_losses: tuple[float, f
     """
     if factor == 1:
         return
-    if math.frexp(factor)[0] == 0.5 and gradient.dtype is not torch.float16:  # a power of two: nothing is rounded
+    parts = 1 / factor if _LEAST_PART <= factor < 1 else 0
+    if parts and math.frexp(parts)[0] == 0.5:  # of accumulated steps: the product is exact unless it underflows
         gradient.mul_(factor)
     else:
         _write_gradients(*grad_losses, inputs, (gradient, None), (None, None))

@@ -28,16 +28,22 @@ def forward(
     return losses
 
 
+def keeps_gradient(*inputs: Any) -> bool:
+    """Whether one pass gives the losses and the gradient of pred: if the kernels read both images in place."""
+    loss = Loss(*inputs)
+    return bool(calls.module_for(loss.pred).loss_keeps_gradient(*_description(loss)))
+
+
 def forward_with_gradient(
     pred: torch.Tensor,
     target: torch.Tensor,
     frequency_weight: torch.Tensor,
     sample_weight: torch.Tensor | None,
     frequency_scale: float,
-) -> tuple[Losses, torch.Tensor | None]:
-    """The losses, and the gradient of total with respect to pred; None where that takes a second pass."""
+) -> tuple[Losses, torch.Tensor]:
+    """The losses, and the gradient of total with respect to pred, for inputs with `keeps_gradient`."""
     inputs = Loss(pred, target, frequency_weight, sample_weight)
-    losses, gradient = _empty_losses(pred), _empty_gradient(inputs)
+    losses, gradient = _empty_losses(pred), torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
     _losses(inputs, frequency_scale, losses, (1.0, 0.0), gradient)
     return losses, gradient
 
@@ -67,10 +73,10 @@ def frequency_loss_forward(
 
 def frequency_loss_forward_with_gradient(
     pred: torch.Tensor, target: torch.Tensor, frequency_weight: torch.Tensor, sample_weight: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward_with_gradient` of the frequency loss."""
     inputs = Loss(pred, target, frequency_weight, sample_weight)
-    frequency, gradient = _empty_loss(pred), _empty_gradient(inputs)
+    frequency, gradient = _empty_loss(pred), torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
     _losses(inputs, 0.0, (None, None, frequency), (0.0, 1.0), gradient)
     return frequency, gradient
 
@@ -135,13 +141,6 @@ def _losses(
                 loss.zero_()
         return
     _launch("forward", inputs, frequency_scale, arguments.addresses(losses), grad_losses, arguments.array(gradient))
-
-
-def _empty_gradient(inputs: Loss) -> torch.Tensor | None:
-    """Uninitialized memory for the gradient of pred if one pass computes it, otherwise None."""
-    if not calls.module_for(inputs.pred).loss_keeps_gradient(*_description(inputs)):
-        return None
-    return arguments.empty_gradients(inputs[:1], [True])[0]
 
 
 def _gradients(

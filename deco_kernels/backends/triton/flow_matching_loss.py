@@ -78,7 +78,7 @@ def coefficients_kernel(
 ):  # fmt: skip
     """Factors of d and of A·(M d) in the gradient of one sample, without its weight, and whether it is to be written.
 
-    With KEPT, the gradient for incoming gradients that add up to 1 is already in its place.
+    With KEPT, two incoming gradients are 0, and the gradient is in its place if the third is 1.
     """
     grad_total = tl.load(grad_total_ptr)
     grad_pixel = grad_total + tl.load(grad_pixel_ptr)
@@ -421,14 +421,19 @@ def forward(
         return loss.losses(loss.sums(), frequency_scale)
 
 
+def keeps_gradient(pred: torch.Tensor, *_: torch.Tensor | None) -> bool:
+    """Whether one pass gives the losses and the gradient of pred: if it has pixels, and is not padded."""
+    return pred.numel() > 0 and all(side % BLOCK == 0 for side in pred.shape[2:])
+
+
 def forward_with_gradient(
     pred: torch.Tensor,
     target: torch.Tensor,
     frequency_weight: torch.Tensor,
     sample_weight: torch.Tensor | None,
     frequency_scale: float,
-) -> tuple[Losses, torch.Tensor | None]:
-    """The losses, and the gradient of total with respect to pred; None where that takes a second pass."""
+) -> tuple[Losses, torch.Tensor]:
+    """The losses, and the gradient of total with respect to pred, for inputs with `keeps_gradient`."""
     inputs = Loss(pred, target, frequency_weight, sample_weight)
     one = torch.ones((), dtype=torch.float32, device=pred.device)
     return _losses_and_gradient(inputs, (one, None, None), frequency_scale)
@@ -450,10 +455,8 @@ def kept_backward(
 
 def _losses_and_gradient(
     inputs: Loss, grads: Sequence[torch.Tensor | None], frequency_scale: float
-) -> tuple[Losses, torch.Tensor | None]:
-    """The losses, and the gradient of pred for the gradients of total, pixel and frequency; None for padded images."""
-    if inputs.pred.shape[0] == 0 or any(side % BLOCK for side in inputs.pred.shape[2:]):
-        return forward(*inputs, frequency_scale), None
+) -> tuple[Losses, torch.Tensor]:
+    """The losses, and the gradient of pred for the gradients of total, pixel and frequency."""
     with device_guard(inputs.pred):
         loss = LossCall(*inputs)
         sums = loss.new_sums(loss.backward)
@@ -465,7 +468,7 @@ def _losses_and_gradient(
 def _complete(
     gradient: torch.Tensor, grads: Sequence[torch.Tensor | None], inputs: Loss, frequency_scale: float
 ) -> None:
-    """Write the gradient of pred, unless the incoming gradients add up to 1; the kernels read them."""
+    """Write the gradient of pred, unless the incoming gradient that is not None is 1; the kernels read it."""
     with device_guard(gradient):
         loss = LossCall(*inputs)
         loss.write_gradients(loss.forms(), loss.coefficients(grads, frequency_scale, kept=True), gradient, None)
@@ -513,7 +516,7 @@ def frequency_loss_forward(
 
 def frequency_loss_forward_with_gradient(
     pred: torch.Tensor, target: torch.Tensor, frequency_weight: torch.Tensor, sample_weight: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward_with_gradient` of the frequency loss."""
     inputs = Loss(pred, target, frequency_weight, sample_weight)
     one = torch.ones((), dtype=torch.float32, device=pred.device)
