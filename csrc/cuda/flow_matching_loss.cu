@@ -213,7 +213,7 @@ Status flow_matching_loss_forward(const Call& call, const FlowMatchingLossForwar
     if (!written.ok()) return written;
   }
   const Status summed = op.grad_pred.data == nullptr ? sum_groups(call, plan, parts.difference, parts.sums)
-                                                      : write_sums_and_gradient(call, plan, op, parts.sums);
+                                                     : write_sums_and_gradient(call, plan, op, parts.sums);
   if (!summed.ok()) return summed;
   const LossScalars losses = {op.frequency_scale, op.total, op.pixel, op.frequency};
   return write_losses(call, plan, losses, parts.sums, plan.grid.groups_per_image.divisor);
