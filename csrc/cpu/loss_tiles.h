@@ -111,8 +111,7 @@ void read_row(const RowSource& source, int columns, int r, Planes& rgb, Planes& 
   };
   for (int x = 0; x < columns; x += kLanes) {
     const VecF red = difference(0, x), green = difference(1, x), blue = difference(2, x);
-    if constexpr (kDifference != Difference::kValues)
-      squares = squares + fma(blue, blue, fma(green, green, red * red));
+    if constexpr (kDifference != Difference::kValues) squares = squares + fma(blue, blue, fma(green, green, red * red));
     if constexpr (kDifference != Difference::kSquares) {
       store(&rgb.channel[0][r][x], red);
       store(&rgb.channel[1][r][x], green);
