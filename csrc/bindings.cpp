@@ -50,7 +50,7 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("select_isa", &select_isa, py::arg("name"),
         "Select the instruction set of all later calls; ValueError if it is unknown or not usable here");
   m.def("vector_lanes", &vector_lanes, "Floats per vector of the current instruction set");
-  m.def("has_amx_bf16", &has_amx_bf16, "Whether the processor has matrix instructions for bfloat16 (AMX)");
+  m.def("has_amx_bf16", &has_amx_bf16, "Whether this process may use matrix instructions for bfloat16 (AMX)");
 
   bind(m, "adaln_block_forward", &adaln_block_forward);
   bind(m, "adaln_block_backward", &adaln_block_backward);

@@ -83,7 +83,7 @@ def instruction_set() -> str:
 def upsample_matmul() -> str:
     chosen = "PyTorch's matmul" if native.upsamples_in_pytorch(torch.bfloat16) else "kernel"
     amx = "has" if native.cpu().has_amx_bf16() else "has no"
-    return f"{chosen} (this processor {amx} AMX for bfloat16; {native.UPSAMPLE_VARIABLE} selects)"
+    return f"{chosen} (this process {amx} AMX for bfloat16; {native.UPSAMPLE_VARIABLE} selects)"
 
 
 def backend_lines(backend: str, reasons: dict[str, str | None]) -> list[str]:

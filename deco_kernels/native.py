@@ -113,8 +113,8 @@ _upsample = "auto"
 def select_upsample(name: str) -> None:
     """Select the matmul of all later bfloat16 upsamples on the CPU.
 
-    "kernel": the package's. "pytorch": PyTorch's. "auto": PyTorch's if the processor has AMX for bfloat16, which
-    PyTorch uses, the kernels do not use it, and the sizes fit it (`upsamples_in_pytorch`).
+    "kernel": the package's. "pytorch": PyTorch's. "auto": PyTorch's where this process has AMX for
+    bfloat16, the selected kernels do not use it, and the sizes fit it (`upsamples_in_pytorch`).
 
     Raises ValueError for other names.
     """

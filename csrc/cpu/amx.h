@@ -2,8 +2,8 @@
 //
 // One tdpbf16ps adds A B to a tile C of 16 x 16 floats, with A [16][K] and B [K][16] in pairs of bfloat16: A is part of
 // row-major rows of pairs, B of rows of columns. K is 16, or 8 where a sum has only 8 pairs. Products are exact and
-// accumulate in float, in ascending order; subnormal factors count as zero, as in dot_pairs. A column of B reaches only
-// its column of C: a NaN of one pixel stays there.
+// accumulate in float: those of the first and of the second values of the K pairs apart, then both with C. Subnormal
+// factors count as zero, as in dot_pairs. A column of B reaches only its column of C: a NaN of one pixel stays there.
 #pragma once
 
 #include <immintrin.h>

@@ -45,8 +45,7 @@ DECO_DECLARE_TABLE(neonbf16)
 namespace {
 
 struct CpuFeatures {
-  bool avx2 = false, avx512 = false, avx512bf16 = false, amx = false;
-  bool amx_bf16 = false;  // the processor's, whether or not this process may use it
+  bool avx2 = false, avx512 = false, avx512bf16 = false, amx_bf16 = false, amx = false;
   bool neon = false, neonbf16 = false;
 };
 
@@ -90,8 +89,8 @@ CpuFeatures detect_features() {
   const bool f = has(leaf7.ebx, 16), dq = has(leaf7.ebx, 17), bw = has(leaf7.ebx, 30), vl = has(leaf7.ebx, 31);
   features.avx512 = features.avx2 && (state & kZmmState) == kZmmState && f && dq && bw && vl;
   features.avx512bf16 = features.avx512 && has(leaf7_1.eax, 5);
-  features.amx_bf16 = (state & kTileState) == kTileState && has(leaf7.edx, 24) && has(leaf7.edx, 22);
-  features.amx = features.avx512bf16 && features.amx_bf16 && request_tiles();
+  features.amx_bf16 = (state & kTileState) == kTileState && has(leaf7.edx, 24) && has(leaf7.edx, 22) && request_tiles();
+  features.amx = features.avx512bf16 && features.amx_bf16;
   return features;
 }
 #elif defined(__aarch64__)

@@ -154,6 +154,8 @@ class Product {
 };
 
 #if DECO_HAVE_AMX
+static_assert(kStrip == 2 * kTileRows, "a strip is two tiles of columns");
+
 // Computed at once and kept.
 template <int kOut, int kIn, int T, Layout kLayout>
 class Product<PairOperand, kOut, kIn, T, kLayout> {
@@ -216,6 +218,7 @@ struct MatmulUnit {};
 #if DECO_HAVE_AMX
 template <int D>
 struct MatmulUnit<PairOperand, D> {
+  static_assert(D == 16 || D % 32 == 0, "Product takes steps of the K pairs that are configured");
   TileRegisters<kTilePairs<D>> registers;
 };
 #endif
@@ -310,7 +313,7 @@ void make_pixel_major(PairOperand, const uint32_t (*tile)[T], int pixels, uint32
 #endif
 
 #if DECO_HAVE_AMX
-// The sum over the pixels starts at zero: added to grad_weight one by one, products would lose more bits.
+// The sum over the pixels starts at zero and is then added to grad_weight.
 template <int R, int D, int T>
 void add_pair_gradient(const uint32_t (*d)[T / 2], const uint32_t (*x)[D], int pixels, float (*grad_weight)[D]) {
   constexpr int kVectors = D / kLanes < 2 ? 1 : 2, kColumns = kVectors * kLanes;

@@ -8,7 +8,7 @@
 //
 // Per tile: D * kTokenTile * Z multiply-adds. Memory traffic: the weights once per chunk, the tokens once; y is stored
 // only if the caller wants it. An element is that of an Operand (matmul.h): one value, or a pair along Z; rows are
-// padded with zeros to a whole number of vectors. Deterministic: every y is one sum over Z in ascending order,
+// padded with zeros to a whole number of vectors. Deterministic: every y is one sum over Z in a fixed order,
 // independent of the tile and of the number of threads.
 #pragma once
 

@@ -10,7 +10,7 @@
 //
 // Each takes T R Z multiply-adds. Memory traffic: dW_up is written once (with `adds`, read too), W_up is read once per
 // part of the tokens, on few threads one, in the dtype in which it is stored. Deterministic: every result is one sum in
-// ascending order, independent of the number of threads.
+// a fixed order, independent of the number of threads.
 #include "cpu/kernel_table.h"
 #include "cpu/panel.h"
 #include "cpu/upsample.h"

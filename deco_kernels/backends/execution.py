@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 # PyTorch has no public function for this.
-_transforms_are_active: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
+transforms_are_active: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -19,9 +19,9 @@ def is_executed(tensor: torch.Tensor) -> bool:
     """
     if type(tensor) not in _PLAIN or torch.compiler.is_compiling():
         return False
-    if torch.jit.is_tracing() or _transforms_are_active is None:  # type: ignore[attr-defined, no-untyped-call]
+    if torch.jit.is_tracing() or transforms_are_active is None:  # type: ignore[attr-defined, no-untyped-call]
         return False
-    if _transforms_are_active():
+    if transforms_are_active():
         return False
     try:
         tensor.data_ptr()

@@ -67,9 +67,9 @@ def test_results_are_close_to_those_of_avx512bf16(op, size, poisoned_memory):
     inputs = sized_inputs(op, BF16, size)
     found, expected = results(inputs, "amx"), results(inputs, "avx512bf16")
     for output, other in zip(found.outputs, expected.outputs, strict=True):
-        assert testing.relative_error(output, other) <= 2 * torch.finfo(BF16).eps
+        assert testing.relative_error(output, other) <= torch.finfo(BF16).eps
     for name, gradient in found.gradients.items():
-        assert testing.relative_error(gradient, expected.gradients[name]) <= 4 * torch.finfo(BF16).eps, name
+        assert testing.relative_error(gradient, expected.gradients[name]) <= torch.finfo(BF16).eps, name
 
 
 @needs_amx
@@ -89,7 +89,8 @@ def test_gradients_of_pixels_do_not_depend_on_the_thread_count(op):
         with threads(count):
             found.append(results(inputs, "amx"))
     for other in found[1:]:
-        assert all(map(torch.equal, other.outputs, found[0].outputs)) or "loss" in op
+        if "loss" not in op:
+            assert all(map(torch.equal, other.outputs, found[0].outputs))
         for name in {"image", "cond", "h", "tokens"} & set(other.gradients):
             assert torch.equal(other.gradients[name], found[0].gradients[name]), name
 
@@ -147,10 +148,15 @@ def test_widths_alternate_on_concurrent_threads():
 @needs_amx
 @pytest.mark.parametrize("op", KEEPS_COND)
 def test_sums_over_many_pixels_are_accurate(op):
-    """Gradients of weights add tiles, not pixels, to their float32 sums."""
+    """As accurate as those of avx512bf16, which round the same factors and whose upsample is a kernel here, too."""
     inputs = testing.random_inputs(op, dtype=BF16, depth=1, patch_size=8, image_size=(2, 128, 128), token_width=32)
-    with instruction_set("amx"):
-        found = testing.run(inputs, "cpu")
+    native.select_upsample("kernel")
+    try:
+        found, other = results(inputs, "amx"), results(inputs, "avx512bf16")
+    finally:
+        native.select_upsample("auto")
+    for name, gradient in found.gradients.items():
+        assert testing.relative_error(gradient, other.gradients[name]) <= 5e-4, name
     exact, eager = testing.exact_results(inputs), testing.eager_results(inputs)
     failed = [str(row) for row in testing.compare(inputs, found, exact, eager) if not row.passed]
     assert not failed, "\n".join(failed)
@@ -177,6 +183,27 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_a_forked_child_may_use_the_tiles():
     finished = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
+
+
+REFUSED = """
+import ctypes, torch
+class Stack(ctypes.Structure):
+    _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(4096)
+stack = Stack(ctypes.addressof(memory), 0, 4096)  # too small for the registers that a signal would save
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+from deco_kernels import native
+module = native.cpu()
+print(module.usable_isas()[0], module.has_amx_bf16(), native.upsamples_in_pytorch(torch.bfloat16, 1152, 8192))
+"""
+
+
+@needs_amx
+def test_a_process_that_may_not_use_the_tiles():
+    """Linux refuses them to a process whose signal stack is too small."""
+    command = [sys.executable, "-c", REFUSED]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    assert finished.stdout.split() == ["avx512bf16", "False", "False"]
 
 
 @needs_amx

@@ -106,7 +106,7 @@ def test_a_fault_in_the_gradient_of_the_loss_is_caught(monkeypatch):
     write_gradients = LossCall.write_gradients
 
     def faulty(self, forms, coefficients, *others, **options):
-        write_gradients(self, forms, coefficients * torch.tensor([1.0, 1.001]), *others, **options)
+        write_gradients(self, forms, coefficients * torch.tensor([1.0, 1.001, 1.0]), *others, **options)
 
     exact, eager = (results(inputs) for results in (testing.exact_results, testing.eager_results))
 

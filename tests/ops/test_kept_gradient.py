@@ -235,7 +235,7 @@ def test_a_pred_that_a_transform_does_not_wrap(transform, served):
 
 
 def test_a_pytorch_that_does_not_tell_transforms_takes_two_passes(served, monkeypatch):
-    monkeypatch.setattr(execution, "_transforms_are_active", None)
+    monkeypatch.setattr(execution, "transforms_are_active", None)
     tensors = loss_tensors()
     first_loss("flow_matching_loss", {**tensors, "pred": tensors["pred"].requires_grad_()}, "cpu")[0].backward()
     assert served == TWO_PASSES

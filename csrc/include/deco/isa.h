@@ -18,7 +18,8 @@ void select_isa(const std::string& name);
 // Floats per vector of the current instruction set.
 int vector_lanes();
 
-// Whether the processor and the operating system support AMX with bfloat16. The kernels do not use it.
+// Whether this process may use AMX with bfloat16; asks Linux for its tile registers. The kernels of the instruction set
+// amx use it, and PyTorch's matmuls.
 bool has_amx_bf16();
 
 }  // namespace deco::cpu
