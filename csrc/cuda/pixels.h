@@ -258,16 +258,18 @@ template <int M>
 struct StoredChannels {
   uint32_t row[2 * M][2];  // float32, or 16 bits in the low half
 };
-template <int M>
-DECO_DEVICE StoredChannels<M> load_stored(const ChannelAddresses<M>& address, bool is_float32) {
+template <class Stored, int M>
+DECO_DEVICE StoredChannels<M> load_channels(const ChannelAddresses<M>& address) {
   StoredChannels<M> stored;
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i)
 #pragma unroll
-    for (int c = 0; c < 2; ++c)
-      stored.row[i][c] = is_float32 ? load(reinterpret_cast<const uint32_t*>(address.row[i][c]))
-                                    : load(reinterpret_cast<const uint16_t*>(address.row[i][c]));
+    for (int c = 0; c < 2; ++c) stored.row[i][c] = load(reinterpret_cast<const Stored*>(address.row[i][c]));
   return stored;
+}
+template <int M>
+DECO_DEVICE StoredChannels<M> load_stored(const ChannelAddresses<M>& address, bool is_float32) {
+  return is_float32 ? load_channels<uint32_t>(address) : load_channels<uint16_t>(address);
 }
 // `is_float32` as for the loads; otherwise the values are of dtype T.
 template <class T, int M>
