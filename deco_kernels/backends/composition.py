@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from deco_kernels.backends.arguments import Gradients, Losses, empty_kept_gradients, kept_like
-from deco_kernels.signatures import BLOCK, PixelDecoderLoss
+from deco_kernels.signatures import BLOCK, Loss, PixelDecoderLoss
 
 _log = logging.getLogger("deco_kernels")
 
@@ -78,9 +78,9 @@ class Composition:
     ) -> tuple[Losses, Gradients]:
         """The losses, and the gradients of scale·total by velocity and the loss's other tensors, in one pass if only
         that of the velocity is needed."""
-        tensors = (velocity, *loss_weights(inputs))
-        if scale == 1 and list(needs) == [True, False, False, False] and self.loss.keeps_gradient(*tensors):
-            losses, gradient = self.loss.forward_with_gradient(*tensors, frequency_scale)
+        tensors = Loss(velocity, *loss_weights(inputs))
+        if scale == 1 and list(needs) == [True, False, False, False] and self.loss.keeps_gradient(tensors):
+            losses, gradient = self.loss.forward_with_gradient(tensors, frequency_scale)
             return losses, (gradient, None, None, None)
         losses = self.loss.forward(*tensors, frequency_scale)
         one = losses[0].new_full((), scale)

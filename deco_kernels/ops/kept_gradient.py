@@ -34,7 +34,7 @@ from deco_kernels.ops.registry import (
     serving_module,
     without_none,
 )
-from deco_kernels.signatures import OPS
+from deco_kernels.signatures import OPS, grouped
 
 
 def define_loss_op(
@@ -50,13 +50,13 @@ def define_loss_op(
     The arguments are those of `registry.define_op`, and so are the functions `forward` and `backward` of the backend
     module. The module may also have
 
-        keeps_gradient(tensors) -> whether one pass serves them
-        forward_with_gradient(tensors, options) -> (outputs, gradient of the first tensor)
-        kept_backward(gradient, incoming gradient, tensors, options) -> None
+        keeps_gradient(group) -> whether one pass serves the tensors
+        forward_with_gradient(group, options) -> (outputs, gradient of the first tensor)
+        kept_backward(gradient, incoming gradient, group, options) -> None
 
-    The names of all but `keeps_gradient` begin with `prefix`.
+    for the group of tensors. The names of the last two begin with `prefix`, too.
     """
-    count = len(OPS[name].arguments)
+    group, count = OPS[name].group, len(OPS[name].arguments)
     schema = schema_of_arguments(name, options)
     functions = (f"{prefix}forward", f"{prefix}backward")
     in_one_pass, of_kept = f"{prefix}forward_with_gradient", f"{prefix}kept_backward"
@@ -68,7 +68,7 @@ def define_loss_op(
         *inputs, backend = arguments
         module = serving_module(backend, request(*inputs), inputs[0].device)
         complete = all(hasattr(module, function) for function in ("keeps_gradient", in_one_pass, of_kept))
-        return complete and bool(module.keeps_gradient(*inputs[:count]))
+        return complete and bool(module.keeps_gradient(grouped(group, inputs[:count])))
 
     def check_keeps(operator: str, arguments: Sequence[Any]) -> None:
         if not keeps(*arguments):
@@ -80,7 +80,8 @@ def define_loss_op(
     def with_gradient(*arguments: Any) -> tuple[torch.Tensor, ...]:
         check_keeps("with_gradient", arguments)
         *inputs, backend = arguments
-        results, gradient = serve(in_one_pass, request(*inputs), inputs[0].device, backend, *inputs)
+        served = (in_one_pass, request(*inputs), inputs[0].device, backend)
+        results, gradient = serve(*served, grouped(group, inputs[:count]), *inputs[count:])
         return (*outputs_of(results), gradient)
 
     def fake_with_gradient(*arguments: Any) -> tuple[torch.Tensor, ...]:
@@ -96,7 +97,8 @@ def define_loss_op(
                 f"{list(first.shape)} in {first.dtype}, got {list(gradient.shape)} in {gradient.dtype} with strides "
                 f"{list(gradient.stride())}; pass that result"
             )
-        serve(of_kept, request(*inputs), first.device, backend, gradient, incoming, *inputs)
+        served = (of_kept, request(*inputs), first.device, backend)
+        serve(*served, gradient, incoming, grouped(group, inputs[:count]), *inputs[count:])
 
     def fake_kept_backward(*arguments: Any) -> None:
         pass

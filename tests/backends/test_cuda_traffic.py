@@ -1,5 +1,5 @@
-"""Bytes of global memory that the kernels of the decoder's backward and of pixel_decoder_loss move, counted by the
-emulator."""
+"""Bytes of global memory that the kernels of the decoder's backward, of pixel_decoder_loss and of the losses move,
+counted by the emulator."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch
 from deco_kernels import testing
 from deco_kernels.backends import chunk_sizes
 from deco_kernels.backends.cuda import flow_matching_loss, pixel_decoder_loss
-from deco_kernels.signatures import OPS, flat
+from deco_kernels.signatures import OPS, Loss, flat
 from deco_kernels.testing import emulation
 
 pytestmark = pytest.mark.emulate
@@ -95,11 +95,11 @@ def test_bytes_per_pixel_that_leave_a_chunk_of_the_one_pass(emulated):
 def test_bytes_of_the_losses_in_one_pass(emulated, incoming, again):
     """Both images are read once and the gradient is written once, unless the incoming gradient is not 1."""
     pred, target = torch.randn(2, 1, 3, 32, 40).to(torch.bfloat16)
-    inputs = (pred, target, torch.rand(3, 8, 8), None, 1.0)
+    inputs = Loss(pred, target, torch.rand(3, 8, 8), None)
     kept = []
-    launches = emulation.record_accesses(lambda: kept.append(flow_matching_loss.forward_with_gradient(*inputs)[1]))
+    launches = emulation.record_accesses(lambda: kept.append(flow_matching_loss.forward_with_gradient(inputs, 1.0)[1]))
     backward = emulation.record_accesses(
-        lambda: flow_matching_loss.kept_backward(kept[0], torch.tensor(incoming), *inputs)
+        lambda: flow_matching_loss.kept_backward(kept[0], torch.tensor(incoming), inputs, 1.0)
     )
 
     def moved(launches, tensor, way):

@@ -30,36 +30,21 @@ def forward(
     return losses
 
 
-def keeps_gradient(*_: Any) -> bool:
-    """Whether one pass gives the losses and the gradient of pred: for all tensors."""
+def keeps_gradient(inputs: Loss) -> bool:
+    """Whether one pass gives the losses and the gradient of pred: for all inputs."""
     return True
 
 
-def forward_with_gradient(
-    pred: torch.Tensor,
-    target: torch.Tensor,
-    frequency_weight: torch.Tensor,
-    sample_weight: torch.Tensor | None,
-    frequency_scale: float,
-) -> tuple[Losses, torch.Tensor]:
+def forward_with_gradient(inputs: Loss, frequency_scale: float) -> tuple[Losses, torch.Tensor]:
     """The losses, and the gradient of total with respect to pred."""
-    losses, gradient = _empty_losses(), _empty_image_like(pred)
-    inputs = Loss(pred, target, frequency_weight, sample_weight)
+    losses, gradient = _empty_losses(), _empty_image_like(inputs.pred)
     _losses(inputs, frequency_scale, losses, (1.0, frequency_scale), gradient)
     return losses, gradient
 
 
-def kept_backward(
-    gradient: torch.Tensor,
-    grad_total: torch.Tensor,
-    pred: torch.Tensor,
-    target: torch.Tensor,
-    frequency_weight: torch.Tensor,
-    sample_weight: torch.Tensor | None,
-    frequency_scale: float,
-) -> None:
+def kept_backward(gradient: torch.Tensor, grad_total: torch.Tensor, inputs: Loss, frequency_scale: float) -> None:
     """Changes a gradient from `forward_with_gradient` into that for `grad_total`."""
-    inputs, factor = Loss(pred, target, frequency_weight, sample_weight), grad_total.item()
+    factor = grad_total.item()
     _complete(gradient, factor, (factor, frequency_scale * factor), inputs)
 
 
@@ -72,26 +57,16 @@ def frequency_loss_forward(
     return frequency
 
 
-def frequency_loss_forward_with_gradient(
-    pred: torch.Tensor, target: torch.Tensor, frequency_weight: torch.Tensor, sample_weight: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def frequency_loss_forward_with_gradient(inputs: Loss) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward_with_gradient` of the frequency loss."""
-    (_, _, frequency), gradient = _empty_losses(), _empty_image_like(pred)
-    inputs = Loss(pred, target, frequency_weight, sample_weight)
+    (_, _, frequency), gradient = _empty_losses(), _empty_image_like(inputs.pred)
     _losses(inputs, 0.0, (None, None, frequency), (0.0, 1.0), gradient)
     return frequency, gradient
 
 
-def frequency_loss_kept_backward(
-    gradient: torch.Tensor,
-    grad: torch.Tensor,
-    pred: torch.Tensor,
-    target: torch.Tensor,
-    frequency_weight: torch.Tensor,
-    sample_weight: torch.Tensor | None,
-) -> None:
+def frequency_loss_kept_backward(gradient: torch.Tensor, grad: torch.Tensor, inputs: Loss) -> None:
     """`kept_backward` of the frequency loss."""
-    inputs, factor = Loss(pred, target, frequency_weight, sample_weight), grad.item()
+    factor = grad.item()
     _complete(gradient, factor, (0.0, factor), inputs)
 
 

@@ -28,37 +28,20 @@ def forward(
     return losses
 
 
-def keeps_gradient(*inputs: Any) -> bool:
+def keeps_gradient(inputs: Loss) -> bool:
     """Whether one pass gives the losses and the gradient of pred: if the kernels read both images in place."""
-    loss = Loss(*inputs)
-    return bool(calls.module_for(loss.pred).loss_keeps_gradient(*_description(loss)))
+    return bool(calls.module_for(inputs.pred).loss_keeps_gradient(*_description(inputs)))
 
 
-def forward_with_gradient(
-    pred: torch.Tensor,
-    target: torch.Tensor,
-    frequency_weight: torch.Tensor,
-    sample_weight: torch.Tensor | None,
-    frequency_scale: float,
-) -> tuple[Losses, torch.Tensor]:
+def forward_with_gradient(inputs: Loss, frequency_scale: float) -> tuple[Losses, torch.Tensor]:
     """The losses, and the gradient of total with respect to pred, for inputs with `keeps_gradient`."""
-    inputs = Loss(pred, target, frequency_weight, sample_weight)
-    losses, gradient = _empty_losses(pred), torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    losses, gradient = _empty_losses(inputs.pred), _empty_gradient(inputs.pred)
     _losses(inputs, frequency_scale, losses, (1.0, 0.0), gradient)
     return losses, gradient
 
 
-def kept_backward(
-    gradient: torch.Tensor,
-    grad_total: torch.Tensor,
-    pred: torch.Tensor,
-    target: torch.Tensor,
-    frequency_weight: torch.Tensor,
-    sample_weight: torch.Tensor | None,
-    frequency_scale: float,
-) -> None:
+def kept_backward(gradient: torch.Tensor, grad_total: torch.Tensor, inputs: Loss, frequency_scale: float) -> None:
     """Changes a gradient from `forward_with_gradient` into that for `grad_total`."""
-    inputs = Loss(pred, target, frequency_weight, sample_weight)
     _complete((grad_total, None, None), frequency_scale, inputs, gradient)
 
 
@@ -71,26 +54,16 @@ def frequency_loss_forward(
     return frequency
 
 
-def frequency_loss_forward_with_gradient(
-    pred: torch.Tensor, target: torch.Tensor, frequency_weight: torch.Tensor, sample_weight: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def frequency_loss_forward_with_gradient(inputs: Loss) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward_with_gradient` of the frequency loss."""
-    inputs = Loss(pred, target, frequency_weight, sample_weight)
-    frequency, gradient = _empty_loss(pred), torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    frequency, gradient = _empty_loss(inputs.pred), _empty_gradient(inputs.pred)
     _losses(inputs, 0.0, (None, None, frequency), (0.0, 1.0), gradient)
     return frequency, gradient
 
 
-def frequency_loss_kept_backward(
-    gradient: torch.Tensor,
-    grad: torch.Tensor,
-    pred: torch.Tensor,
-    target: torch.Tensor,
-    frequency_weight: torch.Tensor,
-    sample_weight: torch.Tensor | None,
-) -> None:
+def frequency_loss_kept_backward(gradient: torch.Tensor, grad: torch.Tensor, inputs: Loss) -> None:
     """`kept_backward` of the frequency loss."""
-    _complete((None, None, grad), 0.0, Loss(pred, target, frequency_weight, sample_weight), gradient)
+    _complete((None, None, grad), 0.0, inputs, gradient)
 
 
 def backward(
@@ -190,3 +163,7 @@ def _empty_losses(pred: torch.Tensor) -> Losses:
 
 def _empty_loss(pred: torch.Tensor) -> torch.Tensor:
     return torch.empty((), dtype=torch.float32, device=pred.device)
+
+
+def _empty_gradient(pred: torch.Tensor) -> torch.Tensor:
+    return torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)

@@ -421,35 +421,19 @@ def forward(
         return loss.losses(loss.sums(), frequency_scale)
 
 
-def keeps_gradient(pred: torch.Tensor, *_: torch.Tensor | None) -> bool:
+def keeps_gradient(inputs: Loss) -> bool:
     """Whether one pass gives the losses and the gradient of pred: if it has pixels, and is not padded."""
-    return pred.numel() > 0 and all(side % BLOCK == 0 for side in pred.shape[2:])
+    return inputs.pred.numel() > 0 and all(side % BLOCK == 0 for side in inputs.pred.shape[2:])
 
 
-def forward_with_gradient(
-    pred: torch.Tensor,
-    target: torch.Tensor,
-    frequency_weight: torch.Tensor,
-    sample_weight: torch.Tensor | None,
-    frequency_scale: float,
-) -> tuple[Losses, torch.Tensor]:
+def forward_with_gradient(inputs: Loss, frequency_scale: float) -> tuple[Losses, torch.Tensor]:
     """The losses, and the gradient of total with respect to pred, for inputs with `keeps_gradient`."""
-    inputs = Loss(pred, target, frequency_weight, sample_weight)
-    one = torch.ones((), dtype=torch.float32, device=pred.device)
+    one = torch.ones((), dtype=torch.float32, device=inputs.pred.device)
     return _losses_and_gradient(inputs, (one, None, None), frequency_scale)
 
 
-def kept_backward(
-    gradient: torch.Tensor,
-    grad_total: torch.Tensor,
-    pred: torch.Tensor,
-    target: torch.Tensor,
-    frequency_weight: torch.Tensor,
-    sample_weight: torch.Tensor | None,
-    frequency_scale: float,
-) -> None:
+def kept_backward(gradient: torch.Tensor, grad_total: torch.Tensor, inputs: Loss, frequency_scale: float) -> None:
     """Changes a gradient from `forward_with_gradient` into that for `grad_total`."""
-    inputs = Loss(pred, target, frequency_weight, sample_weight)
     _complete(gradient, (grad_total, None, None), inputs, frequency_scale)
 
 
@@ -514,26 +498,16 @@ def frequency_loss_forward(
     return forward(pred, target, frequency_weight, sample_weight, 1.0)[2]
 
 
-def frequency_loss_forward_with_gradient(
-    pred: torch.Tensor, target: torch.Tensor, frequency_weight: torch.Tensor, sample_weight: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def frequency_loss_forward_with_gradient(inputs: Loss) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward_with_gradient` of the frequency loss."""
-    inputs = Loss(pred, target, frequency_weight, sample_weight)
-    one = torch.ones((), dtype=torch.float32, device=pred.device)
+    one = torch.ones((), dtype=torch.float32, device=inputs.pred.device)
     losses, gradient = _losses_and_gradient(inputs, (None, None, one), 1.0)
     return losses[2], gradient
 
 
-def frequency_loss_kept_backward(
-    gradient: torch.Tensor,
-    grad: torch.Tensor,
-    pred: torch.Tensor,
-    target: torch.Tensor,
-    frequency_weight: torch.Tensor,
-    sample_weight: torch.Tensor | None,
-) -> None:
+def frequency_loss_kept_backward(gradient: torch.Tensor, grad: torch.Tensor, inputs: Loss) -> None:
     """`kept_backward` of the frequency loss."""
-    _complete(gradient, (None, None, grad), Loss(pred, target, frequency_weight, sample_weight), 1.0)
+    _complete(gradient, (None, None, grad), inputs, 1.0)
 
 
 def frequency_loss_backward(
