@@ -79,7 +79,7 @@ def test_figures_in_sentences():
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"{forward:.3f} ms forward and {both:.2f} ms with backward" in readme
     loss = [times["flow_matching_loss", "cuda", name] for name in ("forward", "forward_backward")]
-    assert "took {:.4f} ms, with backward in two passes {:.4f} ms".format(*loss) in page("flow_matching_loss")
+    assert "take {:.4f} ms, with backward in one pass {:.4f} ms".format(*loss) in page("flow_matching_loss")
     one_pass, two_ops = (times["pixel_decoder_loss", name, "forward_backward"] for name in ("cuda", "cuda two ops"))
     assert f"{one_pass:.2f} ms on `cuda`" in page("pixel_decoder_loss")
     assert f"one after the other {two_ops:.2f} ms" in page("pixel_decoder_loss")
