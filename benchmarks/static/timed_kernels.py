@@ -51,14 +51,17 @@ def measure_kernels(full: bool) -> list[dict]:
                     measured.setdefault(name, found)
             except Exception as error:  # one failing op does not hide the others
                 failures.append(f"{op}, D {width}, {dtype} failed: {type(error).__name__}: {error}".splitlines()[0])
-    machine = MACHINES[architecture]._replace(
-        multiprocessors=properties.multi_processor_count, clock=_clock_hz() or MACHINES[architecture].clock
-    )
+    machines = {
+        name: MACHINES[name]._replace(
+            multiprocessors=properties.multi_processor_count, clock=_clock_hz() or MACHINES[name].clock
+        )
+        for name in set(names.values())
+    }
     missing = {"status": "unavailable", "measured_ms": None, "reason": "not launched by any op here"}
     if failures:
         missing |= {"status": "failed", "reason": "; ".join(failures)}
     rows = [
-        _row(name, names[backend], budget, machine) | measured.get(name, missing)
+        _row(name, names[backend], budget, machines[names[backend]]) | measured.get(name, missing)
         for (backend, name), budget in budgets.items()
     ]
     return sorted(rows, key=lambda row: -(row["measured_ms"] or 0))
