@@ -48,6 +48,7 @@ CUDA_FUNCTIONS = (
     "pixel_decoder_loss",
     "flow_matching_loss_forward",
     "flow_matching_loss_backward",
+    "loss_keeps_gradient",
     "scaled_product",
 )
 """The same of the native CUDA module."""

@@ -51,12 +51,7 @@ def measure_kernels(full: bool) -> list[dict]:
                     measured.setdefault(name, found)
             except Exception as error:  # one failing op does not hide the others
                 failures.append(f"{op}, D {width}, {dtype} failed: {type(error).__name__}: {error}".splitlines()[0])
-    machines = {
-        name: MACHINES[name]._replace(
-            multiprocessors=properties.multi_processor_count, clock=_clock_hz() or MACHINES[name].clock
-        )
-        for name in set(names.values())
-    }
+    machines = {name: machine_of(name, properties.multi_processor_count, _clock_hz()) for name in names.values()}
     missing = {"status": "unavailable", "measured_ms": None, "reason": "not launched by any op here"}
     if failures:
         missing |= {"status": "failed", "reason": "; ".join(failures)}
@@ -65,6 +60,12 @@ def measure_kernels(full: bool) -> list[dict]:
         for (backend, name), budget in budgets.items()
     ]
     return sorted(rows, key=lambda row: -(row["measured_ms"] or 0))
+
+
+def machine_of(architecture: str, multiprocessors: int, clock: float | None) -> Machine:
+    """The model of an architecture, as a device of this size with this clock, in Hz; None: the clock of the model."""
+    machine = MACHINES[architecture]
+    return machine._replace(multiprocessors=multiprocessors, clock=clock or machine.clock)
 
 
 def measure_op(op: str, width: int, dtype: str, architecture: str) -> Iterator[tuple[str, dict]]:

@@ -30,7 +30,8 @@ def forward(
 
 def keeps_gradient(inputs: Loss) -> bool:
     """Whether one pass gives the losses and the gradient of pred: if the kernels read both images in place."""
-    return bool(calls.module_for(inputs.pred).loss_keeps_gradient(*_description(inputs)))
+    module = calls.module_for(inputs.pred)
+    return bool(module.loss_keeps_gradient(*_description(inputs)))
 
 
 def forward_with_gradient(inputs: Loss, frequency_scale: float) -> tuple[Losses, torch.Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.static import sass
+from benchmarks.static import sass, timed_kernels
 from benchmarks.static.machines import MACHINES, PIXELS, largest_bound
 from tests.interpreted import interpreted
 
@@ -79,6 +79,13 @@ def test_float32_instructions_add_to_mma_sync_on_hopper():
     assert both["tensor"] == pytest.approx(10 / 6 * alone["tensor"])
     assert both["fp32"] == alone["fp32"] and both["issue"] == alone["issue"]
     assert H100.milliseconds({"tensor": 0.0, "fp32": 4.0}, None)["tensor"] == 0
+
+
+def test_a_device_has_the_rates_of_its_architecture():
+    """On a GPU of sm_90 the kernels of cuda are compiled for sm_90a, whose matmuls exclude float32 instructions."""
+    device = timed_kernels.machine_of("sm_90a", 100, 1.5e9)
+    assert device == H100._replace(multiprocessors=100, clock=1.5e9) and device.mma_excludes_fp32
+    assert timed_kernels.machine_of("sm_90", 100, None).clock == MACHINES["sm_90"].clock
 
 
 @interpreted
