@@ -163,13 +163,12 @@ void bind_workspaces(py::module_& m) {
         return cuda::pixel_decoder_forward_workspace(shape_of("pixel_decoder_forward_workspace", shape));
       },
       py::arg("shape"));
-  m.def(
-      "pixel_decoder_backward_workspace",
-      [](int device, const py::tuple& shape, int64_t chunk_pixels) {
-        return cuda::pixel_decoder_backward_workspace(
-            limits_of(device), shape_of("pixel_decoder_backward_workspace", shape), chunk_pixels);
-      },
-      py::arg("device"), py::arg("shape"), py::arg("chunk_pixels"));
+  m.def("pixel_decoder_backward_workspace", [](const py::args& arguments) {
+    Device device;
+    cuda::PixelDecoderBackward op;
+    read_arguments("pixel_decoder_backward_workspace", arguments, device, op);
+    return cuda::pixel_decoder_backward_workspace(limits_of(device.device), op);
+  });
   m.def("flow_matching_loss_forward_workspace", [](const py::args& arguments) {
     Device device;
     cuda::FlowMatchingLossForward op;

@@ -37,9 +37,9 @@ def mock_capture() -> Iterator[Callable[[torch.Tensor], bool]]:
     operators, serve = _Operators(), registry.serve
     host_side = _HostSide(operators)
 
-    def seen(*arguments):  # PyTorch leaves its modes while an operator that is implemented in Python runs
+    def seen(*arguments, **kept):  # PyTorch leaves its modes while an operator that is implemented in Python runs
         with host_side, operators:
-            return serve(*arguments)
+            return serve(*arguments, **kept)
 
     with mock.patch.object(registry, "serve", seen), host_side, operators:
         yield lambda tensor: operators.kind(tensor) == HOST

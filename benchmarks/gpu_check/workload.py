@@ -4,7 +4,9 @@ The calls of the tests are listed in tests/backends/triton_calls.py.
 """
 
 import importlib
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +16,19 @@ from benchmarks.harness.scaling import SIDES
 from benchmarks.ops.problem import problem_of
 from benchmarks.ops.sizes import Size
 from benchmarks.static.triton_kernels import kernel_name
-from deco_kernels import signatures, testing
-from deco_kernels.testing.inputs import KEEPS_COND, LOSSES
+from deco_kernels import ops, signatures, testing
+from deco_kernels.testing.inputs import KEEPS_COND, LOSSES, SAVE_MEMORY
 
 BF16 = torch.bfloat16
 
 
 class Call(NamedTuple):
-    """One call of an op; `needs` says which gradients its backward computes, None leaves the backward out."""
+    """One call of an op, or several that differ in `save_memory`; `needs` says which gradients its backward computes,
+    None leaves the backward out."""
 
     inputs: testing.Inputs
     needs: Sequence[bool] | None
+    save_memory: Sequence[bool] = (True, False)  # of the ops in SAVE_MEMORY
 
 
 class Pointer:
@@ -81,7 +85,11 @@ def _benchmarks() -> Iterator[Call]:
 
 
 def _with_all_gradients(inputs: testing.Inputs) -> Call:
-    return Call(inputs, [tensor is not None for tensor in inputs.in_order()])
+    needs = [tensor is not None for tensor in inputs.in_order()]
+    if inputs.op not in SAVE_MEMORY:
+        return Call(inputs, needs)
+    default = inspect.signature(getattr(ops, inputs.op)).parameters["save_memory"].default
+    return Call(inputs, needs, [inputs.options.get("save_memory", default)])
 
 
 def _of_problem(op: str, size: Size, dtype: torch.dtype) -> Call:
@@ -113,19 +121,26 @@ def launches(call: Call, architecture: str, multiprocessors: int) -> list:
             if call.needs is not None:
                 module.forward_with_gradients(group, *options, list(call.needs))
         else:
-            getattr(module, f"{prefix}forward")(*groups, *options)
-            if call.needs is not None:
-                backward = getattr(module, f"{prefix}backward")
-                for cond in ([None], [new_cond(inputs)]) if inputs.op in KEEPS_COND else ([],):
-                    backward(*inputs.grad_outputs, *groups, *cond, *options, list(call.needs))
+            for kept in kept_tensors(call, module):
+                getattr(module, f"{prefix}forward")(*groups, *options, **kept)
+                if call.needs is not None:
+                    backward = getattr(module, f"{prefix}backward")
+                    backward(*inputs.grad_outputs, *groups, *options, list(call.needs), **kept)
     return recorded
 
 
-def new_cond(inputs: testing.Inputs) -> torch.Tensor:
-    """Uninitialized [..., P, D] for the condition of an op that can keep it."""
-    tokens, rows = inputs.tensors["tokens"], inputs.tensors["up_weight"].shape[0]
-    width = inputs.tensors["mod_weight"].shape[-1]
-    return tokens.new_empty((*tokens.shape[:-1], rows // width, width))
+def kept_tensors(call: Call, module: ModuleType) -> Iterator[dict[str, torch.Tensor]]:
+    """What each choice of `save_memory` keeps between forward and backward, uninitialized."""
+    op, tensors = call.inputs.op, call.inputs.tensors
+    for save_memory in call.save_memory if op in SAVE_MEMORY else (True,):
+        found = {}
+        if op in KEEPS_COND and not save_memory:
+            rows, width = tensors["up_weight"].shape[0], tensors["mod_weight"].shape[-1]
+            found["cond"] = tensors["tokens"].new_empty((*tensors["tokens"].shape[:-1], rows // width, width))
+        if hasattr(module, "new_activations") and not save_memory:
+            like, pixels = found.get("cond", tensors.get("cond")), tensors["image"][:, 0].numel()
+            found["activations"] = module.new_activations(like, pixels, *tensors["norm_weight"].shape)
+        yield found
 
 
 def kernels(architecture: str, multiprocessors: int, every_call: Iterable[Call] | None = None) -> list[Kernel]:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.harness.steps import Contender, Step, contenders_of, require_gradients
 from benchmarks.harness.verification import SEED
-from benchmarks.names import KEEPING_COND, PUBLISHED, REFERENCE, TWO_OPS
+from benchmarks.names import GPU_BACKENDS, KEEPING_ACTIVATIONS, KEEPING_COND, PUBLISHED, REFERENCE, TWO_OPS
 from benchmarks.ops.problem import Problem, problem_of
 from benchmarks.ops.sizes import Size
 from deco_kernels import BackendUnavailable
@@ -23,12 +23,16 @@ _WARM = Size(height=16, width=16)
 
 
 def contenders_in(op: str, backends: tuple[str, ...]) -> list[str]:
-    """The published formulation and every backend; of a one-pass op, at whose sizes the formulations may not fit the
-    memory, every fused backend and its two ops, which keep cond or compute it again."""
+    """The published formulation and every backend, with both choices of save_memory; of a one-pass op, at whose sizes
+    the formulations may not fit the memory, every fused backend and its two ops with both choices."""
     if op == _DECODER:
-        return [PUBLISHED, *backends]
-    choices = (TWO_OPS + KEEPING_COND, TWO_OPS, "")
-    return [backend + choice for backend in backends if backend != REFERENCE for choice in choices]
+        return [PUBLISHED, *backends, *(name + KEEPING_ACTIVATIONS for name in backends if name in GPU_BACKENDS)]
+    return [name + choice for name in backends if name != REFERENCE for choice in (_keeping(name), TWO_OPS, "")]
+
+
+def _keeping(backend: str) -> str:
+    """The two ops with save_memory=False."""
+    return TWO_OPS + (KEEPING_ACTIVATIONS if backend in GPU_BACKENDS else KEEPING_COND)
 
 
 def measure_memory(op: str, batch: int, device: str, dtype: str, backends: tuple[str, ...], threads: int) -> list[dict]:
@@ -68,7 +72,7 @@ def step_growth(op: str, size: Size, name: str, dtype: torch.dtype, device: str)
 
 def _contender(problem: Problem, size: Size, name: str) -> Contender:
     backend = name.split()[0]
-    if name == backend + TWO_OPS + KEEPING_COND:
+    if name == backend + _keeping(backend):
         call = functools.partial(problem.two_ops, size=size, backend=backend, save_memory=False)
         return Contender(name, call, backend)
     backends = () if name == PUBLISHED else (backend,)

@@ -42,8 +42,9 @@ def contenders_of(
         if problem.one_pass and backend != REFERENCE:
             two_ops = functools.partial(problem.two_ops, size=size, backend=backend)
             found.append(Contender(backend + TWO_OPS, two_ops, backend))
-        if problem.other_choice and backend != REFERENCE:
-            name, choice = problem.other_choice
+        other = None if backend == REFERENCE else problem.other_choice(backend)
+        if other is not None:
+            name, choice = other
             found.append(Contender(backend + name, functools.partial(fused, **choice), backend))
     return found
 

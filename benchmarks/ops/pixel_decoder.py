@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from benchmarks.names import GPU_BACKENDS, KEEPING_ACTIVATIONS
 from benchmarks.ops.problem import Outputs, Problem, Shapes, Tensors
 from benchmarks.ops.sizes import Size
 from deco_kernels.testing import published
@@ -24,6 +25,9 @@ class PixelDecoder(Problem):
     full_precision = ("image",)
     trained = ("cond",)
     constants = ("positions",)
+
+    def other_choice(self, backend: str) -> tuple[str, dict[str, bool]] | None:
+        return (KEEPING_ACTIVATIONS, {"save_memory": False}) if backend in GPU_BACKENDS else None
 
     def outputs(self, size: Size) -> Shapes:
         return {"velocity": (size.batch, size.channels, size.height, size.width)}

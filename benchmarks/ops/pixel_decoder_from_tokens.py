@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.names import KEEPING_COND
+from benchmarks.names import GPU_BACKENDS, KEEPING_ACTIVATIONS, KEEPING_COND
 from benchmarks.ops.pixel_decoder import decoder_multiply_adds, with_published_query
 from benchmarks.ops.problem import Outputs, Problem, Shapes, Tensors
 from benchmarks.ops.sizes import Size
@@ -16,7 +16,9 @@ class PixelDecoderFromTokens(Problem):
     full_precision = ("image",)
     trained = ("tokens",)
     constants = ("positions",)
-    other_choice = (KEEPING_COND, {"save_memory": False})
+
+    def other_choice(self, backend: str) -> tuple[str, dict[str, bool]]:
+        return KEEPING_ACTIVATIONS if backend in GPU_BACKENDS else KEEPING_COND, {"save_memory": False}
 
     def outputs(self, size: Size) -> Shapes:
         return {"velocity": (size.batch, size.channels, size.height, size.width)}

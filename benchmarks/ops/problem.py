@@ -49,7 +49,6 @@ class Problem:
     has_backward_alone = False  # whether the backward operator gets a separate row
     one_pass = False  # whether the forward also computes the gradients, which it keeps
     keeps_gradient = False  # whether it computes the only gradient, which the backward returns
-    other_choice: tuple[str, dict[str, bool]] | None = None  # another contender: (end of its name, arguments of the op)
 
     def arguments(self, size: Size) -> Shapes:
         """Shapes of the op's tensor arguments, in the order of its signature."""
@@ -59,6 +58,10 @@ class Problem:
     def leading(self, size: Size) -> tuple[int, ...]:
         """The sizes that "..." stands for in the shapes of the arguments."""
         return (size.tokens,)
+
+    def other_choice(self, backend: str) -> tuple[str, dict[str, bool]] | None:
+        """Another contender on the backend: (end of its name, arguments of the op)."""
+        return None
 
     def outputs(self, size: Size) -> Shapes:
         raise NotImplementedError

@@ -8,7 +8,9 @@ from benchmarks.ops.sizes import Size
 class UpsampleModulate(Problem):
     op = "upsample_modulate"
     activations = trained = ("h", "tokens")
-    other_choice = (SAVING_MEMORY, {"save_memory": True})
+
+    def other_choice(self, backend: str) -> tuple[str, dict[str, bool]]:
+        return SAVING_MEMORY, {"save_memory": True}
 
     def outputs(self, size: Size) -> Shapes:
         shape = (size.tokens, size.patch_pixels, size.decoder_width)

@@ -12,7 +12,7 @@ _TRITON_KERNELS = {
     "pixel_decoder.forward_kernel": "decoder forward",
     "pixel_decoder.forward_kernel+keeps": "decoder forward that keeps its activations",
     "pixel_decoder.recompute_kernel": "decoder recompute (forward, then head backward)",
-    "pixel_decoder_loss.head_kernel": "head backward",
+    "pixel_decoder_head.head_kernel": "head backward",
     "adaln_block.backward_kernel+first": "block backward, launched first",
     "adaln_block.backward_kernel": "block backward, between",
     "adaln_block.backward_kernel+last": "block backward, launched last",

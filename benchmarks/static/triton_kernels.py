@@ -25,7 +25,7 @@ OPS = (
 )  # fmt: skip
 """Ops that have kernels; the others launch those of these."""
 ONE_PASS_KERNELS = (
-    "pixel_decoder.forward_kernel+keeps", "pixel_decoder_loss.head_kernel", "flow_matching_loss.gradient_kernel+sums",
+    "pixel_decoder.forward_kernel+keeps", "pixel_decoder_head.head_kernel", "flow_matching_loss.gradient_kernel+sums",
 )  # fmt: skip
 """Kernels that only `pixel_decoder_loss` launches."""
 _FLAGS = ("FIRST", "LAST", "PADDED", "KEEPS", "SUMS", "QUERY", "RMS")
@@ -52,7 +52,6 @@ def recorded_launches(architecture: str, width: int, dtype: torch.dtype) -> dict
 def launches_of(inputs, architecture: str, multiprocessors: int | None = None) -> list:
     """Launches of the Triton backend in forward and backward of these `testing.Inputs`, recorded without running."""
     from deco_kernels.backends.triton import launching
-    from deco_kernels.testing.inputs import KEEPS_COND
 
     module = importlib.import_module(f"deco_kernels.backends.triton.{inputs.op}")
     groups, options = inputs.groups(), list(inputs.options.values())
@@ -64,8 +63,7 @@ def launches_of(inputs, architecture: str, multiprocessors: int | None = None) -
             module.forward_with_gradients(groups, *options, gradients_needed(inputs))
             return recorded
         module.forward(*groups, *options)
-        recomputed = [None] * (inputs.op in KEEPS_COND)  # the condition, which is not kept here
-        module.backward(*inputs.grad_outputs, *groups, *recomputed, *options, gradients_needed(inputs))
+        module.backward(*inputs.grad_outputs, *groups, *options, gradients_needed(inputs))
     return recorded
 
 

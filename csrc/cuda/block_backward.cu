@@ -68,7 +68,7 @@ struct BackwardParams : BlockBackward {
     cond.visit(buffers, pixels, width);
     for (const RowsView* rows : {&h, &grad, &grad_gate}) rows->visit(buffers, false, pixels, width);
     for (const RowsView* rows : {&grad_h, &grad_cond}) rows->visit(buffers, true, pixels, width);
-    const int64_t tile_bytes = 2 * padded_rows(pixels) * width;
+    const int64_t tile_bytes = 2 * tiled_values(pixels, width);
     buffers.read(h_tiles, tile_bytes);
     buffers.read(s_tiles, tile_bytes);
     buffers.write(grad_tiles, tile_bytes);

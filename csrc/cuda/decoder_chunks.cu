@@ -10,13 +10,20 @@ constexpr int64_t sums_of_blocks(int width, int depth) { return int64_t{depth} *
 }  // namespace
 
 DecoderChunks::DecoderChunks(WorkspaceParts& parts, const DeviceLimits& limits, const DecoderShape& shape,
-                             int64_t pixels, int head_parts)
-    : width_(shape.decoder_width), head_parts_(head_parts), pixels_(pixels) {
+                             int64_t pixels, int head_parts, const void* activations)
+    : width_(shape.decoder_width), depth_(shape.depth), head_parts_(head_parts), pixels_(pixels) {
   const int D = width_, N = shape.depth;
   const int64_t in_blocks = sums_of_blocks(D, N), channels = sums_of_channels(D);
   packed_ = PackedWeights::take(parts, N, D, kBlockMatrices, shape.pixels_per_token());
-  h_ = parts.take<uint16_t>((N + 1) * padded_rows(pixels) * D);
-  s_ = parts.take<uint16_t>(padded_rows(pixels) * D);
+  const int64_t of_block = tiled_values(pixels, D);
+  if (activations == nullptr) {
+    h_ = parts.take<uint16_t>((N + 1) * of_block);
+    s_ = parts.take<uint16_t>(of_block);
+  } else {
+    h_ = static_cast<uint16_t*>(const_cast<void*>(activations));  // only read
+    s_ = h_ + (N + 1) * of_block;
+    grad_h_ = parts.take<uint16_t>(of_block);
+  }
   block_parts_ = block_backward_parts(limits, D, true, pixels);
   embedding_parts_ = decoder_embedding_parts(limits, shape, pixels);
   blocks_ = parts.take<float>(block_parts_ * in_blocks);
@@ -28,10 +35,23 @@ DecoderChunks::DecoderChunks(WorkspaceParts& parts, const DeviceLimits& limits, 
   pixel_sum_ = parts.take<float>(channels);
 }
 
+Status DecoderChunks::head(const Call& call, DType operand, float eps, bool rms, const DecoderChunk& chunk,
+                           const Image& grad_velocity, bool sums) const {
+  DecoderHead head;
+  head.packed = packed_;
+  head.shape = chunk.shape;
+  head.grad_velocity = grad_velocity;
+  head.eps = eps;
+  head.h_tiles = h_tiles(depth_, chunk.pixels);
+  head.grad_h_tiles = grad_h_tiles(chunk.pixels);
+  head.partials = sums ? head_ : nullptr;
+  head.accumulate = chunk.accumulate;
+  return decoder_head(call, operand, head, rms);
+}
+
 Status DecoderChunks::backward(const Call& call, DType operand, float eps, const DecoderChunk& chunk, bool sums) const {
-  const int depth = chunk.shape.depth;
-  uint16_t* const grad_h_tiles = h_tiles(depth, chunk.pixels);
-  for (int l = depth - 1; l >= 0; --l) {
+  uint16_t* const grad_h = grad_h_tiles(chunk.pixels);
+  for (int l = depth_ - 1; l >= 0; --l) {
     BlockBackward block;
     block.width = width_;
     block.operand = operand;
@@ -42,12 +62,12 @@ Status DecoderChunks::backward(const Call& call, DType operand, float eps, const
     block.cond = chunk.cond;
     block.h_tiles = h_tiles(l, chunk.pixels);
     block.s_tiles = s_;
-    block.grad_tiles = grad_h_tiles;
+    block.grad_tiles = grad_h;
     block.grad_cond = chunk.grad_cond;
-    block.first = l == depth - 1;
+    block.first = l == depth_ - 1;
     block.last = l == 0;
     block.partials = sums ? blocks_ : nullptr;
-    block.depth = depth;
+    block.depth = depth_;
     block.accumulate = chunk.accumulate;
     const Status status = block_backward(call, block);
     if (!status.ok()) return status;
@@ -57,7 +77,7 @@ Status DecoderChunks::backward(const Call& call, DType operand, float eps, const
   embedding.packed = packed_;
   embedding.shape = chunk.shape;
   embedding.image = chunk.image;
-  embedding.grad_h_tiles = grad_h_tiles;
+  embedding.grad_h_tiles = grad_h;
   embedding.grad_image = chunk.grad_image;
   embedding.first_pixel = chunk.first_pixel;
   embedding.pixels = chunk.pixels;

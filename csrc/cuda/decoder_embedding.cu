@@ -30,7 +30,7 @@ struct EmbeddingParams {
     op.image.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
     op.grad_image.visit(buffers, true, shape.batch, shape.channels, shape.height, shape.width);
     grad_query.visit(buffers, true, range.count, width);
-    buffers.read(op.grad_h_tiles, 2 * padded_rows(range.count) * width);
+    buffers.read(op.grad_h_tiles, 2 * tiled_values(range.count, width));
     buffers.write(op.partials, int64_t{4} * parts * (width + 1) * kChannelSlots);
     buffers.write(op.table_partials, int64_t{4} * parts * table_rows * width);
   }

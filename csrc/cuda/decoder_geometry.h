@@ -47,6 +47,9 @@ inline int grid_blocks(int64_t pixels, int pixels_per_block, const DeviceLimits&
 // `pixels` rounded up to whole tiles of every kernel, so that kernels write operand tiles without bounds checks.
 inline int64_t padded_rows(int64_t pixels) { return (pixels + 255) / 256 * 256; }
 
+// Values of an array of operand tiles.
+inline int64_t tiled_values(int64_t pixels, int width) { return padded_rows(pixels) * width; }
+
 constexpr int64_t kPixelLimit = int64_t{1} << 31;
 
 // Calls run(T{}, std::integral_constant<int, D>{}) for the compute dtype and the width. DECO_ONLY_WIDTH restricts a

@@ -1,6 +1,5 @@
 // Backward of the decoder's head (formula in decoder_kernels.h). Persistent grid; ownership is that of pixel_decoder.cu,
-// whose operand tiles of h_N it reads and overwrites with those of the gradient. Per pixel: reads 2·D bytes and C values,
-// writes 2·D bytes. Deterministic: the gradient of the head is summed per thread block in a fixed order.
+// whose operand tiles of h_N it reads. Per pixel: reads 2·D bytes and C values, writes 2·D bytes of the gradient of h_N. Deterministic: the gradient of the head is summed per thread block in a fixed order.
 #include "cuda/block.h"
 #include "cuda/decoder_kernels.h"
 #include "cuda/gradient_sums.h"
@@ -23,7 +22,8 @@ struct HeadParams {
     const int width = shape.decoder_width;
     op.packed.visit(buffers, false, shape.depth, width, kBlockMatrices, shape.pixels_per_token());
     op.grad_velocity.visit(buffers, false, shape.batch, shape.channels, shape.height, shape.width);
-    buffers.write(op.h_tiles, 2 * padded_rows(range.count) * width);
+    buffers.read(op.h_tiles, 2 * tiled_values(range.count, width));
+    buffers.write(op.grad_h_tiles, 2 * tiled_values(range.count, width));
     buffers.write(op.partials, int64_t{4} * parts * (width + 1) * kChannelSlots);
   }
 };
@@ -57,7 +57,7 @@ DECO_KERNEL(kThreads, kBlocksPerMultiprocessor, head_kernel, const HeadParams p)
       const RowPair rstd = normalize(n, op.eps, !Extended);
       if (sums && pixels.any_exists()) head_gradient.add(rounded<T>(n), grad_velocity[m]);
       const Tile<D> grad_h = head_backward<T, D>(grad_velocity[m], n, rstd, ends.head(), !Extended);
-      store_tile<D>(lane_words<D>(op.h_tiles, tile + m), rounded<T>(grad_h));
+      store_tile<D>(lane_words<D>(op.grad_h_tiles, tile + m), rounded<T>(grad_h));
     }
   }
   if (sums)

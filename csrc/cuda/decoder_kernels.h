@@ -46,9 +46,10 @@ struct DecoderHead {
   DecoderShape shape;
   Image grad_velocity;
   float eps = 0;
-  void* h_tiles = nullptr;    // operand tiles of h_N, overwritten by those of its gradient
-  float* partials = nullptr;  // [decoder_head_parts][D + 1][kChannelSlots], or null
-  bool accumulate = false;    // add to the partials instead of overwriting them
+  const void* h_tiles = nullptr;  // operand tiles of h_N
+  void* grad_h_tiles = nullptr;   // written, may be h_tiles: those of its gradient
+  float* partials = nullptr;      // [decoder_head_parts][D + 1][kChannelSlots], or null
+  bool accumulate = false;        // add to the partials instead of overwriting them
 };
 int decoder_head_parts(const DeviceLimits& limits, int width, int64_t pixels);
 Status decoder_head(const Call& call, DType operand, const DecoderHead& op, bool rms);

@@ -3,7 +3,7 @@
 //   h = W_x·x + table[k];  N decoder blocks (block.h);  velocity = W_out·LayerNorm(h) + b_out
 //
 // Extended (decoder_kernels.h): h gets a query, 2·D bytes per pixel; the head's norm may be RMSNorm.
-// For pixel_decoder_loss it also keeps what the backward needs: it writes the rounded SiLU(cond), the input of each
+// It may also keep what the backward needs: it writes the rounded SiLU(cond), the input of each
 // decoder block and that of the head as operand tiles, 2·D·(N + 2) bytes per pixel.
 //
 // Persistent grid of one thread block per multiprocessor; a warp owns M tiles of 16 pixels at a time. Activations stay
@@ -196,6 +196,11 @@ Status pixel_decoder_forward(const Call& call, const PixelDecoderForward& op) {
   forward.velocity = Image(op.velocity);
   forward.cond = rows_of(op.cond, shape);
   forward.eps = op.eps;
+  if (op.activations != nullptr) {
+    forward.h_tiles = op.activations;
+    const int64_t of_block = tiled_values(shape.pixels(), shape.decoder_width);
+    forward.s_tiles = static_cast<uint16_t*>(op.activations) + (shape.depth + 1) * of_block;
+  }
   const Status packed = pack_decoder(call, op.cond.dtype, forward.packed, op.weights, shape);
   const DecoderExtension extension = {rows_of(op.query, shape), op.head_norm != 0};
   return packed.ok() ? decoder_forward(call, op.cond.dtype, forward, extension) : packed;

@@ -155,17 +155,6 @@ class OnePass {
     sums += plan.grid.groups;
     if (!backward_ || !status.ok()) return status;
 
-    const bool with_weights = wants_gradients(op_.grad_weights);
-    DecoderHead head;
-    head.packed = packed();
-    head.shape = sizes;
-    head.grad_velocity = velocity;
-    head.eps = op_.eps;
-    head.h_tiles = backward_->h_tiles(sizes.depth, sizes.pixels());
-    head.partials = with_weights ? backward_->head_partials() : nullptr;
-    head.accumulate = accumulate;
-    status = decoder_head(call, op_.cond.dtype, head, extension.rms);
-
     DecoderChunk chunk;
     chunk.shape = sizes;
     chunk.image = forward.image;
@@ -175,6 +164,8 @@ class OnePass {
     chunk.grad_query = contiguous_rows(op_.grad_query, sizes, first_pixel);
     chunk.pixels = sizes.pixels();
     chunk.accumulate = accumulate;
+    const bool with_weights = wants_gradients(op_.grad_weights);
+    status = backward_->head(call, op_.cond.dtype, op_.eps, extension.rms, chunk, velocity, with_weights);
     return status.ok() ? backward_->backward(call, op_.cond.dtype, op_.eps, chunk, with_weights) : status;
   }
 

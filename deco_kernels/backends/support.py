@@ -27,6 +27,11 @@ class Request(NamedTuple):
     head_norm: str | None = None
     called_as: str = ""  # the public function if its name is not `op`
 
+    def specialized(self) -> Request:
+        """With integers for the sizes that are symbolic while torch.compile traces with dynamic shapes."""
+        values: list[Any] = [int(value) if isinstance(value, torch.SymInt) else value for value in self]
+        return Request(*values)
+
     @property
     def public_name(self) -> str:
         return self.called_as or self.op

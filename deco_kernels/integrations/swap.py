@@ -69,8 +69,8 @@ def swap_decoder(model: nn.Module, *, save_memory: bool = False, backend: str | 
             `dec_net.res_blocks[i].{in_ln, mlp, adaLN_modulation}` and `dec_net.final_layer`, class-to-image or
             text-to-image; or of the structure of CoD-Lite, with a 1x1 convolution `y_embedder_x` and a `final_layer`
             outside `dec_net` that has an RMSNorm; or Mage-VAE. Its parameters must not be on the meta device.
-        save_memory: whether the backward computes the pixel conditions [T, P, D] again in training, in place of keeping
-            them.
+        save_memory: whether the backward computes the pixel conditions [T, P, D], and on a GPU the activations of the
+            blocks, again in training, in place of keeping them.
         backend: backend of the ops; None for the automatic choice.
 
     Returns:

@@ -166,7 +166,8 @@ class PixelDecoder(nn.Module):
         query_width: Zq, width of the query tokens, or None for a decoder without them.
         query_features: F, features per pixel from a query token.
         head_norm: "layer", or "rms" for RMSNorm with a weight.
-        save_memory: whether the backward computes the upsampled y [T, P, D] again in training, in place of keeping it.
+        save_memory: whether the backward computes the upsampled y [T, P, D], and on a GPU the activations of the
+            blocks, again in training, in place of keeping them.
         eps: epsilon of both layer norms.
         backend: backend of the ops; None for the automatic choice.
 

@@ -7,7 +7,7 @@ import torch
 
 from deco_kernels.backends.support import Request
 from deco_kernels.ops import checks
-from deco_kernels.ops.registry import Operation, chosen_backend, define_op
+from deco_kernels.ops.registry import Operation, chosen_backend, define_op, serving_module
 from deco_kernels.signatures import OPS
 
 
@@ -30,6 +30,7 @@ def pixel_decoder(
     patch_size: int,
     query: torch.Tensor | None = None,
     head_norm: str = "layer",
+    save_memory: bool = True,
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> torch.Tensor:
@@ -59,17 +60,21 @@ def pixel_decoder(
         patch_size: p, a divisor of H and W.
         query: like cond, in its dtype; None for zeros.
         head_norm: "layer" or "rms".
+        save_memory: whether the backward computes the activations of the blocks again. With False the forward keeps
+            them for the backward if a gradient is wanted, on the backends that gain from it: cuda (N + 2 of D values
+            per pixel) and triton (N + 1), in the activation dtype.
         eps: added to the variance in LayerNorm, and to the mean square.
         backend: name of a backend, or None for the choice by `use_backend`, then DECO_KERNELS_BACKEND, then automatic.
 
     Returns:
-        velocity [B, C, H, W], contiguous, in the activation dtype. Gradients flow to every tensor argument; the forward
-        saves only its inputs.
+        velocity [B, C, H, W], contiguous, in the activation dtype. Gradients flow to every tensor argument; by default
+        the forward saves only its inputs.
 
     Weights may have any floating dtype. float64 requires every argument in float64 and runs on the reference backend.
 
     Raises:
-        TypeError: an argument that is not a tensor, an unsupported dtype, or mixed devices.
+        TypeError: an argument that is not a tensor, a save_memory that is not a bool, an unsupported dtype, or mixed
+            devices.
         ValueError: sizes that do not match, H or W not divisible by p, or another head_norm.
         BackendUnavailable: the explicitly chosen backend cannot run the call.
     """
@@ -80,7 +85,9 @@ def pixel_decoder(
     patch_size = checks.check_decoder(name, (image, cond, *weights, *given), patch_size)
     options = (patch_size, checks.check_head_norm(name, head_norm), checks.check_eps(name, eps))
     cond, queries = checks.check_query(name, cond, given)
-    velocity: torch.Tensor = _pixel_decoder(image, cond, *weights, *queries, *options, chosen_backend(backend))
+    keep = not checks.check_flag(name, "save_memory", save_memory)
+    inputs = (image, cond, *weights, *queries, *options, chosen_backend(backend))
+    velocity: torch.Tensor = _pixel_decoder(*inputs, keep=keep)
     return velocity
 
 
@@ -123,8 +130,9 @@ def pixel_decoder_from_tokens(
         query_tokens, query_weight, query_bias: [..., Zq], leading sizes and dtype as tokens; [P*D, Zq] and [P*D], rows
             as those of up_weight. In place of `query`: query = query_tokens @ query_weight.T + query_bias, which is not
             stored as a whole.
-        save_memory: whether the backward computes cond again. With False the forward keeps cond [..., P, D] for the
-            backward, in the activation dtype, if a gradient is wanted. The query is computed again in either case.
+        save_memory: whether the backward computes cond and the activations again. With False the forward keeps cond
+            [..., P, D] for the backward, in the activation dtype, and the activations as `pixel_decoder` does, if a
+            gradient is wanted. The query is computed again where the backward needs it.
 
     The other arguments, the result and the errors are those of `pixel_decoder`.
     """
@@ -135,9 +143,9 @@ def pixel_decoder_from_tokens(
     patch_size = checks.check_decoder(name, (image, tokens, *weights, *given), patch_size)
     options = (patch_size, checks.check_head_norm(name, head_norm), checks.check_eps(name, eps))
     tokens, queries = checks.check_query(name, tokens, given)
-    keep_cond = not checks.check_flag(name, "save_memory", save_memory)
+    keep = not checks.check_flag(name, "save_memory", save_memory)
     inputs = (image, tokens, *weights, *queries, *options, chosen_backend(backend))
-    velocity: torch.Tensor = _pixel_decoder_from_tokens(*inputs, keep_cond=keep_cond)
+    velocity: torch.Tensor = _pixel_decoder_from_tokens(*inputs, keep=keep)
     return velocity
 
 
@@ -164,16 +172,30 @@ def decoder_request(name: str, images: Sequence[str]) -> Callable[..., Request]:
 
 def _define_decoder(name: str, upsamples: bool) -> Operation:
     names = OPS[name].names
+    pixel_table, norm_weight = names.index("pixel_table"), names.index("norm_weight")  # [P, D], [N, D]
+    request = decoder_request(name, ("image",))
 
     def fake(image: torch.Tensor, activation: torch.Tensor, *_: Any) -> torch.Tensor:
         return image.new_empty(image.shape, dtype=activation.dtype)
 
     def new_cond(*arguments: Any) -> torch.Tensor:
-        tokens, pixel_table = arguments[1], arguments[names.index("pixel_table")]
-        return tokens.new_empty((*tokens.shape[:-1], *pixel_table.shape))
+        tokens = arguments[1]
+        return tokens.new_empty((*tokens.shape[:-1], *arguments[pixel_table].shape))
 
-    options, cond = "int patch_size, str head_norm, float eps", new_cond if upsamples else None
-    return define_op(name, options, ("velocity",), decoder_request(name, ("image",)), fake, new_cond=cond)
+    def new_activations(*arguments: Any) -> torch.Tensor | None:
+        *inputs, backend = arguments
+        image, activation = inputs[:2]
+        module = serving_module(backend, request(*inputs).specialized(), image.device)
+        if not hasattr(module, "new_activations"):
+            return None
+        batch, _, height, width = image.shape
+        sizes = (batch * height * width, *inputs[norm_weight].shape)
+        activations: torch.Tensor = module.new_activations(activation, *sizes)
+        return activations
+
+    kept = {"cond": new_cond} if upsamples else {}
+    options = "int patch_size, str head_norm, float eps"
+    return define_op(name, options, ("velocity",), request, fake, kept={**kept, "activations": new_activations})
 
 
 _pixel_decoder = _define_decoder("pixel_decoder", upsamples=False)

@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -153,13 +153,13 @@ def log_fallback(op: str, name: str, following: str | None, reason: str) -> None
     _log.log(level, "%s falls back from backend %r to %r: %s", op, name, following, reason)
 
 
-def serve(function: str, request: Request, device: torch.device, backend: str, *arguments: Any) -> Any:
+def serve(function: str, request: Request, device: torch.device, backend: str, *arguments: Any, **kept: Any) -> Any:
     """Call `function` of the backend module for the request, with autocast off."""
     implementation = getattr(serving_module(backend, request, device), function)
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
-            return implementation(*arguments)
-    return implementation(*arguments)
+            return implementation(*arguments, **kept)
+    return implementation(*arguments, **kept)
 
 
 # --- registration ----------------------------------------------------------------------------------------------------
@@ -172,13 +172,13 @@ def define_op(
     request: Callable[..., Request],
     fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
     functions: tuple[str, str] = ("forward", "backward"),
-    new_cond: Callable[..., torch.Tensor] | None = None,
+    kept: Mapping[str, Callable[..., torch.Tensor | None]] | None = None,
     scalars: bool = False,
 ) -> Operation:
     """Register the operators `name` and `name_backward`; returns one function of (tensors, options, backend).
 
-    An op with `new_cond` can keep the upsampled condition between forward and backward. Its third operator,
-    `name_with_cond`, returns the condition after the results, and its function takes `keep_cond`.
+    An op with `kept` can keep intermediate tensors between forward and backward. Its third operator, `name_with_kept`,
+    returns them after the results, and its function takes `keep`.
 
     Args:
         name: name of the op; `deco_kernels.signatures` describes its tensors.
@@ -187,18 +187,24 @@ def define_op(
         request: (tensors, options) -> Request, whose op names the backend module.
         fake: (tensors, options) -> results without data, with the real shapes, dtypes and strides.
         functions: names of forward and backward in that module; they take the tensors in the groups of the description.
-        new_cond: (tensors, options) -> an uninitialized tensor for the condition. The module's forward then takes it,
-            or None, as its last argument and fills it, and its backward takes it, or None, after the tensors.
+        kept: for each intermediate tensor (tensors, options, backend) -> memory for it, uninitialized, or None if the
+            backend does not keep it. The module's forward takes that as a keyword argument and fills it, and its
+            backward takes it in the same way; neither gets one that is empty.
         scalars: whether the results are scalars. The module's backward then takes None for the gradient of a result
             that is not used, in place of a zero, which would cost a kernel.
     """
     group, count = OPS[name].group, len(OPS[name].arguments)
-    saved = count + (new_cond is not None)
+    kept = kept or {}
+    saved = count + len(kept)
     schema = schema_of_arguments(name, options)
 
-    def call(inputs: Sequence[Any], backend: str, *cond: torch.Tensor) -> Any:
+    def named(tensors: Iterable[torch.Tensor | None]) -> dict[str, Any]:
+        pairs = zip(kept, tensors, strict=True)
+        return {key: tensor for key, tensor in pairs if tensor is not None and tensor.numel() > 0}
+
+    def call(inputs: Sequence[Any], backend: str, **tensors: Any) -> Any:
         inputs_in_groups = (*grouped(group, inputs[:count]), *inputs[count:])
-        return serve(functions[0], request(*inputs), inputs[0].device, backend, *inputs_in_groups, *cond)
+        return serve(functions[0], request(*inputs), inputs[0].device, backend, *inputs_in_groups, **tensors)
 
     def forward(*arguments: Any) -> Any:
         *inputs, backend = arguments
@@ -207,9 +213,9 @@ def define_op(
     def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
         """Returns an empty placeholder for a gradient that is not needed, since an operator cannot return None."""
         gradients, (*inputs, backend, needs) = arguments[: len(outputs)], arguments[len(outputs) :]
-        tensors, cond, scalars = inputs[:count], inputs[count:saved], inputs[saved:]
+        tensors, found, scalars = inputs[:count], named(inputs[count:saved]), inputs[saved:]
         served = (functions[1], request(*tensors, *scalars), tensors[0].device, backend)
-        results = serve(*served, *gradients, *grouped(group, tensors), *cond, *scalars, needs)
+        results = serve(*served, *gradients, *grouped(group, tensors), *scalars, needs, **found)
         return without_none(tensors[0], results)
 
     def fake_forward(*arguments: Any) -> Any:
@@ -220,7 +226,7 @@ def define_op(
         return without_none(inputs[0], empty_gradients(inputs, needs))
 
     gradient_schema = ", ".join(f"Tensor{'?' * scalars} grad_{output}" for output in outputs)
-    backward_schema = schema_of_arguments(name, options, kept=("cond",) * (saved - count))
+    backward_schema = schema_of_arguments(name, options, tuple(kept))
     forward_op = register(name, f"({schema}) -> {schema_of_results(len(outputs))}", forward, fake_forward)
     backward_op = register(
         f"{name}_backward",
@@ -228,20 +234,23 @@ def define_op(
         backward,
         fake_backward,
     )
-    if new_cond is None:
-        return _differentiable(name, forward_op, None, backward_op, count, fake, scalars)
+    if not kept:
+        return _differentiable(name, forward_op, None, backward_op, count, 0, fake, scalars)
 
-    def forward_with_cond(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    def new_kept(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        return without_none(arguments[0], [new(*arguments) for new in kept.values()])
+
+    def forward_with_kept(*arguments: Any) -> tuple[torch.Tensor, ...]:
         *inputs, backend = arguments
-        cond = new_cond(*inputs)
-        return (*outputs_of(call(inputs, backend, cond)), cond)
+        tensors = new_kept(*arguments)
+        return (*outputs_of(call(inputs, backend, **named(tensors))), *tensors)
 
-    def fake_with_cond(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        return (*outputs_of(fake(*arguments[:-1])), new_cond(*arguments[:-1]))
+    def fake_with_kept(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        return (*outputs_of(fake(*arguments[:-1])), *new_kept(*arguments))
 
-    results_schema = schema_of_results(len(outputs) + 1)
-    with_cond_op = register(f"{name}_with_cond", f"({schema}) -> {results_schema}", forward_with_cond, fake_with_cond)
-    return _differentiable(name, forward_op, with_cond_op, backward_op, count, fake, scalars)
+    results_schema = schema_of_results(len(outputs) + len(kept))
+    kept_op = register(f"{name}_with_kept", f"({schema}) -> {results_schema}", forward_with_kept, fake_with_kept)
+    return _differentiable(name, forward_op, kept_op, backward_op, count, len(kept), fake, scalars)
 
 
 def schema_of_arguments(name: str, options: str, kept: Sequence[str] = ()) -> str:
@@ -262,9 +271,9 @@ def register(name: str, schema: str, implementation: Operation, fake: Operation)
     return operator
 
 
-def without_none(first: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
-    """Empty placeholders like `first` for gradients that are not needed, since an operator cannot return None."""
-    return tuple(first.new_empty(0) if gradient is None else gradient for gradient in gradients)
+def without_none(first: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+    """Empty placeholders like `first` for tensors that do not exist, since an operator cannot return None."""
+    return tuple(first.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
 def refuse_second_derivatives(name: str) -> NoReturn:
@@ -315,51 +324,50 @@ def once_differentiable(name: str, operation: Operation) -> type[torch.autograd.
 def _differentiable(
     name: str,
     forward_op: Operation,
-    with_cond_op: Operation | None,
+    kept_op: Operation | None,
     backward_op: Operation,
     tensor_count: int,
+    kept_count: int,
     fake: Callable[..., Any],
     scalars: bool,
 ) -> Operation:
-    """The autograd function around the operators. Saves the inputs between forward and backward, and the condition if
-    the call keeps it.
+    """The autograd function around the operators. Saves the inputs between forward and backward, and the intermediate
+    tensors of `kept_op` if the call keeps them.
 
     It is applied to every call outside torch.compile: inside functional transforms, `requires_grad` does not show
-    whether a derivative is needed. A condition that is not kept for that reason is computed again.
+    whether a derivative is needed. Tensors that are not kept for that reason are computed again.
     """
 
     Backward = once_differentiable(name, backward_op)
 
     class Forward(torch.autograd.Function):
-        """(*tensors, *options, backend, keep_cond) -> results, and the condition if it is kept."""
+        """(*tensors, *options, backend, keep) -> results, and what is kept."""
 
         generate_vmap_rule = True
 
         @staticmethod
         @with_signature
         def forward(*arguments: Any) -> Any:
-            *inputs, keep_cond = arguments
-            return with_cond_op(*inputs) if keep_cond and with_cond_op else forward_op(*inputs)
+            *inputs, keep = arguments
+            return kept_op(*inputs) if keep and kept_op else forward_op(*inputs)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            tensors, ctx.scalars, keep_cond = inputs[:tensor_count], inputs[tensor_count:-1], inputs[-1]
-            if keep_cond or scalars:
-                ctx.set_materialize_grads(False)  # zeros for the gradient of the condition would be as large as it
-            if keep_cond:
-                ctx.mark_non_differentiable(output[-1])
-                tensors = (*tensors, output[-1])
-            elif with_cond_op:
-                tensors = (*tensors, None)
-            ctx.save_for_backward(*tensors)
-            ctx.keeps_cond = keep_cond
+            tensors, ctx.scalars, keep = inputs[:tensor_count], inputs[tensor_count:-1], inputs[-1]
+            if keep or scalars:
+                ctx.set_materialize_grads(False)  # zeros for the gradient of what is kept would be as large as it
+            kept = output[-kept_count:] if keep else (None,) * kept_count
+            if keep:
+                ctx.mark_non_differentiable(*kept)
+            ctx.save_for_backward(*tensors, *kept)
+            ctx.keeps = keep
 
         @staticmethod
         def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
             needs = list(ctx.needs_input_grad[:tensor_count])
             saved = ctx.saved_tensors
-            if ctx.keeps_cond:
-                gradients = gradients[:-1]
+            if ctx.keeps:
+                gradients = gradients[:-kept_count]
                 if any(gradient is None for gradient in gradients):
                     likes = outputs_of(fake(*saved[:tensor_count], *ctx.scalars[:-1]))
                     pairs = zip(gradients, likes, strict=True)
@@ -379,19 +387,19 @@ def _differentiable(
         def jvp(ctx: Any, *tangents: torch.Tensor) -> None:
             refuse_forward_mode(name)
 
-    def apply(*arguments: Any, keep_cond: bool = False) -> Any:
+    def apply(*arguments: Any, keep: bool = False) -> Any:
         compiling = torch.compiler.is_compiling()
-        if compiling or keep_cond:
+        if compiling or keep:
             tensors = [tensor for tensor in arguments[:tensor_count] if tensor is not None]
             if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-                keep_cond = False
+                keep = False
                 if compiling:  # torch.compile does not trace an autograd function without a gradient
                     return forward_op(*arguments)
         function: Any = Forward if compiling else ForwardWithJvp
-        results = function.apply(*arguments, keep_cond)
-        if not keep_cond:
+        results = function.apply(*arguments, keep)
+        if not keep:
             return results
-        outputs = results[:-1]
+        outputs = results[:-kept_count]
         return outputs if len(outputs) > 1 else outputs[0]
 
     return apply

@@ -58,7 +58,7 @@ def upsample_modulate(
     eps = checks.check_eps(name, eps)
     h, tokens = checks.autocast_activation(h, tokens)
     checks.check_same_dtype(name, "tokens", tokens, "h", h)
-    modulated, gate = _upsample_modulate(h, tokens, *weights, eps, chosen_backend(backend), keep_cond=not save_memory)
+    modulated, gate = _upsample_modulate(h, tokens, *weights, eps, chosen_backend(backend), keep=not save_memory)
     return modulated, gate
 
 
@@ -79,5 +79,5 @@ def _new_cond(h: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 _upsample_modulate = define_op(
-    "upsample_modulate", "float eps", ("modulated", "gate"), _request, _fake, new_cond=_new_cond
+    "upsample_modulate", "float eps", ("modulated", "gate"), _request, _fake, kept={"cond": _new_cond}
 )

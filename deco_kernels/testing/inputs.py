@@ -23,6 +23,8 @@ QUERY_WIDTH = 24
 """Zq."""
 KEEPS_COND = ("upsample_modulate", "pixel_decoder_from_tokens")
 """Ops that keep the upsampled condition between forward and backward, or with `save_memory` compute it again."""
+SAVE_MEMORY = ("pixel_decoder", *KEEPS_COND)
+"""Ops with the argument `save_memory`."""
 
 
 class Inputs(NamedTuple):

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from deco_kernels import native, testing
+from deco_kernels.testing.inputs import KEEPS_COND
 from tests.conftest import instruction_set, threads
-from tests.ops.cases import BF16, F16, F32, KEEPS_COND, small_inputs
+from tests.ops.cases import BF16, F16, F32, small_inputs
 
 MISSING = native.cpu_unavailable_reason() or (
     None if "amx" in native.cpu().usable_isas() else "needs AMX for bfloat16, and a module built with it"

@@ -10,9 +10,11 @@ from benchmarks.static.figures import SHARED_LIMIT
 from deco_kernels import BackendUnavailable, ops, testing
 from deco_kernels.backends import chunk_sizes
 from deco_kernels.testing import emulation
+from deco_kernels.testing.inputs import SAVE_MEMORY
 from tests.golden_files import golden_cases
 from tests.ops import test_equal_rows as equal_rows
 from tests.ops import test_query
+from tests.ops import test_save_memory as save_memory
 from tests.ops.cases import (
     BF16,
     CASES,
@@ -57,8 +59,19 @@ def extended_inputs(op, dtype, **changes):
     return small_inputs(op, dtype, **EXTENDED.get(op, {}), **changes)
 
 
+def with_each_choice(cases):
+    """Of the decoder, whose kernels depend on `save_memory`: each case with one choice, then with the other."""
+    chosen = [case._replace(save_memory=index % 2 == 0) for index, case in enumerate(cases)]
+    return chosen + [case._replace(save_memory=not case.save_memory) for case in chosen]
+
+
 def accuracy_cases():
+    for index, case in enumerate(with_each_choice(HALF_CASES["pixel_decoder"])):
+        marks = pytest.mark.long if index >= len(HALF_CASES["pixel_decoder"]) else ()
+        yield pytest.param("pixel_decoder", case, id=f"pixel_decoder-{case.label}", marks=marks)
     for op, cases in HALF_CASES.items():
+        if op == "pixel_decoder":
+            continue
         others = OTHER_CASES if op == "pixel_decoder_from_tokens" else []
         for case in dict.fromkeys(cases + others):
             is_long = others and (case not in others or case.width * case.depth > 192)
@@ -196,14 +209,27 @@ def test_expanded_inputs_and_stride_0_gradients(emulated, op):
     assert_equal(testing.run(inputs, BACKEND), testing.run(contiguous, BACKEND))
 
 
-@pytest.mark.parametrize("op", ["upsample_modulate", "pixel_decoder_from_tokens"])
-def test_hooks_may_move_the_kept_condition(emulated, op):
+@pytest.mark.parametrize("op", SAVE_MEMORY)
+def test_hooks_may_move_what_is_kept(emulated, op):
     """Saved tensors come back at an address that the kernels cannot read rows from."""
     inputs = small_inputs(op, BF16, width=16, depth=1)
     inputs = inputs._replace(options=inputs.options | {"save_memory": False})
     expected = testing.run(inputs, BACKEND)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, offset):
         assert_equal(testing.run(inputs, BACKEND), expected)
+
+
+@pytest.mark.parametrize("op", OPS[2:])
+def test_activations_are_kept_unless_memory_is_saved(emulated, op, monkeypatch):
+    """Inputs of N blocks and of the head, and SiLU(cond), of rows in multiples of 256."""
+    inputs = extended_inputs(op, BF16, image_size=(2, 8, 20))
+    depth, width = inputs.tensors["norm_weight"].shape
+    monkeypatch.setattr(chunk_sizes, "chunk_pixels", lambda *_, **__: 16)
+    save_memory.check_kept_activations(inputs, BACKEND, (depth + 2, 512, width))
+
+
+def test_activations_of_another_call_are_refused(emulated):
+    save_memory.check_refused_activations(BACKEND)
 
 
 @pytest.mark.parametrize("over", [False, True])
@@ -417,7 +443,7 @@ SMALL_SHAPE, LARGE_SHAPE = (2, 3, 16, 32, 16, 32, 3), (1, 3, 1 << 16, 1 << 15, 1
 def _native_calls(module):
     """Name -> (workspace for 64 rows or a small image, sizes in words, arguments for small sizes and for 2^31 pixels);
     all but the context. Sizes are checked before any argument is read."""
-    pixel_rows = (0, 1, 0, 0)
+    pixel_rows, activations = (0, 1, 0, 0), 0
     decoder = (IMAGE, pixel_rows, pixel_rows, DECODER_WEIGHTS)
 
     def rows_of(*others):
@@ -427,6 +453,8 @@ def _native_calls(module):
         return [(shape, *others) for shape in (SMALL_SHAPE, LARGE_SHAPE)]
 
     rows, image = r"\[64, 32\]", r"image \[2, 3, 16, 32\].*D 32, N 3"
+    decoder_gradients = (IMAGE, pixel_rows, pixel_rows, DECODER_WEIGHTS)
+    decoder_backward = shapes_of(IMAGE, *decoder, *decoder_gradients, 0, EPS, activations, 512)
     return {
         "adaln_block_forward": (module.adaln_block_forward_workspace(32), rows, rows_of(ROWS, ROWS, ROW_WEIGHTS, ROWS)),
         "adaln_block_backward": (
@@ -443,12 +471,12 @@ def _native_calls(module):
         "pixel_decoder_forward": (
             module.pixel_decoder_forward_workspace(SMALL_SHAPE),
             image,
-            shapes_of(*decoder, IMAGE, 0, EPS),
+            shapes_of(*decoder, IMAGE, 0, EPS, activations),
         ),
         "pixel_decoder_backward": (
-            module.pixel_decoder_backward_workspace(0, SMALL_SHAPE, 512),
+            module.pixel_decoder_backward_workspace(0, *decoder_backward[0]),
             image,
-            shapes_of(IMAGE, *decoder, IMAGE, pixel_rows, pixel_rows, DECODER_WEIGHTS, 0, EPS, 512),
+            decoder_backward,
         ),
     }
 

@@ -16,22 +16,28 @@ D, N, C = 32, 3, 3
 ROW, IMAGE, VELOCITY = 2 * D, 4 * C, 2 * C  # bytes per pixel of an activation, a float32 image, a velocity
 
 
-def backward_launches(width: int) -> list[emulation.RecordedLaunch]:
+def decoder_launches(width: int, save_memory: bool = True) -> list[emulation.RecordedLaunch]:
+    """Of the kernels of the backward, and with kept activations that of the forward."""
     inputs = testing.random_inputs(
         "pixel_decoder", dtype=torch.bfloat16, other_dtype=torch.float32, depth=N, image_size=(1, 16, width)
     )
-    names = ("pixel_decoder_recompute", "block_backward_ahead", "pixel_decoder_embedding")
+    inputs = inputs._replace(options=inputs.options | {"save_memory": save_memory})
+    first = ("pixel_decoder_recompute",) if save_memory else ("pixel_decoder_keeping_forward", "pixel_decoder_head")
     launches = emulation.record_accesses(lambda: testing.run(inputs, emulation.BACKEND))
-    return [launch for launch in launches if launch.name in names]
+    return [launch for launch in launches if launch.name in (*first, "block_backward_ahead", "pixel_decoder_embedding")]
 
 
-def test_bytes_per_pixel_of_the_backward(emulated):
-    """As in docs/cuda.md. The difference of two sizes excludes weights and sums."""
-    small, large = backward_launches(32), backward_launches(64)
-    counts = [
+def bytes_per_pixel(small: list, large: list) -> list[tuple[float, float]]:
+    """(read, written) of each launch. The difference of two sizes, 512 pixels apart, excludes weights and sums."""
+    return [
         ((b.read.distinct - a.read.distinct) / 512, (b.written.distinct - a.written.distinct) / 512)
         for a, b in zip(small, large, strict=True)
     ]
+
+
+def test_bytes_per_pixel_of_the_backward(emulated):
+    """As in docs/cuda.md."""
+    counts = bytes_per_pixel(decoder_launches(32), decoder_launches(64))
     assert counts == [
         (ROW + IMAGE + VELOCITY, (N + 2) * ROW),  # recompute: cond, image, velocity's gradient; h of N blocks, s, δh
         (3 * ROW, 2 * ROW),  # block backward, launched first: h, s, δh; δh, δs
@@ -42,9 +48,18 @@ def test_bytes_per_pixel_of_the_backward(emulated):
     assert [sum(count) for count in counts] == [402, 320, 384, 448, 88]
 
 
+def test_bytes_per_pixel_with_kept_activations(emulated):
+    counts = bytes_per_pixel(decoder_launches(64, save_memory=False), decoder_launches(96, save_memory=False))
+    assert counts[:2] == [
+        (ROW + IMAGE, VELOCITY + (N + 2) * ROW),  # forward: cond, image; velocity, h of N blocks and of the head, s
+        (ROW + VELOCITY, ROW),  # head: h, velocity's gradient; δh
+    ]
+    assert [sum(count) for count in counts[2:]] == [320, 384, 448, 88]
+
+
 def test_every_chunk_reads_and_writes_the_sums(emulated, monkeypatch):
     monkeypatch.setattr(chunk_sizes, "chunk_pixels", lambda *_, **__: 512)
-    launches = backward_launches(64)
+    launches = decoder_launches(64)
     assert len(launches) == 2 * (N + 2)
     # The sums are the last buffer that a kernel declares.
     for index, (launch, numbers) in enumerate(

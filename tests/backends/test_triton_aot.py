@@ -92,7 +92,7 @@ QUERY_AND_RMS_HEAD = {
     "pixel_decoder.forward_kernel+query+rms",
     "pixel_decoder.recompute_kernel+query+rms",
     "pixel_decoder.forward_kernel+keeps+query+rms",
-    "pixel_decoder_loss.head_kernel+rms",
+    "pixel_decoder_head.head_kernel+rms",
 }
 
 
@@ -111,7 +111,7 @@ def launches_with_query_and_rms_head(architecture: str, **sizes) -> dict:
 
 def test_query_and_rms_head_compile():
     launches = launches_with_query_and_rms_head("sm_90", depth=1, width=16, image_size=(1, 16, 16))
-    for name in ("pixel_decoder.recompute_kernel+query+rms", "pixel_decoder_loss.head_kernel+rms"):
+    for name in ("pixel_decoder.recompute_kernel+query+rms", "pixel_decoder_head.head_kernel+rms"):
         assert triton_kernels.figures(launches[name], "sm_90").spill_bytes == 0, name
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deco_kernels import testing
+from deco_kernels.backends import chunk_sizes
 from deco_kernels.ops.registry import BackendUnavailable
 from tests.golden_files import golden_cases
 from tests.interpreted import INTERPRETED
@@ -15,6 +16,7 @@ from tests.ops import test_equal_rows as equal_rows
 from tests.ops import test_flow_matching_loss as losses
 from tests.ops import test_kept_gradient as kept
 from tests.ops import test_query as queries
+from tests.ops import test_save_memory as save_memory
 from tests.ops.cases import (
     BF16,
     CASES,
@@ -51,8 +53,10 @@ def small(case: Case) -> Case:
 def small_cases():
     for op in KERNEL_OPS:
         cases = [CASES[op][i] for i in FROM_TOKENS] if op == "pixel_decoder_from_tokens" else CASES[op]
-        for case in cases[::2] if op in BLOCKS else cases:
+        for index, case in enumerate(cases[::2] if op in BLOCKS else cases):
             case = case if "loss" in op else small(case)
+            if op == "pixel_decoder":  # other kernels
+                case = case._replace(save_memory=index % 2 == 0)
             yield pytest.param(op, case, id=f"{op}-{case.label}")
 
 
@@ -75,6 +79,19 @@ def test_golden_with_query_and_rms_head(path):
 @pytest.mark.parametrize(("op", "case"), list(small_cases()))
 def test_rule_of_error(op, case, poisoned_memory):
     shared.test_rule_of_error("triton", op, case, None)
+
+
+@pytest.mark.parametrize("op", DECODERS)
+def test_activations_are_kept_unless_memory_is_saved(op, with_query, monkeypatch):
+    """Inputs of N blocks and of the head."""
+    inputs = shared.small_inputs(op, BF16)
+    depth, width = inputs.tensors["norm_weight"].shape
+    monkeypatch.setattr(chunk_sizes, "chunk_pixels", lambda *_, **__: 64)
+    save_memory.check_kept_activations(inputs, "triton", (depth + 1, 192, width))
+
+
+def test_activations_of_another_call_are_refused():
+    save_memory.check_refused_activations("triton")
 
 
 @pytest.mark.parametrize("op", KERNEL_OPS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deco_kernels import native, ops, testing
-from deco_kernels.testing.inputs import KEEPS_COND, ONE_PASS
+from deco_kernels.testing.inputs import ONE_PASS, SAVE_MEMORY
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -73,7 +73,7 @@ class Case(NamedTuple):
     weight_dtype: torch.dtype = F32
     token_width: int = 48
     seed: int = 0
-    save_memory: bool = False  # of the ops in KEEPS_COND
+    save_memory: bool = False  # of the ops in SAVE_MEMORY
     query: str | None = None  # "tokens" only for the ops from tokens, for others "given"
     head_norm: str = "layer"
 
@@ -83,7 +83,7 @@ class Case(NamedTuple):
         if self.query == "tokens" and not op.endswith("_from_tokens"):
             arguments["query"] = "given"
         inputs = in_layout(testing.random_inputs(op, **arguments), view)
-        return with_choice(inputs, save_memory) if op in KEEPS_COND else inputs
+        return with_choice(inputs, save_memory) if op in SAVE_MEMORY else inputs
 
     @property
     def label(self) -> str:
@@ -95,7 +95,7 @@ class Case(NamedTuple):
 
 
 def with_choice(inputs: testing.Inputs, save_memory: bool) -> testing.Inputs:
-    """The same call of an op in KEEPS_COND with this choice."""
+    """The same call of an op in SAVE_MEMORY with this choice."""
     return inputs._replace(options=inputs.options | {"save_memory": save_memory})
 
 

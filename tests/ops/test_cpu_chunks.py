@@ -6,7 +6,8 @@ import torch
 from deco_kernels import native, testing
 from deco_kernels.backends import upsample
 from deco_kernels.backends.cpu import pixel_decoder_loss_from_tokens
-from tests.ops.cases import BF16, F16, F32, KEEPS_COND, padded, small_inputs, with_choice
+from deco_kernels.testing.inputs import KEEPS_COND
+from tests.ops.cases import BF16, F16, F32, padded, small_inputs, with_choice
 
 pytestmark = pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason="needs the native CPU module")
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import deco_kernels
 from deco_kernels import ops, testing
+from deco_kernels.testing.inputs import SAVE_MEMORY
 from tests.operators import OperatorNames
 from tests.ops.cases import (
     BACKENDS,
@@ -18,7 +19,6 @@ from tests.ops.cases import (
     DEFAULTS,
     F16,
     F32,
-    KEEPS_COND,
     KERNEL_OPS,
     ONE_PASS,
     OPS,
@@ -100,14 +100,15 @@ def opcheck(implementation, op, inputs):
         kept = pass_with_gradients(*arguments, every_second)[len(inputs.grad_outputs) :]
         torch.library.opcheck(backward, (inputs.grad_outputs[0], *kept), **without_autograd)
         return
-    conds = [()]
-    if op in KEEPS_COND:
-        with_cond = getattr(operators, f"{op}_with_cond").default
-        torch.library.opcheck(with_cond, arguments)
-        conds = [(with_cond(*arguments)[-1],), (None,)]
+    kept_tensors = [()]
+    if op in SAVE_MEMORY:
+        with_kept = getattr(operators, f"{op}_with_kept").default
+        torch.library.opcheck(with_kept, arguments)
+        kept = with_kept(*arguments)[len(inputs.grad_outputs) :]
+        kept_tensors = [kept, (None,) * len(kept)]
     scalars = arguments[len(tensors) :]
-    for needs, cond in zip((every, every_second), 2 * conds, strict=False):
-        torch.library.opcheck(backward, (*inputs.grad_outputs, *tensors, *cond, *scalars, needs), **without_autograd)
+    for needs, kept in zip((every, every_second), 2 * kept_tensors, strict=False):
+        torch.library.opcheck(backward, (*inputs.grad_outputs, *tensors, *kept, *scalars, needs), **without_autograd)
 
 
 @each_op
@@ -334,7 +335,7 @@ def test_observers_see_the_operators(op, observe):
     inputs = small_inputs(op)
     results = []
     seen = observe(lambda: results.append(gradients_of(loss_of, inputs)))
-    suffix = "_with_gradients" if op in ONE_PASS else "_with_cond" if op == "upsample_modulate" else ""
+    suffix = "_with_gradients" if op in ONE_PASS else "_with_kept" if op == "upsample_modulate" else ""
     assert f"deco_kernels.{op}{suffix}.default" in seen
     # PyTorch runs the backward pass outside function modes.
     assert f"deco_kernels.{op}_backward.default" in seen or observe is operators_in_a_function_mode
@@ -429,9 +430,9 @@ def test_backward_outside_the_block_uses_the_backend_of_the_forward(op, monkeypa
     seen = []
     serve = registry.serve
 
-    def recording(function, request, device, backend, *arguments):
+    def recording(function, request, device, backend, *arguments, **kept):
         seen.append((function.endswith("backward"), backend))
-        return serve(function, request, device, backend, *arguments)
+        return serve(function, request, device, backend, *arguments, **kept)
 
     monkeypatch.setattr(registry, "serve", recording)
     inputs = small_inputs(op)

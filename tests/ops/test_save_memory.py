@@ -1,4 +1,5 @@
-"""The choice between a kept and a recomputed condition: what is kept, the same results, and PyTorch around both."""
+"""The choice between keeping and recomputing condition and activations: what is kept, the same results, and PyTorch
+around both."""
 
 import types
 
@@ -7,10 +8,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from deco_kernels import native, ops, testing
+from deco_kernels.testing.inputs import KEEPS_COND, SAVE_MEMORY
 from tests.conftest import instruction_set
-from tests.ops.cases import BACKENDS, BF16, F32, IMPLEMENTATIONS, KEEPS_COND, small_inputs, with_choice
+from tests.ops.cases import BACKENDS, BF16, F32, IMPLEMENTATIONS, small_inputs, with_choice
 
-each_op = pytest.mark.parametrize("op", KEEPS_COND)
+each_op = pytest.mark.parametrize("op", SAVE_MEMORY)
+each_op_with_cond = pytest.mark.parametrize("op", KEEPS_COND)
 each_backend = pytest.mark.parametrize("implementation", BACKENDS, indirect=True)
 each_choice = pytest.mark.parametrize("save_memory", [False, True])
 
@@ -29,11 +32,15 @@ def loss(inputs, tensors, **options):
     return sum((output.to(F32) * gradient).sum() for output, gradient in pairs)
 
 
+def call_and_saved(inputs, tensors, **options):
+    """Outputs, and the tensors that are kept for the backward."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        return call(inputs, tensors, **options), saved
+
+
 def saved_shapes(inputs, tensors, **options):
-    shapes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: shapes.append(tensor.shape), lambda _: None):
-        call(inputs, tensors, **options)
-    return shapes
+    return [tensor.shape for tensor in call_and_saved(inputs, tensors, **options)[1]]
 
 
 def new_shape(inputs):
@@ -44,7 +51,7 @@ def new_shape(inputs):
 
 
 @each_backend
-@each_op
+@each_op_with_cond
 def test_the_condition_is_kept_unless_memory_is_saved(implementation, op):
     inputs = small_inputs(op)
     shape, leaves = new_shape(inputs), leaves_of(inputs)
@@ -69,7 +76,7 @@ def test_nothing_is_kept_without_a_gradient(op, save_memory):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 0.0), (BF16, 4e-3)])
 def test_the_kept_condition_is_the_upsample(implementation, dtype, tolerance):
     inputs = small_inputs("upsample_modulate", dtype)
-    operator = torch.ops.deco_kernels.upsample_modulate_with_cond.default
+    operator = torch.ops.deco_kernels.upsample_modulate_with_kept.default
     cond = operator(*inputs.in_order(), 1e-6, implementation)[-1]
     tokens, weight, bias = (inputs.tensors[name].double() for name in ("tokens", "up_weight", "up_bias"))
     expected = tokens @ weight.to(dtype).double().T + bias
@@ -143,6 +150,48 @@ def test_a_choice_that_is_neither(op, value):
         call(inputs, inputs.tensors, save_memory=value)
 
 
+# --- the activations of the decoder ----------------------------------------------------------------------------------
+
+
+@each_backend
+def test_backends_on_the_cpu_keep_no_activations(implementation):
+    inputs = small_inputs("pixel_decoder")
+    shapes = saved_shapes(inputs, leaves_of(inputs), save_memory=False, backend=implementation)
+    assert sorted(shapes) == sorted([*(t.shape for t in inputs.tensors.values() if t is not None), torch.Size([0])])
+
+
+def check_kept_activations(inputs, backend, shape):
+    """Activations of this shape are kept unless memory is saved; the backward reads them and may run again."""
+    leaves, gradients = leaves_of(inputs), {}
+    for save_memory in (True, False):
+        (velocity,), saved = call_and_saved(inputs, leaves, save_memory=save_memory, backend=backend)
+        assert [tensor.shape for tensor in saved].count(shape) == (not save_memory)
+        before = [tensor.clone() for tensor in saved]
+        first, second = (
+            torch.autograd.grad(velocity, list(leaves.values()), inputs.grad_outputs, retain_graph=True)
+            for _ in range(2)
+        )
+        assert all(map(torch.equal, first, second)) and all(map(torch.equal, before, saved))
+        gradients[save_memory] = first
+        if not save_memory:
+            activations = next(tensor for tensor in saved if tensor.shape == shape)
+            activations.zero_()
+            read = torch.autograd.grad(velocity, list(leaves.values()), inputs.grad_outputs)
+            assert not any(map(torch.equal, read[:2], first))
+    for name, kept, again in zip(leaves, gradients[False], gradients[True], strict=True):
+        assert testing.relative_error(kept, again) <= 2e-2, name
+
+
+def check_refused_activations(backend):
+    inputs = small_inputs("pixel_decoder", BF16)
+    options = (*inputs.options.values(), 1e-6, backend)
+    velocity, kept = torch.ops.deco_kernels.pixel_decoder_with_kept(*inputs.in_order(), *options)
+    needs = [tensor is not None for tensor in inputs.in_order()]
+    for wrong in (kept[:, :16], kept.half(), kept.mT.contiguous().mT):
+        with pytest.raises(ValueError, match="activations: expected those of the forward with the same tensors"):
+            torch.ops.deco_kernels.pixel_decoder_backward(velocity, *inputs.in_order(), wrong, *options, needs)
+
+
 # --- the matmul of the upsample on the CPU ---------------------------------------------------------------------------
 
 needs_native = pytest.mark.skipif(native.cpu_unavailable_reason() is not None, reason="needs the native CPU module")
@@ -156,7 +205,7 @@ def upsample():
 
 
 @needs_native
-@each_op
+@each_op_with_cond
 def test_pytorch_and_the_kernel_upsample_alike(op, upsample, poisoned_memory):
     """Each is chosen by name."""
     inputs = testing.random_inputs(op, dtype=BF16, patch_size=8, depth=1, query="tokens", head_norm="rms")
@@ -173,7 +222,7 @@ def test_pytorch_and_the_kernel_upsample_alike(op, upsample, poisoned_memory):
 @needs_native
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:], indirect=True)
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@each_op
+@each_op_with_cond
 def test_the_kernel_computes_the_same_condition_again(implementation, op, dtype, upsample):
     """So both choices give the same gradients, bit by bit."""
     upsample("kernel")
@@ -183,7 +232,7 @@ def test_the_kernel_computes_the_same_condition_again(implementation, op, dtype,
 
 
 @needs_native
-@each_op
+@each_op_with_cond
 def test_only_bfloat16_upsamples_in_pytorch(op, upsample):
     inputs = small_inputs(op)
     upsample("kernel")

@@ -16,7 +16,7 @@ import torch
 from deco_kernels import native, testing
 from deco_kernels.backends import arguments
 from deco_kernels.testing import emulation
-from deco_kernels.testing.inputs import KEEPS_COND
+from deco_kernels.testing.inputs import KEEPS_COND, SAVE_MEMORY
 
 CASES = (
     dict(dtype=torch.float32, width=16, depth=2, patch_size=4, image_size=(1, 12, 20), channels=4),
@@ -56,7 +56,7 @@ def run_cases(cases, backend: str, ops=testing.OPS) -> None:
             case = {**case, "channels": 3} if "loss" in op else case
             inputs = testing.random_inputs(op, token_width=9, **case)
             views = {name: as_view(tensor) for name, tensor in inputs.tensors.items()}
-            choice = {"save_memory": op == "upsample_modulate"} if op in KEEPS_COND else {}
+            choice = {"save_memory": op == "upsample_modulate"} if op in SAVE_MEMORY else {}
             testing.run(inputs, backend)
             testing.run(inputs._replace(tensors=views, options=inputs.options | choice), backend)
 

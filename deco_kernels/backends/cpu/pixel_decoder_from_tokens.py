@@ -110,11 +110,11 @@ def backward(
     up: UpsampleWeights,
     weights: DecoderWeights,
     query: Query,
-    cond: torch.Tensor | None,
     patch_size: int,
     head_norm: str,
     eps: float,
     needs: Sequence[bool],
+    cond: torch.Tensor | None = None,
 ) -> arguments.Gradients:
     """Gradients of (image, tokens, upsample weights, decoder weights, query); None where `needs` is False.
 

@@ -82,9 +82,9 @@ def backward(
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: ModulationWeights,
-    cond: torch.Tensor | None,
     eps: float,
     needs: Sequence[bool],
+    cond: torch.Tensor | None = None,
 ) -> arguments.Gradients:
     """Gradients of (h, tokens, upsample weights, modulation weights); None where `needs` is False.
 

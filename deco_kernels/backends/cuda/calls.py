@@ -35,7 +35,7 @@ def readable_query(query: torch.Tensor | None) -> torch.Tensor | None:
 def readable_pixel_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` [..., P, D], copied unless the kernels can read its rows in place."""
     rows = arguments.readable_pixel_rows(tensor)
-    return _aligned(rows, (arguments.collapsed_stride(rows, 2), rows.stride(-2)))
+    return aligned(rows, (arguments.collapsed_stride(rows, 2), rows.stride(-2)))
 
 
 def readable_image(image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -48,17 +48,17 @@ def readable_image_rows(image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     image = readable_image(image, dtype)
     if image.stride(-1) != 1:
         return image.contiguous()
-    return _aligned(image, image.stride()[:-1])
+    return aligned(image, image.stride()[:-1])
 
 
 def readable_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` [..., D], copied unless the kernels can read its rows in place."""
     rows = arguments.readable_rows(tensor)
-    return _aligned(rows, (arguments.collapsed_stride(rows, 1),))
+    return aligned(rows, (arguments.collapsed_stride(rows, 1),))
 
 
-def _aligned(tensor: torch.Tensor, strides: tuple[int | None, ...]) -> torch.Tensor:
-    """`tensor`, copied unless all its rows start at a multiple of 16 bytes."""
+def aligned(tensor: torch.Tensor, strides: tuple[int | None, ...] = ()) -> torch.Tensor:
+    """`tensor`, copied unless all its rows, which are `strides` apart, start at a multiple of 16 bytes."""
     size = tensor.element_size()
     offsets = (tensor.data_ptr(), *((stride or 0) * size for stride in strides))
     if all(offset % _ROW_ALIGNMENT == 0 for offset in offsets):

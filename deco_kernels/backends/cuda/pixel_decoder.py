@@ -10,6 +10,18 @@ from deco_kernels.backends import arguments, chunk_sizes
 from deco_kernels.backends.cuda import calls
 from deco_kernels.signatures import DecoderWeights
 
+_ROWS = 256  # of which activations are a multiple
+
+
+def new_activations(like: torch.Tensor, pixels: int, depth: int, width: int) -> torch.Tensor:
+    """Memory in the dtype of `like` for what the backward otherwise computes again: [N + 2, rows, D], the inputs of the
+    blocks and of the head, then SiLU(cond), in the order of the kernels' registers."""
+    return like.new_empty(_activation_shape(pixels, depth, width))
+
+
+def _activation_shape(pixels: int, depth: int, width: int) -> tuple[int, int, int]:
+    return depth + 2, -(-pixels // _ROWS) * _ROWS, width
+
 
 def forward(
     image: torch.Tensor,
@@ -19,11 +31,13 @@ def forward(
     patch_size: int,
     head_norm: str,
     eps: float,
+    activations: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """velocity [B, C, H, W] in the dtype of cond."""
+    """velocity [B, C, H, W] in the dtype of cond; writes `activations` of `new_activations` if they are given."""
     velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
     cond, weights = calls.readable_pixel_rows(cond), arguments.contiguous(weights)
-    run_forward(image, cond, weights, calls.readable_query(query), velocity, patch_size, head_norm, eps)
+    inputs = (image, cond, weights, calls.readable_query(query))
+    run_forward(*inputs, velocity, patch_size, head_norm, eps, activations)
     return velocity
 
 
@@ -37,14 +51,18 @@ def backward(
     head_norm: str,
     eps: float,
     needs: Sequence[bool],
+    activations: torch.Tensor | None = None,
 ) -> arguments.Gradients:
-    """Gradients of (image, cond, weights, query); None where `needs` is False."""
+    """Gradients of (image, cond, weights, query); None where `needs` is False.
+
+    `activations` are those that the forward has written; None if they are computed again.
+    """
     grads = arguments.empty_gradients((image, cond, weights, query), needs)
     if image.numel() == 0:
         return arguments.zeroed(grads)
     cond, weights = calls.readable_pixel_rows(cond), arguments.contiguous(weights)
     inputs = (image, cond, weights, calls.readable_query(query))
-    run_backward(grad_velocity, *inputs, grads, patch_size, head_norm, eps)
+    run_backward(grad_velocity, *inputs, grads, patch_size, head_norm, eps, activations)
     return grads
 
 
@@ -57,8 +75,9 @@ def run_forward(
     patch_size: int,
     head_norm: str,
     eps: float,
+    activations: torch.Tensor | None = None,
 ) -> None:
-    """Write velocity, any strides; cond and query must come from `readable_pixel_rows`."""
+    """Write velocity, any strides, and `activations`; cond and query must come from `readable_pixel_rows`."""
     module = calls.module_for(cond)
     shape = arguments.decoder_sizes(image, weights, patch_size)
     image = calls.readable_image(image, cond.dtype)
@@ -74,6 +93,7 @@ def run_forward(
         arguments.image(velocity),
         arguments.HEAD_NORMS.index(head_norm),
         eps,
+        *arguments.addresses([activations]),
     )
 
 
@@ -87,6 +107,7 @@ def run_backward(
     patch_size: int,
     head_norm: str,
     eps: float,
+    activations: torch.Tensor | None = None,
 ) -> None:
     """Write those of `grads`, of (image, cond, weights, query), that are not None: that of image with any strides, the
     others contiguous."""
@@ -94,11 +115,8 @@ def run_backward(
     module = calls.module_for(cond)
     shape = arguments.decoder_sizes(image, weights, patch_size)
     image, grad_velocity = calls.readable_image(image, cond.dtype), grad_velocity.to(cond.dtype)
-    chunk_pixels = backward_chunk_pixels(*shape[-2:])
-    calls.launch(
-        module.pixel_decoder_backward,
-        module.pixel_decoder_backward_workspace(cond.device.index or 0, shape, chunk_pixels),
-        cond,
+    activations = _readable(activations, cond, shape)
+    description: tuple[int | float | tuple[int, ...], ...] = (
         shape,
         arguments.image(grad_velocity),
         arguments.image(image),
@@ -111,8 +129,20 @@ def run_backward(
         arguments.arrays(grad_weights),
         arguments.HEAD_NORMS.index(head_norm),
         eps,
-        chunk_pixels,
+        *arguments.addresses([activations]),
+        backward_chunk_pixels(*shape[-2:]),
     )
+    workspace = module.pixel_decoder_backward_workspace(cond.device.index or 0, *description)
+    calls.launch(module.pixel_decoder_backward, workspace, cond, *description)
+
+
+def _readable(activations: torch.Tensor | None, cond: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
+    """The activations of a decoder with these `decoder_sizes`, copied unless the kernels can read them in place."""
+    if activations is None:
+        return None
+    width, depth = sizes[-2:]
+    arguments.check_activations(activations, _activation_shape(cond.numel() // width, depth, width), cond.dtype)
+    return calls.aligned(activations)
 
 
 def backward_chunk_pixels(width: int, depth: int, velocity_bytes: int = 0) -> int:

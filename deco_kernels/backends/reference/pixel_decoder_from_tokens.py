@@ -50,11 +50,11 @@ def backward(
     up: UpsampleWeights,
     weights: DecoderWeights,
     query: Query,
-    cond: Tensor | None,
     patch_size: int,
     head_norm: str,
     eps: float,
     needs: Sequence[bool],
+    cond: Tensor | None = None,
 ) -> Gradients:
     """Differentiates the formula, which computes the condition again."""
     inputs = PixelDecoderFromTokens(image, tokens, up, weights, query)

@@ -40,9 +40,9 @@ def backward(
     tokens: Tensor,
     up: UpsampleWeights,
     weights: ModulationWeights,
-    cond: Tensor | None,
     eps: float,
     needs: Sequence[bool],
+    cond: Tensor | None = None,
 ) -> Gradients:
     """Differentiates the formula, which computes the condition again."""
     inputs = UpsampleModulate(h, tokens, up, weights)

@@ -12,7 +12,9 @@ Backward, per chunk of tokens (chunk_sizes.py):
     recompute_kernel    recomputes the forward, stores h before each block and runs the backward of the head
     backward_kernel     of adaln_block.py, once per block, last block first; the gradient of h stays in one buffer
     embedding_kernel    gradients of the image, pixel_weight and pixel_table
-The gradient of the query is that of h before the first block, which backward_kernel writes to its place.
+If the forward has kept h before each block and before the head, head_kernel of pixel_decoder_head.py takes the place of
+recompute_kernel. The gradient of the query is that of h before the first block, which backward_kernel writes to its
+place.
 Per pixel at D 32, N 3, bfloat16: the kernels move 1.5 kB, of which 0.2 kB are inputs and results; about 125 kFLOP.
 
 Every sum over pixels is owned by one program (registers, then its partial buffer), and partial buffers are added in
@@ -29,12 +31,12 @@ import triton
 import triton.language as tl
 
 from deco_kernels.backends import chunk_sizes
-from deco_kernels.backends.arguments import Gradients
+from deco_kernels.backends.arguments import Gradients, check_activations
 from deco_kernels.backends.chunks import slices
 from deco_kernels.signatures import DecoderWeights, flat
 
 from .adaln_block import block_forward, run_block_backward
-from .functions import add_to, image_offsets, normalize, normalize_grad, row_offsets, silu_of_double, tile_pixels
+from .functions import add_to, image_offsets, normalize, row_offsets, silu_of_double, tile_pixels
 from .launching import (
     collapsed_rows,
     contiguous,
@@ -50,6 +52,7 @@ from .launching import (
     readable_image,
     weight_partials,
 )
+from .pixel_decoder_head import add_head_sums, head_backward, head_kernel
 from .weights import PackedWeights, pack, unpack_grad
 
 LAUNCH_TOKENS = 2**22  # tokens per forward launch, so that pixel indices fit in 32 bits
@@ -117,10 +120,11 @@ def forward_kernel(
         states = states_ptr + row_offsets(token, pixel, PIXELS * D, D, D)
         for block in tl.static_range(N):
             if KEEPS:
-                tl.store(states + block * state_stride, h, mask=valid[:, None])
+                tl.store(states, h, mask=valid[:, None])
+                states += state_stride
             h = block_forward(h, s, matrices_ptr, biases_ptr, block, D, EPS, PRECISION, FAST_TANH)
         if KEEPS:
-            tl.store(states + N * state_stride, h, mask=valid[:, None])
+            tl.store(states, h, mask=valid[:, None])
         normalized, _ = normalize(h, D, EPS, RMS)
         offsets = image_offsets(
             first_token + token, pixel, tokens_y, tokens_x,
@@ -163,32 +167,6 @@ def run_forward(
 
 
 # --------------------------------------------------------------------------------------------------------- backward
-
-
-@triton.jit
-def head_backward(
-    h, grad_velocity_ptr, offsets, stride_c, valid, head_weight_ptr,
-    D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr,
-):  # fmt: skip
-    """Normalized h [BLOCK, D], the gradient of h, and that of the velocity [16, BLOCK], padded for matmuls."""
-    channel = tl.arange(0, 16)
-    normalized, rstd = normalize(h, D, EPS, RMS)
-    grad_normalized = tl.zeros([BLOCK, D], tl.float32)
-    grad_channels = tl.zeros([16, BLOCK], tl.float32)
-    for c in tl.static_range(C):
-        grad = tl.load(grad_velocity_ptr + offsets + c * stride_c, mask=valid, other=0.0).to(tl.float32)
-        grad_normalized += grad[:, None] * tl.load(head_weight_ptr + c * D + tl.arange(0, D)).to(tl.float32)[None, :]
-        grad_channels = tl.where(channel[:, None] == c, grad[None, :], grad_channels)
-    return normalized, normalize_grad(grad_normalized, normalized, rstd, D, RMS), grad_channels
-
-
-@triton.jit
-def add_head_sums(grad_weight_ptr, grad_bias_ptr, grad_weight, grad_bias, D: tl.constexpr, C: tl.constexpr):
-    """Add a program's gradients of the head, [16, D] and [16], to its sums."""
-    channel, d = tl.arange(0, 16), tl.arange(0, D)
-    row = tl.program_id(0) * C + channel
-    add_to(grad_weight_ptr + row[:, None] * D + d[None, :], grad_weight, mask=(channel < C)[:, None])
-    add_to(grad_bias_ptr + row, grad_bias, mask=channel < C)
 
 
 @triton.jit(do_not_specialize=["first_token", "n_tokens"])
@@ -349,7 +327,7 @@ class DecoderBackward:
         self.embedding = parameters_for("pixel_decoder_embedding", self.width, dtype, device)
         self.groups = max(1, pixels // self.embedding.block)
         self.slices = triton.cdiv(program_limit(device, self.embedding), self.groups)
-        # Of recompute_kernel, or of head_kernel of pixel_decoder_loss.py.
+        # Of recompute_kernel, or of head_kernel.
         programs = max(
             program_limit(device, parameters_for(kernel, self.width, dtype, device))
             for kernel in ("pixel_decoder_recompute", "pixel_decoder_head")
@@ -373,17 +351,25 @@ class DecoderBackward:
         first_token: int,
         grad_cond: torch.Tensor,
         grad_query: torch.Tensor | None,
+        activations: torch.Tensor | None = None,
     ) -> None:
         """Process the tokens of cond and query [tokens, P, D] and write their rows of grad_cond and grad_query.
 
-        The gradients are contiguous and have the dtype of cond; grad_query is None if it is not needed.
+        The gradients are contiguous and have the dtype of cond; grad_query is None if it is not needed. `activations`
+        [N + 1, tokens, P, D]: h before each block and the head, as the forward has kept them; None: computed again.
         """
         tokens, pixels, width = cond.shape
-        workspace = cond.new_empty(self.depth + 1, min(tokens, self.chunk_tokens), pixels, width)
+        arrays = self.depth + 1 if activations is None else 1
+        workspace = cond.new_empty(arrays, min(tokens, self.chunk_tokens), pixels, width)
         for part in slices(tokens, self.chunk_tokens):
             first, states = first_token + part.start, workspace[:, : part.stop - part.start]
-            self._recompute(cond[part], part_of(query, part), first, states)
-            self.add_from_head(cond[part], first, grad_cond[part], part_of(grad_query, part), states)
+            grad_h = states[-1]
+            if activations is None:
+                self._recompute(cond[part], part_of(query, part), first, states)
+            else:
+                states = activations[:, part]
+                self.head(states[self.depth], grad_h, first)
+            self.add_from_head(cond[part], first, grad_cond[part], part_of(grad_query, part), states, grad_h)
 
     def on(self, image: torch.Tensor, grad_velocity: torch.Tensor, grad_image: torch.Tensor) -> DecoderBackward:
         """The same sums, for these images."""
@@ -397,25 +383,36 @@ class DecoderBackward:
         first_token: int,
         grad_cond: torch.Tensor,
         grad_query: torch.Tensor | None,
-        workspace: torch.Tensor,
+        states: torch.Tensor,
+        grad_h: torch.Tensor,
     ) -> None:
         """The backward of blocks and embedding for one chunk. The last gradient of h is that of the query.
 
-        `workspace` [N + 1, tokens, P, D]: h before each block, and the gradient of h after the last one.
+        `states` [N or more, tokens, P, D]: h before each block. `grad_h` [tokens, P, D]: the gradient of h after the
+        last one, overwritten.
         """
         width = cond.shape[-1]
-        grad_h = workspace[self.depth]
         grad_h_rows = grad_h.view(-1, width)
         for block in reversed(range(self.depth)):
             if block == 0 and grad_query is not None:
                 grad_h = grad_query
             partials = (self.grad_matrix[:, block], self.grad_bias[:, block]) if self.needs_weights else None
             run_block_backward(
-                workspace[block].view(-1, width), cond, grad_h_rows, self.packed.block(block), grad_h, grad_cond,
+                states[block].view(-1, width), cond, grad_h_rows, self.packed.block(block), grad_h, grad_cond,
                 partials, first=block == self.depth - 1, last=block == 0, cond_needed=self.needs_cond, eps=self.eps,
             )  # fmt: skip
         if self.needs_image or self.needs_weights:
             self._embedding(grad_h, first_token)
+
+    def head(self, h: torch.Tensor, grad_h: torch.Tensor, first_token: int) -> None:
+        """Write the gradient of h [tokens, P, D], the input of the head; grad_h may be h."""
+        tokens, pixels, _ = h.shape
+        launch_over_rows(
+            head_kernel, "pixel_decoder_head", tokens * pixels, h,
+            h, grad_h, self.head_weight, self.grad_velocity, *self.grad_velocity.stride(), *self.head_sums(h),
+            *self.places(first_token, tokens), WEIGHT_GRAD=self.needs_weights, C=self.image.shape[1],
+            PATCH=self.patch_size, EPS=self.eps, RMS=self.rms,
+        )  # fmt: skip
 
     def head_sums(self, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Per program; `unused` if no weight needs a gradient."""
@@ -469,6 +466,27 @@ class DecoderBackward:
 # -------------------------------------------------------------------------------------------------------------- ops
 
 
+def new_activations(like: torch.Tensor, pixels: int, depth: int, width: int) -> torch.Tensor:
+    """Memory [N + 1, pixels, D] in the dtype of `like` for what the backward otherwise computes again: h before each
+    block and the head."""
+    return like.new_empty(depth + 1, pixels, width)
+
+
+def states_of(
+    activations: torch.Tensor | None, image: torch.Tensor, weights: DecoderWeights, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """[N + 1, tokens, P, D] from the activations of a call with this activation dtype."""
+    if activations is None:
+        return None
+    depth, width = weights.blocks.modulation.norm_weight.shape
+    check_activations(activations, (depth + 1, image[:, 0].numel(), width), dtype)
+    return activations.view(depth + 1, -1, *weights.pixel_table.shape)
+
+
+def part_of_states(states: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+    return None if states is None else states[:, part]
+
+
 def forward(
     image: torch.Tensor,
     cond: torch.Tensor,
@@ -477,18 +495,20 @@ def forward(
     patch_size: int,
     head_norm: str,
     eps: float,
+    activations: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """velocity [B, C, H, W] in the dtype of cond."""
+    """velocity [B, C, H, W] in the dtype of cond; writes `activations` of `new_activations` if they are given."""
     velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
     image = readable_image(image)
     with device_guard(cond):
         packed = pack(weights.blocks, cond.dtype)
         decoder_weights = query_and_head(weights)
         tokens, queries = collapsed_rows(cond, 2), pixel_rows(query)
+        states = states_of(activations, image, weights, cond.dtype)
         for part in slices(tokens.shape[0], LAUNCH_TOKENS):
             run_forward(
                 image, tokens[part], part_of(queries, part), packed, decoder_weights, velocity, part.start,
-                patch_size, head_norm, eps,
+                patch_size, head_norm, eps, part_of_states(states, part),
             )  # fmt: skip
     return velocity
 
@@ -503,8 +523,12 @@ def backward(
     head_norm: str,
     eps: float,
     needs: Sequence[bool],
+    activations: torch.Tensor | None = None,
 ) -> Gradients:
-    """Gradients of (image, cond, weights, query); None where `needs` is False."""
+    """Gradients of (image, cond, weights, query); None where `needs` is False.
+
+    `activations` are those that the forward has written; None if they are computed again.
+    """
     grad_cond = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
     grad_query = None
     if query is not None and needs[-1]:
@@ -513,7 +537,8 @@ def backward(
         needed = (needs[0], needs[1], any(needs[2:-1]))
         sums = DecoderBackward(image, grad_velocity, weights, cond.dtype, patch_size, head_norm, eps, needed)
         tokens = collapsed_rows(cond, 2)
-        sums.add(tokens, pixel_rows(query), 0, grad_cond.view(tokens.shape), pixel_rows(grad_query))
+        states = states_of(activations, image, weights, cond.dtype)
+        sums.add(tokens, pixel_rows(query), 0, grad_cond.view(tokens.shape), pixel_rows(grad_query), states)
         grad_weights = sums.grad_weights() if needed[2] else (None,) * len(needs[2:-1])
     grads = (sums.grad_image, grad_cond, *grad_weights, grad_query)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

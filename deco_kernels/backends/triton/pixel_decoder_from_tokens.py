@@ -18,7 +18,8 @@ from deco_kernels.backends.upsample import forward_chunk_pixels
 from deco_kernels.signatures import DecoderWeights, Query, UpsampleWeights
 
 from .launching import device_guard, pixel_rows, readable_image
-from .pixel_decoder import DecoderBackward, query_and_head, run_forward
+from .pixel_decoder import DecoderBackward, part_of_states, query_and_head, run_forward, states_of
+from .pixel_decoder import new_activations as new_activations
 from .upsample import Upsample
 from .weights import pack
 
@@ -33,8 +34,12 @@ def forward(
     head_norm: str,
     eps: float,
     cond: torch.Tensor | None = None,
+    activations: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """velocity [B, C, H, W] in the dtype of tokens; writes the conditions to `cond` [..., P, D] if it is given."""
+    """velocity [B, C, H, W] in the dtype of tokens.
+
+    Writes the conditions to `cond` [..., P, D] if it is given, and `activations` of `new_activations`.
+    """
     velocity = torch.empty(image.shape, dtype=tokens.dtype, device=tokens.device)
     image = readable_image(image)
     with device_guard(tokens), torch.no_grad():
@@ -45,11 +50,13 @@ def forward(
         kept = None if cond is None else cond.view(-1, weights.pixel_table.numel())
         upsampled = 1 if queries.upsample is None else 2  # tensors of a chunk
         chunk_tokens = max(1, forward_chunk_pixels(tokens, up, patch_size**2) // (upsampled * patch_size**2))
+        states = states_of(activations, image, weights, tokens.dtype)
         for part in slices(upsample.tokens.shape[0], chunk_tokens):
             conditions = upsample.cond(part, kept)
             rows = pixel_rows(queries.of(part, tokens.dtype))
             run_forward(
-                image, conditions, rows, packed, decoder_weights, velocity, part.start, patch_size, head_norm, eps
+                image, conditions, rows, packed, decoder_weights, velocity, part.start, patch_size, head_norm, eps,
+                part_of_states(states, part),
             )  # fmt: skip
     return velocity
 
@@ -61,15 +68,16 @@ def backward(
     up: UpsampleWeights,
     weights: DecoderWeights,
     query: Query,
-    cond: torch.Tensor | None,
     patch_size: int,
     head_norm: str,
     eps: float,
     needs: Sequence[bool],
+    cond: torch.Tensor | None = None,
+    activations: torch.Tensor | None = None,
 ) -> Gradients:
     """Gradients of (image, tokens, upsample weights, decoder weights, query); None where `needs` is False.
 
-    `cond` has the conditions of the forward; None if they are computed again.
+    `cond` and `activations` are those of the forward; None if they are computed again.
     """
     upsample_needs, query_needs = needs[1:4], needs[-len(query) :]
     weight_needs = needs[4 : -len(query)]
@@ -79,13 +87,15 @@ def backward(
         upsample = Upsample(tokens, up, weights.pixel_table.shape)
         queries = ChunkedQuery(query, weights.pixel_table.shape, query_needs)
         kept = None if cond is None else cond.reshape(-1, *weights.pixel_table.shape)
+        states = states_of(activations, image, weights, tokens.dtype)
         values = sums.width * (2 if queries.upsample is None else 4)  # of cond, of a query made here, of gradients
         chunk_tokens = max(1, chunk_sizes.chunk_pixels(values * tokens.element_size()) // patch_size**2)
         for part in slices(upsample.tokens.shape[0], chunk_tokens):
             conditions = upsample.cond(part) if kept is None else kept[part]
             grad_cond = torch.empty_like(conditions)
             grad_query = torch.empty_like(conditions) if queries.wanted else None
-            sums.add(conditions, pixel_rows(queries.of(part, tokens.dtype)), part.start, grad_cond, grad_query)
+            part_query = pixel_rows(queries.of(part, tokens.dtype)) if states is None else None
+            sums.add(conditions, part_query, part.start, grad_cond, grad_query, part_of_states(states, part))
             upsample.add_gradients(part, grad_cond, upsample_needs)
             queries.add(part, grad_query)
         grad_weights = sums.grad_weights() if needed[2] else (None,) * len(weight_needs)

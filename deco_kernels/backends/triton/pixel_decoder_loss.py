@@ -5,7 +5,7 @@ A chunk is whole images, or whole rows of patches of one image (chunk_sizes.py):
     forward_kernel      of pixel_decoder.py, stores h before each block and before the head
     gradient_kernel     of flow_matching_loss.py, stores the sums of the losses, and the gradient of the velocity in its
                         place
-    head_kernel         the backward of the head, overwrites h before the head by its gradient
+    head_kernel         of pixel_decoder_head.py, overwrites h before the head by its gradient
     the rest            the backward of the blocks and of the embedding, as in the backward of pixel_decoder
 Nothing is computed twice, and velocity, its gradient and h exist for one chunk only: 2·D·(N + 1) + 6 bytes per pixel in
 16-bit dtypes.
@@ -16,8 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import triton
-import triton.language as tl
 
 from deco_kernels.backends import chunk_sizes
 from deco_kernels.backends.arguments import Gradients, Losses, zeroed
@@ -32,48 +30,11 @@ from deco_kernels.signatures import BLOCK, PixelDecoderLoss
 
 from . import flow_matching_loss, pixel_decoder
 from .flow_matching_loss import LossCall, grad_frequency_weight, grad_sample_weight, no_losses
-from .functions import image_offsets, load_states, row_offsets, tile_pixels
-from .launching import collapsed_rows, device_guard, launch_over_rows, part_of, pixel_rows, readable_image
-from .pixel_decoder import DecoderBackward, add_head_sums, head_backward, query_and_head, run_forward
+from .launching import collapsed_rows, device_guard, part_of, pixel_rows, readable_image
+from .pixel_decoder import DecoderBackward, query_and_head, run_forward
 from .weights import PackedWeights, pack
 
 _composition = Composition("triton", pixel_decoder, flow_matching_loss)
-
-
-@triton.jit(do_not_specialize=["n_tokens"])
-def head_kernel(
-    h_ptr,  # in [n_tokens, P, D]: h after the last block; out: its gradient
-    head_weight_ptr,  # [C, D]
-    grad_velocity_ptr, velocity_stride_b, velocity_stride_c, velocity_stride_h, velocity_stride_w,  # [B, C, H, W]
-    grad_head_weight_ptr, grad_head_bias_ptr,  # in and out [programs, C, D], [programs, C] float32
-    n_tokens, tokens_y, tokens_x,
-    WEIGHT_GRAD: tl.constexpr,  # whether gradients of the head are needed
-    D: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr,
-    EPS: tl.constexpr, RMS: tl.constexpr, PRECISION: tl.constexpr, FAST_TANH: tl.constexpr,
-):  # fmt: skip
-    """Backward of the head."""
-    PIXELS: tl.constexpr = PATCH * PATCH
-    grad_head_weight = tl.zeros([16, D], tl.float32)
-    grad_head_bias = tl.zeros([16], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(n_tokens * PIXELS, BLOCK), tl.num_programs(0)):
-        token, pixel, valid = tile_pixels(tile, n_tokens, PIXELS, BLOCK)
-        rows = row_offsets(token, pixel, PIXELS * D, D, D)
-        offsets = image_offsets(
-            token, pixel, tokens_y, tokens_x, velocity_stride_b, velocity_stride_h, velocity_stride_w, PATCH
-        )
-        h = load_states(h_ptr, rows, valid[:, None], D)
-        normalized, grad_h, grad_channels = head_backward(
-            h, grad_velocity_ptr, offsets, velocity_stride_c, valid, head_weight_ptr, D, C, BLOCK, EPS, RMS
-        )
-        tl.store(h_ptr + rows, grad_h, mask=valid[:, None])
-        if WEIGHT_GRAD:
-            operand: tl.constexpr = h_ptr.dtype.element_ty
-            grad_head_weight = tl.dot(
-                grad_channels.to(operand), normalized.to(operand), grad_head_weight, input_precision=PRECISION
-            )
-            grad_head_bias += tl.sum(grad_channels, 1)
-    if WEIGHT_GRAD:
-        add_head_sums(grad_head_weight_ptr, grad_head_bias_ptr, grad_head_weight, grad_head_bias, D, C)
 
 
 class _Pass:
@@ -186,15 +147,9 @@ class _PassWithGradients(_Pass):
     def _backward(self, chunk: ImageChunk, grad_velocity: torch.Tensor, states: torch.Tensor) -> None:
         part = self.backward.on(chunk.of(self.inputs.image), grad_velocity, chunk.of(self.grad_image))
         h = states[part.depth]
-        tokens, pixels, _ = h.shape
-        _, *places = part.places(0, tokens)
-        launch_over_rows(
-            head_kernel, "pixel_decoder_head", tokens * pixels, h,
-            h, part.head_weight, grad_velocity, *grad_velocity.stride(), *part.head_sums(h), *places,
-            WEIGHT_GRAD=part.needs_weights, C=grad_velocity.shape[1], PATCH=self.patch_size, EPS=self.eps, RMS=part.rms,
-        )  # fmt: skip
+        part.head(h, h, 0)
         grad_query = part_of(self.grad_query, chunk.tokens)
-        part.add_from_head(self.cond[chunk.tokens], 0, self.grad_cond[chunk.tokens], grad_query, states)
+        part.add_from_head(self.cond[chunk.tokens], 0, self.grad_cond[chunk.tokens], grad_query, states, h)
 
     def _write_weights(self, sums: torch.Tensor, spectra: list[torch.Tensor]) -> None:
         if self.backward.needs_weights:

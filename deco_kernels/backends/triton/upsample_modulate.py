@@ -161,9 +161,9 @@ def backward(
     tokens: torch.Tensor,
     up: UpsampleWeights,
     weights: ModulationWeights,
-    cond: torch.Tensor | None,
     eps: float,
     needs: Sequence[bool],
+    cond: torch.Tensor | None = None,
 ) -> Gradients:
     """Gradients of (h, tokens, upsample weights, modulation weights); None where `needs` is False.
 

@@ -9,19 +9,36 @@ namespace deco::cuda {
 // The dtype of cond, bfloat16 or float16, is the compute dtype; rows of cond, query and their gradients are aligned to 16
 // bytes. Images have any strides and that dtype or float32, the velocity and its gradient that dtype; grad_cond and
 // grad_query are contiguous.
+//
+// activations: what the backward otherwise computes again, [N + 2][rows][D] of the compute dtype, where rows is the
+// number of pixels rounded up to a multiple of 256: the inputs of the N decoder blocks and of the head, then SiLU(cond),
+// as operand tiles (cuda/pixels.h).
+struct PixelDecoderForward : deco::PixelDecoderForward {
+  void* activations = nullptr;  // written, or null
+
+  template <class Visit>
+  void fields(Visit&& visit) {
+    deco::PixelDecoderForward::fields(visit);
+    visit("activations", activations);
+  }
+};
+
 struct PixelDecoderBackward : deco::PixelDecoderBackward {
+  // Of the forward; then there is one chunk. Null: computed again.
+  const void* activations = nullptr;
   int64_t chunk_pixels = 0;  // pixels per chunk (size of the workspace), rounded down to whole tokens
 
   template <class Visit>
   void fields(Visit&& visit) {
     deco::PixelDecoderBackward::fields(visit);
+    visit("activations", activations);
     visit("chunk_pixels", chunk_pixels);
   }
 };
 
 int64_t pixel_decoder_forward_workspace(const DecoderShape& shape);
 Status pixel_decoder_forward(const Call& call, const PixelDecoderForward& op);
-int64_t pixel_decoder_backward_workspace(const DeviceLimits& limits, const DecoderShape& shape, int64_t chunk_pixels);
+int64_t pixel_decoder_backward_workspace(const DeviceLimits& limits, const PixelDecoderBackward& op);
 Status pixel_decoder_backward(const Call& call, const PixelDecoderBackward& op);
 
 }  // namespace deco::cuda
