@@ -205,6 +205,7 @@ void bind_cuda(py::module_& m) {
         return py::make_tuple(limits.multiprocessors, limits.shared_bytes);
       },
       py::arg("device"), "(multiprocessors, maximum shared memory per thread block in bytes)");
+  m.def("padded_rows", &cuda::padded_rows, py::arg("pixels"), "Rows of an array of activations");
   bind_workspaces(m);
   bind(m, "adaln_block_forward", "adaln_block", &cuda::adaln_block_forward);
   bind(m, "adaln_block_backward", "adaln_block_backward", &cuda::adaln_block_backward);

@@ -137,9 +137,9 @@ def kept_tensors(call: Call, module: ModuleType) -> Iterator[dict[str, torch.Ten
         if op in KEEPS_COND and not save_memory:
             rows, width = tensors["up_weight"].shape[0], tensors["mod_weight"].shape[-1]
             found["cond"] = tensors["tokens"].new_empty((*tensors["tokens"].shape[:-1], rows // width, width))
-        if hasattr(module, "new_activations") and not save_memory:
-            like, pixels = found.get("cond", tensors.get("cond")), tensors["image"][:, 0].numel()
-            found["activations"] = module.new_activations(like, pixels, *tensors["norm_weight"].shape)
+        if hasattr(module, "activation_shape") and not save_memory:
+            shape = module.activation_shape(tensors["image"][:, 0].numel(), *tensors["norm_weight"].shape)
+            found["activations"] = found.get("cond", tensors.get("cond")).new_empty(shape)
         yield found
 
 

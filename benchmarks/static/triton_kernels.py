@@ -24,10 +24,10 @@ OPS = (
     "pixel_decoder_loss",
 )  # fmt: skip
 """Ops that have kernels; the others launch those of these."""
-ONE_PASS_KERNELS = (
+KEEPING_KERNELS = (
     "pixel_decoder.forward_kernel+keeps", "pixel_decoder_head.head_kernel", "flow_matching_loss.gradient_kernel+sums",
 )  # fmt: skip
-"""Kernels that only `pixel_decoder_loss` launches."""
+"""Kernels that a call launches only if it keeps the decoder's activations, or joins decoder and loss."""
 _FLAGS = ("FIRST", "LAST", "PADDED", "KEEPS", "SUMS", "QUERY", "RMS")
 _TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

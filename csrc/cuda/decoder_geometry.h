@@ -44,9 +44,6 @@ inline int grid_blocks(int64_t pixels, int pixels_per_block, const DeviceLimits&
   return static_cast<int>(std::min<int64_t>(tiles, int64_t{limits.multiprocessors} * blocks_per_multiprocessor));
 }
 
-// `pixels` rounded up to whole tiles of every kernel, so that kernels write operand tiles without bounds checks.
-inline int64_t padded_rows(int64_t pixels) { return (pixels + 255) / 256 * 256; }
-
 // Values of an array of operand tiles.
 inline int64_t tiled_values(int64_t pixels, int width) { return padded_rows(pixels) * width; }
 

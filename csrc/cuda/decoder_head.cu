@@ -1,5 +1,6 @@
 // Backward of the decoder's head (formula in decoder_kernels.h). Persistent grid; ownership is that of pixel_decoder.cu,
-// whose operand tiles of h_N it reads. Per pixel: reads 2·D bytes and C values, writes 2·D bytes of the gradient of h_N. Deterministic: the gradient of the head is summed per thread block in a fixed order.
+// whose operand tiles of h_N it reads. Per pixel: reads 2·D bytes and C values, writes 2·D bytes of the gradient of h_N.
+// Deterministic: the gradient of the head is summed per thread block in a fixed order.
 #include "cuda/block.h"
 #include "cuda/decoder_kernels.h"
 #include "cuda/gradient_sums.h"

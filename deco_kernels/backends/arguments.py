@@ -97,16 +97,6 @@ def zeroed(gradients: Gradients) -> Gradients:
     return tuple(None if gradient is None else gradient.zero_() for gradient in gradients)
 
 
-def check_activations(activations: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raises ValueError for activations that the forward of this call has not written."""
-    if activations.shape != shape or activations.dtype is not dtype or not activations.is_contiguous():
-        raise ValueError(
-            f"activations: expected those of the forward with the same tensors, contiguous {list(shape)} in {dtype}, "
-            f"got {list(activations.shape)} in {activations.dtype} with strides {list(activations.stride())}; "
-            "pass the last result of the operator that ends in _with_kept"
-        )
-
-
 class WeightGradients:
     """Gradients of weights, summed over chunks in float32."""
 

@@ -5,10 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 # PyTorch has no public function for this.
 transforms_are_active: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def requires_grad_tells() -> bool:
+    """Whether `requires_grad` says if a derivative is wanted: no functional transform and no level of forward mode is
+    active, which hide it.
+
+    Always False if this PyTorch does not tell.
+    """
+    if transforms_are_active is None or transforms_are_active():
+        return False
+    return bool(getattr(forward_ad, "_current_level", 0) < 0)
 
 
 def is_executed(tensor: torch.Tensor) -> bool:

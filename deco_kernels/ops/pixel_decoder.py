@@ -7,7 +7,7 @@ import torch
 
 from deco_kernels.backends.support import Request
 from deco_kernels.ops import checks
-from deco_kernels.ops.registry import Operation, chosen_backend, define_op, serving_module
+from deco_kernels.ops.registry import Operation, chosen_backend, define_op, shaping_module
 from deco_kernels.signatures import OPS
 
 
@@ -132,7 +132,7 @@ def pixel_decoder_from_tokens(
             stored as a whole.
         save_memory: whether the backward computes cond and the activations again. With False the forward keeps cond
             [..., P, D] for the backward, in the activation dtype, and the activations as `pixel_decoder` does, if a
-            gradient is wanted. The query is computed again where the backward needs it.
+            gradient is wanted. Backend cuda then stores cond's gradient, and a query from query tokens, as a whole.
 
     The other arguments, the result and the errors are those of `pixel_decoder`.
     """
@@ -178,24 +178,22 @@ def _define_decoder(name: str, upsamples: bool) -> Operation:
     def fake(image: torch.Tensor, activation: torch.Tensor, *_: Any) -> torch.Tensor:
         return image.new_empty(image.shape, dtype=activation.dtype)
 
-    def new_cond(*arguments: Any) -> torch.Tensor:
-        tokens = arguments[1]
-        return tokens.new_empty((*tokens.shape[:-1], *arguments[pixel_table].shape))
+    def cond_shape(*arguments: Any) -> Sequence[int]:
+        return (*arguments[1].shape[:-1], *arguments[pixel_table].shape)
 
-    def new_activations(*arguments: Any) -> torch.Tensor | None:
+    def activation_shape(*arguments: Any) -> Sequence[int] | None:
         *inputs, backend = arguments
-        image, activation = inputs[:2]
-        module = serving_module(backend, request(*inputs).specialized(), image.device)
-        if not hasattr(module, "new_activations"):
+        image = inputs[0]
+        module = shaping_module(backend, request(*inputs).specialized(), image.device)
+        if module is None or not hasattr(module, "activation_shape"):
             return None
         batch, _, height, width = image.shape
-        sizes = (batch * height * width, *inputs[norm_weight].shape)
-        activations: torch.Tensor = module.new_activations(activation, *sizes)
-        return activations
+        shape: Sequence[int] = module.activation_shape(batch * height * width, *inputs[norm_weight].shape)
+        return shape
 
-    kept = {"cond": new_cond} if upsamples else {}
+    kept = {"cond": cond_shape} if upsamples else {}
     options = "int patch_size, str head_norm, float eps"
-    return define_op(name, options, ("velocity",), request, fake, kept={**kept, "activations": new_activations})
+    return define_op(name, options, ("velocity",), request, fake, kept={**kept, "activations": activation_shape})
 
 
 _pixel_decoder = _define_decoder("pixel_decoder", upsamples=False)

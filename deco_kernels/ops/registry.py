@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from deco_kernels.backends.arguments import empty_gradients
+from deco_kernels.backends.execution import requires_grad_tells
 from deco_kernels.backends.support import Request
 from deco_kernels.signatures import OPS, grouped
 
@@ -44,7 +45,9 @@ def register_backend(name: str, package: str) -> None:
     """Add a backend, which is used only by name.
 
     `package` is an importable package with `unavailable_reason(device)`, `unsupported_reason(request)` and one module
-    per op that it implements. Raises ValueError for the name "auto".
+    per op that it implements; `define_op` describes the functions of a module. Those of upsample_modulate and
+    pixel_decoder_from_tokens take the keyword argument `cond`, and those of a decoder whose module has
+    `activation_shape(pixels, N, D)` also `activations`. Raises ValueError for the name "auto".
     """
     if name == AUTO:
         raise ValueError(f'backend: "{AUTO}" is reserved for the automatic choice; choose another name')
@@ -153,6 +156,18 @@ def log_fallback(op: str, name: str, following: str | None, reason: str) -> None
     _log.log(level, "%s falls back from backend %r to %r: %s", op, name, following, reason)
 
 
+def shaping_module(backend: str, request: Request, device: torch.device) -> ModuleType | None:
+    """The module that serves the call, to ask for shapes: also one that this machine cannot run, for tensors without
+    data; None if it does not exist or nothing tells which one serves."""
+    if backend == AUTO:
+        absent = device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available())
+        return None if absent else serving_module(backend, request, device)
+    try:
+        return importlib.import_module(f"{packages[backend]}.{request.op}")
+    except ImportError:
+        return None
+
+
 def serve(function: str, request: Request, device: torch.device, backend: str, *arguments: Any, **kept: Any) -> Any:
     """Call `function` of the backend module for the request, with autocast off."""
     implementation = getattr(serving_module(backend, request, device), function)
@@ -172,7 +187,7 @@ def define_op(
     request: Callable[..., Request],
     fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
     functions: tuple[str, str] = ("forward", "backward"),
-    kept: Mapping[str, Callable[..., torch.Tensor | None]] | None = None,
+    kept: Mapping[str, Callable[..., Sequence[int] | None]] | None = None,
     scalars: bool = False,
 ) -> Operation:
     """Register the operators `name` and `name_backward`; returns one function of (tensors, options, backend).
@@ -187,9 +202,10 @@ def define_op(
         request: (tensors, options) -> Request, whose op names the backend module.
         fake: (tensors, options) -> results without data, with the real shapes, dtypes and strides.
         functions: names of forward and backward in that module; they take the tensors in the groups of the description.
-        kept: for each intermediate tensor (tensors, options, backend) -> memory for it, uninitialized, or None if the
-            backend does not keep it. The module's forward takes that as a keyword argument and fills it, and its
-            backward takes it in the same way; neither gets one that is empty.
+        kept: for each intermediate tensor (tensors, options, backend) -> its shape, or None if the backend does not
+            keep it. It has the dtype of the second tensor of the op, the activation dtype. The module's forward takes
+            it as a keyword argument and fills it, and its backward takes it in the same way, contiguous; neither gets
+            one that is empty.
         scalars: whether the results are scalars. The module's backward then takes None for the gradient of a result
             that is not used, in place of a zero, which would cost a kernel.
     """
@@ -202,6 +218,18 @@ def define_op(
         pairs = zip(kept, tensors, strict=True)
         return {key: tensor for key, tensor in pairs if tensor is not None and tensor.numel() > 0}
 
+    def checked(found: dict[str, Any], arguments: Sequence[Any]) -> dict[str, Any]:
+        dtype = arguments[1].dtype
+        for key, tensor in found.items():
+            shape = kept[key](*arguments)
+            if shape is None or tensor.shape != tuple(shape) or tensor.dtype is not dtype:
+                expected = "None, for this backend keeps none" if shape is None else f"{list(shape)} in {dtype}"
+                raise ValueError(
+                    f"{name}_backward: {key}: expected {expected}, got {list(tensor.shape)} in {tensor.dtype}; pass "
+                    f"what {name}_with_kept returned for the same tensors, with hooks of saved tensors too"
+                )
+        return {key: tensor.contiguous() for key, tensor in found.items()}
+
     def call(inputs: Sequence[Any], backend: str, **tensors: Any) -> Any:
         inputs_in_groups = (*grouped(group, inputs[:count]), *inputs[count:])
         return serve(functions[0], request(*inputs), inputs[0].device, backend, *inputs_in_groups, **tensors)
@@ -213,7 +241,8 @@ def define_op(
     def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
         """Returns an empty placeholder for a gradient that is not needed, since an operator cannot return None."""
         gradients, (*inputs, backend, needs) = arguments[: len(outputs)], arguments[len(outputs) :]
-        tensors, found, scalars = inputs[:count], named(inputs[count:saved]), inputs[saved:]
+        tensors, scalars = inputs[:count], inputs[saved:]
+        found = checked(named(inputs[count:saved]), (*tensors, *scalars, backend))
         served = (functions[1], request(*tensors, *scalars), tensors[0].device, backend)
         results = serve(*served, *gradients, *grouped(group, tensors), *scalars, needs, **found)
         return without_none(tensors[0], results)
@@ -238,10 +267,12 @@ def define_op(
         return _differentiable(name, forward_op, None, backward_op, count, 0, fake, scalars)
 
     def new_kept(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        return without_none(arguments[0], [new(*arguments) for new in kept.values()])
+        shapes = [shape_of(*arguments) for shape_of in kept.values()]
+        return tuple(arguments[1].new_empty(0 if shape is None else shape) for shape in shapes)
 
     def forward_with_kept(*arguments: Any) -> tuple[torch.Tensor, ...]:
         *inputs, backend = arguments
+        serving_module(backend, request(*inputs), inputs[0].device)  # refuses the call before memory is allocated
         tensors = new_kept(*arguments)
         return (*outputs_of(call(inputs, backend, **named(tensors))), *tensors)
 
@@ -334,8 +365,8 @@ def _differentiable(
     """The autograd function around the operators. Saves the inputs between forward and backward, and the intermediate
     tensors of `kept_op` if the call keeps them.
 
-    It is applied to every call outside torch.compile: inside functional transforms, `requires_grad` does not show
-    whether a derivative is needed. Tensors that are not kept for that reason are computed again.
+    A call without a gradient runs the operator alone, unless `requires_grad` does not show whether a derivative is
+    needed, as inside functional transforms. Tensors that are not kept for that reason are computed again.
     """
 
     Backward = once_differentiable(name, backward_op)
@@ -389,12 +420,13 @@ def _differentiable(
 
     def apply(*arguments: Any, keep: bool = False) -> Any:
         compiling = torch.compiler.is_compiling()
-        if compiling or keep:
-            tensors = [tensor for tensor in arguments[:tensor_count] if tensor is not None]
-            if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-                keep = False
-                if compiling:  # torch.compile does not trace an autograd function without a gradient
-                    return forward_op(*arguments)
+        if torch.compiler.is_exporting():  # a program without a backward
+            keep = False
+        tensors = [tensor for tensor in arguments[:tensor_count] if tensor is not None]
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            keep = False
+            if compiling or requires_grad_tells():
+                return forward_op(*arguments)
         function: Any = Forward if compiling else ForwardWithJvp
         results = function.apply(*arguments, keep)
         if not keep:

@@ -1,5 +1,6 @@
 """upsample_modulate: token-to-pixel upsample, modulation and LayerNorm of one decoder block."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,10 +75,10 @@ def _fake(h: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return tuple(torch.empty_like(h, memory_format=torch.contiguous_format) for _ in range(2))
 
 
-def _new_cond(h: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.empty_like(h, memory_format=torch.contiguous_format)
+def _cond_shape(h: torch.Tensor, *_: Any) -> Sequence[int]:
+    return h.shape
 
 
 _upsample_modulate = define_op(
-    "upsample_modulate", "float eps", ("modulated", "gate"), _request, _fake, kept={"cond": _new_cond}
+    "upsample_modulate", "float eps", ("modulated", "gate"), _request, _fake, kept={"cond": _cond_shape}
 )

@@ -9,6 +9,7 @@ from benchmarks.static import cuda_traffic
 from benchmarks.static.figures import SHARED_LIMIT
 from deco_kernels import BackendUnavailable, ops, testing
 from deco_kernels.backends import chunk_sizes
+from deco_kernels.backends.cuda import pixel_decoder as decoder
 from deco_kernels.testing import emulation
 from deco_kernels.testing.inputs import SAVE_MEMORY
 from tests.golden_files import golden_cases
@@ -226,6 +227,11 @@ def test_activations_are_kept_unless_memory_is_saved(emulated, op, monkeypatch):
     depth, width = inputs.tensors["norm_weight"].shape
     monkeypatch.setattr(chunk_sizes, "chunk_pixels", lambda *_, **__: 16)
     save_memory.check_kept_activations(inputs, BACKEND, (depth + 2, 512, width))
+
+
+@pytest.mark.parametrize("pixels", [1, 255, 256, 257, 1 << 31])
+def test_memory_for_activations_has_the_rows_of_the_kernels(emulated, pixels):
+    assert decoder.activation_shape(pixels, 3, 32) == (5, emulated.padded_rows(pixels), 32)
 
 
 def test_activations_of_another_call_are_refused(emulated):

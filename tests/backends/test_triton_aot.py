@@ -21,7 +21,7 @@ OPS = [op for op in testing.OPS if op in KERNEL_OPS]
 BUDGETS = recorded_budgets("triton")
 # Kernels compiled for the other widths and dtypes; `python -m benchmarks static --everywhere` compiles all.
 CORE = ("pixel_decoder.forward_kernel/", "adaln_block.backward_kernel/", "flow_matching_loss.gradient_kernel/")
-ONE_PASS = triton_kernels.ONE_PASS_KERNELS
+KEEPING = triton_kernels.KEEPING_KERNELS
 OTHERS = [
     pytest.param("sm_90", width, dtype, CORE if width == 32 else CORE[:2], id=f"sm_90-D{width}-{dtype}")
     for dtype in reversed(triton_kernels.DTYPES)
@@ -50,8 +50,9 @@ def recorded(architecture: str) -> set[str]:
 
 @pytest.mark.parametrize("architecture", in_make_test(triton_kernels.ARCHITECTURES))
 def test_kernels_for_d32_in_bfloat16_fit_their_budgets(architecture):
-    """All but those of the one-pass op, of which most are variants of others; for PARTLY those of CORE."""
-    expected = {name for name in recorded(architecture) if not name.startswith(ONE_PASS)}
+    """All but those of the one-pass op and of kept activations, of which most are variants of others; for PARTLY those
+    of CORE."""
+    expected = {name for name in recorded(architecture) if not name.startswith(KEEPING)}
     if architecture == PARTLY:
         expected = {name for name in expected if name.startswith(CORE)}
         assert len(expected) == len(CORE)
@@ -62,10 +63,20 @@ def test_kernels_for_d32_in_bfloat16_fit_their_budgets(architecture):
     "architecture",
     [pytest.param(name, marks=[] if name == "sm_90" else pytest.mark.aot_all) for name in triton_kernels.ARCHITECTURES],
 )
-def test_kernels_of_the_one_pass_op_fit_their_budgets(architecture):
-    expected = {name for name in recorded(architecture) if name.startswith(ONE_PASS)}
-    assert len(expected) == len(ONE_PASS)
-    assert set(checked_figures(architecture, 32, "bfloat16", ONE_PASS)) == expected
+def test_kernels_that_keep_or_read_activations_fit_their_budgets(architecture):
+    """And that of the loss of the one-pass op."""
+    expected = {name for name in recorded(architecture) if name.startswith(KEEPING)}
+    assert len(expected) == len(KEEPING)
+    assert set(checked_figures(architecture, 32, "bfloat16", KEEPING)) == expected
+
+
+def test_many_blocks_fit_the_shared_memory():
+    """The weights of every block are loaded ahead at D 32 in float32, where there is memory for them."""
+    installed("triton")
+    inputs = testing.random_inputs("pixel_decoder", width=32, depth=4, image_size=(1, 16, 16))
+    launch = triton_kernels.launches_of(inputs, "sm_86")[1]
+    assert triton_kernels.kernel_name(launch) == "pixel_decoder.forward_kernel"
+    assert triton_kernels.figures(launch, "sm_86").shared_bytes <= SHARED_LIMIT["sm_86"]
 
 
 @pytest.mark.aot_all

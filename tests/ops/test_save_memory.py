@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from deco_kernels import native, ops, testing
@@ -160,6 +161,49 @@ def test_backends_on_the_cpu_keep_no_activations(implementation):
     assert sorted(shapes) == sorted([*(t.shape for t in inputs.tensors.values() if t is not None), torch.Size([0])])
 
 
+@pytest.mark.parametrize("backend", [None, "cuda", "cpu", "reference"])
+@each_op
+def test_tensors_without_data(op, backend):
+    """Both choices work on the meta device, also for a backend that this machine cannot run."""
+    inputs = small_inputs(op, BF16)
+    leaves = {name: tensor.to("meta").requires_grad_() for name, tensor in inputs.tensors.items()}
+    for save_memory in (True, False):
+        outputs, saved = call_and_saved(inputs, leaves, save_memory=save_memory, backend=backend)
+        assert [output.shape for output in outputs] == [gradient.shape for gradient in inputs.grad_outputs]
+        outputs[0].sum().backward()
+        keeps = op in ("pixel_decoder", "pixel_decoder_from_tokens") and backend == "cuda" and not save_memory
+        assert sum(tensor.shape[:2] == (4, 256) for tensor in saved) == keeps
+
+
+def test_a_gpu_that_is_not_there():
+    inputs = small_inputs("pixel_decoder", BF16)
+    with FakeTensorMode():
+        tensors = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in inputs.in_order()]
+        options = (*inputs.options.values(), 1e-6)
+        for backend, rows in (("cuda", 256), ("auto", 256 if torch.cuda.is_available() else None)):
+            velocity, kept = torch.ops.deco_kernels.pixel_decoder_with_kept(*tensors, *options, backend)
+            assert velocity.shape == inputs.grad_outputs[0].shape
+            assert kept.shape == ((4, rows, 32) if rows else (0,))
+
+
+@pytest.mark.parametrize("op", ["pixel_decoder_from_tokens", "upsample_modulate"])
+def test_an_exported_program_keeps_nothing(op):
+    inputs = small_inputs(op)
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parameter = torch.nn.Parameter(inputs.tensors["up_bias"].clone())
+
+        def forward(self, tokens):
+            tensors = inputs.tensors | {"tokens": tokens, "up_bias": self.parameter}
+            return call(inputs, tensors, save_memory=False)
+
+    program = torch.export.export(Module(), (inputs.tensors["tokens"],))
+    names = [str(node.target) for node in program.graph.nodes if "deco_kernels" in str(node.target)]
+    assert names == [f"deco_kernels.{op}.default"]
+
+
 def check_kept_activations(inputs, backend, shape):
     """Activations of this shape are kept unless memory is saved; the backward reads them and may run again."""
     leaves, gradients = leaves_of(inputs), {}
@@ -187,9 +231,14 @@ def check_refused_activations(backend):
     options = (*inputs.options.values(), 1e-6, backend)
     velocity, kept = torch.ops.deco_kernels.pixel_decoder_with_kept(*inputs.in_order(), *options)
     needs = [tensor is not None for tensor in inputs.in_order()]
-    for wrong in (kept[:, :16], kept.half(), kept.mT.contiguous().mT):
-        with pytest.raises(ValueError, match="activations: expected those of the forward with the same tensors"):
+    for wrong in (kept[:, :16], kept.half(), kept.mT):
+        with pytest.raises(ValueError, match=r"activations: expected \[[34], .*; pass what pixel_decoder_with_kept"):
             torch.ops.deco_kernels.pixel_decoder_backward(velocity, *inputs.in_order(), wrong, *options, needs)
+    for other in ("reference", "cpu"):
+        with pytest.raises(ValueError, match="activations: expected None, for this backend keeps none, got"):
+            torch.ops.deco_kernels.pixel_decoder_backward(
+                velocity, *inputs.in_order(), kept, *options[:-1], other, needs
+            )
 
 
 # --- the matmul of the upsample on the CPU ---------------------------------------------------------------------------

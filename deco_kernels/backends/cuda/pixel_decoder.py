@@ -10,16 +10,12 @@ from deco_kernels.backends import arguments, chunk_sizes
 from deco_kernels.backends.cuda import calls
 from deco_kernels.signatures import DecoderWeights
 
-_ROWS = 256  # of which activations are a multiple
+_ROWS = 256  # as padded_rows of csrc/include/deco/cuda/pixel_decoder.h; the module may not exist
 
 
-def new_activations(like: torch.Tensor, pixels: int, depth: int, width: int) -> torch.Tensor:
-    """Memory in the dtype of `like` for what the backward otherwise computes again: [N + 2, rows, D], the inputs of the
-    blocks and of the head, then SiLU(cond), in the order of the kernels' registers."""
-    return like.new_empty(_activation_shape(pixels, depth, width))
-
-
-def _activation_shape(pixels: int, depth: int, width: int) -> tuple[int, int, int]:
+def activation_shape(pixels: int, depth: int, width: int) -> tuple[int, int, int]:
+    """Of what the backward otherwise computes again: the inputs of the blocks and of the head, then SiLU(cond), each
+    [rows, D] in the order of the kernels' registers."""
     return depth + 2, -(-pixels // _ROWS) * _ROWS, width
 
 
@@ -33,7 +29,7 @@ def forward(
     eps: float,
     activations: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """velocity [B, C, H, W] in the dtype of cond; writes `activations` of `new_activations` if they are given."""
+    """velocity [B, C, H, W] in the dtype of cond; writes `activations` of `activation_shape` if they are given."""
     velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
     cond, weights = calls.readable_pixel_rows(cond), arguments.contiguous(weights)
     inputs = (image, cond, weights, calls.readable_query(query))
@@ -115,7 +111,8 @@ def run_backward(
     module = calls.module_for(cond)
     shape = arguments.decoder_sizes(image, weights, patch_size)
     image, grad_velocity = calls.readable_image(image, cond.dtype), grad_velocity.to(cond.dtype)
-    activations = _readable(activations, cond, shape)
+    if activations is not None:
+        activations = calls.aligned(activations)
     description: tuple[int | float | tuple[int, ...], ...] = (
         shape,
         arguments.image(grad_velocity),
@@ -134,15 +131,6 @@ def run_backward(
     )
     workspace = module.pixel_decoder_backward_workspace(cond.device.index or 0, *description)
     calls.launch(module.pixel_decoder_backward, workspace, cond, *description)
-
-
-def _readable(activations: torch.Tensor | None, cond: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
-    """The activations of a decoder with these `decoder_sizes`, copied unless the kernels can read them in place."""
-    if activations is None:
-        return None
-    width, depth = sizes[-2:]
-    arguments.check_activations(activations, _activation_shape(cond.numel() // width, depth, width), cond.dtype)
-    return calls.aligned(activations)
 
 
 def backward_chunk_pixels(width: int, depth: int, velocity_bytes: int = 0) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from deco_kernels.backends import arguments, chunk_sizes
 from deco_kernels.backends.cuda import calls, pixel_decoder
-from deco_kernels.backends.cuda.pixel_decoder import new_activations as new_activations
+from deco_kernels.backends.cuda.pixel_decoder import activation_shape as activation_shape
 from deco_kernels.backends.query import ChunkedQuery
 from deco_kernels.backends.upsample import UpsampleGradients, forward_chunk_pixels, upsample_chunks
 from deco_kernels.signatures import DecoderWeights, Query, UpsampleWeights
@@ -32,7 +32,7 @@ def forward(
 ) -> torch.Tensor:
     """velocity [B, C, H, W] in the dtype of tokens.
 
-    Writes the conditions to `cond` [..., P, D] if it is given, and `activations` of `new_activations`.
+    Writes the conditions to `cond` [..., P, D] if it is given, and `activations` of `activation_shape`.
     """
     upsample = UpsampleGradients(tokens, up, needs=(False, False, False))
     weights = arguments.contiguous(weights)

@@ -21,8 +21,8 @@ _INTERPRETED_PROGRAMS = 2
 
 # Called functions before their callers.
 _KERNEL_MODULES = (
-    "functions", "weights", "adaln_block", "pixel_decoder", "upsample_modulate", "loss_tiles", "flow_matching_loss",
-    "pixel_decoder_loss",
+    "functions", "weights", "adaln_block", "pixel_decoder_head", "pixel_decoder", "upsample_modulate", "loss_tiles",
+    "flow_matching_loss",
 )  # fmt: skip
 
 
@@ -102,9 +102,9 @@ def program_limit(device: torch.device, parameters: Launch) -> int:
     return _multiprocessors(device) * parameters.programs_per_multiprocessor
 
 
-def parameters_for(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> Launch:
-    """Launch parameters of a kernel on this device."""
-    return launch_parameters(kernel, width, dtype, architecture_of(device))
+def parameters_for(kernel: str, width: int, dtype: torch.dtype, device: torch.device, depth: int = 1) -> Launch:
+    """Launch parameters of a kernel on this device; `depth` as in `launch_parameters`."""
+    return launch_parameters(kernel, width, dtype, architecture_of(device), depth)
 
 
 def math_options(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -178,10 +178,10 @@ def launch_over_rows(kernel: Any, name: str, rows: int, like: torch.Tensor, *arg
     """Launch a persistent kernel that iterates over tiles of `rows` rows, with the parameters of `name`.
 
     D, the dtype and the device are those of `like` [..., D]; D, BLOCK, PRECISION and FAST_TANH are added to
-    `constexprs`.
+    `constexprs`, which has N if the kernel computes several decoder blocks.
     """
     width = like.shape[-1]
-    parameters = parameters_for(name, width, like.dtype, like.device)
+    parameters = parameters_for(name, width, like.dtype, like.device, constexprs.get("N", 1))
     launch(
         kernel, persistent_grid(rows, parameters, like.device), parameters, *args,
         D=width, BLOCK=parameters.block, **math_options(like.dtype, like.device), **constexprs,

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from deco_kernels.backends import chunk_sizes
-from deco_kernels.backends.arguments import Gradients, check_activations
+from deco_kernels.backends.arguments import Gradients
 from deco_kernels.backends.chunks import slices
 from deco_kernels.signatures import DecoderWeights, flat
 
@@ -466,21 +466,14 @@ class DecoderBackward:
 # -------------------------------------------------------------------------------------------------------------- ops
 
 
-def new_activations(like: torch.Tensor, pixels: int, depth: int, width: int) -> torch.Tensor:
-    """Memory [N + 1, pixels, D] in the dtype of `like` for what the backward otherwise computes again: h before each
-    block and the head."""
-    return like.new_empty(depth + 1, pixels, width)
+def activation_shape(pixels: int, depth: int, width: int) -> tuple[int, int, int]:
+    """Of what the backward otherwise computes again: h before each block and the head."""
+    return depth + 1, pixels, width
 
 
-def states_of(
-    activations: torch.Tensor | None, image: torch.Tensor, weights: DecoderWeights, dtype: torch.dtype
-) -> torch.Tensor | None:
-    """[N + 1, tokens, P, D] from the activations of a call with this activation dtype."""
-    if activations is None:
-        return None
-    depth, width = weights.blocks.modulation.norm_weight.shape
-    check_activations(activations, (depth + 1, image[:, 0].numel(), width), dtype)
-    return activations.view(depth + 1, -1, *weights.pixel_table.shape)
+def states_of(activations: torch.Tensor | None, weights: DecoderWeights) -> torch.Tensor | None:
+    """[N + 1, tokens, P, D] from activations [N + 1, pixels, D]."""
+    return None if activations is None else activations.view(len(activations), -1, *weights.pixel_table.shape)
 
 
 def part_of_states(states: torch.Tensor | None, part: slice) -> torch.Tensor | None:
@@ -497,14 +490,14 @@ def forward(
     eps: float,
     activations: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """velocity [B, C, H, W] in the dtype of cond; writes `activations` of `new_activations` if they are given."""
+    """velocity [B, C, H, W] in the dtype of cond; writes `activations` of `activation_shape` if they are given."""
     velocity = torch.empty(image.shape, dtype=cond.dtype, device=cond.device)
     image = readable_image(image)
     with device_guard(cond):
         packed = pack(weights.blocks, cond.dtype)
         decoder_weights = query_and_head(weights)
         tokens, queries = collapsed_rows(cond, 2), pixel_rows(query)
-        states = states_of(activations, image, weights, cond.dtype)
+        states = states_of(activations, weights)
         for part in slices(tokens.shape[0], LAUNCH_TOKENS):
             run_forward(
                 image, tokens[part], part_of(queries, part), packed, decoder_weights, velocity, part.start,
@@ -537,7 +530,7 @@ def backward(
         needed = (needs[0], needs[1], any(needs[2:-1]))
         sums = DecoderBackward(image, grad_velocity, weights, cond.dtype, patch_size, head_norm, eps, needed)
         tokens = collapsed_rows(cond, 2)
-        states = states_of(activations, image, weights, cond.dtype)
+        states = states_of(activations, weights)
         sums.add(tokens, pixel_rows(query), 0, grad_cond.view(tokens.shape), pixel_rows(grad_query), states)
         grad_weights = sums.grad_weights() if needed[2] else (None,) * len(needs[2:-1])
     grads = (sums.grad_image, grad_cond, *grad_weights, grad_query)

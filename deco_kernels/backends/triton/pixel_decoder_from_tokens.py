@@ -19,7 +19,7 @@ from deco_kernels.signatures import DecoderWeights, Query, UpsampleWeights
 
 from .launching import device_guard, pixel_rows, readable_image
 from .pixel_decoder import DecoderBackward, part_of_states, query_and_head, run_forward, states_of
-from .pixel_decoder import new_activations as new_activations
+from .pixel_decoder import activation_shape as activation_shape
 from .upsample import Upsample
 from .weights import pack
 
@@ -38,7 +38,7 @@ def forward(
 ) -> torch.Tensor:
     """velocity [B, C, H, W] in the dtype of tokens.
 
-    Writes the conditions to `cond` [..., P, D] if it is given, and `activations` of `new_activations`.
+    Writes the conditions to `cond` [..., P, D] if it is given, and `activations` of `activation_shape`.
     """
     velocity = torch.empty(image.shape, dtype=tokens.dtype, device=tokens.device)
     image = readable_image(image)
@@ -50,7 +50,7 @@ def forward(
         kept = None if cond is None else cond.view(-1, weights.pixel_table.numel())
         upsampled = 1 if queries.upsample is None else 2  # tensors of a chunk
         chunk_tokens = max(1, forward_chunk_pixels(tokens, up, patch_size**2) // (upsampled * patch_size**2))
-        states = states_of(activations, image, weights, tokens.dtype)
+        states = states_of(activations, weights)
         for part in slices(upsample.tokens.shape[0], chunk_tokens):
             conditions = upsample.cond(part, kept)
             rows = pixel_rows(queries.of(part, tokens.dtype))
@@ -87,7 +87,7 @@ def backward(
         upsample = Upsample(tokens, up, weights.pixel_table.shape)
         queries = ChunkedQuery(query, weights.pixel_table.shape, query_needs)
         kept = None if cond is None else cond.reshape(-1, *weights.pixel_table.shape)
-        states = states_of(activations, image, weights, tokens.dtype)
+        states = states_of(activations, weights)
         values = sums.width * (2 if queries.upsample is None else 4)  # of cond, of a query made here, of gradients
         chunk_tokens = max(1, chunk_sizes.chunk_pixels(values * tokens.element_size()) // patch_size**2)
         for part in slices(upsample.tokens.shape[0], chunk_tokens):

@@ -123,11 +123,16 @@ def replaced(kernel: str, parameters: Launch) -> Iterator[None]:
         del _REPLACED[kernel]
 
 
-def launch_parameters(kernel: str, width: int, dtype: torch.dtype, architecture: str) -> Launch:
-    """Parameters of a kernel; `architecture` is "sm_90", "gfx942" and the like, or "interpreter"."""
+def launch_parameters(kernel: str, width: int, dtype: torch.dtype, architecture: str, depth: int = 1) -> Launch:
+    """Parameters of a kernel; `architecture` is "sm_90", "gfx942" and the like, or "interpreter". `depth`: blocks
+    that the kernel computes."""
     if kernel in _REPLACED:
         return _REPLACED[kernel]
     key = (kernel, width, dtype.itemsize)
     if architecture in _CONSUMER and key in _CONSUMER_TABLE:
         return _CONSUMER_TABLE[key]
-    return _ARCHITECTURE_TABLE.get((*key, architecture), _TABLE[key])
+    found = _ARCHITECTURE_TABLE.get((*key, architecture), _TABLE[key])
+    # With two stages the weights of every block take 21 kB of shared memory.
+    if depth > 3 and key[1:] == (32, 4) and architecture in (*_CONSUMER, "sm_80", "sm_87"):
+        return found._replace(stages=1)
+    return found

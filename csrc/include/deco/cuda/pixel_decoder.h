@@ -6,13 +6,15 @@
 
 namespace deco::cuda {
 
+// `pixels` rounded up to whole tiles of every kernel, so that kernels write operand tiles without bounds checks.
+inline int64_t padded_rows(int64_t pixels) { return (pixels + 255) / 256 * 256; }
+
 // The dtype of cond, bfloat16 or float16, is the compute dtype; rows of cond, query and their gradients are aligned to 16
 // bytes. Images have any strides and that dtype or float32, the velocity and its gradient that dtype; grad_cond and
 // grad_query are contiguous.
 //
-// activations: what the backward otherwise computes again, [N + 2][rows][D] of the compute dtype, where rows is the
-// number of pixels rounded up to a multiple of 256: the inputs of the N decoder blocks and of the head, then SiLU(cond),
-// as operand tiles (cuda/pixels.h).
+// activations: what the backward otherwise computes again, [N + 2][padded_rows(pixels)][D] of the compute dtype: the
+// inputs of the N decoder blocks and of the head, then SiLU(cond), as operand tiles (cuda/pixels.h).
 struct PixelDecoderForward : deco::PixelDecoderForward {
   void* activations = nullptr;  // written, or null
 
