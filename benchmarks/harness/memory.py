@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.harness.steps import Contender, Step, contenders_of, require_gradients
 from benchmarks.harness.verification import SEED
-from benchmarks.names import GPU_BACKENDS, KEEPING_ACTIVATIONS, KEEPING_COND, PUBLISHED, REFERENCE, TWO_OPS
+from benchmarks.names import PUBLISHED, REFERENCE, TWO_OPS
+from benchmarks.ops.pixel_decoder_from_tokens import PixelDecoderFromTokens
 from benchmarks.ops.problem import Problem, problem_of
 from benchmarks.ops.sizes import Size
 from deco_kernels import BackendUnavailable
@@ -25,14 +26,16 @@ _WARM = Size(height=16, width=16)
 def contenders_in(op: str, backends: tuple[str, ...]) -> list[str]:
     """The published formulation and every backend, with both choices of save_memory; of a one-pass op, at whose sizes
     the formulations may not fit the memory, every fused backend and its two ops with both choices."""
+    fused = [name for name in backends if name != REFERENCE]
     if op == _DECODER:
-        return [PUBLISHED, *backends, *(name + KEEPING_ACTIVATIONS for name in backends if name in GPU_BACKENDS)]
-    return [name + choice for name in backends if name != REFERENCE for choice in (_keeping(name), TWO_OPS, "")]
+        choices = [(name, problem_of(op).other_choice(name)) for name in fused]
+        return [PUBLISHED, *backends, *(name + choice[0] for name, choice in choices if choice is not None)]
+    return [name + choice for name in fused for choice in (_keeping(name), TWO_OPS, "")]
 
 
 def _keeping(backend: str) -> str:
     """The two ops with save_memory=False."""
-    return TWO_OPS + (KEEPING_ACTIVATIONS if backend in GPU_BACKENDS else KEEPING_COND)
+    return TWO_OPS + PixelDecoderFromTokens().other_choice(backend)[0]
 
 
 def measure_memory(op: str, batch: int, device: str, dtype: str, backends: tuple[str, ...], threads: int) -> list[dict]:

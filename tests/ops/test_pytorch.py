@@ -342,6 +342,24 @@ def test_observers_see_the_operators(op, observe):
     assert_same(results[0], gradients_of(loss_of, inputs))
 
 
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ONE_PASS])
+def test_a_call_without_a_gradient_runs_the_operator_alone(op, monkeypatch):
+    inputs = small_inputs(op)
+
+    def refuse(*_):
+        raise AssertionError("an autograd function")
+
+    expected = testing.run(inputs, "reference").outputs
+    monkeypatch.setattr(torch.autograd.Function, "apply", refuse)
+    found = getattr(ops, op)(**inputs.tensors, **inputs.options, backend="reference")
+    assert all(map(torch.equal, found if isinstance(found, tuple) else (found,), expected))
+    leaves = {name: None if t is None else t.detach().requires_grad_() for name, t in inputs.tensors.items()}
+    with torch.no_grad():
+        getattr(ops, op)(**leaves, **inputs.options)
+    with pytest.raises(AssertionError, match="an autograd function"):
+        getattr(ops, op)(**leaves, **inputs.options, backend="reference")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_jit_trace_records_the_operator():
     inputs = small_inputs("adaln_block")

@@ -213,16 +213,10 @@ def recompute_kernel(
             first_token + token, pixel, tokens_y, tokens_x,
             velocity_stride_b, velocity_stride_h, velocity_stride_w, PATCH,
         )  # fmt: skip
-        normalized, grad_h, grad_channels = head_backward(
-            h, grad_velocity_ptr, offsets, velocity_stride_c, valid, head_weight_ptr, D, C, BLOCK, EPS, RMS
-        )
-        tl.store(grad_h_ptr + rows, grad_h, mask=valid[:, None])
-        if WEIGHT_GRAD:
-            operand: tl.constexpr = matrices_ptr.dtype.element_ty
-            grad_head_weight = tl.dot(
-                grad_channels.to(operand), normalized.to(operand), grad_head_weight, input_precision=PRECISION
-            )
-            grad_head_bias += tl.sum(grad_channels, 1)
+        grad_head_weight, grad_head_bias = head_backward(
+            h, grad_velocity_ptr, offsets, velocity_stride_c, valid, head_weight_ptr, grad_h_ptr + rows,
+            grad_head_weight, grad_head_bias, WEIGHT_GRAD, D, C, BLOCK, EPS, RMS, PRECISION,
+        )  # fmt: skip
     if WEIGHT_GRAD:
         add_head_sums(grad_head_weight_ptr, grad_head_bias_ptr, grad_head_weight, grad_head_bias, D, C)
 

@@ -10,10 +10,12 @@ from .functions import add_to, image_offsets, load_states, normalize, normalize_
 
 @triton.jit
 def head_backward(
-    h, grad_velocity_ptr, offsets, stride_c, valid, head_weight_ptr,
-    D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr,
+    h, grad_velocity_ptr, offsets, stride_c, valid, head_weight_ptr, grad_h_ptrs, grad_weight, grad_bias,
+    WEIGHT_GRAD: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
+    RMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Normalized h [BLOCK, D], the gradient of h, and that of the velocity [16, BLOCK], padded for matmuls."""
+    """Write the gradient of h [BLOCK, D] to grad_h_ptrs. With WEIGHT_GRAD, returns grad_weight [16, D] and grad_bias
+    [16], of C channels padded for matmuls, plus those of the tile."""
     channel = tl.arange(0, 16)
     normalized, rstd = normalize(h, D, EPS, RMS)
     grad_normalized = tl.zeros([BLOCK, D], tl.float32)
@@ -22,7 +24,12 @@ def head_backward(
         grad = tl.load(grad_velocity_ptr + offsets + c * stride_c, mask=valid, other=0.0).to(tl.float32)
         grad_normalized += grad[:, None] * tl.load(head_weight_ptr + c * D + tl.arange(0, D)).to(tl.float32)[None, :]
         grad_channels = tl.where(channel[:, None] == c, grad[None, :], grad_channels)
-    return normalized, normalize_grad(grad_normalized, normalized, rstd, D, RMS), grad_channels
+    tl.store(grad_h_ptrs, normalize_grad(grad_normalized, normalized, rstd, D, RMS), mask=valid[:, None])
+    if WEIGHT_GRAD:
+        operand: tl.constexpr = grad_h_ptrs.dtype.element_ty
+        grad_weight = tl.dot(grad_channels.to(operand), normalized.to(operand), grad_weight, input_precision=PRECISION)
+        grad_bias += tl.sum(grad_channels, 1)
+    return grad_weight, grad_bias
 
 
 @triton.jit
@@ -58,15 +65,9 @@ def head_kernel(
             velocity_stride_b, velocity_stride_h, velocity_stride_w, PATCH,
         )  # fmt: skip
         h = load_states(h_ptr, rows, valid[:, None], D)
-        normalized, grad_h, grad_channels = head_backward(
-            h, grad_velocity_ptr, offsets, velocity_stride_c, valid, head_weight_ptr, D, C, BLOCK, EPS, RMS
-        )
-        tl.store(grad_h_ptr + rows, grad_h, mask=valid[:, None])
-        if WEIGHT_GRAD:
-            operand: tl.constexpr = h_ptr.dtype.element_ty
-            grad_head_weight = tl.dot(
-                grad_channels.to(operand), normalized.to(operand), grad_head_weight, input_precision=PRECISION
-            )
-            grad_head_bias += tl.sum(grad_channels, 1)
+        grad_head_weight, grad_head_bias = head_backward(
+            h, grad_velocity_ptr, offsets, velocity_stride_c, valid, head_weight_ptr, grad_h_ptr + rows,
+            grad_head_weight, grad_head_bias, WEIGHT_GRAD, D, C, BLOCK, EPS, RMS, PRECISION,
+        )  # fmt: skip
     if WEIGHT_GRAD:
         add_head_sums(grad_head_weight_ptr, grad_head_bias_ptr, grad_head_weight, grad_head_bias, D, C)
