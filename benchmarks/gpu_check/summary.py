@@ -11,7 +11,7 @@ from benchmarks.models import reuse
 from benchmarks.report import tables
 from benchmarks.report.markdown import section, table
 from benchmarks.static.figures import BUDGETS
-from benchmarks.static.machines import MACHINES, largest_bound
+from benchmarks.static.machines import largest_bound, machine_of
 
 OUTCOMES = ("passed", "failed", "error", "skipped")
 
@@ -76,18 +76,18 @@ def _probes(journal: Journal) -> str:
 def _recalibrated(journal: Journal) -> str:
     """Modeled times of the timed kernels with the measured cycles of the probes in place of the model's."""
     measured = {row["probe"]: row["cycles"] / row["modeled"] for row in journal.having("probe") if "cycles" in row}
-    rows = [row for row in journal.having("benchmark") if row["benchmark"] == "kernels" and row["modelled_ms"]]
+    rows = [row for row in journal.having("benchmark") if row["benchmark"] == "kernels" and row["modeled_ms"]]
     if not measured or not rows:
         return ""
     budgets = json.loads(BUDGETS.read_text())
     lines = []
     for row in rows:
         record, architecture = budgets[row["kernel"]][row["architecture"]], row["architecture"]
-        machine = MACHINES[architecture]._replace(multiprocessors=row["multiprocessors"], clock=row["clock"])
+        machine = machine_of(architecture, row["multiprocessors"], row["clock"], row["bytes_per_second"])
         ratios = _ratios(measured, uses_wgmma=architecture == "sm_90")
         cycles = {pipe: value * ratios.get(pipe, 1.0) for pipe, value in record["cycles_per_16_px"].items()}
         bound = largest_bound(machine, cycles, record["bytes_per_px"])
-        times = [row["modelled_ms"], bound.milliseconds, row["measured_ms"]]
+        times = [row["modeled_ms"], bound.milliseconds, row["measured_ms"]]
         lines.append([row["kernel"], *(f"{ms:.3f}" if ms else "–" for ms in times), bound.name])
     heads = ["kernel", "modeled ms", "with measured cycles", "measured ms", "bound"]
     return section("## Kernels with the measured cycles per scheduler", table(heads, lines), [])

@@ -112,7 +112,7 @@ def kernels(rows: list[dict]) -> str:
     """Table of the budgeted kernels; benchmarks/static/timed_kernels.py describes the rows."""
     lines, notes = [], []
     for row in rows:
-        modeled, measured = row["modelled_ms"], row["measured_ms"]
+        modeled, measured = row["modeled_ms"], row["measured_ms"]
         if measured is None:
             notes.append(f"{row['kernel']}: {row['reason']}")
             continue

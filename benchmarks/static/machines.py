@@ -112,6 +112,14 @@ MACHINES = {
 """Architecture -> its model."""
 
 
+def machine_of(architecture: str, multiprocessors: int, clock: float | None, bytes_per_second: float) -> Machine:
+    """The model of an architecture as a device of this size with this clock, in Hz (None: that of the model), and
+    bandwidth of global memory."""
+    machine = MACHINES[architecture]
+    clock = clock or machine.clock
+    return machine._replace(multiprocessors=multiprocessors, clock=clock, bytes_per_second=bytes_per_second)
+
+
 class Bound(NamedTuple):
     """The largest bound of a kernel on one architecture."""
 

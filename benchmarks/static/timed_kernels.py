@@ -1,8 +1,8 @@
 """Measured GPU times of all kernels with a budget vs. their modeled times.
 
-The modeled time is that of the largest bound of machines.py, with the number of multiprocessors and the highest clock
-of the device at hand, for a training batch. It is an estimate: latency and the other bounds may add to it. Fields of a
-row: `kernel` (the name in benchmarks/budgets.json), `architecture`, `modelled_ms` and `bound` (None for kernels without
+The modeled time is that of the largest bound of machines.py, with the number of multiprocessors, the highest clock and
+the copy bandwidth of the device at hand, for a training batch. It is an estimate: latency and the other bounds may add to it. Fields of a
+row: `kernel` (the name in benchmarks/budgets.json), `architecture`, `modeled_ms` and `bound` (None for kernels without
 a loop over pixels), `status`, `measured_ms` (None with a `reason`), `launches` of one forward and backward, their
 registers and spilled bytes, and the recorded ones.
 """
@@ -13,10 +13,11 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.harness import gpu_state
+from benchmarks.harness.ceilings import copy_bandwidth
 from benchmarks.harness.timing import kernel_milliseconds
 from benchmarks.static import profiled_kernels, triton_kernels
 from benchmarks.static.figures import recorded_budgets
-from benchmarks.static.machines import MACHINES, Machine, largest_bound
+from benchmarks.static.machines import Machine, largest_bound, machine_of
 from deco_kernels import testing
 
 IMAGE = (32, 256, 256)  # a training batch with as many pixels as in the model
@@ -51,7 +52,8 @@ def measure_kernels(full: bool) -> list[dict]:
                     measured.setdefault(name, found)
             except Exception as error:  # one failing op does not hide the others
                 failures.append(f"{op}, D {width}, {dtype} failed: {type(error).__name__}: {error}".splitlines()[0])
-    machines = {name: machine_of(name, properties.multi_processor_count, _clock_hz()) for name in names.values()}
+    device = (properties.multi_processor_count, _clock_hz(), copy_bandwidth("cuda"))
+    machines = {name: machine_of(name, *device) for name in names.values()}
     missing = {"status": "unavailable", "measured_ms": None, "reason": "not launched by any op here"}
     if failures:
         missing |= {"status": "failed", "reason": "; ".join(failures)}
@@ -60,12 +62,6 @@ def measure_kernels(full: bool) -> list[dict]:
         for (backend, name), budget in budgets.items()
     ]
     return sorted(rows, key=lambda row: -(row["measured_ms"] or 0))
-
-
-def machine_of(architecture: str, multiprocessors: int, clock: float | None) -> Machine:
-    """The model of an architecture, as a device of this size with this clock, in Hz; None: the clock of the model."""
-    machine = MACHINES[architecture]
-    return machine._replace(multiprocessors=multiprocessors, clock=clock or machine.clock)
 
 
 def measure_op(op: str, width: int, dtype: str, architecture: str) -> Iterator[tuple[str, dict]]:
@@ -121,10 +117,11 @@ def _row(name: str, architecture: str, budget: dict, machine: Machine) -> dict:
         "kernel": name,
         "status": "ok",
         "architecture": architecture,
-        "modelled_ms": bound and bound.milliseconds,
+        "modeled_ms": bound and bound.milliseconds,
         "bound": bound and bound.name,
         "multiprocessors": machine.multiprocessors,
         "clock": machine.clock,
+        "bytes_per_second": machine.bytes_per_second,
         "recorded_registers": budget["registers"],
         "recorded_spill_bytes": budget["spill_bytes"],
     }

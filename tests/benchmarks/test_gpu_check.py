@@ -133,7 +133,7 @@ def names_of(*stage_names: str) -> list[str]:
 def test_all_stages_run_and_the_report_is_written_and_printed(pretended_gpu, out, capsys):
     pretended_gpu.measured = True
     pretended_gpu.lines["probes"] = json.dumps({"probe": "FFMA", "cycles": 1.05, "modeled": 1.0})
-    timed = {"kernel": "sums_kernel", "architecture": "sm_90", "modelled_ms": None, "measured_ms": 1.0}
+    timed = {"kernel": "sums_kernel", "architecture": "sm_90", "modeled_ms": None, "measured_ms": 1.0}
     pretended_gpu.lines["kernels"] = json.dumps({"benchmark": "kernels", **timed})
     sampled = {"preset": "deco-xl/16", "size": 256, "batch": 1, "steps": 100, "dtype": "bfloat16", "decoder": "fused"}
     sampled |= {"graphs": True, "trunk_steps": 100, "least_ms": 250.0, "ms": 251.0}
@@ -236,7 +236,7 @@ def test_kernels_that_a_step_compiles_are_recorded(pretended_gpu, out, tmp_path)
 def test_kernels_are_modeled_again_with_the_measured_cycles(pretended_gpu, out, kernel, architecture, probe, slowdown):
     """At the clock of the device; the other probes agree with the model, and the tensor cores are as slow as given."""
     record = json.loads(BUDGETS.read_text())[kernel][architecture]
-    device = MACHINES[architecture]._replace(multiprocessors=100, clock=1.2e9)
+    device = MACHINES[architecture]._replace(multiprocessors=100, clock=1.2e9, bytes_per_second=4e12)
     modeled = largest_bound(device, record["cycles_per_16_px"], record["bytes_per_px"])
     cycles = record["cycles_per_16_px"] | {"tensor": slowdown * record["cycles_per_16_px"]["tensor"]}
     expected = largest_bound(device, cycles, record["bytes_per_px"])
@@ -244,8 +244,9 @@ def test_kernels_are_modeled_again_with_the_measured_cycles(pretended_gpu, out, 
     probes = others | {"ldmatrix.x4": 1.0, "tanh": 1.0, "FFMA": 1.0, probe: slowdown}
     rows = [{"probe": name, "cycles": 4 * ratio, "modeled": 4.0} for name, ratio in probes.items()]
     pretended_gpu.lines["probes"] = "\n".join(map(json.dumps, rows))
-    found = {"kernel": kernel, "architecture": architecture, "modelled_ms": modeled.milliseconds, "measured_ms": 0.5}
+    found = {"kernel": kernel, "architecture": architecture, "modeled_ms": modeled.milliseconds, "measured_ms": 0.5}
     found |= {"multiprocessors": device.multiprocessors, "clock": device.clock}
+    found |= {"bytes_per_second": device.bytes_per_second}
     pretended_gpu.lines["kernels"] = json.dumps({"benchmark": "kernels", **found})
     gpu_check.main(["first"])
     assert (modeled == expected) == (slowdown == 1)

@@ -216,6 +216,7 @@ def test_budgeted_kernels_are_rows_measured_or_not(nvml, monkeypatch):
             yield "pixel_decoder.forward_kernel/D32/bfloat16", found
 
     monkeypatch.setattr(timed_kernels, "measure_op", measure_op)
+    monkeypatch.setattr(timed_kernels, "copy_bandwidth", lambda device: 4e12)
     rows = {row["kernel"]: row for row in timed_kernels.measure_kernels(full=False)}
     budgets = json.loads(BUDGETS.read_text())
     assert {name for name, row in rows.items() if row["architecture"] == "sm_90"} == {
@@ -226,9 +227,9 @@ def test_budgeted_kernels_are_rows_measured_or_not(nvml, monkeypatch):
     assert not any("D16" in name or "float16" in name.split("/") for name in of_cuda)
     forward = rows["pixel_decoder.forward_kernel/D32/bfloat16"]
     record = budgets["pixel_decoder.forward_kernel/D32/bfloat16"]["sm_90"]
-    at_hand = MACHINES["sm_90"]._replace(multiprocessors=132, clock=1.98e9)
+    at_hand = MACHINES["sm_90"]._replace(multiprocessors=132, clock=1.98e9, bytes_per_second=4e12)
     assert forward["measured_ms"] == 0.5
-    assert (forward["bound"], forward["modelled_ms"]) == largest_bound(
+    assert (forward["bound"], forward["modeled_ms"]) == largest_bound(
         at_hand, record["cycles_per_16_px"], record["bytes_per_px"]
     )
     assert [row["status"] for row in rows.values()] == ["ok"] + ["unavailable"] * (len(rows) - 1)
@@ -239,6 +240,7 @@ def test_kernels_of_an_op_that_fails_are_failed_rows(nvml, monkeypatch):
         raise RuntimeError(f"{op} broke\nmore")
 
     monkeypatch.setattr(timed_kernels, "measure_op", measure_op)
+    monkeypatch.setattr(timed_kernels, "copy_bandwidth", lambda device: 4e12)
     rows = timed_kernels.measure_kernels(full=False)
     assert {row["status"] for row in rows} == {"failed"}
     assert "pixel_decoder, D 32, bfloat16 failed: RuntimeError: pixel_decoder broke;" in rows[0]["reason"]

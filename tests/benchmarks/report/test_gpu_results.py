@@ -47,7 +47,7 @@ def test_measured_kernels(name):
     assert len(found) == 8
     for kernel, modeled, bound, milliseconds in found:
         row = measured[kernel]
-        shown = (f"{row['modelled_ms']:.3f}", row["bound"], f"{row['measured_ms']:.3f}")
+        shown = (f"{row['modeled_ms']:.3f}", row["bound"], f"{row['measured_ms']:.3f}")
         assert (modeled, bound, milliseconds) == shown, kernel
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.static import sass, timed_kernels
-from benchmarks.static.machines import MACHINES, PIXELS, largest_bound
+from benchmarks.static import sass
+from benchmarks.static.machines import MACHINES, PIXELS, largest_bound, machine_of
 from tests.interpreted import interpreted
 
 H100 = MACHINES["sm_90a"]
@@ -83,9 +83,10 @@ def test_float32_instructions_add_to_mma_sync_on_hopper():
 
 def test_a_device_has_the_rates_of_its_architecture():
     """On a GPU of sm_90 the kernels of cuda are compiled for sm_90a, whose matmuls exclude float32 instructions."""
-    device = timed_kernels.machine_of("sm_90a", 100, 1.5e9)
-    assert device == H100._replace(multiprocessors=100, clock=1.5e9) and device.mma_excludes_fp32
-    assert timed_kernels.machine_of("sm_90", 100, None).clock == MACHINES["sm_90"].clock
+    device = machine_of("sm_90a", 100, 1.5e9, 4e12)
+    assert device == H100._replace(multiprocessors=100, clock=1.5e9, bytes_per_second=4e12)
+    assert device.mma_excludes_fp32
+    assert machine_of("sm_90", 100, None, 4e12).clock == MACHINES["sm_90"].clock
 
 
 @interpreted
