@@ -39,6 +39,7 @@ CPU_FUNCTIONS = (
 
 CUDA_FUNCTIONS = (
     "problem",
+    "padded_rows",
     "adaln_block_forward",
     "adaln_block_backward",
     "modulate_forward",

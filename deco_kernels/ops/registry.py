@@ -219,14 +219,15 @@ def define_op(
         return {key: tensor for key, tensor in pairs if tensor is not None and tensor.numel() > 0}
 
     def checked(found: dict[str, Any], arguments: Sequence[Any]) -> dict[str, Any]:
-        dtype = arguments[1].dtype
+        dtype, device = arguments[1].dtype, arguments[1].device
         for key, tensor in found.items():
             shape = kept[key](*arguments)
-            if shape is None or tensor.shape != tuple(shape) or tensor.dtype is not dtype:
-                expected = "None, for this backend keeps none" if shape is None else f"{list(shape)} in {dtype}"
+            if shape is None or (tensor.shape, tensor.dtype, tensor.device) != (tuple(shape), dtype, device):
+                expected = "None, for this backend keeps none" if shape is None else f"{list(shape)}, {dtype}, {device}"
                 raise ValueError(
-                    f"{name}_backward: {key}: expected {expected}, got {list(tensor.shape)} in {tensor.dtype}; pass "
-                    f"what {name}_with_kept returned for the same tensors, with hooks of saved tensors too"
+                    f"{name}_backward: {key}: expected {expected}, got {list(tensor.shape)}, {tensor.dtype}, "
+                    f"{tensor.device}; pass what {name}_with_kept returned for the same tensors, with hooks of saved "
+                    "tensors too"
                 )
         return {key: tensor.contiguous() for key, tensor in found.items()}
 

@@ -5,17 +5,18 @@ import torch
 
 from deco_kernels import ops, testing
 from deco_kernels.backends import chunk_sizes, cuda
-from deco_kernels.backends.cuda import scaled_product
+from deco_kernels.backends.cuda import pixel_decoder, scaled_product
 from deco_kernels.flow import cuda_graphs
 from deco_kernels.ops import one_pass
 from deco_kernels.testing import emulation
 from tests.backends import test_cuda_scaled_product as products
-from tests.ops.cases import BF16, CASES, F16, F32
+from tests.ops.cases import BF16, CASES, CHOICES, F16, F32, small_inputs, with_choice
 
 pytestmark = pytest.mark.gpu
 
 OPS = tuple(CASES)
 each_op = pytest.mark.parametrize("op", OPS)
+each_choice = pytest.mark.parametrize(("op", "save_memory"), CHOICES)
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +67,10 @@ def test_agrees_with_the_emulator(device, emulated, op, dtype, width):
         assert testing.relative_error(gradient.cpu(), here.gradients[name]) <= 2 * bound, name
 
 
-@each_op
-def test_repeated_runs_give_the_same_bits(device, op):
+@each_choice
+def test_repeated_runs_give_the_same_bits(device, op, save_memory):
     inputs = on(device, next(case for case in CASES[op] if case.dtype is BF16).inputs(op))
+    inputs = with_choice(inputs, save_memory)
     assert_equal(testing.run(inputs, "cuda"), testing.run(inputs, "cuda"))
 
 
@@ -84,10 +86,11 @@ def test_chunks_whose_kernels_overlap_give_the_same_gradients(device, monkeypatc
         assert testing.relative_error(gradient, whole[name]) <= 1e-2, name
 
 
-@each_op
-def test_a_stream_of_the_caller(device, op):
+@each_choice
+def test_a_stream_of_the_caller(device, op, save_memory):
     """Work is enqueued on the current stream: results are ordered after a long kernel on it."""
     inputs = on(device, testing.random_inputs(op, dtype=BF16, patch_size=4, image_size=(2, 32, 32)))
+    inputs = with_choice(inputs, save_memory)
     expected = testing.run(inputs, "cuda")
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -99,21 +102,44 @@ def test_a_stream_of_the_caller(device, op):
     assert_equal(results, expected)
 
 
-@each_op
-def test_graph_replay_sees_changed_weights(device, op):
-    inputs = on(device, testing.random_inputs(op, dtype=BF16, patch_size=4, image_size=(2, 32, 32)))
+@each_choice
+def test_a_captured_graph_sees_changed_inputs_and_weights(device, op, save_memory):
+    """Forward and backward."""
+    inputs, changed = (on(device, small_inputs(op, BF16, seed=seed)) for seed in range(2))
+    inputs = with_choice(inputs, save_memory)
 
-    def call():
-        return getattr(ops, op)(**inputs.tensors, **inputs.options, backend="cuda")
+    def step():
+        return testing.run(inputs, "cuda")
 
-    with torch.no_grad():
-        graph, captured = cuda_graphs.capture(call, warm_up=call)
-        for scale in (1.0, 0.5):
-            inputs.tensors["frequency_weight" if "loss" in op else "mod_weight"].mul_(scale)
-            graph.replay()
-            fresh = call()
-            pairs = zip(captured, fresh, strict=True) if isinstance(captured, tuple) else [(captured, fresh)]
-            assert all(torch.equal(*pair) for pair in pairs)
+    graph, captured = cuda_graphs.capture(step, warm_up=step)
+    for name, tensor in inputs.tensors.items():
+        tensor.copy_(changed.tensors[name])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_equal(captured, step())
+
+
+@pytest.mark.parametrize("op", ["pixel_decoder", "pixel_decoder_from_tokens"])
+def test_kept_activations_serve_two_backwards(device, op):
+    inputs = on(device, testing.random_inputs(op, dtype=BF16, image_size=(2, 32, 64)))
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.tensors.items()}
+    velocity = getattr(ops, op)(**leaves, **inputs.options, save_memory=False, backend="cuda")
+    gradients = [
+        torch.autograd.grad(velocity, list(leaves.values()), inputs.grad_outputs, retain_graph=again)
+        for again in (True, False)
+    ]
+    assert all(map(torch.equal, *gradients))
+
+
+def test_kept_activations_on_another_device_are_refused(device):
+    inputs = on(device, small_inputs("pixel_decoder", BF16))
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.tensors.items()}
+    shape = pixel_decoder.activation_shape(2 * 8 * 12, 2, 32)
+    pack = lambda tensor: tensor.cpu() if tensor.shape == shape else tensor  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        velocity = ops.pixel_decoder(**leaves, **inputs.options, save_memory=False, backend="cuda")
+    with pytest.raises(ValueError, match=r"activations: expected .*cuda.*, got .*cpu; pass what"):
+        velocity.sum().backward()
 
 
 @pytest.mark.parametrize("count", [*products.COUNTS, (1 << 24) + 5])

@@ -12,7 +12,7 @@ from deco_kernels import ops, testing
 from deco_kernels.flow import cuda_graphs
 from deco_kernels.ops.registry import BackendUnavailable
 from tests.backends.triton_calls import MANY_PIXELS, copied, few_cases, with_views
-from tests.ops.cases import BF16, CASES, DEFAULTS, F16, F32, OPS, differentiable, small_inputs
+from tests.ops.cases import BF16, CASES, CHOICES, DEFAULTS, F16, F32, OPS, differentiable, small_inputs, with_choice
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,17 +81,17 @@ def test_compile_fullgraph(op):
     assert_equal(results(torch.compile(call, fullgraph=True)), results(call))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_repeated_runs_give_the_same_bits(op):
-    inputs = on_gpu(CASES[op][1].inputs(op))
+@pytest.mark.parametrize(("op", "save_memory"), CHOICES)
+def test_repeated_runs_give_the_same_bits(op, save_memory):
+    inputs = with_choice(on_gpu(CASES[op][1].inputs(op)), save_memory)
     first = testing.run(inputs, "triton")
     for _ in range(5):
         assert_equal(testing.run(inputs, "triton"), first)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_a_captured_graph_sees_changed_inputs_and_weights(op):
-    inputs = on_gpu(small_inputs(op, BF16))
+@pytest.mark.parametrize(("op", "save_memory"), CHOICES)
+def test_a_captured_graph_sees_changed_inputs_and_weights(op, save_memory):
+    inputs = with_choice(on_gpu(small_inputs(op, BF16)), save_memory)
 
     def step():
         return testing.run(inputs, "triton")

@@ -94,9 +94,10 @@ class Case(NamedTuple):
         return f"{kinds}-{sizes}{layout}" + f"-{self.query}" * bool(self.query) + "-rms" * (self.head_norm == "rms")
 
 
-def with_choice(inputs: testing.Inputs, save_memory: bool) -> testing.Inputs:
-    """The same call of an op in SAVE_MEMORY with this choice."""
-    return inputs._replace(options=inputs.options | {"save_memory": save_memory})
+def with_choice(inputs: testing.Inputs, save_memory: bool | None) -> testing.Inputs:
+    """The same call of an op in SAVE_MEMORY with this choice; None for the other ops."""
+    choice = {} if save_memory is None else {"save_memory": save_memory}
+    return inputs._replace(options=inputs.options | choice)
 
 
 # Any two values of dtype, D, N (one, few or many blocks), p, C, layout, save_memory, query and head_norm occur
@@ -238,6 +239,10 @@ def gradients_one_by_one(
         torch.autograd.backward(*differentiable(outputs, inputs.grad_outputs))
         assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [wanted]
         yield wanted, leaves[wanted].grad
+
+
+CHOICES = [(op, choice) for op in CASES for choice in ((False, True) if op in SAVE_MEMORY else (None,))]
+"""(op, save_memory) for `with_choice`."""
 
 
 def small_inputs(op: str, dtype: torch.dtype = F32, **changes) -> testing.Inputs:

@@ -57,6 +57,8 @@ def backward(
     if image.numel() == 0:
         return arguments.zeroed(grads)
     cond, weights = calls.readable_pixel_rows(cond), arguments.contiguous(weights)
+    if activations is not None:
+        query = None  # it is part of the activations
     inputs = (image, cond, weights, calls.readable_query(query))
     run_backward(grad_velocity, *inputs, grads, patch_size, head_norm, eps, activations)
     return grads
