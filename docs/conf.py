@@ -29,7 +29,7 @@ autodoc_default_options = {"members": True, "special-members": "__call__", "show
 
 CHAPTERS = {
     "Guide": (
-        *("walkthrough", "text_to_image", "sampling", "evaluation", "checkpoints", "hub", "swap", "codec", "training"),
+        *("walkthrough", "models", "text_to_image", "sampling", "evaluation", "checkpoints", "hub", "swap", "codec", "training"),
         "equivalence",
     ),
     "Ops": (

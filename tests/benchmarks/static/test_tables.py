@@ -76,6 +76,49 @@ def test_the_slots_of_the_cuda_backward_are_those_of_its_kernels():
     assert "forward and recompute take {:,.0f} and {:,.0f} slots".format(*general) in page("cuda")
 
 
+@pytest.mark.parametrize(
+    ("backend", "architecture", "names", "said"),
+    [
+        (
+            "cuda",
+            "sm_90a",
+            {
+                "decoder": "cuda.pixel_decoder.forward_kernel",
+                "recompute": "cuda.decoder_recompute.recompute_kernel",
+                "head": "cuda.decoder_head.head_kernel",
+                "block": "cuda.block_backward.backward_kernel+mlp+tiled+ahead",
+                "embedding": "cuda.decoder_embedding.embedding_kernel",
+                "loss": "cuda.flow_matching_loss_backward.gradient_kernel+sums/bfloat16",
+            },
+            "with its gradients {:,.0f}; the two ops one after the other take {:,.0f}",
+        ),
+        (
+            "triton",
+            "sm_90",
+            {
+                "decoder": "pixel_decoder.forward_kernel",
+                "recompute": "pixel_decoder.recompute_kernel",
+                "head": "pixel_decoder_head.head_kernel",
+                "block": "adaln_block.backward_kernel",
+                "embedding": "pixel_decoder.embedding_kernel",
+                "loss": "flow_matching_loss.gradient_kernel+sums",
+            },
+            "with its gradients takes {:,.0f} slots per 16 pixels, and the two ops one after the other {:,.0f}",
+        ),
+    ],
+)
+def test_the_slots_of_the_one_pass_op_are_those_of_its_kernels(backend, architecture, names, said):
+    def slots(kernel, variant=""):
+        name = names[kernel] + variant
+        name += "/D32/bfloat16" * ("/" not in name)
+        return recorded_budgets(backend)[name][architecture]["issue_slots_per_16_px"]
+
+    both = sum(slots("block", step) for step in ("+first", "", "+last")) + slots("embedding") + slots("loss")
+    one_pass = slots("decoder", "+keeps") + slots("head") + both
+    two_ops = slots("decoder") + slots("recompute") + both
+    assert said.format(one_pass, two_ops) in page(backend)
+
+
 def test_the_page_shows_the_cuda_kernels_with_a_query_and_an_rms_head():
     budgets, kernels = recorded_budgets("cuda"), {
         "forward": "pixel_decoder.forward_kernel",
