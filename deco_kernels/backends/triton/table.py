@@ -1,7 +1,7 @@
 """Launch parameters of the Triton kernels, by kernel, decoder width, storage size and architecture.
 
-Rows for sm_90 are the fastest of those measured on an H200 (benchmarks/results/gpu). The others are chosen from the
-compiled code (registers, spills, issue slots; `python -m benchmarks static`). Nothing is tuned at run time. A row
+Rows for sm_90 are the fastest of those measured on an H100 or H200 (benchmarks/results/gpu_sweep.json). The others are
+chosen from the compiled code (registers, spills, issue slots; `python -m benchmarks static`). Nothing is tuned at run time. A row
 without an architecture applies to every architecture without a separate row.
 """
 
@@ -88,6 +88,8 @@ _TABLE: dict[tuple[str, int, int], Launch] = {
 _ARCHITECTURE_TABLE: dict[tuple[str, int, int, str], Launch] = {
     ("pixel_decoder", 32, 2, "sm_90"): Launch(64, 4, 2, 4),
     ("pixel_decoder_recompute", 32, 2, "sm_90"): Launch(128, 4, 1, 2),
+    ("pixel_decoder_head", 32, 2, "sm_90"): Launch(128, 4, 1, 4),
+    ("pixel_decoder_embedding", 32, 2, "sm_90"): Launch(128, 4, 1, 4),
     ("flow_matching_loss", 0, 2, "sm_90"): Launch(64, 4, 2, 2),
     ("flow_matching_loss_backward", 0, 2, "sm_90"): Launch(64, 4, 2, 2),
     ("pixel_decoder", 32, 4, "gfx942"): Launch(64, 8, 1, 2),
