@@ -4,7 +4,19 @@ from collections.abc import Iterator
 
 from deco_kernels import testing
 from deco_kernels.testing.inputs import LOSSES
-from tests.ops.cases import BF16, CASES, F16, F32, OPS, Case, in_layout, small_inputs, transposed
+from tests.ops.cases import (
+    BF16,
+    CASES,
+    CHOICES,
+    F16,
+    F32,
+    OPS,
+    Case,
+    in_layout,
+    small_inputs,
+    transposed,
+    with_choice,
+)
 
 MANY_PIXELS = (32, 256, 256)
 
@@ -42,8 +54,10 @@ def calls(device: str) -> Iterator[testing.Inputs]:
     """The inputs of all tests."""
     for op, case in few_cases():
         yield copied(case.inputs(op), device)
+    for op, save_memory in CHOICES:
+        for inputs in (CASES[op][1].inputs(op), small_inputs(op, BF16)):
+            yield with_choice(copied(inputs, device), save_memory)
     for op in OPS:
-        yield copied(CASES[op][1].inputs(op), device)
         for dtype in (F32, BF16, F16):
             small = copied(small_inputs(op, dtype), device)
             yield small
