@@ -29,8 +29,8 @@ autodoc_default_options = {"members": True, "special-members": "__call__", "show
 
 CHAPTERS = {
     "Guide": (
-        *("walkthrough", "models", "text_to_image", "sampling", "evaluation", "checkpoints", "hub", "swap", "codec", "training"),
-        "equivalence",
+        *("walkthrough", "models", "text_to_image", "sampling", "evaluation", "checkpoints", "hub", "swap", "codec"),
+        *("training", "equivalence"),
     ),
     "Ops": (
         *("pixel_decoder", "pixel_decoder_from_tokens", "pixel_decoder_loss", "pixel_decoder_loss_from_tokens"),

@@ -1,10 +1,10 @@
 """Measured GPU times of all kernels with a budget vs. their modeled times.
 
 The modeled time is that of the largest bound of machines.py, with the number of multiprocessors, the highest clock and
-the copy bandwidth of the device at hand, for a training batch. It is an estimate: latency and the other bounds may add to it. Fields of a
-row: `kernel` (the name in benchmarks/budgets.json), `architecture`, `modeled_ms` and `bound` (None for kernels without
-a loop over pixels), `status`, `measured_ms` (None with a `reason`), `launches` of one forward and backward, their
-registers and spilled bytes, and the recorded ones.
+the copy bandwidth of the device at hand, for a training batch. It is an estimate: latency and the other bounds may add
+to it. Fields of a row: `kernel` (the name in benchmarks/budgets.json), `architecture`, `modeled_ms` and `bound` (None
+for kernels without a loop over pixels), `status`, `measured_ms` (None with a `reason`), `launches` of one forward and
+backward, their registers and spilled bytes, and the recorded ones.
 """
 
 import re

@@ -229,6 +229,17 @@ def test_activations_are_kept_unless_memory_is_saved(emulated, op, monkeypatch):
     save_memory.check_kept_activations(inputs, BACKEND, (depth + 2, 512, width))
 
 
+def test_the_backward_does_not_copy_a_query_that_the_activations_contain(emulated, monkeypatch):
+    inputs = extended_inputs("pixel_decoder", BF16, image_size=(2, 8, 20))
+    read = []
+    readable_query = decoder.calls.readable_query
+    monkeypatch.setattr(decoder.calls, "readable_query", lambda query: (read.append(query), readable_query(query))[1])
+    for keep, expected in ((False, [True, True]), (True, [True, False])):
+        read.clear()
+        testing.run(inputs._replace(options=inputs.options | {"save_memory": not keep}), BACKEND)
+        assert [query is not None for query in read] == expected
+
+
 @pytest.mark.parametrize("pixels", [1, 255, 256, 257, 1 << 31])
 def test_memory_for_activations_has_the_rows_of_the_kernels(emulated, pixels):
     assert decoder.activation_shape(pixels, 3, 32) == (5, emulated.padded_rows(pixels), 32)
