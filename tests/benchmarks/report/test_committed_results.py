@@ -61,6 +61,25 @@ def test_the_tables_of_the_page_are_those_of_the_results(kind):
         assert line in page, line
 
 
+def test_the_tables_of_the_instruction_sets_on_a_xeon():
+    """By page the files of the columns of times, and the contender in them."""
+    columns = {
+        "pixel_decoder": [("xeon_amx", "published"), ("xeon_avx512bf16", "cpu"), ("xeon_amx", "cpu")],
+        "upsample_modulate": [(name, "cpu") for name in ("xeon_amx_pytorch_upsample", "xeon_amx", "xeon_avx512bf16")],
+    }
+    for name, found in columns.items():
+        times = []
+        for file, contender in found:
+            rows = LOADED[FOLDER / f"{file}_2_threads.json"]["rows"]
+            times.append({(row["op"], row["pass"]): row["ms"] for row in rows if row["contender"] == contender})
+        page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").split("On an Intel Xeon")[1]
+        lines = re.findall(r"^\| (\w+) \| (forward|forward and backward) \| (.+) \|$", page, flags=re.MULTILINE)
+        assert len(lines) >= 4
+        for op, pass_, cells in lines:
+            expected = [f"{column[op, pass_.replace(' and ', '_')]:.1f}" for column in times]
+            assert cells.split(" | ") == expected, (op, pass_)
+
+
 def test_time_per_pixel_of_the_decoder_is_flat():
     result = results.load(str(FOLDER / MEASURED.replace(".json", "_scaling.json")))
     found = {
