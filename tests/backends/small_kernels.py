@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from deco_kernels.backends.triton.functions import pairwise_sum, tanh_fast
+from deco_kernels.backends.triton.functions import mean_of, tanh_fast
 
 
 @triton.jit
@@ -26,10 +26,10 @@ def fast_tanh(x_ptr, y_ptr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def row_sums(x_ptr, sums_ptr, BLOCK: tl.constexpr, D: tl.constexpr):
-    """Sums over the channels of x [BLOCK, D] as loaded, and of a matrix product."""
+def row_means(x_ptr, means_ptr, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Means over the channels of x [BLOCK, D] as loaded, and of a matrix product."""
     row, d = tl.arange(0, BLOCK), tl.arange(0, D)
     x = tl.load(x_ptr + row[:, None] * D + d[None, :])
     matrix = tl.load(x_ptr + d[:, None] * D + d[None, :])
-    tl.store(sums_ptr + row, pairwise_sum(x.to(tl.float32), D))
-    tl.store(sums_ptr + BLOCK + row, pairwise_sum(tl.dot(x, matrix), D))
+    tl.store(means_ptr + row, mean_of(x.to(tl.float32), D))
+    tl.store(means_ptr + BLOCK + row, mean_of(tl.dot(x, matrix), D))

@@ -69,9 +69,9 @@ def test_sums_of_equal_channels_are_exact(architecture, width, warps):
     from deco_kernels.backends.triton.table import Launch
     from tests.backends import small_kernels
 
-    x, sums = torch.empty(128, width, dtype=torch.bfloat16), torch.empty(2, 128)
+    x, means = torch.empty(128, width, dtype=torch.bfloat16), torch.empty(2, 128)
     with launching.record_launches(architecture) as recorded:
-        launching.launch(small_kernels.row_sums, (1,), Launch(128, warps, 1, 1), x, sums, BLOCK=128, D=width)
+        launching.launch(small_kernels.row_means, (1,), Launch(128, warps, 1, 1), x, means, BLOCK=128, D=width)
     found = terms_of_sums(triton_kernels.compile_launch(recorded[0], architecture).asm["llir"])
     assert found == {(terms, terms) for terms in (2**level for level in range(width.bit_length() - 1))}
 

@@ -28,6 +28,14 @@ def tanh_fast(x, ONCE: tl.constexpr = False):
 
 
 @triton.jit
+def once(x):
+    """x, float32 on NVIDIA GPUs, which the compiler then does not compute again for another register layout."""
+    if not INTERPRETED:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1)
+    return x
+
+
+@triton.jit
 def twice_sigmoid(t, FAST_TANH: tl.constexpr):
     """2·sigmoid(2t) = 1 + tanh(t), so that SiLU(2t) = t·twice_sigmoid(t)."""
     if FAST_TANH:
@@ -54,12 +62,12 @@ def silu_of_double_grad(t, w):
 
 
 @triton.jit
-def pairwise_sum(x, D: tl.constexpr):
-    """Sum over the last axis of x [BLOCK, D] by pairwise halving, which is exact for equal values."""
-    if not SUMS_IN_PAIRS:
-        for level in tl.static_range(1, 6 if D == 64 else 5 if D == 32 else 4):
-            x = tl.sum(tl.reshape(x, [x.shape[0], 2, D >> level]), 1)
-    return tl.sum(x, 1)
+def mean_of(h, D: tl.constexpr):
+    """Mean over the last axis of h [BLOCK, D], exact for equal values."""
+    mean = tl.sum(h, 1) * (1.0 / D)
+    if not SUMS_IN_PAIRS:  # a second pass adds the mean of what the rounding errors of the first left
+        mean += tl.sum(h - mean[:, None], 1) * (1.0 / D)
+    return mean
 
 
 @triton.jit
@@ -69,7 +77,7 @@ def normalize(h, D: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr = False):
     With RMS, RMSNorm: the mean is not subtracted. NaN if the variance is not finite. 1/std amplifies the error of the
     mean by up to 1,000 at eps 1e-6.
     """
-    centered = h if RMS else h - (pairwise_sum(h, D) * (1.0 / D))[:, None]
+    centered = h if RMS else h - mean_of(h, D)[:, None]
     variance = tl.sum(centered * centered, 1) * (1.0 / D)
     rstd = tl.rsqrt(variance + EPS) + variance * 0.0
     return centered * rstd[:, None], rstd
@@ -168,8 +176,8 @@ def load_states(h_ptr, offsets, mask, D: tl.constexpr):
 
 INTERPRETED = tl.constexpr(not isinstance(tanh_fast, JITFunction))
 
-# In Triton 3.8 and later, compiled tl.sum adds the values of a thread pairwise; earlier versions and the interpreter
-# add them sequentially.
+# In Triton 3.8 and later, compiled tl.sum adds the values of a thread pairwise, which is exact for equal values; earlier
+# versions and the interpreter add them sequentially.
 SUMS_IN_PAIRS = tl.constexpr(
     not INTERPRETED.value and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
 )

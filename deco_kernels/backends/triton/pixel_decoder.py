@@ -36,7 +36,7 @@ from deco_kernels.backends.chunks import slices
 from deco_kernels.signatures import DecoderWeights, flat
 
 from .adaln_block import block_forward, run_block_backward
-from .functions import add_to, image_offsets, normalize, row_offsets, silu_of_double, tile_pixels
+from .functions import add_to, image_offsets, normalize, once, row_offsets, silu_of_double, tile_pixels
 from .launching import (
     collapsed_rows,
     contiguous,
@@ -72,9 +72,10 @@ def repeated_pixels(tile, n_tokens, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def embed_pixels(
     image_ptr, offsets, stride_c, pixel, pixel_weight_ptr, pixel_table_ptr,
-    query_ptr, query_token_stride, query_pixel_stride, token, QUERY: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+    query_ptr, query_token_stride, query_pixel_stride, token,
+    QUERY: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """h⁰ [BLOCK, D] = W_x·rgb + table[pixel] (+ query), float32."""
+    """h⁰ [BLOCK, D] = W_x·rgb + table[pixel] (+ query), float32; with ONCE through `once`."""
     d = tl.arange(0, D)
     h = tl.load(pixel_table_ptr + pixel[:, None] * D + d[None, :]).to(tl.float32)
     for c in tl.static_range(C):
@@ -83,6 +84,8 @@ def embed_pixels(
     if QUERY:
         rows = row_offsets(token, pixel, query_token_stride, query_pixel_stride, D)
         h += tl.load(query_ptr + rows).to(tl.float32)
+    if ONCE:
+        h = once(h)
     return h
 
 
@@ -112,7 +115,7 @@ def forward_kernel(
         )
         h = embed_pixels(
             image_ptr, offsets, image_stride_c, pixel, pixel_weight_ptr, pixel_table_ptr,
-            query_ptr, query_token_stride, query_pixel_stride, token, QUERY, D, C,
+            query_ptr, query_token_stride, query_pixel_stride, token, QUERY, D, C, FAST_TANH and (KEEPS or D == 64),
         )  # fmt: skip
         rows = row_offsets(token, pixel, cond_token_stride, cond_pixel_stride, D)
         cond = tl.load(cond_ptr + rows).to(tl.float32)
@@ -199,7 +202,7 @@ def recompute_kernel(
         )
         h = embed_pixels(
             image_ptr, offsets, image_stride_c, pixel, pixel_weight_ptr, pixel_table_ptr,
-            query_ptr, query_token_stride, query_pixel_stride, token, QUERY, D, C,
+            query_ptr, query_token_stride, query_pixel_stride, token, QUERY, D, C, FAST_TANH,
         )  # fmt: skip
         cond_rows = row_offsets(token, pixel, cond_token_stride, cond_pixel_stride, D)
         cond = tl.load(cond_ptr + cond_rows).to(tl.float32)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from benchmarks.static import tables
 from benchmarks.static.figures import BUDGETS, bound_of, recorded_budgets
 
 DOCS = Path(__file__).parents[3] / "docs"
+STATIC = BUDGETS.parent / "results" / "static"
 each_backend = pytest.mark.parametrize("backend", static_program.BACKENDS)
 LAST_BLOCK = {
     "triton": ("adaln_block.backward_kernel+last", "sm_90"),
@@ -138,10 +140,10 @@ def test_the_page_shows_the_cuda_kernels_with_a_query_and_an_rms_head():
 
 
 def test_the_page_shows_the_block_backward_of_d64_with_smaller_tiles():
-    kernel, launches = "adaln_block.backward_kernel/D64/bfloat16", BUDGETS.parent / "results" / "static"
+    kernel = "adaln_block.backward_kernel/D64/bfloat16"
     records = {"128, 8 (the launch table)": json.loads(BUDGETS.read_text())}
     for rows in (64, 32):
-        path = launches / f"triton_block_backward_d64_tile{rows}.json"
+        path = STATIC / f"triton_block_backward_d64_tile{rows}.json"
         records[f"{rows}, 8"] = json.loads(path.read_text())
     for name, figures in records.items():
         record = figures[kernel]["sm_90"]
@@ -150,9 +152,28 @@ def test_the_page_shows_the_block_backward_of_d64_with_smaller_tiles():
         assert f"| {line}| {bound.milliseconds:.2f} {bound.name} |" in page("triton")
 
 
+def test_the_page_shows_the_kernels_with_halved_rows():
+    section = page("triton").split("\n## Mean of LayerNorm\n")[1].split("\n## ")[0]
+    names = {
+        "decoder forward": "pixel_decoder.forward_kernel",
+        "decoder recompute": "pixel_decoder.recompute_kernel",
+        "adaln_block forward": "adaln_block.forward_kernel",
+        "block backward, between": "adaln_block.backward_kernel",
+    }
+    files = [STATIC / f"triton_3.6.0_{name}.json" for name in ("halved_rows", "sm_90")]
+    records = [json.loads(file.read_text()) for file in files]
+    lines = re.findall(r"^\| (.+), D (\d+) \| (.+) \| (.+) \|$", section, flags=re.MULTILINE)
+    assert len(lines) == len(records[0]) == 8
+    for kernel, width, *cells in lines:
+        for record, cell in zip(records, cells, strict=True):
+            found = record[f"{names[kernel]}/D{width}/bfloat16"]["sm_90"]
+            figures = [found["spill_bytes"], found["issue_slots_per_16_px"], found["cycles_per_16_px"]["shared"]]
+            assert cell == ", ".join([str(found["registers"]), *(f"{figure:,.0f}" for figure in figures)])
+
+
 def test_the_page_shows_the_gradient_of_the_loss_with_larger_tiles():
     kernel = "flow_matching_loss.gradient_kernel+sums/D32/bfloat16"
-    path = BUDGETS.parent / "results" / "static" / "triton_loss_gradient_tile64.json"
+    path = STATIC / "triton_loss_gradient_tile64.json"
     for name, file in (("64, 8", path), ("32, 4 (the launch table)", BUDGETS)):
         cells = [name]
         for architecture in ("sm_80", "sm_89", "sm_120"):
