@@ -176,8 +176,8 @@ def load_states(h_ptr, offsets, mask, D: tl.constexpr):
 
 INTERPRETED = tl.constexpr(not isinstance(tanh_fast, JITFunction))
 
-# In Triton 3.8 and later, compiled tl.sum adds the values of a thread pairwise, which is exact for equal values; earlier
-# versions and the interpreter add them sequentially.
+# In Triton 3.8 and later, compiled tl.sum adds the values of a thread pairwise, which is exact for equal values.
+# Earlier versions and the interpreter add them sequentially.
 SUMS_IN_PAIRS = tl.constexpr(
     not INTERPRETED.value and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
 )
