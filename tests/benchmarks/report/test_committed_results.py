@@ -103,6 +103,8 @@ def test_a_page_has_the_table_of_every_whole_run(path):
 
 
 def test_kernels_fit_and_keep_their_budgets_under_triton_3_6():
+    """And take at most a quarter more instructions than under the pinned Triton. Values that are computed several times,
+    for different layouts of registers, can take several times as many."""
     text = (FOLDER / "static" / "triton_3.6.0_sm_90.json").read_text(encoding="utf-8")
     found = json.loads(text)
     budgets = recorded_budgets("triton")
@@ -114,4 +116,6 @@ def test_kernels_fit_and_keep_their_budgets_under_triton_3_6():
         assert figures.toolchain.startswith("triton 3.6.0,")
         assert figures.shared_bytes <= SHARED_LIMIT["sm_90"], name
         if name in budgets:
-            assert not list(exceeded(figures, budgets[name]["sm_90"])), name
+            budget = budgets[name]["sm_90"]
+            assert not list(exceeded(figures, budget)), name
+            assert (figures.issue_slots_per_16_px or 0) <= 1.25 * (budget["issue_slots_per_16_px"] or 0), name
