@@ -103,8 +103,8 @@ def test_a_page_has_the_table_of_every_whole_run(path):
 
 
 def test_kernels_fit_and_keep_their_budgets_under_triton_3_6():
-    """And take at most a quarter more instructions than under the pinned Triton. Values that are computed several times,
-    for different layouts of registers, can take several times as many."""
+    """And take at most a quarter more instructions than under the pinned Triton. Kernels that compute values several
+    times, for different layouts of registers, can take several times as many."""
     text = (FOLDER / "static" / "triton_3.6.0_sm_90.json").read_text(encoding="utf-8")
     found = json.loads(text)
     budgets = recorded_budgets("triton")
