@@ -36,8 +36,8 @@ def _grid(tiles: list[tuple[int, int]], stages: list[int], programs: list[int]) 
 
 
 LAUNCHES = {  # kernel of the table -> (op, whether with its backward, parameters)
-    "pixel_decoder": ("pixel_decoder", False, _grid([(64, 4), (128, 4), (128, 8), (256, 8)], [1, 2, 3], [2, 3, 4, 6])),
-    "adaln_block": ("adaln_block", False, _grid([(64, 4), (128, 4), (128, 8)], [1, 2], [2, 3, 4, 6])),
+    "pixel_decoder": ("pixel_decoder", False, _grid([(64, 4), (128, 4), (128, 8), (256, 8)], [1, 2, 3], [2, 3, 4, 12])),
+    "adaln_block": ("adaln_block", False, _grid([(64, 4), (128, 4), (128, 8)], [1, 2], [2, 3, 4, 12])),
     "pixel_decoder_recompute": ("pixel_decoder", True, _grid([(64, 4), (128, 4), (128, 8)], [1, 2], [1, 2, 3])),
     "adaln_block_backward": ("pixel_decoder", True, _grid([(32, 4), (64, 4), (64, 8), (128, 8)], [1, 2], [1, 2, 3])),
     "pixel_decoder_embedding": ("pixel_decoder", True, _grid([(64, 4), (128, 4), (128, 8)], [1, 2], [1, 2, 4])),

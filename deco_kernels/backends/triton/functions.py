@@ -29,7 +29,7 @@ def tanh_fast(x, ONCE: tl.constexpr = False):
 
 @triton.jit
 def once(x):
-    """x, float32 on NVIDIA GPUs, which the compiler then does not compute again for another register layout."""
+    """x, float32 on NVIDIA GPUs, which Triton 3.9 then does not compute again for another register layout; 3.6 may."""
     if not INTERPRETED:
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1)
     return x
@@ -63,7 +63,7 @@ def silu_of_double_grad(t, w):
 
 @triton.jit
 def mean_of(h, D: tl.constexpr):
-    """Mean over the last axis of h [BLOCK, D], exact for equal values."""
+    """Mean over the last axis of h [BLOCK, D], exact for equal values of normal size."""
     mean = tl.sum(h, 1) * (1.0 / D)
     if not SUMS_IN_PAIRS:  # a second pass adds the mean of what the rounding errors of the first left
         mean += tl.sum(h - mean[:, None], 1) * (1.0 / D)
@@ -177,7 +177,7 @@ def load_states(h_ptr, offsets, mask, D: tl.constexpr):
 INTERPRETED = tl.constexpr(not isinstance(tanh_fast, JITFunction))
 
 # In Triton 3.8 and later, compiled tl.sum adds the values of a thread pairwise, which is exact for equal values.
-# Earlier versions and the interpreter add them sequentially.
+# Earlier versions add them sequentially, and the interpreter adds in NumPy's order.
 SUMS_IN_PAIRS = tl.constexpr(
     not INTERPRETED.value and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
 )

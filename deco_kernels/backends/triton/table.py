@@ -87,8 +87,8 @@ _TABLE: dict[tuple[str, int, int], Launch] = {
 # Architectures on which the table above exceeds the shared memory (64 kB on gfx942, 227 kB on Blackwell data-center
 # GPUs under Triton 3.6, which uses more than 3.9), or other parameters are faster.
 _ARCHITECTURE_TABLE: dict[tuple[str, int, int, str], Launch] = {
-    # Two or three of these programs, by variant and compiler, fit a multiprocessor: six are full waves of either.
-    ("pixel_decoder", 32, 2, "sm_90"): Launch(64, 4, 2, 6),
+    # One to four of these programs fit a multiprocessor, by N and variant; twelve are full waves of any of them.
+    ("pixel_decoder", 32, 2, "sm_90"): Launch(64, 4, 2, 12),
     ("pixel_decoder_recompute", 32, 2, "sm_90"): Launch(128, 4, 1, 2),
     ("pixel_decoder_head", 32, 2, "sm_90"): Launch(128, 4, 1, 4),
     ("pixel_decoder_embedding", 32, 2, "sm_90"): Launch(128, 4, 1, 4),
