@@ -52,7 +52,7 @@ CUDA_FUNCTIONS = (
     "loss_keeps_gradient",
     "scaled_product",
 )
-"""The same of the native CUDA module."""
+"""The same of the native CUDA module, and padded_rows, which those lack whose decoder keeps no activations."""
 
 
 @lru_cache(maxsize=1)

@@ -119,6 +119,23 @@ def test_a_captured_graph_sees_changed_inputs_and_weights(device, op, save_memor
     assert_equal(captured, step())
 
 
+@each_op
+def test_graph_replay_sees_changed_weights(device, op):
+    inputs = on(device, testing.random_inputs(op, dtype=BF16, patch_size=4, image_size=(2, 32, 32)))
+
+    def call():
+        return getattr(ops, op)(**inputs.tensors, **inputs.options, backend="cuda")
+
+    with torch.no_grad():
+        graph, captured = cuda_graphs.capture(call, warm_up=call)
+        for scale in (1.0, 0.5):
+            inputs.tensors["frequency_weight" if "loss" in op else "mod_weight"].mul_(scale)
+            graph.replay()
+            fresh = call()
+            pairs = zip(captured, fresh, strict=True) if isinstance(captured, tuple) else [(captured, fresh)]
+            assert all(torch.equal(*pair) for pair in pairs)
+
+
 @pytest.mark.parametrize("op", ["pixel_decoder", "pixel_decoder_from_tokens"])
 def test_kept_activations_serve_two_backwards(device, op):
     inputs = on(device, testing.random_inputs(op, dtype=BF16, image_size=(2, 32, 64)))

@@ -174,8 +174,7 @@ def test_memory_grows_by_the_outputs_and_the_workspace():
     before = torch.cuda.memory_allocated()
     results = testing.run(inputs, "triton")
     outputs = sum(t.numel() * t.element_size() for t in (*results.outputs, *results.gradients.values()))
-    # 268 MB of a chunk's workspace and 26 MB of sums over pixels; the allocator may leave 1 MB of a block unused.
-    assert torch.cuda.max_memory_allocated() - before - outputs <= 310e6
+    assert torch.cuda.max_memory_allocated() - before - outputs <= 300e6  # of which a chunk's workspace takes 268 MB
 
 
 def test_the_condition_of_all_tokens_never_exists_at_inference():

@@ -70,7 +70,7 @@ def test_sums_of_equal_channels_are_exact(architecture, width, warps):
     from tests.backends import small_kernels
 
     if not functions.SUMS_IN_PAIRS.value:
-        pytest.skip("this Triton adds in order, and mean_of takes a second pass")
+        pytest.skip("this Triton adds in order; mean_of takes a second pass, as in the interpreted tests")
     x, means = torch.empty(128, width, dtype=torch.bfloat16), torch.empty(2, 128)
     with launching.record_launches(architecture) as recorded:
         launching.launch(small_kernels.row_means, (1,), Launch(128, warps, 1, 1), x, means, BLOCK=128, D=width)

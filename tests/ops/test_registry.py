@@ -217,6 +217,9 @@ def test_a_cuda_module_of_older_sources_is_refused(monkeypatch):
         old.scaled_product = None
         native.load_cuda.cache_clear()
         assert native.cuda_unavailable_reason() is None
+        del old.padded_rows  # of sources whose decoder keeps no activations, with other arguments
+        native.load_cuda.cache_clear()
+        assert "lacks padded_rows." in native.cuda_unavailable_reason()
     finally:
         monkeypatch.undo()
         native.load_cuda.cache_clear()

@@ -57,10 +57,7 @@ def backward(
     if image.numel() == 0:
         return arguments.zeroed(grads)
     cond, weights = calls.readable_pixel_rows(cond), arguments.contiguous(weights)
-    if activations is not None:
-        query = None  # it is part of the activations
-    inputs = (image, cond, weights, calls.readable_query(query))
-    run_backward(grad_velocity, *inputs, grads, patch_size, head_norm, eps, activations)
+    run_backward(grad_velocity, image, cond, weights, query, grads, patch_size, head_norm, eps, activations)
     return grads
 
 
@@ -108,11 +105,13 @@ def run_backward(
     activations: torch.Tensor | None = None,
 ) -> None:
     """Write those of `grads`, of (image, cond, weights, query), that are not None: that of image with any strides, the
-    others contiguous."""
+    others contiguous. cond must come from `readable_pixel_rows`; with `activations`, which contain it, query is not
+    read."""
     grad_image, grad_cond, *grad_weights, grad_query = grads
     module = calls.module_for(cond)
     shape = arguments.decoder_sizes(image, weights, patch_size)
     image, grad_velocity = calls.readable_image(image, cond.dtype), grad_velocity.to(cond.dtype)
+    query = calls.readable_query(query if activations is None else None)
     if activations is not None:
         activations = calls.aligned(activations)
     description: tuple[int | float | tuple[int, ...], ...] = (

@@ -80,7 +80,7 @@ def backward(
         grad_part = None if grad_image is None else chunk.of(grad_image)
         grads = weight_gradients.new_part()
         part_query = queries.of(chunk.tokens, tokens.dtype) if activations is None else None
-        inputs = (chunk.of(image), conditions, weights, calls.readable_query(part_query))
+        inputs = (chunk.of(image), conditions, weights, part_query)
         found = (grad_part, grad_cond, *grads, grad_query)
         pixel_decoder.run_backward(chunk.of(grad_velocity), *inputs, found, patch_size, head_norm, eps, activations)
         weight_gradients.add(grads)

@@ -75,7 +75,10 @@ def embed_pixels(
     query_ptr, query_token_stride, query_pixel_stride, token,
     QUERY: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """h⁰ [BLOCK, D] = W_x·rgb + table[pixel] (+ query), float32; with ONCE through `once`."""
+    """h⁰ [BLOCK, D] = W_x·rgb + table[pixel] (+ query), float32.
+
+    ONCE (see `once`) is for kernels that need h in two register layouts, as for a store, or that spill without it.
+    """
     d = tl.arange(0, D)
     h = tl.load(pixel_table_ptr + pixel[:, None] * D + d[None, :]).to(tl.float32)
     for c in tl.static_range(C):
